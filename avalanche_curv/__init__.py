@@ -1,0 +1,45 @@
+"""Quadratic models of past loss for continual learning with Avalanche.
+
+The names of the core are at hand at once; those that need Avalanche are imported when first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from avalanche_curv import core
+from avalanche_curv.core import *  # noqa: F403
+
+if TYPE_CHECKING:
+    from avalanche_curv.loggers import JSONLLogger
+    from avalanche_curv.metrics import fidelity_metrics, penalty_metrics
+    from avalanche_curv.plugins import CurvatureEWCPlugin
+    from avalanche_curv.strategies import CurvatureEWC
+    from avalanche_curv.streams import PermutedDigits, RotatedDigits, SineBoundary, SplitDigits
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "CurvatureEWC": "strategies",
+    "CurvatureEWCPlugin": "plugins",
+    "JSONLLogger": "loggers",
+    "PermutedDigits": "streams",
+    "RotatedDigits": "streams",
+    "SineBoundary": "streams",
+    "SplitDigits": "streams",
+    "fidelity_metrics": "metrics",
+    "penalty_metrics": "metrics",
+}
+
+__all__ = [*core.__all__, *_LAZY]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'avalanche_curv' has no attribute '{name}'")
+    return getattr(import_module(f"avalanche_curv.{_LAZY[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

@@ -1,0 +1,80 @@
+"""The one door to curvlinops. Operators sum over examples there; the mean is taken here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from curvlinops import GGNLinearOperator, HessianLinearOperator
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from avalanche_curv.core.losses import ExampleLoss
+from avalanche_curv.core.risk import EmpiricalRisk, as_matrix
+
+COLUMNS = 16  # a matrix product maps over all columns at once: this bounds its memory
+
+
+@dataclass(frozen=True)
+class MeanOperator:
+    """(1/N) times a curvlinops operator that sums over N examples."""
+
+    summed: Any
+    examples: int
+
+    @property
+    def size(self) -> int:
+        return self.summed.shape[1]
+
+    def matmat(self, matrix: Float[Tensor, "P k"]) -> Float[Tensor, "P k"]:
+        """C M, a few columns at a time."""
+        with torch.no_grad():
+            parts = [self.summed @ part for part in matrix.split(COLUMNS, dim=1)]
+        return torch.cat(parts, dim=1) / self.examples
+
+
+def hessian_operator(risk: EmpiricalRisk) -> MeanOperator:
+    """∇²L at the frozen parameters."""
+    return _mean(HessianLinearOperator, risk, _SummedLoss(risk.loss), list(risk))
+
+
+def output_operator(risk: EmpiricalRisk, factors: list[Tensor]) -> MeanOperator:
+    """(1/N) Σ_i J_iᵀ S_i S_iᵀ J_i, as the GGN of ½ Σ_i ‖S_iᵀ f_i‖²; `factors` holds S [n, C, R] for each batch."""
+    return _mean(GGNLinearOperator, risk, _HalfSquare(), [(x, s) for (x, _), s in zip(risk, factors)])
+
+
+def _mean(operator: Any, risk: EmpiricalRisk, loss: nn.Module, data: list) -> MeanOperator:
+    summed = operator(
+        _Matrix(risk.model), loss, risk.parameters, data, num_data=risk.examples, check_deterministic=False
+    )
+    return MeanOperator(summed, risk.examples)
+
+
+class _Matrix(nn.Module):
+    """The model with outputs [N, C]."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return as_matrix(self.model(inputs))
+
+
+class _SummedLoss(nn.Module):
+    reduction = "sum"
+
+    def __init__(self, loss: ExampleLoss) -> None:
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return self.loss.per_example(outputs, targets).sum()
+
+
+class _HalfSquare(nn.Module):
+    reduction = "sum"
+
+    def forward(self, outputs: Tensor, factor: Float[Tensor, "N C R"]) -> Tensor:
+        return 0.5 * torch.einsum("nc,ncr->nr", outputs, factor).square().sum()

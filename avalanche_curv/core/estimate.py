@@ -1,0 +1,80 @@
+"""From a curvature kind, a structure and a risk to a quadratic model, by the fastest known exact way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from avalanche_curv.core.curvature import Curvature, Hessian
+from avalanche_curv.core.quadratic import QuadraticModel
+from avalanche_curv.core.risk import EmpiricalRisk
+from avalanche_curv.core.structures.base import Matrix, Structure
+
+Rule = Callable[[Curvature, Structure, EmpiricalRisk], Matrix]
+
+_RULES: dict[tuple[type, type], Rule] = {}
+
+
+class NonFiniteCurvatureError(FloatingPointError):
+    """The estimated curvature holds NaN or infinity."""
+
+
+def estimate(
+    curvature: Curvature, structure: Structure, risk: EmpiricalRisk, *, gradient: bool = False
+) -> QuadraticModel:
+    """The quadratic model of how `risk` increases around its frozen parameters.
+
+    C is `curvature` in the form of `structure`; g = ∇L(a) with `gradient=True`, and zero otherwise, which takes the
+    anchor for a minimum. Raises MemoryError before computing a matrix over the structure's limit, and
+    NonFiniteCurvatureError for NaN or infinity in the result.
+
+    >>> import torch
+    >>> from avalanche_curv import GGN, Diagonal
+    >>> x = torch.tensor([[1.0], [3.0]])
+    >>> model = torch.nn.Linear(1, 1, bias=False)
+    >>> risk = EmpiricalRisk.snapshot(model, torch.nn.MSELoss(), [(x, x)])
+    >>> estimate(GGN(), Diagonal(), risk).curvature.dense()   # 2 · mean(x²)
+    tensor([[10.]])
+    """
+    structure.check(risk.space, risk.anchor.element_size())
+    matrix = curvature_matrix(curvature, structure, risk)
+    slope = risk.gradient() if gradient else None
+    if not matrix.is_finite() or (slope is not None and not slope.isfinite().all()):
+        raise NonFiniteCurvatureError(
+            f"{curvature} of {risk.examples} examples holds NaN or infinity, so the model or its inputs do. "
+            "Look for diverged weights (lower the learning rate or the strength) and for NaN in the data."
+        )
+    return QuadraticModel(risk.space, risk.anchor, matrix, slope)
+
+
+def curvature_matrix(curvature: Curvature, structure: Structure, risk: EmpiricalRisk) -> Matrix:
+    """The structured curvature alone, without checks."""
+    matrix = _rule_for(curvature, structure)(curvature, structure, risk)
+    if isinstance(curvature, Hessian) and curvature.psd is not None:
+        matrix = matrix.map_spectrum(curvature.psd)
+    return matrix
+
+
+def by_products(curvature: Curvature, structure: Structure, risk: EmpiricalRisk) -> Matrix:
+    """The default way, which needs no rule: through the products of the curvature's operator."""
+    return structure.from_operator(curvature.operator(risk), risk)
+
+
+def rule(curvature: type[Curvature], structure: type[Structure]) -> Callable[[Rule], Rule]:
+    """Registers a shortcut for a pair of types and their subclasses; the nearest registered pair is taken.
+
+    A shortcut must equal `by_products` and come with the test that shows it.
+    """
+
+    def register(shortcut: Rule) -> Rule:
+        _RULES[curvature, structure] = shortcut
+        return shortcut
+
+    return register
+
+
+def _rule_for(curvature: Curvature, structure: Structure) -> Rule:
+    for kind in type(curvature).__mro__:
+        for form in type(structure).__mro__:
+            if (kind, form) in _RULES:
+                return _RULES[kind, form]
+    return by_products

@@ -1,0 +1,125 @@
+"""Where each coordinate of a parameter vector lives in a model, also after the model has grown."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+
+def canonical_name(name: str) -> str:
+    """The name of a parameter without what wrappers add to it (`DataParallel`, `torch.compile`).
+
+    >>> canonical_name("module._orig_mod.head.weight")
+    'head.weight'
+    """
+    while name.startswith(("module.", "_orig_mod.")):
+        name = name.split(".", 1)[1]
+    return name.replace("._orig_mod.", ".")
+
+
+@dataclass(frozen=True)
+class ParameterSpace:
+    """The trainable parameters of a model as the coordinates of one vector of size P.
+
+    Coordinates follow `named_parameters()`. A later model is read through the same space: parameters are found by
+    canonical name, a parameter that has grown is cut to the shape it had here, and new parameters are not read.
+
+    >>> space = ParameterSpace.of(nn.Linear(3, 2))
+    >>> space.names, space.size
+    (('weight', 'bias'), 8)
+    """
+
+    names: tuple[str, ...]
+    shapes: tuple[torch.Size, ...]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> ParameterSpace:
+        """The space of the parameters of `model` that require a gradient. Raises ValueError if there is none."""
+        trainable = [(canonical_name(n), p.shape) for n, p in model.named_parameters() if p.requires_grad]
+        if not trainable:
+            raise ValueError(
+                f"{type(model).__name__} has no trainable parameter: a quadratic model needs at least one. "
+                "Set requires_grad=True on the parameters that training may move."
+            )
+        names, shapes = zip(*trainable)
+        return cls(names, shapes)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The number of coordinates of each parameter."""
+        return tuple(math.prod(shape) for shape in self.shapes)
+
+    @property
+    def size(self) -> int:
+        """P, the number of coordinates."""
+        return sum(self.sizes)
+
+    def tensors(self, model: nn.Module) -> list[Tensor]:
+        """The parameters of `model`, attached to its graph, each cut to the shape it has in this space.
+
+        Raises ValueError if one is missing or has become smaller.
+        """
+        current = {canonical_name(name): parameter for name, parameter in model.named_parameters()}
+        return [_cut(name, current.get(name), shape) for name, shape in zip(self.names, self.shapes)]
+
+    def vector(self, model: nn.Module) -> Float[Tensor, "P"]:
+        """The parameters of `model` as one detached vector (a copy)."""
+        return self.flatten([t.detach() for t in self.tensors(model)])
+
+    def flatten(self, tensors: list[Tensor]) -> Float[Tensor, "P"]:
+        """One vector from tensors of this space's shapes; half precision becomes float32."""
+        vector = torch.cat([t.reshape(-1) for t in tensors])
+        return vector.float() if vector.dtype in (torch.float16, torch.bfloat16) else vector
+
+    def split(self, vector: Float[Tensor, "*k P"]) -> list[Tensor]:
+        """Views of `vector` with this space's shapes, leading axes kept."""
+        parts = vector.split(self.sizes, dim=-1)
+        return [part.reshape(*vector.shape[:-1], *shape) for part, shape in zip(parts, self.shapes)]
+
+    def union(self, other: ParameterSpace) -> ParameterSpace:
+        """The smallest space that holds both, in the order of this one, then of what only `other` has."""
+        theirs = dict(zip(other.names, other.shapes))
+        shapes = {name: _larger(shape, theirs.pop(name, shape)) for name, shape in zip(self.names, self.shapes)}
+        shapes |= theirs
+        return ParameterSpace(tuple(shapes), tuple(shapes.values()))
+
+    def positions(self, inner: ParameterSpace) -> Int[Tensor, "Q"]:
+        """For each coordinate of `inner`, which this space must hold, its index here."""
+        starts = dict(zip(self.names, _starts(self.sizes)))
+        shapes = dict(zip(self.names, self.shapes))
+        return torch.cat([
+            starts[name] + torch.arange(math.prod(shapes[name])).view(shapes[name])[_corner(shape)].reshape(-1)
+            for name, shape in zip(inner.names, inner.shapes)
+        ])
+
+
+def _starts(sizes: tuple[int, ...]) -> list[int]:
+    return [sum(sizes[:i]) for i in range(len(sizes))]
+
+
+def _corner(shape: torch.Size) -> tuple[slice, ...]:
+    return tuple(slice(0, n) for n in shape)
+
+
+def _larger(a: torch.Size, b: torch.Size) -> torch.Size:
+    return torch.Size(max(m, n) for m, n in zip(a, b))
+
+
+def _cut(name: str, parameter: Tensor | None, shape: torch.Size) -> Tensor:
+    if parameter is None:
+        raise ValueError(
+            f"Parameter '{name}' of the anchored model is not in the model any more. A quadratic model needs the "
+            "parameters it was estimated on: keep their names, or estimate it anew."
+        )
+    if parameter.shape == shape:
+        return parameter
+    if parameter.ndim != len(shape) or any(new < old for new, old in zip(parameter.shape, shape)):
+        raise ValueError(
+            f"Parameter '{name}' had shape {tuple(shape)} at the anchor and has {tuple(parameter.shape)} now. "
+            "Parameters may grow by appending along an axis; estimate the quadratic model anew after other changes."
+        )
+    return parameter[_corner(shape)]

@@ -1,0 +1,101 @@
+"""What happens to the picture of the past at the end of an experience."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from functools import reduce
+from operator import add
+
+from avalanche_curv.core.curvature import Curvature
+from avalanche_curv.core.estimate import estimate
+from avalanche_curv.core.quadratic import QuadraticModel
+from avalanche_curv.core.risk import EmpiricalRisk
+from avalanche_curv.core.structures import Structure
+
+
+@dataclass(frozen=True)
+class Past:
+    """What is known of past experiences: their quadratic model, and the examples that a policy stores of them."""
+
+    model: QuadraticModel | None = None
+    stored: tuple[EmpiricalRisk, ...] = field(default=(), repr=False)
+    experiences: int = 0
+
+
+class Policy(ABC):
+    """How the quadratic model of the past takes in a new experience."""
+
+    @abstractmethod
+    def absorb(self, past: Past, risk: EmpiricalRisk, curvature: Curvature, structure: Structure) -> Past:
+        """The past including the experience whose risk, frozen at the end of its training, is given."""
+
+
+@dataclass(frozen=True)
+class Accumulate(Policy):
+    """q = Σ_t ½ δ_tᵀ C_t δ_t: each experience keeps its own anchor (Kirkpatrick et al. 2017).
+
+    The sum is folded exactly into one quadratic, so memory and step time do not grow with the number of experiences.
+    With fraction < 1, C_t is estimated on that random part of the experience's examples, drawn by `seed`.
+    """
+
+    fraction: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_fraction("Accumulate", self.fraction)
+
+    def absorb(self, past: Past, risk: EmpiricalRisk, curvature: Curvature, structure: Structure) -> Past:
+        new = estimate(curvature, structure, part_of(risk, self.fraction, self.seed, past.experiences))
+        return Past(new if past.model is None else past.model + new, experiences=past.experiences + 1)
+
+
+@dataclass(frozen=True)
+class Merge(Policy):
+    """One anchor, the newest, and C ← decay · C + C_t (Huszár 2018); decay < 1 is online EWC (Schwarz et al. 2018)."""
+
+    decay: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.decay <= 1:
+            raise ValueError(f"Merge needs a decay in [0, 1]; got {self.decay}. 1 keeps all of the past, 0 none of it.")
+
+    def absorb(self, past: Past, risk: EmpiricalRisk, curvature: Curvature, structure: Structure) -> Past:
+        new = estimate(curvature, structure, risk)
+        if past.model is not None:
+            old = past.model
+            new = QuadraticModel(old.space, old.seen_from(new), old.curvature.scaled(self.decay)) + new
+        return Past(new, experiences=past.experiences + 1)
+
+
+@dataclass(frozen=True)
+class Refresh(Policy):
+    """Stores a random part of each experience's examples and re-estimates all of the past at the newest anchor.
+
+    q = Σ_t (g_tᵀδ + ½ δᵀ C_t δ), with g_t and C_t of the stored examples of experience t at the newest parameters.
+    `gradient=False` drops g, the classical assumption that the anchor is a minimum of past loss. `fraction` of an
+    experience's examples are kept, drawn by `seed`.
+    """
+
+    fraction: float = 0.1
+    seed: int = 0
+    gradient: bool = True
+
+    def __post_init__(self) -> None:
+        _check_fraction("Refresh", self.fraction)
+
+    def absorb(self, past: Past, risk: EmpiricalRisk, curvature: Curvature, structure: Structure) -> Past:
+        newest = part_of(risk, self.fraction, self.seed, past.experiences)
+        stored = (*(old.at(risk) for old in past.stored), newest)
+        models = (estimate(curvature, structure, one, gradient=self.gradient) for one in stored)
+        return Past(reduce(add, models), stored, past.experiences + 1)
+
+
+def part_of(risk: EmpiricalRisk, fraction: float, seed: int, experience: int) -> EmpiricalRisk:
+    """The random part that is kept of an experience: the same for every policy and metric of the same seed."""
+    return risk if fraction == 1 else risk.subset(fraction, seed * 1_000_003 + experience)
+
+
+def _check_fraction(name: str, fraction: float) -> None:
+    if not 0 < fraction <= 1:
+        raise ValueError(f"{name} needs a fraction in (0, 1]; got {fraction}. 0.1 keeps one example in ten.")

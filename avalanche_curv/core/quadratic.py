@@ -1,0 +1,145 @@
+"""The quadratic model of past loss: its value, gradient, re-anchoring, exact sums, and the penalty it adds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from avalanche_curv.core.parameters import ParameterSpace
+from avalanche_curv.core.structures.base import Matrix
+
+
+@dataclass(frozen=True)
+class QuadraticModel:
+    """q(θ) = c + gᵀδ + ½ δᵀ C δ with displacement δ = θ − a, over a parameter space of size P.
+
+    Fresh from `estimate`, q is the predicted *increase* of past loss since the anchor: c = 0, and g is zero unless it
+    was asked for. Sums and re-anchoring are exact and may give c and g values. θ may be a grown model: it is read
+    through `space`, and coordinates that came later do not count.
+
+    >>> from avalanche_curv.core.structures import DiagonalMatrix
+    >>> model = nn.Linear(1, 1, bias=False)
+    >>> past = QuadraticModel(ParameterSpace.of(model), torch.tensor([1.0]), DiagonalMatrix(torch.tensor([4.0])))
+    >>> _ = nn.init.constant_(model.weight, 3.0)
+    >>> past(model), past.gradient_at(past.displacement(model))
+    (tensor(8.), tensor([8.]))
+    """
+
+    space: ParameterSpace
+    anchor: Float[Tensor, "P"]
+    curvature: Matrix
+    gradient: Float[Tensor, "P"] | None = None
+    constant: float = 0.0
+
+    def displacement(self, model: nn.Module) -> Float[Tensor, "P"]:
+        """δ of `model`, detached."""
+        return self.space.vector(model).to(self.anchor) - self.anchor
+
+    def __call__(self, model: nn.Module) -> Tensor:
+        """q(θ), detached."""
+        return self.increase(self.displacement(model)) + self.constant
+
+    def increase(self, displacement: Float[Tensor, "P"]) -> Tensor:
+        """q(a + δ) − q(a) = gᵀδ + ½ δᵀ C δ."""
+        return _increase(displacement, self.curvature.product(displacement), self.gradient)
+
+    def gradient_at(self, displacement: Float[Tensor, "P"]) -> Float[Tensor, "P"]:
+        """∇q(a + δ) = g + C δ."""
+        product = self.curvature.product(displacement)
+        return product if self.gradient is None else product + self.gradient
+
+    def penalty(self, model: nn.Module) -> Tensor:
+        """q(θ) as a scalar whose gradient in the parameters of `model` is exactly g + C δ."""
+        return _Penalty.apply(self, *self.space.tensors(model))
+
+    def reanchored(self, anchor: Float[Tensor, "P"]) -> QuadraticModel:
+        """The same function of θ, written around another anchor."""
+        if torch.equal(anchor, self.anchor):
+            return self
+        shift = anchor - self.anchor
+        product = self.curvature.product(shift)
+        constant = self.constant + float(_increase(shift.double(), product.double(), self.gradient))
+        gradient = product if self.gradient is None else product + self.gradient
+        return replace(self, anchor=anchor, gradient=gradient, constant=constant)
+
+    def __add__(self, newer: QuadraticModel) -> QuadraticModel:
+        """The exact sum as one quadratic model, anchored where `newer` is; a grown `newer` decides the space."""
+        space = newer.space.union(self.space)
+        old, new = self.reanchored(self.seen_from(newer)).embedded(space), newer.embedded(space)
+        anchor = old.anchor.clone()
+        anchor[space.positions(newer.space).to(anchor.device)] = newer.anchor
+        return QuadraticModel(
+            space,
+            anchor,
+            old.curvature.plus(new.curvature),
+            _sum_of_known(old.gradient, new.gradient),
+            old.constant + new.constant,
+        )
+
+    def seen_from(self, newer: QuadraticModel) -> Float[Tensor, "P"]:
+        """The anchor of `newer` in this model's coordinates; this model's own where `newer` has none."""
+        if newer.space == self.space:
+            return newer.anchor
+        space = newer.space.union(self.space)
+        anchor = _scattered(self.anchor, space.positions(self.space), space.size)
+        anchor[space.positions(newer.space).to(anchor.device)] = newer.anchor
+        return anchor[space.positions(self.space).to(anchor.device)]
+
+    def embedded(self, space: ParameterSpace) -> QuadraticModel:
+        """The same function over a larger space, whose further coordinates it ignores (and anchors at zero)."""
+        if space == self.space:
+            return self
+        where = space.positions(self.space)
+        return QuadraticModel(
+            space,
+            _scattered(self.anchor, where, space.size),
+            self.curvature.embedded(self.space, space),
+            None if self.gradient is None else _scattered(self.gradient, where, space.size),
+            self.constant,
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Memory held."""
+        extra = 0 if self.gradient is None else self.gradient.nbytes
+        return self.anchor.nbytes + self.curvature.nbytes + extra
+
+
+class _Penalty(torch.autograd.Function):
+    """Value and gradient of a quadratic model from one product; autograd through δᵀ(Cδ) would take two."""
+
+    @staticmethod
+    def forward(ctx: Any, past: QuadraticModel, *parameters: Tensor) -> Tensor:
+        displacement = past.space.flatten(list(parameters)).to(past.anchor).sub_(past.anchor)
+        product = past.curvature.product(displacement)
+        value = _increase(displacement, product, past.gradient) + past.constant
+        ctx.space, ctx.types = past.space, [p.dtype for p in parameters]
+        ctx.save_for_backward(product if past.gradient is None else product + past.gradient)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        parts = ctx.space.split(gradient * grad_outputs[0])
+        return None, *(part.to(dtype) for part, dtype in zip(parts, ctx.types))
+
+
+def _increase(displacement: Tensor, product: Tensor, gradient: Tensor | None) -> Tensor:
+    """gᵀδ + ½ δᵀ(Cδ): the one ½ of the package."""
+    quadratic = 0.5 * (displacement @ product)
+    return quadratic if gradient is None else quadratic + displacement @ gradient.to(displacement)
+
+
+def _scattered(values: Tensor, where: Tensor, size: int) -> Tensor:
+    result = values.new_zeros(size)
+    result[where.to(values.device)] = values
+    return result
+
+
+def _sum_of_known(*terms: Tensor | None) -> Tensor | None:
+    known = [term for term in terms if term is not None]
+    return sum(known[1:], known[0]) if known else None

@@ -1,0 +1,193 @@
+"""The empirical risk of past examples at frozen parameters: the one place that normalises."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from avalanche_curv.core.losses import ExampleLoss, example_loss
+from avalanche_curv.core.parameters import ParameterSpace
+
+Batches = Iterable[tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class EmpiricalRisk:
+    """L(θ) = (1/N) Σ_i ℓ(f_θ(x_i), y_i) around a frozen copy of the model, in eval mode.
+
+    The mean is over examples: batch sizes, a ragged last batch and the criterion's `reduction` do not matter.
+    Build one with `EmpiricalRisk.snapshot`; the user's model, its gradients, flags and buffers stay as they are.
+    Half-precision models are copied in float32.
+
+    >>> risk = EmpiricalRisk.snapshot(nn.Linear(1, 1), nn.MSELoss(), [(torch.zeros(3, 1), torch.ones(3, 1))])
+    >>> risk.examples, risk.space.size
+    (3, 2)
+    """
+
+    base: nn.Module
+    loss: ExampleLoss
+    batches: Batches
+    adapter: Callable[[nn.Module], nn.Module] | None = None
+
+    @classmethod
+    def snapshot(
+        cls,
+        model: nn.Module,
+        criterion: object,
+        batches: Batches,
+        *,
+        adapter: Callable[[nn.Module], nn.Module] | None = None,
+    ) -> EmpiricalRisk:
+        """Freeze `model` and look at `batches` of (inputs, targets), which may be any iterable.
+
+        `adapter` wraps the frozen copy where the model is not called as `model(inputs)`; the wrapper keeps the copy
+        under the attribute `module`. Raises TypeError for a criterion without a per-example form, ValueError for a
+        model without trainable parameters, for empty data and for data that the loss does not cover.
+        """
+        loss = example_loss(criterion)
+        kept = tuple(batches) if iter(batches) is batches else batches
+        risk = cls(_frozen(model), loss, kept, adapter)
+        risk._check()
+        return risk
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """The frozen module that maps inputs to outputs."""
+        return self.base if self.adapter is None else self.adapter(self.base)
+
+    @cached_property
+    def space(self) -> ParameterSpace:
+        """The trainable parameters of the frozen model."""
+        return ParameterSpace.of(self.base)
+
+    @cached_property
+    def anchor(self) -> Float[Tensor, "P"]:
+        """The frozen parameters as one vector."""
+        return self.space.vector(self.base)
+
+    @cached_property
+    def examples(self) -> int:
+        """N."""
+        return sum(len(targets) for _, targets in self.batches)
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The frozen parameters, in the order of `space`."""
+        return [p for p in self.base.parameters() if p.requires_grad]
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches, on the model's device and in its floating point type."""
+        like = self.anchor
+        for inputs, targets in self.batches:
+            yield _like(inputs, like), _like(targets, like)
+
+    def outputs(self, inputs: Tensor) -> Float[Tensor, "N C"]:
+        """f(inputs) of the frozen model, as a matrix."""
+        return as_matrix(self.model(inputs))
+
+    def value(self) -> float:
+        """L at the frozen parameters, summed in float64."""
+        with torch.no_grad():
+            return sum(self.loss.per_example(self.outputs(x), y).double().sum().item() for x, y in self) / self.examples
+
+    def gradient(self) -> Float[Tensor, "P"]:
+        """∇L at the frozen parameters."""
+        total = torch.zeros_like(self.anchor)
+        for x, y in self:
+            total += self.summed_gradient(x, y)
+        return total / self.examples
+
+    @torch.enable_grad()
+    def summed_gradient(self, inputs: Tensor, targets: Tensor) -> Float[Tensor, "P"]:
+        """Σ_i ∇ℓ_i over one batch."""
+        loss = self.loss.per_example(self.outputs(inputs), targets).sum()
+        parts = torch.autograd.grad(loss, self.parameters, allow_unused=True, materialize_grads=True)
+        return self.space.flatten(list(parts))
+
+    def subset(self, fraction: float, seed: int) -> EmpiricalRisk:
+        """The risk of a random `fraction` of the examples, at least one, drawn without replacement by `seed`."""
+        count = max(1, round(fraction * self.examples))
+        order = torch.randperm(self.examples, generator=torch.Generator().manual_seed(seed))
+        return self.select(order[:count].sort().values)
+
+    def select(self, indices: Tensor) -> EmpiricalRisk:
+        """The risk of the examples at sorted `indices`, held in memory as one batch."""
+        chosen, start = [], 0
+        for inputs, targets in self.batches:
+            here = indices[(indices >= start) & (indices < start + len(targets))] - start
+            start += len(targets)
+            if len(here):
+                chosen.append((inputs[here.to(inputs.device)], targets[here.to(targets.device)]))
+        inputs, targets = (torch.cat(parts) for parts in zip(*chosen))
+        return replace(self, batches=((inputs, targets),))
+
+    def rebatched(self, size: int) -> EmpiricalRisk:
+        """The same examples in the same order, in batches of `size`."""
+        return replace(self, batches=Rebatched(self.batches, size))
+
+    def at(self, other: EmpiricalRisk) -> EmpiricalRisk:
+        """The same examples, loss and adapter at the parameters where `other` is frozen."""
+        return replace(self, base=other.base)
+
+    def _check(self) -> None:
+        _ = self.space
+        first: Any = next(iter(self.batches), None)
+        if first is None or not len(first[1]):
+            raise ValueError("The risk of no examples is not defined: got no batch, or an empty one. Give at least one.")
+        if len(first) != 2 or not all(isinstance(part, Tensor) for part in first):
+            raise ValueError(
+                f"Each batch must be a pair of tensors (inputs, targets); got {[type(p).__name__ for p in first]}."
+            )
+        with torch.no_grad():
+            for x, y in self:
+                raw = self.model(x)
+                self.loss.check(raw if raw.ndim > 1 else raw[:, None], y)
+                break
+
+
+@dataclass(frozen=True)
+class Rebatched:
+    """A re-iterable view of batches with another batch size; the last batch may be smaller."""
+
+    batches: Batches
+    size: int
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        inputs: list[Tensor] = []
+        targets: list[Tensor] = []
+        held = 0
+        for x, y in self.batches:
+            for part_x, part_y in zip(x.split(self.size), y.split(self.size)):
+                inputs.append(part_x)
+                targets.append(part_y)
+                held += len(part_y)
+                if held >= self.size:
+                    all_x, all_y = torch.cat(inputs), torch.cat(targets)
+                    yield all_x[: self.size], all_y[: self.size]
+                    inputs, targets = [all_x[self.size :]], [all_y[self.size :]]
+                    held -= self.size
+        if held:
+            yield torch.cat(inputs), torch.cat(targets)
+
+
+def as_matrix(outputs: Tensor) -> Float[Tensor, "N C"]:
+    """Outputs as [N, C]: one number an example becomes one column, further axes are flattened."""
+    return outputs.reshape(outputs.shape[0], -1)
+
+
+def _frozen(model: nn.Module) -> nn.Module:
+    copied = copy.deepcopy(model).eval()
+    copied.zero_grad(set_to_none=True)
+    half = any(p.dtype in (torch.float16, torch.bfloat16) for p in copied.parameters())
+    return copied.float() if half else copied
+
+
+def _like(tensor: Tensor, like: Tensor) -> Tensor:
+    return tensor.to(like) if tensor.is_floating_point() else tensor.to(like.device)

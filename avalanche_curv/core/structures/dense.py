@@ -1,0 +1,70 @@
+"""All entries of the curvature matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from avalanche_curv.core.parameters import ParameterSpace
+from avalanche_curv.core.structures.base import Matrix, Structure, check_memory, spectral_function, symmetrised
+from avalanche_curv.core.structures.columns import identity_columns
+
+if TYPE_CHECKING:
+    from avalanche_curv.core.curvature import Operator
+    from avalanche_curv.core.risk import EmpiricalRisk
+
+
+@dataclass(frozen=True)
+class Dense(Structure):
+    """The whole matrix, for models of a few thousand parameters: P² numbers, up to `max_bytes` (default 4 GiB)."""
+
+    max_bytes: int = 4 * 2**30
+
+    def from_operator(self, operator: Operator, risk: EmpiricalRisk) -> Matrix:
+        columns = [operator.matmat(part) for _, part in identity_columns(risk.anchor)]
+        return DenseMatrix(symmetrised(torch.cat(columns, dim=1)))
+
+    def bytes(self, space: ParameterSpace, itemsize: int) -> int:
+        return space.size**2 * itemsize
+
+    def check(self, space: ParameterSpace, itemsize: int) -> None:
+        check_memory(
+            f"Dense() on {space.size:,} parameters", self.bytes(space, itemsize), self.max_bytes,
+            "Use BlockDiagonal() or Diagonal(), or raise Dense(max_bytes=...).",
+        )
+
+
+@dataclass(frozen=True)
+class DenseMatrix(Matrix):
+    """C as P x P numbers. Sums are exact."""
+
+    values: Float[Tensor, "P P"]
+
+    def product(self, vector: Tensor) -> Tensor:
+        return self.values @ vector
+
+    def plus(self, other: Matrix) -> DenseMatrix:
+        return DenseMatrix(self.values + other.dense())
+
+    def scaled(self, factor: float) -> DenseMatrix:
+        return DenseMatrix(self.values * factor)
+
+    def embedded(self, inner: ParameterSpace, outer: ParameterSpace) -> DenseMatrix:
+        where = outer.positions(inner).to(self.values.device)
+        values = self.values.new_zeros(outer.size, outer.size)
+        values[where[:, None], where] = self.values
+        return DenseMatrix(values)
+
+    def map_spectrum(self, function: Callable[[Tensor], Tensor]) -> DenseMatrix:
+        return DenseMatrix(spectral_function(self.values, function))
+
+    def dense(self) -> Tensor:
+        return self.values
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.values,)

@@ -1,0 +1,1 @@
+"""Experiments: python -m benchmarks list | run NAME | report NAME."""

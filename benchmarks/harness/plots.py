@@ -1,0 +1,140 @@
+"""Figures of the reports: curves with bands, and dots with error bars; PNG files that need no display."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from benchmarks.harness.styles import MUTED, Style, styles
+from benchmarks.harness.summary import Summary
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+DPI = 150
+
+
+@dataclass(frozen=True)
+class Curves:
+    """A panel: for each label its steps with summaries, as `Results.curve` gives; `marks` are vertical lines, such as
+    the ends of experiences."""
+
+    series: Mapping[str, Sequence[tuple[float, Summary]]]
+    ylabel: str
+    title: str = ""
+    log: bool = False
+    marks: Sequence[float] = ()
+
+
+@dataclass(frozen=True)
+class Dots:
+    """A panel: for each label one summary, as `Results.final` gives, at `reference` a line to compare with."""
+
+    values: Mapping[str, Summary | None]
+    xlabel: str
+    title: str = ""
+    log: bool = False
+    reference: float | None = None
+
+
+def plot_curves(path: Path, panels: Sequence[Curves], *, xlabel: str, labels: Sequence[str]) -> Path:
+    """Panels one below the other over a common axis, mean ± std, with one legend at the right.
+
+    `labels` are all labels of the grid (`Results.labels`): they fix the colours, the same in each figure of a report.
+    """
+    figure = _figure(8.6, 0.7 + 2.9 * len(panels))
+    all_axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+    chosen = styles(labels)
+    for axes, panel in zip(all_axes, panels):
+        _draw_curves(axes, panel, chosen)
+    all_axes[-1].set_xlabel(xlabel)
+    _legend(figure, chosen, (label for panel in panels for label in panel.series))
+    return _save(figure, path)
+
+
+def plot_dots(path: Path, panels: Sequence[Dots], *, labels: Sequence[str]) -> Path:
+    """Panels side by side with one row per label, mean ± std; a label without a value keeps its empty row."""
+    shown = [label for label in labels if any(panel.values.get(label) for panel in panels)]
+    longest = max((len(label) for label in shown), default=0)
+    figure = _figure(0.08 * longest + 3.6 * len(panels) + 0.6, 1.2 + 0.3 * len(shown))
+    all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    chosen = styles(labels)
+    for axes, panel in zip(all_axes, panels):
+        _draw_dots(axes, panel, shown, chosen)
+    return _save(figure, path)
+
+
+def _draw_curves(axes: "Axes", panel: Curves, chosen: Mapping[str, Style]) -> None:
+    for mark in panel.marks:
+        axes.axvline(mark, color=MUTED, linewidth=0.8, linestyle=(0, (2, 3)), zorder=0)
+    for label, curve in panel.series.items():
+        style = chosen[label]
+        steps = [step for step, _ in curve]
+        means = [summary.mean for _, summary in curve]
+        spreads = [summary.std or 0.0 for _, summary in curve]
+        axes.plot(steps, means, linewidth=1.7, label=label, markevery=max(1, len(steps) // 10), **style.line)
+        if any(spreads):
+            lower = [mean - spread for mean, spread in zip(means, spreads)]
+            upper = [mean + spread for mean, spread in zip(means, spreads)]
+            axes.fill_between(steps, lower, upper, color=style.colour, alpha=0.15, linewidth=0)
+    axes.set_ylabel(panel.ylabel)
+    _finish(axes, panel.title)
+    if panel.log:
+        axes.set_yscale("log", nonpositive="clip")
+        positive = [summary.mean for curve in panel.series.values() for _, summary in curve if summary.mean > 0]
+        if positive:  # a band that reaches below zero must not stretch the axis
+            axes.set_ylim(bottom=max(axes.get_ylim()[0], min(positive) / 3))
+
+
+def _draw_dots(axes: "Axes", panel: Dots, shown: Sequence[str], chosen: Mapping[str, Style]) -> None:
+    if panel.reference is not None:
+        axes.axvline(panel.reference, color=MUTED, linewidth=1.0, linestyle="--", zorder=0)
+    for row, label in enumerate(shown):
+        summary = panel.values.get(label)
+        if summary is not None:
+            style = chosen[label]
+            axes.errorbar(
+                summary.mean, row, xerr=summary.std, color=style.colour, marker=style.marker, capsize=3, markersize=6.5
+            )
+    axes.set_yticks(range(len(shown)), shown)
+    axes.set_ylim(len(shown) - 0.5, -0.5)
+    axes.set_xlabel(panel.xlabel)
+    _finish(axes, panel.title)
+    axes.tick_params(axis="y", length=0)
+    if panel.log:
+        axes.set_xscale("log", nonpositive="clip")
+
+
+def _figure(width: float, height: float) -> "Figure":
+    """A figure without pyplot, so that nothing global changes."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _finish(axes: "Axes", title: str) -> None:
+    axes.set_title(title, loc="left", fontsize=11)
+    axes.grid(color="#e4e4e4", linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(MUTED)
+    axes.tick_params(color=MUTED, labelsize=9)
+
+
+def _legend(figure: "Figure", chosen: Mapping[str, Style], used: Iterable[str]) -> None:
+    """The labels in use, in the order of the grid."""
+    from matplotlib.lines import Line2D
+
+    in_use = set(used)
+    lines = [Line2D([], [], linewidth=1.7, label=label, **chosen[label].line) for label in chosen if label in in_use]
+    figure.legend(handles=lines, loc="outside right upper", frameon=False, fontsize=9, handlelength=2.8)
+
+
+def _save(figure: "Figure", path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=DPI)
+    return path

@@ -1,0 +1,51 @@
+"""``report.md``: what the experiment says of its results, and where the numbers come from."""
+
+from benchmarks.harness.experiment import Experiment
+from benchmarks.harness.manifest import PACKAGES
+from benchmarks.harness.results import Results
+from benchmarks.harness.store import Store, write_atomically
+
+
+def write_report(experiment: Experiment, results: Results, store: Store) -> str:
+    """Write the report, and return the experiment's part of it."""
+    for old in store.root.glob("*.png"):
+        old.unlink()
+    markdown = experiment.report(results, store.root).strip()
+    notice = f"> {_incomplete(results)}\n\n" if results.missing else ""
+    write_atomically(store.report, f"{notice}{markdown}\n\n{provenance(results)}\n")
+    return markdown
+
+
+def where(store: Store) -> str:
+    """Where the report and its figures are, and how to open the curves."""
+    lines = [f"Report: {store.report}"]
+    lines += [f"Figure: {path}" for path in sorted(store.root.glob("*.png"))]
+    if (store.root / "tensorboard").exists():
+        lines.append(f"Curves: tensorboard --logdir {store.root / 'tensorboard'}")
+    return "\n".join(lines)
+
+
+def provenance(results: Results) -> str:
+    """A section that says how to get the same numbers again."""
+    manifest = results.manifest
+    commits = sorted({header["commit"] or "unknown" for header in results.headers})
+    seeds = sorted({header["seed"] for header in results.headers})
+    versions = ", ".join(f"{name} {manifest[name]}" for name in ("python", *PACKAGES))
+    peak = max(header["peak_memory"] for header in results.headers) / 2**20
+    device = ", ".join(name for name in manifest["device"].values() if name)
+    lines = [
+        "## Where these numbers come from",
+        "",
+        f"- Command: `{manifest['command']}`",
+        f"- Commit: {', '.join(commits)}",
+        f"- Grid: `{manifest['grid']}`, {len(results.headers)} of {len(manifest['units'])} units finished, "
+        f"seeds {', '.join(map(str, seeds))}",
+        f"- Versions: {versions}",
+        f"- Machine: {device}; {manifest['cpus']} CPUs, one thread per worker",
+        f"- Cost: {manifest['unit_seconds']:.0f} s of computation, at most {peak:.0f} MiB in one process",
+    ]
+    return "\n".join(lines)
+
+
+def _incomplete(results: Results) -> str:
+    return f"{results.missing} of {len(results.manifest['units'])} units are missing; n says how many entered a number."

@@ -1,0 +1,70 @@
+"""Where results lie on disk, written so that a file is either complete or absent.
+
+``<out>/<experiment>/``
+    ``units/<digest>.jsonl``      a finished unit: a header line, then one line per record
+    ``units/<digest>.error.txt``  the traceback of a unit that failed
+    ``tensorboard/<label>/seed<k>``
+    ``manifest.json``             the grid of the last run and what it ran on
+    ``report.md``, ``*.png``
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Store:
+    """The folder of one experiment."""
+
+    root: Path
+
+    def unit(self, digest: str) -> Path:
+        return self.root / "units" / f"{digest}.jsonl"
+
+    def error(self, digest: str) -> Path:
+        return self.root / "units" / f"{digest}.error.txt"
+
+    def tensorboard(self, label: str, seed: int) -> Path:
+        return self.root / "tensorboard" / label / f"seed{seed}"
+
+    @property
+    def manifest(self) -> Path:
+        return self.root / "manifest.json"
+
+    @property
+    def report(self) -> Path:
+        return self.root / "report.md"
+
+    def finished(self, digest: str) -> bool:
+        return self.unit(digest).exists()
+
+    def header(self, digest: str) -> dict[str, Any] | None:
+        """The header of a finished unit, None for any other."""
+        if not self.finished(digest):
+            return None
+        with self.unit(digest).open(encoding="utf-8") as file:
+            return json.loads(file.readline())
+
+    def records(self, digest: str) -> list[dict[str, Any]]:
+        lines = self.unit(digest).read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines[1:]]
+
+    def write_unit(self, digest: str, header: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> None:
+        lines = [json.dumps(line) for line in (header, *records)]
+        write_atomically(self.unit(digest), "\n".join(lines) + "\n")
+        self.error(digest).unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a temporary file beside it, bring it to the disk, and rename it: a kill leaves the old file or the new."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

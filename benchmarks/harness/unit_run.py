@@ -1,0 +1,100 @@
+"""Run one unit in this process, from seeding to its file on disk."""
+
+import gc
+import json
+import os
+import random
+import shutil
+import time
+import traceback
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness.experiment import Context, Experiment, Record
+from benchmarks.harness.grid import Unit, describe
+from benchmarks.harness.memory import PeakMemory
+from benchmarks.harness.store import Store, write_atomically
+
+
+@dataclass(frozen=True)
+class Job:
+    """What all units of one run share."""
+
+    experiment: Experiment
+    store: Store
+    dataset_root: Path | None
+    commit: str | None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A unit that ended; `error` is the last line of its traceback, None where it finished."""
+
+    unit: Unit
+    error: str | None = None
+
+
+def run_unit(job: Job, unit: Unit) -> Outcome:
+    """Run a unit and write its file, or its traceback. The file comes last, so whatever is interrupted is run again."""
+    store = job.store
+    tensorboard = store.tensorboard(unit.label, unit.seed)
+    shutil.rmtree(tensorboard, ignore_errors=True)
+    context = Context(unit.seed, unit.quick, job.dataset_root, tensorboard)
+    started = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    begin = time.perf_counter()
+    try:
+        _seed(unit.seed)
+        with PeakMemory() as memory:
+            records = _checked(job.experiment.run(unit.config, unit.seed, context))
+        seconds = time.perf_counter() - begin
+        gc.collect()  # closes Avalanche's loggers, so that the events of a finished unit are on disk
+        header = {
+            "label": unit.label,
+            "seed": unit.seed,
+            "quick": unit.quick,
+            "config": describe(unit.config),
+            "seconds": round(seconds, 3),
+            "peak_memory": memory.peak,
+            "started": started,
+            "commit": job.commit,
+        }
+        store.write_unit(unit.digest, header, records)
+    except Exception as error:
+        write_atomically(store.error(unit.digest), traceback.format_exc())
+        return Outcome(unit, traceback.format_exception_only(error)[-1].strip())
+    return Outcome(unit)
+
+
+def use_one_thread() -> None:
+    """Keep this process, and those it starts, to one thread each: units run side by side and sum in a fixed order."""
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ[name] = "1"
+    import torch  # only now, since it reads the variables at import
+
+    torch.set_num_threads(1)
+
+
+def _seed(seed: int) -> None:
+    """Seed the global random states, so that a unit gives the same numbers whatever ran before it in the process."""
+    import numpy as np
+    import torch
+
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002 - the global state is the one that libraries draw from
+    torch.manual_seed(seed)
+
+
+def _checked(records: Iterable[Record]) -> list[dict[str, Any]]:
+    """The records with float values and integer steps; raises for any that JSON or a table could not hold."""
+    checked = []
+    for record in records:
+        metric, value, step = record.get("metric"), record.get("value"), record.get("step")
+        if not isinstance(metric, str) or value is None:
+            raise ValueError(f'A record is {{"metric": str, "value": float, "step": int | None, ...}}, got {record!r}.')
+        plain = {**record, "value": float(value), "step": None if step is None else int(step)}
+        json.dumps(plain)
+        checked.append(plain)
+    return checked

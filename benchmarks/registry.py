@@ -1,0 +1,21 @@
+"""The experiments by name. Nothing is imported until one is asked for, so ``list`` is immediate.
+
+To add an experiment, add one entry: its name, the place of its `Experiment` object, and one line for ``list``.
+"""
+
+from benchmarks.harness.registered import Registered
+
+EXPERIMENTS = {
+    "refresh": Registered(
+        "benchmarks.refresh:experiment",
+        "How wrong a quadratic model of past loss becomes, kept at its anchor or refreshed",
+    ),
+    "compare": Registered(
+        "benchmarks.compare:experiment",
+        "Accuracy and forgetting of the strategies of this package and of Avalanche, on one stream",
+    ),
+    "speed": Registered(
+        "benchmarks.speed:experiment",
+        "Seconds and memory of each curvature, structure and penalty, against a plain training step",
+    ),
+}
