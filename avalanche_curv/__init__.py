@@ -32,7 +32,7 @@ _LAZY = {
     "penalty_metrics": "metrics",
 }
 
-__all__ = [*core.__all__, *_LAZY]  # noqa: PLE0604
+__all__ = [*core.__all__, *_LAZY]
 
 
 def __getattr__(name: str) -> Any:

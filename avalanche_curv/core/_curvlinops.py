@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from curvlinops import GGNLinearOperator, HessianLinearOperator
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from avalanche_curv.core.losses import ExampleLoss
 from avalanche_curv.core.risk import EmpiricalRisk, as_matrix
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", FutureWarning)  # a dependency of curvlinops still uses torch.jit
+    from curvlinops import GGNLinearOperator, HessianLinearOperator
 
 COLUMNS = 16  # a matrix product maps over all columns at once: this bounds its memory
 
@@ -39,9 +43,9 @@ def hessian_operator(risk: EmpiricalRisk) -> MeanOperator:
     return _mean(HessianLinearOperator, risk, _SummedLoss(risk.loss), list(risk))
 
 
-def output_operator(risk: EmpiricalRisk, factors: list[Tensor]) -> MeanOperator:
-    """(1/N) Σ_i J_iᵀ S_i S_iᵀ J_i, as the GGN of ½ Σ_i ‖S_iᵀ f_i‖²; `factors` holds S [n, C, R] for each batch."""
-    return _mean(GGNLinearOperator, risk, _HalfSquare(), [(x, s) for (x, _), s in zip(risk, factors)])
+def output_operator(risk: EmpiricalRisk, data: list[tuple[Tensor, Tensor]]) -> MeanOperator:
+    """(1/N) Σ_i J_iᵀ S_i S_iᵀ J_i, as the GGN of ½ Σ_i ‖S_iᵀ f_i‖²; `data` holds inputs and S [n, C, R] by batch."""
+    return _mean(GGNLinearOperator, risk, _HalfSquare(), data)
 
 
 def _mean(operator: Any, risk: EmpiricalRisk, loss: nn.Module, data: list) -> MeanOperator:

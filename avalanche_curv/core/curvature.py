@@ -56,8 +56,8 @@ class OutputCurvature(Curvature, ABC):
     def operator(self, risk: EmpiricalRisk) -> Operator:
         generator = self.generator()
         with torch.no_grad():
-            factors = [self.factor(risk.loss, risk.outputs(x), y, generator) for x, y in risk]
-        return output_operator(risk, factors)
+            data = [(x, self.factor(risk.loss, risk.outputs(x), y, generator)) for x, y in risk]
+        return output_operator(risk, data)
 
 
 @dataclass(frozen=True)

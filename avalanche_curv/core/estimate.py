@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from avalanche_curv.core.curvature import Curvature, Hessian
 from avalanche_curv.core.quadratic import QuadraticModel
 from avalanche_curv.core.risk import EmpiricalRisk
 from avalanche_curv.core.structures.base import Matrix, Structure
 
-Rule = Callable[[Curvature, Structure, EmpiricalRisk], Matrix]
+Rule = Callable[[Any, Any, EmpiricalRisk], Matrix]
 
 _RULES: dict[tuple[type, type], Rule] = {}
 
@@ -25,7 +26,7 @@ def estimate(
 
     C is `curvature` in the form of `structure`; g = ∇L(a) with `gradient=True`, and zero otherwise, which takes the
     anchor for a minimum. Raises MemoryError before computing a matrix over the structure's limit, and
-    NonFiniteCurvatureError for NaN or infinity in the result.
+    NonFiniteCurvatureError for NaN or infinity in the result, its anchor included.
 
     >>> import torch
     >>> from avalanche_curv import GGN, Diagonal
@@ -38,7 +39,7 @@ def estimate(
     structure.check(risk.space, risk.anchor.element_size())
     matrix = curvature_matrix(curvature, structure, risk)
     slope = risk.gradient() if gradient else None
-    if not matrix.is_finite() or (slope is not None and not slope.isfinite().all()):
+    if not (matrix.is_finite() and all(bool(v.isfinite().all()) for v in (risk.anchor, slope) if v is not None)):
         raise NonFiniteCurvatureError(
             f"{curvature} of {risk.examples} examples holds NaN or infinity, so the model or its inputs do. "
             "Look for diverged weights (lower the learning rate or the strength) and for NaN in the data."
@@ -49,7 +50,7 @@ def estimate(
 def curvature_matrix(curvature: Curvature, structure: Structure, risk: EmpiricalRisk) -> Matrix:
     """The structured curvature alone, without checks."""
     matrix = _rule_for(curvature, structure)(curvature, structure, risk)
-    if isinstance(curvature, Hessian) and curvature.psd is not None:
+    if isinstance(curvature, Hessian) and curvature.psd is not None and matrix.is_finite():  # eigh fails on NaN
         matrix = matrix.map_spectrum(curvature.psd)
     return matrix
 
@@ -59,7 +60,7 @@ def by_products(curvature: Curvature, structure: Structure, risk: EmpiricalRisk)
     return structure.from_operator(curvature.operator(risk), risk)
 
 
-def rule(curvature: type[Curvature], structure: type[Structure]) -> Callable[[Rule], Rule]:
+def rule(curvature: type, structure: type) -> Callable[[Rule], Rule]:
     """Registers a shortcut for a pair of types and their subclasses; the nearest registered pair is taken.
 
     A shortcut must equal `by_products` and come with the test that shows it.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -40,7 +41,7 @@ def pulled_back(
     outputs = outputs_of(risk)
 
     def one(x: Tensor, s: Float[Tensor, "C R"]) -> Parameters:
-        _, pull = vjp(lambda p: outputs(p, x[None])[0], parameters)
+        pull: Any = vjp(lambda p: outputs(p, x[None])[0], parameters)[1]
         return vmap(lambda column: pull(column)[0], in_dims=1)(s)
 
     parts = vmap(one)(inputs, cotangents)

@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+MEASURES = ("kappa", "kappa_abs", "gamma", "alpha", "rho", "rho_pooled")
+
 
 @dataclass(frozen=True)
 class Fidelity:
@@ -38,18 +40,20 @@ class Fidelity:
     def means(self) -> dict[str, float]:
         """Averages over examples; those of alpha and rho leave out undefined entries. `rho_pooled` is the ratio of
         the mean actual to the mean predicted change, which a few tiny predictions cannot dominate."""
-        return {
-            "kappa": self.kappa.mean().item(),
-            "kappa_abs": self.kappa.abs().mean().item(),
-            "gamma": self.gamma.mean().item(),
-            "alpha": self.alpha.nanmean().item(),
-            "rho": self.rho.nanmean().item(),
-            "rho_pooled": _ratio(self.actual.mean(), self.increase.mean()).item(),
-        }
+        values = torch.stack([
+            self.kappa.mean(),
+            self.kappa.abs().mean(),
+            self.gamma.mean(),
+            self.alpha.nanmean(),
+            self.rho.nanmean(),
+            _ratio(self.actual.mean(), self.increase.mean()),
+        ])
+        return dict(zip(MEASURES, values.tolist()))
 
-    def select(self, mask: Tensor) -> Fidelity:
-        """The fidelity of some of the examples."""
-        return Fidelity(self.actual[mask], self.increase[mask], self.gamma[mask], self.alpha[mask])
+    def split(self, sizes: list[int]) -> list[Fidelity]:
+        """The fidelity of consecutive groups of examples."""
+        parts = zip(*(t.split(sizes) for t in (self.actual, self.increase, self.gamma, self.alpha)))
+        return [Fidelity(*part) for part in parts]
 
 
 @dataclass(frozen=True)
@@ -59,28 +63,42 @@ class Comparison:
     quadratic: Fidelity
     linear: Fidelity
 
+    @classmethod
+    def of(
+        cls, products: GradientProducts, actual: Float[Tensor, "N"], increase: Float[Tensor, "2 N"]
+    ) -> Comparison:
+        """From both predictions at once, the one without the linear term first."""
+        gamma = products.distance.clamp_min(0).sqrt()
+        alpha = _ratio(products.inner, products.true.sqrt() * products.predicted.sqrt()).clamp(-1, 1)
+        return cls(*(Fidelity(actual, *parts) for parts in zip(increase, gamma, alpha)))
+
+    def split(self, sizes: list[int]) -> list[Comparison]:
+        """The comparison of consecutive groups of examples."""
+        return [Comparison(*pair) for pair in zip(self.quadratic.split(sizes), self.linear.split(sizes))]
+
 
 @dataclass(frozen=True)
 class GradientProducts:
-    """Inner products of the true gradient ∇ℓ with a predicted one, for each of N examples."""
+    """Inner products of the true gradient ∇ℓ with two predicted ones, for each of N examples."""
 
-    true: Float[Tensor, "N"]
-    predicted: Float[Tensor, "N"]
-    inner: Float[Tensor, "N"]
-    distance: Float[Tensor, "N"]
+    true: Float[Tensor, "2 N"]
+    predicted: Float[Tensor, "2 N"]
+    inner: Float[Tensor, "2 N"]
+    distance: Float[Tensor, "2 N"]
 
     @classmethod
-    def of(cls, true: Float[Tensor, "N P"], predicted: Float[Tensor, "N P"]) -> GradientProducts:
+    def of(cls, true: Float[Tensor, "N P"], predicted: Float[Tensor, "2 N P"]) -> GradientProducts:
         """From the gradients themselves: squared norms, inner product and squared distance."""
-        return cls(
-            true.square().sum(1), predicted.square().sum(1), (true * predicted).sum(1),
-            (true - predicted).square().sum(1),
-        )
+        square = torch.linalg.vecdot
+        norm = square(predicted, predicted)
+        difference = true - predicted
+        return cls(square(true, true).expand_as(norm), norm, square(predicted, true), square(difference, difference))
 
-    def fidelity(self, actual: Float[Tensor, "N"], increase: Float[Tensor, "N"]) -> Fidelity:
-        """The four measures of this prediction."""
-        alpha = _ratio(self.inner, self.true.sqrt() * self.predicted.sqrt()).clamp(-1, 1)
-        return Fidelity(actual, increase, self.distance.clamp_min(0).sqrt(), alpha)
+
+def concatenated(parts: list[Fidelity]) -> Fidelity:
+    """The fidelity of all examples from that of their groups."""
+    names = ("actual", "increase", "gamma", "alpha")
+    return Fidelity(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
 
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ class ExampleLoss(ABC):
     def sample_gradients(
         self, outputs: Float[Tensor, "N C"], uniform: Float[Tensor, "N m C"]
     ) -> Float[Tensor, "N C m"]:
-        """∇_f ℓ(f_i, y) at labels y drawn from the model itself, with E[g gᵀ] = ∇²_f ℓ, from uniform draws in [0, 1)."""
+        """∇_f ℓ(f_i, y) at labels y of the model itself, E[g gᵀ] = ∇²_f ℓ, from uniform draws in [0, 1)."""
 
     @abstractmethod
     def check_likelihood(self) -> None:

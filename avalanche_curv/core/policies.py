@@ -72,14 +72,16 @@ class Merge(Policy):
 class Refresh(Policy):
     """Stores a random part of each experience's examples and re-estimates all of the past at the newest anchor.
 
-    q = Σ_t (g_tᵀδ + ½ δᵀ C_t δ), with g_t and C_t of the stored examples of experience t at the newest parameters.
-    `gradient=False` drops g, the classical assumption that the anchor is a minimum of past loss. `fraction` of an
+    q = Σ_t ½ δᵀ C_t δ, with C_t of the stored examples of experience t at the newest parameters. `fraction` of an
     experience's examples are kept, drawn by `seed`.
+
+    With `gradient=True`, q also carries Σ_t g_tᵀδ, the slope of past loss at the new anchor, which is no minimum of
+    it. Where that slope leaves the range of C, q has no lower bound and a large strength or a long experience diverges.
     """
 
     fraction: float = 0.1
     seed: int = 0
-    gradient: bool = True
+    gradient: bool = False
 
     def __post_init__(self) -> None:
         _check_fraction("Refresh", self.fraction)
@@ -93,7 +95,12 @@ class Refresh(Policy):
 
 def part_of(risk: EmpiricalRisk, fraction: float, seed: int, experience: int) -> EmpiricalRisk:
     """The random part that is kept of an experience: the same for every policy and metric of the same seed."""
-    return risk if fraction == 1 else risk.subset(fraction, seed * 1_000_003 + experience)
+    return risk if fraction == 1 else risk.subset(fraction, part_seed(seed, experience))
+
+
+def part_seed(seed: int, experience: int) -> int:
+    """The seed by which the kept part of an experience is drawn."""
+    return seed * 1_000_003 + experience
 
 
 def _check_fraction(name: str, fraction: float) -> None:

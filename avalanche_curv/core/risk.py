@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from avalanche_curv.core.losses import ExampleLoss, example_loss
@@ -74,8 +74,9 @@ class EmpiricalRisk:
 
     @cached_property
     def examples(self) -> int:
-        """N."""
-        return sum(len(targets) for _, targets in self.batches)
+        """N: what the batches say of themselves, or their count."""
+        known = getattr(self.batches, "examples", None)
+        return sum(len(targets) for _, targets in self.batches) if known is None else known
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -113,9 +114,7 @@ class EmpiricalRisk:
 
     def subset(self, fraction: float, seed: int) -> EmpiricalRisk:
         """The risk of a random `fraction` of the examples, at least one, drawn without replacement by `seed`."""
-        count = max(1, round(fraction * self.examples))
-        order = torch.randperm(self.examples, generator=torch.Generator().manual_seed(seed))
-        return self.select(order[:count].sort().values)
+        return self.select(random_part(self.examples, fraction, seed))
 
     def select(self, indices: Tensor) -> EmpiricalRisk:
         """The risk of the examples at sorted `indices`, held in memory as one batch."""
@@ -140,7 +139,7 @@ class EmpiricalRisk:
         _ = self.space
         first: Any = next(iter(self.batches), None)
         if first is None or not len(first[1]):
-            raise ValueError("The risk of no examples is not defined: got no batch, or an empty one. Give at least one.")
+            raise ValueError("The risk of no examples is not defined: got no batch, or an empty one. Give one or more.")
         if len(first) != 2 or not all(isinstance(part, Tensor) for part in first):
             raise ValueError(
                 f"Each batch must be a pair of tensors (inputs, targets); got {[type(p).__name__ for p in first]}."
@@ -175,6 +174,26 @@ class Rebatched:
                     held -= self.size
         if held:
             yield torch.cat(inputs), torch.cat(targets)
+
+
+def joined_risk(risks: list[EmpiricalRisk]) -> EmpiricalRisk:
+    """The risk of the examples of all, in order, for risks of the same past function; one batch where they fit."""
+    if len(risks) == 1:
+        return risks[0]
+    inputs, targets = zip(*(batch for risk in risks for batch in risk.batches))
+    same = len({x.shape[1:] for x in inputs}) == 1
+    batches = ((torch.cat(inputs), torch.cat(targets)),) if same else tuple(zip(inputs, targets))
+    return replace(risks[0], batches=batches)
+
+
+def random_part(examples: int, fraction: float, seed: int) -> Int[Tensor, "n"]:
+    """Sorted indices of a random `fraction` of so many examples, at least one, without replacement.
+
+    >>> len(random_part(50, 0.1, seed=0))
+    5
+    """
+    order = torch.randperm(examples, generator=torch.Generator().manual_seed(seed))
+    return order[: max(1, round(fraction * examples))].sort().values
 
 
 def as_matrix(outputs: Tensor) -> Float[Tensor, "N C"]:

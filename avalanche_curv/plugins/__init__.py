@@ -1,0 +1,5 @@
+"""Avalanche plugins."""
+
+from avalanche_curv.plugins.curvature_ewc import CurvatureEWCPlugin
+
+__all__ = ["CurvatureEWCPlugin"]

@@ -50,10 +50,6 @@ class Examples:
         """The examples at `indices`, in that order."""
         return Examples(self.inputs[indices], self.targets[indices])
 
-    def to(self, inputs: Float[Tensor, "N *features"]) -> Examples:
-        """Other inputs of the same classes."""
-        return Examples(inputs, self.targets)
-
 
 def benchmark(splits: Iterable[tuple[Examples, Examples]], task_labels: Sequence[int], n_classes: int) -> CLScenario:
     """The benchmark whose experience t is the t-th (train, test) of `splits` and carries the t-th task label.

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from avalanche.benchmarks import CLScenario
-from jaxtyping import Float
+from jaxtyping import Int
 from sklearn.datasets import load_digits
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
@@ -70,7 +70,7 @@ def PermutedDigits(n_experiences: int = 5, *, seed: int | None = None) -> CLScen
     train, test = _digits(rng)
     orders = [torch.arange(SIDE**2)]
     orders += [torch.from_numpy(rng.permutation(SIDE**2)) for _ in range(n_experiences - 1)]
-    splits = [tuple(part.to(part.inputs[:, order]) for part in (train, test)) for order in orders]
+    splits = [(_permuted(train, order), _permuted(test, order)) for order in orders]
     return benchmark(splits, [0] * n_experiences, CLASSES)
 
 
@@ -98,7 +98,7 @@ def RotatedDigits(
             f"{n_experiences} angles in degrees, or none for equally spaced ones."
         )
     train, test = _digits(np.random.default_rng(seed))
-    splits = [tuple(part.to(_turned(part.inputs, angle)) for part in (train, test)) for angle in angles]
+    splits = [(_turned(train, angle), _turned(test, angle)) for angle in angles]
     return benchmark(splits, [0] * n_experiences, CLASSES)
 
 
@@ -109,10 +109,14 @@ def _digits(rng: np.random.Generator) -> tuple[Examples, Examples]:
     return digits.at(train), digits.at(test)
 
 
-def _of_classes(digits: Examples, classes: Tensor) -> Examples:
+def _of_classes(digits: Examples, classes: Int[Tensor, "k"]) -> Examples:
     return digits.at(torch.isin(digits.targets, classes).nonzero().squeeze(1))
 
 
-def _turned(pixels: Float[Tensor, "N 64"], degrees: float) -> Float[Tensor, "N 64"]:
-    images = pixels.view(-1, 1, SIDE, SIDE)
-    return rotate(images, float(degrees), InterpolationMode.BILINEAR).flatten(1)
+def _permuted(digits: Examples, order: Int[Tensor, "64"]) -> Examples:
+    return Examples(digits.inputs[:, order], digits.targets)
+
+
+def _turned(digits: Examples, degrees: float) -> Examples:
+    images = digits.inputs.view(-1, 1, SIDE, SIDE)
+    return Examples(rotate(images, float(degrees), InterpolationMode.BILINEAR).flatten(1), digits.targets)

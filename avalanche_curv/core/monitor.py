@@ -1,0 +1,112 @@
+"""Both pictures of the past along any trajectory: each experience at its own anchor, and all at the newest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor, nn
+
+from avalanche_curv.core.curvature import Curvature, Hessian, OutputCurvature
+from avalanche_curv.core.fidelity import Comparison, Fidelity, concatenated
+from avalanche_curv.core.layer_pictures import LayerPictures
+from avalanche_curv.core.layers import LinearLayers
+from avalanche_curv.core.parameters import ParameterSpace
+from avalanche_curv.core.pictures import HessianPictures, OutputPictures, Pictures, check_per_example
+from avalanche_curv.core.risk import EmpiricalRisk, joined_risk
+
+
+@dataclass(frozen=True)
+class PastPictures:
+    """The pictures of the stored examples of each past experience, in order.
+
+    `accumulate` holds each experience's risk as frozen at its own end, `refresh` all of them at the newest end.
+    """
+
+    curvature: Curvature
+    accumulate: tuple[EmpiricalRisk, ...] = ()
+    refresh: tuple[EmpiricalRisk, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_per_example(self.curvature)
+
+    def with_experience(self, stored: EmpiricalRisk) -> PastPictures:
+        """The pictures after one more experience, whose stored examples are frozen at its end."""
+        fresh = (*(risk.at(stored) for risk in self.refresh), stored)
+        return PastPictures(self.curvature, (*self.accumulate, stored), fresh)
+
+    def compare(self, model: nn.Module) -> dict[str, list[Comparison]]:
+        """For each picture, the comparison of each past experience at the current parameters of `model`."""
+        vectors: dict[ParameterSpace, Tensor] = {}
+        for held in self._held.values():
+            for group in held:
+                space = group.pictures.risk.space
+                if space not in vectors:
+                    vectors[space] = space.vector(model)
+        return {
+            name: [part for group in held for part in group.compare(vectors[group.pictures.risk.space])]
+            for name, held in self._held.items()
+        }
+
+    def measure(self, model: nn.Module) -> dict[str, float]:
+        """`picture/measure` over all stored examples and `picture/measure/experience_t` for each past experience.
+
+        The picture is `accumulate` or `refresh`, with `_linear` where its linear term is kept; the measures are those
+        of `Fidelity.means`.
+        """
+        values: dict[str, float] = {}
+        for picture, comparisons in self.compare(model).items():
+            for suffix, parts in (
+                ("", [c.quadratic for c in comparisons]),
+                ("_linear", [c.linear for c in comparisons]),
+            ):
+                values |= _named(picture + suffix, parts)
+        return values
+
+    @cached_property
+    def _held(self) -> dict[str, list[_Group]]:
+        accumulate = [_Group.of(self.curvature, [risk]) for risk in self.accumulate]
+        functions = {risk.adapter for risk in self.refresh}
+        together = [list(self.refresh)] if len(functions) == 1 else [[risk] for risk in self.refresh]
+        return {"accumulate": accumulate, "refresh": [_Group.of(self.curvature, risks) for risks in together if risks]}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is computed again when it is needed."""
+        return {name: value for name, value in self.__dict__.items() if name != "_held"}
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Experiences whose past function is the same, measured at once."""
+
+    pictures: Pictures
+    sizes: list[int]
+
+    @classmethod
+    def of(cls, curvature: Curvature, risks: list[EmpiricalRisk]) -> _Group:
+        return cls(pictures_of(curvature, joined_risk(risks)), [risk.examples for risk in risks])
+
+    def compare(self, parameters: Tensor) -> list[Comparison]:
+        return self.pictures.compare(parameters).split(self.sizes)
+
+
+def pictures_of(curvature: Curvature, risk: EmpiricalRisk) -> Pictures:
+    """The fastest way to measure pictures with this curvature on this model.
+
+    Raises TypeError for a kind without a per-example form.
+    """
+    check_per_example(curvature)
+    if isinstance(curvature, Hessian):
+        return HessianPictures(risk)
+    if not isinstance(curvature, OutputCurvature):
+        raise TypeError(f"{type(curvature).__name__} has no per-example form.")
+    layers = LinearLayers.of(risk)
+    return OutputPictures(curvature, risk) if layers is None else LayerPictures(curvature, risk, layers)
+
+
+def _named(picture: str, parts: list[Fidelity]) -> dict[str, float]:
+    values = {f"{picture}/{measure}": value for measure, value in concatenated(parts).means().items()}
+    for number, part in enumerate(parts):
+        values |= {f"{picture}/{measure}/experience_{number}": value for measure, value in part.means().items()}
+    return values

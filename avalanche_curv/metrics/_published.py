@@ -1,0 +1,35 @@
+"""What the metric shells share: named scalars at the current training iteration."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from avalanche.evaluation import PluginMetric
+from avalanche.evaluation.metric_results import MetricValue
+
+
+class ScalarMetric(PluginMetric[dict[str, float]]):
+    """A metric that emits several named floats; `result` gives the last ones."""
+
+    def __init__(self, every: int) -> None:
+        super().__init__()
+        if every < 1:
+            raise ValueError(f"every must be at least 1 iteration; got {every}. 1 measures at each step.")
+        self.every = every
+        self._last: dict[str, float] = {}
+
+    def result(self) -> dict[str, float]:
+        return self._last
+
+    def reset(self) -> None:
+        self._last = {}
+
+    def due(self, strategy: Any) -> bool:
+        """Whether this iteration is one of every n, counted from the first of the experience."""
+        return strategy.clock.train_exp_iterations % self.every == 0
+
+    def publish(self, strategy: Any, values: dict[str, float]) -> list[MetricValue]:
+        """The values as Avalanche wants them: Python floats, at the number of training iterations so far."""
+        self._last |= values
+        step = strategy.clock.train_iterations
+        return [MetricValue(self, name, float(value), step) for name, value in values.items()]

@@ -1,0 +1,82 @@
+"""Accuracy on stored examples, on the current task and on past ones, during training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from avalanche.evaluation.metric_results import MetricValue
+from torch import Tensor
+
+from avalanche_curv.core.policies import part_seed
+from avalanche_curv.core.risk import random_part
+from avalanche_curv.metrics._published import ScalarMetric
+from avalanche_curv.plugins import _bridge
+
+Batch = tuple[Tensor, Tensor, Tensor]
+
+
+class TaskAccuracyMetric(ScalarMetric):
+    """`accuracy/current_task`, `accuracy/past_tasks` (mean over tasks) and `accuracy/stored`, in eval mode.
+
+    Tasks are measured on `stream` (the t-th experience of it for the t-th one trained) or, without one, on the
+    training examples; at most `limit` examples a task, drawn by `seed`. Stored examples are the random `fraction` of
+    each past experience that fidelity looks at.
+    """
+
+    def __init__(self, every: int, stream: Sequence[Any] | None, fraction: float, seed: int, limit: int = 1000) -> None:
+        super().__init__(every)
+        self.stream, self.fraction, self.seed, self.limit = stream, fraction, seed, limit
+        self._current: Batch | None = None
+        self._past: list[Batch] = []
+        self._stored: list[Batch] = []
+
+    def before_training_exp(self, strategy: Any) -> None:
+        if self._current is None:
+            number = len(self._past)
+            dataset = _bridge.data_of(self._source(strategy, number))
+            fraction = min(1.0, self.limit / len(dataset))
+            self._current = _sample(dataset, fraction, part_seed(self.seed, number))
+
+    def after_training_iteration(self, strategy: Any) -> list[MetricValue]:
+        return self.publish(strategy, self._measured(strategy, "accuracy")) if self.due(strategy) else []
+
+    def after_training_exp(self, strategy: Any) -> list[MetricValue]:
+        values = self.publish(strategy, self._measured(strategy, "accuracy_experience"))
+        if _bridge.past_task_ends(strategy) and self._current is not None:
+            dataset = _bridge.data_of(strategy.experience)
+            self._stored.append(_sample(dataset, self.fraction, part_seed(self.seed, len(self._past))))
+            self._past.append(self._current)
+            self._current = None
+        return values
+
+    def _source(self, strategy: Any, number: int) -> Any:
+        if self.stream is None:
+            return strategy.experience
+        if number >= len(self.stream):
+            raise ValueError(
+                f"The evaluation stream has {len(self.stream)} experiences, but experience {number} is being trained. "
+                "Give a stream with one experience for each that is trained, or none to measure on training examples."
+            )
+        return self.stream[number]
+
+    def _measured(self, strategy: Any, group: str) -> dict[str, float]:
+        parts = {"current_task": [self._current] if self._current else [], "past_tasks": self._past}
+        parts["stored"] = self._stored
+        return {
+            f"{group}/{name}": _mean([_rate(_bridge.correct(strategy, batch)) for batch in batches])
+            for name, batches in parts.items()
+            if batches
+        }
+
+
+def _sample(dataset: Any, fraction: float, seed: int) -> Batch:
+    return _bridge.collected(dataset, random_part(len(dataset), fraction, seed).tolist())
+
+
+def _rate(correct_of: tuple[int, int]) -> float:
+    return correct_of[0] / correct_of[1]
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)

@@ -1,0 +1,114 @@
+"""How wrong the quadratic picture of the past is, on any strategy."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+from avalanche.evaluation.metric_results import MetricValue
+
+from avalanche_curv.core.curvature import Curvature, Fisher
+from avalanche_curv.core.monitor import PastPictures
+from avalanche_curv.core.policies import part_of
+from avalanche_curv.metrics._published import ScalarMetric
+from avalanche_curv.metrics.accuracy import TaskAccuracyMetric
+from avalanche_curv.metrics.penalty import PenaltyMetric
+from avalanche_curv.plugins import CurvatureEWCPlugin, _bridge
+
+
+def fidelity_metrics(
+    *,
+    of: CurvatureEWCPlugin | None = None,
+    curvature: Curvature | None = None,
+    fraction: float | None = None,
+    seed: int | None = None,
+    every: int = 10,
+    stream: Sequence[Any] | None = None,
+) -> list[ScalarMetric]:
+    """Fidelity of the quadratic picture of past loss, accuracy on old and new examples, and the penalty.
+
+    A random `fraction` (0.1) of each experience's examples, drawn by `seed` (0), is stored. Two pictures of them are
+    measured side by side, whatever the strategy trains with: `accumulate`, each experience at its own anchor, and
+    `refresh`, all at the end of the newest experience. For each, without and with the linear term (`_linear`), the
+    means of kappa, |kappa|, gamma, alpha and rho (see `core.fidelity.Fidelity`) are published, overall and by past
+    experience:
+
+    - `fidelity/<picture>/<measure>[/experience_t]` every n iterations,
+    - `fidelity_experience/...` at the end of each experience, before it becomes part of the past,
+    - `fidelity_trajectory/...` then too: the average over all measured iterations so far.
+
+    Besides come `accuracy/{stored,current_task,past_tasks}`, on `stream` if one is given (for instance
+    `benchmark.test_stream`) and else on training examples, and `penalty/{raw,weighted}` of a CurvatureEWC.
+
+    `of` takes curvature, fraction and seed from a CurvatureEWCPlugin where they are not given. Measuring draws no
+    random numbers and leaves training bit-identical. Raises TypeError for a curvature without per-example form.
+
+    >>> from avalanche_curv import GGN
+    >>> [type(metric).__name__ for metric in fidelity_metrics(curvature=GGN(), every=5)]
+    ['FidelityMetric', 'TaskAccuracyMetric', 'PenaltyMetric']
+    """
+    if of is not None:
+        curvature = of.curvature if curvature is None else curvature
+        fraction = getattr(of.policy, "fraction", None) if fraction is None else fraction
+        seed = getattr(of.policy, "seed", None) if seed is None else seed
+    fraction, seed = 0.1 if fraction is None else fraction, seed or 0
+    return [
+        FidelityMetric(every, Fisher() if curvature is None else curvature, fraction, seed),
+        TaskAccuracyMetric(every, stream, fraction, seed),
+        PenaltyMetric(every),
+    ]
+
+
+class FidelityMetric(ScalarMetric):
+    """See `fidelity_metrics`."""
+
+    def __init__(self, every: int, curvature: Curvature, fraction: float, seed: int) -> None:
+        super().__init__(every)
+        if not 0 < fraction <= 1:
+            raise ValueError(f"fraction must lie in (0, 1]; got {fraction}. 0.1 stores one example in ten.")
+        self.fraction, self.seed = fraction, seed
+        self.pictures = PastPictures(curvature)
+        self.trajectory: defaultdict[str, _Mean] = defaultdict(_Mean)
+
+    def after_training_iteration(self, strategy: Any) -> list[MetricValue]:
+        if not self.pictures.accumulate or not self.due(strategy):
+            return []
+        values = self.pictures.measure(strategy.model)
+        for name, value in values.items():
+            self.trajectory[name].add(value)
+        return self._published(strategy, "fidelity", values)
+
+    def after_training_exp(self, strategy: Any) -> list[MetricValue]:
+        if not _bridge.past_task_ends(strategy):
+            return []
+        published = []
+        if self.pictures.accumulate:
+            published += self._published(strategy, "fidelity_experience", self.pictures.measure(strategy.model))
+            means = {name: mean.value for name, mean in self.trajectory.items()}
+            published += self._published(strategy, "fidelity_trajectory", means)
+        risk = _bridge.current_risk(strategy, batch_size=256)
+        stored = part_of(risk, self.fraction, self.seed, len(self.pictures.accumulate))
+        self.pictures = self.pictures.with_experience(stored)
+        return published
+
+    def _published(self, strategy: Any, group: str, values: dict[str, float]) -> list[MetricValue]:
+        """Undefined values, such as a cosine with a zero gradient, are left out."""
+        defined = {f"{group}/{name}": value for name, value in values.items() if not math.isnan(value)}
+        return self.publish(strategy, defined)
+
+
+class _Mean:
+    """The mean of the defined values seen so far."""
+
+    def __init__(self) -> None:
+        self.total, self.count = 0.0, 0
+
+    def add(self, value: float) -> None:
+        if not math.isnan(value):
+            self.total, self.count = self.total + value, self.count + 1
+
+    @property
+    def value(self) -> float:
+        return self.total / self.count if self.count else math.nan

@@ -1,0 +1,198 @@
+"""The one place that reads a strategy: from an Avalanche experience to an empirical risk, leaving no trace."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from avalanche.benchmarks import OnlineCLExperience
+from avalanche.models import MultiTaskModule, avalanche_forward
+from avalanche.models.utils import is_multi_task_module
+from avalanche.training.utils import _at_task_boundary
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+from avalanche_curv.core.losses import ExampleLoss, example_loss
+from avalanche_curv.core.parameters import ParameterSpace
+from avalanche_curv.core.risk import EmpiricalRisk
+
+IN_MEMORY_BYTES = 2**30  # data sets up to this size are loaded once, larger ones at every pass
+
+
+@dataclass(frozen=True)
+class LoadedBatches:
+    """(inputs, targets) of a data set, loaded anew at every pass and in the same order."""
+
+    dataset: Any
+    size: int
+
+    @property
+    def examples(self) -> int:
+        return len(self.dataset)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in loader(self.dataset, self.size):
+            yield batch[0], batch[1]
+
+
+@dataclass(frozen=True)
+class SingleTask:
+    """Binds the task label of an experience, so that a multi-task model maps inputs alone to outputs."""
+
+    task: int
+
+    def __call__(self, module: nn.Module) -> nn.Module:
+        return _OneTask(module, self.task)
+
+
+class _OneTask(nn.Module):
+    """A multi-task model called with one integer label: the same outputs as with a tensor of labels, which Avalanche
+    pads with zero logits up to the largest class known, but free of the in-place writes that `vmap` cannot follow."""
+
+    def __init__(self, module: nn.Module, task: int) -> None:
+        super().__init__()
+        self.module, self.task = module, task
+        splitting = (m for m in module.modules() if type(m).forward is MultiTaskModule.forward)
+        self.width = getattr(next(splitting, None), "max_class_label", 0)
+        self.eval()
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        outputs = self.module(inputs, self.task)
+        return F.pad(outputs, (0, max(0, self.width - outputs.shape[1])))
+
+
+def past_task_ends(strategy: Any) -> bool:
+    """Whether the experience that is ending ends a task: sub-experiences of an online stream do not."""
+    return _at_task_boundary(strategy.experience, before=False)
+
+
+def current_loss(strategy: Any) -> ExampleLoss:
+    """The per-example form of the strategy's criterion. Raises TypeError where none is known."""
+    return example_loss(strategy._criterion)
+
+
+def current_space(strategy: Any) -> ParameterSpace:
+    """The trainable parameters of the strategy's model."""
+    return ParameterSpace.of(strategy.model)
+
+
+def current_number(strategy: Any) -> int:
+    """How many experiences were trained before this one."""
+    return strategy.clock.train_exp_counter
+
+
+def data_of(experience: Any) -> Any:
+    """The examples of an experience without training augmentation; for the end of a task split online, all of it."""
+    if isinstance(experience, OnlineCLExperience) and experience.access_task_boundaries:
+        experience = experience.origin_experience
+    return experience.dataset.eval()
+
+
+def current_risk(strategy: Any, batch_size: int) -> EmpiricalRisk:
+    """The risk of the current experience, frozen at the current parameters.
+
+    Raises ValueError for an empty experience and for several task labels in one experience of a multi-task model.
+    """
+    dataset = data_of(strategy.experience)
+    check_not_empty(strategy)
+    with untouched_randomness():
+        adapter = _adapter(strategy.model, dataset, current_number(strategy))
+        batches = _batches(dataset, batch_size)
+        risk = EmpiricalRisk.snapshot(strategy.model, strategy._criterion, batches, adapter=adapter)
+        if adapter is not None:
+            _check_same_outputs(risk, adapter.task)
+    return risk
+
+
+def check_not_empty(strategy: Any) -> None:
+    """Raises ValueError for an experience without examples."""
+    if len(strategy.experience.dataset) == 0:
+        raise ValueError(
+            f"Experience {current_number(strategy)} holds no examples, so it has no loss to remember. "
+            "Remove it from the stream."
+        )
+
+
+def loader(dataset: Any, batch_size: int) -> DataLoader:
+    """Batches in order; a generator of its own keeps the global random state as it is."""
+    collate = getattr(dataset, "collate_fn", None)
+    return DataLoader(dataset, batch_size=batch_size, collate_fn=collate, generator=torch.Generator())
+
+
+@contextmanager
+def untouched_randomness() -> Iterator[None]:
+    """Leaves the random states of torch, numpy and Python as found, whatever a data set's transforms draw."""
+    states = random.getstate(), np.random.get_state()  # noqa: NPY002  the legacy state is the one transforms use
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])  # noqa: NPY002
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients; every module's training flag is put back."""
+    flags = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, flag in flags:
+            module.training = flag
+
+
+def correct(strategy: Any, batch: tuple[Tensor, ...]) -> tuple[int, int]:
+    """How many examples of a batch (inputs, targets, task labels) the current model classifies rightly, of how many."""
+    inputs, targets, tasks = (part.to(strategy.device) for part in batch)
+    with evaluating(strategy.model):
+        outputs = avalanche_forward(strategy.model, inputs, tasks)
+    return int((outputs.argmax(1) == targets).sum()), len(targets)
+
+
+def collected(dataset: Any, indices: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Some examples as one batch (inputs, targets, task labels); label 0 where the data carry none."""
+    part = dataset.subset(indices)
+    with untouched_randomness():
+        batch = next(iter(loader(part, len(indices))))
+    tasks = batch[-1] if len(batch) > 2 else torch.zeros(len(indices), dtype=torch.long)
+    return batch[0], batch[1], tasks
+
+
+def _batches(dataset: Any, size: int) -> Any:
+    batches = LoadedBatches(dataset, size)
+    first = next(iter(batches))[0]
+    fits = first.nbytes / len(first) * len(dataset) <= IN_MEMORY_BYTES
+    return tuple(batches) if fits else batches
+
+
+def _adapter(model: nn.Module, dataset: Any, number: int) -> SingleTask | None:
+    if not is_multi_task_module(model):
+        return None
+    tasks = sorted({int(task) for task in dataset.targets_task_labels})
+    if len(tasks) > 1:
+        raise ValueError(
+            f"Experience {number} carries the task labels {tasks}, but the past loss of a multi-task model is kept by "
+            "task. Give each task an experience of its own."
+        )
+    return SingleTask(tasks[0])
+
+
+def _check_same_outputs(risk: EmpiricalRisk, task: int) -> None:
+    inputs, _ = next(iter(risk))
+    with torch.no_grad():
+        labels = torch.full((len(inputs),), task, device=inputs.device)
+        expected, got = avalanche_forward(risk.base, inputs, labels), risk.model(inputs)
+    if expected.shape != got.shape or not torch.allclose(expected, got, rtol=1e-4, atol=1e-5):
+        raise ValueError(
+            f"{type(risk.base).__name__} gives other outputs for the integer task label {task} than for a tensor "
+            "of it, so its past loss cannot be frozen. Let forward() treat both alike, as MultiHeadClassifier does."
+        )

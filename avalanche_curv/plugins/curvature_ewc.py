@@ -1,0 +1,106 @@
+"""Elastic weight consolidation with any curvature, structure and policy, as an Avalanche plugin."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import torch
+from avalanche.training.plugins import SupervisedPlugin
+
+from avalanche_curv.core.curvature import Curvature, Fisher, Hessian
+from avalanche_curv.core.estimate import NonFiniteCurvatureError
+from avalanche_curv.core.policies import Accumulate, Past, Policy
+from avalanche_curv.core.structures import Diagonal, Structure
+from avalanche_curv.plugins import _bridge
+
+
+class CurvatureEWCPlugin(SupervisedPlugin):
+    """Adds strength · q(θ) to the training loss, with q the quadratic model of the loss on past experiences.
+
+    With the defaults, q = Σ_t ½ Σ_i F_{t,i} (θ_i − a_{t,i})² over past experiences t, with F_t the exact diagonal
+    Fisher of the mean loss at the anchor a_t (Kirkpatrick et al. 2017, eq. 3). The gradient is exact.
+
+    `strength` is λ and means the same for every curvature and structure. Avalanche's EWC has no ½ and squares
+    mini-batch gradients: its `ewc_lambda` equals strength / 2 with
+    `curvature=BatchedEmpiricalFisher(batch_size=train_mb_size)`. Strength 0 trains exactly as without the plugin.
+
+    `batch_size` is how many examples are loaded at once; results do not depend on it. `past` holds the quadratic
+    model and what the policy stores.
+
+    Raises TypeError or ValueError for unusable options when it is made; before training for a criterion without
+    per-example form, an empty experience, a model without trainable parameters, or (MemoryError) a matrix over its
+    structure's limit; NonFiniteCurvatureError at the end of an experience that diverged: `past` then still holds what
+    came before.
+    """
+
+    def __init__(
+        self,
+        strength: float,
+        *,
+        curvature: Curvature = Fisher(),  # noqa: B008  a frozen value
+        structure: Structure = Diagonal(),  # noqa: B008
+        policy: Policy = Accumulate(),  # noqa: B008
+        batch_size: int = 256,
+    ) -> None:
+        super().__init__()
+        _check_options(strength, curvature, structure, policy, batch_size)
+        self.strength = float(strength)
+        self.curvature, self.structure, self.policy = curvature, structure, policy
+        self.batch_size = batch_size
+        self.past = Past()
+        self.penalty: torch.Tensor | None = None  # q at the last step, without strength
+
+    def before_training(self, strategy: Any, **kwargs: Any) -> None:
+        _bridge.current_loss(strategy)
+
+    def before_train_dataset_adaptation(self, strategy: Any, **kwargs: Any) -> None:
+        _bridge.check_not_empty(strategy)
+
+    def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
+        space = _bridge.current_space(strategy)
+        self.structure.check(space, itemsize=4)
+
+    def before_backward(self, strategy: Any, **kwargs: Any) -> None:
+        if self.past.model is None:
+            return
+        if self.strength == 0:
+            self.penalty = self.past.model(strategy.model)
+            return
+        penalty = self.past.model.penalty(strategy.model)
+        self.penalty = penalty.detach()
+        strategy.loss = strategy.loss + self.strength * penalty
+
+    def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
+        if not _bridge.past_task_ends(strategy):
+            return
+        risk = _bridge.current_risk(strategy, self.batch_size)
+        try:
+            self.past = self.policy.absorb(self.past, risk, self.curvature, self.structure)
+        except NonFiniteCurvatureError as error:
+            raise NonFiniteCurvatureError(
+                f"Experience {_bridge.current_number(strategy)}: {error} "
+                f"The model of the {self.past.experiences} experiences before it is kept in `past`."
+            ) from error
+
+
+def _check_options(strength: float, curvature: object, structure: object, policy: object, batch_size: int) -> None:
+    if not (isinstance(strength, (int, float)) and math.isfinite(strength) and strength >= 0):
+        raise ValueError(f"strength must be a finite number of at least 0; got {strength!r}. 0 only measures.")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1; got {batch_size}.")
+    for name, value, expected, example in (
+        ("curvature", curvature, Curvature, "Fisher()"),
+        ("structure", structure, Structure, "Diagonal()"),
+        ("policy", policy, Policy, "Accumulate()"),
+    ):
+        if not isinstance(value, expected):
+            hint = f"Call it: {value.__name__}()." if isinstance(value, type) else f"Give a value such as {example}."
+            raise TypeError(f"{name} must be a {expected.__name__}; got {value!r}. {hint}")
+    if isinstance(curvature, Hessian) and curvature.psd is None:
+        warnings.warn(
+            "The Hessian may be indefinite, and a penalty with it may reward leaving the anchor without bound. "
+            "Use Hessian(psd=Clip()) or Hessian(psd=Absolute()) unless that is what you study.",
+            stacklevel=3,
+        )
