@@ -78,7 +78,7 @@ class ParameterSpace:
     def split(self, vector: Float[Tensor, "*k P"]) -> list[Tensor]:
         """Views of `vector` with this space's shapes, leading axes kept."""
         parts = vector.split(self.sizes, dim=-1)
-        return [part.reshape(*vector.shape[:-1], *shape) for part, shape in zip(parts, self.shapes)]
+        return [part.reshape((*vector.shape[:-1], *shape)) for part, shape in zip(parts, self.shapes)]
 
     def union(self, other: ParameterSpace) -> ParameterSpace:
         """The smallest space that holds both, in the order of this one, then of what only `other` has."""

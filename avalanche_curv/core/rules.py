@@ -6,10 +6,10 @@ from collections.abc import Iterable
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
-from avalanche_curv.core.curvature import BatchedEmpiricalFisher, OutputCurvature
-from avalanche_curv.core.estimate import rule
+from avalanche_curv.core.curvature import GGN, BatchedEmpiricalFisher, Hessian, OutputCurvature
+from avalanche_curv.core.estimate import by_products, rule
 from avalanche_curv.core.examples import curvature_rows
 from avalanche_curv.core.layers import LinearLayers
 from avalanche_curv.core.risk import EmpiricalRisk
@@ -20,6 +20,7 @@ from avalanche_curv.core.structures import (
     DenseMatrix,
     Diagonal,
     DiagonalMatrix,
+    Matrix,
     Structure,
 )
 
@@ -51,6 +52,18 @@ def diagonal_of_outer_products(
     return DiagonalMatrix(_diagonal_of_layers(curvature, risk, layers))
 
 
+@rule(Hessian, Diagonal)
+def diagonal_of_hessian(curvature: Hessian, structure: Diagonal, risk: EmpiricalRisk) -> Matrix:
+    """The diagonal of the GGN on chains of linear and piecewise linear layers, by products elsewhere.
+
+    There each output is piecewise linear in any single weight while the others are held, so that the model curvature
+    Σ_c (∂ℓ/∂f_c) ∂²f_c/∂w² of the Hessian's diagonal is zero; off the diagonal it is not.
+    """
+    if _is_piecewise_linear_chain(risk.model) and LinearLayers.of(risk) is not None:
+        return diagonal_of_outer_products(GGN(), structure, risk)
+    return by_products(curvature, structure, risk)
+
+
 @rule(BatchedEmpiricalFisher, Dense)
 def dense_of_batches(curvature: BatchedEmpiricalFisher, structure: Structure, risk: EmpiricalRisk) -> DenseMatrix:
     """GᵀG of the mini-batch gradients."""
@@ -69,6 +82,16 @@ def blocks_of_batches(
 def diagonal_of_batches(curvature: BatchedEmpiricalFisher, structure: Structure, risk: EmpiricalRisk) -> DiagonalMatrix:
     """Squares of the mini-batch gradients."""
     return _diagonal([curvature.gradients(risk)], risk)
+
+
+PIECEWISE_LINEAR = (nn.Linear, nn.ReLU, nn.LeakyReLU, nn.Hardtanh, nn.ReLU6, nn.Identity, nn.Flatten, nn.Dropout)
+
+
+def _is_piecewise_linear_chain(model: nn.Module) -> bool:
+    """Whether the model is known to be a composition of such layers: nested `nn.Sequential`s of them."""
+    if type(model) is nn.Sequential:
+        return all(_is_piecewise_linear_chain(part) for part in model)
+    return type(model) in PIECEWISE_LINEAR
 
 
 def _dense(rows: Rows, risk: EmpiricalRisk) -> DenseMatrix:

@@ -95,7 +95,7 @@ def _check(configs: Sequence[Config]) -> None:
             raise TypeError(f"A configuration is a frozen dataclass, got {type(config).__name__}.")
         label = config.label
         if not label or label.startswith(".") or any(character in label for character in '/\\:*?"<>\n\0'):
-            raise ValueError(f"The label {label!r} cannot name a folder. Leave out leading dots and / \\ : * ? \" < >.")
+            raise ValueError(f'The label {label!r} cannot name a folder. Leave out leading dots and / \\ : * ? " < >.')
         if label in labels:
             raise ValueError(f"Two configurations have the label '{label}'. Put what distinguishes them in the label.")
         labels.add(label)

@@ -1,6 +1,6 @@
 """Figures of the reports: curves with bands, and dots with error bars; PNG files that need no display."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -43,18 +43,19 @@ def plot_curves(path: Path, panels: Sequence[Curves], *, xlabel: str, labels: Se
 
     `labels` are all labels of the grid (`Results.labels`): they fix the colours, the same in each figure of a report.
     """
-    figure = _figure(8.6, 0.7 + 2.9 * len(panels))
+    used = {label for panel in panels for label in panel.series}
+    figure = _figure(8.6, max(0.7 + 2.9 * len(panels), 0.4 + 0.24 * len(used)))
     all_axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
     chosen = styles(labels)
     for axes, panel in zip(all_axes, panels):
         _draw_curves(axes, panel, chosen)
     all_axes[-1].set_xlabel(xlabel)
-    _legend(figure, chosen, (label for panel in panels for label in panel.series))
+    _legend(figure, chosen, used)
     return _save(figure, path)
 
 
 def plot_dots(path: Path, panels: Sequence[Dots], *, labels: Sequence[str]) -> Path:
-    """Panels side by side with one row per label, mean ± std; a label without a value keeps its empty row."""
+    """Panels side by side with one row per label, mean ± std. A label absent from one panel keeps its row there."""
     shown = [label for label in labels if any(panel.values.get(label) for panel in panels)]
     longest = max((len(label) for label in shown), default=0)
     figure = _figure(0.08 * longest + 3.6 * len(panels) + 0.6, 1.2 + 0.3 * len(shown))
@@ -68,12 +69,13 @@ def plot_dots(path: Path, panels: Sequence[Dots], *, labels: Sequence[str]) -> P
 def _draw_curves(axes: "Axes", panel: Curves, chosen: Mapping[str, Style]) -> None:
     for mark in panel.marks:
         axes.axvline(mark, color=MUTED, linewidth=0.8, linestyle=(0, (2, 3)), zorder=0)
-    for label, curve in panel.series.items():
+    for place, (label, curve) in enumerate(panel.series.items()):
         style = chosen[label]
+        every = max(1, len(curve) // 10)
         steps = [step for step, _ in curve]
         means = [summary.mean for _, summary in curve]
         spreads = [summary.std or 0.0 for _, summary in curve]
-        axes.plot(steps, means, linewidth=1.7, label=label, markevery=max(1, len(steps) // 10), **style.line)
+        axes.plot(steps, means, linewidth=1.7, markevery=(place % every, every), **style.line)
         if any(spreads):
             lower = [mean - spread for mean, spread in zip(means, spreads)]
             upper = [mean + spread for mean, spread in zip(means, spreads)]
@@ -125,12 +127,11 @@ def _finish(axes: "Axes", title: str) -> None:
     axes.tick_params(color=MUTED, labelsize=9)
 
 
-def _legend(figure: "Figure", chosen: Mapping[str, Style], used: Iterable[str]) -> None:
+def _legend(figure: "Figure", chosen: Mapping[str, Style], used: Collection[str]) -> None:
     """The labels in use, in the order of the grid."""
     from matplotlib.lines import Line2D
 
-    in_use = set(used)
-    lines = [Line2D([], [], linewidth=1.7, label=label, **chosen[label].line) for label in chosen if label in in_use]
+    lines = [Line2D([], [], linewidth=1.7, label=label, **chosen[label].line) for label in chosen if label in used]
     figure.legend(handles=lines, loc="outside right upper", frameon=False, fontsize=9, handlelength=2.8)
 
 

@@ -19,7 +19,7 @@ class Progress:
             file=sys.stderr,
             disable=not sys.stderr.isatty(),
             dynamic_ncols=True,
-            smoothing=0.1,
+            smoothing=0.0,
         )
         self._total, self._start, self._done = total, done, done
         self._begin = time.monotonic()

@@ -1,0 +1,122 @@
+"""The methods that are compared: each knows the plugins it is made of, and what it stores."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+from avalanche.training import Cumulative, Naive
+from avalanche.training.plugins import (
+    EWCPlugin,
+    LwFPlugin,
+    MASPlugin,
+    ReplayPlugin,
+    SupervisedPlugin,
+    SynapticIntelligencePlugin,
+)
+
+from avalanche_curv import CurvatureEWCPlugin
+from avalanche_curv.core import Curvature, Policy, Structure
+
+
+class Method(ABC):
+    """A way to train on a stream; frozen, so that a configuration can hold it."""
+
+    @abstractmethod
+    def plugins(self, examples: int) -> list[SupervisedPlugin]:
+        """New plugins, for a stream of so many training examples in all."""
+
+    @property
+    def strategy(self) -> type:
+        """The Avalanche strategy that the plugins join."""
+        return Naive
+
+
+@dataclass(frozen=True)
+class Plain(Method):
+    """Naive fine-tuning."""
+
+    def plugins(self, examples: int) -> list[SupervisedPlugin]:
+        return []
+
+
+@dataclass(frozen=True)
+class Joint(Method):
+    """Avalanche's Cumulative: trains on all examples so far, an upper bound that stores everything."""
+
+    def plugins(self, examples: int) -> list[SupervisedPlugin]:
+        return []
+
+    @property
+    def strategy(self) -> type:
+        return Cumulative
+
+
+@dataclass(frozen=True)
+class Rehearsal(Method):
+    """Avalanche's Replay with a memory of `fraction` of all examples."""
+
+    fraction: float
+
+    def plugins(self, examples: int) -> list[SupervisedPlugin]:
+        return [ReplayPlugin(mem_size=round(self.fraction * examples))]
+
+
+@dataclass(frozen=True)
+class AvalancheEWC(Method):
+    """Avalanche's EWC; `decay` makes it the online form."""
+
+    strength: float
+    decay: float | None = None
+
+    def plugins(self, examples: int) -> list[SupervisedPlugin]:
+        mode = "separate" if self.decay is None else "online"
+        return [EWCPlugin(self.strength, mode=mode, decay_factor=self.decay)]
+
+
+@dataclass(frozen=True)
+class SI(Method):
+    """Avalanche's Synaptic Intelligence."""
+
+    strength: float
+
+    def plugins(self, examples: int) -> list[SupervisedPlugin]:
+        return [SynapticIntelligencePlugin(si_lambda=self.strength)]
+
+
+@dataclass(frozen=True)
+class MAS(Method):
+    """Avalanche's Memory Aware Synapses."""
+
+    strength: float
+
+    def plugins(self, examples: int) -> list[SupervisedPlugin]:
+        return [MASPlugin(lambda_reg=self.strength)]
+
+
+@dataclass(frozen=True)
+class LwF(Method):
+    """Avalanche's Learning without Forgetting."""
+
+    strength: float
+
+    def plugins(self, examples: int) -> list[SupervisedPlugin]:
+        return [LwFPlugin(alpha=self.strength)]
+
+
+@dataclass(frozen=True)
+class Ours(Method):
+    """CurvatureEWC."""
+
+    strength: float
+    curvature: Curvature
+    structure: Structure
+    policy: Policy
+
+    def plugins(self, examples: int) -> list[SupervisedPlugin]:
+        return [
+            CurvatureEWCPlugin(
+                self.strength, curvature=self.curvature, structure=self.structure, policy=self.policy
+            )
+        ]

@@ -1,0 +1,97 @@
+"""Training as the experiments share it: a fixed number of steps an experience, and the time of the metrics set apart."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from avalanche.training.plugins import EvaluationPlugin, SupervisedPlugin
+
+from benchmarks.harness.experiment import Record
+
+
+class Steps(SupervisedPlugin):
+    """Ends each experience after `count` iterations; give the strategy at least as many epochs."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.count = count
+
+    def after_training_iteration(self, strategy: Any, **kwargs: Any) -> None:
+        if strategy.clock.train_exp_iterations + 1 >= self.count:  # the clock counts after the plugins
+            strategy.stop_training()
+
+
+class CosinePerExperience(SupervisedPlugin):
+    """Learning rate η_s = η (1 + cos(π s / count)) / 2 at step s of each experience (Loshchilov & Hutter 2017)."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.count = count
+        self.initial: float | None = None
+
+    def before_training_iteration(self, strategy: Any, **kwargs: Any) -> None:
+        groups = strategy.optimizer.param_groups
+        if self.initial is None:
+            self.initial = groups[0]["lr"]
+        progress = min(1.0, strategy.clock.train_exp_iterations / self.count)
+        for group in groups:
+            group["lr"] = self.initial * (1 + math.cos(math.pi * progress)) / 2
+
+
+class TimedEvaluation(EvaluationPlugin):
+    """An evaluation plugin that knows how many seconds its metrics and loggers took."""
+
+    seconds = 0.0
+
+    def _update_metrics_and_loggers(self, strategy: Any, callback: str) -> Any:
+        start = time.perf_counter()
+        try:
+            return super()._update_metrics_and_loggers(strategy, callback)
+        finally:
+            self.seconds += time.perf_counter() - start
+
+
+class Trainer:
+    """Trains a strategy experience by experience, and knows accuracies and seconds."""
+
+    def __init__(self, strategy: Any, evaluation: TimedEvaluation) -> None:
+        self.strategy, self.evaluation = strategy, evaluation
+        self.seconds = 0.0
+
+    def train(self, experience: Any) -> None:
+        """One experience. `seconds` grows by the time of training alone, without metrics and loggers."""
+        before, start = self.evaluation.seconds, time.perf_counter()
+        self.strategy.train(experience, eval_streams=[])
+        self.seconds += time.perf_counter() - start - (self.evaluation.seconds - before)
+
+    def accuracies(self, tests: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> list[float]:
+        """Accuracy on each test set, in eval mode."""
+        model = self.strategy.model
+        model.eval()
+        with torch.no_grad():
+            return [(model(x).argmax(1) == y).float().mean().item() for x, y in tests]
+
+
+def test_sets(benchmark: Any, limit: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The inputs and targets of each experience of the test stream, at most the first `limit` of a fixed shuffle."""
+    sets = []
+    for experience in benchmark.test_stream:
+        dataset = experience.dataset.eval()
+        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:limit]
+        items = [dataset[int(index)] for index in order]
+        sets.append((torch.stack([item[0] for item in items]), torch.tensor([int(item[1]) for item in items])))
+    return sets
+
+
+def logged(evaluation: EvaluationPlugin, names: Iterable[str]) -> list[Record]:
+    """The curves of some metrics as records."""
+    curves = evaluation.get_all_metrics()
+    return [
+        {"metric": name, "value": value, "step": step}
+        for name in names
+        for step, value in zip(*curves.get(name, ((), ())))
+    ]

@@ -1,0 +1,282 @@
+"""The harness keeps what has finished, recognises it, and reports it exactly."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import psutil
+import pytest
+
+from benchmarks.harness.command import main
+from benchmarks.harness.grid import Unit, digest
+from benchmarks.harness.registered import Registered
+from benchmarks.harness.results import Results
+from benchmarks.harness.unit_run import _checked
+
+HERE = Path(__file__).parent
+EXPERIMENTS = {
+    "tiny": Registered("tiny_experiment:experiment", "a tiny experiment"),
+    "titan": Registered("nowhere:experiment", "another"),
+}
+COMMAND = """
+import sys
+from benchmarks.harness.command import main
+from benchmarks.harness.registered import Registered
+sys.exit(main(sys.argv[1:], {"tiny": Registered("tiny_experiment:experiment", "a tiny experiment")}))
+"""
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    """Run a command line of the tiny experiment in this process; `tiny.out` is where it writes."""
+    monkeypatch.syspath_prepend(str(HERE))
+    monkeypatch.setenv("TINY_LOG", str(tmp_path / "log"))
+    monkeypatch.delenv("TINY_FAULT", raising=False)
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        monkeypatch.setenv(name, "1")
+
+    def command(*words, out="out", workers=1):
+        extra = ["--workers", str(workers)] if words[0] == "run" else []
+        return main([words[0], "tiny", *words[1:], "--out", str(tmp_path / out), *extra], EXPERIMENTS)
+
+    command.out = tmp_path / "out" / "tiny"
+    command.started = lambda: (tmp_path / "log").read_text().split()
+    return command
+
+
+def begin(tmp_path, *words):
+    """The same in a process of its own, in which b with seed 1 hangs."""
+    environment = {**os.environ, "PYTHONPATH": str(HERE), "TINY_FAULT": "hang", "TINY_LOG": str(tmp_path / "log")}
+    command = [sys.executable, "-c", COMMAND, *words, "--out", str(tmp_path / "out")]
+    return subprocess.Popen(
+        command, cwd=HERE.parents[1], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def wait_until(condition, seconds=60.0):
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            pytest.fail("waited in vain")
+        time.sleep(0.05)
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.glob("*.jsonl")}
+
+
+def records(folder):
+    """The records of each unit, without the header that holds times."""
+    return {path.name: path.read_text().splitlines()[1:] for path in folder.glob("*.jsonl")}
+
+
+@dataclass(frozen=True)
+class Merge:
+    decay: float
+
+
+@dataclass(frozen=True)
+class Refresh:
+    decay: float
+
+
+@dataclass(frozen=True)
+class Config:
+    label: str
+    policy: object
+    extra: object = None
+
+
+UNIT = Unit("tiny", 1, Config("a", Merge(0.9), {"x": 1, "y": 2}), 0, False)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        replace(UNIT, seed=1),
+        replace(UNIT, quick=True),
+        replace(UNIT, version=2),
+        replace(UNIT, config=replace(UNIT.config, policy=Merge(0.8))),
+        replace(UNIT, config=replace(UNIT.config, policy=Refresh(0.9))),
+    ],
+    ids=["seed", "quick", "version", "nested value", "nested class"],
+)
+def test_digest_changes_with_what_changes_the_numbers(other):
+    assert other.digest != UNIT.digest
+    assert len(UNIT.digest) == 12
+
+
+def test_digest_does_not_depend_on_the_order_of_keys():
+    assert replace(UNIT, config=replace(UNIT.config, extra={"y": 2, "x": 1})).digest == UNIT.digest
+    assert digest({"b": 1, "a": 2}) == digest({"a": 2, "b": 1})
+
+
+def test_digest_refuses_what_has_no_canonical_description():
+    with pytest.raises(TypeError, match="no canonical description"):
+        digest(Config("a", lambda x: x))
+
+
+def test_a_run_resumes_with_the_missing_units_only(tiny, capsys):
+    assert tiny("run", "--seeds", "1") == 0
+    before = contents(tiny.out / "units")
+    assert tiny("run", "--seeds", "2") == 0
+    assert "2 of 4 units already finished" in capsys.readouterr().err
+    assert tiny.started() == ["a0", "b0", "a1", "b1"]
+    assert before.items() <= contents(tiny.out / "units").items()
+
+
+def test_a_killed_run_keeps_what_finished_and_its_rerun_gives_the_numbers_of_a_fresh_run(tiny, tmp_path):
+    process = begin(tmp_path, "run", "tiny", "--seeds", "2", "--workers", "2")
+    wait_until(lambda: len(contents(tiny.out / "units")) == 3 and "b1" in tiny.started())
+    workers = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.communicate()
+    assert not psutil.wait_procs(workers, timeout=5)[1]
+    kept = contents(tiny.out / "units")
+    assert len(kept) == 3
+
+    assert tiny("run", "--seeds", "2") == 0
+    assert tiny("run", "--seeds", "2", out="fresh") == 0
+    assert kept.items() <= contents(tiny.out / "units").items()
+    assert records(tiny.out / "units") == records(tmp_path / "fresh" / "tiny" / "units")
+    assert len(list((tiny.out / "tensorboard" / "b" / "seed1").iterdir())) == 1
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_the_workers_and_says_how_to_resume(tiny, tmp_path):
+    process = begin(tmp_path, "run", "tiny", "--seeds", "2", "--workers", "2")
+    wait_until(lambda: len(contents(tiny.out / "units")) == 3)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=5)
+    assert process.returncode == 130
+    assert "Stopped with 3 of 4 units finished. The same command resumes: python -m benchmarks run tiny" in errors
+    assert "Traceback" not in errors
+
+
+def test_a_unit_that_raises_does_not_lose_the_others(tiny, monkeypatch, capsys):
+    monkeypatch.setenv("TINY_FAULT", "raise")
+    assert tiny("run", "--seeds", "3") == 1
+    printed = capsys.readouterr()
+    assert "1 units failed" in printed.err
+    assert "b seed 1: ArithmeticError: the loss is not finite" in printed.err
+    assert printed.out.splitlines()[3].endswith("|   2 |")
+    assert len(contents(tiny.out / "units")) == 5
+    (trace,) = (tiny.out / "units").glob("*.error.txt")
+    assert "in fail" in trace.read_text()
+
+    monkeypatch.delenv("TINY_FAULT")
+    assert tiny("run", "--seeds", "3") == 0
+    assert not trace.exists()
+
+
+@pytest.mark.slow
+def test_a_worker_that_dies_is_replaced_and_loses_its_own_unit_only(tiny, monkeypatch, capsys):
+    monkeypatch.setenv("TINY_FAULT", "die")
+    assert tiny("run", "--seeds", "3", workers=2) == 1
+    assert "b seed 1: the worker process died, exit code -9" in capsys.readouterr().err
+    assert len(contents(tiny.out / "units")) == 5
+
+
+def test_report_from_files_equals_the_report_of_the_run(tiny, capsys):
+    tiny("run", "--seeds", "2")
+    at_run, printed = (tiny.out / "report.md").read_text(), capsys.readouterr().out
+    (tiny.out / "report.md").unlink()
+    assert tiny("report") == 0
+    assert (tiny.out / "report.md").read_text() == at_run
+    assert capsys.readouterr().out == printed
+    assert f"tensorboard --logdir {tiny.out}/tensorboard" in printed
+    assert str(tiny.out / "accuracy.png") in printed
+
+
+def test_report_of_an_incomplete_run_says_what_is_missing(tiny, capsys):
+    tiny("run", "--seeds", "2")
+    next((tiny.out / "units").glob("*.jsonl")).unlink()
+    assert tiny("report") == 0
+    assert "1 of 4 units are missing" in capsys.readouterr().err
+    assert (tiny.out / "report.md").read_text().startswith("> 1 of 4 units are missing")
+
+
+def test_report_without_results_says_how_to_get_them(tiny, capsys):
+    assert tiny("report") == 2
+    message = capsys.readouterr().err
+    expected = f"error: there are no results in {tiny.out}. Run them first: python -m benchmarks run tiny --out"
+    assert message.startswith(expected)
+    assert message.count("\n") == 1
+
+
+def test_manifest_names_versions_and_every_unit(tiny):
+    tiny("run", "--seeds", "1")
+    manifest = json.loads((tiny.out / "manifest.json").read_text())
+    assert {"python", "torch", "avalanche", "curvlinops", "avalanche_curv", "numpy"} <= manifest.keys()
+    assert {"commit", "dirty", "device", "cpus", "threads_per_worker", "command", "seconds"} <= manifest.keys()
+    assert [(unit["label"], unit["seed"]) for unit in manifest["units"]] == [("a", 0), ("b", 0)]
+    for unit in manifest["units"]:
+        header = json.loads((tiny.out / "units" / f"{unit['digest']}.jsonl").read_text().splitlines()[0])
+        assert header["config"]["slope"]["class"] == "Slope"
+        assert header["peak_memory"] == unit["peak_memory"] > 2**20
+
+
+def test_quick_runs_and_variants_have_folders_of_their_own(tiny):
+    tiny("run", "--seeds", "1", "--quick", "--stream", "digits")
+    assert (tiny.out.parent / "tiny-digits-quick" / "report.md").exists()
+    assert not tiny.out.exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["run", "tinny"], "argument NAME: unknown experiment 'tinny'; did you mean 'tiny'? Choices: tiny, titan."),
+        (["run", "xyz"], "argument NAME: unknown experiment 'xyz'. Choices: tiny, titan."),
+        (
+            ["run", "tiny", "--stream", "sin"],
+            "argument --stream: unknown stream 'sin'; did you mean 'sine'? Choices: digits, sine.",
+        ),
+        (["run", "tiny", "--seeds", "0"], "argument --seeds: expected a whole number of at least 1, got '0'."),
+        (["run", "tiny", "--workers", "two"], "argument --workers: expected a whole number of at least 1, got 'two'."),
+        (["run", "tiny", "--out", __file__], f"argument --out: expected a folder, but '{__file__}' is a file."),
+    ],
+)
+def test_a_wrong_request_is_one_line_that_names_the_choices(tiny, capsys, words, message):
+    assert main(words, EXPERIMENTS) == 2
+    assert capsys.readouterr().err == f"error: {message}\n"
+
+
+def test_list_imports_neither_torch_nor_matplotlib():
+    code = "import sys; from benchmarks.harness.command import main; main(['list'])\n"
+    code += "print({'torch', 'avalanche', 'matplotlib'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE.parents[1], capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    assert [line.split()[0] for line in lines[:-1]] == ["compare", "refresh", "speed"]
+    assert lines[-1] == "set()"
+
+
+@pytest.mark.parametrize("record", [{"metric": "loss"}, {"value": 1.0}, {"metric": 1, "value": 1.0}])
+def test_a_record_without_metric_or_value_is_refused(record):
+    with pytest.raises(ValueError, match="A record is"):
+        _checked([record])
+
+
+def rows(metric, values):
+    """Rows of label "a" from (seed, step): value."""
+    return tuple(
+        {"label": "a", "seed": seed, "metric": metric, "step": step, "value": value}
+        for (seed, step), value in values.items()
+    )
+
+
+def test_final_takes_the_last_step_of_each_seed():
+    results = Results(("a",), rows("loss", {(0, 0): 9.0, (0, 5): 1.0, (1, 0): 7.0, (1, 4): 3.0}))
+    final = results.final("loss", "a")
+    assert (final.mean, final.std, final.n) == (2.0, 2.0**0.5, 2)
+    assert results.final("accuracy", "a") is None
+
+
+def test_a_curve_has_the_steps_that_all_seeds_have():
+    results = Results(("a",), rows("loss", {(0, 0): 1.0, (1, 0): 3.0, (0, 5): 4.0}))
+    ((step, summary),) = results.curve("loss", "a")
+    assert (step, summary.mean, summary.n) == (0.0, 2.0, 2)

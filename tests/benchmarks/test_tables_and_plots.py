@@ -1,0 +1,71 @@
+"""Summaries, tables and figures against what paper says."""
+
+import math
+
+import pytest
+
+from benchmarks.harness.plots import Curves, Dots, plot_curves, plot_dots
+from benchmarks.harness.styles import styles
+from benchmarks.harness.summary import Summary, summarise
+from benchmarks.harness.tables import Column, table
+
+TABLE = """\
+| strategy |      accuracy | forgetting |   n |
+| :------- | ------------: | ---------: | --: |
+| Naive    | 0.250 ± 0.125 |       0.75 |   3 |
+| SI¹      | 0.250 ± 0.000 |          – |   3 |
+| EWC      |     **0.875** |   **0.50** |   1 |
+| MAS¹     |           nan |   **0.50** |   0 |
+
+¹ does nothing on a CPU"""
+
+
+def test_mean_and_sample_deviation_of_known_numbers():
+    assert summarise([2.0, 4.0, 4.0, 4.0, 5.0, 5.0, 7.0, 9.0]) == Summary(5.0, math.sqrt(32 / 7), 8)
+
+
+def test_one_value_has_no_deviation():
+    assert summarise([3.0]) == Summary(3.0, None, 1)
+
+
+def test_a_diverged_seed_shows_in_the_mean():
+    assert math.isnan(summarise([1.0, math.nan]).mean)
+    assert summarise([1.0, math.inf]).mean == math.inf
+
+
+def test_no_value_is_an_error():
+    with pytest.raises(ValueError, match="no value to summarise"):
+        summarise([])
+
+
+def test_table_is_aligned_marked_and_annotated():
+    columns = [Column("strategy"), Column("accuracy", best=max), Column("forgetting", 2, best=min), Column("n")]
+    cells = [
+        ["Naive", Summary(0.25, 0.125, 3), 0.75, 3],
+        ["SI", Summary(0.25, 0.0, 3), None, 3],
+        ["EWC", Summary(0.875, None, 1), 0.5, 1],
+        ["MAS", Summary(math.nan, None, 1), 0.501, 0],
+    ]
+    note = "does nothing on a CPU"
+    assert table(columns, cells, {"SI": note, "MAS": note, "absent": "unused"}) == TABLE
+
+
+def test_a_bar_in_a_name_does_not_break_the_table():
+    assert table([Column("name")], [["|κ|"]]).splitlines()[-1] == r"| \|κ\| |"
+
+
+def test_twenty_five_labels_have_distinct_styles():
+    chosen = styles([str(i) for i in range(25)])
+    assert len({(style.colour, style.dash) for style in chosen.values()}) == 25
+
+
+def test_figures_are_written_without_a_display(tmp_path):
+    one, three = Summary(0.5, None, 1), Summary(0.6, 0.1, 3)
+    labels = ["a", "b"]
+    series = {"a": [(0.0, one), (1.0, one)], "b": [(0.0, three), (1.0, three)]}
+    curves = [Curves(series, "accuracy"), Curves(series, "error", log=True, marks=[0.5])]
+    paths = [
+        plot_curves(tmp_path / "curves.png", curves, xlabel="step", labels=labels),
+        plot_dots(tmp_path / "dots.png", [Dots({"a": one, "b": None}, "accuracy", reference=0.5)], labels=labels),
+    ]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)

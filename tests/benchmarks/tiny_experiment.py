@@ -1,0 +1,78 @@
+"""An experiment of milliseconds for the tests of the harness: value = a random number + slope · step.
+
+The environment variable TINY_FAULT makes label "b" with seed 1 raise, die or hang, without being part of its digest;
+TINY_LOG names a file that gets one line per unit as it starts.
+"""
+
+import os
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.harness import Experiment, Options, one_of
+from benchmarks.harness.plots import Curves, plot_curves
+from benchmarks.harness.tables import Column, table
+
+
+@dataclass(frozen=True)
+class Slope:
+    value: float
+
+
+@dataclass(frozen=True)
+class TinyConfig:
+    label: str
+    slope: Slope
+
+
+@dataclass(frozen=True)
+class TinyOptions(Options):
+    stream: str = "sine"
+
+
+class Tiny(Experiment):
+    name = "tiny"
+    options_type = TinyOptions
+
+    def add_arguments(self, parser):
+        parser.add_argument("--stream", type=one_of("stream", ["sine", "digits"]), default="sine")
+
+    def variant(self, options):
+        return "" if options.stream == "sine" else options.stream
+
+    def configs(self, options):
+        return [TinyConfig("a", Slope(1.0)), TinyConfig("b", Slope(2.0))]
+
+    def run(self, config, seed, context):
+        import torch
+
+        context.tensorboard_dir.mkdir(parents=True)
+        (context.tensorboard_dir / f"events.{time.time_ns()}").touch()
+        log = Path(os.environ["TINY_LOG"])
+        with log.open("a") as file:
+            file.write(f"{config.label}{seed}\n")
+        if (config.label, seed) == ("b", 1):
+            fail(os.environ.get("TINY_FAULT"))
+        start = torch.rand(()).item()
+        for step in range(3):
+            yield {"metric": "accuracy", "value": start + config.slope.value * step, "step": step}
+
+    def report(self, results, out):
+        curves = {label: results.curve("accuracy", label) for label in results.labels}
+        plot_curves(out / "accuracy.png", [Curves(curves, "accuracy")], xlabel="step", labels=results.labels)
+        finals = {label: results.final("accuracy", label) for label in results.labels}
+        rows = [[label, final, final.n if final else 0] for label, final in finals.items()]
+        return table([Column("config"), Column("accuracy", best=max), Column("n")], rows)
+
+
+def fail(fault):
+    if fault == "raise":
+        raise ArithmeticError("the loss is not finite")
+    if fault == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if fault == "hang":
+        time.sleep(60)
+
+
+experiment = Tiny()
