@@ -12,6 +12,7 @@ from avalanche_curv import core
 from avalanche_curv.core import *  # noqa: F403
 
 if TYPE_CHECKING:
+    from avalanche_curv.checkpointing import load_checkpoint, save_checkpoint
     from avalanche_curv.loggers import JSONLLogger
     from avalanche_curv.metrics import fidelity_metrics, penalty_metrics
     from avalanche_curv.plugins import CurvatureEWCPlugin
@@ -29,7 +30,9 @@ _LAZY = {
     "SineBoundary": "streams",
     "SplitDigits": "streams",
     "fidelity_metrics": "metrics",
+    "load_checkpoint": "checkpointing",
     "penalty_metrics": "metrics",
+    "save_checkpoint": "checkpointing",
 }
 
 __all__ = [*core.__all__, *_LAZY]

@@ -14,6 +14,10 @@ EXPERIMENTS = {
         "benchmarks.compare:experiment",
         "Accuracy and forgetting of the strategies of this package and of Avalanche, on one stream",
     ),
+    "tune": Registered(
+        "benchmarks.tune:experiment",
+        "Strengths for the other experiments, on seeds that they never report",
+    ),
     "speed": Registered(
         "benchmarks.speed:experiment",
         "Seconds and memory of each curvature, structure and penalty, against a plain training step",

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from avalanche_curv.core.losses import ExampleLoss
-from avalanche_curv.core.risk import EmpiricalRisk, as_matrix
+from avalanche_curv.core.risk import EmpiricalRisk
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", FutureWarning)  # a dependency of curvlinops still uses torch.jit
@@ -50,20 +50,20 @@ def output_operator(risk: EmpiricalRisk, data: list[tuple[Tensor, Tensor]]) -> M
 
 def _mean(operator: Any, risk: EmpiricalRisk, loss: nn.Module, data: list) -> MeanOperator:
     summed = operator(
-        _Matrix(risk.model), loss, risk.parameters, data, num_data=risk.examples, check_deterministic=False
+        _Function(risk), loss, risk.parameters, data, num_data=risk.examples, check_deterministic=False
     )
     return MeanOperator(summed, risk.examples)
 
 
-class _Matrix(nn.Module):
-    """The model with outputs [N, C]."""
+class _Function(nn.Module):
+    """The outputs [N, C] as a function of a list of parameters; the model's own modules stay out of sight."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, risk: EmpiricalRisk) -> None:
         super().__init__()
-        self.model = model
+        self.risk, self.held = risk, nn.ParameterList(risk.parameters)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        return as_matrix(self.model(inputs))
+        return self.risk.outputs_at(list(self.held), inputs)
 
 
 class _SummedLoss(nn.Module):

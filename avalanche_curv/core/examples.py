@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.func import functional_call, vjp, vmap
+from torch.func import vjp, vmap
 
 from avalanche_curv.core.curvature import OutputCurvature
-from avalanche_curv.core.risk import EmpiricalRisk, as_matrix
+from avalanche_curv.core.risk import EmpiricalRisk
 
 CHUNK_BYTES = 128 * 2**20
 
@@ -20,18 +20,16 @@ Parameters = dict[str, Tensor]
 
 def outputs_of(risk: EmpiricalRisk) -> Callable[[Parameters, Tensor], Float[Tensor, "N C"]]:
     """(parameters, inputs) ↦ outputs, for the frozen past function at any parameters of its shapes."""
-    model = risk.model
 
     def outputs(parameters: Parameters, inputs: Tensor) -> Tensor:
-        return as_matrix(functional_call(model, parameters, (inputs,)))
+        return risk.outputs_at(list(parameters.values()), inputs)
 
     return outputs
 
 
 def parameters_of(risk: EmpiricalRisk, vector: Float[Tensor, "P"] | None = None) -> Parameters:
     """The named parameters to call `outputs_of` with: those at the anchor, or `vector` in their shapes."""
-    names = [name for name, p in risk.model.named_parameters() if p.requires_grad]
-    return dict(zip(names, risk.space.split(risk.anchor if vector is None else vector)))
+    return dict(zip(risk.space.names, risk.space.split(risk.anchor if vector is None else vector)))
 
 
 def pulled_back(

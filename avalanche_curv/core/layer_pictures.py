@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.func import functional_call
+from torch.nn import functional as F
 
 from avalanche_curv.core.curvature import OutputCurvature
 from avalanche_curv.core.fidelity import Comparison, GradientProducts
 from avalanche_curv.core.layers import LinearLayers, Tap
 from avalanche_curv.core.pictures import Pictures, joined, output_increase
-from avalanche_curv.core.risk import EmpiricalRisk, as_matrix
+from avalanche_curv.core.risk import EmpiricalRisk
 
 
 class LayerPictures(Pictures):
@@ -44,7 +44,6 @@ class _AnchoredBatch:
 
     def __init__(self, pictures: LayerPictures, x: Tensor, y: Tensor, generator: torch.Generator) -> None:
         self.risk, self.layers, self.x, self.y = pictures.risk, pictures.layers, x, y
-        self.names = [name for name, p in self.risk.model.named_parameters() if p.requires_grad]
         with torch.enable_grad(), self.layers.tapped() as self.taps:
             self.outputs = self.risk.outputs(x)
         values = self.outputs.detach()
@@ -54,38 +53,47 @@ class _AnchoredBatch:
         with torch.enable_grad():
             self.weights = torch.zeros_like(values, requires_grad=True)
             self.pullback = _sensitivities(self.outputs, self.taps, self.weights, keep=True)
-        self.slopes = self._pulled(self.residual)
+        self.gradients = [_GradientRows(slope) for slope in self._pulled(self.residual)]
 
     def compare(self, parameters: Float[Tensor, "P"]) -> Comparison:
-        change = self._output_change(parameters - self.risk.anchor)
+        values = self.risk.space.split(parameters)
+        taps, true, loss = self._truth(values)
+        change = self._output_change(taps, dict(zip(self.risk.space.names, values)))
         curved, linear, quadratic = output_increase(self.factor, self.residual, change)
-        # both predictions of a gradient at once: without and with the linear term
-        predicted = [torch.stack([bend, bend + slope]) for bend, slope in zip(self._pulled(curved), self.slopes)]
-        taps, true, loss = self._truth(parameters)
-        products = _sum_over_layers(self.layers, taps, self.taps, true, predicted)
+        grams = [rows.gram(*pair) for rows, *pair in zip(self.gradients, true, self._pulled(curved))]
+        products = _sum_over_layers(self.layers, taps, self.taps, grams)
         return Comparison.of(products, loss - self.loss, torch.stack([quadratic, quadratic + linear]))
 
     def _pulled(self, cotangent: Float[Tensor, "N C"]) -> tuple[Tensor, ...]:
         """B of each layer for the scalar Σ_i cotangent_iᵀ f_i."""
         return _sensitivities(self.outputs, self.taps, cotangent, keep=False)
 
-    def _output_change(self, displacement: Float[Tensor, "P"]) -> Float[Tensor, "N C"]:
+    def _truth(self, values: list[Tensor]) -> tuple[list[Tap], tuple[Tensor, ...], Tensor]:
+        """Taps, B and losses of the past function at other parameters."""
+        with self.layers.tapped() as taps:
+            outputs = self.risk.outputs_at(values, self.x)
+        loss = self.risk.loss.per_example(outputs.detach(), self.y)
+        residual = self.risk.loss.gradient(outputs.detach(), self.y)
+        return taps, _sensitivities(outputs, taps, residual, keep=False), loss
+
+    def _output_change(self, now: list[Tap], parameters: dict[str, Tensor]) -> Float[Tensor, "N C"]:
         """u = J δ: each layer's own change A δWᵀ + δb, propagated to the outputs."""
-        step = dict(zip(self.risk.space.names, self.risk.space.split(displacement)))
-        changes = [_layer_change(tap, {n: step[n] for n in self.layers.trainable(tap.layer)}) for tap in self.taps]
+        changes = [self._layer_change(*taps, parameters) for taps in zip(now, self.taps)]
         reached = [(p, c) for p, c in zip(self.pullback, changes) if p.requires_grad and c is not None]
         functions, seeds = zip(*reached)
         (change,) = torch.autograd.grad(functions, self.weights, seeds, retain_graph=True)
         return change
 
-    def _truth(self, parameters: Float[Tensor, "P"]) -> tuple[list[Tap], tuple[Tensor, ...], Tensor]:
-        """Taps, B and losses of the past function at `parameters`."""
-        values = dict(zip(self.names, self.risk.space.split(parameters)))
-        with self.layers.tapped() as taps:
-            outputs = as_matrix(functional_call(self.risk.model, values, (self.x,)))
-        loss = self.risk.loss.per_example(outputs.detach(), self.y)
-        residual = self.risk.loss.gradient(outputs.detach(), self.y)
-        return taps, _sensitivities(outputs, taps, residual, keep=False), loss
+    def _layer_change(self, now: Tap, then: Tap, parameters: dict[str, Tensor]) -> Float[Tensor, "N out"] | None:
+        """A Wᵀ + b − Z with the weight and bias of now, on the inputs A and outputs Z of the anchor."""
+        names = self.layers.trainable(then.layer)
+        if not names:
+            return None
+        if _same(now.inputs, then.inputs):
+            return now.outputs.detach() - then.outputs.detach()
+        held = {name.rsplit(".", 1)[-1]: parameters[name] for name in names}
+        weight, bias = held.get("weight", then.layer.weight), held.get("bias", then.layer.bias)
+        return F.linear(then.inputs, weight, bias).sub_(then.outputs.detach())
 
 
 def _sensitivities(
@@ -98,39 +106,64 @@ def _sensitivities(
     )
 
 
-def _layer_change(tap: Tap, step: dict[str, Tensor]) -> Float[Tensor, "N out"] | None:
-    """A δWᵀ + δb for the trainable parts of one layer, None where it has none."""
-    terms = [tap.inputs @ part.T if part.ndim == 2 else part.expand_as(tap.outputs) for part in step.values()]
-    return sum(terms[1:], terms[0]) if terms else None
+class _GradientRows:
+    """For one layer, b − b' with the linear term, the bend and the slope of b', as rows in memory that is used again."""
+
+    def __init__(self, slope: Float[Tensor, "N out"]) -> None:
+        self.rows = torch.stack([slope, slope, slope], dim=1)
+
+    def gram(self, true: Float[Tensor, "N out"], bend: Float[Tensor, "N out"]) -> Float[Tensor, "3 3 N"]:
+        """The inner products of the three for each example."""
+        difference, middle, slope = self.rows.unbind(1)
+        middle.copy_(bend)
+        torch.sub(true, bend, out=difference).sub_(slope)
+        return _gram(self.rows)
 
 
 def _sum_over_layers(
-    layers: LinearLayers, now: list[Tap], then: list[Tap], true: tuple[Tensor, ...], predicted: list[Tensor]
+    layers: LinearLayers, now: list[Tap], then: list[Tap], grams: list[Float[Tensor, "3 3 N"]]
 ) -> GradientProducts:
     """Products of the per-example gradients b aᵀ (true, now) with b' a'ᵀ (predicted, at the anchor)."""
-    terms = [_outer_products(layers, *parts) for parts in zip(now, then, true, predicted)]
+    terms = [_outer_products(layers, *parts) for parts in zip(now, then, grams)]
     return GradientProducts(*(torch.stack(parts).sum(0) for parts in zip(*terms)))
 
 
 def _outer_products(
-    layers: LinearLayers, now: Tap, then: Tap, b: Float[Tensor, "N out"], b_then: Float[Tensor, "2 N out"]
+    layers: LinearLayers, now: Tap, then: Tap, g: Float[Tensor, "3 3 N"]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """‖b aᵀ‖², ‖b' a'ᵀ‖², ⟨b aᵀ, b' a'ᵀ⟩ and ‖b aᵀ − b' a'ᵀ‖² for weight and bias together.
+    """‖b aᵀ‖², ‖b' a'ᵀ‖², ⟨b aᵀ, b' a'ᵀ⟩ and ‖b aᵀ − b' a'ᵀ‖² for weight and bias, with b' = bend and bend + slope.
 
-    The last as ‖(b − b') aᵀ + b' (a − a')ᵀ‖², which does not cancel when the two are close.
+    The last as ‖(b − b') aᵀ + b' (a − a')ᵀ‖², which does not cancel when the two are close. `g` holds the products of
+    d = b − b' with the linear term, of bend and of slope.
     """
     kinds = {name.rsplit(".", 1)[-1] for name in layers.trainable(now.layer)}
     weight, bias = float("weight" in kinds), float("bias" in kinds)
-    a, a_then, d, e = now.inputs, then.inputs, b - b_then, now.inputs - then.inputs
-    predicted, inputs, shift = _dot(b_then, b_then), _dot(a, a), _dot(d, d)
-    distance = shift * inputs + 2 * _dot(d, b_then) * _dot(a, e) + predicted * _dot(e, e)
+    shift = torch.stack([g[0, 0] + 2 * g[0, 2] + g[2, 2], g[0, 0]])  # ‖b − b'‖²
+    mixed = torch.stack([g[0, 1] + g[1, 2], g[0, 1] + g[0, 2]])  # (b − b')·b'
+    size = torch.stack([g[1, 1], g[1, 1] + 2 * g[1, 2] + g[2, 2]])  # ‖b'‖²
+    aa, ae, ee = _input_products(now, then)
     return (
-        (_dot(b, b) * (weight * inputs + bias)).expand_as(predicted),
-        predicted * (weight * _dot(a_then, a_then) + bias),
-        _dot(b, b_then) * (weight * _dot(a, a_then) + bias),
-        weight * distance + bias * shift,
+        (shift + 2 * mixed + size) * (weight * aa + bias),
+        size * (weight * (aa - 2 * ae + ee) + bias),
+        (mixed + size) * (weight * (aa - ae) + bias),
+        weight * (shift * aa + 2 * mixed * ae + size * ee) + bias * shift,
     )
 
 
-def _dot(x: Tensor, y: Tensor) -> Tensor:
-    return torch.linalg.vecdot(x, y)
+def _input_products(now: Tap, then: Tap) -> tuple[Tensor, Tensor, Tensor]:
+    """a·a, a·e and e·e with e = a − a'."""
+    if _same(now.inputs, then.inputs):
+        squares = then.input_squares
+        return squares, torch.zeros_like(squares), torch.zeros_like(squares)
+    g = _gram(torch.stack([now.inputs, now.inputs - then.inputs], dim=1))
+    return g[0, 0], g[0, 1], g[1, 1]
+
+
+def _gram(rows: Float[Tensor, "N m k"]) -> Float[Tensor, "m m N"]:
+    """All inner products of the m rows of each example."""
+    return (rows @ rows.mT).permute(1, 2, 0)
+
+
+def _same(now: Tensor, then: Tensor) -> bool:
+    """Whether both are the very inputs of the model, as in a first layer."""
+    return now.data_ptr() == then.data_ptr()

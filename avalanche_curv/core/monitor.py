@@ -38,16 +38,16 @@ class PastPictures:
 
     def compare(self, model: nn.Module) -> dict[str, list[Comparison]]:
         """For each picture, the comparison of each past experience at the current parameters of `model`."""
+        return {name: self.compare_picture(name, model) for name in self._held}
+
+    def compare_picture(self, name: str, model: nn.Module) -> list[Comparison]:
+        """The comparison of each past experience in the picture `accumulate` or `refresh`."""
         vectors: dict[ParameterSpace, Tensor] = {}
-        for held in self._held.values():
-            for group in held:
-                space = group.pictures.risk.space
-                if space not in vectors:
-                    vectors[space] = space.vector(model)
-        return {
-            name: [part for group in held for part in group.compare(vectors[group.pictures.risk.space])]
-            for name, held in self._held.items()
-        }
+        for group in self._held[name]:
+            space = group.pictures.risk.space
+            if space not in vectors:
+                vectors[space] = space.vector(model)
+        return [part for group in self._held[name] for part in group.compare(vectors[group.pictures.risk.space])]
 
     def measure(self, model: nn.Module) -> dict[str, float]:
         """`picture/measure` over all stored examples and `picture/measure/experience_t` for each past experience.
@@ -56,6 +56,8 @@ class PastPictures:
         of `Fidelity.means`.
         """
         values: dict[str, float] = {}
+        if not self.accumulate:
+            return values
         for picture, comparisons in self.compare(model).items():
             for suffix, parts in (
                 ("", [c.quadratic for c in comparisons]),

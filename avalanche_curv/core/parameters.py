@@ -46,6 +46,8 @@ class ParameterSpace:
                 "Set requires_grad=True on the parameters that training may move."
             )
         names, shapes = zip(*trainable)
+        if len(set(names)) < len(names):
+            raise ValueError(f"Several parameters share one of the names {names}. Rename the submodule called 'module'.")
         return cls(names, shapes)
 
     @property

@@ -119,4 +119,4 @@ def joined(parts: list[Comparison]) -> Comparison:
 
 
 def _rows(parts: dict[str, Tensor]) -> Float[Tensor, "N P"]:
-    return torch.cat([part.flatten(1) for part in parts.values()], dim=1)
+    return torch.cat([part.reshape(len(part), -1) for part in parts.values()], dim=1)

@@ -45,7 +45,7 @@ class QuadraticModel:
 
     def increase(self, displacement: Float[Tensor, "P"]) -> Tensor:
         """q(a + δ) − q(a) = gᵀδ + ½ δᵀ C δ."""
-        return _increase(displacement, self.curvature.product(displacement), self.gradient)
+        return quadratic_increase(displacement, self.curvature.product(displacement), self.gradient)
 
     def gradient_at(self, displacement: Float[Tensor, "P"]) -> Float[Tensor, "P"]:
         """∇q(a + δ) = g + C δ."""
@@ -62,7 +62,7 @@ class QuadraticModel:
             return self
         shift = anchor - self.anchor
         product = self.curvature.product(shift)
-        constant = self.constant + float(_increase(shift.double(), product.double(), self.gradient))
+        constant = self.constant + float(quadratic_increase(shift.double(), product.double(), self.gradient))
         gradient = product if self.gradient is None else product + self.gradient
         return replace(self, anchor=anchor, gradient=gradient, constant=constant)
 
@@ -116,19 +116,29 @@ class _Penalty(torch.autograd.Function):
     def forward(ctx: Any, past: QuadraticModel, *parameters: Tensor) -> Tensor:
         displacement = past.space.flatten(list(parameters)).to(past.anchor).sub_(past.anchor)
         product = past.curvature.product(displacement)
-        value = _increase(displacement, product, past.gradient) + past.constant
+        value = quadratic_increase(displacement, product, past.gradient) + past.constant
         ctx.space, ctx.types = past.space, [p.dtype for p in parameters]
         ctx.save_for_backward(product if past.gradient is None else product + past.gradient)
         return value
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        check_first_order()
         (gradient,) = ctx.saved_tensors
         parts = ctx.space.split(gradient * grad_outputs[0])
         return None, *(part.to(dtype) for part, dtype in zip(parts, ctx.types))
 
 
-def _increase(displacement: Tensor, product: Tensor, gradient: Tensor | None) -> Tensor:
+def check_first_order() -> None:
+    """Raises RuntimeError in a backward pass that is to be differentiated again, where C would be missing."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "The gradient of a penalty cannot be differentiated again (create_graph=True). Differentiate the task loss "
+            "alone, and add gradient_at(displacement) and curvature.product(v) of the QuadraticModel yourself."
+        )
+
+
+def quadratic_increase(displacement: Tensor, product: Tensor, gradient: Tensor | None = None) -> Tensor:
     """gᵀδ + ½ δᵀ(Cδ): the one ½ of the package."""
     quadratic = 0.5 * (displacement @ product)
     return quadratic if gradient is None else quadratic + displacement @ gradient.to(displacement)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import islice
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from avalanche_curv.core.losses import ExampleLoss, example_loss
 from avalanche_curv.core.parameters import ParameterSpace
@@ -85,13 +87,39 @@ class EmpiricalRisk:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches, on the model's device and in its floating point type."""
-        like = self.anchor
-        for inputs, targets in self.batches:
-            yield _like(inputs, like), _like(targets, like)
+        for inputs, targets in _without_drawing(self.batches):
+            x, y = _like(inputs, self.anchor), _like(targets, self.anchor)
+            self.loss.check(self._one_output.expand(len(y), *self._one_output.shape[1:]), y)
+            yield x, y
+
+    @cached_property
+    def _one_output(self) -> Float[Tensor, "1 *C"]:
+        """The outputs of one example, for their shape."""
+        inputs, _ = next(_without_drawing(self.batches))
+        with torch.no_grad():
+            outputs = self.model(_like(inputs[:1], self.anchor))
+        return outputs if outputs.ndim > 1 else outputs[:, None]
 
     def outputs(self, inputs: Tensor) -> Float[Tensor, "N C"]:
         """f(inputs) of the frozen model, as a matrix."""
         return as_matrix(self.model(inputs))
+
+    def outputs_at(self, parameters: Sequence[Tensor], inputs: Tensor) -> Float[Tensor, "N C"]:
+        """f(inputs) of the frozen past function at other parameters, given in the order of `space`."""
+        values = {place: parameters[index] for place, index in self._places.items()}
+        return as_matrix(functional_call(self.model, values, (inputs,), tie_weights=False))
+
+    @cached_property
+    def _places(self) -> dict[str, int]:
+        """Every place that holds a trainable parameter, each module once: `functional_call` would tie the weights of a
+        module registered under two names to themselves, and not give them back."""
+        index = {id(p): i for i, p in enumerate(self.parameters)}
+        return {
+            f"{prefix}.{name}" if prefix else name: index[id(p)]
+            for prefix, module in self.model.named_modules()
+            for name, p in module.named_parameters(recurse=False, remove_duplicate=False)
+            if id(p) in index
+        }
 
     def value(self) -> float:
         """L at the frozen parameters, summed in float64."""
@@ -137,18 +165,16 @@ class EmpiricalRisk:
 
     def _check(self) -> None:
         _ = self.space
-        first: Any = next(iter(self.batches), None)
+        first: Any = next(_without_drawing(self.batches), None)
         if first is None or not len(first[1]):
             raise ValueError("The risk of no examples is not defined: got no batch, or an empty one. Give one or more.")
         if len(first) != 2 or not all(isinstance(part, Tensor) for part in first):
             raise ValueError(
                 f"Each batch must be a pair of tensors (inputs, targets); got {[type(p).__name__ for p in first]}."
             )
-        with torch.no_grad():
-            for x, y in self:
-                raw = self.model(x)
-                self.loss.check(raw if raw.ndim > 1 else raw[:, None], y)
-                break
+        whole = isinstance(self.batches, (tuple, list))  # what has to be loaded is checked as it comes
+        for _ in self if whole else islice(self, 1):
+            pass
 
 
 @dataclass(frozen=True)
@@ -174,6 +200,18 @@ class Rebatched:
                     held -= self.size
         if held:
             yield torch.cat(inputs), torch.cat(targets)
+
+
+def _without_drawing(batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches; what a loader draws from torch's global random state on the way is put back."""
+    with torch.random.fork_rng(devices=[]):
+        iterator = iter(batches)
+    while True:
+        with torch.random.fork_rng(devices=[]):
+            batch = next(iterator, None)
+        if batch is None:
+            return
+        yield batch
 
 
 def joined_risk(risks: list[EmpiricalRisk]) -> EmpiricalRisk:

@@ -21,12 +21,13 @@ class TaskAccuracyMetric(ScalarMetric):
 
     Tasks are measured on `stream` (the t-th experience of it for the t-th one trained) or, without one, on the
     training examples; at most `limit` examples a task, drawn by `seed`. Stored examples are the random `fraction` of
-    each past experience that fidelity looks at.
+    each past experience that fidelity looks at. Targets that are no classes have no accuracy, so none is published.
     """
 
     def __init__(self, every: int, stream: Sequence[Any] | None, fraction: float, seed: int, limit: int = 1000) -> None:
         super().__init__(every)
         self.stream, self.fraction, self.seed, self.limit = stream, fraction, seed, limit
+        self._task_ends = _bridge.TaskEnds()
         self._current: Batch | None = None
         self._past: list[Batch] = []
         self._stored: list[Batch] = []
@@ -43,7 +44,7 @@ class TaskAccuracyMetric(ScalarMetric):
 
     def after_training_exp(self, strategy: Any) -> list[MetricValue]:
         values = self.publish(strategy, self._measured(strategy, "accuracy_experience"))
-        if _bridge.past_task_ends(strategy) and self._current is not None:
+        if self._task_ends.here(strategy) and self._current is not None:
             dataset = _bridge.data_of(strategy.experience)
             self._stored.append(_sample(dataset, self.fraction, part_seed(self.seed, len(self._past))))
             self._past.append(self._current)
@@ -66,12 +67,16 @@ class TaskAccuracyMetric(ScalarMetric):
         return {
             f"{group}/{name}": _mean([_rate(_bridge.correct(strategy, batch)) for batch in batches])
             for name, batches in parts.items()
-            if batches
+            if batches and all(_are_classes(targets) for _, targets, _ in batches)
         }
 
 
 def _sample(dataset: Any, fraction: float, seed: int) -> Batch:
     return _bridge.collected(dataset, random_part(len(dataset), fraction, seed).tolist())
+
+
+def _are_classes(targets: Tensor) -> bool:
+    return targets.ndim == 1 and not targets.is_floating_point()
 
 
 def _rate(correct_of: tuple[int, int]) -> float:

@@ -70,6 +70,7 @@ class FidelityMetric(ScalarMetric):
             raise ValueError(f"fraction must lie in (0, 1]; got {fraction}. 0.1 stores one example in ten.")
         self.fraction, self.seed = fraction, seed
         self.pictures = PastPictures(curvature)
+        self._task_ends = _bridge.TaskEnds()
         self.trajectory: defaultdict[str, _Mean] = defaultdict(_Mean)
 
     def after_training_iteration(self, strategy: Any) -> list[MetricValue]:
@@ -81,7 +82,7 @@ class FidelityMetric(ScalarMetric):
         return self._published(strategy, "fidelity", values)
 
     def after_training_exp(self, strategy: Any) -> list[MetricValue]:
-        if not _bridge.past_task_ends(strategy):
+        if not self._task_ends.here(strategy):
             return []
         published = []
         if self.pictures.accumulate:

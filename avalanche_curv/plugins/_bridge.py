@@ -13,9 +13,9 @@ import torch
 from avalanche.benchmarks import OnlineCLExperience
 from avalanche.models import MultiTaskModule, avalanche_forward
 from avalanche.models.utils import is_multi_task_module
-from avalanche.training.utils import _at_task_boundary
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from avalanche_curv.core.losses import ExampleLoss, example_loss
@@ -37,7 +37,10 @@ class LoadedBatches:
         return len(self.dataset)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for batch in loader(self.dataset, self.size):
+        batches = iter(loader(self.dataset, self.size))
+        for _ in range(len(batches)):
+            with untouched_randomness():
+                batch = next(batches)
             yield batch[0], batch[1]
 
 
@@ -67,9 +70,22 @@ class _OneTask(nn.Module):
         return F.pad(outputs, (0, max(0, self.width - outputs.shape[1])))
 
 
-def past_task_ends(strategy: Any) -> bool:
-    """Whether the experience that is ending ends a task: sub-experiences of an online stream do not."""
-    return _at_task_boundary(strategy.experience, before=False)
+class TaskEnds:
+    """Tells at the end of an experience, asked once each time, whether it ends a task.
+
+    A sub-experience of an online stream that tells its boundaries does so if it is the last one. They are counted, for
+    Avalanche does not mark the last one where sub-experiences of equal size make up the task.
+    """
+
+    def __init__(self) -> None:
+        self._seen = 0
+
+    def here(self, strategy: Any) -> bool:
+        experience = strategy.experience
+        if not isinstance(experience, OnlineCLExperience) or not experience.access_task_boundaries:
+            return True
+        self._seen = 1 if experience.is_first_subexp else self._seen + 1
+        return bool(experience.is_last_subexp) or self._seen == experience.sub_stream_length
 
 
 def current_loss(strategy: Any) -> ExampleLoss:
@@ -99,24 +115,37 @@ def current_risk(strategy: Any, batch_size: int) -> EmpiricalRisk:
 
     Raises ValueError for an empty experience and for several task labels in one experience of a multi-task model.
     """
+    check_experience(strategy)
     dataset = data_of(strategy.experience)
-    check_not_empty(strategy)
     with untouched_randomness():
-        adapter = _adapter(strategy.model, dataset, current_number(strategy))
+        model = unwrapped(strategy.model)
+        adapter = _adapter(model, dataset, current_number(strategy))
         batches = _batches(dataset, batch_size)
-        risk = EmpiricalRisk.snapshot(strategy.model, strategy._criterion, batches, adapter=adapter)
+        risk = EmpiricalRisk.snapshot(model, strategy._criterion, batches, adapter=adapter)
         if adapter is not None:
             _check_same_outputs(risk, adapter.task)
     return risk
 
 
-def check_not_empty(strategy: Any) -> None:
-    """Raises ValueError for an experience without examples."""
+def check_experience(strategy: Any) -> None:
+    """Raises ValueError for an experience without examples, and for several task labels before a multi-task model."""
     if len(strategy.experience.dataset) == 0:
         raise ValueError(
             f"Experience {current_number(strategy)} holds no examples, so it has no loss to remember. "
             "Remove it from the stream."
         )
+    _adapter(unwrapped(strategy.model), data_of(strategy.experience), current_number(strategy))
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside `DataParallel`, `DistributedDataParallel` and `torch.compile`, which `torch.func` refuses."""
+    while True:
+        if isinstance(model, nn.DataParallel | DistributedDataParallel):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
+            return model
 
 
 def loader(dataset: Any, batch_size: int) -> DataLoader:
@@ -191,7 +220,7 @@ def _check_same_outputs(risk: EmpiricalRisk, task: int) -> None:
     with torch.no_grad():
         labels = torch.full((len(inputs),), task, device=inputs.device)
         expected, got = avalanche_forward(risk.base, inputs, labels), risk.model(inputs)
-    if expected.shape != got.shape or not torch.allclose(expected, got, rtol=1e-4, atol=1e-5):
+    if expected.shape != got.shape or not torch.allclose(expected, got, rtol=1e-4, atol=1e-5, equal_nan=True):
         raise ValueError(
             f"{type(risk.base).__name__} gives other outputs for the integer task label {task} than for a tensor "
             "of it, so its past loss cannot be frozen. Let forward() treat both alike, as MultiHeadClassifier does."

@@ -11,6 +11,7 @@ from avalanche.training.plugins import SupervisedPlugin
 
 from avalanche_curv.core.curvature import Curvature, Fisher, Hessian
 from avalanche_curv.core.estimate import NonFiniteCurvatureError
+from avalanche_curv.core.penalty import Penalty, penalty_of
 from avalanche_curv.core.policies import Accumulate, Past, Policy
 from avalanche_curv.core.structures import Diagonal, Structure
 from avalanche_curv.plugins import _bridge
@@ -30,9 +31,9 @@ class CurvatureEWCPlugin(SupervisedPlugin):
     model and what the policy stores.
 
     Raises TypeError or ValueError for unusable options when it is made; before training for a criterion without
-    per-example form, an empty experience, a model without trainable parameters, or (MemoryError) a matrix over its
-    structure's limit; NonFiniteCurvatureError at the end of an experience that diverged: `past` then still holds what
-    came before.
+    per-example form, an empty experience, several tasks in one experience of a multi-task model, a model without
+    trainable parameters, or (MemoryError) a matrix over its structure's limit; NonFiniteCurvatureError at the end of
+    an experience that diverged: `past` then still holds what came before.
     """
 
     def __init__(
@@ -50,34 +51,50 @@ class CurvatureEWCPlugin(SupervisedPlugin):
         self.curvature, self.structure, self.policy = curvature, structure, policy
         self.batch_size = batch_size
         self.past = Past()
+        self._task_ends = _bridge.TaskEnds()
         self.penalty: torch.Tensor | None = None  # q at the last step, without strength
+        self._penalty: Penalty | None = None  # made from `past` when it is needed
+        self._weighted: torch.Tensor | None = None  # of the step under way
 
     def before_training(self, strategy: Any, **kwargs: Any) -> None:
         _bridge.current_loss(strategy)
 
     def before_train_dataset_adaptation(self, strategy: Any, **kwargs: Any) -> None:
-        _bridge.check_not_empty(strategy)
+        _bridge.check_experience(strategy)
 
     def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
         space = _bridge.current_space(strategy)
         self.structure.check(space, itemsize=4)
 
+    def before_forward(self, strategy: Any, **kwargs: Any) -> None:
+        # evaluated before the model's own graph is made, its gradient is added last, and mostly in place
+        self._evaluate(strategy)
+
     def before_backward(self, strategy: Any, **kwargs: Any) -> None:
+        weighted = self._weighted if self._weighted is not None else self._evaluate(strategy)
+        if weighted is not None and self.strength > 0:
+            strategy.loss = strategy.loss + weighted
+        self._weighted = None
+
+    def _evaluate(self, strategy: Any) -> torch.Tensor | None:
         if self.past.model is None:
-            return
+            return None
         if self.strength == 0:
             self.penalty = self.past.model(strategy.model)
-            return
-        penalty = self.past.model.penalty(strategy.model)
-        self.penalty = penalty.detach()
-        strategy.loss = strategy.loss + self.strength * penalty
+            return None
+        if self._penalty is None:
+            self._penalty = penalty_of(self.past.model, self.strength)
+        self._weighted = self._penalty(strategy.model)
+        self.penalty = self._weighted.detach() / self.strength
+        return self._weighted
 
     def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
-        if not _bridge.past_task_ends(strategy):
+        if not self._task_ends.here(strategy):
             return
         risk = _bridge.current_risk(strategy, self.batch_size)
         try:
             self.past = self.policy.absorb(self.past, risk, self.curvature, self.structure)
+            self._penalty = None
         except NonFiniteCurvatureError as error:
             raise NonFiniteCurvatureError(
                 f"Experience {_bridge.current_number(strategy)}: {error} "

@@ -1,0 +1,75 @@
+"""What curvature costs: ratios of times measured in one process, interleaved, medians."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from benchmarks.harness import Experiment, Options
+from benchmarks.harness.experiment import Context, Record
+from benchmarks.harness.tables import Column, table
+
+if TYPE_CHECKING:
+    from benchmarks.harness.results import Results
+
+
+@dataclass(frozen=True)
+class Config:
+    """An MLP 784-hidden-hidden-10 on synthetic inputs; `rounds` interleaved repetitions."""
+
+    label: str = "MLP 784-400-400-10"
+    hidden: int = 400
+    examples: int = 5120
+    batch: int = 128
+    experiences: int = 20
+    stored: int = 100
+    rounds: int = 15
+    steps: int = 20
+
+
+TITLES = {
+    "step/naive": ("one training step of Naive, through Avalanche's loop", None),
+    "step/curvature_ewc": ("CurvatureEWC, diagonal, after 20 experiences", 1.15),
+    "step/curvature_ewc_one": ("CurvatureEWC, diagonal, after 1 experience", None),
+    "step/ewc_separate": ("Avalanche's EWC, separate, after 20 experiences", None),
+    "step/ewc_online": ("Avalanche's EWC, online, after 20 experiences", None),
+    "estimate/gradients": ("one epoch of plain gradient passes", None),
+    "estimate/empirical_fisher": ("exact empirical-Fisher diagonal", 1.2),
+    "estimate/fisher": ("exact Fisher diagonal", 2.3),
+    "estimate/ewc": ("Avalanche's importance (not per example)", None),
+    "fidelity/gradients": ("one gradient pass over the stored examples", None),
+    "fidelity/accumulate": ("all fidelity values, accumulate picture", 1.5),
+    "fidelity/refresh": ("all fidelity values, refresh picture", 1.5),
+}
+
+
+class Speed(Experiment):
+    """Times of a penalty step, of estimates and of fidelity, each relative to plain training work on the same data."""
+
+    name = "speed"
+
+    def configs(self, options: Options) -> Sequence[Config]:
+        small = Config(label="MLP 784-40-40-10", hidden=40, examples=256, experiences=3, rounds=2, steps=3)
+        return [small if options.quick else Config()]
+
+    def run(self, config: Config, seed: int, context: Context) -> Sequence[Record]:
+        from benchmarks.speed_run import run
+
+        return run(config)
+
+    def report(self, results: Results, out: Path) -> str:
+        label = results.labels[0]
+        columns = [Column("work"), Column("milliseconds", 2), Column("ratio", 2), Column("goal"), Column("n")]
+        rows: list[list] = []
+        for name, (title, goal) in TITLES.items():
+            time, ratio = results.final(f"{name}/milliseconds", label), results.final(f"{name}/ratio", label)
+            rows.append([title, time, ratio, f"≤ {goal}" if goal else "", ratio.n if ratio else 0])
+        return (
+            f"# Cost on {label}\n\nMedians over interleaved rounds in one process, one thread; ratios to the first row "
+            "of each group, over n repetitions of the benchmark.\n\n" + table(columns, rows)
+        )
+
+
+experiment = Speed()
