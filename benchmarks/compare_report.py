@@ -21,7 +21,7 @@ SHOWN = ("Naive", "Cumulative", "Replay", "EWC", "LwF", "MAS", "CurvatureEWC Fis
 
 def report(results: Results, out: Path) -> str:
     """Markdown, with figures in `out`."""
-    setting = next((results.config(label)["setting"] for label in results.labels if results.config(label)), {})
+    setting: dict = next((results.config(label)["setting"] for label in results.labels if results.config(label)), {})
     lines = [
         f"# Comparison on {setting.get('stream', '?')}",
         f"{setting.get('experiences')} experiences of {setting.get('steps')} steps with batches of "

@@ -27,6 +27,7 @@ KINDS: dict[str, Curvature] = {
     "empirical Fisher": EmpiricalFisher(),
     "batched emp. Fisher": BatchedEmpiricalFisher(batch_size=64),
 }
+EQUAL_TO_FISHER = ("Hessian", "GGN")  # their diagonals, on a ReLU network with cross-entropy
 POLICIES: dict[str, Policy] = {"accumulate": Accumulate(), "merge": Merge(), "refresh": Refresh(fraction=MEMORY)}
 
 

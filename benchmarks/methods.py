@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
 
 from avalanche.training import Cumulative, Naive
 from avalanche.training.plugins import (

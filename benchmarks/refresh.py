@@ -80,11 +80,11 @@ class Refresh(Experiment):
         _figure(results, out, config["steps"])
         return "\n\n".join([
             "# Refreshing the curvature: the research log's Table 1",
-            f"Sine stream of {config['experiences']} tasks, MLP 2-100-2 with ReLU (502 parameters), true Fisher, dense, "
-            f"{config['memory']:.0%} of each task's training examples stored; Adam {config['rate']}, weight decay "
+            f"Sine stream of {config['experiences']} tasks, MLP 2-100-2 with ReLU (502 parameters), true Fisher, "
+            f"dense, {config['memory']:.0%} of each task's training examples stored; Adam {config['rate']}, decay "
             f"{config['weight_decay']}, cosine per task, {config['steps']} steps a task, batch {config['batch']}. "
-            "κ is |κ| and γ the gradient error, means over the stored examples of all past tasks, in the picture that the "
-            "row trains with, without linear term; mean ± standard deviation over n seeds.",
+            "κ is |κ| and γ the gradient error, means over the stored examples of all past tasks, in the picture that "
+            "the row trains with, without linear term; mean ± standard deviation over n seeds.",
             _table(results),
             _pictures(results),
             "![Error of both pictures](refresh.png)",

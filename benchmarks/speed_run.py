@@ -173,7 +173,7 @@ def _perturb(model: nn.Module, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += 1e-3 * torch.randn(parameter.shape, generator=generator)
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=1e-3)
 
 
 def _examples(count: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

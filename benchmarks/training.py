@@ -1,4 +1,4 @@
-"""Training as the experiments share it: a fixed number of steps an experience, and the time of the metrics set apart."""
+"""Training as the experiments share it: so many steps an experience, and the time of the metrics set apart."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ class Tune(Experiment):
 
     def _compare(self, options: TuneOptions) -> dict[str, Any]:
         from benchmarks.compare import Config as Inner
-        from benchmarks.grid import methods
+        from benchmarks.grid import EQUAL_TO_FISHER, methods
 
         chosen = CompareOptions(options.seeds, options.quick, options.dataset_root, options.stream)
         setting = replace(setting_for(chosen), every=10**6)  # fidelity costs time and is not needed here
@@ -93,7 +93,7 @@ class Tune(Experiment):
                 label, replace(method, strength=strength), setting
             )
             for label, method in methods(options.stream).items()
-            if hasattr(method, "strength")
+            if hasattr(method, "strength") and not any(f" {kind}," in label for kind in EQUAL_TO_FISHER)
         }
 
     def _refresh(self, options: TuneOptions) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -17,14 +17,14 @@ from avalanche_curv.core.risk import EmpiricalRisk
 
 
 class LayerPictures(Pictures):
-    """C_x = Jᵀ S Sᵀ J without any [N, P] matrix.
+    """C_x = Jᵀ S Sᵀ J without any [N, P] matrix, for the examples of several risks over one parameter space.
 
-    What depends on the anchor alone is computed once: the layers' inputs, the graph from their outputs Z to f, and
+    What depends on the anchors alone is computed once: the layers' inputs, the graph from their outputs Z to f, and
     that of w ↦ (∂f/∂Z)ᵀw, whose derivative in w is the Jacobian product that propagates a displacement.
     """
 
-    def __init__(self, curvature: OutputCurvature, risk: EmpiricalRisk, layers: LinearLayers) -> None:
-        self.curvature, self.risk, self.layers = curvature, risk, layers
+    def __init__(self, curvature: OutputCurvature, *held: tuple[EmpiricalRisk, LinearLayers]) -> None:
+        self.curvature, self.risk, self.held = curvature, held[0][0], held
         self._anchored: list[_AnchoredBatch] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -33,36 +33,61 @@ class LayerPictures(Pictures):
 
     def compare(self, parameters: Float[Tensor, "P"]) -> Comparison:
         if self._anchored is None:
-            generator = self.curvature.generator()
-            self._anchored = [_AnchoredBatch(self, x, y, generator) for x, y in self.risk]
+            self._anchored = [batch for pair in self.held for batch in self._anchor(*pair)]
         with torch.enable_grad():
-            return joined([batch.compare(parameters) for batch in self._anchored])
+            return _compared([batch.measure(parameters) for batch in self._anchored])
+
+    def _anchor(self, risk: EmpiricalRisk, layers: LinearLayers) -> list[_AnchoredBatch]:
+        generator = self.curvature.generator()
+        return [_AnchoredBatch(self.curvature, risk, layers, x, y, generator) for x, y in risk]
+
+
+class _Measured(NamedTuple):
+    """Of n examples: losses' change, linear and quadratic increase; inner products of each of L layers."""
+
+    actual: Float[Tensor, "n"]
+    linear: Float[Tensor, "n"]
+    quadratic: Float[Tensor, "n"]
+    gradients: Float[Tensor, "3 3 L n"]
+    inputs: Float[Tensor, "3 L n"]
+    kinds: Float[Tensor, "2 L n"]
 
 
 class _AnchoredBatch:
     """One batch at the anchor, ready to be compared."""
 
-    def __init__(self, pictures: LayerPictures, x: Tensor, y: Tensor, generator: torch.Generator) -> None:
-        self.risk, self.layers, self.x, self.y = pictures.risk, pictures.layers, x, y
-        with torch.enable_grad(), self.layers.tapped() as self.taps:
-            self.outputs = self.risk.outputs(x)
+    def __init__(
+        self,
+        curvature: OutputCurvature,
+        risk: EmpiricalRisk,
+        layers: LinearLayers,
+        x: Tensor,
+        y: Tensor,
+        generator: torch.Generator,
+    ) -> None:
+        self.risk, self.layers, self.x, self.y = risk, layers, x, y
+        with torch.enable_grad(), layers.tapped() as self.taps:
+            self.outputs = risk.outputs(x)
         values = self.outputs.detach()
-        self.loss = self.risk.loss.per_example(values, y)
-        self.residual = self.risk.loss.gradient(values, y)
-        self.factor = pictures.curvature.factor(self.risk.loss, values, y, generator)
+        self.loss = risk.loss.per_example(values, y)
+        self.residual = risk.loss.gradient(values, y)
+        self.factor = curvature.factor(risk.loss, values, y, generator)
         with torch.enable_grad():
             self.weights = torch.zeros_like(values, requires_grad=True)
             self.pullback = _sensitivities(self.outputs, self.taps, self.weights, keep=True)
         self.gradients = [_GradientRows(slope) for slope in self._pulled(self.residual)]
+        self.kinds = _kinds(layers, self.taps).to(values)[:, :, None].expand(-1, -1, len(x))
 
-    def compare(self, parameters: Float[Tensor, "P"]) -> Comparison:
+    def measure(self, parameters: Float[Tensor, "P"]) -> _Measured:
         values = self.risk.space.split(parameters)
         taps, true, loss = self._truth(values)
         change = self._output_change(taps, dict(zip(self.risk.space.names, values)))
         curved, linear, quadratic = output_increase(self.factor, self.residual, change)
         grams = [rows.gram(*pair) for rows, *pair in zip(self.gradients, true, self._pulled(curved))]
-        products = _sum_over_layers(self.layers, taps, self.taps, grams)
-        return Comparison.of(products, loss - self.loss, torch.stack([quadratic, quadratic + linear]))
+        inputs = [_input_products(*pair) for pair in zip(taps, self.taps)]
+        return _Measured(
+            loss - self.loss, linear, quadratic, torch.stack(grams, dim=2), torch.stack(inputs, dim=1), self.kinds
+        )
 
     def _pulled(self, cotangent: Float[Tensor, "N C"]) -> tuple[Tensor, ...]:
         """B of each layer for the scalar Σ_i cotangent_iᵀ f_i."""
@@ -107,7 +132,7 @@ def _sensitivities(
 
 
 class _GradientRows:
-    """For one layer, b − b' with the linear term, the bend and the slope of b', as rows in memory that is used again."""
+    """For one layer: b − b' with the linear term, and the bend and slope of b', as rows in memory used again."""
 
     def __init__(self, slope: Float[Tensor, "N out"]) -> None:
         self.rows = torch.stack([slope, slope, slope], dim=1)
@@ -120,43 +145,39 @@ class _GradientRows:
         return _gram(self.rows)
 
 
-def _sum_over_layers(
-    layers: LinearLayers, now: list[Tap], then: list[Tap], grams: list[Float[Tensor, "3 3 N"]]
-) -> GradientProducts:
-    """Products of the per-example gradients b aᵀ (true, now) with b' a'ᵀ (predicted, at the anchor)."""
-    terms = [_outer_products(layers, *parts) for parts in zip(now, then, grams)]
-    return GradientProducts(*(torch.stack(parts).sum(0) for parts in zip(*terms)))
+def _kinds(layers: LinearLayers, taps: list[Tap]) -> Float[Tensor, "2 L"]:
+    """Whether weight and bias of each layer are trainable, as 0 or 1."""
+    held = [{name.rsplit(".", 1)[-1] for name in layers.trainable(tap.layer)} for tap in taps]
+    return torch.tensor([[float(kind in names) for names in held] for kind in ("weight", "bias")])
 
 
-def _outer_products(
-    layers: LinearLayers, now: Tap, then: Tap, g: Float[Tensor, "3 3 N"]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """‖b aᵀ‖², ‖b' a'ᵀ‖², ⟨b aᵀ, b' a'ᵀ⟩ and ‖b aᵀ − b' a'ᵀ‖² for weight and bias, with b' = bend and bend + slope.
+def _compared(parts: list[_Measured]) -> Comparison:
+    """The comparison of all examples from their inner products: ‖b aᵀ‖², ‖b' a'ᵀ‖², ⟨b aᵀ, b' a'ᵀ⟩ and
+    ‖b aᵀ − b' a'ᵀ‖² for true (b, a) and predicted (b', a'), with b' = bend and bend + slope, summed over layers.
 
-    The last as ‖(b − b') aᵀ + b' (a − a')ᵀ‖², which does not cancel when the two are close. `g` holds the products of
-    d = b − b' with the linear term, of bend and of slope.
+    The last is written as ‖(b − b') aᵀ + b' (a − a')ᵀ‖², which does not cancel when the two are close.
     """
-    kinds = {name.rsplit(".", 1)[-1] for name in layers.trainable(now.layer)}
-    weight, bias = float("weight" in kinds), float("bias" in kinds)
+    if len({part.inputs.shape[1] for part in parts}) > 1:  # some examples pass through fewer layers
+        return joined([_compared([part]) for part in parts])
+    actual, linear, quadratic, g, (aa, ae, ee), (weight, bias) = (torch.cat(of, dim=-1) for of in zip(*parts))
     shift = torch.stack([g[0, 0] + 2 * g[0, 2] + g[2, 2], g[0, 0]])  # ‖b − b'‖²
     mixed = torch.stack([g[0, 1] + g[1, 2], g[0, 1] + g[0, 2]])  # (b − b')·b'
     size = torch.stack([g[1, 1], g[1, 1] + 2 * g[1, 2] + g[2, 2]])  # ‖b'‖²
-    aa, ae, ee = _input_products(now, then)
-    return (
-        (shift + 2 * mixed + size) * (weight * aa + bias),
-        size * (weight * (aa - 2 * ae + ee) + bias),
-        (mixed + size) * (weight * (aa - ae) + bias),
-        weight * (shift * aa + 2 * mixed * ae + size * ee) + bias * shift,
+    products = GradientProducts(
+        ((shift + 2 * mixed + size) * (weight * aa + bias)).sum(1),
+        (size * (weight * (aa - 2 * ae + ee) + bias)).sum(1),
+        ((mixed + size) * (weight * (aa - ae) + bias)).sum(1),
+        (weight * (shift * aa + 2 * mixed * ae + size * ee) + bias * shift).sum(1),
     )
+    return Comparison.of(products, actual, torch.stack([quadratic, quadratic + linear]))
 
 
-def _input_products(now: Tap, then: Tap) -> tuple[Tensor, Tensor, Tensor]:
+def _input_products(now: Tap, then: Tap) -> Float[Tensor, "3 N"]:
     """a·a, a·e and e·e with e = a − a'."""
     if _same(now.inputs, then.inputs):
-        squares = then.input_squares
-        return squares, torch.zeros_like(squares), torch.zeros_like(squares)
+        return then.input_squares
     g = _gram(torch.stack([now.inputs, now.inputs - then.inputs], dim=1))
-    return g[0, 0], g[0, 1], g[1, 1]
+    return torch.stack([g[0, 0], g[0, 1], g[1, 1]])
 
 
 def _gram(rows: Float[Tensor, "N m k"]) -> Float[Tensor, "m m N"]:

@@ -24,9 +24,10 @@ class Tap:
     outputs: Float[Tensor, "N out"]
 
     @cached_property
-    def input_squares(self) -> Float[Tensor, "N"]:
-        """a·a."""
-        return torch.linalg.vecdot(self.inputs, self.inputs)
+    def input_squares(self) -> Float[Tensor, "3 N"]:
+        """a·a, a·e and e·e for inputs that do not change: e = 0."""
+        squares = torch.linalg.vecdot(self.inputs, self.inputs)
+        return torch.stack([squares, torch.zeros_like(squares), torch.zeros_like(squares)])
 
 
 @dataclass(frozen=True)

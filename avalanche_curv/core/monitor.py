@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 from typing import Any
 
 from torch import Tensor, nn
 
-from avalanche_curv.core.curvature import Curvature, Hessian, OutputCurvature
+from avalanche_curv.core.curvature import Curvature, OutputCurvature
 from avalanche_curv.core.fidelity import Comparison, Fidelity, concatenated
 from avalanche_curv.core.layer_pictures import LayerPictures
 from avalanche_curv.core.layers import LinearLayers
@@ -68,10 +69,12 @@ class PastPictures:
 
     @cached_property
     def _held(self) -> dict[str, list[_Group]]:
-        accumulate = [_Group.of(self.curvature, [risk]) for risk in self.accumulate]
         functions = {risk.adapter for risk in self.refresh}
-        together = [list(self.refresh)] if len(functions) == 1 else [[risk] for risk in self.refresh]
-        return {"accumulate": accumulate, "refresh": [_Group.of(self.curvature, risks) for risks in together if risks]}
+        refresh = [list(self.refresh)] if len(functions) == 1 else [[risk] for risk in self.refresh]
+        return {
+            "accumulate": _groups(self.curvature, [[risk] for risk in self.accumulate]),
+            "refresh": _groups(self.curvature, refresh),
+        }
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what is computed again when it is needed."""
@@ -80,31 +83,43 @@ class PastPictures:
 
 @dataclass(frozen=True)
 class _Group:
-    """Experiences whose past function is the same, measured at once."""
+    """Experiences that are measured at once."""
 
     pictures: Pictures
     sizes: list[int]
-
-    @classmethod
-    def of(cls, curvature: Curvature, risks: list[EmpiricalRisk]) -> _Group:
-        return cls(pictures_of(curvature, joined_risk(risks)), [risk.examples for risk in risks])
 
     def compare(self, parameters: Tensor) -> list[Comparison]:
         return self.pictures.compare(parameters).split(self.sizes)
 
 
-def pictures_of(curvature: Curvature, risk: EmpiricalRisk) -> Pictures:
-    """The fastest way to measure pictures with this curvature on this model.
+def _groups(curvature: Curvature, functions: list[list[EmpiricalRisk]]) -> list[_Group]:
+    """All experiences in order; each inner list shares its past function. Neighbours over one parameter space are
+    measured at once where all parameters lie in linear layers."""
+    groups = []
+    for _, run in groupby(functions, key=lambda risks: risks[0].space):
+        together = list(run)
+        for some in [together] if _are_layered(curvature, together) else [[risks] for risks in together]:
+            pictures = pictures_of(curvature, *(joined_risk(risks) for risks in some))
+            groups.append(_Group(pictures, [risk.examples for risks in some for risk in risks]))
+    return groups
+
+
+def _are_layered(curvature: Curvature, functions: list[list[EmpiricalRisk]]) -> bool:
+    return isinstance(curvature, OutputCurvature) and all(LinearLayers.of(risks[0]) for risks in functions)
+
+
+def pictures_of(curvature: Curvature, *risks: EmpiricalRisk) -> Pictures:
+    """The fastest way to measure pictures with this curvature of the examples of a risk; of several at once where all
+    parameters lie in linear layers.
 
     Raises TypeError for a kind without a per-example form.
     """
     check_per_example(curvature)
-    if isinstance(curvature, Hessian):
-        return HessianPictures(risk)
     if not isinstance(curvature, OutputCurvature):
-        raise TypeError(f"{type(curvature).__name__} has no per-example form.")
-    layers = LinearLayers.of(risk)
-    return OutputPictures(curvature, risk) if layers is None else LayerPictures(curvature, risk, layers)
+        return HessianPictures(*risks)
+    layers = [LinearLayers.of(risk) for risk in risks]
+    held = [(risk, own) for risk, own in zip(risks, layers) if own is not None]
+    return LayerPictures(curvature, *held) if len(held) == len(risks) else OutputPictures(curvature, *risks)
 
 
 def _named(picture: str, parts: list[Fidelity]) -> dict[str, float]:

@@ -47,7 +47,7 @@ class ParameterSpace:
             )
         names, shapes = zip(*trainable)
         if len(set(names)) < len(names):
-            raise ValueError(f"Several parameters share one of the names {names}. Rename the submodule called 'module'.")
+            raise ValueError(f"Parameters share a name among {names}. Rename the submodule called 'module'.")
         return cls(names, shapes)
 
     @property

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from avalanche_curv.core.quadratic import QuadraticModel, check_first_order, quadratic_increase
+from avalanche_curv.core.quadratic import QuadraticModel, check_first_order, half
 from avalanche_curv.core.structures.diagonal import DiagonalMatrix
 
 
@@ -38,9 +39,9 @@ class GeneralPenalty(Penalty):
 
 
 class DiagonalPenalty(Penalty):
-    """For a diagonal C around its minimum, in two buffers that are used again at every step.
+    """For a diagonal C around its minimum, in memory that is used again at every step.
 
-    At the size of a model, memory that is fresh at every step costs more than the arithmetic.
+    At the size of a model, fresh memory costs more than the arithmetic.
     """
 
     def __init__(self, past: QuadraticModel, strength: float) -> None:
@@ -48,23 +49,26 @@ class DiagonalPenalty(Penalty):
         self.values = strength * past.curvature.tensors()[0]
         self.anchors = past.space.split(past.anchor)
         self.displacement, self.gradient = torch.empty_like(past.anchor), torch.empty_like(past.anchor)
-        self.displacements = past.space.split(self.displacement)
-        self.gradients = past.space.split(self.gradient)
+        self.displacements, self.gradients = past.space.split(self.displacement), past.space.split(self.gradient)
         self.calls = 0
 
     def __call__(self, model: nn.Module) -> Tensor:
         return _DiagonalPenalty.apply(self, *self.space.tensors(model))
 
+    def evaluate(self, parameters: Sequence[Tensor]) -> Tensor:
+        """strength · q(θ), with strength · C δ left in `gradients`."""
+        for parameter, anchor, displacement in zip(parameters, self.anchors, self.displacements):
+            torch.sub(parameter, anchor, out=displacement)
+        torch.mul(self.values, self.displacement, out=self.gradient)
+        return half(self.displacement @ self.gradient) + self.constant
+
 
 class _DiagonalPenalty(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, penalty: DiagonalPenalty, *parameters: Tensor) -> Tensor:
-        for parameter, anchor, displacement in zip(parameters, penalty.anchors, penalty.displacements):
-            torch.sub(parameter, anchor, out=displacement)
-        torch.mul(penalty.values, penalty.displacement, out=penalty.gradient)
         penalty.calls += 1
         ctx.penalty, ctx.call, ctx.types = penalty, penalty.calls, [p.dtype for p in parameters]
-        return quadratic_increase(penalty.displacement, penalty.gradient) + penalty.constant
+        return penalty.evaluate(parameters)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
@@ -91,5 +95,8 @@ def _centre(past: QuadraticModel) -> QuadraticModel | None:
     values = past.curvature.values
     if ((values <= 0) & (past.gradient != 0)).any():
         return None
-    anchor = past.anchor - torch.where(values > 0, past.gradient / values, torch.zeros_like(values))
+    step = torch.where(values > 0, past.gradient / values, torch.zeros_like(values))
+    if step.abs().max() > 2 * past.anchor.abs().max():
+        return None  # so far away that the value would cancel: no sum of quadratics, whose minimum is among anchors
+    anchor = past.anchor - step
     return replace(past.reanchored(anchor), gradient=None)  # C (a* − a) + g is zero but for rounding

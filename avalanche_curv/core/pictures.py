@@ -13,6 +13,7 @@ from torch.func import grad, jvp, vmap
 from avalanche_curv.core.curvature import Curvature, Hessian, OutputCurvature
 from avalanche_curv.core.examples import chunk_size, outputs_of, parameters_of, pulled_back
 from avalanche_curv.core.fidelity import Comparison, GradientProducts, concatenated
+from avalanche_curv.core.quadratic import half
 from avalanche_curv.core.risk import EmpiricalRisk
 
 
@@ -110,7 +111,7 @@ def output_increase(
 
 def half_product(products: Float[Tensor, "N k"], direction: Tensor) -> Float[Tensor, "N"]:
     """½ vᵀ(C v) for each row, the increase of a purely quadratic picture."""
-    return 0.5 * (products * direction).sum(1)
+    return half((products * direction).sum(1))
 
 
 def joined(parts: list[Comparison]) -> Comparison:

@@ -129,6 +129,11 @@ class _Penalty(torch.autograd.Function):
         return None, *(part.to(dtype) for part, dtype in zip(parts, ctx.types))
 
 
+def half(quadratic_form: Tensor) -> Tensor:
+    """½ δᵀ(Cδ) from δᵀ(Cδ): the ½ of every penalty and picture."""
+    return 0.5 * quadratic_form
+
+
 def check_first_order() -> None:
     """Raises RuntimeError in a backward pass that is to be differentiated again, where C would be missing."""
     if torch.is_grad_enabled():
@@ -139,8 +144,8 @@ def check_first_order() -> None:
 
 
 def quadratic_increase(displacement: Tensor, product: Tensor, gradient: Tensor | None = None) -> Tensor:
-    """gᵀδ + ½ δᵀ(Cδ): the one ½ of the package."""
-    quadratic = 0.5 * (displacement @ product)
+    """gᵀδ + ½ δᵀ(Cδ)."""
+    quadratic = half(displacement @ product)
     return quadratic if gradient is None else quadratic + displacement @ gradient.to(displacement)
 
 

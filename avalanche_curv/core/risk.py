@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.parallel import DistributedDataParallel
 
 from avalanche_curv.core.losses import ExampleLoss, example_loss
 from avalanche_curv.core.parameters import ParameterSpace
@@ -239,8 +240,19 @@ def as_matrix(outputs: Tensor) -> Float[Tensor, "N C"]:
     return outputs.reshape(outputs.shape[0], -1)
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside `DataParallel`, `DistributedDataParallel` and `torch.compile`, which `torch.func` refuses."""
+    while True:
+        if isinstance(model, (nn.DataParallel, DistributedDataParallel)):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
+            return model
+
+
 def _frozen(model: nn.Module) -> nn.Module:
-    copied = copy.deepcopy(model).eval()
+    copied = copy.deepcopy(unwrapped(model)).eval()
     copied.zero_grad(set_to_none=True)
     half = any(p.dtype in (torch.float16, torch.bfloat16) for p in copied.parameters())
     return copied.float() if half else copied

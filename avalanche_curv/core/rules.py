@@ -26,7 +26,7 @@ from avalanche_curv.core.structures import (
 
 Rows = Iterable[Float[Tensor, "n P"]]
 
-CHUNK = 1024  # examples that go through the model at once
+CHUNK = 512  # examples that go through the model at once
 
 
 @rule(OutputCurvature, Dense)

@@ -36,6 +36,8 @@ class TaskAccuracyMetric(ScalarMetric):
         if self._current is None:
             number = len(self._past)
             dataset = _bridge.data_of(self._source(strategy, number))
+            if not len(dataset):
+                raise ValueError(f"Experience {number} of the evaluation stream is empty. Fill it, or give no stream.")
             fraction = min(1.0, self.limit / len(dataset))
             self._current = _sample(dataset, fraction, part_seed(self.seed, number))
 

@@ -11,7 +11,7 @@ from avalanche.evaluation.metric_results import MetricValue
 
 from avalanche_curv.core.curvature import Curvature, Fisher
 from avalanche_curv.core.monitor import PastPictures
-from avalanche_curv.core.policies import part_of
+from avalanche_curv.core.policies import Policy, part_of
 from avalanche_curv.metrics._published import ScalarMetric
 from avalanche_curv.metrics.accuracy import TaskAccuracyMetric
 from avalanche_curv.metrics.penalty import PenaltyMetric
@@ -42,8 +42,11 @@ def fidelity_metrics(
     Besides come `accuracy/{stored,current_task,past_tasks}`, on `stream` if one is given (for instance
     `benchmark.test_stream`) and else on training examples, and `penalty/{raw,weighted}` of a CurvatureEWC.
 
-    `of` takes curvature, fraction and seed from a CurvatureEWCPlugin where they are not given. Measuring draws no
-    random numbers and leaves training bit-identical. Raises TypeError for a curvature without per-example form.
+    `of` takes the curvature from a CurvatureEWCPlugin, and fraction and seed from a policy of it that stores only part
+    of the examples, where they are not given. Each experience is measured on the past function as frozen at its end
+    (`accumulate`), or on that of the newest end (`refresh`), masks and padding of growing heads included. Measuring
+    draws no random numbers and leaves training bit-identical. Raises TypeError for a curvature without per-example
+    form.
 
     >>> from avalanche_curv import GGN
     >>> [type(metric).__name__ for metric in fidelity_metrics(curvature=GGN(), every=5)]
@@ -51,7 +54,7 @@ def fidelity_metrics(
     """
     if of is not None:
         curvature = of.curvature if curvature is None else curvature
-        fraction = getattr(of.policy, "fraction", None) if fraction is None else fraction
+        fraction = _stored_fraction(of.policy) if fraction is None else fraction
         seed = getattr(of.policy, "seed", None) if seed is None else seed
     fraction, seed = 0.1 if fraction is None else fraction, seed or 0
     return [
@@ -59,6 +62,11 @@ def fidelity_metrics(
         TaskAccuracyMetric(every, stream, fraction, seed),
         PenaltyMetric(every),
     ]
+
+
+def _stored_fraction(policy: Policy) -> float | None:
+    fraction = getattr(policy, "fraction", 1.0)
+    return fraction if fraction < 1 else None
 
 
 class FidelityMetric(ScalarMetric):

@@ -15,12 +15,11 @@ from avalanche.models import MultiTaskModule, avalanche_forward
 from avalanche.models.utils import is_multi_task_module
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from avalanche_curv.core.losses import ExampleLoss, example_loss
 from avalanche_curv.core.parameters import ParameterSpace
-from avalanche_curv.core.risk import EmpiricalRisk
+from avalanche_curv.core.risk import EmpiricalRisk, unwrapped
 
 IN_MEMORY_BYTES = 2**30  # data sets up to this size are loaded once, larger ones at every pass
 
@@ -98,6 +97,11 @@ def current_space(strategy: Any) -> ParameterSpace:
     return ParameterSpace.of(strategy.model)
 
 
+def current_itemsize(strategy: Any) -> int:
+    """Bytes of one number of the model's curvature: those of its parameters, float32 for half precision."""
+    return max(4, *(p.element_size() for p in strategy.model.parameters() if p.requires_grad))
+
+
 def current_number(strategy: Any) -> int:
     """How many experiences were trained before this one."""
     return strategy.clock.train_exp_counter
@@ -137,17 +141,6 @@ def check_experience(strategy: Any) -> None:
     _adapter(unwrapped(strategy.model), data_of(strategy.experience), current_number(strategy))
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside `DataParallel`, `DistributedDataParallel` and `torch.compile`, which `torch.func` refuses."""
-    while True:
-        if isinstance(model, nn.DataParallel | DistributedDataParallel):
-            model = model.module
-        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
-            model = inner
-        else:
-            return model
-
-
 def loader(dataset: Any, batch_size: int) -> DataLoader:
     """Batches in order; a generator of its own keeps the global random state as it is."""
     collate = getattr(dataset, "collate_fn", None)
@@ -158,7 +151,7 @@ def loader(dataset: Any, batch_size: int) -> DataLoader:
 def untouched_randomness() -> Iterator[None]:
     """Leaves the random states of torch, numpy and Python as found, whatever a data set's transforms draw."""
     states = random.getstate(), np.random.get_state()  # noqa: NPY002  the legacy state is the one transforms use
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         try:
             yield
         finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from numbers import Real
 from typing import Any
 
 import torch
@@ -53,8 +54,7 @@ class CurvatureEWCPlugin(SupervisedPlugin):
         self.past = Past()
         self._task_ends = _bridge.TaskEnds()
         self.penalty: torch.Tensor | None = None  # q at the last step, without strength
-        self._penalty: Penalty | None = None  # made from `past` when it is needed
-        self._weighted: torch.Tensor | None = None  # of the step under way
+        self._weighted: Penalty | None = None  # made from `past` when it is needed
 
     def before_training(self, strategy: Any, **kwargs: Any) -> None:
         _bridge.current_loss(strategy)
@@ -63,30 +63,22 @@ class CurvatureEWCPlugin(SupervisedPlugin):
         _bridge.check_experience(strategy)
 
     def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
-        space = _bridge.current_space(strategy)
-        self.structure.check(space, itemsize=4)
-
-    def before_forward(self, strategy: Any, **kwargs: Any) -> None:
-        # evaluated before the model's own graph is made, its gradient is added last, and mostly in place
-        self._evaluate(strategy)
+        self.structure.check(_bridge.current_space(strategy), _bridge.current_itemsize(strategy))
 
     def before_backward(self, strategy: Any, **kwargs: Any) -> None:
-        weighted = self._weighted if self._weighted is not None else self._evaluate(strategy)
-        if weighted is not None and self.strength > 0:
-            strategy.loss = strategy.loss + weighted
-        self._weighted = None
-
-    def _evaluate(self, strategy: Any) -> torch.Tensor | None:
         if self.past.model is None:
-            return None
+            return
         if self.strength == 0:
             self.penalty = self.past.model(strategy.model)
-            return None
-        if self._penalty is None:
-            self._penalty = penalty_of(self.past.model, self.strength)
-        self._weighted = self._penalty(strategy.model)
-        self.penalty = self._weighted.detach() / self.strength
-        return self._weighted
+            return
+        if self._weighted is None:
+            self._weighted = penalty_of(self.past.model, self.strength)
+        weighted = self._weighted(strategy.model)
+        self.penalty = weighted.detach() / self.strength
+        strategy.loss = strategy.loss + weighted
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_weighted": None}
 
     def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
         if not self._task_ends.here(strategy):
@@ -94,7 +86,7 @@ class CurvatureEWCPlugin(SupervisedPlugin):
         risk = _bridge.current_risk(strategy, self.batch_size)
         try:
             self.past = self.policy.absorb(self.past, risk, self.curvature, self.structure)
-            self._penalty = None
+            self._weighted = None
         except NonFiniteCurvatureError as error:
             raise NonFiniteCurvatureError(
                 f"Experience {_bridge.current_number(strategy)}: {error} "
@@ -103,7 +95,7 @@ class CurvatureEWCPlugin(SupervisedPlugin):
 
 
 def _check_options(strength: float, curvature: object, structure: object, policy: object, batch_size: int) -> None:
-    if not (isinstance(strength, (int, float)) and math.isfinite(strength) and strength >= 0):
+    if not (isinstance(strength, Real) and math.isfinite(strength) and strength >= 0):
         raise ValueError(f"strength must be a finite number of at least 0; got {strength!r}. 0 only measures.")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1; got {batch_size}.")

@@ -1,0 +1,308 @@
+import math
+
+import pytest
+import torch
+from avalanche.logging import TensorboardLogger
+from avalanche.models import avalanche_forward
+from avalanche.training import Naive, Replay
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+from torch.func import functional_call
+from torch.nn.functional import cosine_similarity, cross_entropy, pad
+
+from avalanche_curv import (
+    GGN,
+    BatchedEmpiricalFisher,
+    Clip,
+    CurvatureEWC,
+    CurvatureEWCPlugin,
+    Dense,
+    EmpiricalFisher,
+    EmpiricalRisk,
+    Fisher,
+    Hessian,
+    Merge,
+    Refresh,
+    estimate,
+    fidelity_metrics,
+)
+from avalanche_curv.core.policies import part_seed
+from avalanche_curv.core.risk import random_part
+
+PICTURES = ("accumulate", "accumulate_linear", "refresh", "refresh_linear")
+MEASURES = ("kappa", "kappa_abs", "gamma", "alpha", "rho", "rho_pooled")
+
+
+def published(strategy):
+    return strategy.evaluator.get_all_metrics()
+
+
+class PastFunction:
+    """The model as it was at the end of an experience, one example at a time."""
+
+    def __init__(self, model, task):
+        self.model, self.task = model, task
+        self.shapes = {name: p.shape for name, p in model.named_parameters()}
+
+    def parameters(self, model):
+        """Those of a model that may have grown since."""
+        later = dict(model.named_parameters())
+        return {n: later[n].detach()[tuple(slice(k) for k in shape)] for n, shape in self.shapes.items()}
+
+    def loss(self, parameters, x, y):
+        inputs = (x[None], torch.tensor([self.task])) if self.task is not None else (x[None],)
+        return cross_entropy(functional_call(self.model, parameters, inputs), y[None])
+
+    def loss_and_gradient(self, model, x, y):
+        parameters = {n: p.requires_grad_() for n, p in self.parameters(model).items()}
+        loss = self.loss(parameters, x, y)
+        parts = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True, materialize_grads=True)
+        return loss.detach(), torch.cat([part.reshape(-1) for part in parts])
+
+    def vector(self, model):
+        return torch.cat([p.reshape(-1) for p in self.parameters(model).values()])
+
+    def adapter(self, model):
+        return model if self.task is None else Bound(model, self.task)
+
+
+class Bound(nn.Module):
+    """A multi-head model for one task; its outputs are padded with zeros, as those for a tensor of labels are."""
+
+    def __init__(self, module, task):
+        super().__init__()
+        self.module, self.task = module, task
+
+    def forward(self, inputs):
+        outputs = self.module(inputs, self.task)
+        return pad(outputs, (0, self.module.classifier.max_class_label - outputs.shape[1]))
+
+
+def on_paper(past, anchored, now, curvature, stored):
+    """The measures without and with the linear term, example by example, from each one's own dense curvature.
+
+    `past` is the past function, `anchored` the model whose parameters are the anchor, `now` the current model.
+    """
+    rows = {"": [], "_linear": []}
+    delta = past.vector(now) - past.vector(anchored)
+    for x, y in zip(*stored):
+        risk = EmpiricalRisk.snapshot(
+            past.model, nn.CrossEntropyLoss(), [(x[None], y[None])], adapter=None if past.task is None else past.adapter
+        )
+        bend = estimate(curvature, Dense(), risk).curvature.dense() @ delta
+        before, slope = past.loss_and_gradient(anchored, x, y)
+        after, gradient = past.loss_and_gradient(now, x, y)
+        for name, predicted, increase in (
+            ("", bend, 0.5 * bend @ delta),
+            ("_linear", bend + slope, 0.5 * bend @ delta + slope @ delta),
+        ):
+            actual = after - before
+            rows[name].append([
+                actual - increase,
+                (actual - increase).abs(),
+                (gradient - predicted).norm(),
+                cosine_similarity(gradient, predicted, dim=0),
+                actual / increase,
+                actual,
+                increase,
+            ])
+    values = {}
+    for name, row in rows.items():
+        mean = torch.tensor(row).mean(0)
+        values[name] = dict(zip(MEASURES, [*mean[:5].tolist(), float(mean[5] / mean[6])]))
+    return values
+
+
+@pytest.mark.parametrize("curvature", [GGN(), EmpiricalFisher()])
+def test_values_equal_those_of_every_stored_example_on_paper(
+    curvature, double, growing, learner, train, examples, recorder
+):
+    fraction, seed = 0.1, 7
+    model, benchmark = growing(torch.float64)
+    metrics = fidelity_metrics(curvature=curvature, fraction=fraction, seed=seed, every=1)
+    strategy = train(learner(model, recorder, metrics=metrics, train_mb_size=25), benchmark.train_stream)
+    names = published(strategy)
+    # at the last iteration: the first experience at its own anchor, and at the end of the second one
+    now, ends = recorder.steps[-1].eval(), recorder.ends
+    task = None if isinstance(model, nn.Sequential) else 0
+    inputs, targets = examples(benchmark.train_stream[0])
+    kept = random_part(50, fraction, part_seed(seed, 0))
+    stored = inputs[kept], targets[kept]
+    assert len(kept) == 5
+    own, newer = PastFunction(ends[0], task), PastFunction(ends[1], task)
+    for picture, values in {
+        "accumulate": on_paper(own, ends[0], now, curvature, stored),
+        "refresh": on_paper(newer, ends[1], now, curvature, stored),
+    }.items():
+        for suffix, expected in values.items():
+            got = {m: names[f"fidelity/{picture}{suffix}/{m}/experience_0"][1][-1] for m in MEASURES}
+            assert got == pytest.approx(expected, rel=1e-6, abs=1e-9), picture + suffix
+
+
+def test_the_overall_value_is_the_mean_over_all_stored_examples(net, learner, train, plane):
+    strategy = train(learner(net, metrics=fidelity_metrics(every=1, fraction=0.25)), plane.train_stream)
+    last = strategy.evaluator.get_last_metrics()
+    for picture in PICTURES:  # every experience stores 12 examples
+        for measure in ("kappa", "kappa_abs", "gamma"):
+            parts = [last[f"fidelity/{picture}/{measure}/experience_{t}"] for t in (0, 1)]
+            assert last[f"fidelity/{picture}/{measure}"] == pytest.approx(sum(parts) / 2, rel=1e-4, abs=1e-8)
+
+
+def test_right_after_an_experience_both_pictures_of_it_are_the_same(net, learner, train, plane):
+    strategy = train(learner(net, metrics=fidelity_metrics(every=1, fraction=0.25)), plane.train_stream)
+    names = published(strategy)
+    for measure in ("kappa", "kappa_abs", "gamma", "alpha"):  # rho divides by tiny numbers
+        accumulate, refresh = (names[f"fidelity/{p}/{measure}/experience_1"][1] for p in ("accumulate", "refresh"))
+        assert accumulate == pytest.approx(refresh, rel=1e-3, abs=1e-6)
+    old = [names[f"fidelity/{p}/kappa/experience_0"][1] for p in ("accumulate", "refresh")]
+    assert old[0][:3] == pytest.approx(old[1][:3], rel=1e-3, abs=1e-6)  # in the second experience
+    assert old[0][-1] != pytest.approx(old[1][-1], rel=1e-2)  # in the third
+
+
+@pytest.mark.parametrize("curvature", [GGN(), Fisher(), Hessian()])
+def test_squared_error_of_a_linear_model_is_its_own_quadratic(curvature, double, learner, train, regression):
+    linear = nn.Linear(3, 2)
+    strategy = train(
+        learner(linear, criterion=nn.MSELoss(), metrics=fidelity_metrics(curvature=curvature, every=1, fraction=0.5)),
+        regression.train_stream,
+    )
+    last = strategy.evaluator.get_last_metrics()
+    for group in ("fidelity", "fidelity_experience", "fidelity_trajectory"):
+        for picture in ("accumulate_linear", "refresh_linear"):
+            for past in ("", "/experience_0", "/experience_1"):
+                assert last[f"{group}/{picture}/kappa_abs{past}"] == pytest.approx(0, abs=1e-12)
+                assert last[f"{group}/{picture}/gamma{past}"] == pytest.approx(0, abs=1e-12)
+                assert last[f"{group}/{picture}/alpha{past}"] == pytest.approx(1, abs=1e-12)
+                assert last[f"{group}/{picture}/rho_pooled{past}"] == pytest.approx(1, abs=1e-9)
+    assert last["fidelity/accumulate/kappa_abs"] > 0.01  # without the linear term: no anchor is a minimum
+    assert not [name for name in last if name.startswith("accuracy")]
+
+
+@pytest.mark.parametrize("kind", [Naive, Replay, CurvatureEWC])
+def test_a_past_function_that_does_not_move_has_no_error_though_the_model_grows(
+    kind, growing, learner, train, examples, recorder
+):
+    model, benchmark = growing()
+    still = torch.optim.SGD(model.parameters(), lr=0.0)
+    options = {Replay: {"mem_size": 20}, CurvatureEWC: {"strength": 1.0}}.get(kind, {})
+    metrics = fidelity_metrics(every=1, fraction=1.0)
+    strategy = learner(model, recorder, kind=kind, metrics=metrics, optimizer=still, **options)
+    train(strategy, benchmark.train_stream)
+    last = strategy.evaluator.get_last_metrics()
+    for picture in PICTURES:
+        for past in ("", "/experience_0", "/experience_1"):
+            assert last[f"fidelity/{picture}/kappa{past}"] == 0
+            assert last[f"fidelity/{picture}/kappa_abs{past}"] == 0
+    assert last["fidelity/accumulate_linear/gamma"] == pytest.approx(0, abs=1e-6)
+    assert last["fidelity/accumulate/gamma"] > 0.1
+    assert "fidelity/accumulate/alpha" not in last  # undefined: the picture is flat at its anchor
+    inputs, targets = examples(benchmark.train_stream[0])
+    losses = [
+        cross_entropy(avalanche_forward(m, inputs, torch.zeros(50, dtype=torch.long)), targets)
+        for m in (recorder.ends[0], recorder.ends[-1])
+    ]
+    if isinstance(model, nn.Sequential):  # new classes are unmasked: the live loss jumps, the frozen one does not
+        assert losses[1] > losses[0] + 0.1
+
+
+def expected_names(experiences):
+    for picture in PICTURES:
+        for measure in MEASURES:
+            yield f"{picture}/{measure}"
+            yield from (f"{picture}/{measure}/experience_{t}" for t in range(experiences))
+
+
+@pytest.mark.parametrize("kind", [Naive, Replay, CurvatureEWC])
+def test_every_strategy_and_head_publishes_the_same_names_and_python_floats(kind, growing, learner, train):
+    model, benchmark = growing()
+    options = {Replay: {"mem_size": 20}, CurvatureEWC: {"strength": 1.0}}.get(kind, {})
+    metrics = fidelity_metrics(every=2, fraction=0.2, stream=benchmark.test_stream)
+    strategy = train(learner(model, kind=kind, metrics=metrics, **options), benchmark.train_stream)
+    names = published(strategy)
+    groups = ("fidelity", "fidelity_experience", "fidelity_trajectory")
+    wanted = {f"{group}/{name}" for group in groups for name in expected_names(2)}
+    parts = ("current_task", "past_tasks", "stored")
+    wanted |= {f"{group}/{part}" for group in ("accuracy", "accuracy_experience") for part in parts}
+    if kind is CurvatureEWC:
+        wanted |= {"penalty/raw", "penalty/weighted"}
+    assert set(names) == wanted
+    for _, values in names.values():
+        assert all(type(value) is float and math.isfinite(value) for value in values)
+
+
+def test_every_n_counts_from_the_first_iteration_of_each_experience(net, learner, train, plane):
+    strategy = train(learner(net, metrics=fidelity_metrics(every=4), train_epochs=2), plane.train_stream)
+    names = published(strategy)  # 6 iterations an experience
+    assert names["fidelity/accumulate/kappa"][0] == [6, 10, 12, 16]
+    assert names["fidelity/refresh/rho/experience_1"][0] == [12, 16]
+    assert names["accuracy/current_task"][0] == [0, 4, 6, 10, 12, 16]
+    assert names["accuracy/past_tasks"][0] == names["accuracy/stored"][0] == [6, 10, 12, 16]
+    for group in ("fidelity_experience", "fidelity_trajectory"):
+        assert names[f"{group}/accumulate/kappa"][0] == [12, 18]
+    assert names["accuracy_experience/current_task"][0] == [6, 12, 18]
+
+
+def test_the_trajectory_is_the_mean_of_the_values_published_so_far(net, learner, train, plane):
+    strategy = train(learner(net, metrics=fidelity_metrics(every=2), train_epochs=2), plane.train_stream)
+    names = published(strategy)
+    averages = {n.split("/", 1)[1]: values for n, (_, values) in names.items() if n.startswith("fidelity_trajectory/")}
+    assert averages.keys() == set(expected_names(2))
+    for name, values in averages.items():
+        steps, measured = names[f"fidelity/{name}"]
+        for end, average in zip((12, 18)[-len(values) :], values):
+            so_far = [value for step, value in zip(steps, measured) if step < end]
+            assert average == pytest.approx(sum(so_far) / len(so_far), rel=1e-12)
+
+
+def test_the_end_of_an_experience_is_measured_before_it_becomes_past(net, learner, train, plane):
+    strategy = train(learner(net, metrics=fidelity_metrics(every=1)), plane.train_stream)
+    names = published(strategy)
+    for name in expected_names(2):
+        assert names[f"fidelity_experience/{name}"][1][-1] == names[f"fidelity/{name}"][1][-1]
+
+
+def test_tensorboard_holds_every_value_as_a_scalar(net, learner, train, plane, tmp_path):
+    logger = TensorboardLogger(tb_log_dir=tmp_path)
+    ewc = CurvatureEWCPlugin(2.0)
+    metrics = fidelity_metrics(of=ewc, every=2, fraction=0.2)
+    strategy = train(learner(net, ewc, metrics=metrics, loggers=[logger]), plane.train_stream)
+    logger.writer.close()
+    events = EventAccumulator(str(tmp_path), size_guidance={"scalars": 0}).Reload()
+    names = published(strategy)
+    assert set(events.Tags()["scalars"]) == set(names)
+    assert not any(events.Tags()[kind] for kind in ("histograms", "images", "tensors", "distributions"))
+    for name, (steps, values) in names.items():
+        scalars = events.Scalars(name)
+        assert [event.step for event in scalars] == steps
+        assert [event.value for event in scalars] == pytest.approx(values, rel=1e-6)
+
+
+def test_metrics_of_a_plugin_take_its_curvature_and_what_it_stores():
+    ewc = CurvatureEWCPlugin(1.0, curvature=GGN(), policy=Refresh(fraction=0.3, seed=5))
+    for metrics, (curvature, fraction, seed) in {
+        fidelity_metrics(of=ewc)[0]: (GGN(), 0.3, 5),
+        fidelity_metrics(of=ewc, curvature=Fisher(), fraction=0.5, seed=1)[0]: (Fisher(), 0.5, 1),
+        fidelity_metrics(of=CurvatureEWCPlugin(1.0, policy=Merge()))[0]: (Fisher(), 0.1, 0),
+        fidelity_metrics()[0]: (Fisher(), 0.1, 0),
+    }.items():
+        assert (metrics.pictures.curvature, metrics.fraction, metrics.seed) == (curvature, fraction, seed)
+
+
+@pytest.mark.parametrize("curvature", [BatchedEmpiricalFisher(batch_size=4), Hessian(psd=Clip())])
+def test_a_curvature_without_per_example_form_is_refused(curvature):
+    remedy = r"which .* does not define.* Use GGN\(\), Fisher\(\), EmpiricalFisher\(\)"
+    with pytest.raises(TypeError, match=remedy):
+        fidelity_metrics(curvature=curvature)
+    with pytest.raises(TypeError, match=remedy):
+        fidelity_metrics(of=CurvatureEWCPlugin(1.0, curvature=curvature))
+
+
+def test_every_must_be_at_least_one():
+    with pytest.raises(ValueError, match=r"every must be at least 1 iteration; got 0. 1 measures at each step"):
+        fidelity_metrics(every=0)
+
+
+@pytest.mark.parametrize("fraction", [0.0, -0.1, 1.5])
+def test_fraction_must_be_a_positive_part(fraction):
+    with pytest.raises(ValueError, match=r"fraction must lie in \(0, 1\]; got .* 0.1 stores one example in ten"):
+        fidelity_metrics(fraction=fraction)

@@ -1,0 +1,73 @@
+import pytest
+import torch
+from avalanche.training.plugins import SupervisedPlugin
+
+from avalanche_curv import CurvatureEWCPlugin, Diagonal, Merge, Refresh, penalty_metrics
+
+
+class Direct(SupervisedPlugin):
+    """½ Σ C_i δ_i² before every step, by plain operations."""
+
+    def __init__(self, ewc):
+        super().__init__()
+        self.ewc, self.values = ewc, []
+
+    def before_forward(self, strategy, **kwargs):
+        past = self.ewc.past.model
+        if past is not None:
+            weights = torch.cat([p.detach().reshape(-1) for p in strategy.model.parameters()])
+            self.values.append(float(0.5 * (past.curvature.dense().diagonal() * (weights - past.anchor) ** 2).sum()))
+
+
+@pytest.mark.parametrize("strength", [0.0, 4.0])
+@pytest.mark.parametrize("policy", [Merge(), Refresh(0.5)])
+def test_penalties_equal_the_quadratic_written_out(strength, policy, net, learner, train, plane):
+    ewc = CurvatureEWCPlugin(strength, structure=Diagonal(), policy=policy)
+    direct = Direct(ewc)
+    strategy = train(learner(net, direct, ewc, metrics=penalty_metrics()), plane.train_stream)
+    names = strategy.evaluator.get_all_metrics()
+    assert set(names) == {"penalty/raw", "penalty/weighted"}
+    assert names["penalty/raw"][0] == names["penalty/weighted"][0] == [3, 4, 5, 6, 7, 8]
+    assert names["penalty/raw"][1] == pytest.approx(direct.values, rel=1e-5)
+    assert names["penalty/raw"][1][0] == 0  # at the anchor
+    assert names["penalty/weighted"][1] == pytest.approx([strength * value for value in direct.values], rel=1e-5)
+    assert direct.values[-1] > 0
+    assert all(type(value) is float for _, values in names.values() for value in values)
+
+
+def test_the_loss_is_the_criterion_plus_the_weighted_penalty(net, learner, train, plane):
+    ewc = CurvatureEWCPlugin(4.0)
+    spy = Losses()
+    strategy = train(learner(net, ewc, spy, metrics=penalty_metrics()), plane.train_stream)
+    weighted = strategy.evaluator.get_all_metrics()["penalty/weighted"][1]
+    assert spy.added[:3] == [0, 0, 0]
+    assert spy.added[3:] == pytest.approx(weighted, abs=1e-6)
+
+
+class Losses(SupervisedPlugin):
+    """What is added to the criterion."""
+
+    def __init__(self):
+        super().__init__()
+        self.added = []
+
+    def after_backward(self, strategy, **kwargs):
+        self.added.append(float(strategy.loss.detach() - strategy.criterion().detach()))
+
+
+def test_several_plugins_are_numbered(net, learner, train, plane):
+    plugins = CurvatureEWCPlugin(1.0), CurvatureEWCPlugin(2.0, policy=Merge(decay=0.5))
+    strategy = train(learner(net, *plugins, metrics=penalty_metrics(every=2)), plane.train_stream)
+    last = strategy.evaluator.get_last_metrics()
+    assert set(last) == {f"{group}/{name}" for group in ("penalty", "penalty_1") for name in ("raw", "weighted")}
+    assert last["penalty_1/weighted"] == 2 * last["penalty_1/raw"] != 2 * last["penalty/raw"]
+
+
+def test_a_strategy_without_a_penalty_publishes_none(net, learner, train, plane):
+    strategy = train(learner(net, metrics=penalty_metrics()), plane.train_stream)
+    assert strategy.evaluator.get_all_metrics() == {}
+
+
+def test_every_must_be_at_least_one():
+    with pytest.raises(ValueError, match="every must be at least 1"):
+        penalty_metrics(every=0)

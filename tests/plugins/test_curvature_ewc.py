@@ -1,0 +1,193 @@
+import copy
+
+import pytest
+import torch
+from avalanche.training.plugins import EWCPlugin, ReplayPlugin, SupervisedPlugin
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from avalanche_curv import (
+    GGN,
+    Accumulate,
+    BatchedEmpiricalFisher,
+    BlockDiagonal,
+    CurvatureEWCPlugin,
+    Dense,
+    Diagonal,
+    EmpiricalRisk,
+    Fisher,
+    Merge,
+    Refresh,
+    estimate,
+)
+
+STRENGTH = 8.0
+
+
+@pytest.fixture(params=[torch.float64, torch.float32], ids=["float64", "float32"])
+def dtype(request):
+    torch.set_default_dtype(request.param)
+    yield request.param
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture
+def plane_in(plane, examples, stream_of):
+    """plane_in(dtype): the training stream of the plane."""
+
+    def stream(dtype):
+        pairs = [examples(experience) for experience in plane.train_stream]
+        return stream_of([(inputs.to(dtype), targets) for inputs, targets in pairs]).train_stream
+
+    return stream
+
+
+def weights(model):
+    return torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+
+
+@pytest.mark.parametrize(
+    ("policy", "theirs"),
+    [
+        (Accumulate(), lambda: EWCPlugin(ewc_lambda=128)),
+        (Merge(decay=0.5), lambda: EWCPlugin(ewc_lambda=128, mode="online", decay_factor=0.5)),
+        (Merge(decay=1.0), lambda: EWCPlugin(ewc_lambda=128, mode="online", decay_factor=1.0)),
+    ],
+    ids=["separate", "online with decay", "online"],
+)
+def test_batched_empirical_fisher_reproduces_ewc_of_avalanche(policy, theirs, dtype, net, learner, train, plane_in):
+    ours = CurvatureEWCPlugin(256, curvature=BatchedEmpiricalFisher(batch_size=20), policy=policy)
+    paths = {}
+    for name, plugins in {"ours": [ours], "theirs": [theirs()], "naive": []}.items():
+        path = paths[name] = _Path()
+        strategy = learner(copy.deepcopy(net).to(dtype), *plugins, path, train_mb_size=20, train_epochs=2)
+        train(strategy, plane_in(dtype), shuffle=False)  # Avalanche's EWC shifts the random states
+    tolerance = 1e-10 if dtype == torch.float64 else 1e-4
+    torch.testing.assert_close(paths["ours"].stacked(), paths["theirs"].stacked(), rtol=0, atol=tolerance)
+    assert (paths["ours"].stacked()[-1] - paths["naive"].stacked()[-1]).abs().max() > 0.02
+
+
+class _Path(SupervisedPlugin):
+    """The weights after every iteration."""
+
+    def __init__(self):
+        super().__init__()
+        self.weights = []
+
+    def after_training_iteration(self, strategy, **kwargs):
+        self.weights.append(weights(strategy.model))
+
+    def stacked(self):
+        return torch.stack(self.weights)
+
+
+def written_out(past, model):
+    """c + gᵀδ + ½ δᵀCδ in plain operations."""
+    displacement = torch.cat([p.reshape(-1) for p in model.parameters()]) - past.anchor
+    value = past.constant + 0.5 * displacement @ (past.curvature.dense() @ displacement)
+    return value if past.gradient is None else value + past.gradient @ displacement
+
+
+class _Exact(SupervisedPlugin):
+    """Compares every step with the loss written out."""
+
+    def __init__(self, ewc):
+        super().__init__()
+        self.ewc, self.steps = ewc, 0
+
+    def after_backward(self, strategy, **kwargs):
+        loss = cross_entropy(strategy.model(strategy.mb_x), strategy.mb_y)
+        if self.ewc.past.model is not None:
+            penalty = written_out(self.ewc.past.model, strategy.model)
+            torch.testing.assert_close(self.ewc.penalty, penalty.detach(), rtol=1e-10, atol=1e-12)
+            loss = loss + STRENGTH * penalty
+            self.steps += 1
+        assert strategy.loss.shape == (1,)
+        torch.testing.assert_close(strategy.loss[0], loss, rtol=1e-10, atol=1e-12)
+        for parameter, gradient in zip(
+            strategy.model.parameters(), torch.autograd.grad(loss, strategy.model.parameters())
+        ):
+            torch.testing.assert_close(parameter.grad, gradient, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("structure", [Dense(), BlockDiagonal(), Diagonal()])
+@pytest.mark.parametrize("policy", [Accumulate(), Merge(0.5), Refresh(0.5, gradient=True)])
+def test_every_step_follows_the_gradient_of_the_loss_written_out(
+    structure, policy, double, net, learner, train, plane_in
+):
+    ewc = CurvatureEWCPlugin(STRENGTH, curvature=GGN(), structure=structure, policy=policy)
+    exact = _Exact(ewc)
+    slow = torch.optim.SGD(net.double().parameters(), lr=0.01)
+    train(learner(net, ewc, exact, optimizer=slow), plane_in(torch.float64))
+    assert exact.steps == 2 * 3  # 20 + 20 + 8 examples in the second and the third experience
+
+
+def test_a_quadratic_remembers_its_experience_alone_when_old_examples_are_replayed(
+    net, learner, train, plane, examples, recorder
+):
+    ewc = CurvatureEWCPlugin(1.0, structure=Dense(), policy=Merge(decay=0.0))
+    replay = ReplayPlugin(mem_size=30)
+    train(learner(net, replay, ewc, recorder), plane.train_stream)
+    last = EmpiricalRisk.snapshot(recorder.ends[-1], nn.CrossEntropyLoss(), [examples(plane.train_stream[-1])])
+    expected = estimate(Fisher(), Dense(), last).curvature.dense()
+    torch.testing.assert_close(ewc.past.model.curvature.dense(), expected, rtol=1e-4, atol=1e-6)
+    assert len(replay.storage_policy.buffer) == 30
+
+
+def test_curvature_is_taken_in_evaluation_mode_on_data_without_training_transforms(learner, train, plane, examples):
+    from avalanche.benchmarks import benchmark_from_datasets
+    from avalanche.benchmarks.utils import make_avalanche_dataset
+    from avalanche.benchmarks.utils.transform_groups import TransformGroups
+
+    groups = TransformGroups({"train": (torch.zeros_like, None), "eval": (None, None)})
+    blank = [make_avalanche_dataset(e.dataset, transform_groups=groups) for e in plane.train_stream]
+    model = nn.Sequential(nn.Linear(2, 4), nn.Dropout(0.5), nn.Linear(4, 2))
+    ewc = CurvatureEWCPlugin(1.0)
+    strategy = train(learner(model, ewc), benchmark_from_datasets(train=blank[:1]).train_stream)
+    risk = EmpiricalRisk.snapshot(strategy.model, nn.CrossEntropyLoss(), [examples(plane.train_stream[0])])
+    expected = estimate(Fisher(), Diagonal(), risk).curvature.dense()
+    torch.testing.assert_close(ewc.past.model.curvature.dense(), expected, rtol=1e-4, atol=1e-7)
+    assert expected[0, 0] > 1e-4  # would vanish for blank inputs
+
+
+@pytest.mark.parametrize("structure", [Dense(), BlockDiagonal(), Diagonal()])
+def test_memory_does_not_grow_with_the_number_of_experiences(structure, net, learner, train, plane):
+    ewc = CurvatureEWCPlugin(1.0, structure=structure)
+    sizes = _Sizes(ewc)
+    train(learner(net, ewc, sizes), [*plane.train_stream, *plane.train_stream])
+    parameters = sum(p.numel() for p in net.parameters())
+    gradient = 4 * parameters  # of the fold, from the second experience on
+    assert sizes.bytes[0] == ewc.past.model.anchor.nbytes + structure.bytes(ewc.past.model.space, itemsize=4)
+    assert sizes.bytes[1:] == 5 * [sizes.bytes[0] + gradient]
+
+
+class _Sizes(SupervisedPlugin):
+    def __init__(self, ewc):
+        super().__init__()
+        self.ewc, self.bytes = ewc, []
+
+    def after_training_exp(self, strategy, **kwargs):
+        self.bytes.append(self.ewc.past.model.nbytes)
+
+
+def test_a_larger_strength_stays_closer_to_the_anchor(net, learner, train, plane, recorder):
+    distances = []
+    for strength in (0.0, 1.0, 10.0):
+        ends = copy.deepcopy(recorder)
+        slow = copy.deepcopy(net)
+        strategy = learner(
+            slow,
+            CurvatureEWCPlugin(strength, structure=Dense()),
+            ends,
+            optimizer=torch.optim.SGD(slow.parameters(), lr=0.05),
+            train_epochs=5,
+        )
+        train(strategy, plane.train_stream[:2])
+        anchor = EmpiricalRisk.snapshot(ends.ends[0], nn.CrossEntropyLoss(), [_plane(plane, 0)])
+        distances.append(float(estimate(Fisher(), Dense(), anchor)(strategy.model)))
+    assert distances[0] > 2 * distances[1] > 4 * distances[2] > 0
+
+
+def _plane(plane, number):
+    inputs, targets, _ = zip(*plane.train_stream[number].dataset)
+    return torch.stack(inputs), torch.tensor(targets)
