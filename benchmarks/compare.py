@@ -70,7 +70,7 @@ class Compare(Experiment):
         from benchmarks.grid import methods
 
         setting = setting_for(options)
-        return [Config(label, method, setting) for label, method in methods(options.stream).items()]
+        return [Config(label, method, setting) for label, method in methods().items()]
 
     def run(self, config: Config, seed: int, context: Context) -> Sequence[Record]:
         from benchmarks.compare_run import run

@@ -46,7 +46,7 @@ def run(config: Config, seed: int, context: Context) -> list[Record]:
 
 
 def build(config: Config, seed: int, benchmark: Any, context: Context) -> tuple[Any, Any]:
-    """The log's model and training, with everything measured at every step."""
+    """The log's model and training, with everything measured at every step (or every n)."""
     model = nn.Sequential(nn.Linear(2, 100), nn.ReLU(), nn.Linear(100, 2))
     plugins: list[Any] = [CosinePerExperience(config.steps), Steps(config.steps)]
     if config.policy is not None:
@@ -54,7 +54,7 @@ def build(config: Config, seed: int, benchmark: Any, context: Context) -> tuple[
             0, CurvatureEWCPlugin(config.strength, curvature=Fisher(), structure=Dense(), policy=config.policy)
         )
     evaluation = TimedEvaluation(
-        *fidelity_metrics(curvature=Fisher(), fraction=config.memory, every=1, stream=benchmark.test_stream),
+        *fidelity_metrics(curvature=Fisher(), fraction=config.memory, every=config.every, stream=benchmark.test_stream),
         loggers=[TensorboardLogger(context.tensorboard_dir)],
     )
     strategy = Naive(

@@ -17,7 +17,7 @@ from benchmarks.streams import STREAMS
 if TYPE_CHECKING:
     from benchmarks.harness.results import Results
 
-GRID = (0.1, 1.0, 10.0, 100.0, 1000.0, 10000.0)
+GRID = (0.01, 0.1, 1.0, 10.0, 100.0, 1000.0, 10000.0)
 FIRST_SEED = 1000
 
 
@@ -92,16 +92,17 @@ class Tune(Experiment):
             label: lambda strength, label=label, method=method: Inner(
                 label, replace(method, strength=strength), setting
             )
-            for label, method in methods(options.stream).items()
+            for label, method in methods().items()
             if hasattr(method, "strength") and not any(f" {kind}," in label for kind in EQUAL_TO_FISHER)
         }
 
     def _refresh(self, options: TuneOptions) -> dict[str, Any]:
         from benchmarks.refresh import experiment
 
+        configs = (replace(config, every=33) for config in experiment.configs(options))  # step 99, the last, too
         return {
             config.label: lambda strength, config=config: replace(config, strength=strength)
-            for config in experiment.configs(options)
+            for config in configs
             if config.policy is not None
         }
 
