@@ -26,7 +26,7 @@ class Setting:
     steps: int
     batch: int = 64
     rate: float = 3e-3
-    every: int = 5
+    every: int = 10
     test_limit: int = 1000
 
 
@@ -44,7 +44,7 @@ class CompareOptions(Options):
     """`stream` is one of `benchmarks.streams`; fidelity is measured every `every` steps."""
 
     stream: str = "permuted_digits"
-    every: int = 5
+    every: int = 10
 
 
 DEFAULT_STREAM = "permuted_digits"
@@ -61,7 +61,7 @@ class Compare(Experiment):
         parser.add_argument(
             "--stream", type=one_of("stream", STREAMS), default=DEFAULT_STREAM, help=f"one of {', '.join(STREAMS)}"
         )
-        parser.add_argument("--every", type=positive, default=5, help="measure fidelity every so many steps")
+        parser.add_argument("--every", type=positive, default=10, help="measure fidelity every so many steps")
 
     def variant(self, options: CompareOptions) -> str:
         return "" if options.stream == DEFAULT_STREAM else options.stream

@@ -10,12 +10,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from avalanche_curv.core.losses import ExampleLoss
 from avalanche_curv.core.risk import EmpiricalRisk
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", FutureWarning)  # a dependency of curvlinops still uses torch.jit
-    from curvlinops import GGNLinearOperator, HessianLinearOperator
+    from curvlinops import GGNLinearOperator
 
 COLUMNS = 16  # a matrix product maps over all columns at once: this bounds its memory
 
@@ -36,11 +35,6 @@ class MeanOperator:
         with torch.no_grad():
             parts = [self.summed @ part for part in matrix.split(COLUMNS, dim=1)]
         return torch.cat(parts, dim=1) / self.examples
-
-
-def hessian_operator(risk: EmpiricalRisk) -> MeanOperator:
-    """∇²L at the frozen parameters."""
-    return _mean(HessianLinearOperator, risk, _SummedLoss(risk.loss), list(risk))
 
 
 def output_operator(risk: EmpiricalRisk, data: list[tuple[Tensor, Tensor]]) -> MeanOperator:
@@ -64,17 +58,6 @@ class _Function(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         return self.risk.outputs_at(list(self.held), inputs)
-
-
-class _SummedLoss(nn.Module):
-    reduction = "sum"
-
-    def __init__(self, loss: ExampleLoss) -> None:
-        super().__init__()
-        self.loss = loss
-
-    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        return self.loss.per_example(outputs, targets).sum()
 
 
 class _HalfSquare(nn.Module):

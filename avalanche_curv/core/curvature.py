@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -10,8 +11,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from avalanche_curv.core._curvlinops import hessian_operator, output_operator
+from avalanche_curv.core._curvlinops import output_operator
+from avalanche_curv.core.hessian import HessianOperator
 from avalanche_curv.core.losses import ExampleLoss
+from avalanche_curv.core.options import is_count
 from avalanche_curv.core.risk import EmpiricalRisk
 
 
@@ -33,6 +36,12 @@ class Curvature(ABC):
     @abstractmethod
     def operator(self, risk: EmpiricalRisk) -> Operator:
         """The curvature at the frozen parameters of `risk` as an operator on its parameter space."""
+
+
+def check_loss(curvature: Curvature, loss: ExampleLoss) -> None:
+    """Raises ValueError for a Fisher of a loss that is no log-likelihood."""
+    if isinstance(curvature, Fisher):
+        loss.check_likelihood()
 
 
 class OutputCurvature(Curvature, ABC):
@@ -84,7 +93,7 @@ class Fisher(OutputCurvature):
     def __post_init__(self) -> None:
         if self.samples is None and self.seed is not None:
             raise ValueError("Fisher(seed=...) draws nothing without samples: give samples=m, or drop the seed.")
-        if self.samples is not None and self.samples < 1:
+        if self.samples is not None and not is_count(self.samples):
             raise ValueError(f"Fisher needs at least 1 sample; got {self.samples}. Leave it out for the exact Fisher.")
 
     def factor(self, loss: ExampleLoss, outputs: Tensor, targets: Tensor, generator: torch.Generator) -> Tensor:
@@ -114,16 +123,17 @@ class BatchedEmpiricalFisher(Curvature):
     batch_size: int
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
+        if not is_count(self.batch_size):
             raise ValueError(f"BatchedEmpiricalFisher needs a batch_size of at least 1; got {self.batch_size}.")
 
     def operator(self, risk: EmpiricalRisk) -> Operator:
-        return GramOperator(self.gradients(risk))
+        return GramOperator(torch.cat(list(self.gradients(risk))))
 
-    def gradients(self, risk: EmpiricalRisk) -> Float[Tensor, "B P"]:
-        """ḡ_b / √B as rows."""
-        rows = [risk.summed_gradient(x, y) / len(y) for x, y in risk.rebatched(self.batch_size)]
-        return torch.stack(rows) / len(rows) ** 0.5
+    def gradients(self, risk: EmpiricalRisk) -> Iterator[Float[Tensor, "1 P"]]:
+        """ḡ_b / √B, one row at a time."""
+        batches = -(-risk.examples // self.batch_size)
+        for x, y in risk.rebatched(self.batch_size):
+            yield risk.summed_gradient(x, y)[None] / (len(y) * batches**0.5)
 
 
 @dataclass(frozen=True)
@@ -172,5 +182,9 @@ class Hessian(Curvature):
 
     psd: PositivePart | None = None
 
+    def __post_init__(self) -> None:
+        if self.psd is not None and not isinstance(self.psd, PositivePart):
+            raise TypeError(f"Hessian(psd=...) takes Clip(), Absolute() or None; got {self.psd!r}.")
+
     def operator(self, risk: EmpiricalRisk) -> Operator:
-        return hessian_operator(risk)
+        return HessianOperator(risk)

@@ -36,6 +36,11 @@ def pulled_back(
     risk: EmpiricalRisk, parameters: Parameters, inputs: Tensor, cotangents: Float[Tensor, "N C R"]
 ) -> Float[Tensor, "N R P"]:
     """J_iᵀ S_i for each example i, with J_i the Jacobian of the outputs at `parameters`."""
+    way = _all_at_once if _can_vmap(risk) else _one_by_one
+    return way(risk, parameters, inputs, cotangents)
+
+
+def _all_at_once(risk: EmpiricalRisk, parameters: Parameters, inputs: Tensor, cotangents: Tensor) -> Tensor:
     outputs = outputs_of(risk)
 
     def one(x: Tensor, s: Float[Tensor, "C R"]) -> Parameters:
@@ -44,6 +49,35 @@ def pulled_back(
 
     parts = vmap(one)(inputs, cotangents)
     return torch.cat([part.reshape(*part.shape[:2], -1) for part in parts.values()], dim=2)
+
+
+@torch.enable_grad()
+def _one_by_one(risk: EmpiricalRisk, parameters: Parameters, inputs: Tensor, cotangents: Tensor) -> Tensor:
+    """For modules that `vmap` has no rule for, such as recurrent ones."""
+    held = {name: value.detach().requires_grad_() for name, value in parameters.items()}
+    rows = []
+    for x, s in zip(inputs, cotangents):
+        outputs = outputs_of(risk)(held, x[None])[0]
+        for column in s.unbind(1):
+            parts = torch.autograd.grad(
+                outputs, list(held.values()), column, retain_graph=True, allow_unused=True, materialize_grads=True
+            )
+            rows.append(risk.space.flatten(list(parts)))
+    return torch.stack(rows).view(len(inputs), cotangents.shape[2], -1)
+
+
+def _can_vmap(risk: EmpiricalRisk) -> bool:
+    """Whether `vmap` knows all that the model does, tried once on two examples."""
+    if "_vmaps" not in risk.__dict__:
+        inputs, _ = next(iter(risk))
+        cotangents = torch.ones_like(risk.outputs(inputs[:2]).detach())[:, :, None]
+        with torch.no_grad():
+            try:
+                _all_at_once(risk, parameters_of(risk), inputs[:2], cotangents)
+                risk.__dict__["_vmaps"] = True
+            except (RuntimeError, NotImplementedError):
+                risk.__dict__["_vmaps"] = False
+    return risk.__dict__["_vmaps"]
 
 
 def curvature_rows(curvature: OutputCurvature, risk: EmpiricalRisk) -> Iterator[Float[Tensor, "n P"]]:

@@ -48,8 +48,8 @@ class _Measured(NamedTuple):
     actual: Float[Tensor, "n"]
     linear: Float[Tensor, "n"]
     quadratic: Float[Tensor, "n"]
-    gradients: Float[Tensor, "3 3 L n"]
-    inputs: Float[Tensor, "3 L n"]
+    gradients: Float[Tensor, "5 5 L n"]
+    inputs: Float[Tensor, "5 L n"]
     kinds: Float[Tensor, "2 L n"]
 
 
@@ -132,16 +132,21 @@ def _sensitivities(
 
 
 class _GradientRows:
-    """For one layer: b − b' with the linear term, and the bend and slope of b', as rows in memory used again."""
+    """For one layer: the true b, both predictions b' (bend, and bend + slope), and b − b' for both, as rows in memory
+    used again. Every inner product is taken of these rows, for none may be left to a difference of larger ones."""
 
     def __init__(self, slope: Float[Tensor, "N out"]) -> None:
-        self.rows = torch.stack([slope, slope, slope], dim=1)
+        self.slope = slope
+        self.rows = torch.stack([slope] * 5, dim=1)
 
-    def gram(self, true: Float[Tensor, "N out"], bend: Float[Tensor, "N out"]) -> Float[Tensor, "3 3 N"]:
-        """The inner products of the three for each example."""
-        difference, middle, slope = self.rows.unbind(1)
-        middle.copy_(bend)
-        torch.sub(true, bend, out=difference).sub_(slope)
+    def gram(self, true: Float[Tensor, "N out"], bend: Float[Tensor, "N out"]) -> Float[Tensor, "5 5 N"]:
+        """The inner products of the five for each example."""
+        now, plain, sloped, from_plain, from_sloped = self.rows.unbind(1)
+        now.copy_(true)
+        plain.copy_(bend)
+        torch.add(bend, self.slope, out=sloped)
+        torch.sub(true, bend, out=from_plain)
+        torch.sub(from_plain, self.slope, out=from_sloped)
         return _gram(self.rows)
 
 
@@ -153,31 +158,30 @@ def _kinds(layers: LinearLayers, taps: list[Tap]) -> Float[Tensor, "2 L"]:
 
 def _compared(parts: list[_Measured]) -> Comparison:
     """The comparison of all examples from their inner products: ‖b aᵀ‖², ‖b' a'ᵀ‖², ⟨b aᵀ, b' a'ᵀ⟩ and
-    ‖b aᵀ − b' a'ᵀ‖² for true (b, a) and predicted (b', a'), with b' = bend and bend + slope, summed over layers.
-
-    The last is written as ‖(b − b') aᵀ + b' (a − a')ᵀ‖², which does not cancel when the two are close.
-    """
+    ‖b aᵀ − b' a'ᵀ‖² for true (b, a) and predicted (b', a'), with b' = bend and bend + slope, summed over layers.    """
     if len({part.inputs.shape[1] for part in parts}) > 1:  # some examples pass through fewer layers
         return joined([_compared([part]) for part in parts])
-    actual, linear, quadratic, g, (aa, ae, ee), (weight, bias) = (torch.cat(of, dim=-1) for of in zip(*parts))
-    shift = torch.stack([g[0, 0] + 2 * g[0, 2] + g[2, 2], g[0, 0]])  # ‖b − b'‖²
-    mixed = torch.stack([g[0, 1] + g[1, 2], g[0, 1] + g[0, 2]])  # (b − b')·b'
-    size = torch.stack([g[1, 1], g[1, 1] + 2 * g[1, 2] + g[2, 2]])  # ‖b'‖²
+    actual, linear, quadratic, g, (aa, tt, at, te, ee), (weight, bias) = (torch.cat(of, dim=-1) for of in zip(*parts))
+    predicted = torch.stack([g[1, 1], g[2, 2]])  # ‖b'‖²
+    inner = torch.stack([g[0, 1], g[0, 2]])  # b·b'
+    shift = torch.stack([g[3, 3], g[4, 4]])  # ‖b − b'‖²
+    mixed = torch.stack([g[3, 0], g[4, 0]])  # (b − b')·b
+    # b aᵀ − b' a'ᵀ = (b − b') a'ᵀ + b eᵀ, which does not cancel when the two are close
     products = GradientProducts(
-        ((shift + 2 * mixed + size) * (weight * aa + bias)).sum(1),
-        (size * (weight * (aa - 2 * ae + ee) + bias)).sum(1),
-        ((mixed + size) * (weight * (aa - ae) + bias)).sum(1),
-        (weight * (shift * aa + 2 * mixed * ae + size * ee) + bias * shift).sum(1),
+        (g[0, 0] * (weight * aa + bias)).sum(0).expand_as(quadratic).expand(2, -1),
+        (predicted * (weight * tt + bias)).sum(1),
+        (inner * (weight * at + bias)).sum(1),
+        (weight * (shift * tt + 2 * mixed * te + g[0, 0] * ee) + bias * shift).sum(1),
     )
     return Comparison.of(products, actual, torch.stack([quadratic, quadratic + linear]))
 
 
-def _input_products(now: Tap, then: Tap) -> Float[Tensor, "3 N"]:
-    """a·a, a·e and e·e with e = a − a'."""
+def _input_products(now: Tap, then: Tap) -> Float[Tensor, "5 N"]:
+    """a·a, a'·a', a·a', a'·e and e·e with e = a − a'."""
     if _same(now.inputs, then.inputs):
         return then.input_squares
-    g = _gram(torch.stack([now.inputs, now.inputs - then.inputs], dim=1))
-    return torch.stack([g[0, 0], g[0, 1], g[1, 1]])
+    g = _gram(torch.stack([now.inputs, then.inputs, now.inputs - then.inputs], dim=1))
+    return torch.stack([g[0, 0], g[1, 1], g[0, 1], g[1, 2], g[2, 2]])
 
 
 def _gram(rows: Float[Tensor, "N m k"]) -> Float[Tensor, "m m N"]:

@@ -24,10 +24,10 @@ class Tap:
     outputs: Float[Tensor, "N out"]
 
     @cached_property
-    def input_squares(self) -> Float[Tensor, "3 N"]:
-        """a·a, a·e and e·e for inputs that do not change: e = 0."""
-        squares = torch.linalg.vecdot(self.inputs, self.inputs)
-        return torch.stack([squares, torch.zeros_like(squares), torch.zeros_like(squares)])
+    def input_squares(self) -> Float[Tensor, "5 N"]:
+        """a·a, a'·a', a·a', a'·e and e·e for inputs that do not change: a' = a and e = 0."""
+        squares, zeros = torch.linalg.vecdot(self.inputs, self.inputs), self.inputs.new_zeros(len(self.inputs))
+        return torch.stack([squares, squares, squares, zeros, zeros])
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,8 @@ class LinearLayers:
         """
         found = {m: canonical_name(n) for n, m in risk.base.named_modules() if isinstance(m, nn.Linear)}
         layers = cls(risk.space, found)
+        if any(not name.endswith(("weight", "bias")) for layer in found for name in layers.trainable(layer)):
+            return None
         owned = [name for layer in found for name in layers.trainable(layer)]
         return layers if sorted(owned) == sorted(risk.space.names) and layers._explain_gradient(risk) else None
 

@@ -77,7 +77,10 @@ class CrossEntropy(ExampleLoss):
 
     def gradient(self, outputs: Tensor, targets: Tensor) -> Tensor:
         mass = self._label_mass(outputs, targets)
-        return mass.sum(1, keepdim=True) * outputs.softmax(1) - mass
+        gradient = mass.sum(1, keepdim=True) * outputs.softmax(1) - mass
+        # entries sum to zero; that of the target, p_y − 1, would cancel where the model is sure
+        others = gradient.scatter(1, targets[:, None], 0.0).sum(1, keepdim=True)
+        return gradient.scatter(1, targets[:, None], -others)
 
     def hessian_factor(self, outputs: Tensor, targets: Tensor) -> Tensor:
         scale = self._label_mass(outputs, targets).sum(1).sqrt()
@@ -229,22 +232,34 @@ def _check_same_size(name: str, outputs: Tensor, targets: Tensor) -> None:
         )
 
 
+def _refuse_override(criterion: nn.Module, known: type[nn.Module]) -> None:
+    if type(criterion).forward is not known.forward:
+        raise TypeError(
+            f"{type(criterion).__name__} overrides the forward of {known.__name__}, so no per-example form of it is "
+            "known. Write it as an ExampleLoss and register it with "
+            f"@example_loss.register({type(criterion).__name__})."
+        )
+
+
 def _takes_mean(criterion: nn.Module) -> bool:
     return criterion.reduction == "mean"
 
 
 @example_loss.register
 def _(criterion: nn.CrossEntropyLoss) -> ExampleLoss:
+    _refuse_override(criterion, nn.CrossEntropyLoss)
     return CrossEntropy(criterion.weight, criterion.label_smoothing, criterion.ignore_index)
 
 
 @example_loss.register
 def _(criterion: nn.MSELoss) -> ExampleLoss:
+    _refuse_override(criterion, nn.MSELoss)
     return SquaredError(_takes_mean(criterion))
 
 
 @example_loss.register
 def _(criterion: nn.BCEWithLogitsLoss) -> ExampleLoss:
+    _refuse_override(criterion, nn.BCEWithLogitsLoss)
     if criterion.weight is not None:
         raise ValueError("BCEWithLogitsLoss(weight=...) has no per-example form here; use pos_weight or drop it.")
     return BinaryCrossEntropy(_takes_mean(criterion), criterion.pos_weight)

@@ -89,7 +89,13 @@ class _Group:
     sizes: list[int]
 
     def compare(self, parameters: Tensor) -> list[Comparison]:
-        return self.pictures.compare(parameters).split(self.sizes)
+        try:
+            return self.pictures.compare(parameters).split(self.sizes)
+        except NotImplementedError as error:
+            raise TypeError(
+                f"torch lacks a derivative that fidelity needs of {type(self.pictures.risk.base).__name__}: {error} "
+                "Leave the fidelity metrics out for this model, or replace that operation."
+            ) from error
 
 
 def _groups(curvature: Curvature, functions: list[list[EmpiricalRisk]]) -> list[_Group]:

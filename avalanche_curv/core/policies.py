@@ -9,6 +9,7 @@ from operator import add
 
 from avalanche_curv.core.curvature import Curvature
 from avalanche_curv.core.estimate import estimate
+from avalanche_curv.core.options import is_number
 from avalanche_curv.core.quadratic import QuadraticModel
 from avalanche_curv.core.risk import EmpiricalRisk
 from avalanche_curv.core.structures import Structure
@@ -57,7 +58,7 @@ class Merge(Policy):
     decay: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.decay <= 1:
+        if not (is_number(self.decay) and 0 <= self.decay <= 1):
             raise ValueError(f"Merge needs a decay in [0, 1]; got {self.decay}. 1 keeps all of the past, 0 none of it.")
 
     def absorb(self, past: Past, risk: EmpiricalRisk, curvature: Curvature, structure: Structure) -> Past:
@@ -104,5 +105,5 @@ def part_seed(seed: int, experience: int) -> int:
 
 
 def _check_fraction(name: str, fraction: float) -> None:
-    if not 0 < fraction <= 1:
+    if not (is_number(fraction) and 0 < fraction <= 1):
         raise ValueError(f"{name} needs a fraction in (0, 1]; got {fraction}. 0.1 keeps one example in ten.")

@@ -173,6 +173,7 @@ class EmpiricalRisk:
             raise ValueError(
                 f"Each batch must be a pair of tensors (inputs, targets); got {[type(p).__name__ for p in first]}."
             )
+        check_function(self.model, _like(first[0][:2], self.anchor).clone())
         whole = isinstance(self.batches, (tuple, list))  # what has to be loaded is checked as it comes
         for _ in self if whole else islice(self, 1):
             pass
@@ -213,6 +214,33 @@ def _without_drawing(batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
         if batch is None:
             return
         yield batch
+
+
+def check_function(model: nn.Module, inputs: Tensor) -> None:
+    """Raises ValueError unless `model` maps each of a few examples to outputs of its own, the same every time."""
+    name, version = type(model).__name__, inputs._version
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        first, again = model(inputs), model(inputs)
+        try:
+            alone = model(inputs[:1])
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(f"{name} cannot be evaluated on one example ({error}); {ONE_BY_ONE}") from error
+    if inputs._version != version:
+        raise ValueError(f"{name} writes into its inputs, which would change stored examples. Clone them in forward.")
+    if len(first) != len(inputs):
+        raise ValueError(f"{name} gives {len(first)} outputs for {len(inputs)} examples. Put the batch axis first.")
+    if not _close(first, again):
+        raise ValueError(f"{name} draws at random in eval mode: its loss is no function. Give dropout self.training.")
+    if not _close(first[:1], alone):
+        raise ValueError(f"The outputs of {name} for one example depend on the others in the batch; {ONE_BY_ONE}")
+
+
+ONE_BY_ONE = "past loss is a mean over single examples. Use normalisation with running statistics."
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    size = float(a.abs().nan_to_num(0, 0, 0).max())
+    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-3, atol=1e-3 * size, equal_nan=True)
 
 
 def joined_risk(risks: list[EmpiricalRisk]) -> EmpiricalRisk:

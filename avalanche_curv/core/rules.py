@@ -67,7 +67,7 @@ def diagonal_of_hessian(curvature: Hessian, structure: Diagonal, risk: Empirical
 @rule(BatchedEmpiricalFisher, Dense)
 def dense_of_batches(curvature: BatchedEmpiricalFisher, structure: Structure, risk: EmpiricalRisk) -> DenseMatrix:
     """GᵀG of the mini-batch gradients."""
-    return _dense([curvature.gradients(risk)], risk)
+    return _dense(curvature.gradients(risk), risk)
 
 
 @rule(BatchedEmpiricalFisher, BlockDiagonal)
@@ -75,13 +75,13 @@ def blocks_of_batches(
     curvature: BatchedEmpiricalFisher, structure: Structure, risk: EmpiricalRisk
 ) -> BlockDiagonalMatrix:
     """GᵀG of the mini-batch gradients within each parameter."""
-    return _blocks([curvature.gradients(risk)], risk)
+    return _blocks(curvature.gradients(risk), risk)
 
 
 @rule(BatchedEmpiricalFisher, Diagonal)
 def diagonal_of_batches(curvature: BatchedEmpiricalFisher, structure: Structure, risk: EmpiricalRisk) -> DiagonalMatrix:
     """Squares of the mini-batch gradients."""
-    return _diagonal([curvature.gradients(risk)], risk)
+    return _diagonal(curvature.gradients(risk), risk)
 
 
 PIECEWISE_LINEAR = (nn.Linear, nn.ReLU, nn.LeakyReLU, nn.Hardtanh, nn.ReLU6, nn.Identity, nn.Flatten, nn.Dropout)

@@ -7,13 +7,15 @@ from typing import Any
 from avalanche.evaluation import PluginMetric
 from avalanche.evaluation.metric_results import MetricValue
 
+from avalanche_curv.core.options import is_count
+
 
 class ScalarMetric(PluginMetric[dict[str, float]]):
     """A metric that emits several named floats; `result` gives the last ones."""
 
     def __init__(self, every: int) -> None:
         super().__init__()
-        if every < 1:
+        if not is_count(every):
             raise ValueError(f"every must be at least 1 iteration; got {every}. 1 measures at each step.")
         self.every = every
         self._last: dict[str, float] = {}

@@ -56,6 +56,7 @@ class TaskAccuracyMetric(ScalarMetric):
     def _source(self, strategy: Any, number: int) -> Any:
         if self.stream is None:
             return strategy.experience
+        number = _bridge.place_in_stream(strategy.experience, number)
         if number >= len(self.stream):
             raise ValueError(
                 f"The evaluation stream has {len(self.stream)} experiences, but experience {number} is being trained. "

@@ -9,8 +9,9 @@ from typing import Any
 
 from avalanche.evaluation.metric_results import MetricValue
 
-from avalanche_curv.core.curvature import Curvature, Fisher
+from avalanche_curv.core.curvature import Curvature, Fisher, Hessian
 from avalanche_curv.core.monitor import PastPictures
+from avalanche_curv.core.options import is_number
 from avalanche_curv.core.policies import Policy, part_of
 from avalanche_curv.metrics._published import ScalarMetric
 from avalanche_curv.metrics.accuracy import TaskAccuracyMetric
@@ -53,7 +54,7 @@ def fidelity_metrics(
     ['FidelityMetric', 'TaskAccuracyMetric', 'PenaltyMetric']
     """
     if of is not None:
-        curvature = of.curvature if curvature is None else curvature
+        curvature = _of_single_examples(of.curvature) if curvature is None else curvature
         fraction = _stored_fraction(of.policy) if fraction is None else fraction
         seed = getattr(of.policy, "seed", None) if seed is None else seed
     fraction, seed = 0.1 if fraction is None else fraction, seed or 0
@@ -62,6 +63,11 @@ def fidelity_metrics(
         TaskAccuracyMetric(every, stream, fraction, seed),
         PenaltyMetric(every),
     ]
+
+
+def _of_single_examples(curvature: Curvature) -> Curvature:
+    """A Hessian made positive semi-definite as a whole is measured by the plain one, which single examples have."""
+    return Hessian() if isinstance(curvature, Hessian) else curvature
 
 
 def _stored_fraction(policy: Policy) -> float | None:
@@ -74,12 +80,15 @@ class FidelityMetric(ScalarMetric):
 
     def __init__(self, every: int, curvature: Curvature, fraction: float, seed: int) -> None:
         super().__init__(every)
-        if not 0 < fraction <= 1:
+        if not (is_number(fraction) and 0 < fraction <= 1):
             raise ValueError(f"fraction must lie in (0, 1]; got {fraction}. 0.1 stores one example in ten.")
         self.fraction, self.seed = fraction, seed
         self.pictures = PastPictures(curvature)
         self._task_ends = _bridge.TaskEnds()
         self.trajectory: defaultdict[str, _Mean] = defaultdict(_Mean)
+
+    def before_training(self, strategy: Any) -> None:
+        _bridge.check_criterion(strategy, self.pictures.curvature)
 
     def after_training_iteration(self, strategy: Any) -> list[MetricValue]:
         if not self.pictures.accumulate or not self.due(strategy):

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from avalanche_curv.core.losses import ExampleLoss, example_loss
+from avalanche_curv.core.curvature import Curvature, check_loss
+from avalanche_curv.core.losses import example_loss
 from avalanche_curv.core.parameters import ParameterSpace
 from avalanche_curv.core.risk import EmpiricalRisk, unwrapped
 
@@ -87,9 +88,9 @@ class TaskEnds:
         return bool(experience.is_last_subexp) or self._seen == experience.sub_stream_length
 
 
-def current_loss(strategy: Any) -> ExampleLoss:
-    """The per-example form of the strategy's criterion. Raises TypeError where none is known."""
-    return example_loss(strategy._criterion)
+def check_criterion(strategy: Any, curvature: Curvature) -> None:
+    """Raises TypeError for a criterion without a per-example form, ValueError for one that the curvature is not of."""
+    check_loss(curvature, example_loss(strategy._criterion))
 
 
 def current_space(strategy: Any) -> ParameterSpace:
@@ -129,6 +130,13 @@ def current_risk(strategy: Any, batch_size: int) -> EmpiricalRisk:
         if adapter is not None:
             _check_same_outputs(risk, adapter.task)
     return risk
+
+
+def place_in_stream(experience: Any, default: int) -> int:
+    """The number of an experience in the stream it comes from, also where training starts later or leaves some out."""
+    own = getattr(experience, "origin_experience", experience)
+    place = getattr(own, "current_experience", None)
+    return default if place is None else place
 
 
 def check_experience(strategy: Any) -> None:

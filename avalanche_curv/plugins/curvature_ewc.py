@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 import warnings
-from numbers import Real
 from typing import Any
 
 import torch
@@ -12,6 +10,7 @@ from avalanche.training.plugins import SupervisedPlugin
 
 from avalanche_curv.core.curvature import Curvature, Fisher, Hessian
 from avalanche_curv.core.estimate import NonFiniteCurvatureError
+from avalanche_curv.core.options import is_count, is_number
 from avalanche_curv.core.penalty import Penalty, penalty_of
 from avalanche_curv.core.policies import Accumulate, Past, Policy
 from avalanche_curv.core.structures import Diagonal, Structure
@@ -57,7 +56,7 @@ class CurvatureEWCPlugin(SupervisedPlugin):
         self._weighted: Penalty | None = None  # made from `past` when it is needed
 
     def before_training(self, strategy: Any, **kwargs: Any) -> None:
-        _bridge.current_loss(strategy)
+        _bridge.check_criterion(strategy, self.curvature)
 
     def before_train_dataset_adaptation(self, strategy: Any, **kwargs: Any) -> None:
         _bridge.check_experience(strategy)
@@ -95,9 +94,9 @@ class CurvatureEWCPlugin(SupervisedPlugin):
 
 
 def _check_options(strength: float, curvature: object, structure: object, policy: object, batch_size: int) -> None:
-    if not (isinstance(strength, Real) and math.isfinite(strength) and strength >= 0):
+    if not (is_number(strength) and strength >= 0):
         raise ValueError(f"strength must be a finite number of at least 0; got {strength!r}. 0 only measures.")
-    if batch_size < 1:
+    if not is_count(batch_size):
         raise ValueError(f"batch_size must be at least 1; got {batch_size}.")
     for name, value, expected, example in (
         ("curvature", curvature, Curvature, "Fisher()"),

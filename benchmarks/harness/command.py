@@ -28,6 +28,9 @@ def main(argv: Sequence[str] | None = None, experiments: Mapping[str, Registered
         chosen = parser(experiments, experiment).parse_args(words)
         if chosen.command == "list" or experiment is None:
             return list_experiments(experiments)
+        if chosen.name != experiment.name:  # an option's value was another experiment's name
+            experiment = load(chosen.name, experiments)
+            chosen = parser(experiments, experiment).parse_args(words)
         options = read_options(experiment, chosen)
         store = Store(chosen.out / folder_name(experiment, options))
         if chosen.command == "report":
@@ -35,7 +38,7 @@ def main(argv: Sequence[str] | None = None, experiments: Mapping[str, Registered
         from benchmarks.harness.run import run  # it needs torch
 
         return run(experiment, options, store, chosen.workers, f"{PROGRAM} {shlex.join(words)}")
-    except UsageError as error:
+    except (UsageError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:  # before any unit has started, or after the last

@@ -7,6 +7,7 @@ import random
 import shutil
 import time
 import traceback
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -75,6 +76,7 @@ def use_one_thread() -> None:
     import torch  # only now, since it reads the variables at import
 
     torch.set_num_threads(1)
+    warnings.simplefilter("ignore", DeprecationWarning)  # of libraries under libraries, once for each unit
 
 
 def _seed(seed: int) -> None:

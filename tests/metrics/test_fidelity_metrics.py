@@ -293,8 +293,13 @@ def test_a_curvature_without_per_example_form_is_refused(curvature):
     remedy = r"which .* does not define.* Use GGN\(\), Fisher\(\), EmpiricalFisher\(\)"
     with pytest.raises(TypeError, match=remedy):
         fidelity_metrics(curvature=curvature)
-    with pytest.raises(TypeError, match=remedy):
-        fidelity_metrics(of=CurvatureEWCPlugin(1.0, curvature=curvature))
+
+
+def test_of_a_plugin_with_a_mended_hessian_measures_the_plain_one():
+    (metric, *_) = fidelity_metrics(of=CurvatureEWCPlugin(1.0, curvature=Hessian(psd=Clip())))
+    assert metric.pictures.curvature == Hessian()
+    with pytest.raises(TypeError, match="single examples"):
+        fidelity_metrics(of=CurvatureEWCPlugin(1.0, curvature=BatchedEmpiricalFisher(batch_size=4)))
 
 
 def test_every_must_be_at_least_one():
