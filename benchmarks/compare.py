@@ -45,6 +45,7 @@ class CompareOptions(Options):
 
     stream: str = "permuted_digits"
     every: int = 10
+    seeds: int = 3
 
 
 DEFAULT_STREAM = "permuted_digits"
@@ -61,6 +62,7 @@ class Compare(Experiment):
         parser.add_argument(
             "--stream", type=one_of("stream", STREAMS), default=DEFAULT_STREAM, help=f"one of {', '.join(STREAMS)}"
         )
+        parser.set_defaults(seeds=3)  # so that the first look takes minutes
         parser.add_argument("--every", type=positive, default=10, help="measure fidelity every so many steps")
 
     def variant(self, options: CompareOptions) -> str:
@@ -87,7 +89,7 @@ def setting_for(options: Any) -> Setting:
     """The setting of a stream; with `quick`, three experiences of a few steps."""
     stream = STREAMS[options.stream]
     stream.check(options.stream, options.dataset_root)
-    setting = Setting(options.stream, stream.experiences, STEPS.get(options.stream, 70), every=options.every)
+    setting = Setting(options.stream, stream.experiences, STEPS.get(options.stream, 60), every=options.every)
     return replace(setting, experiences=2, steps=6, test_limit=100) if options.quick else setting
 
 

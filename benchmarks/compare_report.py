@@ -15,6 +15,7 @@ KNOWN_FAULTS = {
     "SI": "Its stored weights alias the live ones on a CPU (Avalanche 0.6), so its penalty is zero: equal to Naive.",
     "MAS": "Avalanche 0.6 computes its importance in train mode; without dropout or BatchNorm that changes nothing.",
 }
+FISHER = "CurvatureEWC Fisher, accumulate"
 SHOWN = ("Naive", "Cumulative", "Replay", "EWC", "LwF", "MAS", "CurvatureEWC Fisher, accumulate",
          "CurvatureEWC Fisher, merge", "CurvatureEWC Fisher, refresh")
 
@@ -63,6 +64,7 @@ def _cells(results: Results, label: str) -> list:
 def _notes(results: Results) -> dict[str, str]:
     """Known upstream faults, each checked against the runs, and rows that are equal to Naive for whatever reason."""
     naive = {row["seed"]: row["value"] for row in results.select("weights", "Naive")}
+    fisher = {row["seed"]: row["value"] for row in results.select("weights", FISHER)}
     notes = {}
     for label in results.labels:
         own = {row["seed"]: row["value"] for row in results.select("weights", label)}
@@ -72,6 +74,11 @@ def _notes(results: Results) -> dict[str, str]:
             notes[label] = KNOWN_FAULTS[label]
         elif equal and label != "Naive":
             notes[label] = "Ends with exactly the weights of Naive in every seed: it had no effect here."
+        elif own and label != FISHER and own == fisher:
+            notes[label] = (
+                "Ends with the weights of the Fisher in every seed: on a ReLU network with cross-entropy the diagonals "
+                "of Hessian, GGN and Fisher are equal, so one policy stands for all."
+            )
     return notes
 
 

@@ -70,9 +70,10 @@ def baselines() -> dict[str, Method]:
 
 
 def ours() -> dict[str, Method]:
-    """CurvatureEWC with each kind and policy, diagonal."""
+    """CurvatureEWC with each kind and policy, diagonal; kinds that equal the Fisher here with the first policy only."""
     return {
         f"CurvatureEWC {name}, {policy}": Ours(STRENGTHS[name], kind, Diagonal(), chosen)
         for name, kind in KINDS.items()
         for policy, chosen in POLICIES.items()
+        if name not in EQUAL_TO_FISHER or policy == "accumulate"
     }

@@ -54,7 +54,7 @@ def parser(experiments: Mapping[str, Registered], experiment: Experiment | None)
     reports = commands.add_parser("report", help="write the report again, without running", allow_abbrev=False)
     for command in (runs, reports):
         command.add_argument("name", metavar="NAME", type=one_of("experiment", experiments), help="one of `list`")
-        command.add_argument("--seeds", type=positive, default=5, help="run seeds 0 to SEEDS - 1 (default 5)")
+        command.add_argument("--seeds", type=positive, default=5, help="run seeds 0 to SEEDS - 1 (default %(default)s)")
         command.add_argument("--quick", action="store_true", help="a small version that ends in a minute or so")
         command.add_argument("--dataset-root", type=folder, metavar="DIR", help="where data sets are")
         command.add_argument("--out", type=folder, default=Path("results"), metavar="DIR", help="default: results")
