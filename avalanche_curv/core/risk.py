@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -13,8 +12,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.parallel import DistributedDataParallel
 
+from avalanche_curv.core.frozen import check_function, frozen_copy
 from avalanche_curv.core.losses import ExampleLoss, example_loss
 from avalanche_curv.core.parameters import ParameterSpace
 
@@ -56,7 +55,7 @@ class EmpiricalRisk:
         """
         loss = example_loss(criterion)
         kept = tuple(batches) if iter(batches) is batches else batches
-        risk = cls(_frozen(model), loss, kept, adapter)
+        risk = cls(frozen_copy(model), loss, kept, adapter)
         risk._check()
         return risk
 
@@ -216,33 +215,6 @@ def _without_drawing(batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
         yield batch
 
 
-def check_function(model: nn.Module, inputs: Tensor) -> None:
-    """Raises ValueError unless `model` maps each of a few examples to outputs of its own, the same every time."""
-    name, version = type(model).__name__, inputs._version
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        first, again = model(inputs), model(inputs)
-        try:
-            alone = model(inputs[:1])
-        except (RuntimeError, ValueError) as error:
-            raise ValueError(f"{name} cannot be evaluated on one example ({error}); {ONE_BY_ONE}") from error
-    if inputs._version != version:
-        raise ValueError(f"{name} writes into its inputs, which would change stored examples. Clone them in forward.")
-    if len(first) != len(inputs):
-        raise ValueError(f"{name} gives {len(first)} outputs for {len(inputs)} examples. Put the batch axis first.")
-    if not _close(first, again):
-        raise ValueError(f"{name} draws at random in eval mode: its loss is no function. Give dropout self.training.")
-    if not _close(first[:1], alone):
-        raise ValueError(f"The outputs of {name} for one example depend on the others in the batch; {ONE_BY_ONE}")
-
-
-ONE_BY_ONE = "past loss is a mean over single examples. Use normalisation with running statistics."
-
-
-def _close(a: Tensor, b: Tensor) -> bool:
-    size = float(a.abs().nan_to_num(0, 0, 0).max())
-    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-3, atol=1e-3 * size, equal_nan=True)
-
-
 def joined_risk(risks: list[EmpiricalRisk]) -> EmpiricalRisk:
     """The risk of the examples of all, in order, for risks of the same past function; one batch where they fit."""
     if len(risks) == 1:
@@ -266,24 +238,6 @@ def random_part(examples: int, fraction: float, seed: int) -> Int[Tensor, "n"]:
 def as_matrix(outputs: Tensor) -> Float[Tensor, "N C"]:
     """Outputs as [N, C]: one number an example becomes one column, further axes are flattened."""
     return outputs.reshape(outputs.shape[0], -1)
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside `DataParallel`, `DistributedDataParallel` and `torch.compile`, which `torch.func` refuses."""
-    while True:
-        if isinstance(model, (nn.DataParallel, DistributedDataParallel)):
-            model = model.module
-        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
-            model = inner
-        else:
-            return model
-
-
-def _frozen(model: nn.Module) -> nn.Module:
-    copied = copy.deepcopy(unwrapped(model)).eval()
-    copied.zero_grad(set_to_none=True)
-    half = any(p.dtype in (torch.float16, torch.bfloat16) for p in copied.parameters())
-    return copied.float() if half else copied
 
 
 def _like(tensor: Tensor, like: Tensor) -> Tensor:

@@ -18,9 +18,10 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from avalanche_curv.core.curvature import Curvature, check_loss
+from avalanche_curv.core.frozen import unwrapped
 from avalanche_curv.core.losses import example_loss
 from avalanche_curv.core.parameters import ParameterSpace
-from avalanche_curv.core.risk import EmpiricalRisk, unwrapped
+from avalanche_curv.core.risk import EmpiricalRisk
 
 IN_MEMORY_BYTES = 2**30  # data sets up to this size are loaded once, larger ones at every pass
 

@@ -1,0 +1,54 @@
+"""A frozen copy of a model, and the test that it is a function of single examples."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+ONE_BY_ONE = "past loss is a mean over single examples. Use normalisation with running statistics."
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside `DataParallel`, `DistributedDataParallel` and `torch.compile`, which `torch.func` refuses."""
+    while True:
+        if isinstance(model, (nn.DataParallel, DistributedDataParallel)):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
+            return model
+
+
+def frozen_copy(model: nn.Module) -> nn.Module:
+    """A copy in eval mode, without gradients; half precision becomes float32."""
+    copied = copy.deepcopy(unwrapped(model)).eval()
+    copied.zero_grad(set_to_none=True)
+    half = any(p.dtype in (torch.float16, torch.bfloat16) for p in copied.parameters())
+    return copied.float() if half else copied
+
+
+def check_function(model: nn.Module, inputs: Tensor) -> None:
+    """Raises ValueError unless `model` maps each of a few examples to outputs of its own, the same every time."""
+    name, version = type(model).__name__, inputs._version
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        first, again = model(inputs), model(inputs)
+        try:
+            alone = model(inputs[:1])
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(f"{name} cannot be evaluated on one example ({error}); {ONE_BY_ONE}") from error
+    if inputs._version != version:
+        raise ValueError(f"{name} writes into its inputs, which would change stored examples. Clone them in forward.")
+    if len(first) != len(inputs):
+        raise ValueError(f"{name} gives {len(first)} outputs for {len(inputs)} examples. Put the batch axis first.")
+    if not _close(first, again):
+        raise ValueError(f"{name} draws at random in eval mode: its loss is no function. Give dropout self.training.")
+    if not _close(first[:1], alone):
+        raise ValueError(f"The outputs of {name} for one example depend on the others in the batch; {ONE_BY_ONE}")
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    size = float(a.abs().nan_to_num(0, 0, 0).max())
+    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-3, atol=1e-3 * size, equal_nan=True)
