@@ -76,6 +76,7 @@ class _AnchoredBatch:
             self.weights = torch.zeros_like(values, requires_grad=True)
             self.pullback = _sensitivities(self.outputs, self.taps, self.weights, keep=True)
         self.gradients = [_GradientRows(slope) for slope in self._pulled(self.residual)]
+        self.inputs = [_InputRows(tap) for tap in self.taps]
         self.kinds = _kinds(layers, self.taps).to(values)[:, :, None].expand(-1, -1, len(x))
 
     def measure(self, parameters: Float[Tensor, "P"]) -> _Measured:
@@ -84,7 +85,7 @@ class _AnchoredBatch:
         change = self._output_change(taps, dict(zip(self.risk.space.names, values)))
         curved, linear, quadratic = output_increase(self.factor, self.residual, change)
         grams = [rows.gram(*pair) for rows, *pair in zip(self.gradients, true, self._pulled(curved))]
-        inputs = [_input_products(*pair) for pair in zip(taps, self.taps)]
+        inputs = [rows.products(tap.inputs) for rows, tap in zip(self.inputs, taps)]
         return _Measured(
             loss - self.loss, linear, quadratic, torch.stack(grams, dim=2), torch.stack(inputs, dim=1), self.kinds
         )
@@ -150,6 +151,25 @@ class _GradientRows:
         return _gram(self.rows)
 
 
+class _InputRows:
+    """For one layer: the inputs a of now, a' of the anchor, and e = a − a', as rows in memory used again."""
+
+    def __init__(self, then: Tap) -> None:
+        self.then = then
+        self.rows: Tensor | None = None
+
+    def products(self, now: Float[Tensor, "N in"]) -> Float[Tensor, "5 N"]:
+        """a·a, a'·a', a·a', a'·e and e·e."""
+        if _same(now, self.then.inputs):
+            return self.then.input_squares
+        if self.rows is None:
+            self.rows = torch.stack([self.then.inputs] * 3, dim=1)
+        self.rows[:, 0] = now
+        torch.sub(now, self.then.inputs, out=self.rows[:, 2])
+        g = _gram(self.rows)
+        return torch.stack([g[0, 0], g[1, 1], g[0, 1], g[1, 2], g[2, 2]])
+
+
 def _kinds(layers: LinearLayers, taps: list[Tap]) -> Float[Tensor, "2 L"]:
     """Whether weight and bias of each layer are trainable, as 0 or 1."""
     held = [{name.rsplit(".", 1)[-1] for name in layers.trainable(tap.layer)} for tap in taps]
@@ -174,14 +194,6 @@ def _compared(parts: list[_Measured]) -> Comparison:
         (weight * (shift * tt + 2 * mixed * te + g[0, 0] * ee) + bias * shift).sum(1),
     )
     return Comparison.of(products, actual, torch.stack([quadratic, quadratic + linear]))
-
-
-def _input_products(now: Tap, then: Tap) -> Float[Tensor, "5 N"]:
-    """a·a, a'·a', a·a', a'·e and e·e with e = a − a'."""
-    if _same(now.inputs, then.inputs):
-        return then.input_squares
-    g = _gram(torch.stack([now.inputs, then.inputs, now.inputs - then.inputs], dim=1))
-    return torch.stack([g[0, 0], g[1, 1], g[0, 1], g[1, 2], g[2, 2]])
 
 
 def _gram(rows: Float[Tensor, "N m k"]) -> Float[Tensor, "m m N"]:

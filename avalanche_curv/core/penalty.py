@@ -39,50 +39,53 @@ class GeneralPenalty(Penalty):
 
 
 class DiagonalPenalty(Penalty):
-    """For a diagonal C around its minimum, in memory that is used again at every step.
+    """For a diagonal C around its minimum.
 
-    At the size of a model, fresh memory costs more than the arithmetic.
+    Each gradient is handed over to autograd in memory of its own, to which the gradient of the loss is then added in
+    place. Displacements share one piece of memory: at the size of a model, fresh memory costs more than arithmetic.
     """
 
     def __init__(self, past: QuadraticModel, strength: float) -> None:
         self.space, self.constant = past.space, strength * past.constant
-        self.values = strength * past.curvature.tensors()[0]
+        self.values = past.space.split(strength * past.curvature.tensors()[0])
         self.anchors = past.space.split(past.anchor)
-        self.displacement, self.gradient = torch.empty_like(past.anchor), torch.empty_like(past.anchor)
-        self.displacements, self.gradients = past.space.split(self.displacement), past.space.split(self.gradient)
-        self.calls = 0
+        self.scratch = past.anchor.new_empty(max(anchor.numel() for anchor in self.anchors))
 
     def __call__(self, model: nn.Module) -> Tensor:
         return _DiagonalPenalty.apply(self, *self.space.tensors(model))
 
-    def evaluate(self, parameters: Sequence[Tensor]) -> Tensor:
-        """strength · q(θ), with strength · C δ left in `gradients`."""
-        for parameter, anchor, displacement in zip(parameters, self.anchors, self.displacements):
-            torch.sub(parameter, anchor, out=displacement)
-        torch.mul(self.values, self.displacement, out=self.gradient)
-        return half(self.displacement @ self.gradient) + self.constant
+    def evaluate(self, parameters: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """strength · q(θ), and strength · C δ for each parameter."""
+        gradients, products = [], []
+        for parameter, anchor, values in zip(parameters, self.anchors, self.values):
+            displacement = self.scratch[: anchor.numel()]
+            torch.sub(parameter, anchor, out=displacement.view_as(anchor))
+            gradient = values * displacement.view_as(anchor)
+            products.append(displacement @ gradient.view(-1))
+            gradients.append(gradient)
+        return half(torch.stack(products).sum()) + self.constant, gradients
 
 
 class _DiagonalPenalty(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, penalty: DiagonalPenalty, *parameters: Tensor) -> Tensor:
-        penalty.calls += 1
-        ctx.penalty, ctx.call, ctx.types = penalty, penalty.calls, [p.dtype for p in parameters]
-        return penalty.evaluate(parameters)
+        value, ctx.gradients = penalty.evaluate(parameters)
+        ctx.types = [parameter.dtype for parameter in parameters]
+        return value
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         check_first_order()
-        penalty = ctx.penalty
-        if ctx.call != penalty.calls:
+        if ctx.gradients is None:
             raise RuntimeError(
-                "The penalty was evaluated again before the backward pass of an earlier evaluation. "
-                "Call backward after each evaluation, or use QuadraticModel.penalty, which keeps each gradient."
+                "The penalty's gradient was handed over in an earlier backward pass. Evaluate the penalty before each "
+                "backward pass, or use QuadraticModel.penalty, which keeps its gradient."
             )
+        gradients, ctx.gradients = ctx.gradients, None
         (scale,) = grad_outputs
-        gradients = penalty.gradients
         if scale.device.type != "cpu" or scale.item() != 1:
-            gradients = [gradient * scale for gradient in gradients]
+            for gradient in gradients:
+                gradient.mul_(scale)
         return None, *(gradient.to(dtype) for gradient, dtype in zip(gradients, ctx.types))
 
 

@@ -68,13 +68,26 @@ def test_two_backward_passes_accumulate_both_gradients() -> None:
     torch.testing.assert_close(total, expected, rtol=1e-12, atol=1e-12)
 
 
-def test_backward_of_an_earlier_evaluation_is_refused() -> None:
+def test_an_earlier_evaluation_keeps_its_own_gradient() -> None:
     model, (past,) = model_and_quadratics(1)
     penalty = penalty_of(past, strength=1.0)
+    expected = past.gradient_at(past.displacement(model))
     early = penalty(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1.0)
     penalty(model)
-    with pytest.raises(RuntimeError, match=r"evaluated again before the backward pass.*QuadraticModel\.penalty"):
-        early.backward()
+    early.backward()
+    total = torch.cat([p.grad.reshape(-1) for p in model.parameters()])
+    torch.testing.assert_close(total, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_second_backward_pass_of_one_evaluation_is_refused() -> None:
+    model, (past,) = model_and_quadratics(1)
+    value = penalty_of(past, strength=1.0)(model)
+    value.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match=r"handed over in an earlier backward pass.*QuadraticModel\.penalty"):
+        value.backward()
 
 
 def test_second_derivatives_are_refused_instead_of_lacking_the_curvature() -> None:
