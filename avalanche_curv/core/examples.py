@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -33,18 +33,25 @@ def parameters_of(risk: EmpiricalRisk, vector: Float[Tensor, "P"] | None = None)
 
 
 def pulled_back(
-    risk: EmpiricalRisk, parameters: Parameters, inputs: Tensor, cotangents: Float[Tensor, "N C R"]
+    risk: EmpiricalRisk,
+    parameters: Parameters,
+    inputs: Tensor,
+    cotangents: Float[Tensor, "N C R"],
+    names: Collection[str] | None = None,
 ) -> Float[Tensor, "N R P"]:
-    """J_iᵀ S_i for each example i, with J_i the Jacobian of the outputs at `parameters`."""
+    """J_iᵀ S_i for each example i, with J_i the Jacobian of the outputs at `parameters`; in some of them by `names`."""
     way = _all_at_once if _can_vmap(risk) else _one_by_one
-    return way(risk, parameters, inputs, cotangents)
+    return way(risk, parameters, inputs, cotangents, parameters if names is None else names)
 
 
-def _all_at_once(risk: EmpiricalRisk, parameters: Parameters, inputs: Tensor, cotangents: Tensor) -> Tensor:
+def _all_at_once(
+    risk: EmpiricalRisk, parameters: Parameters, inputs: Tensor, cotangents: Tensor, names: Collection[str]
+) -> Tensor:
     outputs = outputs_of(risk)
+    moved = {name: parameters[name] for name in names}
 
     def one(x: Tensor, s: Float[Tensor, "C R"]) -> Parameters:
-        pull: Any = vjp(lambda p: outputs(p, x[None])[0], parameters)[1]
+        pull: Any = vjp(lambda p: outputs({**parameters, **p}, x[None])[0], moved)[1]
         return vmap(lambda column: pull(column)[0], in_dims=1)(s)
 
     parts = vmap(one)(inputs, cotangents)
@@ -52,17 +59,19 @@ def _all_at_once(risk: EmpiricalRisk, parameters: Parameters, inputs: Tensor, co
 
 
 @torch.enable_grad()
-def _one_by_one(risk: EmpiricalRisk, parameters: Parameters, inputs: Tensor, cotangents: Tensor) -> Tensor:
+def _one_by_one(
+    risk: EmpiricalRisk, parameters: Parameters, inputs: Tensor, cotangents: Tensor, names: Collection[str]
+) -> Tensor:
     """For modules that `vmap` has no rule for, such as recurrent ones."""
-    held = {name: value.detach().requires_grad_() for name, value in parameters.items()}
+    held = {name: parameters[name].detach().requires_grad_() for name in names}
     rows = []
     for x, s in zip(inputs, cotangents):
-        outputs = outputs_of(risk)(held, x[None])[0]
+        outputs = outputs_of(risk)({**parameters, **held}, x[None])[0]
         for column in s.unbind(1):
             parts = torch.autograd.grad(
                 outputs, list(held.values()), column, retain_graph=True, allow_unused=True, materialize_grads=True
             )
-            rows.append(risk.space.flatten(list(parts)))
+            rows.append(torch.cat([part.reshape(-1) for part in parts]))
     return torch.stack(rows).view(len(inputs), cotangents.shape[2], -1)
 
 
@@ -73,24 +82,27 @@ def _can_vmap(risk: EmpiricalRisk) -> bool:
         cotangents = torch.ones_like(risk.outputs(inputs[:2]).detach())[:, :, None]
         with torch.no_grad():
             try:
-                _all_at_once(risk, parameters_of(risk), inputs[:2], cotangents)
+                _all_at_once(risk, parameters_of(risk), inputs[:2], cotangents, risk.space.names)
                 risk.__dict__["_vmaps"] = True
             except (RuntimeError, NotImplementedError):
                 risk.__dict__["_vmaps"] = False
     return risk.__dict__["_vmaps"]
 
 
-def curvature_rows(curvature: OutputCurvature, risk: EmpiricalRisk) -> Iterator[Float[Tensor, "n P"]]:
-    """Rows G, chunk after chunk, with Σ GᵀG the curvature of the mean: J_iᵀ S_i / √N."""
+def curvature_rows(
+    curvature: OutputCurvature, risk: EmpiricalRisk, names: Collection[str] | None = None
+) -> Iterator[Float[Tensor, "n P"]]:
+    """Rows G, chunk after chunk, with Σ GᵀG the curvature of the mean: J_iᵀ S_i / √N. Of some parameters by `names`."""
     parameters, generator = parameters_of(risk), curvature.generator()
+    width = sum(parameters[name].numel() for name in names or parameters)
     with torch.no_grad():
         for x, y in risk:
             factor = curvature.factor(risk.loss, risk.outputs(x), y, generator) / risk.examples**0.5
-            size = chunk_size(risk, factor.shape[2])
+            size = chunk_size(risk, factor.shape[2], width)
             for part_x, part_factor in zip(x.split(size), factor.split(size)):
-                yield pulled_back(risk, parameters, part_x, part_factor).flatten(0, 1)
+                yield pulled_back(risk, parameters, part_x, part_factor, names).flatten(0, 1)
 
 
-def chunk_size(risk: EmpiricalRisk, rows_an_example: int) -> int:
-    """How many examples may hold `rows_an_example` vectors of size P each at once."""
-    return max(1, CHUNK_BYTES // (rows_an_example * risk.space.size * risk.anchor.element_size()))
+def chunk_size(risk: EmpiricalRisk, rows_an_example: int, width: int | None = None) -> int:
+    """How many examples may hold `rows_an_example` vectors of a size, P if it is not given, each at once."""
+    return max(1, CHUNK_BYTES // (rows_an_example * (width or risk.space.size) * risk.anchor.element_size()))

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from avalanche_curv.core.curvature import OutputCurvature
 from avalanche_curv.core.fidelity import Comparison, GradientProducts
-from avalanche_curv.core.layers import LinearLayers, Tap
+from avalanche_curv.core.layers import Layers, Tap
 from avalanche_curv.core.pictures import Pictures, joined, output_increase
 from avalanche_curv.core.risk import EmpiricalRisk
 
@@ -23,7 +23,7 @@ class LayerPictures(Pictures):
     that of w ↦ (∂f/∂Z)ᵀw, whose derivative in w is the Jacobian product that propagates a displacement.
     """
 
-    def __init__(self, curvature: OutputCurvature, *held: tuple[EmpiricalRisk, LinearLayers]) -> None:
+    def __init__(self, curvature: OutputCurvature, *held: tuple[EmpiricalRisk, Layers]) -> None:
         self.curvature, self.risk, self.held = curvature, held[0][0], held
         self._anchored: list[_AnchoredBatch] | None = None
 
@@ -37,7 +37,7 @@ class LayerPictures(Pictures):
         with torch.enable_grad():
             return _compared([batch.measure(parameters) for batch in self._anchored])
 
-    def _anchor(self, risk: EmpiricalRisk, layers: LinearLayers) -> list[_AnchoredBatch]:
+    def _anchor(self, risk: EmpiricalRisk, layers: Layers) -> list[_AnchoredBatch]:
         generator = self.curvature.generator()
         return [_AnchoredBatch(self.curvature, risk, layers, x, y, generator) for x, y in risk]
 
@@ -60,7 +60,7 @@ class _AnchoredBatch:
         self,
         curvature: OutputCurvature,
         risk: EmpiricalRisk,
-        layers: LinearLayers,
+        layers: Layers,
         x: Tensor,
         y: Tensor,
         generator: torch.Generator,
@@ -118,8 +118,8 @@ class _AnchoredBatch:
         if _same(now.inputs, then.inputs):
             return now.outputs.detach() - then.outputs.detach()
         held = {name.rsplit(".", 1)[-1]: parameters[name] for name in names}
-        weight, bias = held.get("weight", then.layer.weight), held.get("bias", then.layer.bias)
-        return F.linear(then.inputs, weight, bias).sub_(then.outputs.detach())
+        everything: dict[str, Any] = {"bias": None, **dict(then.layer.named_parameters(recurse=False)), **held}
+        return F.linear(then.inputs, everything["weight"], everything["bias"]).sub_(then.outputs.detach())
 
 
 def _sensitivities(
@@ -170,7 +170,7 @@ class _InputRows:
         return torch.stack([g[0, 0], g[1, 1], g[0, 1], g[1, 2], g[2, 2]])
 
 
-def _kinds(layers: LinearLayers, taps: list[Tap]) -> Float[Tensor, "2 L"]:
+def _kinds(layers: Layers, taps: list[Tap]) -> Float[Tensor, "2 L"]:
     """Whether weight and bias of each layer are trainable, as 0 or 1."""
     held = [{name.rsplit(".", 1)[-1] for name in layers.trainable(tap.layer)} for tap in taps]
     return torch.tensor([[float(kind in names) for names in held] for kind in ("weight", "bias")])

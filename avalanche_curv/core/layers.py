@@ -1,27 +1,31 @@
-"""What enters and leaves each linear layer: per-example gradients as outer products, never formed."""
+"""Which parameters lie in layers whose per-example gradients follow from what enters and leaves the layer."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from avalanche_curv.core import layer_kinds
 from avalanche_curv.core.parameters import ParameterSpace, canonical_name
 from avalanche_curv.core.risk import EmpiricalRisk
+
+SHOWN = 2  # examples on which layers are tried
 
 
 @dataclass
 class Tap:
-    """One linear layer in one forward pass: inputs A [N, in] and outputs Z [N, out]."""
+    """One layer in one forward pass: its inputs A and outputs Z, [N, in] and [N, out] in a multilayer perceptron."""
 
-    layer: nn.Linear
-    inputs: Float[Tensor, "N in"]
-    outputs: Float[Tensor, "N out"]
+    layer: nn.Module
+    inputs: Tensor
+    outputs: Tensor
 
     @cached_property
     def input_squares(self) -> Float[Tensor, "5 N"]:
@@ -31,30 +35,32 @@ class Tap:
 
 
 @dataclass(frozen=True)
-class LinearLayers:
-    """The linear layers that hold every trainable parameter of a frozen model.
+class Layers:
+    """The layers of a frozen model that explain their parameters' per-example gradients, and `rest`: the names of the
+    parameters that none explains.
 
-    With B = ∂(Σ_i s_i)/∂Z, the gradient of s_i in the weight is b_i a_iᵀ and in the bias b_i, so that sums of squares
-    and inner products over P coordinates need no [N, P] matrix (Goodfellow 2015, arXiv:1510.01799).
+    A layer is taken only if it reproduces the gradients of single examples on the model's own data: one that is called
+    twice, shares a tensor, is bypassed, or mixes examples falls out by itself, whatever it is.
     """
 
     space: ParameterSpace
-    names: dict[nn.Linear, str]
+    names: dict[nn.Module, str]
+    rest: tuple[str, ...] = ()
+    bytes_an_example: int = 0  # of what leaves the layers
 
     @classmethod
-    def of(cls, risk: EmpiricalRisk) -> LinearLayers | None:
-        """The layers of the risk's model, or None where some parameter is used in another way.
+    def of(cls, risk: EmpiricalRisk) -> Layers:
+        """The layers of the risk's model."""
+        found = {m: canonical_name(n) for n, m in risk.base.named_modules() if layer_kinds.is_known(m)}
+        tried = cls(risk.space, {})
+        for layer, name in found.items():
+            candidate = replace(tried, names={layer: name})
+            trainable = candidate.trainable(layer)
+            if trainable and set(trainable) <= set(risk.space.names):
+                tried.names[layer] = name
+        return tried._explaining(risk)
 
-        That is: outside a linear layer, in a layer called twice or on more than matrices, or through a shared tensor.
-        """
-        found = {m: canonical_name(n) for n, m in risk.base.named_modules() if isinstance(m, nn.Linear)}
-        layers = cls(risk.space, found)
-        if any(not name.endswith(("weight", "bias")) for layer in found for name in layers.trainable(layer)):
-            return None
-        owned = [name for layer in found for name in layers.trainable(layer)]
-        return layers if sorted(owned) == sorted(risk.space.names) and layers._explain_gradient(risk) else None
-
-    def trainable(self, layer: nn.Linear) -> list[str]:
+    def trainable(self, layer: nn.Module) -> list[str]:
         """The names of the trainable parameters of `layer`."""
         prefix = f"{self.names[layer]}." if self.names[layer] else ""
         return [prefix + name for name, p in layer.named_parameters(recurse=False) if p.requires_grad]
@@ -67,45 +73,88 @@ class LinearLayers:
         def collect(layer: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor) -> Tensor:
             if not output.requires_grad:
                 output = output.detach().requires_grad_()
-            if isinstance(layer, nn.Linear):
-                taps.append(Tap(layer, (*args, *named.values())[0].detach(), output))
+            taps.append(Tap(layer, (*args, *named.values())[0].detach(), output))
             return output.clone()  # what follows may write in place
 
         handles = [layer.register_forward_hook(collect, with_kwargs=True) for layer in self.names]
         try:
-            yield taps
+            with sdpa_kernel(SDPBackend.MATH):  # the fused kernels of attention lack second derivatives
+                yield taps
         finally:
             for handle in handles:
                 handle.remove()
 
-    def gradient_parts(self, tap: Tap, sensitivity: Float[Tensor, "N out"]) -> dict[str, Tensor]:
-        """The gradient of Σ_i s_i in the layer's trainable parameters, from B."""
-        full = {"weight": sensitivity.T @ tap.inputs, "bias": sensitivity.sum(0)}
-        return {name: full[name.rsplit(".", 1)[-1]] for name in self.trainable(tap.layer)}
+    def rows(self, tap: Tap, sensitivity: Tensor, examples: int) -> dict[str, Tensor]:
+        """Per-example gradients in the layer's trainable parameters, [N, *shape]; empty where no form is known."""
+        ready = layer_kinds.prepared(tap.layer, tap.inputs, examples)
+        if ready is None:
+            return {}
+        return self._named(tap.layer, layer_kinds.rows(tap.layer, ready, sensitivity, examples))
 
-    def squared_parts(self, tap: Tap, squares: Float[Tensor, "N out"]) -> dict[str, Tensor]:
-        """Σ_i (∇s_i)² in the layer's trainable parameters, from B²."""
-        return self.gradient_parts(Tap(tap.layer, tap.inputs.square(), tap.outputs), squares)
+    def squares(self, tap: Tap, columns: Sequence[Tensor], examples: int) -> dict[str, Tensor]:
+        """Σ_r Σ_i (∇s_ir)² in the layer's trainable parameters, from its sensitivity to each s_r."""
+        return self._named(tap.layer, layer_kinds.squares(tap.layer, tap.inputs, columns, examples))
 
-    def _explain_gradient(self, risk: EmpiricalRisk) -> bool:
-        """Whether outer products reproduce a gradient on a few examples: false for any use this cannot see.
+    def _named(self, layer: nn.Module, parts: dict[str, Tensor]) -> dict[str, Tensor]:
+        wanted = {name.rsplit(".", 1)[-1]: name for name in self.trainable(layer)}
+        return {wanted[short]: part for short, part in parts.items() if short in wanted}
 
-        It is the gradient of a fixed combination of the outputs, since that of the loss vanishes at a minimum.
+    @torch.enable_grad()
+    def _explaining(self, risk: EmpiricalRisk) -> Layers:
+        """Those of the layers that reproduce the gradients of single examples on a few of them.
+
+        These are gradients of fixed combinations of the outputs, since those of the loss vanish at a minimum.
         """
         inputs, _ = next(iter(risk))
-        with torch.enable_grad(), self.tapped() as taps:
-            outputs = risk.outputs(inputs[:3])
-            mixed = (outputs * torch.linspace(1, 2, outputs.numel()).to(outputs).view_as(outputs)).sum()
-        if len({tap.layer for tap in taps}) != len(taps) or any(tap.inputs.ndim != 2 for tap in taps):
-            return False
-        sensitivities = torch.autograd.grad(
-            mixed, [tap.outputs for tap in taps], retain_graph=True, allow_unused=True, materialize_grads=True
+        inputs = inputs[:SHOWN]
+        with self.tapped() as taps:
+            outputs = risk.outputs(inputs)
+            mixed = outputs @ torch.linspace(1, 2, outputs.shape[1]).to(outputs)
+        called = [tap.layer for tap in taps]
+        once = [tap for tap in taps if called.count(tap.layer) == 1 and _divides(len(inputs), tap)]
+        sensitivities = gradients(mixed.sum(), [tap.outputs for tap in once])
+        exact = [dict(zip(risk.space.names, gradients(one, risk.parameters))) for one in mixed]
+        kept = [tap for tap, b in zip(once, sensitivities) if self._explains(tap, b, exact)]
+        used = {name for one in exact for name, part in one.items() if part.any()}
+        unused = [layer for layer in self.names if layer not in called and not used & set(self.trainable(layer))]
+        layers = [*(tap.layer for tap in kept), *unused]
+        explained = {name for layer in layers for name in self.trainable(layer)}
+        return Layers(
+            self.space,
+            {layer: self.names[layer] for layer in layers},
+            tuple(name for name in self.space.names if name not in explained),
+            sum(tap.outputs.nbytes for tap in kept) // len(inputs),
         )
-        explained: dict[str, Tensor] = {}
-        for tap, sensitivity in zip(taps, sensitivities):
-            explained |= self.gradient_parts(tap, sensitivity)
-        exact = torch.autograd.grad(mixed, risk.parameters, allow_unused=True, materialize_grads=True)
+
+    def _explains(self, tap: Tap, sensitivity: Tensor, exact: list[dict[str, Tensor]]) -> bool:
+        found = self.rows(tap, sensitivity, len(exact))
         return all(
-            bool((explained.get(name, torch.zeros_like(part)) - part).norm() <= 1e-3 * part.norm())
-            for name, part in zip(risk.space.names, exact)
+            name in found
+            and found[name].shape == (len(exact), *exact[0][name].shape)
+            and all(bool((row - one[name]).norm() <= 1e-3 * one[name].norm()) for row, one in zip(found[name], exact))
+            for name in self.trainable(tap.layer)
         )
+
+
+def linear_layers(risk: EmpiricalRisk) -> Layers | None:
+    """The layers of a model all of whose trainable parameters lie in linear layers on matrices; None for any other."""
+    layers = Layers.of(risk)
+    if layers.rest or not all(isinstance(layer, nn.Linear) for layer in layers.names):
+        return None
+    inputs, _ = next(iter(risk))
+    with torch.enable_grad(), layers.tapped() as taps:
+        risk.outputs(inputs[:SHOWN])
+    return layers if all(tap.inputs.ndim == 2 and len(tap.inputs) == len(inputs[:SHOWN]) for tap in taps) else None
+
+
+def gradients(scalar: Tensor, tensors: Sequence[Tensor], weight: Tensor | None = None) -> Sequence[Tensor]:
+    """∂(scalar)/∂ each tensor, zero where it does not depend on one; the graph stays."""
+    if not tensors or not scalar.requires_grad:
+        return [torch.zeros_like(tensor) for tensor in tensors]
+    return torch.autograd.grad(
+        scalar, tensors, weight, retain_graph=True, allow_unused=True, materialize_grads=True
+    )
+
+
+def _divides(count: int, tap: Tap) -> bool:
+    return all(t.ndim > 0 and len(t) % count == 0 for t in (tap.inputs, tap.outputs))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from avalanche_curv.core.curvature import Curvature, OutputCurvature
 from avalanche_curv.core.fidelity import Comparison, Fidelity, concatenated
 from avalanche_curv.core.layer_pictures import LayerPictures
-from avalanche_curv.core.layers import LinearLayers
+from avalanche_curv.core.layers import linear_layers
 from avalanche_curv.core.parameters import ParameterSpace
 from avalanche_curv.core.pictures import HessianPictures, OutputPictures, Pictures, check_per_example
 from avalanche_curv.core.risk import EmpiricalRisk, joined_risk
@@ -111,7 +111,7 @@ def _groups(curvature: Curvature, functions: list[list[EmpiricalRisk]]) -> list[
 
 
 def _are_layered(curvature: Curvature, functions: list[list[EmpiricalRisk]]) -> bool:
-    return isinstance(curvature, OutputCurvature) and all(LinearLayers.of(risks[0]) for risks in functions)
+    return isinstance(curvature, OutputCurvature) and all(linear_layers(risks[0]) for risks in functions)
 
 
 def pictures_of(curvature: Curvature, *risks: EmpiricalRisk) -> Pictures:
@@ -123,7 +123,7 @@ def pictures_of(curvature: Curvature, *risks: EmpiricalRisk) -> Pictures:
     check_per_example(curvature)
     if not isinstance(curvature, OutputCurvature):
         return HessianPictures(*risks)
-    layers = [LinearLayers.of(risk) for risk in risks]
+    layers = [linear_layers(risk) for risk in risks]
     held = [(risk, own) for risk, own in zip(risks, layers) if own is not None]
     return LayerPictures(curvature, *held) if len(held) == len(risks) else OutputPictures(curvature, *risks)
 

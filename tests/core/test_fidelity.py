@@ -17,7 +17,7 @@ from avalanche_curv import (
 from avalanche_curv.core import examples
 from avalanche_curv.core.fidelity import Comparison, Fidelity, GradientProducts
 from avalanche_curv.core.layer_pictures import LayerPictures
-from avalanche_curv.core.layers import LinearLayers
+from avalanche_curv.core.layers import linear_layers
 from avalanche_curv.core.monitor import PastPictures, pictures_of
 from avalanche_curv.core.pictures import HessianPictures, OutputPictures
 
@@ -288,7 +288,7 @@ PERCEPTRONS = {
 @pytest.mark.parametrize("kind", [GGN(), EmpiricalFisher()])
 def test_pictures_by_layers_equal_those_on_any_model_and_on_paper(perceptron, kind, new_problem, make_model, close):
     known = new_problem(make_model(PERCEPTRONS[perceptron]).eval(), "cross_entropy", examples=4)
-    layers = LinearLayers.of(known.risk)
+    layers = linear_layers(known.risk)
     assert layers is not None
     by_layers, general = LayerPictures(kind, (known.risk, layers)), OutputPictures(kind, known.risk)
     for seed in range(2):  # what is kept of the anchor serves more than once
@@ -321,7 +321,7 @@ def test_the_distance_of_equal_gradients_does_not_cancel_in_single_precision(lay
     generator = torch.Generator().manual_seed(0)
     batch = (torch.randn(7, 4, generator=generator), torch.randn(7, 3, generator=generator))
     risk = EmpiricalRisk.snapshot(model, nn.MSELoss(), [batch])
-    pictures = LayerPictures(GGN(), (risk, LinearLayers.of(risk))) if layers else OutputPictures(GGN(), risk)
+    pictures = LayerPictures(GGN(), (risk, linear_layers(risk))) if layers else OutputPictures(GGN(), risk)
     found = pictures.compare(nearby(risk).float()).linear
     assert found.gamma.max() < 3e-6
 

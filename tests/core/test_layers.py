@@ -5,7 +5,7 @@ from torch.nn.functional import linear
 
 from avalanche_curv import GGN, BatchedEmpiricalFisher, Dense, Diagonal, EmpiricalFisher, Hessian, estimate
 from avalanche_curv.core.estimate import by_products
-from avalanche_curv.core.layers import LinearLayers
+from avalanche_curv.core.layers import linear_layers
 from avalanche_curv.core.monitor import pictures_of
 
 
@@ -109,7 +109,7 @@ OTHERS = {
 
 @pytest.mark.parametrize("model", OTHERS)
 def test_layers_are_not_offered_where_outer_products_would_be_wrong(model, new_problem, make_model):
-    assert LinearLayers.of(new_problem(make_model(OTHERS[model]).eval(), "cross_entropy").risk) is None
+    assert linear_layers(new_problem(make_model(OTHERS[model]).eval(), "cross_entropy").risk) is None
 
 
 @pytest.mark.parametrize("model", ["used twice", "three axes", "functional", "own forward"])
@@ -118,7 +118,7 @@ def test_nor_at_a_minimum_where_every_gradient_vanishes(model, exact_problem, ma
     inputs = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)).double()
     known = exact_problem(made, losses["mean_square"], inputs, made(inputs).detach())
     assert known.paper.gradients.abs().max() < 1e-15
-    assert LinearLayers.of(known.risk) is None
+    assert linear_layers(known.risk) is None
 
 
 @pytest.mark.parametrize("scale", [1e-6, 10.0])
@@ -126,8 +126,8 @@ def test_nor_for_inputs_of_another_scale(scale, exact_problem, make_model, losse
     inputs = scale * torch.randn(6, 4, generator=torch.Generator().manual_seed(0)).double()
     targets = torch.tensor([0, 1, 2, 0, 1, 2])
     odd, plain = make_model(Functional), make_model(lambda: nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3)))
-    assert LinearLayers.of(exact_problem(odd, losses["cross_entropy"], inputs, targets).risk) is None
-    assert LinearLayers.of(exact_problem(plain, losses["cross_entropy"], inputs, targets).risk) is not None
+    assert linear_layers(exact_problem(odd, losses["cross_entropy"], inputs, targets).risk) is None
+    assert linear_layers(exact_problem(plain, losses["cross_entropy"], inputs, targets).risk) is not None
 
 
 @pytest.mark.parametrize("model", [*OTHERS, "registered twice"])
@@ -167,12 +167,12 @@ def test_a_frozen_model_keeps_its_parameters_through_estimates(model, new_proble
 
 
 def test_a_layer_registered_under_two_names_and_called_once_is_a_linear_layer(new_problem, make_model):
-    assert LinearLayers.of(new_problem(make_model(Registered), "cross_entropy").risk) is not None
+    assert linear_layers(new_problem(make_model(Registered), "cross_entropy").risk) is not None
 
 
 def test_taps_see_inputs_and_outputs_and_leave_no_hook(problem):
     risk = problem("mlp", "cross_entropy").risk
-    layers = LinearLayers.of(risk)
+    layers = linear_layers(risk)
     x = next(iter(risk))[0]
     with torch.enable_grad(), layers.tapped() as taps:
         risk.outputs(x)
@@ -184,7 +184,7 @@ def test_taps_see_inputs_and_outputs_and_leave_no_hook(problem):
 
 def test_hooks_are_removed_after_an_error(problem):
     risk = problem("mlp", "cross_entropy").risk
-    layers = LinearLayers.of(risk)
+    layers = linear_layers(risk)
     with pytest.raises(RuntimeError), layers.tapped():
         risk.outputs(torch.zeros(1, 9).double())
     assert not any(m._forward_hooks for m in risk.base.modules())
@@ -192,14 +192,14 @@ def test_hooks_are_removed_after_an_error(problem):
 
 def test_gradient_and_squares_from_outer_products_on_paper(new_problem, make_model):
     risk = new_problem(make_model(lambda: nn.Linear(4, 2)), "summed_square").risk
-    layers = LinearLayers.of(risk)
+    layers = linear_layers(risk)
     x = torch.tensor([[1.0, 2.0, 0.0, 0.0], [0.0, 1.0, 0.0, 3.0]]).double()
     with torch.enable_grad(), layers.tapped() as taps:
         risk.outputs(x)
     b = torch.tensor([[1.0, -1.0], [2.0, 0.0]]).double()
-    parts = layers.gradient_parts(taps[0], b)
-    assert parts["weight"].tolist() == [[1, 4, 0, 6], [-1, -2, 0, 0]]
-    assert parts["bias"].tolist() == [3, -1]
-    squares = layers.squared_parts(taps[0], b.square())
+    rows = layers.rows(taps[0], b, 2)
+    assert rows["weight"].sum(0).tolist() == [[1, 4, 0, 6], [-1, -2, 0, 0]]
+    assert rows["bias"].sum(0).tolist() == [3, -1]
+    squares = layers.squares(taps[0], [b], 2)
     assert squares["weight"].tolist() == [[1, 8, 0, 36], [1, 4, 0, 0]]
     assert squares["bias"].tolist() == [5, 1]
