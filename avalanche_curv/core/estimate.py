@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from avalanche_curv.core.curvature import Curvature, Hessian
 from avalanche_curv.core.quadratic import QuadraticModel
@@ -11,8 +11,12 @@ from avalanche_curv.core.risk import EmpiricalRisk
 from avalanche_curv.core.structures.base import Matrix, Structure
 
 Rule = Callable[[Any, Any, EmpiricalRisk], Matrix]
+R = TypeVar("R", bound=Rule)
+
+Refusal = Callable[[Any, Any], str | None]
 
 _RULES: dict[tuple[type, type], Rule] = {}
+_REFUSALS: dict[tuple[type, type], Refusal] = {}
 
 
 class NonFiniteCurvatureError(FloatingPointError):
@@ -25,8 +29,8 @@ def estimate(
     """The quadratic model of how `risk` increases around its frozen parameters.
 
     C is `curvature` in the form of `structure`; g = ∇L(a) with `gradient=True`, and zero otherwise, which takes the
-    anchor for a minimum. Raises MemoryError before computing a matrix over the structure's limit, and
-    NonFiniteCurvatureError for NaN or infinity in the result, its anchor included.
+    anchor for a minimum. Raises TypeError for a pair that does not go together, MemoryError before computing a matrix
+    over the structure's limit, and NonFiniteCurvatureError for NaN or infinity in the result, its anchor included.
 
     >>> import torch
     >>> from avalanche_curv import GGN, Diagonal
@@ -36,6 +40,7 @@ def estimate(
     >>> estimate(GGN(), Diagonal(), risk).curvature.dense().round()   # 2 · mean(x²)
     tensor([[10.]])
     """
+    check_pair(curvature, structure)
     structure.check(risk.space, risk.anchor.element_size())
     matrix = curvature_matrix(curvature, structure, risk)
     slope = risk.gradient() if gradient else None
@@ -47,12 +52,25 @@ def estimate(
     return QuadraticModel(risk.space, risk.anchor, matrix, slope)
 
 
+def check_pair(curvature: Curvature, structure: Structure) -> None:
+    """Raises TypeError for a kind and a structure that do not go together, before anything is computed."""
+    for pair in _pairs(curvature, structure):
+        reason = _REFUSALS[pair](curvature, structure) if pair in _REFUSALS else None
+        if reason:
+            raise TypeError(reason)
+
+
 def curvature_matrix(curvature: Curvature, structure: Structure, risk: EmpiricalRisk) -> Matrix:
     """The structured curvature alone, without checks."""
-    matrix = _rule_for(curvature, structure)(curvature, structure, risk)
+    matrix = structured(curvature, structure, risk)
     if isinstance(curvature, Hessian) and curvature.psd is not None and matrix.is_finite():  # eigh fails on NaN
         matrix = matrix.map_spectrum(curvature.psd)
     return matrix
+
+
+def structured(curvature: Curvature, structure: Structure, risk: EmpiricalRisk) -> Matrix:
+    """The same before a Hessian's spectrum is mended."""
+    return _rule_for(curvature, structure)(curvature, structure, risk)
 
 
 def by_products(curvature: Curvature, structure: Structure, risk: EmpiricalRisk) -> Matrix:
@@ -60,22 +78,38 @@ def by_products(curvature: Curvature, structure: Structure, risk: EmpiricalRisk)
     return structure.from_operator(curvature.operator(risk), risk)
 
 
-def rule(curvature: type, structure: type) -> Callable[[Rule], Rule]:
+def rule(curvature: type, structure: type) -> Callable[[R], R]:
     """Registers a shortcut for a pair of types and their subclasses; the nearest registered pair is taken.
 
     A shortcut must equal `by_products` and come with the test that shows it.
     """
 
-    def register(shortcut: Rule) -> Rule:
+    def register(shortcut: R) -> R:
         _RULES[curvature, structure] = shortcut
         return shortcut
 
     return register
 
 
+def refusal(curvature: type, structure: type) -> Callable[[Refusal], Refusal]:
+    """Registers why a pair of types and their subclasses cannot be had: a function that gives the reason, or None."""
+
+    def register(reason: Refusal) -> Refusal:
+        _REFUSALS[curvature, structure] = reason
+        return reason
+
+    return register
+
+
+def has_rule(curvature: Curvature, structure: Structure) -> bool:
+    """Whether a shortcut is registered for the pair."""
+    return any(pair in _RULES for pair in _pairs(curvature, structure))
+
+
 def _rule_for(curvature: Curvature, structure: Structure) -> Rule:
-    for kind in type(curvature).__mro__:
-        for form in type(structure).__mro__:
-            if (kind, form) in _RULES:
-                return _RULES[kind, form]
-    return by_products
+    return next((_RULES[pair] for pair in _pairs(curvature, structure) if pair in _RULES), by_products)
+
+
+def _pairs(curvature: Curvature, structure: Structure) -> list[tuple[type, type]]:
+    """The types of both and their bases, the nearest first."""
+    return [(kind, form) for kind in type(curvature).__mro__ for form in type(structure).__mro__]

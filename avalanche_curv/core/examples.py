@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.func import vjp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from avalanche_curv.core.curvature import OutputCurvature
 from avalanche_curv.core.risk import EmpiricalRisk
@@ -41,7 +42,8 @@ def pulled_back(
 ) -> Float[Tensor, "N R P"]:
     """J_iᵀ S_i for each example i, with J_i the Jacobian of the outputs at `parameters`; in some of them by `names`."""
     way = _all_at_once if _can_vmap(risk) else _one_by_one
-    return way(risk, parameters, inputs, cotangents, parameters if names is None else names)
+    with sdpa_kernel(SDPBackend.MATH):  # `vmap` has no rule for the fused kernels of attention
+        return way(risk, parameters, inputs, cotangents, parameters if names is None else names)
 
 
 def _all_at_once(
@@ -82,7 +84,8 @@ def _can_vmap(risk: EmpiricalRisk) -> bool:
         cotangents = torch.ones_like(risk.outputs(inputs[:2]).detach())[:, :, None]
         with torch.no_grad():
             try:
-                _all_at_once(risk, parameters_of(risk), inputs[:2], cotangents, risk.space.names)
+                with sdpa_kernel(SDPBackend.MATH):
+                    _all_at_once(risk, parameters_of(risk), inputs[:2], cotangents, risk.space.names)
                 risk.__dict__["_vmaps"] = True
             except (RuntimeError, NotImplementedError):
                 risk.__dict__["_vmaps"] = False

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from avalanche_curv.core.risk import EmpiricalRisk
 
@@ -32,19 +33,11 @@ class HessianOperator:
         """H M, a few columns at a time."""
         total = torch.zeros_like(matrix)
         for x, y in self.risk:
-            gradient = self._gradient(x, y)
+            gradient = summed_gradient_graph(self.risk, x, y)
             if gradient.requires_grad:
                 parts = [self._rows(gradient, part.T) for part in matrix.split(COLUMNS, dim=1)]
                 total += torch.cat(parts).T
         return total / self.risk.examples
-
-    @torch.enable_grad()
-    def _gradient(self, x: Tensor, y: Tensor) -> Float[Tensor, "P"]:
-        loss = self.risk.loss.per_example(self.risk.outputs(x), y).sum()
-        parts = torch.autograd.grad(
-            loss, self.risk.parameters, create_graph=True, allow_unused=True, materialize_grads=True
-        )
-        return self.risk.space.flatten(list(parts))
 
     def _rows(self, gradient: Float[Tensor, "P"], rows: Float[Tensor, "k P"]) -> Float[Tensor, "k P"]:
         with warnings.catch_warnings():
@@ -54,3 +47,12 @@ class HessianOperator:
                 retain_graph=True, is_grads_batched=True, allow_unused=True, materialize_grads=True,
             )
         return torch.cat([part.reshape(len(rows), -1) for part in parts], dim=1)
+
+
+@torch.enable_grad()
+def summed_gradient_graph(risk: EmpiricalRisk, x: Tensor, y: Tensor) -> Float[Tensor, "P"]:
+    """Σ_i ∇ℓ_i over one batch, which can be differentiated again."""
+    with sdpa_kernel(SDPBackend.MATH):  # the fused kernels of attention lack second derivatives
+        loss = risk.loss.per_example(risk.outputs(x), y).sum()
+    parts = torch.autograd.grad(loss, risk.parameters, create_graph=True, allow_unused=True, materialize_grads=True)
+    return risk.space.flatten(list(parts))

@@ -17,6 +17,7 @@ from avalanche_curv.core.parameters import ParameterSpace, canonical_name
 from avalanche_curv.core.risk import EmpiricalRisk
 
 SHOWN = 2  # examples on which layers are tried
+NEARBY = 0.01  # how far from the anchor, a standard deviation in each parameter
 
 
 @dataclass
@@ -39,13 +40,15 @@ class Layers:
     """The layers of a frozen model that explain their parameters' per-example gradients, and `rest`: the names of the
     parameters that none explains.
 
-    A layer is taken only if it reproduces the gradients of single examples on the model's own data: one that is called
-    twice, shares a tensor, is bypassed, or mixes examples falls out by itself, whatever it is.
+    A layer is taken only if it reproduces the gradients of single examples on two of the data: one that is called
+    twice, shares a tensor, is bypassed, or mixes examples falls out by itself, whatever it is. A model is taken to use
+    its weights in the same way for all examples.
     """
 
     space: ParameterSpace
     names: dict[nn.Module, str]
     rest: tuple[str, ...] = ()
+    flat: frozenset[nn.Module] = frozenset()  # linear layers on matrices: one position an example
     bytes_an_example: int = 0  # of what leaves the layers
 
     @classmethod
@@ -103,17 +106,20 @@ class Layers:
     def _explaining(self, risk: EmpiricalRisk) -> Layers:
         """Those of the layers that reproduce the gradients of single examples on a few of them.
 
-        These are gradients of fixed combinations of the outputs, since those of the loss vanish at a minimum.
+        These are gradients of fixed combinations of the outputs at parameters close by, since those of the loss vanish
+        at a minimum, and all of them below a head of zeros.
         """
-        inputs, _ = next(iter(risk))
-        inputs = inputs[:SHOWN]
+        inputs, _ = next(iter(risk.rebatched(SHOWN)))
+        generator = torch.Generator().manual_seed(0)
+        noise = (NEARBY * torch.randn(p.shape, generator=generator).to(p) for p in risk.parameters)
+        values = [(p.detach() + shift).requires_grad_() for p, shift in zip(risk.parameters, noise)]
         with self.tapped() as taps:
-            outputs = risk.outputs(inputs)
+            outputs = risk.outputs_at(values, inputs)
             mixed = outputs @ torch.linspace(1, 2, outputs.shape[1]).to(outputs)
         called = [tap.layer for tap in taps]
         once = [tap for tap in taps if called.count(tap.layer) == 1 and _divides(len(inputs), tap)]
         sensitivities = gradients(mixed.sum(), [tap.outputs for tap in once])
-        exact = [dict(zip(risk.space.names, gradients(one, risk.parameters))) for one in mixed]
+        exact = [dict(zip(risk.space.names, gradients(one, values))) for one in mixed]
         kept = [tap for tap, b in zip(once, sensitivities) if self._explains(tap, b, exact)]
         used = {name for one in exact for name, part in one.items() if part.any()}
         unused = [layer for layer in self.names if layer not in called and not used & set(self.trainable(layer))]
@@ -123,6 +129,10 @@ class Layers:
             self.space,
             {layer: self.names[layer] for layer in layers},
             tuple(name for name in self.space.names if name not in explained),
+            frozenset(
+                layer for layer in layers
+                if isinstance(layer, nn.Linear) and all(tap.inputs.ndim == 2 for tap in kept if tap.layer is layer)
+            ),
             sum(tap.outputs.nbytes for tap in kept) // len(inputs),
         )
 
@@ -139,12 +149,7 @@ class Layers:
 def linear_layers(risk: EmpiricalRisk) -> Layers | None:
     """The layers of a model all of whose trainable parameters lie in linear layers on matrices; None for any other."""
     layers = Layers.of(risk)
-    if layers.rest or not all(isinstance(layer, nn.Linear) for layer in layers.names):
-        return None
-    inputs, _ = next(iter(risk))
-    with torch.enable_grad(), layers.tapped() as taps:
-        risk.outputs(inputs[:SHOWN])
-    return layers if all(tap.inputs.ndim == 2 and len(tap.inputs) == len(inputs[:SHOWN]) for tap in taps) else None
+    return None if layers.rest or layers.flat != set(layers.names) else layers
 
 
 def gradients(scalar: Tensor, tensors: Sequence[Tensor], weight: Tensor | None = None) -> Sequence[Tensor]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from avalanche_curv.core.quadratic import QuadraticModel, check_first_order, half
+from avalanche_curv.core.quadratic import QuadraticModel, check_first_order, half, times
 from avalanche_curv.core.structures.diagonal import DiagonalMatrix
 
 
@@ -35,7 +35,7 @@ class GeneralPenalty(Penalty):
         self.past, self.strength = past, strength
 
     def __call__(self, model: nn.Module) -> Tensor:
-        return self.strength * self.past.penalty(model)
+        return self.past.penalty(model, self.strength)
 
 
 class DiagonalPenalty(Penalty):
@@ -82,11 +82,7 @@ class _DiagonalPenalty(torch.autograd.Function):
                 "backward pass, or use QuadraticModel.penalty, which keeps its gradient."
             )
         gradients, ctx.gradients = ctx.gradients, None
-        (scale,) = grad_outputs
-        if scale.device.type != "cpu" or scale.item() != 1:
-            for gradient in gradients:
-                gradient.mul_(scale)
-        return None, *(gradient.to(dtype) for gradient, dtype in zip(gradients, ctx.types))
+        return None, *(times(part, grad_outputs[0]).to(dtype) for part, dtype in zip(gradients, ctx.types))
 
 
 def _centre(past: QuadraticModel) -> QuadraticModel | None:

@@ -9,7 +9,7 @@ import torch
 from avalanche.training.plugins import SupervisedPlugin
 
 from avalanche_curv.core.curvature import Curvature, Fisher, Hessian
-from avalanche_curv.core.estimate import NonFiniteCurvatureError
+from avalanche_curv.core.estimate import NonFiniteCurvatureError, check_pair
 from avalanche_curv.core.options import is_count, is_number
 from avalanche_curv.core.penalty import Penalty, penalty_of
 from avalanche_curv.core.policies import Accumulate, Past, Policy
@@ -106,6 +106,8 @@ def _check_options(strength: float, curvature: object, structure: object, policy
         if not isinstance(value, expected):
             hint = f"Call it: {value.__name__}()." if isinstance(value, type) else f"Give a value such as {example}."
             raise TypeError(f"{name} must be a {expected.__name__}; got {value!r}. {hint}")
+    if isinstance(curvature, Curvature) and isinstance(structure, Structure):
+        check_pair(curvature, structure)
     if isinstance(curvature, Hessian) and curvature.psd is None:
         warnings.warn(
             "The Hessian may be indefinite, and a penalty with it may reward leaving the anchor without bound. "

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.func import functional_call, hessian, jacrev
 from torch.nn.functional import softplus
 
-from avalanche_curv import EmpiricalRisk, ParameterSpace, QuadraticModel
+from avalanche_curv import EmpiricalRisk, ParameterSpace, PerParameter, QuadraticModel
 from avalanche_curv.core.structures import BlockDiagonalMatrix, DenseMatrix, DiagonalMatrix
+from avalanche_curv.core.structures.block_diagonal import Block
 
 EXAMPLES, BATCH, FEATURES, CLASSES = 7, 4, 4, 3  # 4 + 3: a ragged last batch
 
@@ -255,7 +256,9 @@ def random_matrix(structure: str, space: ParameterSpace, generator: torch.Genera
     if structure == "dense":
         return DenseMatrix(block(space.size))
     if structure == "blocks":
-        return BlockDiagonalMatrix(tuple(block(n) for n in space.sizes))
+        parts = PerParameter().spaces(space)
+        blocks = tuple(Block(part, DenseMatrix(block(part.size))) for part in parts)
+        return BlockDiagonalMatrix(space, PerParameter(), blocks)
     return DiagonalMatrix(torch.rand(space.size, generator=generator, dtype=torch.float64))
 
 

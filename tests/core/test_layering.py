@@ -1,4 +1,4 @@
-"""Imports go one way: benchmarks → strategies → plugins, metrics, streams → core → torch, curvlinops."""
+"""Imports go one way: benchmarks → strategies → plugins, metrics, streams → core → torch, scipy, curvlinops."""
 
 import ast
 import subprocess
@@ -51,8 +51,8 @@ def test_importing_the_package_loads_neither_avalanche_nor_anything_that_draws()
 
 
 @pytest.mark.parametrize("path", [p for p in FILES if "core" in p.parts], ids=lambda p: p.stem)
-def test_the_core_imports_torch_and_nothing_heavier(path):
-    allowed = {*sys.stdlib_module_names, "torch", "jaxtyping", "avalanche_curv"}
+def test_the_core_imports_torch_and_scipy_and_nothing_heavier(path):
+    allowed = {*sys.stdlib_module_names, "torch", "numpy", "scipy", "jaxtyping", "avalanche_curv"}
     allowed |= {"curvlinops"} if path.name == "_curvlinops.py" else set()
     assert {name.split(".")[0] for name in imported(path)} <= allowed
 

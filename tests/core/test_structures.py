@@ -2,10 +2,11 @@ import pytest
 import torch
 from torch import Size
 
-from avalanche_curv import BlockDiagonal, Dense, Diagonal, ParameterSpace
+from avalanche_curv import BlockDiagonal, Dense, Diagonal, LowRank, ParameterSpace, PerLayer, PerParameter, Rank
 from avalanche_curv.core.curvature import GramOperator
 from avalanche_curv.core.structures import BlockDiagonalMatrix, DenseMatrix, DiagonalMatrix
 from avalanche_curv.core.structures.base import human_bytes
+from avalanche_curv.core.structures.block_diagonal import Block
 
 SPACE = ParameterSpace(("weight", "scale", "bias"), (Size((3, 2)), Size(()), Size((3,))))
 GROWN = ParameterSpace(("new", "bias", "scale", "weight"), (Size((2,)), Size((5,)), Size(()), Size((5, 2))))
@@ -16,16 +17,17 @@ def structure(request):
     return request.param
 
 
-def matrix_of(structure, symmetric, sizes=SPACE.sizes):
+def matrix_of(structure, symmetric, space=SPACE):
     if structure == "dense":
         return DenseMatrix(symmetric)
     if structure == "diagonal":
         return DiagonalMatrix(symmetric.diagonal().clone())
     blocks, start = [], 0
-    for size in sizes:
-        blocks.append(symmetric[start : start + size, start : start + size].clone())
-        start += size
-    return BlockDiagonalMatrix(tuple(blocks))
+    for part in PerParameter().spaces(space):
+        stop = start + part.size
+        blocks.append(Block(part, DenseMatrix(symmetric[start:stop, start:stop].clone())))
+        start = stop
+    return BlockDiagonalMatrix(space, PerParameter(), tuple(blocks))
 
 
 def symmetric(size, seed):
@@ -110,13 +112,13 @@ def test_dense_over_its_limit_names_the_size_and_another_structure():
     large = ParameterSpace(("w",), (Size((300, 500)),))
     with pytest.raises(MemoryError, match=r"Dense\(\) on 150,000 parameters needs 83.8 GiB.*limit of 4.0 GiB"):
         Dense().check(large, 4)
-    with pytest.raises(MemoryError, match=r"Use BlockDiagonal\(\) or Diagonal\(\), or raise Dense\(max_bytes="):
+    with pytest.raises(MemoryError, match=r"Use .*BlockDiagonal\(\) or Diagonal\(\), or raise Dense\(max_bytes="):
         Dense(max_bytes=799).check(SPACE, 8)
     Dense(max_bytes=800).check(SPACE, 8)
 
 
 def test_blocks_over_their_limit_name_the_largest():
-    with pytest.raises(MemoryError, match=r"largest block of 6 parameters \('weight'\) needs 368.0 B.*Use Diagonal"):
+    with pytest.raises(MemoryError, match=r"largest block of 6 parameters \(weight\) needs 368.0 B.*or Diagonal\(\)"):
         BlockDiagonal(max_bytes=367).check(SPACE, 8)
     BlockDiagonal(max_bytes=368).check(SPACE, 8)
 
@@ -129,7 +131,7 @@ def test_structures_do_not_mix_silently():
     entries = symmetric(SPACE.size, 0)
     with pytest.raises(TypeError, match="diagonal can be added to a diagonal only; got DenseMatrix"):
         matrix_of("diagonal", entries).plus(matrix_of("dense", entries))
-    with pytest.raises(TypeError, match="block diagonal can be added to a block diagonal only; got DiagonalMatrix"):
+    with pytest.raises(TypeError, match="block diagonal can be added to one of the same blocks; got DiagonalMatrix"):
         matrix_of("blocks", entries).plus(matrix_of("diagonal", entries))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection
 
 import torch
 from torch import Tensor, nn
@@ -10,12 +10,10 @@ from torch import Tensor, nn
 from avalanche_curv.core.curvature import GGN, BatchedEmpiricalFisher, Hessian, OutputCurvature
 from avalanche_curv.core.estimate import by_products, rule
 from avalanche_curv.core.examples import curvature_rows
-from avalanche_curv.core.layers import Layers, Tap, gradients, linear_layers
+from avalanche_curv.core.layers import Layers, linear_layers
+from avalanche_curv.core.pieces import pieces
 from avalanche_curv.core.risk import EmpiricalRisk
 from avalanche_curv.core.structures import Diagonal, DiagonalMatrix, Matrix, Structure
-
-CHUNK = 512  # examples that go through the model at once, fewer where they are large
-CHUNK_BYTES = 32 * 2**20  # of what leaves the layers, for these examples or for the columns of S
 
 
 @rule(OutputCurvature, Diagonal)
@@ -24,10 +22,11 @@ def diagonal_of_squares(curvature: OutputCurvature, structure: Structure, risk: 
     layers = Layers.of(risk)
     total = torch.zeros_like(risk.anchor)
     views = dict(zip(risk.space.names, risk.space.split(total)))
-    for count, taps, columns in sensitivities(curvature, layers, risk):
-        for tap, of_tap in zip(taps, zip(*columns)):
-            for name, part in layers.squares(tap, of_tap, count).items():
-                views[name] += part
+    for piece in pieces(curvature, layers, risk):
+        for columns in piece.columns:
+            for tap, of_tap in zip(piece.taps, zip(*columns)):
+                for name, part in layers.squares(tap, of_tap, piece.examples).items():
+                    views[name] += part
     total /= risk.examples
     add_squares_of_rows(views, curvature, risk, layers.rest)
     return DiagonalMatrix(total)
@@ -55,24 +54,6 @@ def diagonal_of_hessian(curvature: Hessian, structure: Diagonal, risk: Empirical
     if _is_piecewise_linear_chain(risk.model) and linear_layers(risk) is not None:
         return diagonal_of_squares(GGN(), structure, risk)
     return by_products(curvature, structure, risk)
-
-
-def sensitivities(
-    curvature: OutputCurvature, layers: Layers, risk: EmpiricalRisk
-) -> Iterator[tuple[int, list[Tap], list[Sequence[Tensor]]]]:
-    """For pieces of the data, and of the columns of S where these are many: the number n of examples, the taps, and for
-    each column the sensitivity of Σ_i s_iᵀ f_i to what leaves each tapped layer. The taps of a piece stay the same."""
-    if not layers.names:
-        return
-    generator = curvature.generator()
-    for x, y in risk.rebatched(min(CHUNK, max(1, CHUNK_BYTES // max(1, layers.bytes_an_example)))):
-        with torch.enable_grad(), layers.tapped() as taps:
-            outputs = risk.outputs(x)
-        factor = curvature.factor(risk.loss, outputs.detach(), y, generator)
-        ends = [tap.outputs for tap in taps]
-        width = max(1, CHUNK_BYTES // max(1, layers.bytes_an_example * len(x)))
-        for some in factor.split(width, dim=2):
-            yield len(x), taps, [gradients(outputs, ends, column) for column in some.unbind(2)]
 
 
 def add_squares_of_rows(

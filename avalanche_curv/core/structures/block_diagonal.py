@@ -1,90 +1,196 @@
-"""One dense block for each parameter."""
+"""One block for each parameter or each layer."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from avalanche_curv.core.eigen import Pairs
 from avalanche_curv.core.parameters import ParameterSpace
-from avalanche_curv.core.structures.base import Matrix, Structure, check_memory, spectral_function, symmetrised
-from avalanche_curv.core.structures.columns import identity_columns
+from avalanche_curv.core.structures.base import Matrix, Structure, check_memory
+from avalanche_curv.core.structures.dense import Dense
 
 if TYPE_CHECKING:
     from avalanche_curv.core.curvature import Operator
     from avalanche_curv.core.risk import EmpiricalRisk
 
 
+class Grouping(ABC):
+    """Which parameters share a block."""
+
+    @abstractmethod
+    def key(self, name: str) -> str:
+        """What the parameters of one block have in common."""
+
+    def spaces(self, space: ParameterSpace) -> list[ParameterSpace]:
+        """The spaces of the blocks, in the order of their first parameters."""
+        groups: dict[str, list[tuple[str, torch.Size]]] = {}
+        for name, shape in zip(space.names, space.shapes):
+            groups.setdefault(self.key(name), []).append((name, shape))
+        return [ParameterSpace(*zip(*group)) for group in groups.values()]
+
+
+@dataclass(frozen=True)
+class PerParameter(Grouping):
+    """A block for each parameter tensor: one weight matrix, one bias."""
+
+    def key(self, name: str) -> str:
+        return name
+
+
+@dataclass(frozen=True)
+class PerLayer(Grouping):
+    """A block for each module: its weight and bias together."""
+
+    def key(self, name: str) -> str:
+        return name.rpartition(".")[0]
+
+
 @dataclass(frozen=True)
 class BlockDiagonal(Structure):
-    """Interactions within each parameter tensor (one weight matrix, one bias); Σ p² numbers, up to `max_bytes`."""
+    """Interactions within each parameter or layer, with every block in a structure of its own, such as
+    `BlockDiagonal(PerLayer(), LowRank(Rank(10)))`. Sums are those of the blocks. Up to `max_bytes` in all."""
 
+    per: Grouping = PerParameter()
+    block: Structure = field(default_factory=Dense)
     max_bytes: int = 4 * 2**30
 
-    def from_operator(self, operator: Operator, risk: EmpiricalRisk) -> Matrix:
-        strips: list[list[Tensor]] = [[] for _ in risk.space.sizes]
-        bounds = torch.tensor((0, *risk.space.sizes)).cumsum(0).tolist()
-        for start, columns in identity_columns(risk.anchor):
-            result = operator.matmat(columns)
-            stop = start + columns.shape[1]
-            for strip, low, high in zip(strips, bounds, bounds[1:]):
-                strip.append(result[low:high, max(low, start) - start : max(min(high, stop) - start, 0)])
-        return BlockDiagonalMatrix(tuple(symmetrised(torch.cat(strip, dim=1)) for strip in strips))
+    def from_operator(self, operator: Operator, risk: EmpiricalRisk) -> BlockDiagonalMatrix:
+        return self.matrix(risk, lambda at, _: self.block.from_operator(Restricted(operator, at), risk))
+
+    def matrix(self, risk: EmpiricalRisk, block: Callable[[Tensor, ParameterSpace], Matrix]) -> BlockDiagonalMatrix:
+        """The matrix whose blocks are given by their coordinates and their space."""
+        spaces = self.per.spaces(risk.space)
+        places = (risk.space.positions(space).to(risk.anchor.device) for space in spaces)
+        blocks = tuple(Block(space, block(at, space)) for at, space in zip(places, spaces))
+        return BlockDiagonalMatrix(risk.space, self.per, blocks)
 
     def bytes(self, space: ParameterSpace, itemsize: int) -> int:
-        return sum(size**2 for size in space.sizes) * itemsize
+        return sum(self.block.bytes(part, itemsize) for part in self.per.spaces(space))
 
     def check(self, space: ParameterSpace, itemsize: int) -> None:
-        largest = max(zip(space.sizes, space.names))
+        largest = max(self.per.spaces(space), key=lambda part: part.size)
         check_memory(
-            f"BlockDiagonal() with a largest block of {largest[0]:,} parameters ('{largest[1]}')",
+            f"{self} with a largest block of {largest.size:,} parameters ({', '.join(largest.names)})",
             self.bytes(space, itemsize), self.max_bytes,
-            "Use Diagonal(), or raise BlockDiagonal(max_bytes=...).",
+            "Use BlockDiagonal(block=LowRank(Rank(10))), Kronecker() or Diagonal(), or raise "
+            "BlockDiagonal(max_bytes=...).",
         )
 
 
 @dataclass(frozen=True)
-class BlockDiagonalMatrix(Matrix):
-    """C with one symmetric block for each parameter, in the order of the space. Sums are exact."""
+class Restricted:
+    """Some rows and columns of an operator."""
 
-    blocks: tuple[Float[Tensor, "p p"], ...]
+    whole: Operator
+    at: Int[Tensor, "p"]
+
+    @property
+    def size(self) -> int:
+        return len(self.at)
+
+    def matmat(self, matrix: Float[Tensor, "p k"]) -> Float[Tensor, "p k"]:
+        padded = matrix.new_zeros(self.whole.size, matrix.shape[1])
+        padded[self.at] = matrix
+        return self.whole.matmat(padded)[self.at]
+
+
+@dataclass(frozen=True)
+class Block:
+    """A matrix over some parameters; None for zero, where they are newer than all curvature."""
+
+    space: ParameterSpace
+    matrix: Matrix | None
+
+    def plus(self, other: Block) -> Block:
+        if self.matrix is None or other.matrix is None:
+            return Block(self.space, self.matrix or other.matrix)
+        return Block(self.space, self.matrix.plus(other.matrix))
+
+    def within(self, outer: ParameterSpace) -> Block:
+        return Block(outer, None if self.matrix is None else self.matrix.embedded(self.space, outer))
+
+
+@dataclass(frozen=True)
+class BlockDiagonalMatrix(Matrix):
+    """C with a symmetric block for each group of parameters."""
+
+    space: ParameterSpace
+    per: Grouping
+    blocks: tuple[Block, ...]
+
+    @property
+    def size(self) -> int:
+        return self.space.size
 
     def product(self, vector: Tensor) -> Tensor:
-        parts = vector.split([len(block) for block in self.blocks])
-        return torch.cat([block @ part for block, part in zip(self.blocks, parts)])
+        result = torch.zeros_like(vector)
+        for at, matrix in self.placed:
+            result[at] = matrix.product(vector[at])
+        return result
 
     def plus(self, other: Matrix) -> BlockDiagonalMatrix:
-        if not isinstance(other, BlockDiagonalMatrix):
-            raise TypeError(f"A block diagonal can be added to a block diagonal only; got {type(other).__name__}.")
-        return BlockDiagonalMatrix(tuple(a + b for a, b in zip(self.blocks, other.blocks)))
+        if not isinstance(other, BlockDiagonalMatrix) or (self.space, self.per) != (other.space, other.per):
+            raise TypeError(f"A block diagonal can be added to one of the same blocks; got {type(other).__name__}.")
+        return replace(self, blocks=tuple(a.plus(b) for a, b in zip(self.blocks, other.blocks)))
 
     def scaled(self, factor: float) -> BlockDiagonalMatrix:
-        return BlockDiagonalMatrix(tuple(block * factor for block in self.blocks))
+        return self._map(lambda matrix: matrix.scaled(factor))
 
     def embedded(self, inner: ParameterSpace, outer: ParameterSpace) -> BlockDiagonalMatrix:
-        held = {
-            name: (ParameterSpace((name,), (shape,)), block)
-            for name, shape, block in zip(inner.names, inner.shapes, self.blocks)
-        }
-        blocks = []
-        for name, shape, size in zip(outer.names, outer.shapes, outer.sizes):
-            block = self.blocks[0].new_zeros(size, size)
-            if name in held:
-                space, old = held[name]
-                where = ParameterSpace((name,), (shape,)).positions(space).to(block.device)
-                block[where[:, None], where] = old
-            blocks.append(block)
-        return BlockDiagonalMatrix(tuple(blocks))
+        held = {self.per.key(block.space.names[0]): block for block in self.blocks}
+        groups = ((space, held.get(self.per.key(space.names[0]))) for space in self.per.spaces(outer))
+        blocks = (Block(space, None) if block is None else block.within(space) for space, block in groups)
+        return BlockDiagonalMatrix(outer, self.per, tuple(blocks))
 
     def map_spectrum(self, function: Callable[[Tensor], Tensor]) -> BlockDiagonalMatrix:
-        return BlockDiagonalMatrix(tuple(spectral_function(block, function) for block in self.blocks))
+        return self._map(lambda matrix: matrix.map_spectrum(function))
 
     def dense(self) -> Tensor:
-        return torch.block_diag(*self.blocks)
+        whole = self.tensors()[0].new_zeros(self.size, self.size)
+        every = torch.arange(self.size, device=whole.device)
+        for at, matrix in self.placed:
+            where = every[at]
+            whole[where[:, None], where] = matrix.dense()
+        return whole
+
+    def trace(self) -> float:
+        return sum(matrix.trace() for _, matrix in self.placed)
+
+    def top(self, count: int) -> Pairs:
+        values, vectors = [], []
+        for at, matrix in self.placed:
+            some, rows = matrix.top(min(count, matrix.size))
+            values.append(some)
+            vectors.append(rows.new_zeros(len(rows), self.size))
+            vectors[-1][:, at] = rows
+        found = torch.cat(values)
+        order = found.abs().argsort(descending=True)[:count]
+        return found[order], torch.cat(vectors)[order]
 
     def tensors(self) -> tuple[Tensor, ...]:
-        return self.blocks
+        return tuple(t for block in self.blocks if block.matrix is not None for t in block.matrix.tensors())
+
+    @cached_property
+    def placed(self) -> list[tuple[slice | Tensor, Matrix]]:
+        """The coordinates of each block that is not zero, as a range where they are neighbours."""
+        device = self.tensors()[0].device
+        held = [(self.space.positions(b.space).to(device), b.matrix) for b in self.blocks if b.matrix is not None]
+        return [(_range(at), matrix) for at, matrix in held]
+
+    def _map(self, function: Callable[[Matrix], Matrix]) -> BlockDiagonalMatrix:
+        held = ((b.space, b.matrix) for b in self.blocks)
+        blocks = tuple(Block(space, None if matrix is None else function(matrix)) for space, matrix in held)
+        return replace(self, blocks=blocks)
+
+
+def _range(at: Int[Tensor, "p"]) -> slice | Tensor:
+    first, last = int(at[0]), int(at[-1])
+    return slice(first, last + 1) if torch.equal(at, torch.arange(first, last + 1, device=at.device)) else at

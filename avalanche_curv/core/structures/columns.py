@@ -11,9 +11,8 @@ from torch import Tensor
 CHUNK = 32
 
 
-def identity_columns(like: Float[Tensor, "P"]) -> Iterator[tuple[int, Float[Tensor, "P k"]]]:
+def identity_columns(size: int, like: Tensor) -> Iterator[tuple[int, Float[Tensor, "P k"]]]:
     """Pairs (start, E) where E holds the unit vectors start, ..., start + k - 1, of the type and device of `like`."""
-    size = len(like)
     for start in range(0, size, CHUNK):
         stop = min(start + CHUNK, size)
         columns = like.new_zeros(size, stop - start)

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from avalanche_curv.core.eigen import Pairs, top_of_matrix
 from avalanche_curv.core.parameters import ParameterSpace
 from avalanche_curv.core.structures.base import Matrix, Structure, check_memory, spectral_function, symmetrised
 from avalanche_curv.core.structures.columns import identity_columns
@@ -26,7 +27,7 @@ class Dense(Structure):
     max_bytes: int = 4 * 2**30
 
     def from_operator(self, operator: Operator, risk: EmpiricalRisk) -> Matrix:
-        columns = [operator.matmat(part) for _, part in identity_columns(risk.anchor)]
+        columns = [operator.matmat(part) for _, part in identity_columns(operator.size, risk.anchor)]
         return DenseMatrix(symmetrised(torch.cat(columns, dim=1)))
 
     def bytes(self, space: ParameterSpace, itemsize: int) -> int:
@@ -35,7 +36,7 @@ class Dense(Structure):
     def check(self, space: ParameterSpace, itemsize: int) -> None:
         check_memory(
             f"Dense() on {space.size:,} parameters", self.bytes(space, itemsize), self.max_bytes,
-            "Use BlockDiagonal() or Diagonal(), or raise Dense(max_bytes=...).",
+            "Use LowRank(Rank(20)), Kronecker(), BlockDiagonal() or Diagonal(), or raise Dense(max_bytes=...).",
         )
 
 
@@ -44,6 +45,10 @@ class DenseMatrix(Matrix):
     """C as P x P numbers. Sums are exact."""
 
     values: Float[Tensor, "P P"]
+
+    @property
+    def size(self) -> int:
+        return len(self.values)
 
     def product(self, vector: Tensor) -> Tensor:
         return self.values @ vector
@@ -65,6 +70,12 @@ class DenseMatrix(Matrix):
 
     def dense(self) -> Tensor:
         return self.values
+
+    def trace(self) -> float:
+        return float(self.values.trace())
+
+    def top(self, count: int) -> Pairs:
+        return top_of_matrix(self.values, count)
 
     def tensors(self) -> tuple[Tensor, ...]:
         return (self.values,)

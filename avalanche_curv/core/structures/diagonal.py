@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from avalanche_curv.core.eigen import Pairs
 from avalanche_curv.core.parameters import ParameterSpace
 from avalanche_curv.core.structures.base import Matrix, Structure
 from avalanche_curv.core.structures.columns import identity_columns
@@ -23,10 +24,10 @@ if TYPE_CHECKING:
 class Diagonal(Structure):
     """The exact diagonal: P numbers, every interaction of two parameters dropped (Kirkpatrick et al. 2017)."""
 
-    def from_operator(self, operator: Operator, risk: EmpiricalRisk) -> Matrix:
+    def from_operator(self, operator: Operator, risk: EmpiricalRisk) -> DiagonalMatrix:
         parts = [
             operator.matmat(columns)[start : start + columns.shape[1]].diagonal()
-            for start, columns in identity_columns(risk.anchor)
+            for start, columns in identity_columns(operator.size, risk.anchor)
         ]
         return DiagonalMatrix(torch.cat(parts))
 
@@ -42,6 +43,10 @@ class DiagonalMatrix(Matrix):
     """C = diag(values). Sums are exact."""
 
     values: Float[Tensor, "P"]
+
+    @property
+    def size(self) -> int:
+        return len(self.values)
 
     def product(self, vector: Tensor) -> Tensor:
         return self.values * vector
@@ -64,6 +69,15 @@ class DiagonalMatrix(Matrix):
 
     def dense(self) -> Tensor:
         return self.values.diag()
+
+    def trace(self) -> float:
+        return float(self.values.sum())
+
+    def top(self, count: int) -> Pairs:
+        order = self.values.abs().argsort(descending=True)[:count]
+        vectors = self.values.new_zeros(len(order), self.size)
+        vectors[torch.arange(len(order)), order] = 1
+        return self.values[order], vectors
 
     def tensors(self) -> tuple[Tensor, ...]:
         return (self.values,)

@@ -8,10 +8,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from avalanche_curv.core.curvature import BatchedEmpiricalFisher, OutputCurvature
-from avalanche_curv.core.estimate import rule
+from avalanche_curv.core.estimate import by_products, rule
 from avalanche_curv.core.examples import curvature_rows
 from avalanche_curv.core.risk import EmpiricalRisk
-from avalanche_curv.core.structures import BlockDiagonal, BlockDiagonalMatrix, Dense, DenseMatrix, Structure
+from avalanche_curv.core.structures import BlockDiagonal, BlockDiagonalMatrix, Dense, DenseMatrix, Matrix, Structure
 
 Rows = Iterable[Float[Tensor, "n P"]]
 
@@ -22,10 +22,9 @@ def dense_from_rows(curvature: OutputCurvature, structure: Structure, risk: Empi
     return _dense(curvature_rows(curvature, risk), risk)
 
 
-@rule(OutputCurvature, BlockDiagonal)
-def blocks_from_rows(curvature: OutputCurvature, structure: Structure, risk: EmpiricalRisk) -> BlockDiagonalMatrix:
-    """Σ GᵀG within each parameter."""
-    return _blocks(curvature_rows(curvature, risk), risk)
+def blocks_from_rows(curvature: OutputCurvature, structure: BlockDiagonal, risk: EmpiricalRisk) -> Matrix:
+    """Σ GᵀG within each block, which is dense."""
+    return _blocks(structure, curvature_rows(curvature, risk), risk)
 
 
 @rule(BatchedEmpiricalFisher, Dense)
@@ -35,11 +34,11 @@ def dense_of_batches(curvature: BatchedEmpiricalFisher, structure: Structure, ri
 
 
 @rule(BatchedEmpiricalFisher, BlockDiagonal)
-def blocks_of_batches(
-    curvature: BatchedEmpiricalFisher, structure: Structure, risk: EmpiricalRisk
-) -> BlockDiagonalMatrix:
-    """GᵀG of the mini-batch gradients within each parameter."""
-    return _blocks(curvature.gradients(risk), risk)
+def blocks_of_batches(curvature: BatchedEmpiricalFisher, structure: BlockDiagonal, risk: EmpiricalRisk) -> Matrix:
+    """GᵀG of the mini-batch gradients within each block, where blocks are dense."""
+    if not isinstance(structure.block, Dense):
+        return by_products(curvature, structure, risk)
+    return _blocks(structure, curvature.gradients(risk), risk)
 
 
 def _dense(rows: Rows, risk: EmpiricalRisk) -> DenseMatrix:
@@ -49,9 +48,10 @@ def _dense(rows: Rows, risk: EmpiricalRisk) -> DenseMatrix:
     return DenseMatrix(total)
 
 
-def _blocks(rows: Rows, risk: EmpiricalRisk) -> BlockDiagonalMatrix:
-    totals = [risk.anchor.new_zeros(size, size) for size in risk.space.sizes]
+def _blocks(structure: BlockDiagonal, rows: Rows, risk: EmpiricalRisk) -> BlockDiagonalMatrix:
+    zeros = structure.matrix(risk, lambda _, space: DenseMatrix(risk.anchor.new_zeros(space.size, space.size)))
     for part in rows:
-        for total, block in zip(totals, part.split(risk.space.sizes, dim=1)):
-            total.addmm_(block.T, block)
-    return BlockDiagonalMatrix(tuple(totals))
+        for at, matrix in zeros.placed:
+            block = part[:, at]
+            matrix.tensors()[0].addmm_(block.T, block)
+    return zeros

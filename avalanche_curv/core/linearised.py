@@ -1,0 +1,128 @@
+"""Curvature products at one point, over and over: the forward pass and its derivatives are computed once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from avalanche_curv.core.curvature import OutputCurvature
+from avalanche_curv.core.hessian import summed_gradient_graph
+from avalanche_curv.core.risk import EmpiricalRisk
+
+
+@dataclass(frozen=True)
+class Linearised:
+    """(1/N) Σ_i J_iᵀ S_i S_iᵀ J_i from the graphs of f and of w ↦ Jᵀw, whose derivative in w is J.
+
+    Products with J need no forward-mode derivatives, which torch lacks for many modules.
+    """
+
+    curvature: OutputCurvature
+    risk: EmpiricalRisk
+
+    @property
+    def size(self) -> int:
+        return self.risk.space.size
+
+    @property
+    def nbytes(self) -> int:
+        """The frozen model and the examples."""
+        data = sum(t.nbytes for batch in self.risk.batches for t in batch)
+        return data + sum(p.nbytes for p in self.risk.base.parameters())
+
+    def matmat(self, matrix: Float[Tensor, "P k"]) -> Float[Tensor, "P k"]:
+        """C M, column by column."""
+        with torch.enable_grad():
+            return torch.stack([self._product(column) for column in matrix.T], dim=1) / self.risk.examples
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Graphs are not stored: they are computed again."""
+        return {"curvature": self.curvature, "risk": self.risk}
+
+    def _product(self, vector: Float[Tensor, "P"]) -> Float[Tensor, "P"]:
+        direction = [part.contiguous() for part in self.risk.space.split(vector)]
+        total = torch.zeros_like(vector)
+        for batch in self._batches:
+            total += self.risk.space.flatten(batch.product(direction))
+        return total
+
+    @cached_property
+    @torch.enable_grad()
+    def _batches(self) -> list[_Batch]:
+        generator = self.curvature.generator()
+        return [_Batch(self.curvature, self.risk, x, y, generator) for x, y in self.risk]
+
+
+class _Batch:
+    """One batch, ready for products."""
+
+    def __init__(
+        self, curvature: OutputCurvature, risk: EmpiricalRisk, x: Tensor, y: Tensor, generator: torch.Generator
+    ) -> None:
+        self.parameters = risk.parameters
+        with sdpa_kernel(SDPBackend.MATH):  # the fused kernels of attention lack second derivatives
+            self.outputs = risk.outputs(x)
+        values = self.outputs.detach()
+        self.factor = curvature.factor(risk.loss, values, y, generator)
+        self.weights = torch.zeros_like(values, requires_grad=True)
+        self.pullback = torch.autograd.grad(
+            self.outputs, self.parameters, self.weights,
+            create_graph=True, allow_unused=True, materialize_grads=True,
+        )
+
+    def product(self, direction: list[Tensor]) -> list[Tensor]:
+        """Σ_i J_iᵀ S_i S_iᵀ J_i v, by parameter."""
+        reached = [(p, v) for p, v in zip(self.pullback, direction) if p.requires_grad]
+        functions, vectors = zip(*reached)
+        (change,) = torch.autograd.grad(functions, self.weights, vectors, retain_graph=True)
+        curved = torch.einsum("ncr,nr->nc", self.factor, torch.einsum("ncr,nc->nr", self.factor, change))
+        parts = torch.autograd.grad(
+            self.outputs, self.parameters, curved, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+        return list(parts)
+
+
+@dataclass(frozen=True)
+class LinearisedHessian:
+    """∇²L from the graph of the gradient."""
+
+    risk: EmpiricalRisk
+
+    @property
+    def size(self) -> int:
+        return self.risk.space.size
+
+    @property
+    def nbytes(self) -> int:
+        """The frozen model and the examples."""
+        data = sum(t.nbytes for batch in self.risk.batches for t in batch)
+        return data + sum(p.nbytes for p in self.risk.base.parameters())
+
+    def matmat(self, matrix: Float[Tensor, "P k"]) -> Float[Tensor, "P k"]:
+        """H M, column by column."""
+        return torch.stack([self._product(column) for column in matrix.T], dim=1) / self.risk.examples
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Graphs are not stored: they are computed again."""
+        return {"risk": self.risk}
+
+    def _product(self, vector: Float[Tensor, "P"]) -> Float[Tensor, "P"]:
+        total = torch.zeros_like(vector)
+        for gradient in self._gradients:
+            if gradient.requires_grad:
+                parts = torch.autograd.grad(
+                    gradient, self.risk.parameters, vector,
+                    retain_graph=True, allow_unused=True, materialize_grads=True,
+                )
+                total += self.risk.space.flatten(list(parts))
+        return total
+
+    @cached_property
+    def _gradients(self) -> list[Tensor]:
+        return [summed_gradient_graph(self.risk, x, y) for x, y in self.risk]

@@ -1,0 +1,57 @@
+"""Passes over the data of a risk, a piece at a time, with the sensitivities of each layer to the columns of S."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from avalanche_curv.core.curvature import OutputCurvature
+from avalanche_curv.core.layers import Layers, Tap, gradients
+from avalanche_curv.core.risk import EmpiricalRisk
+
+CHUNK = 512  # examples that go through the model at once, fewer where they are large
+CHUNK_BYTES = 32 * 2**20  # of what leaves the layers, for these examples and for the columns of S at once
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some examples after a forward pass."""
+
+    examples: int
+    taps: list[Tap]
+    outputs: Float[Tensor, "n C"]
+    factor: Float[Tensor, "n C R"]
+
+    @property
+    def columns(self) -> Iterator[list[Sequence[Tensor]]]:
+        """For each column s_r of S, ∂(Σ_i s_irᵀ f_i)/∂Z of each tap; some columns at a time where these are large."""
+        ends = [tap.outputs for tap in self.taps]
+        width = max(1, CHUNK_BYTES // max(1, sum(end.nbytes for end in ends)))
+        for some in self.factor.split(width, dim=2):
+            yield [gradients(self.outputs, ends, column) for column in some.unbind(2)]
+
+
+def pieces(curvature: OutputCurvature, layers: Layers, risk: EmpiricalRisk) -> Iterator[Piece]:
+    """All examples of `risk` in order, with S of `curvature`; none where there are no layers."""
+    generator = curvature.generator()
+    size = min(CHUNK, max(1, CHUNK_BYTES // max(1, layers.bytes_an_example)))
+    for x, y in risk.rebatched(size) if layers.names else ():
+        with torch.enable_grad(), layers.tapped() as taps:
+            outputs = risk.outputs(x)
+        _check_calls(layers, taps)
+        factor = curvature.factor(risk.loss, outputs.detach(), y, generator)
+        yield Piece(len(x), taps, outputs, factor)
+
+
+def _check_calls(layers: Layers, taps: list[Tap]) -> None:
+    called = [tap.layer for tap in taps]
+    for layer in called:
+        if called.count(layer) > 1:
+            raise ValueError(
+                f"Layer '{layers.names[layer]}' is called once for some examples and {called.count(layer)} times for "
+                "others, so that its per-example gradients are not known. Call it as often for every example."
+            )

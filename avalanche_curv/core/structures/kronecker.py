@@ -1,0 +1,387 @@
+"""Kronecker-factored curvature of linear and convolutional layers, beside a diagonal for all other parameters."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from avalanche_curv.core.eigen import Pairs
+from avalanche_curv.core.parameters import ParameterSpace
+from avalanche_curv.core.structures.base import Matrix, Structure, check_memory
+
+if TYPE_CHECKING:
+    from avalanche_curv.core.curvature import Operator
+    from avalanche_curv.core.risk import EmpiricalRisk
+
+
+class Sum(ABC):
+    """How two Kronecker-factored matrices are added: a sum of products is no product."""
+
+    @abstractmethod
+    def of(self, terms: tuple[Term, ...]) -> tuple[Term, ...]:
+        """The terms that stand for a sum of terms."""
+
+
+@dataclass(frozen=True)
+class KeepTerms(Sum):
+    """Exact: one pair of factors for each summand, so that memory and step time grow with their number."""
+
+    def of(self, terms: tuple[Term, ...]) -> tuple[Term, ...]:
+        return terms
+
+
+@dataclass(frozen=True)
+class PiWeighted(Sum):
+    """One pair of factors: A₁⊗G₁ + A₂⊗G₂ ≈ c (A₁ + π A₂) ⊗ (G₁ + G₂ / π).
+
+    π = √(tr A₁ tr G₂ / (tr A₂ tr G₁)) minimises the bound on the cross terms (Martens & Grosse 2015, section 6.3); c
+    keeps the trace of the sum, which the cross terms would double for equal summands.
+    """
+
+    def of(self, terms: tuple[Term, ...]) -> tuple[Term, ...]:
+        merged = terms[0]
+        for term in terms[1:]:
+            merged = _pi_weighted(merged, term)
+        return (merged,)
+
+
+@dataclass(frozen=True)
+class Kronecker(Structure):
+    """KFAC: for each linear or convolutional layer C ≈ A ⊗ G over its weight and bias together; Σ (in + 1)² + out²
+    numbers, up to `max_bytes`.
+
+    A = (1 / NT) Σ_{n,t} a_nt a_ntᵀ of the layer's inputs, with a 1 appended for the bias, and
+    G = (1 / N) Σ_{n,t,r} b_ntr b_ntrᵀ of the sensitivities to the columns s_r of S, over T positions (Martens & Grosse
+    2015, arXiv:1503.05671; Grosse & Martens 2016, arXiv:1602.01407; "expand" of Eschenhagen et al. 2023). The kind
+    decides the columns: `Fisher()` gives type-2, `Fisher(samples=1)` Monte-Carlo and `EmpiricalFisher()` empirical
+    factors.
+
+    All other parameters get the exact diagonal: norm layers, embeddings, grouped convolutions, bare tensors, the
+    projections of attention, layers that are called twice or share their weight. A model without any layer to factorise
+    is refused (TypeError), and so is a curvature that is no OutputCurvature.
+
+    Sums keep a list of terms and are exact; `sums=PiWeighted()` merges them into one.
+    """
+
+    sums: Sum = KeepTerms()
+    max_bytes: int = 4 * 2**30
+
+    corrections: ClassVar[int] = 0  # numbers beside the factors for each parameter
+
+    def from_operator(self, operator: Operator, risk: EmpiricalRisk) -> Matrix:
+        raise TypeError(f"{type(self).__name__} needs S of each example: products alone give no Kronecker factors.")
+
+    def bytes(self, space: ParameterSpace, itemsize: int) -> int:
+        """As if every weight of two or more axes, with its bias, lay in a layer that can be factorised."""
+        return (space.size + sum(self._numbers(space, *pair) for pair in zip(space.names, space.shapes))) * itemsize
+
+    def check(self, space: ParameterSpace, itemsize: int) -> None:
+        """Refuses what is certain: a table of embeddings cannot be told from a weight without bias here."""
+        certain = [
+            (name, shape) for name, shape in zip(space.names, space.shapes)
+            if len(shape) != 2 or _bias(name) in space.names
+        ]
+        self.check_bytes(sum(self._numbers(space, name, shape) for name, shape in certain) * itemsize)
+
+    def check_bytes(self, needed: int) -> None:
+        """Raises MemoryError for a matrix over the limit."""
+        remedy = "Use LowRank(Rank(20)) or Diagonal(), or raise max_bytes."
+        check_memory(f"{type(self).__name__}()", needed, self.max_bytes, remedy)
+
+    def _numbers(self, space: ParameterSpace, name: str, shape: torch.Size) -> int:
+        """Held for the layer of one weight, beside the diagonal."""
+        if len(shape) < 2:
+            return 0
+        inputs = shape.numel() // shape[0] + (_bias(name) in space.names)
+        return inputs**2 + shape[0] ** 2 + self.corrections * inputs * shape[0]
+
+
+@dataclass(frozen=True)
+class EKFAC(Kronecker):
+    """KFAC with corrected eigenvalues: C ≈ Q Λ Qᵀ with Q = Q_A ⊗ Q_G the eigenvectors of the Kronecker factors and
+    Λ = diag(Qᵀ C Q) exact (George et al. 2018, arXiv:1806.03884), so that its trace is that of C. Numbers: those of
+    KFAC, and one for each parameter. Sums keep a list of terms."""
+
+    corrections: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        if isinstance(self.sums, PiWeighted):
+            raise ValueError("EKFAC has no factors to merge: use EKFAC() with KeepTerms, or Kronecker(PiWeighted()).")
+
+
+class Term(ABC):
+    """A symmetric matrix over changes W [out, in] of one layer."""
+
+    @abstractmethod
+    def product(self, change: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+        """The matrix times a change."""
+
+    @abstractmethod
+    def scaled(self, factor: float) -> Term:
+        """factor times the matrix."""
+
+    @abstractmethod
+    def placed(self, rows: Tensor, columns: Tensor, out: int, inputs: int) -> Term:
+        """The same over larger changes, in which its own stand at some rows and columns."""
+
+    @abstractmethod
+    def map_spectrum(self, function: Callable[[Tensor], Tensor]) -> Term:
+        """`function` of the eigenvalues."""
+
+    @abstractmethod
+    def eigen(self) -> tuple[Float[Tensor, "out in"], Float[Tensor, "out out"], Float[Tensor, "in in"]]:
+        """Λ, Q_G and Q_A: the eigenvalue Λ_ij belongs to the change q_i q_jᵀ."""
+
+    @abstractmethod
+    def dense(self) -> Float[Tensor, "d d"]:
+        """All entries, over changes in row-major order."""
+
+    @abstractmethod
+    def trace(self) -> float:
+        """The sum of the eigenvalues."""
+
+    @abstractmethod
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What is stored."""
+
+
+@dataclass(frozen=True)
+class Factors(Term):
+    """W ↦ G W A."""
+
+    a: Float[Tensor, "in in"]
+    g: Float[Tensor, "out out"]
+
+    def product(self, change: Tensor) -> Tensor:
+        return self.g @ change @ self.a
+
+    def scaled(self, factor: float) -> Factors:
+        return replace(self, g=self.g * factor)
+
+    def placed(self, rows: Tensor, columns: Tensor, out: int, inputs: int) -> Factors:
+        g, a = self.g.new_zeros(out, out), self.a.new_zeros(inputs, inputs)
+        g[rows[:, None], rows], a[columns[:, None], columns] = self.g, self.a
+        return Factors(a, g)
+
+    def map_spectrum(self, function: Callable[[Tensor], Tensor]) -> Term:
+        values, g, a = self.eigen()
+        return Corrected(function(values), g, a)
+
+    def eigen(self) -> tuple[Tensor, Tensor, Tensor]:
+        (of_g, g), (of_a, a) = (torch.linalg.eigh(factor.double()) for factor in (self.g, self.a))
+        return torch.outer(of_g, of_a).to(self.a), g.to(self.a), a.to(self.a)
+
+    def dense(self) -> Tensor:
+        return torch.kron(self.g, self.a)
+
+    def trace(self) -> float:
+        return float(self.a.double().trace() * self.g.double().trace())
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.a, self.g
+
+
+@dataclass(frozen=True)
+class Corrected(Term):
+    """W ↦ Q_G (Λ ∘ (Q_Gᵀ W Q_A)) Q_Aᵀ."""
+
+    values: Float[Tensor, "out in"]
+    g: Float[Tensor, "out out"]
+    a: Float[Tensor, "in in"]
+
+    def product(self, change: Tensor) -> Tensor:
+        return self.g @ (self.values * (self.g.T @ change @ self.a)) @ self.a.T
+
+    def scaled(self, factor: float) -> Corrected:
+        return replace(self, values=self.values * factor)
+
+    def placed(self, rows: Tensor, columns: Tensor, out: int, inputs: int) -> Corrected:
+        """Eigenvectors keep their number: only their entries get new places."""
+        g, a = self.g.new_zeros(out, self.g.shape[1]), self.a.new_zeros(inputs, self.a.shape[1])
+        g[rows], a[columns] = self.g, self.a
+        return Corrected(self.values, g, a)
+
+    def map_spectrum(self, function: Callable[[Tensor], Tensor]) -> Term:
+        return replace(self, values=function(self.values))
+
+    def eigen(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.values, self.g, self.a
+
+    def dense(self) -> Tensor:
+        vectors = torch.kron(self.g, self.a)
+        return (vectors * self.values.reshape(-1)) @ vectors.T
+
+    def trace(self) -> float:
+        return float(self.values.double().sum())
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.values, self.g, self.a
+
+
+@dataclass(frozen=True)
+class FactoredLayer:
+    """The names of a layer's weight and bias, as far as they are trainable, and the terms of its curvature."""
+
+    weight: str | None
+    bias: str | None
+    terms: tuple[Term, ...]
+
+    def read(self, parts: dict[str, Tensor]) -> Float[Tensor, "out in"]:
+        """The layer's change, its bias as the last column."""
+        weight = [] if self.weight is None else [parts[self.weight].flatten(1)]
+        bias = [] if self.bias is None else [parts[self.bias][:, None]]
+        return torch.cat(weight + bias, dim=1)
+
+    def add(self, change: Float[Tensor, "out in"], parts: dict[str, Tensor]) -> None:
+        """To the parameters' own tensors."""
+        if self.weight is not None:
+            part = parts[self.weight]
+            part += change[:, : change.shape[1] - (self.bias is not None)].view_as(part)
+        if self.bias is not None:
+            parts[self.bias] += change[:, -1]
+
+    def product(self, change: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+        """Σ_j G_j W A_j."""
+        first, *others = (term.product(change) for term in self.terms)
+        return sum(others, first)
+
+    def each(self, function: Callable[[Term], Term]) -> FactoredLayer:
+        """`function` of every term."""
+        return replace(self, terms=tuple(function(term) for term in self.terms))
+
+
+@dataclass(frozen=True)
+class KroneckerMatrix(Matrix):
+    """C = diag(d) + Σ_j A_j ⊗ G_j over the parameters of some layers, whose entries of d are zero."""
+
+    space: ParameterSpace
+    layers: tuple[FactoredLayer, ...]
+    diagonal: Float[Tensor, "P"]
+    sums: Sum = KeepTerms()
+
+    @property
+    def size(self) -> int:
+        return self.space.size
+
+    def product(self, vector: Tensor) -> Tensor:
+        result = self.diagonal * vector if self._has_diagonal else torch.zeros_like(vector)
+        given, out = self._parts(vector), self._parts(result)
+        for layer in self.layers:
+            layer.add(layer.product(layer.read(given)), out)
+        return result
+
+    def plus(self, other: Matrix) -> KroneckerMatrix:
+        if not isinstance(other, KroneckerMatrix) or self.space != other.space:
+            raise TypeError(f"A Kronecker matrix can be added to one of the same space; got {type(other).__name__}.")
+        terms: dict[tuple[str | None, str | None], tuple[Term, ...]] = {}
+        for layer in (*self.layers, *other.layers):
+            key = layer.weight, layer.bias
+            terms[key] = self.sums.of((*terms[key], *layer.terms)) if key in terms else layer.terms
+        layers = tuple(FactoredLayer(*key, some) for key, some in terms.items())
+        return replace(self, layers=layers, diagonal=self.diagonal + other.diagonal)
+
+    def scaled(self, factor: float) -> KroneckerMatrix:
+        layers = tuple(layer.each(lambda term: term.scaled(factor)) for layer in self.layers)
+        return replace(self, layers=layers, diagonal=self.diagonal * factor)
+
+    def embedded(self, inner: ParameterSpace, outer: ParameterSpace) -> KroneckerMatrix:
+        diagonal = self.diagonal.new_zeros(outer.size)
+        diagonal[outer.positions(inner).to(diagonal.device)] = self.diagonal
+        old, new = dict(zip(inner.names, inner.shapes)), dict(zip(outer.names, outer.shapes))
+
+        def place(layer: FactoredLayer) -> FactoredLayer:
+            rows, columns, out, inputs = _places(layer, old, new)
+            rows, columns = rows.to(diagonal.device), columns.to(diagonal.device)
+            return layer.each(lambda term: term.placed(rows, columns, out, inputs))
+
+        return KroneckerMatrix(outer, tuple(place(layer) for layer in self.layers), diagonal, self.sums)
+
+    def map_spectrum(self, function: Callable[[Tensor], Tensor]) -> KroneckerMatrix:
+        if any(len(layer.terms) > 1 for layer in self.layers):
+            raise TypeError("The eigenvalues of a sum of Kronecker products are not at hand.")
+        layers = tuple(layer.each(lambda term: term.map_spectrum(function)) for layer in self.layers)
+        return replace(self, layers=layers, diagonal=function(self.diagonal))
+
+    def dense(self) -> Tensor:
+        whole = self.diagonal.diag()
+        for layer in self.layers:
+            where = self._where(layer).reshape(-1)
+            for term in layer.terms:
+                whole[where[:, None], where] += term.dense()
+        return whole
+
+    def trace(self) -> float:
+        terms = (term for layer in self.layers for term in layer.terms)
+        return float(self.diagonal.double().sum()) + sum(term.trace() for term in terms)
+
+    def top(self, count: int) -> Pairs:
+        """From the factors' eigenvectors where each layer has one term and lies outside the diagonal."""
+        places = [self._where(layer) for layer in self.layers]
+        if any(len(layer.terms) > 1 or self.diagonal[at].any() for layer, at in zip(self.layers, places)):
+            return super().top(count)
+        found = []
+        for layer, at in zip(self.layers, places):
+            values, g, a = layer.terms[0].eigen()
+            for index in values.reshape(-1).abs().argsort(descending=True)[:count]:
+                row, column = divmod(int(index), values.shape[1])
+                found.append((values[row, column], at, torch.outer(g[:, row], a[:, column])))
+        for index in self.diagonal.abs().argsort(descending=True)[:count]:
+            found.append((self.diagonal[index], index, self.diagonal.new_ones(())))
+        found = sorted(found, key=lambda pair: -abs(float(pair[0])))[:count]
+        vectors = self.diagonal.new_zeros(len(found), self.size)
+        for vector, (_, at, entries) in zip(vectors, found):
+            vector[at] = entries
+        return torch.stack([value for value, _, _ in found]), vectors
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.diagonal, *(t for layer in self.layers for term in layer.terms for t in term.tensors()))
+
+    @cached_property
+    def _has_diagonal(self) -> bool:
+        return bool(self.diagonal.any())
+
+    def _parts(self, vector: Tensor) -> dict[str, Tensor]:
+        return dict(zip(self.space.names, self.space.split(vector)))
+
+    def _where(self, layer: FactoredLayer) -> Tensor:
+        """The coordinates [out, in] of a layer's change."""
+        return layer.read(self._parts(torch.arange(self.size, device=self.diagonal.device)))
+
+
+def _bias(weight: str) -> str:
+    return weight.removesuffix("weight") + "bias"
+
+
+def _places(
+    layer: FactoredLayer, old: dict[str, torch.Size], new: dict[str, torch.Size]
+) -> tuple[Tensor, Tensor, int, int]:
+    """The rows and columns of a layer's old change in its new one, and the shape of the new one."""
+    out, columns, inputs = 0, [], 0
+    if layer.weight is not None:
+        was, rest = old[layer.weight], new[layer.weight][1:]
+        out, inputs = new[layer.weight][0], rest.numel()
+        columns.append(torch.arange(inputs).view(rest)[tuple(slice(0, n) for n in was[1:])].reshape(-1))
+        rows = was[0]
+    if layer.bias is not None:
+        rows, out = old[layer.bias][0], new[layer.bias][0]
+        columns.append(torch.tensor([inputs]))
+        inputs += 1
+    return torch.arange(rows), torch.cat(columns), out, inputs
+
+
+def _pi_weighted(first: Term, second: Term) -> Term:
+    if not (isinstance(first, Factors) and isinstance(second, Factors)):
+        raise TypeError("Only plain Kronecker factors can be merged; keep the terms with Kronecker(KeepTerms()).")
+    one, two = first.trace(), second.trace()
+    if one == 0 or two == 0:
+        return second if one == 0 else first
+    ratio = (first.a.trace() * second.g.trace() / (second.a.trace() * first.g.trace())).sqrt()
+    merged = Factors(first.a + ratio * second.a, first.g + second.g / ratio)
+    return merged.scaled((one + two) / merged.trace())

@@ -1,0 +1,111 @@
+"""No matrix at all: products through the frozen model, whose linearisation is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from avalanche_curv.core.options import is_number
+from avalanche_curv.core.parameters import ParameterSpace
+from avalanche_curv.core.structures.base import Matrix, Structure, symmetrised
+from avalanche_curv.core.structures.columns import identity_columns
+
+if TYPE_CHECKING:
+    from avalanche_curv.core.curvature import Operator
+    from avalanche_curv.core.risk import EmpiricalRisk
+
+
+@dataclass(frozen=True)
+class MatrixFree(Structure):
+    """The exact curvature of a random `fraction` of the examples, drawn by `seed`; each product passes over them.
+
+    Held: these examples, a copy of the model, and the activations of one linearisation. Sums keep a list, so that
+    memory and step time grow with the number of experiences.
+    """
+
+    fraction: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not (is_number(self.fraction) and 0 < self.fraction <= 1):
+            raise ValueError(f"MatrixFree needs a fraction in (0, 1]; got {self.fraction!r}. 1 keeps every example.")
+
+    def from_operator(self, operator: Operator, risk: EmpiricalRisk) -> MatrixFreeMatrix:
+        return MatrixFreeMatrix(operator.size, risk.anchor.new_empty(0), (Term(operator),))
+
+    def bytes(self, space: ParameterSpace, itemsize: int) -> int:
+        """The frozen model; examples and activations, which come on top, are not known from the parameters."""
+        return space.size * itemsize
+
+    def check(self, space: ParameterSpace, itemsize: int) -> None:
+        """Nothing is refused: there is no matrix."""
+
+
+@dataclass(frozen=True)
+class Term:
+    """factor · E C Eᵀ, with C an operator and E its embedding at `where` in a larger space."""
+
+    operator: Operator
+    factor: float = 1.0
+    where: Tensor | None = None
+
+    def product(self, vector: Float[Tensor, "P"]) -> Float[Tensor, "P"]:
+        inner = vector if self.where is None else vector[self.where]
+        found = self.factor * self.operator.matmat(inner[:, None])[:, 0]
+        if self.where is None:
+            return found
+        result = torch.zeros_like(vector)
+        result[self.where] = found
+        return result
+
+
+@dataclass(frozen=True)
+class MatrixFreeMatrix(Matrix):
+    """Σ_j C_j over P coordinates, each term known by its products; `like` is an empty tensor of their type."""
+
+    size: int
+    like: Float[Tensor, "0"]
+    terms: tuple[Term, ...]
+
+    def product(self, vector: Tensor) -> Tensor:
+        return sum((term.product(vector) for term in self.terms[1:]), self.terms[0].product(vector))
+
+    def plus(self, other: Matrix) -> MatrixFreeMatrix:
+        if not isinstance(other, MatrixFreeMatrix):
+            raise TypeError(f"Without a matrix only another such can be added; got {type(other).__name__}.")
+        return replace(self, terms=(*self.terms, *other.terms))
+
+    def scaled(self, factor: float) -> MatrixFreeMatrix:
+        return replace(self, terms=tuple(replace(t, factor=factor * t.factor) for t in self.terms))
+
+    def embedded(self, inner: ParameterSpace, outer: ParameterSpace) -> MatrixFreeMatrix:
+        where = outer.positions(inner).to(self.like.device)
+        placed = (replace(t, where=where if t.where is None else where[t.where]) for t in self.terms)
+        return MatrixFreeMatrix(outer.size, self.like, tuple(placed))
+
+    def map_spectrum(self, function: Callable[[Tensor], Tensor]) -> Matrix:
+        raise TypeError(
+            "The eigenvalues of a matrix known by its products are not at hand, so a Hessian cannot be mended by psd. "
+            "Use Hessian() with MatrixFree, or Hessian(psd=...) with LowRank, BlockDiagonal, Diagonal or Dense."
+        )
+
+    def dense(self) -> Tensor:
+        columns = [self.product(c) for _, some in identity_columns(self.size, self.like) for c in some.T]
+        return symmetrised(torch.stack(columns))
+
+    def is_finite(self) -> bool:
+        """Whether one product of all coordinates is: nothing is stored that could be looked at."""
+        return bool(self.product(self.like.new_ones(self.size)).isfinite().all())
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.like,)
+
+    @property
+    def nbytes(self) -> int:
+        """What the operators say of themselves: examples and a frozen model, without activations."""
+        return sum(int(getattr(term.operator, "nbytes", 0)) for term in self.terms)
