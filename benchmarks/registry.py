@@ -22,4 +22,8 @@ EXPERIMENTS = {
         "benchmarks.speed:experiment",
         "Cost of a penalty step, of estimates and of fidelity, as ratios to plain training work",
     ),
+    "cost": Registered(
+        "benchmarks.cost:experiment",
+        "Price and accuracy of every curvature and structure, beside other tools",
+    ),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +50,9 @@ class Speed(Experiment):
     """Times of a penalty step, of estimates and of fidelity, each relative to plain training work on the same data."""
 
     name = "speed"
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        parser.set_defaults(seeds=1, workers=1)  # each seed repeats the measurement; a second worker would disturb it
 
     def configs(self, options: Options) -> Sequence[Config]:
         small = Config(label="MLP 784-40-40-10", hidden=40, examples=256, experiences=3, rounds=2, steps=3)

@@ -44,9 +44,11 @@ class HessianOperator:
             warnings.filterwarnings("ignore", message=".*performance drop.*")  # a loop where vmap has no rule
             parts = torch.autograd.grad(
                 gradient, self.risk.parameters, rows.contiguous(),
-                retain_graph=True, is_grads_batched=True, allow_unused=True, materialize_grads=True,
+                retain_graph=True, is_grads_batched=True, allow_unused=True,
             )
-        return torch.cat([part.reshape(len(rows), -1) for part in parts], dim=1)
+        sizes = self.risk.space.sizes
+        filled = [rows.new_zeros(len(rows), n) if part is None else part for part, n in zip(parts, sizes)]
+        return torch.cat([part.reshape(len(rows), -1) for part in filled], dim=1)
 
 
 @torch.enable_grad()

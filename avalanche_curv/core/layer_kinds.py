@@ -53,16 +53,12 @@ def positions(layer: nn.Module, sensitivity: Tensor, examples: int) -> Float[Ten
 
 def squares(layer: nn.Module, inputs: Tensor, columns: Sequence[Tensor], examples: int) -> Rows:
     """Σ_r Σ_n (∇s_nr)² in each parameter of `layer`, given its sensitivity to each of several scalars s_r: (ΣB²)ᵀA²
-    where there is one position, else rows squared in pieces."""
+    where there is one position, else rows squared in pieces. A weight may come as its matrix [out, in]."""
     if isinstance(layer, nn.Embedding):
         parts = [_embedding_squares(layer, inputs, b, examples) for b in columns]
         return {"weight": torch.stack(parts).sum(0)}
-    if isinstance(layer, nn.Linear) and inputs.numel() == examples * layer.in_features:
-        b = columns[0].square()
-        for column in columns[1:]:
-            b.addcmul_(column, column)
-        b = b.reshape(examples, -1)
-        return {"weight": b.T @ inputs.reshape(examples, -1).square(), "bias": b.sum(0)}
+    if is_outer(layer) and positions(layer, columns[0], examples).shape[2] == 1:
+        return _squares_of_one_position(layer, inputs, columns, examples)
     size = max(1, CACHED // sum(p.numel() for p in layer.parameters(recurse=False)))
     total: Rows = {}
     for pieces in zip(*(tensor.unflatten(0, (examples, -1)).split(size) for tensor in (inputs, *columns))):
@@ -76,6 +72,17 @@ def squares(layer: nn.Module, inputs: Tensor, columns: Sequence[Tensor], example
                 square = part.square_().sum(0)
                 total[name] = total[name].add_(square) if name in total else square
     return total
+
+
+def _squares_of_one_position(layer: nn.Module, inputs: Tensor, columns: Sequence[Tensor], examples: int) -> Rows:
+    ready = prepared(layer, inputs, examples)
+    if ready is None:
+        raise _unknown(layer)
+    first, *others = (positions(layer, column, examples)[:, :, 0] for column in columns)
+    total = first.square()
+    for b in others:
+        total.addcmul_(b, b)
+    return {"weight": total.T @ ready[:, :, 0].square(), "bias": total.sum(0)}
 
 
 @prepared.register

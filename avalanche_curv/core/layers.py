@@ -17,10 +17,10 @@ from avalanche_curv.core.parameters import ParameterSpace, canonical_name
 from avalanche_curv.core.risk import EmpiricalRisk
 
 SHOWN = 2  # examples on which layers are tried
-NEARBY = 0.01  # how far from the anchor, a standard deviation in each parameter
+NEARBY = 0.02  # the width of the interval of parameters around the anchor in which this is done
 
 
-@dataclass
+@dataclass(eq=False)
 class Tap:
     """One layer in one forward pass: its inputs A and outputs Z, [N, in] and [N, out] in a multilayer perceptron."""
 
@@ -111,17 +111,19 @@ class Layers:
         """
         inputs, _ = next(iter(risk.rebatched(SHOWN)))
         generator = torch.Generator().manual_seed(0)
-        noise = (NEARBY * torch.randn(p.shape, generator=generator).to(p) for p in risk.parameters)
+        noise = (NEARBY * (torch.rand(p.shape, generator=generator) - 0.5).to(p) for p in risk.parameters)
         values = [(p.detach() + shift).requires_grad_() for p, shift in zip(risk.parameters, noise)]
         with self.tapped() as taps:
             outputs = risk.outputs_at(values, inputs)
             mixed = outputs @ torch.linspace(1, 2, outputs.shape[1]).to(outputs)
         called = [tap.layer for tap in taps]
-        once = [tap for tap in taps if called.count(tap.layer) == 1 and _divides(len(inputs), tap)]
-        sensitivities = gradients(mixed.sum(), [tap.outputs for tap in once])
-        exact = [dict(zip(risk.space.names, gradients(one, values))) for one in mixed]
-        kept = [tap for tap, b in zip(once, sensitivities) if self._explains(tap, b, exact)]
-        used = {name for one in exact for name, part in one.items() if part.any()}
+        kept = [tap for tap in taps if called.count(tap.layer) == 1 and _divides(len(inputs), tap)]
+        sensitivities = dict(zip(kept, gradients(mixed.sum(), [tap.outputs for tap in kept])))
+        used: set[str] = set()
+        for index, one in enumerate(mixed):
+            exact = dict(zip(risk.space.names, gradients(one, values)))
+            used |= {name for name, part in exact.items() if part.any()}
+            kept = [tap for tap in kept if self._explains(tap, sensitivities[tap], len(inputs), index, exact)]
         unused = [layer for layer in self.names if layer not in called and not used & set(self.trainable(layer))]
         layers = [*(tap.layer for tap in kept), *unused]
         explained = {name for layer in layers for name in self.trainable(layer)}
@@ -136,12 +138,15 @@ class Layers:
             sum(tap.outputs.nbytes for tap in kept) // len(inputs),
         )
 
-    def _explains(self, tap: Tap, sensitivity: Tensor, exact: list[dict[str, Tensor]]) -> bool:
-        found = self.rows(tap, sensitivity, len(exact))
+    def _explains(
+        self, tap: Tap, sensitivity: Tensor, examples: int, index: int, exact: dict[str, Tensor]
+    ) -> bool:
+        """Whether the rows of one of the examples are its exact gradient."""
+        found = self.rows(tap, sensitivity, examples)
         return all(
             name in found
-            and found[name].shape == (len(exact), *exact[0][name].shape)
-            and all(bool((row - one[name]).norm() <= 1e-3 * one[name].norm()) for row, one in zip(found[name], exact))
+            and found[name].shape == (examples, *exact[name].shape)
+            and bool((found[name][index] - exact[name]).norm() <= 1e-3 * exact[name].norm())
             for name in self.trainable(tap.layer)
         )
 

@@ -51,3 +51,11 @@ def folder(given: str) -> Path:
     if path.exists() and not path.is_dir():
         raise argparse.ArgumentTypeError(f"expected a folder, but '{given}' is a file.")
     return path
+
+
+def document(given: str) -> Path:
+    """The argument type of a file that exists."""
+    path = Path(given).expanduser()
+    if not path.is_file():
+        raise argparse.ArgumentTypeError(f"expected a file, but '{given}' is none.")
+    return path

@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 
-from benchmarks.harness.arguments import Parser, folder, one_of, positive
+from benchmarks.harness.arguments import Parser, document, folder, one_of, positive
 from benchmarks.harness.errors import UsageError
 from benchmarks.harness.experiment import Experiment, Options
+from benchmarks.harness.markers import excerpt, insert
 from benchmarks.harness.registered import Registered, load
 from benchmarks.harness.report import where, write_report
 from benchmarks.harness.results import load as load_results
@@ -34,7 +35,7 @@ def main(argv: Sequence[str] | None = None, experiments: Mapping[str, Registered
         options = read_options(experiment, chosen)
         store = Store(chosen.out / folder_name(experiment, options))
         if chosen.command == "report":
-            return report(experiment, store, words)
+            return report(experiment, store, without(words, "--readme"), chosen.readme)
         from benchmarks.harness.run import run  # it needs torch
 
         return run(experiment, options, store, chosen.workers, f"{PROGRAM} {shlex.join(words)}")
@@ -60,6 +61,9 @@ def parser(experiments: Mapping[str, Registered], experiment: Experiment | None)
         command.add_argument("--out", type=folder, default=Path("results"), metavar="DIR", help="default: results")
         if experiment is not None:
             experiment.add_arguments(command)
+    reports.add_argument(
+        "--readme", type=document, metavar="FILE", help="also put it between the experiment's markers in this file"
+    )
     runs.add_argument("--workers", type=positive, metavar="N", help="processes; default one per CPU")
     return top
 
@@ -82,11 +86,27 @@ def list_experiments(experiments: Mapping[str, Registered]) -> int:
     return 0
 
 
-def report(experiment: Experiment, store: Store, words: Sequence[str]) -> int:
-    """Write the report of the grid that ran last in the folder."""
+def report(experiment: Experiment, store: Store, words: Sequence[str], readme: Path | None = None) -> int:
+    """Write the report of the grid that ran last in the folder, also between the markers of a document."""
     results = load_results(store, f"{PROGRAM} {shlex.join(['run', *words[1:]])}")
     if results.missing:
         print(f"{results.missing} of {len(results.manifest['units'])} units are missing.", file=sys.stderr)
-    print(write_report(experiment, results, store))
+    markdown = write_report(experiment, results, store)
+    if readme is not None:
+        insert(readme, experiment.name, excerpt(markdown, results))
+    print(markdown)
     print(f"\n{where(store)}")
     return 0
+
+
+def without(words: Sequence[str], option: str) -> list[str]:
+    """A command line without an option and its value.
+
+    >>> without(["report", "cost", "--readme", "README.md", "--quick"], "--readme")
+    ['report', 'cost', '--quick']
+    """
+    kept = [word for word in words if not word.startswith(f"{option}=")]
+    if option in kept:
+        start = kept.index(option)
+        del kept[start : start + 2]
+    return kept

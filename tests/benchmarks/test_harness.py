@@ -251,7 +251,7 @@ def test_list_imports_neither_torch_nor_matplotlib():
     code += "print({'torch', 'avalanche', 'matplotlib'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=HERE.parents[1], capture_output=True, text=True, check=True)
     lines = done.stdout.splitlines()
-    assert [line.split()[0] for line in lines[:-1]] == ["compare", "refresh", "speed", "tune"]
+    assert [line.split()[0] for line in lines[:-1]] == ["compare", "cost", "refresh", "speed", "tune"]
     assert lines[-1] == "set()"
 
 

@@ -64,7 +64,7 @@ def best(matrix, rank):
     return (vectors[:, top] * values[top]) @ vectors[:, top].T
 
 
-@pytest.mark.parametrize("loss", ["cross_entropy", "mean_square"])
+@pytest.mark.parametrize(("architecture", "loss"), [("mlp", "cross_entropy"), ("conv", "mean_square")])
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_every_way_gives_the_top_eigenpairs_of_the_whole_matrix(kind, loss, way, architecture, problem, close):
     risk = problem(architecture, loss).risk
@@ -96,7 +96,7 @@ def test_single_precision_agrees_to_five_digits(kind, way, make_model):
     torch.testing.assert_close(found.values.double(), values, rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("fraction", [0.3, 0.5, 0.9, 0.999, 1.0])
+@pytest.mark.parametrize("fraction", [0.3, 0.9, 1.0])
 def test_energy_keeps_the_fewest_pairs_that_hold_the_fraction(fraction, way, problem):
     risk = problem("mlp", "mean_square").risk
     values = torch.linalg.eigvalsh(exact(GGN(), risk)).flip(0)
@@ -127,7 +127,7 @@ def test_energy_warns_where_its_limit_leaves_too_little(way, problem):
     assert len(matrix.values) == 2
 
 
-@pytest.mark.parametrize("cut", [Rank(1), Rank(4), Energy(0.6)], ids=str)
+@pytest.mark.parametrize("cut", [Rank(4), Energy(0.6)], ids=str)
 @pytest.mark.parametrize("kind", [GGN(), EmpiricalFisher(), BatchedEmpiricalFisher(2)], ids=str)
 def test_the_residual_keeps_the_diagonal_and_the_trace_exact(kind, cut, way, architecture, problem, close):
     risk = problem(architecture, "cross_entropy").risk
@@ -217,7 +217,6 @@ def test_a_flat_spectrum_is_as_stiff_everywhere_as_in_its_sharpest_direction(kin
     close(matrix.dense(), values[-1] * top @ top.T, 1e-4 if way == "products" else 1e-9)
 
 
-@pytest.mark.xfail(reason="rounding errors above zero count as eigenvalues")
 def test_directions_without_curvature_are_not_made_stiff(problem, close):
     """Two mini-batches span two directions, however many are asked for."""
     risk = problem("mlp", "mean_square").risk
@@ -275,9 +274,7 @@ def test_blocks_of_other_structures_are_those_of_the_matrix(kind, per, block, pr
 
 
 @pytest.mark.parametrize("block", [Dense(), LowRank(Rank(2)), LowRank(Rank(2), Diagonal()), Diagonal()], ids=str)
-@pytest.mark.parametrize(
-    "first", [pytest.param("before", marks=pytest.mark.xfail(reason="blocks are looked for by their first name")), "after"]
-)
+@pytest.mark.parametrize("first", ["before", "after"])
 def test_blocks_of_layers_add_up_when_a_bias_was_frozen_on_the_way(block, first, new_problem, net):
     """The layers of the two spaces do not hold the same parameters."""
     structure = BlockDiagonal(PerLayer(), block)
@@ -296,10 +293,9 @@ def test_more_pairs_than_the_matrix_has_are_all_of_it(way, problem, close):
     risk = problem("mlp", "cross_entropy").risk
     for kind in KINDS:
         whole = exact(kind, risk)
-        for rank in (risk.space.size, risk.space.size + 10):
-            found = estimate(kind, LowRank(Rank(rank)), risk).curvature
-            assert len(found.values) <= risk.space.size
-            close(found.dense(), whole, 1e-8)
+        found = estimate(kind, LowRank(Rank(risk.space.size + 10)), risk).curvature
+        assert len(found.values) <= risk.space.size
+        close(found.dense(), whole, 1e-8)
 
 
 @pytest.mark.parametrize(
@@ -308,10 +304,8 @@ def test_more_pairs_than_the_matrix_has_are_all_of_it(way, problem, close):
      FlatSpectrum(LowRank(Rank(2))), FlatSpectrum(LowRank(Energy(0.5))), BlockDiagonal(PerLayer(), LowRank(Rank(2)))],
     ids=str,
 )  # fmt: skip
-def test_no_curvature_at_all_gives_zero(structure, way, exact_problem, losses, net, request):
+def test_no_curvature_at_all_gives_zero(structure, way, exact_problem, losses, net):
     """The empirical Fisher where every target is met."""
-    if way == "products":
-        request.applymarker(pytest.mark.xfail(reason="ARPACK refuses a matrix of zeros"))
     inputs = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)).double()
     risk = exact_problem(net, losses["mean_square"], inputs, net(inputs).detach()).risk
     with warnings.catch_warnings():
@@ -344,7 +338,6 @@ def test_a_hessian_is_mended_in_the_directions_that_are_kept(psd, way, problem, 
     close(found.dense(), mended, 1e-4 if way == "products" else 1e-8)
 
 
-@pytest.mark.xfail(reason="negative eigenvalues are dropped before they are mended")
 def test_a_flat_spectrum_of_absolute_values_keeps_the_negative_directions_too(problem, close):
     risk = problem("mlp", "cross_entropy").risk
     values, vectors = torch.linalg.eigh(exact(Hessian(), risk))

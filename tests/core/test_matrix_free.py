@@ -85,12 +85,7 @@ def test_a_linear_model_and_frozen_parameters(new_problem, make_model, close):
         close(matrix.dense(), whole.dense())
 
 
-NO_SECOND_DERIVATIVE = pytest.mark.xfail(reason="batched gradients of an unused parameter come back unbatched")
-
-
-@pytest.mark.parametrize(
-    "kind", [*KINDS[:-1], pytest.param(Hessian(), marks=NO_SECOND_DERIVATIVE)], ids=str
-)
+@pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_a_parameter_that_is_not_used_has_no_curvature(kind, new_problem, make_model, close):
     class Idle(nn.Module):
         def __init__(self):

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Size
 
-from avalanche_curv import BlockDiagonal, Dense, Diagonal, LowRank, ParameterSpace, PerLayer, PerParameter, Rank
+from avalanche_curv import BlockDiagonal, Dense, Diagonal, ParameterSpace, PerParameter
 from avalanche_curv.core.curvature import GramOperator
 from avalanche_curv.core.structures import BlockDiagonalMatrix, DenseMatrix, DiagonalMatrix
 from avalanche_curv.core.structures.base import human_bytes

@@ -26,7 +26,7 @@ def diagonal_of_squares(curvature: OutputCurvature, structure: Structure, risk: 
         for columns in piece.columns:
             for tap, of_tap in zip(piece.taps, zip(*columns)):
                 for name, part in layers.squares(tap, of_tap, piece.examples).items():
-                    views[name] += part
+                    views[name] += part.view_as(views[name])
     total /= risk.examples
     add_squares_of_rows(views, curvature, risk, layers.rest)
     return DiagonalMatrix(total)

@@ -19,6 +19,7 @@ from avalanche_curv.core.structures.kronecker import (
     EKFAC,
     Corrected,
     FactoredLayer,
+    Factorised,
     Factors,
     Kronecker,
     KroneckerMatrix,
@@ -27,8 +28,8 @@ from avalanche_curv.core.structures.kronecker import (
 BLOCK = 128  # columns of a Gram matrix at once: what lies above the diagonal is not computed
 
 
-@refusal(Curvature, Kronecker)
-def factors_need_examples(curvature: Curvature, structure: Kronecker) -> str | None:
+@refusal(Curvature, Factorised)
+def factors_need_examples(curvature: Curvature, structure: Factorised) -> str | None:
     """A kind without S of each example has no factors, unless somebody registers them."""
     if has_rule(curvature, structure):
         return None
@@ -40,7 +41,7 @@ def factors_need_examples(curvature: Curvature, structure: Kronecker) -> str | N
 
 
 @rule(OutputCurvature, Kronecker)
-def kronecker(curvature: OutputCurvature, structure: Kronecker, risk: EmpiricalRisk) -> KroneckerMatrix:
+def kronecker(curvature: OutputCurvature, structure: Factorised, risk: EmpiricalRisk) -> KroneckerMatrix:
     """Factors of every layer that has one weight matrix, and the exact diagonal of the others."""
     layers = Layers.of(risk)
     factors = {layer: _Sums.of(layers, layer, risk.anchor) for layer in layers.names if layer_kinds.is_outer(layer)}
@@ -99,9 +100,10 @@ class _Sums:
 
     @classmethod
     def of(cls, layers: Layers, layer: nn.Module, like: Tensor) -> _Sums:
-        weight, bias = names = _names(layers, layer)
-        shape = layer.get_parameter("weight").shape
-        return cls(layer, names, (weight is not None) * shape[1:].numel() + (bias is not None), shape[0], like)
+        names = _names(layers, layer)
+        shapes = dict(zip(layers.space.names, layers.space.shapes))
+        held = [shapes[name] for name in names if name is not None]
+        return cls(layer, names, sum(shape[1:].numel() for shape in held), held[0][0], like)
 
     def add_inputs(self, tap: Tap, examples: int) -> None:
         weight, bias = self.names
@@ -173,7 +175,7 @@ def _names(layers: Layers, layer: nn.Module) -> tuple[str | None, str | None]:
     return found.get("weight"), found.get("bias")
 
 
-def _check_memory(structure: Kronecker, factors: dict[nn.Module, _Sums], risk: EmpiricalRisk) -> None:
+def _check_memory(structure: Factorised, factors: dict[nn.Module, _Sums], risk: EmpiricalRisk) -> None:
     numbers = sum(
         s.a.numel() + s.g.numel() + structure.corrections * len(s.a) * len(s.g) for s in factors.values()
     )

@@ -21,12 +21,12 @@ from avalanche_curv.core.structures import (
     Dense,
     Diagonal,
     FlatSpectrum,
-    Kronecker,
     LowRank,
     LowRankMatrix,
     Matrix,
     MatrixFree,
 )
+from avalanche_curv.core.structures.kronecker import Factorised
 from avalanche_curv.core.structures.low_rank import Energy, flattened
 
 GRAM_ROWS = 3000  # the largest Gram matrix that is decomposed
@@ -56,7 +56,8 @@ def blocks_of_low_rank(curvature: OutputCurvature, structure: BlockDiagonal, ris
     def block(at: Tensor, space: ParameterSpace) -> Matrix:
         own = [part for part in (some.only(space.names) for some in rows) if part is not None]
         diagonal = None if whole is None else whole[at]
-        return recipe.matrix(lambda count: top_pairs(own, space, count), space.size, diagonal)
+        nothing = risk.anchor.new_zeros(0), risk.anchor.new_zeros(0, space.size)  # a layer that is not called
+        return recipe.matrix(lambda count: top_pairs(own, space, count) if own else nothing, space.size, diagonal)
 
     return structure.matrix(risk, block)
 
@@ -78,7 +79,7 @@ def no_energy_of_indefinite_basis(curvature: Hessian, structure: FlatSpectrum) -
 @refusal(Curvature, BlockDiagonal)
 def blocks_without_factors(curvature: Curvature, structure: BlockDiagonal) -> str | None:
     """Blocks need a structure that can be read out of products, and that goes with the kind."""
-    if isinstance(structure.block, (Kronecker, MatrixFree, BlockDiagonal)):
+    if isinstance(structure.block, (Factorised, MatrixFree, BlockDiagonal)):
         return f"BlockDiagonal takes blocks of Dense, Diagonal, LowRank or FlatSpectrum; got {structure.block}."
     check_pair(curvature, structure.block)
     return None

@@ -76,6 +76,8 @@ class Energy(Cut):
         return self.most_pairs
 
     def count(self, values: Tensor, trace: float) -> int:
+        if not len(values):
+            return 0
         held = values.double().cumsum(0)
         enough = int((held < self.fraction * trace * (1 - 1e-6)).sum()) + 1
         if enough > min(len(values), self.most_pairs):
