@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,64 +10,49 @@ import torch
 from torch import Tensor, nn
 
 from avalanche_curv.core.quadratic import QuadraticModel, check_first_order, half, times
-from avalanche_curv.core.structures.diagonal import DiagonalMatrix
+from avalanche_curv.core.structures import BlockDiagonalMatrix, DenseMatrix, DiagonalMatrix
 
 
-class Penalty(ABC):
-    """strength · q(θ) of one quadratic model, as a function of a model that can be called at every step."""
+class Penalty:
+    """strength · q(θ) of one quadratic model, as a function of a model that can be called at every step.
 
-    @abstractmethod
-    def __call__(self, model: nn.Module) -> Tensor:
-        """A scalar whose gradient in the parameters of `model` is exactly strength · (g + C δ)."""
-
-
-def penalty_of(past: QuadraticModel, strength: float) -> Penalty:
-    """The fastest penalty for the structure of a quadratic model."""
-    centre = _centre(past)
-    return GeneralPenalty(past, strength) if centre is None else DiagonalPenalty(centre, strength)
-
-
-class GeneralPenalty(Penalty):
-    """Through the product of any structure."""
-
-    def __init__(self, past: QuadraticModel, strength: float) -> None:
-        self.past, self.strength = past, strength
-
-    def __call__(self, model: nn.Module) -> Tensor:
-        return self.past.penalty(model, self.strength)
-
-
-class DiagonalPenalty(Penalty):
-    """For a diagonal C around its minimum.
-
-    Each gradient is handed over to autograd in memory of its own, to which the gradient of the loss is then added in
-    place. Displacements share one piece of memory: at the size of a model, fresh memory costs more than arithmetic.
+    Displacements share one piece of memory, since at the size of a model fresh memory costs more than arithmetic. Each
+    gradient is handed over to autograd in memory of its own, to which that of the loss is then added in place.
     """
 
     def __init__(self, past: QuadraticModel, strength: float) -> None:
-        self.space, self.constant = past.space, strength * past.constant
-        self.values = past.space.split(strength * past.curvature.tensors()[0])
+        past = _centre(past) or past
+        self.strength = strength
+        if not isinstance(past.curvature, (DenseMatrix, BlockDiagonalMatrix)):  # which would be held twice
+            self.strength, past = 1.0, past.scaled(strength)
+        self.past, self.space = past, past.space
         self.anchors = past.space.split(past.anchor)
-        self.scratch = past.anchor.new_empty(max(anchor.numel() for anchor in self.anchors))
+        self.displacement = torch.empty_like(past.anchor)
+        self.displacements = past.space.split(self.displacement)
 
     def __call__(self, model: nn.Module) -> Tensor:
-        return _DiagonalPenalty.apply(self, *self.space.tensors(model))
+        """A scalar whose gradient in the parameters of `model` is exactly strength · (g + C δ)."""
+        return _Penalty.apply(self, *self.space.tensors(model))
 
     def evaluate(self, parameters: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """strength · q(θ), and strength · C δ for each parameter."""
-        gradients, products = [], []
-        for parameter, anchor, values in zip(parameters, self.anchors, self.values):
-            displacement = self.scratch[: anchor.numel()]
-            torch.sub(parameter, anchor, out=displacement.view_as(anchor))
-            gradient = values * displacement.view_as(anchor)
-            products.append(displacement @ gradient.view(-1))
-            gradients.append(gradient)
-        return half(torch.stack(products).sum()) + self.constant, gradients
+        """strength · q(θ), and strength · (g + C δ) for each parameter."""
+        past = self.past
+        for parameter, anchor, displacement in zip(parameters, self.anchors, self.displacements):
+            torch.sub(parameter, anchor, out=displacement)
+        gradients = past.curvature.products(self.displacement, self.space)
+        products = zip(self.displacements, gradients)
+        value = half(torch.stack([d.reshape(-1) @ g.reshape(-1) for d, g in products]).sum()) + past.constant
+        if past.gradient is not None:
+            value = value + self.displacement @ past.gradient
+            gradients = [g.add_(slope) for g, slope in zip(gradients, self.space.split(past.gradient))]
+        if self.strength != 1:
+            value, gradients = self.strength * value, [g.mul_(self.strength) for g in gradients]
+        return value, gradients
 
 
-class _DiagonalPenalty(torch.autograd.Function):
+class _Penalty(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, penalty: DiagonalPenalty, *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, penalty: Penalty, *parameters: Tensor) -> Tensor:
         value, ctx.gradients = penalty.evaluate(parameters)
         ctx.types = [parameter.dtype for parameter in parameters]
         return value

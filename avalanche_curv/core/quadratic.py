@@ -52,9 +52,16 @@ class QuadraticModel:
         product = self.curvature.product(displacement)
         return product if self.gradient is None else product + self.gradient
 
-    def penalty(self, model: nn.Module, strength: float = 1.0) -> Tensor:
-        """strength · q(θ) as a scalar whose gradient in the parameters of `model` is exactly strength · (g + C δ)."""
-        return _Penalty.apply(self, strength, *self.space.tensors(model))
+    def penalty(self, model: nn.Module) -> Tensor:
+        """q(θ) as a scalar whose gradient in the parameters of `model` is exactly g + C δ."""
+        return _Penalty.apply(self, *self.space.tensors(model))
+
+    def scaled(self, factor: float) -> QuadraticModel:
+        """factor · q."""
+        gradient = None if self.gradient is None else factor * self.gradient
+        return replace(
+            self, curvature=self.curvature.scaled(factor), gradient=gradient, constant=factor * self.constant
+        )
 
     def reanchored(self, anchor: Float[Tensor, "P"]) -> QuadraticModel:
         """The same function of θ, written around another anchor."""
@@ -113,21 +120,20 @@ class _Penalty(torch.autograd.Function):
     """Value and gradient of a quadratic model from one product; autograd through δᵀ(Cδ) would take two."""
 
     @staticmethod
-    def forward(ctx: Any, past: QuadraticModel, strength: float, *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, past: QuadraticModel, *parameters: Tensor) -> Tensor:
         displacement = past.space.flatten(list(parameters)).to(past.anchor).sub_(past.anchor)
         product = past.curvature.product(displacement)
         value = quadratic_increase(displacement, product, past.gradient) + past.constant
         ctx.space, ctx.types = past.space, [p.dtype for p in parameters]
-        gradient = product if past.gradient is None else product.add_(past.gradient)
-        ctx.save_for_backward(gradient if strength == 1 else gradient.mul_(strength))
-        return strength * value
+        ctx.save_for_backward(product if past.gradient is None else product + past.gradient)
+        return value
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         check_first_order()
         (gradient,) = ctx.saved_tensors
         parts = ctx.space.split(times(gradient, grad_outputs[0]))
-        return None, None, *(part.to(dtype) for part, dtype in zip(parts, ctx.types))
+        return None, *(part.to(dtype) for part, dtype in zip(parts, ctx.types))
 
 
 def times(gradient: Tensor, scale: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from avalanche.training.plugins import SupervisedPlugin
 from avalanche_curv.core.curvature import Curvature, Fisher, Hessian
 from avalanche_curv.core.estimate import NonFiniteCurvatureError, check_pair
 from avalanche_curv.core.options import is_count, is_number
-from avalanche_curv.core.penalty import Penalty, penalty_of
+from avalanche_curv.core.penalty import Penalty
 from avalanche_curv.core.policies import Accumulate, Past, Policy
 from avalanche_curv.core.structures import Diagonal, Structure
 from avalanche_curv.plugins import _bridge
@@ -71,7 +71,7 @@ class CurvatureEWCPlugin(SupervisedPlugin):
             self.penalty = self.past.model(strategy.model)
             return
         if self._weighted is None:
-            self._weighted = penalty_of(self.past.model, self.strength)
+            self._weighted = Penalty(self.past.model, self.strength)
         weighted = self._weighted(strategy.model)
         self.penalty = weighted.detach() / self.strength
         strategy.loss = strategy.loss + weighted

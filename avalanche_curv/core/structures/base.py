@@ -80,6 +80,11 @@ class Matrix(ABC):
         """vᵀ C v."""
         return vector @ self.product(vector)
 
+    def products(self, vector: Float[Tensor, "P"], space: ParameterSpace) -> list[Tensor]:
+        """C v in the shapes of the parameters, in memory of its own."""
+        product = self.product(vector)
+        return space.split(product.clone() if product.data_ptr() == vector.data_ptr() else product)
+
     def trace(self) -> float:
         """Σ_i C_ii, from P products unless a structure knows better."""
         total = 0.0

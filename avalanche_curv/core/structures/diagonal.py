@@ -51,6 +51,9 @@ class DiagonalMatrix(Matrix):
     def product(self, vector: Tensor) -> Tensor:
         return self.values * vector
 
+    def products(self, vector: Tensor, space: ParameterSpace) -> list[Tensor]:
+        return [values * part for values, part in zip(space.split(self.values), space.split(vector))]
+
     def plus(self, other: Matrix) -> DiagonalMatrix:
         if not isinstance(other, DiagonalMatrix):
             raise TypeError(f"A diagonal can be added to a diagonal only; got {type(other).__name__}.")

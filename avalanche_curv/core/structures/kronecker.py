@@ -132,12 +132,16 @@ class EKFAC(Factorised):
         return KeepTerms()
 
 
+Change = tuple[Float[Tensor, "out in"] | None, Float[Tensor, "out"] | None]
+"""Of a layer's weight and of its bias, as far as they are trainable; in one matrix the bias is the last column."""
+
+
 class Term(ABC):
-    """A symmetric matrix over changes W [out, in] of one layer."""
+    """A symmetric matrix over changes of one layer, [out, in] with the bias."""
 
     @abstractmethod
-    def product(self, change: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
-        """The matrix times a change."""
+    def product(self, weight: Tensor | None, bias: Tensor | None) -> Change:
+        """The matrix times a change, in memory of its own."""
 
     @abstractmethod
     def scaled(self, factor: float) -> Term:
@@ -175,8 +179,12 @@ class Factors(Term):
     a: Float[Tensor, "in in"]
     g: Float[Tensor, "out out"]
 
-    def product(self, change: Tensor) -> Tensor:
-        return self.g @ change @ self.a
+    def product(self, weight: Tensor | None, bias: Tensor | None) -> Change:
+        turned = _times(weight, bias, self.a)
+        return (
+            None if weight is None else self.g @ turned[:, : weight.shape[1]],
+            None if bias is None else self.g @ turned[:, -1],
+        )
 
     def scaled(self, factor: float) -> Factors:
         return replace(self, g=self.g * factor)
@@ -212,8 +220,12 @@ class Corrected(Term):
     g: Float[Tensor, "out out"]
     a: Float[Tensor, "in in"]
 
-    def product(self, change: Tensor) -> Tensor:
-        return self.g @ (self.values * (self.g.T @ change @ self.a)) @ self.a.T
+    def product(self, weight: Tensor | None, bias: Tensor | None) -> Change:
+        turned = self.g @ (self.g.T @ _times(weight, bias, self.a)).mul_(self.values)
+        return (
+            None if weight is None else turned @ self.a[: weight.shape[1]].T,
+            None if bias is None else turned @ self.a[-1],
+        )
 
     def scaled(self, factor: float) -> Corrected:
         return replace(self, values=self.values * factor)
@@ -249,24 +261,22 @@ class FactoredLayer:
     bias: str | None
     terms: tuple[Term, ...]
 
-    def read(self, parts: dict[str, Tensor]) -> Float[Tensor, "out in"]:
-        """The layer's change, its bias as the last column."""
+    def product(self, parts: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Σ_j G_j W A_j in the shapes of the parameters."""
+        weight = None if self.weight is None else parts[self.weight].flatten(1)
+        bias = None if self.bias is None else parts[self.bias]
+        total: dict[str, Tensor] = {}
+        for term in self.terms:
+            for name, part in zip((self.weight, self.bias), term.product(weight, bias)):
+                if name is not None and part is not None:
+                    total[name] = total[name].add_(part) if name in total else part
+        return {name: part.view(parts[name].shape) for name, part in total.items()}
+
+    def places(self, parts: dict[str, Tensor]) -> Float[Tensor, "out in"]:
+        """The change as one matrix."""
         weight = [] if self.weight is None else [parts[self.weight].flatten(1)]
         bias = [] if self.bias is None else [parts[self.bias][:, None]]
         return torch.cat(weight + bias, dim=1)
-
-    def add(self, change: Float[Tensor, "out in"], parts: dict[str, Tensor]) -> None:
-        """To the parameters' own tensors."""
-        if self.weight is not None:
-            part = parts[self.weight]
-            part += change[:, : change.shape[1] - (self.bias is not None)].view_as(part)
-        if self.bias is not None:
-            parts[self.bias] += change[:, -1]
-
-    def product(self, change: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
-        """Σ_j G_j W A_j."""
-        first, *others = (term.product(change) for term in self.terms)
-        return sum(others, first)
 
     def each(self, function: Callable[[Term], Term]) -> FactoredLayer:
         """`function` of every term."""
@@ -287,11 +297,18 @@ class KroneckerMatrix(Matrix):
         return self.space.size
 
     def product(self, vector: Tensor) -> Tensor:
-        result = self.diagonal * vector if self._has_diagonal else torch.zeros_like(vector)
-        given, out = self._parts(vector), self._parts(result)
+        return self.space.flatten(self.products(vector, self.space))
+
+    def products(self, vector: Tensor, space: ParameterSpace) -> list[Tensor]:
+        parts = self._parts(vector)
+        found: dict[str, Tensor] = {}
         for layer in self.layers:
-            layer.add(layer.product(layer.read(given)), out)
-        return result
+            for name, part in layer.product(parts).items():
+                found[name] = found[name].add_(part) if name in found else part
+        if self._has_diagonal:
+            for name, diagonal in self._parts(self.diagonal).items():
+                found[name] = found[name].addcmul_(diagonal, parts[name]) if name in found else diagonal * parts[name]
+        return [found[name] if name in found else torch.zeros_like(part) for name, part in parts.items()]
 
     def plus(self, other: Matrix) -> KroneckerMatrix:
         if not isinstance(other, KroneckerMatrix) or self.space != other.space:
@@ -368,7 +385,16 @@ class KroneckerMatrix(Matrix):
 
     def _where(self, layer: FactoredLayer) -> Tensor:
         """The coordinates [out, in] of a layer's change."""
-        return layer.read(self._parts(torch.arange(self.size, device=self.diagonal.device)))
+        return layer.places(self._parts(torch.arange(self.size, device=self.diagonal.device)))
+
+
+def _times(weight: Tensor | None, bias: Tensor | None, matrix: Float[Tensor, "in k"]) -> Float[Tensor, "out k"]:
+    """[W, b] M, without putting the two together."""
+    if weight is None:
+        return torch.outer(bias, matrix[0]) if bias is not None else matrix[:0]
+    if bias is None:
+        return weight @ matrix
+    return torch.addmm(torch.outer(bias, matrix[-1]), weight, matrix[:-1])
 
 
 def _bias(weight: str) -> str:

@@ -205,6 +205,14 @@ class LowRankMatrix(Matrix):
         result = (self.values * (self.vectors @ vector)) @ self.vectors
         return result if self.diagonal is None else result.addcmul_(self.diagonal, vector)
 
+    def products(self, vector: Tensor, space: ParameterSpace) -> list[Tensor]:
+        weights = self.values * (self.vectors @ vector)
+        parts = [(weights @ part.flatten(1)).view(part.shape[1:]) for part in space.split(self.vectors)]
+        if self.diagonal is not None:
+            for part, diagonal, own in zip(parts, space.split(self.diagonal), space.split(vector)):
+                part.addcmul_(diagonal, own)
+        return parts
+
     def plus(self, other: Matrix) -> LowRankMatrix:
         if not isinstance(other, LowRankMatrix):
             raise TypeError(f"A low rank matrix can be added to a low rank matrix only; got {type(other).__name__}.")
