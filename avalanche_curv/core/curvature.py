@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Protocol
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from avalanche_curv.core._curvlinops import output_operator
 from avalanche_curv.core.hessian import HessianOperator
+from avalanche_curv.core.linearised import Relinearised
 from avalanche_curv.core.losses import ExampleLoss
 from avalanche_curv.core.options import is_count
 from avalanche_curv.core.risk import EmpiricalRisk
@@ -66,7 +68,7 @@ class OutputCurvature(Curvature, ABC):
         generator = self.generator()
         with torch.no_grad():
             data = [(x, self.factor(risk.loss, risk.outputs(x), y, generator)) for x, y in risk]
-        return output_operator(risk, data)
+        return WithFallback(output_operator(risk, data), Relinearised(self, risk))
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,8 @@ class Fisher(OutputCurvature):
     def __post_init__(self) -> None:
         if self.samples is None and self.seed is not None:
             raise ValueError("Fisher(seed=...) draws nothing without samples: give samples=m, or drop the seed.")
+        if self.seed is not None and not isinstance(self.seed, Integral):
+            raise ValueError(f"Fisher needs an integer seed; got {self.seed!r}.")
         if self.samples is not None and not is_count(self.samples):
             raise ValueError(f"Fisher needs at least 1 sample; got {self.samples}. Leave it out for the exact Fisher.")
 
@@ -134,6 +138,24 @@ class BatchedEmpiricalFisher(Curvature):
         batches = -(-risk.examples // self.batch_size)
         for x, y in risk.rebatched(self.batch_size):
             yield risk.summed_gradient(x, y)[None] / (len(y) * batches**0.5)
+
+
+@dataclass(frozen=True)
+class WithFallback:
+    """An operator, and another for models of whose modules torch lacks the derivatives that the first one takes."""
+
+    first: Operator
+    second: Operator
+
+    @property
+    def size(self) -> int:
+        return self.first.size
+
+    def matmat(self, matrix: Float[Tensor, "P k"]) -> Float[Tensor, "P k"]:
+        try:
+            return self.first.matmat(matrix)
+        except NotImplementedError:
+            return self.second.matmat(matrix)
 
 
 @dataclass(frozen=True)

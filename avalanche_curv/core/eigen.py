@@ -20,9 +20,18 @@ def top_of_matrix(matrix: Float[Tensor, "P P"], count: int) -> Pairs:
     """The `count` eigenpairs largest in magnitude, largest first, computed in float64; eigenvectors are rows."""
     if len(matrix) > WHOLE and count < len(matrix) // 4:
         return top_of_products(lambda v: matrix @ v, matrix[0], count)
-    values, vectors = torch.linalg.eigh(matrix.double())
+    values, vectors = spectrum(matrix)
     order = values.abs().argsort(descending=True)[:count]
     return values[order].to(matrix), vectors[:, order].T.to(matrix).contiguous()
+
+
+def spectrum(matrix: Float[Tensor, "P P"]) -> tuple[Float[Tensor, "P"], Float[Tensor, "P P"]]:
+    """Eigenvalues in rising order and eigenvectors as columns, in float64; NaN for a matrix that is not finite."""
+    if not matrix.isfinite().all():
+        undefined = torch.full_like(matrix, torch.nan, dtype=torch.float64)
+        return undefined[0], undefined
+    values, vectors = torch.linalg.eigh(matrix.double())
+    return values, vectors
 
 
 def top_of_products(product: Callable[[Tensor], Tensor], like: Float[Tensor, "P"], count: int) -> Pairs:
@@ -44,8 +53,11 @@ def top_of_products(product: Callable[[Tensor], Tensor], like: Float[Tensor, "P"
         values, vectors = np.linalg.eigh((whole + whole.T) / 2)
     else:
         start = torch.randn(size, generator=torch.Generator().manual_seed(0), dtype=torch.float64).numpy()
-        if not numpy_product(start).any():  # a matrix of zeros, which ARPACK refuses
+        first = numpy_product(start)
+        if not first.any():  # a matrix of zeros, which ARPACK refuses
             return like.new_zeros(count), torch.eye(count, size).to(like)
+        if not np.isfinite(first).all():
+            return like.new_full((count,), torch.nan), like.new_full((count, size), torch.nan)
         operator = LinearOperator((size, size), matvec=numpy_product, dtype=np.float64)
         values, vectors = eigsh(operator, k=count, which="LM", tol=TOLERANCE, v0=start)
     order = np.argsort(-np.abs(values))[:count]

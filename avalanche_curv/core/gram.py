@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import scipy.linalg
 import torch
 from jaxtyping import Float
@@ -124,6 +125,8 @@ def top_pairs(rows: Sequence[Rows], space: ParameterSpace, count: int) -> Pairs:
     grams = [part.gram() for part in rows]
     gram = sum((part.double() for part in grams[1:]), grams[0].double()).cpu().numpy()
     size = len(gram)
+    if not np.isfinite(gram).all():
+        return grams[0].new_full((1,), torch.nan), grams[0].new_full((1, space.size), torch.nan)
     first = max(0, size - count)
     values, vectors = scipy.linalg.eigh(gram, subset_by_index=[first, size - 1])
     kept = values > size * torch.finfo(grams[0].dtype).eps * max(values[-1], 0)

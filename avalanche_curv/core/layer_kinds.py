@@ -43,7 +43,9 @@ def is_known(layer: nn.Module) -> bool:
 
 def is_outer(layer: nn.Module) -> bool:
     """Whether the gradient of the layer's weight is B Aᵀ, with A as prepared and B = `positions(sensitivity)`."""
-    return isinstance(layer, nn.Linear) or (isinstance(layer, _ConvNd) and layer.groups == 1)
+    if isinstance(layer, _ConvNd):
+        return layer.groups == 1 and not isinstance(layer, _ConvTransposeNd)
+    return isinstance(layer, nn.Linear)
 
 
 def positions(layer: nn.Module, sensitivity: Tensor, examples: int) -> Float[Tensor, "n out T"]:

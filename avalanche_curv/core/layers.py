@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -16,6 +16,7 @@ from avalanche_curv.core import layer_kinds
 from avalanche_curv.core.parameters import ParameterSpace, canonical_name
 from avalanche_curv.core.risk import EmpiricalRisk
 
+TOLERANCE = 3e-3  # relative: more than rounding, also that of TF32, and less than any mistake
 SHOWN = 2  # examples on which layers are tried
 NEARBY = 0.02  # the width of the interval of parameters around the anchor in which this is done
 
@@ -48,13 +49,15 @@ class Layers:
     space: ParameterSpace
     names: dict[nn.Module, str]
     rest: tuple[str, ...] = ()
+    folded: dict[nn.Module, tuple[int, ...]] = field(default_factory=dict)  # how many rows an example has, in and out
     flat: frozenset[nn.Module] = frozenset()  # linear layers on matrices: one position an example
     bytes_an_example: int = 0  # of what leaves the layers
 
     @classmethod
     def of(cls, risk: EmpiricalRisk) -> Layers:
         """The layers of the risk's model."""
-        found = {m: canonical_name(n) for n, m in risk.base.named_modules() if layer_kinds.is_known(m)}
+        known = ((n, m) for n, m in risk.base.named_modules() if layer_kinds.is_known(m))
+        found = {m: canonical_name(f"{n}.weight").removesuffix("weight").removesuffix(".") for n, m in known}
         tried = cls(risk.space, {})
         for layer, name in found.items():
             candidate = replace(tried, names={layer: name})
@@ -131,6 +134,7 @@ class Layers:
             self.space,
             {layer: self.names[layer] for layer in layers},
             tuple(name for name in self.space.names if name not in explained),
+            {tap.layer: tuple(len(t) // len(inputs) for t in (tap.inputs, tap.outputs)) for tap in kept},
             frozenset(
                 layer for layer in layers
                 if isinstance(layer, nn.Linear) and all(tap.inputs.ndim == 2 for tap in kept if tap.layer is layer)
@@ -146,7 +150,7 @@ class Layers:
         return all(
             name in found
             and found[name].shape == (examples, *exact[name].shape)
-            and bool((found[name][index] - exact[name]).norm() <= 1e-3 * exact[name].norm())
+            and bool((found[name][index] - exact[name]).norm() <= TOLERANCE * exact[name].norm())
             for name in self.trainable(tap.layer)
         )
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from avalanche_curv.core.curvature import OutputCurvature
 from avalanche_curv.core.hessian import summed_gradient_graph
 from avalanche_curv.core.risk import EmpiricalRisk
+
+if TYPE_CHECKING:
+    from avalanche_curv.core.curvature import OutputCurvature
 
 
 @dataclass(frozen=True)
@@ -38,47 +40,77 @@ class Linearised:
 
     def matmat(self, matrix: Float[Tensor, "P k"]) -> Float[Tensor, "P k"]:
         """C M, column by column."""
-        with torch.enable_grad():
-            return torch.stack([self._product(column) for column in matrix.T], dim=1) / self.risk.examples
+        total = torch.zeros_like(matrix)
+        for batch in self._batches:
+            total += batch.matmat(matrix)
+        return total / self.risk.examples
+
+    def trace(self) -> float:
+        """From the exact diagonal."""
+        from avalanche_curv.core.estimate import structured  # which knows all structures, this one's among them
+        from avalanche_curv.core.structures.diagonal import Diagonal
+
+        return structured(self.curvature, Diagonal(), self.risk).trace()
 
     def __getstate__(self) -> dict[str, Any]:
         """Graphs are not stored: they are computed again."""
         return {"curvature": self.curvature, "risk": self.risk}
 
-    def _product(self, vector: Float[Tensor, "P"]) -> Float[Tensor, "P"]:
-        direction = [part.contiguous() for part in self.risk.space.split(vector)]
-        total = torch.zeros_like(vector)
-        for batch in self._batches:
-            total += self.risk.space.flatten(batch.product(direction))
-        return total
-
     @cached_property
-    @torch.enable_grad()
     def _batches(self) -> list[_Batch]:
         generator = self.curvature.generator()
         return [_Batch(self.curvature, self.risk, x, y, generator) for x, y in self.risk]
 
 
+@dataclass(frozen=True)
+class Relinearised:
+    """The same with graphs made anew for each product, one batch at a time."""
+
+    curvature: OutputCurvature
+    risk: EmpiricalRisk
+
+    @property
+    def size(self) -> int:
+        return self.risk.space.size
+
+    def matmat(self, matrix: Float[Tensor, "P k"]) -> Float[Tensor, "P k"]:
+        """C M, column by column."""
+        generator, total = self.curvature.generator(), torch.zeros_like(matrix)
+        for x, y in self.risk:
+            total += _Batch(self.curvature, self.risk, x, y, generator).matmat(matrix)
+        return total / self.risk.examples
+
+
 class _Batch:
     """One batch, ready for products."""
 
+    @torch.enable_grad()
     def __init__(
         self, curvature: OutputCurvature, risk: EmpiricalRisk, x: Tensor, y: Tensor, generator: torch.Generator
     ) -> None:
-        self.parameters = risk.parameters
+        self.space, self.parameters = risk.space, risk.parameters
         with sdpa_kernel(SDPBackend.MATH):  # the fused kernels of attention lack second derivatives
             self.outputs = risk.outputs(x)
         values = self.outputs.detach()
         self.factor = curvature.factor(risk.loss, values, y, generator)
         self.weights = torch.zeros_like(values, requires_grad=True)
-        self.pullback = torch.autograd.grad(
-            self.outputs, self.parameters, self.weights,
-            create_graph=True, allow_unused=True, materialize_grads=True,
-        )
+        self.pullback = tuple(torch.zeros_like(p) for p in self.parameters)
+        if self.outputs.requires_grad:
+            self.pullback = torch.autograd.grad(
+                self.outputs, self.parameters, self.weights,
+                create_graph=True, allow_unused=True, materialize_grads=True,
+            )
 
-    def product(self, direction: list[Tensor]) -> list[Tensor]:
-        """Σ_i J_iᵀ S_i S_iᵀ J_i v, by parameter."""
+    @torch.enable_grad()
+    def matmat(self, matrix: Float[Tensor, "P k"]) -> Float[Tensor, "P k"]:
+        """Σ_i J_iᵀ S_i S_iᵀ J_i M."""
+        return torch.stack([self.space.flatten(self._product(column)) for column in matrix.T], dim=1)
+
+    def _product(self, vector: Float[Tensor, "P"]) -> list[Tensor]:
+        direction = [part.contiguous() for part in self.space.split(vector)]
         reached = [(p, v) for p, v in zip(self.pullback, direction) if p.requires_grad]
+        if not reached:
+            return [torch.zeros_like(part) for part in direction]
         functions, vectors = zip(*reached)
         (change,) = torch.autograd.grad(functions, self.weights, vectors, retain_graph=True)
         curved = torch.einsum("ncr,nr->nc", self.factor, torch.einsum("ncr,nc->nr", self.factor, change))

@@ -42,16 +42,18 @@ def pieces(curvature: OutputCurvature, layers: Layers, risk: EmpiricalRisk) -> I
     for x, y in risk.rebatched(size) if layers.names else ():
         with torch.enable_grad(), layers.tapped() as taps:
             outputs = risk.outputs(x)
-        _check_calls(layers, taps)
+        _check_calls(layers, taps, len(x))
         factor = curvature.factor(risk.loss, outputs.detach(), y, generator)
         yield Piece(len(x), taps, outputs, factor)
 
 
-def _check_calls(layers: Layers, taps: list[Tap]) -> None:
+def _check_calls(layers: Layers, taps: list[Tap], examples: int) -> None:
+    """Raises ValueError where a layer does not see every example in the way of the first ones."""
     called = [tap.layer for tap in taps]
-    for layer in called:
-        if called.count(layer) > 1:
+    for tap in taps:
+        rows = tuple(n * examples for n in layers.folded.get(tap.layer, ()))
+        if called.count(tap.layer) > 1 or rows != (len(tap.inputs), len(tap.outputs)):
             raise ValueError(
-                f"Layer '{layers.names[layer]}' is called once for some examples and {called.count(layer)} times for "
-                "others, so that its per-example gradients are not known. Call it as often for every example."
+                f"Layer '{layers.names[tap.layer]}' does not see every example once, as it does the first ones: "
+                "per-example gradients do not follow from it. Use MatrixFree(), or let all examples take the same path."
             )

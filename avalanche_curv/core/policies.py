@@ -36,7 +36,8 @@ class Policy(ABC):
 class Accumulate(Policy):
     """q = Σ_t ½ δ_tᵀ C_t δ_t: each experience keeps its own anchor (Kirkpatrick et al. 2017).
 
-    The sum is folded exactly into one quadratic, so memory and step time do not grow with the number of experiences.
+    The sum is one quadratic model. Dense, diagonal and block-diagonal curvature folds exactly, so that memory and step
+    time do not grow with the number of experiences; other structures keep what each experience adds (see theirs).
     With fraction < 1, C_t is estimated on that random part of the experience's examples, drawn by `seed`.
     """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -74,17 +75,31 @@ class QuadraticModel:
         return replace(self, anchor=anchor, gradient=gradient, constant=constant)
 
     def __add__(self, newer: QuadraticModel) -> QuadraticModel:
-        """The exact sum as one quadratic model, anchored where `newer` is; a grown `newer` decides the space."""
+        """The sum as one quadratic model, anchored where `newer` is; a grown `newer` decides the space. It is exact
+        unless the structure bounds the size of its sums."""
         space = newer.space.union(self.space)
         old, new = self.reanchored(self.seen_from(newer)).embedded(space), newer.embedded(space)
         anchor = old.anchor.clone()
         anchor[space.positions(newer.space).to(anchor.device)] = newer.anchor
-        return QuadraticModel(
+        exact = QuadraticModel(
             space,
             anchor,
             old.curvature.plus(new.curvature),
             _sum_of_known(old.gradient, new.gradient),
             old.constant + new.constant,
+        )
+        return exact.with_curvature(exact.curvature.compressed())
+
+    def with_curvature(self, curvature: Matrix) -> QuadraticModel:
+        """Another curvature around the minimum of this model, so that q stays bounded below where both are positive
+        semi-definite: the slope g at the anchor would leave the range of a smaller C."""
+        if curvature is self.curvature or self.gradient is None:
+            return replace(self, curvature=curvature)
+        step = minimiser(self.curvature.product, self.gradient)
+        lowest = self.constant + float(self.increase(step))
+        product = curvature.product(step)
+        return replace(
+            self, curvature=curvature, gradient=-product, constant=lowest + float(half(step @ product))
         )
 
     def seen_from(self, newer: QuadraticModel) -> Float[Tensor, "P"]:
@@ -153,6 +168,27 @@ def check_first_order() -> None:
             "The gradient of a penalty cannot be differentiated again (create_graph=True). Differentiate the task loss "
             "alone, and add gradient_at(displacement) and curvature.product(v) of the QuadraticModel yourself."
         )
+
+
+def minimiser(product: Callable[[Tensor], Tensor], gradient: Tensor, iterations: int = 200) -> Tensor:
+    """δ with C δ = −g for positive semi-definite C and g in its range, by conjugate gradients.
+
+    >>> minimiser(lambda v: torch.tensor([2.0, 4.0, 0.0]) * v, torch.tensor([2.0, -4.0, 0.0]))
+    tensor([-1.,  1., 0.])
+    """
+    step, residual = torch.zeros_like(gradient), -gradient
+    direction, size = residual, residual @ residual
+    enough = torch.finfo(gradient.dtype).eps ** 2 * size
+    for _ in range(iterations):
+        turned = product(direction)
+        curved = direction @ turned
+        if size <= enough or curved <= 0:
+            break
+        length = size / curved
+        step, residual = step + length * direction, residual - length * turned
+        size, before = residual @ residual, size
+        direction = residual + size / before * direction
+    return step
 
 
 def quadratic_increase(displacement: Tensor, product: Tensor, gradient: Tensor | None = None) -> Tensor:

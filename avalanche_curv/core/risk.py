@@ -89,11 +89,11 @@ class EmpiricalRisk:
         """The batches, on the model's device and in its floating point type."""
         for inputs, targets in _without_drawing(self.batches):
             x, y = _like(inputs, self.anchor), _like(targets, self.anchor)
-            self.loss.check(self._one_output.expand(len(y), *self._one_output.shape[1:]), y)
+            self.loss.check(self.one_output.expand(len(y), *self.one_output.shape[1:]), y)
             yield x, y
 
     @cached_property
-    def _one_output(self) -> Float[Tensor, "1 *C"]:
+    def one_output(self) -> Float[Tensor, "1 *C"]:
         """The outputs of one example, for their shape."""
         inputs, _ = next(_without_drawing(self.batches))
         with torch.no_grad():
@@ -190,6 +190,9 @@ class Rebatched:
         targets: list[Tensor] = []
         held = 0
         for x, y in self.batches:
+            if held and x.shape[1:] != inputs[0].shape[1:]:  # sequences of another length do not fit in one batch
+                yield torch.cat(inputs), torch.cat(targets)
+                inputs, targets, held = [], [], 0
             for part_x, part_y in zip(x.split(self.size), y.split(self.size)):
                 inputs.append(part_x)
                 targets.append(part_y)

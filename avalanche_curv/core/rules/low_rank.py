@@ -88,7 +88,9 @@ def blocks_without_factors(curvature: Curvature, structure: BlockDiagonal) -> st
 @rule(Curvature, FlatSpectrum)
 def flat_spectrum(curvature: Curvature, structure: FlatSpectrum, risk: EmpiricalRisk) -> LowRankMatrix:
     """The low rank matrix with one eigenvalue for all."""
-    return flattened(low_rank(curvature, structure.basis, risk))
+    matrix = low_rank(curvature, structure.basis, risk)
+    psd = curvature.psd if isinstance(curvature, Hessian) else None
+    return flattened(matrix if psd is None or not matrix.is_finite() else matrix.map_spectrum(psd))
 
 
 Top = Callable[[int], Pairs]

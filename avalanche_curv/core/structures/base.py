@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from avalanche_curv.core.eigen import Pairs, top_of_products
+from avalanche_curv.core.options import is_count
 from avalanche_curv.core.parameters import ParameterSpace
 from avalanche_curv.core.structures.columns import identity_columns
 
@@ -56,6 +57,10 @@ class Matrix(ABC):
     def plus(self, other: Matrix) -> Matrix:
         """C + other, where other is of the same structure and space."""
 
+    def compressed(self) -> Matrix:
+        """C as a sum keeps it: itself, or an approximation where the structure bounds its size."""
+        return self
+
     @abstractmethod
     def scaled(self, factor: float) -> Matrix:
         """factor · C."""
@@ -95,7 +100,8 @@ class Matrix(ABC):
     def top(self, count: int) -> Pairs:
         """The `count` eigenvalues largest in magnitude, largest first, and their eigenvectors as rows [count, P].
 
-        From products, to a residual of 1e-5 of the eigenvalue, unless a structure knows better.
+        Fewer where a structure holds fewer: the others are zero. From products, to a residual of 1e-5 of the
+        eigenvalue, unless a structure knows better.
         """
         return top_of_products(self.product, self.tensors()[0].new_empty(self.size), count)
 
@@ -115,6 +121,12 @@ def check_memory(name: str, needed: int, allowed: int, remedy: str) -> None:
         raise MemoryError(
             f"{name} needs {human_bytes(needed)} for its matrix, over its limit of {human_bytes(allowed)}. {remedy}"
         )
+
+
+def check_limit(name: str, max_bytes: object) -> None:
+    """Raises ValueError for a limit that is no number of bytes."""
+    if not is_count(max_bytes):
+        raise ValueError(f"{name}(max_bytes=...) needs an integer of at least 1; got {max_bytes!r}. 2**30 is a GiB.")
 
 
 def human_bytes(count: float) -> str:

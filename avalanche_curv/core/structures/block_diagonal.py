@@ -14,7 +14,7 @@ from torch import Tensor
 
 from avalanche_curv.core.eigen import Pairs
 from avalanche_curv.core.parameters import ParameterSpace
-from avalanche_curv.core.structures.base import Matrix, Structure, check_memory
+from avalanche_curv.core.structures.base import Matrix, Structure, check_limit, check_memory
 from avalanche_curv.core.structures.dense import Dense
 
 if TYPE_CHECKING:
@@ -61,6 +61,13 @@ class BlockDiagonal(Structure):
     per: Grouping = PerParameter()
     block: Structure = field(default_factory=Dense)
     max_bytes: int = 4 * 2**30
+
+    def __post_init__(self) -> None:
+        check_limit("BlockDiagonal", self.max_bytes)
+        if not isinstance(self.per, Grouping):
+            raise TypeError(f"BlockDiagonal takes PerParameter() or PerLayer(); got {self.per!r}.")
+        if not isinstance(self.block, Structure):
+            raise TypeError(f"BlockDiagonal takes blocks such as Dense() or LowRank(Rank(10)); got {self.block!r}.")
 
     def from_operator(self, operator: Operator, risk: EmpiricalRisk) -> BlockDiagonalMatrix:
         return self.matrix(risk, lambda at, _: self.block.from_operator(Restricted(operator, at), risk))
@@ -140,6 +147,11 @@ class BlockDiagonalMatrix(Matrix):
         if not isinstance(other, BlockDiagonalMatrix) or (self.space, self.per) != (other.space, other.per):
             raise TypeError(f"A block diagonal can be added to one of the same blocks; got {type(other).__name__}.")
         return replace(self, blocks=tuple(a.plus(b) for a, b in zip(self.blocks, other.blocks)))
+
+    def compressed(self) -> BlockDiagonalMatrix:
+        if all(b.matrix is None or b.matrix.compressed() is b.matrix for b in self.blocks):
+            return self
+        return self._map(lambda matrix: matrix.compressed())
 
     def scaled(self, factor: float) -> BlockDiagonalMatrix:
         return self._map(lambda matrix: matrix.scaled(factor))

@@ -12,7 +12,14 @@ from torch import Tensor
 
 from avalanche_curv.core.eigen import Pairs, top_of_matrix
 from avalanche_curv.core.parameters import ParameterSpace
-from avalanche_curv.core.structures.base import Matrix, Structure, check_memory, spectral_function, symmetrised
+from avalanche_curv.core.structures.base import (
+    Matrix,
+    Structure,
+    check_limit,
+    check_memory,
+    spectral_function,
+    symmetrised,
+)
 from avalanche_curv.core.structures.columns import identity_columns
 
 if TYPE_CHECKING:
@@ -25,6 +32,9 @@ class Dense(Structure):
     """The whole matrix, for models of a few thousand parameters: P² numbers, up to `max_bytes` (default 4 GiB)."""
 
     max_bytes: int = 4 * 2**30
+
+    def __post_init__(self) -> None:
+        check_limit("Dense", self.max_bytes)
 
     def from_operator(self, operator: Operator, risk: EmpiricalRisk) -> Matrix:
         columns = [operator.matmat(part) for _, part in identity_columns(operator.size, risk.anchor)]

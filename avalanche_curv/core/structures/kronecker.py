@@ -5,16 +5,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, reduce
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from avalanche_curv.core.eigen import Pairs
+from avalanche_curv.core.eigen import Pairs, spectrum
 from avalanche_curv.core.parameters import ParameterSpace
-from avalanche_curv.core.structures.base import Matrix, Structure, check_memory
+from avalanche_curv.core.structures.base import Matrix, Structure, check_limit, check_memory
 
 if TYPE_CHECKING:
     from avalanche_curv.core.curvature import Operator
@@ -39,17 +39,14 @@ class KeepTerms(Sum):
 
 @dataclass(frozen=True)
 class PiWeighted(Sum):
-    """One pair of factors: A₁⊗G₁ + A₂⊗G₂ ≈ c (A₁ + π A₂) ⊗ (G₁ + G₂ / π).
+    """One pair of factors, around the minimum of the exact sum: A₁⊗G₁ + A₂⊗G₂ ≈ c (A₁ + π A₂) ⊗ (G₁ + G₂ / π).
 
     π = √(tr A₁ tr G₂ / (tr A₂ tr G₁)) minimises the bound on the cross terms (Martens & Grosse 2015, section 6.3); c
     keeps the trace of the sum, which the cross terms would double for equal summands.
     """
 
     def of(self, terms: tuple[Term, ...]) -> tuple[Term, ...]:
-        merged = terms[0]
-        for term in terms[1:]:
-            merged = _pi_weighted(merged, term)
-        return (merged,)
+        return terms if len(terms) == 1 else (reduce(_pi_weighted, terms),)
 
 
 class Factorised(Structure):
@@ -73,10 +70,10 @@ class Factorised(Structure):
         return (space.size + sum(self._numbers(space, *pair) for pair in zip(space.names, space.shapes))) * itemsize
 
     def check(self, space: ParameterSpace, itemsize: int) -> None:
-        """Refuses what is certain: a table of embeddings cannot be told from a weight without bias here."""
+        """Refuses what is certain, a matrix with a bias; the others are known, and checked, when layers are."""
         certain = [
             (name, shape) for name, shape in zip(space.names, space.shapes)
-            if len(shape) != 2 or _bias(name) in space.names
+            if len(shape) == 2 and _bias(name) in space.names
         ]
         self.check_bytes(sum(self._numbers(space, name, shape) for name, shape in certain) * itemsize)
 
@@ -116,6 +113,11 @@ class Kronecker(Factorised):
 
     corrections: ClassVar[int] = 0
 
+    def __post_init__(self) -> None:
+        check_limit("Kronecker", self.max_bytes)
+        if not isinstance(self.sums, Sum):
+            raise TypeError(f"Kronecker takes KeepTerms() or PiWeighted(); got {self.sums!r}.")
+
 
 @dataclass(frozen=True)
 class EKFAC(Factorised):
@@ -126,6 +128,9 @@ class EKFAC(Factorised):
     max_bytes: int = field(default=4 * 2**30, kw_only=True)
 
     corrections: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        check_limit("EKFAC", self.max_bytes)
 
     @property
     def sums(self) -> Sum:
@@ -199,7 +204,7 @@ class Factors(Term):
         return Corrected(function(values), g, a)
 
     def eigen(self) -> tuple[Tensor, Tensor, Tensor]:
-        (of_g, g), (of_a, a) = (torch.linalg.eigh(factor.double()) for factor in (self.g, self.a))
+        (of_g, g), (of_a, a) = (spectrum(factor) for factor in (self.g, self.a))
         return torch.outer(of_g, of_a).to(self.a), g.to(self.a), a.to(self.a)
 
     def dense(self) -> Tensor:
@@ -316,9 +321,14 @@ class KroneckerMatrix(Matrix):
         terms: dict[tuple[str | None, str | None], tuple[Term, ...]] = {}
         for layer in (*self.layers, *other.layers):
             key = layer.weight, layer.bias
-            terms[key] = self.sums.of((*terms[key], *layer.terms)) if key in terms else layer.terms
+            terms[key] = (*terms.get(key, ()), *layer.terms)
         layers = tuple(FactoredLayer(*key, some) for key, some in terms.items())
         return replace(self, layers=layers, diagonal=self.diagonal + other.diagonal)
+
+    def compressed(self) -> KroneckerMatrix:
+        if all(self.sums.of(layer.terms) is layer.terms for layer in self.layers):
+            return self
+        return replace(self, layers=tuple(replace(layer, terms=self.sums.of(layer.terms)) for layer in self.layers))
 
     def scaled(self, factor: float) -> KroneckerMatrix:
         layers = tuple(layer.each(lambda term: term.scaled(factor)) for layer in self.layers)

@@ -15,7 +15,7 @@ from torch import Tensor
 from avalanche_curv.core.eigen import Pairs, top_of_products
 from avalanche_curv.core.options import is_count, is_number
 from avalanche_curv.core.parameters import ParameterSpace
-from avalanche_curv.core.structures.base import Matrix, Structure, check_memory
+from avalanche_curv.core.structures.base import Matrix, Structure, check_limit, check_memory
 from avalanche_curv.core.structures.diagonal import Diagonal
 
 if TYPE_CHECKING:
@@ -101,7 +101,8 @@ class LowRank(Structure):
     """The top eigenpairs, by `Rank(k)` or `Energy(fraction)`: k P numbers, up to `max_bytes`.
 
     With `residual=Diagonal()` the diagonal of C − V Λ Vᵀ is kept beside them, so that the diagonal stays exact. The sum
-    of two is exact and holds the eigenpairs of both; with `max_rank` it is cut to its own top `max_rank` eigenpairs.
+    of two is exact and holds the eigenpairs of both, so that memory and step time grow with the number of experiences;
+    with `max_rank` a sum is cut to its own top eigenpairs, around the minimum of the exact sum.
     """
 
     cut: Cut
@@ -110,6 +111,7 @@ class LowRank(Structure):
     max_bytes: int = 4 * 2**30
 
     def __post_init__(self) -> None:
+        check_limit("LowRank", self.max_bytes)
         if not isinstance(self.cut, Cut):
             raise TypeError(f"LowRank takes Rank(k) or Energy(fraction); got {self.cut!r}.")
         if self.residual is not None and not isinstance(self.residual, Diagonal):
@@ -148,6 +150,7 @@ class LowRank(Structure):
         left = None
         if self.residual is not None and diagonal is not None:
             left = diagonal - torch.einsum("k,kp,kp->p", values, vectors, vectors)
+            left[left.abs() <= 1e-6 * diagonal.abs().max()] = 0  # rounding, which may be negative
         return LowRankMatrix(vectors, values, left, self.max_rank)
 
     def bytes(self, space: ParameterSpace, itemsize: int) -> int:
@@ -189,8 +192,7 @@ class FlatSpectrum(Structure):
 
 @dataclass(frozen=True)
 class LowRankMatrix(Matrix):
-    """C = Σ_i λ_i v_i v_iᵀ + diag(d). Sums are exact, of the rank of both, up to `max_rank`; rows need not stay
-    orthogonal."""
+    """C = Σ_i λ_i v_i v_iᵀ + diag(d). Sums are exact, of the rank of both; rows need not stay orthogonal."""
 
     vectors: Float[Tensor, "k P"]
     values: Float[Tensor, "k"]
@@ -217,13 +219,15 @@ class LowRankMatrix(Matrix):
         if not isinstance(other, LowRankMatrix):
             raise TypeError(f"A low rank matrix can be added to a low rank matrix only; got {type(other).__name__}.")
         diagonals = [d for d in (self.diagonal, other.diagonal) if d is not None]
-        both = LowRankMatrix(
+        return LowRankMatrix(
             torch.cat([self.vectors, other.vectors]),
             torch.cat([self.values, other.values]),
             sum(diagonals[1:], diagonals[0]) if diagonals else None,
             self.max_rank,
         )
-        return both if self.max_rank is None or len(both.values) <= self.max_rank else both._cut(self.max_rank)
+
+    def compressed(self) -> LowRankMatrix:
+        return self if self.max_rank is None or len(self.values) <= self.max_rank else self._cut(self.max_rank)
 
     def scaled(self, factor: float) -> LowRankMatrix:
         diagonal = None if self.diagonal is None else self.diagonal * factor

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
 class MatrixFree(Structure):
     """The exact curvature of a random `fraction` of the examples, drawn by `seed`; each product passes over them.
 
-    Held: these examples, a copy of the model, and the activations of one linearisation. Sums keep a list, so that
+    Held: these examples, a copy of the model, and, after the first product, the activations of two passes over them
+    (several times as much as `nbytes` says, which counts neither). Sums keep a list, so that
     memory and step time grow with the number of experiences.
     """
 
@@ -34,6 +36,8 @@ class MatrixFree(Structure):
     def __post_init__(self) -> None:
         if not (is_number(self.fraction) and 0 < self.fraction <= 1):
             raise ValueError(f"MatrixFree needs a fraction in (0, 1]; got {self.fraction!r}. 1 keeps every example.")
+        if not isinstance(self.seed, Integral):
+            raise ValueError(f"MatrixFree needs an integer seed; got {self.seed!r}.")
 
     def from_operator(self, operator: Operator, risk: EmpiricalRisk) -> MatrixFreeMatrix:
         return MatrixFreeMatrix(operator.size, risk.anchor.new_empty(0), (Term(operator),))
@@ -62,6 +66,11 @@ class Term:
         result = torch.zeros_like(vector)
         result[self.where] = found
         return result
+
+    def trace(self) -> float | None:
+        """factor · tr C, where the operator knows it without products."""
+        known = getattr(self.operator, "trace", None)
+        return None if known is None else self.factor * known()
 
 
 @dataclass(frozen=True)
@@ -97,6 +106,11 @@ class MatrixFreeMatrix(Matrix):
     def dense(self) -> Tensor:
         columns = [self.product(c) for _, some in identity_columns(self.size, self.like) for c in some.T]
         return symmetrised(torch.stack(columns))
+
+    def trace(self) -> float:
+        traces = [term.trace() for term in self.terms]
+        known = [trace for trace in traces if trace is not None]
+        return sum(known) if len(known) == len(traces) else super().trace()
 
     def is_finite(self) -> bool:
         """Whether one product of all coordinates is: nothing is stored that could be looked at."""
