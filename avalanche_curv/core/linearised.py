@@ -35,8 +35,7 @@ class Linearised:
     @property
     def nbytes(self) -> int:
         """The frozen model and the examples."""
-        data = sum(t.nbytes for batch in self.risk.batches for t in batch)
-        return data + sum(p.nbytes for p in self.risk.base.parameters())
+        return _held(self.risk)
 
     def matmat(self, matrix: Float[Tensor, "P k"]) -> Float[Tensor, "P k"]:
         """C M, column by column."""
@@ -133,8 +132,7 @@ class LinearisedHessian:
     @property
     def nbytes(self) -> int:
         """The frozen model and the examples."""
-        data = sum(t.nbytes for batch in self.risk.batches for t in batch)
-        return data + sum(p.nbytes for p in self.risk.base.parameters())
+        return _held(self.risk)
 
     def matmat(self, matrix: Float[Tensor, "P k"]) -> Float[Tensor, "P k"]:
         """H M, column by column."""
@@ -158,3 +156,8 @@ class LinearisedHessian:
     @cached_property
     def _gradients(self) -> list[Tensor]:
         return [summed_gradient_graph(self.risk, x, y) for x, y in self.risk]
+
+
+def _held(risk: EmpiricalRisk) -> int:
+    data = sum(t.nbytes for batch in risk.batches for t in batch)
+    return data + sum(p.nbytes for p in risk.base.parameters())
