@@ -171,21 +171,24 @@ def check_first_order() -> None:
 
 
 def minimiser(product: Callable[[Tensor], Tensor], gradient: Tensor, iterations: int = 200) -> Tensor:
-    """δ with C δ = −g for positive semi-definite C and g in its range, by conjugate gradients.
+    """δ with C δ = −g for positive semi-definite C and g in its range, by conjugate gradients; directions that are flat
+    up to rounding are not followed.
 
-    >>> minimiser(lambda v: torch.tensor([2.0, 4.0, 0.0]) * v, torch.tensor([2.0, -4.0, 0.0]))
-    tensor([-1.,  1., 0.])
+    >>> minimiser(lambda v: torch.tensor([2.0, 4.0, 0.0]) * v, torch.tensor([2.0, -4.0, 0.0])).round(decimals=3).tolist()
+    [-1.0, 1.0, 0.0]
     """
     step, residual = torch.zeros_like(gradient), -gradient
     direction, size = residual, residual @ residual
-    enough = torch.finfo(gradient.dtype).eps ** 2 * size
+    rounding = 100 * torch.finfo(gradient.dtype).eps
+    enough, sharpest = (rounding**2) * size, torch.zeros_like(size)
     for _ in range(iterations):
         turned = product(direction)
-        curved = direction @ turned
-        if size <= enough or curved <= 0:
+        curved, length = direction @ turned, direction @ direction
+        sharpest = torch.maximum(sharpest, curved / length)
+        if size <= enough or curved <= rounding * sharpest * length:
             break
-        length = size / curved
-        step, residual = step + length * direction, residual - length * turned
+        far = size / curved
+        step, residual = step + far * direction, residual - far * turned
         size, before = residual @ residual, size
         direction = residual + size / before * direction
     return step
