@@ -174,8 +174,8 @@ def minimiser(product: Callable[[Tensor], Tensor], gradient: Tensor, iterations:
     """δ with C δ = −g for positive semi-definite C and g in its range, by conjugate gradients; directions that are flat
     up to rounding are not followed.
 
-    >>> minimiser(lambda v: torch.tensor([2.0, 4.0, 0.0]) * v, torch.tensor([2.0, -4.0, 0.0])).round(decimals=3).tolist()
-    [-1.0, 1.0, 0.0]
+    >>> minimiser(lambda v: torch.tensor([2.0, 4.0]) * v, torch.tensor([2.0, -4.0])).round(decimals=3).tolist()
+    [-1.0, 1.0]
     """
     step, residual = torch.zeros_like(gradient), -gradient
     direction, size = residual, residual @ residual
