@@ -137,7 +137,8 @@ class Layers:
             {tap.layer: tuple(len(t) // len(inputs) for t in (tap.inputs, tap.outputs)) for tap in kept},
             frozenset(
                 layer for layer in layers
-                if isinstance(layer, nn.Linear) and all(tap.inputs.ndim == 2 for tap in kept if tap.layer is layer)
+                if isinstance(layer, nn.Linear)
+                and all(tap.inputs.ndim == 2 and len(tap.inputs) == len(inputs) for tap in kept if tap.layer is layer)
             ),
             sum(tap.outputs.nbytes for tap in kept) // len(inputs),
         )

@@ -33,6 +33,8 @@ from avalanche_curv import (
 from avalanche_curv.core import eigen
 from avalanche_curv.core.curvature import GramOperator
 from avalanche_curv.core.estimate import check_pair
+from avalanche_curv.core.monitor import pictures_of
+from avalanche_curv.core.pictures import OutputPictures
 from avalanche_curv.core.rules import low_rank as rules
 from avalanche_curv.core.structures import LowRankMatrix
 
@@ -407,3 +409,27 @@ def test_lanczos_finds_repeated_eigenvalues():
     found, vectors = eigen.top_of_products(lambda v: values * v, torch.zeros(1205).double(), 6)
     torch.testing.assert_close(found.abs(), torch.tensor([5.0] * 5 + [1.0]).double(), rtol=1e-6, atol=0)
     torch.testing.assert_close(vectors @ vectors.T, torch.eye(6).double(), rtol=0, atol=1e-6)
+
+
+class FoldedTokens(nn.Module):
+    """Positions of an example are rows of their own."""
+
+    def __init__(self):
+        super().__init__()
+        self.mix, self.head = nn.Linear(4, 3), nn.Linear(9, 3)
+
+    def forward(self, inputs):
+        return self.head(self.mix(inputs.reshape(-1, 4)).tanh().reshape(-1, 9))
+
+
+def test_rows_that_are_positions_are_not_taken_for_examples(monkeypatch, exact_problem, make_model, losses, close):
+    generator = torch.Generator().manual_seed(0)
+    inputs, targets = torch.randn(7, 12, generator=generator).double(), torch.randint(3, (7,), generator=generator)
+    risk = exact_problem(make_model(FoldedTokens), losses["cross_entropy"], inputs, targets).risk
+    values = torch.linalg.eigvalsh(exact(GGN(), risk)).flip(0)[:4]
+    monkeypatch.setattr("avalanche_curv.core.rules.low_rank.WHOLE", 0)
+    close(estimate(GGN(), LowRank(Rank(4)), risk).curvature.values, values)
+    with torch.no_grad():
+        theta = risk.anchor + 0.1
+    general = OutputPictures(GGN(), risk).compare(theta)
+    close(pictures_of(GGN(), risk).compare(theta).quadratic.gamma, general.quadratic.gamma)
