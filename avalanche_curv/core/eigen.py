@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from avalanche_curv.core.curvature import Operator
 
 WHOLE = 1000  # matrices up to this size are decomposed whole
 TOLERANCE = 1e-5  # of the residual ‖C v − λ v‖ relative to λ
@@ -63,3 +67,8 @@ def top_of_products(product: Callable[[Tensor], Tensor], like: Float[Tensor, "P"
     order = np.argsort(-np.abs(values))[:count]
     rows = np.ascontiguousarray(vectors[:, order].T)
     return torch.as_tensor(values[order].copy()).to(like), torch.as_tensor(rows).to(like)
+
+
+def top_of_operator(operator: Operator, like: Float[Tensor, "P"], count: int) -> Pairs:
+    """The same of an operator."""
+    return top_of_products(lambda v: operator.matmat(v[:, None])[:, 0], like, count)

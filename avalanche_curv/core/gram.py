@@ -107,7 +107,7 @@ def rows_of(curvature: OutputCurvature, risk: EmpiricalRisk, layers: Layers) -> 
     scale = risk.examples**-0.5
     found: list[Rows] = []
     for layer, parts in collected.items():
-        names = {name.rsplit(".", 1)[-1]: name for name in layers.trainable(layer)}
+        names = layers.places(layer)
         joined = [torch.cat(tensors) for tensors in zip(*parts)]
         joined[-1] *= scale
         if layer in layers.flat:

@@ -30,6 +30,14 @@ def prepared(layer: nn.Module, inputs: Tensor, examples: int) -> Tensor | None:
     return None
 
 
+def surely_prepared(layer: nn.Module, inputs: Tensor, examples: int) -> Tensor:
+    """The same for a layer that explained its gradients. Raises TypeError where no form is known after all."""
+    ready = prepared(layer, inputs, examples)
+    if ready is None:
+        raise _unknown(layer)
+    return ready
+
+
 @singledispatch
 def rows(layer: nn.Module, ready: Tensor, sensitivity: Tensor, examples: int) -> Rows:
     """The gradient of each example's scalar in each parameter of `layer`, [n, *shape], from its prepared inputs."""
@@ -66,9 +74,7 @@ def squares(layer: nn.Module, inputs: Tensor, columns: Sequence[Tensor], example
     for pieces in zip(*(tensor.unflatten(0, (examples, -1)).split(size) for tensor in (inputs, *columns))):
         count = len(pieces[0])
         here, *sensitivities = (piece.flatten(0, 1) for piece in pieces)
-        ready = prepared(layer, here, count)
-        if ready is None:
-            raise _unknown(layer)
+        ready = surely_prepared(layer, here, count)
         for sensitivity in sensitivities:
             for name, part in rows(layer, ready, sensitivity, count).items():
                 square = part.square_().sum(0)
@@ -77,9 +83,7 @@ def squares(layer: nn.Module, inputs: Tensor, columns: Sequence[Tensor], example
 
 
 def _squares_of_one_position(layer: nn.Module, inputs: Tensor, columns: Sequence[Tensor], examples: int) -> Rows:
-    ready = prepared(layer, inputs, examples)
-    if ready is None:
-        raise _unknown(layer)
+    ready = surely_prepared(layer, inputs, examples)
     first, *others = (positions(layer, column, examples)[:, :, 0] for column in columns)
     total = first.square()
     for b in others:
@@ -168,7 +172,7 @@ def _(layer: nn.Embedding, ready: Tensor, sensitivity: Tensor, examples: int) ->
 
 
 def _unknown(layer: nn.Module) -> TypeError:
-    return TypeError(f"No per-example gradient is known for {type(layer).__name__}.")
+    return TypeError(f"No per-example gradient is known for this {type(layer).__name__}. Use MatrixFree() instead.")
 
 
 def _patches(layer: _ConvNd, inputs: Tensor) -> Float[Tensor, "n in T"]:

@@ -112,12 +112,12 @@ class _AnchoredBatch:
 
     def _layer_change(self, now: Tap, then: Tap, parameters: dict[str, Tensor]) -> Float[Tensor, "N out"] | None:
         """A Wᵀ + b − Z with the weight and bias of now, on the inputs A and outputs Z of the anchor."""
-        names = self.layers.trainable(then.layer)
+        names = self.layers.places(then.layer)
         if not names:
             return None
         if _same(now.inputs, then.inputs):
             return now.outputs.detach() - then.outputs.detach()
-        held = {name.rsplit(".", 1)[-1]: parameters[name] for name in names}
+        held = {short: parameters[name] for short, name in names.items()}
         everything: dict[str, Any] = {"bias": None, **dict(then.layer.named_parameters(recurse=False)), **held}
         return F.linear(then.inputs, everything["weight"], everything["bias"]).sub_(then.outputs.detach())
 
@@ -172,7 +172,7 @@ class _InputRows:
 
 def _kinds(layers: Layers, taps: list[Tap]) -> Float[Tensor, "2 L"]:
     """Whether weight and bias of each layer are trainable, as 0 or 1."""
-    held = [{name.rsplit(".", 1)[-1] for name in layers.trainable(tap.layer)} for tap in taps]
+    held = [layers.places(tap.layer) for tap in taps]
     return torch.tensor([[float(kind in names) for names in held] for kind in ("weight", "bias")])
 
 

@@ -71,6 +71,10 @@ class Layers:
         prefix = f"{self.names[layer]}." if self.names[layer] else ""
         return [prefix + name for name, p in layer.named_parameters(recurse=False) if p.requires_grad]
 
+    def places(self, layer: nn.Module) -> dict[str, str]:
+        """The same by their own names in the layer, such as "weight"."""
+        return {name.rpartition(".")[2]: name for name in self.trainable(layer)}
+
     @contextmanager
     def tapped(self) -> Iterator[list[Tap]]:
         """Collects a tap for each call of a layer while the context is open."""
@@ -102,7 +106,7 @@ class Layers:
         return self._named(tap.layer, layer_kinds.squares(tap.layer, tap.inputs, columns, examples))
 
     def _named(self, layer: nn.Module, parts: dict[str, Tensor]) -> dict[str, Tensor]:
-        wanted = {name.rsplit(".", 1)[-1]: name for name in self.trainable(layer)}
+        wanted = self.places(layer)
         return {wanted[short]: part for short, part in parts.items() if short in wanted}
 
     @torch.enable_grad()

@@ -18,14 +18,9 @@ if TYPE_CHECKING:
     from avalanche_curv.core.curvature import OutputCurvature
 
 
-@dataclass(frozen=True)
-class Linearised:
-    """(1/N) Σ_i J_iᵀ S_i S_iᵀ J_i from the graphs of f and of w ↦ Jᵀw, whose derivative in w is J.
+class _OfRisk:
+    """What every operator on a risk says of itself."""
 
-    Products with J need no forward-mode derivatives, which torch lacks for many modules.
-    """
-
-    curvature: OutputCurvature
     risk: EmpiricalRisk
 
     @property
@@ -35,7 +30,19 @@ class Linearised:
     @property
     def nbytes(self) -> int:
         """The frozen model and the examples."""
-        return _held(self.risk)
+        data = sum(t.nbytes for batch in self.risk.batches for t in batch)
+        return data + sum(p.nbytes for p in self.risk.base.parameters())
+
+
+@dataclass(frozen=True)
+class Linearised(_OfRisk):
+    """(1/N) Σ_i J_iᵀ S_i S_iᵀ J_i from the graphs of f and of w ↦ Jᵀw, whose derivative in w is J.
+
+    Products with J need no forward-mode derivatives, which torch lacks for many modules.
+    """
+
+    curvature: OutputCurvature
+    risk: EmpiricalRisk
 
     def matmat(self, matrix: Float[Tensor, "P k"]) -> Float[Tensor, "P k"]:
         """C M, column by column."""
@@ -62,15 +69,11 @@ class Linearised:
 
 
 @dataclass(frozen=True)
-class Relinearised:
+class Relinearised(_OfRisk):
     """The same with graphs made anew for each product, one batch at a time."""
 
     curvature: OutputCurvature
     risk: EmpiricalRisk
-
-    @property
-    def size(self) -> int:
-        return self.risk.space.size
 
     def matmat(self, matrix: Float[Tensor, "P k"]) -> Float[Tensor, "P k"]:
         """C M, column by column."""
@@ -120,19 +123,10 @@ class _Batch:
 
 
 @dataclass(frozen=True)
-class LinearisedHessian:
+class LinearisedHessian(_OfRisk):
     """∇²L from the graph of the gradient."""
 
     risk: EmpiricalRisk
-
-    @property
-    def size(self) -> int:
-        return self.risk.space.size
-
-    @property
-    def nbytes(self) -> int:
-        """The frozen model and the examples."""
-        return _held(self.risk)
 
     def matmat(self, matrix: Float[Tensor, "P k"]) -> Float[Tensor, "P k"]:
         """H M, column by column."""
@@ -157,7 +151,3 @@ class LinearisedHessian:
     def _gradients(self) -> list[Tensor]:
         return [summed_gradient_graph(self.risk, x, y) for x, y in self.risk]
 
-
-def _held(risk: EmpiricalRisk) -> int:
-    data = sum(t.nbytes for batch in risk.batches for t in batch)
-    return data + sum(p.nbytes for p in risk.base.parameters())

@@ -33,7 +33,8 @@ from avalanche_curv.core import layer_kinds, pieces
 from avalanche_curv.core.estimate import check_pair
 from avalanche_curv.core.rules import kronecker as rules
 from avalanche_curv.core.structures import DiagonalMatrix, KroneckerMatrix
-from avalanche_curv.core.structures.kronecker import FactoredLayer, Factors
+from avalanche_curv.core.structures.kronecker_matrix import FactoredLayer
+from avalanche_curv.core.structures.kronecker_terms import Factors
 
 EXAMPLES, BATCH, CLASSES = 7, 4, 3
 CRITERIA = {"cross_entropy": nn.CrossEntropyLoss(), "mean_square": nn.MSELoss()}

@@ -15,15 +15,9 @@ from avalanche_curv.core.layers import Layers, Tap
 from avalanche_curv.core.pieces import pieces
 from avalanche_curv.core.risk import EmpiricalRisk
 from avalanche_curv.core.rules.diagonal import add_squares_of_rows
-from avalanche_curv.core.structures.kronecker import (
-    EKFAC,
-    Corrected,
-    FactoredLayer,
-    Factorised,
-    Factors,
-    Kronecker,
-    KroneckerMatrix,
-)
+from avalanche_curv.core.structures.kronecker import EKFAC, Factorised, Kronecker
+from avalanche_curv.core.structures.kronecker_matrix import FactoredLayer, KroneckerMatrix
+from avalanche_curv.core.structures.kronecker_terms import Corrected, Factors
 
 BLOCK = 128  # columns of a Gram matrix at once: what lies above the diagonal is not computed
 
@@ -107,8 +101,7 @@ class _Sums:
 
     def add_inputs(self, tap: Tap, examples: int) -> None:
         weight, bias = self.names
-        ready = layer_kinds.prepared(self.kind, tap.inputs, examples)
-        assert ready is not None  # layers without a form are not among these
+        ready = layer_kinds.surely_prepared(self.kind, tap.inputs, examples)
         count = ready.shape[2]
         if weight is not None:
             rows = ready.mT.reshape(-1, ready.shape[1])
@@ -136,8 +129,7 @@ class _Basis:
         self.values = g.new_zeros(g.shape[1], a.shape[1])
 
     def add(self, tap: Tap, columns: Sequence[Tensor], examples: int) -> None:
-        ready = layer_kinds.prepared(tap.layer, tap.inputs, examples)
-        assert ready is not None
+        ready = layer_kinds.surely_prepared(tap.layer, tap.inputs, examples)
         weight, bias = self.names
         one = ready.new_ones(examples, 1, ready.shape[2])
         a = torch.cat([*([ready] if weight else []), *([one] if bias else [])], dim=1)
@@ -171,7 +163,7 @@ def _from_lower(matrix: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
 
 
 def _names(layers: Layers, layer: nn.Module) -> tuple[str | None, str | None]:
-    found = {name.rsplit(".", 1)[-1]: name for name in layers.trainable(layer)}
+    found = layers.places(layer)
     return found.get("weight"), found.get("bias")
 
 

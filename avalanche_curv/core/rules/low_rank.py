@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from avalanche_curv.core.curvature import BatchedEmpiricalFisher, Curvature, Hessian, OutputCurvature
-from avalanche_curv.core.eigen import WHOLE, Pairs, top_of_matrix, top_of_products
+from avalanche_curv.core.eigen import WHOLE, Pairs, top_of_matrix, top_of_operator
 from avalanche_curv.core.estimate import by_products, check_pair, refusal, rule, structured
 from avalanche_curv.core.gram import PlainRows, Rows, plain_size, rows_of, top_pairs
 from avalanche_curv.core.layers import Layers
@@ -26,8 +26,9 @@ from avalanche_curv.core.structures import (
     Matrix,
     MatrixFree,
 )
+from avalanche_curv.core.structures.cuts import Energy
+from avalanche_curv.core.structures.flat_spectrum import flattened
 from avalanche_curv.core.structures.kronecker import Factorised
-from avalanche_curv.core.structures.low_rank import Energy, flattened
 
 GRAM_ROWS = 3000  # the largest Gram matrix that is decomposed
 GRAM_BYTES = 2**30  # of rows that are held at once for it
@@ -122,11 +123,7 @@ def _rows(curvature: Curvature, risk: EmpiricalRisk) -> list[Rows] | None:
 
 def _of_products(curvature: Curvature, risk: EmpiricalRisk) -> Top:
     operator = curvature.operator(risk)
-
-    def product(v: Tensor) -> Tensor:
-        return operator.matmat(v[:, None])[:, 0]
-
-    return lambda count: top_of_products(product, risk.anchor, count)
+    return lambda count: top_of_operator(operator, risk.anchor, count)
 
 
 def _fits(rows: int, formed: int, risk: EmpiricalRisk) -> bool:

@@ -2,10 +2,14 @@
 
 from avalanche_curv.core.structures.base import Matrix, Structure
 from avalanche_curv.core.structures.block_diagonal import BlockDiagonal, BlockDiagonalMatrix, PerLayer, PerParameter
+from avalanche_curv.core.structures.cuts import Energy, Rank
 from avalanche_curv.core.structures.dense import Dense, DenseMatrix
 from avalanche_curv.core.structures.diagonal import Diagonal, DiagonalMatrix
-from avalanche_curv.core.structures.kronecker import EKFAC, KeepTerms, Kronecker, KroneckerMatrix, PiWeighted
-from avalanche_curv.core.structures.low_rank import Energy, FlatSpectrum, LowRank, LowRankMatrix, Rank
+from avalanche_curv.core.structures.flat_spectrum import FlatSpectrum
+from avalanche_curv.core.structures.kronecker import EKFAC, Kronecker
+from avalanche_curv.core.structures.kronecker_matrix import KroneckerMatrix
+from avalanche_curv.core.structures.kronecker_terms import KeepTerms, PiWeighted
+from avalanche_curv.core.structures.low_rank import LowRank, LowRankMatrix
 from avalanche_curv.core.structures.matrix_free import MatrixFree, MatrixFreeMatrix
 
 __all__ = [

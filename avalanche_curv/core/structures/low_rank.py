@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -12,88 +10,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from avalanche_curv.core.eigen import Pairs, top_of_products
-from avalanche_curv.core.options import is_count, is_number
+from avalanche_curv.core.eigen import Pairs, top_of_operator
+from avalanche_curv.core.options import is_count
 from avalanche_curv.core.parameters import ParameterSpace
 from avalanche_curv.core.structures.base import Matrix, Structure, check_limit, check_memory
+from avalanche_curv.core.structures.cuts import Cut, Energy, Rank
 from avalanche_curv.core.structures.diagonal import Diagonal
 
 if TYPE_CHECKING:
     from avalanche_curv.core.curvature import Operator
     from avalanche_curv.core.risk import EmpiricalRisk
-
-
-class Cut(ABC):
-    """How many of the top eigenpairs are kept."""
-
-    @abstractmethod
-    def most(self) -> int:
-        """The largest number that may be kept."""
-
-    @abstractmethod
-    def count(self, values: Float[Tensor, "k"], trace: float) -> int:
-        """How many of these eigenvalues, in falling order, are kept of a matrix with this trace."""
-
-    def is_enough(self, values: Float[Tensor, "k"], trace: float) -> bool:
-        """Whether the cut lies among the eigenvalues given."""
-        return len(values) >= self.most()
-
-
-@dataclass(frozen=True)
-class Rank(Cut):
-    """The k eigenpairs largest in magnitude."""
-
-    k: int
-
-    def __post_init__(self) -> None:
-        if not is_count(self.k):
-            raise ValueError(f"Rank(k) needs an integer k of at least 1; got {self.k!r}.")
-
-    def most(self) -> int:
-        return self.k
-
-    def count(self, values: Tensor, trace: float) -> int:
-        return min(self.k, len(values))
-
-
-@dataclass(frozen=True)
-class Energy(Cut):
-    """The fewest top eigenpairs that hold a `fraction` of the trace, at most `most_pairs` of them (with a warning).
-
-    For positive semi-definite curvature: where eigenvalues cancel, a part of the trace means nothing.
-    """
-
-    fraction: float
-    most_pairs: int = 100
-
-    def __post_init__(self) -> None:
-        if not (is_number(self.fraction) and 0 < self.fraction <= 1):
-            raise ValueError(f"Energy needs a fraction of the trace in (0, 1]; got {self.fraction!r}.")
-        if not is_count(self.most_pairs):
-            raise ValueError(f"Energy needs an integer most_pairs of at least 1; got {self.most_pairs!r}.")
-
-    def most(self) -> int:
-        return self.most_pairs
-
-    def count(self, values: Tensor, trace: float) -> int:
-        if not len(values):
-            return 0
-        held = values.double().cumsum(0)
-        enough = int((held < self.fraction * trace * (1 - 1e-6)).sum()) + 1
-        if enough > min(len(values), self.most_pairs):
-            here = min(len(values), self.most_pairs)
-            share = float(held[here - 1]) / trace if trace else 1.0
-            if share < self.fraction * (1 - 1e-3):
-                warnings.warn(
-                    f"The top {here} eigenpairs hold {share:.1%} of the trace, not {self.fraction:.1%}. "
-                    "Raise Energy(most_pairs=...) to keep more.",
-                    stacklevel=2,
-                )
-            return here
-        return enough
-
-    def is_enough(self, values: Tensor, trace: float) -> bool:
-        return super().is_enough(values, trace) or float(values.double().sum()) >= self.fraction * trace
 
 
 @dataclass(frozen=True)
@@ -124,12 +50,8 @@ class LowRank(Structure):
 
     def from_operator(self, operator: Operator, risk: EmpiricalRisk) -> LowRankMatrix:
         like = risk.anchor.new_empty(operator.size)
-
-        def product(v: Tensor) -> Tensor:
-            return operator.matmat(v[:, None])[:, 0]
-
         diagonal = Diagonal().from_operator(operator, risk).values if self.needs_diagonal else None
-        return self.matrix(lambda count: top_of_products(product, like, count), operator.size, diagonal)
+        return self.matrix(lambda count: top_of_operator(operator, like, count), operator.size, diagonal)
 
     @property
     def needs_diagonal(self) -> bool:
@@ -162,32 +84,6 @@ class LowRank(Structure):
             f"{self} on {space.size:,} parameters", self.bytes(space, itemsize), self.max_bytes,
             "Keep fewer eigenpairs, use Diagonal(), or raise LowRank(max_bytes=...).",
         )
-
-
-@dataclass(frozen=True)
-class FlatSpectrum(Structure):
-    """V √λ_max: every kept direction is as stiff as the sharpest, C = λ_max V Vᵀ.
-
-    A soft projection: the penalty does not tell kept directions apart. `basis` says which are kept. Sums hold the
-    directions of both, each with the stiffness of its own experience.
-    """
-
-    basis: LowRank
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.basis, LowRank):
-            raise TypeError(f"FlatSpectrum takes a LowRank(...); got {self.basis!r}.")
-        if self.basis.residual is not None:
-            raise ValueError("FlatSpectrum keeps directions only: give LowRank without a residual.")
-
-    def from_operator(self, operator: Operator, risk: EmpiricalRisk) -> LowRankMatrix:
-        return flattened(self.basis.from_operator(operator, risk))
-
-    def bytes(self, space: ParameterSpace, itemsize: int) -> int:
-        return self.basis.bytes(space, itemsize)
-
-    def check(self, space: ParameterSpace, itemsize: int) -> None:
-        self.basis.check(space, itemsize)
 
 
 @dataclass(frozen=True)
@@ -281,12 +177,3 @@ class LowRankMatrix(Matrix):
         if diagonal is not None:
             diagonal = diagonal + torch.einsum("k,kp,kp->p", values[rank:], vectors[rank:], vectors[rank:])
         return replace(self, vectors=vectors[:rank].contiguous(), values=values[:rank], diagonal=diagonal)
-
-
-def flattened(matrix: LowRankMatrix) -> LowRankMatrix:
-    """Every eigenvalue λ as large as the largest, its sign kept; those that are zero up to rounding are left out."""
-    size = matrix.values.abs()
-    largest = float(size.max()) if len(size) else 0.0
-    kept = size > 100 * torch.finfo(size.dtype).eps * largest
-    values, vectors = matrix.values[kept].sign() * largest, matrix.vectors[kept].contiguous()
-    return replace(matrix, vectors=vectors, values=values)

@@ -1,0 +1,85 @@
+"""How many of the top eigenpairs a low rank matrix keeps."""
+
+from __future__ import annotations
+
+import warnings
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+from jaxtyping import Float
+from torch import Tensor
+
+from avalanche_curv.core.options import is_count, is_number
+
+
+class Cut(ABC):
+    """How many of the top eigenpairs are kept."""
+
+    @abstractmethod
+    def most(self) -> int:
+        """The largest number that may be kept."""
+
+    @abstractmethod
+    def count(self, values: Float[Tensor, "k"], trace: float) -> int:
+        """How many of these eigenvalues, in falling order, are kept of a matrix with this trace."""
+
+    def is_enough(self, values: Float[Tensor, "k"], trace: float) -> bool:
+        """Whether the cut lies among the eigenvalues given."""
+        return len(values) >= self.most()
+
+
+@dataclass(frozen=True)
+class Rank(Cut):
+    """The k eigenpairs largest in magnitude."""
+
+    k: int
+
+    def __post_init__(self) -> None:
+        if not is_count(self.k):
+            raise ValueError(f"Rank(k) needs an integer k of at least 1; got {self.k!r}.")
+
+    def most(self) -> int:
+        return self.k
+
+    def count(self, values: Tensor, trace: float) -> int:
+        return min(self.k, len(values))
+
+
+@dataclass(frozen=True)
+class Energy(Cut):
+    """The fewest top eigenpairs that hold a `fraction` of the trace, at most `most_pairs` of them (with a warning).
+
+    For positive semi-definite curvature: where eigenvalues cancel, a part of the trace means nothing.
+    """
+
+    fraction: float
+    most_pairs: int = 100
+
+    def __post_init__(self) -> None:
+        if not (is_number(self.fraction) and 0 < self.fraction <= 1):
+            raise ValueError(f"Energy needs a fraction of the trace in (0, 1]; got {self.fraction!r}.")
+        if not is_count(self.most_pairs):
+            raise ValueError(f"Energy needs an integer most_pairs of at least 1; got {self.most_pairs!r}.")
+
+    def most(self) -> int:
+        return self.most_pairs
+
+    def count(self, values: Tensor, trace: float) -> int:
+        if not len(values):
+            return 0
+        held = values.double().cumsum(0)
+        enough = int((held < self.fraction * trace * (1 - 1e-6)).sum()) + 1
+        if enough > min(len(values), self.most_pairs):
+            here = min(len(values), self.most_pairs)
+            share = float(held[here - 1]) / trace if trace else 1.0
+            if share < self.fraction * (1 - 1e-3):
+                warnings.warn(
+                    f"The top {here} eigenpairs hold {share:.1%} of the trace, not {self.fraction:.1%}. "
+                    "Raise Energy(most_pairs=...) to keep more.",
+                    stacklevel=2,
+                )
+            return here
+        return enough
+
+    def is_enough(self, values: Tensor, trace: float) -> bool:
+        return super().is_enough(values, trace) or float(values.double().sum()) >= self.fraction * trace

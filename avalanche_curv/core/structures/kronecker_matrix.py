@@ -1,0 +1,173 @@
+"""A matrix of Kronecker products over the layers of a model, beside a diagonal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from avalanche_curv.core.eigen import Pairs
+from avalanche_curv.core.parameters import ParameterSpace
+from avalanche_curv.core.structures.base import Matrix
+from avalanche_curv.core.structures.kronecker_terms import KeepTerms, Sum, Term
+
+
+@dataclass(frozen=True)
+class FactoredLayer:
+    """The names of a layer's weight and bias, as far as they are trainable, and the terms of its curvature."""
+
+    weight: str | None
+    bias: str | None
+    terms: tuple[Term, ...]
+
+    def product(self, parts: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Σ_j G_j W A_j in the shapes of the parameters."""
+        weight = None if self.weight is None else parts[self.weight].flatten(1)
+        bias = None if self.bias is None else parts[self.bias]
+        total: dict[str, Tensor] = {}
+        for term in self.terms:
+            for name, part in zip((self.weight, self.bias), term.product(weight, bias)):
+                if name is not None and part is not None:
+                    total[name] = total[name].add_(part) if name in total else part
+        return {name: part.view(parts[name].shape) for name, part in total.items()}
+
+    def places(self, parts: dict[str, Tensor]) -> Float[Tensor, "out in"]:
+        """The change as one matrix."""
+        weight = [] if self.weight is None else [parts[self.weight].flatten(1)]
+        bias = [] if self.bias is None else [parts[self.bias][:, None]]
+        return torch.cat(weight + bias, dim=1)
+
+    def each(self, function: Callable[[Term], Term]) -> FactoredLayer:
+        """`function` of every term."""
+        return replace(self, terms=tuple(function(term) for term in self.terms))
+
+
+@dataclass(frozen=True)
+class KroneckerMatrix(Matrix):
+    """C = diag(d) + Σ_j A_j ⊗ G_j over the parameters of some layers, whose entries of d are zero."""
+
+    space: ParameterSpace
+    layers: tuple[FactoredLayer, ...]
+    diagonal: Float[Tensor, "P"]
+    sums: Sum = KeepTerms()  # noqa: RUF009  a frozen value
+
+    @property
+    def size(self) -> int:
+        return self.space.size
+
+    def product(self, vector: Tensor) -> Tensor:
+        return self.space.flatten(self.products(vector, self.space))
+
+    def products(self, vector: Tensor, space: ParameterSpace) -> list[Tensor]:
+        parts = self._parts(vector)
+        found: dict[str, Tensor] = {}
+        for layer in self.layers:
+            for name, part in layer.product(parts).items():
+                found[name] = found[name].add_(part) if name in found else part
+        if self._has_diagonal:
+            for name, diagonal in self._parts(self.diagonal).items():
+                found[name] = found[name].addcmul_(diagonal, parts[name]) if name in found else diagonal * parts[name]
+        return [found[name] if name in found else torch.zeros_like(part) for name, part in parts.items()]
+
+    def plus(self, other: Matrix) -> KroneckerMatrix:
+        if not isinstance(other, KroneckerMatrix) or self.space != other.space:
+            raise TypeError(f"A Kronecker matrix can be added to one of the same space; got {type(other).__name__}.")
+        terms: dict[tuple[str | None, str | None], tuple[Term, ...]] = {}
+        for layer in (*self.layers, *other.layers):
+            key = layer.weight, layer.bias
+            terms[key] = (*terms.get(key, ()), *layer.terms)
+        layers = tuple(FactoredLayer(*key, some) for key, some in terms.items())
+        return replace(self, layers=layers, diagonal=self.diagonal + other.diagonal)
+
+    def compressed(self) -> KroneckerMatrix:
+        if all(self.sums.of(layer.terms) is layer.terms for layer in self.layers):
+            return self
+        return replace(self, layers=tuple(replace(layer, terms=self.sums.of(layer.terms)) for layer in self.layers))
+
+    def scaled(self, factor: float) -> KroneckerMatrix:
+        layers = tuple(layer.each(lambda term: term.scaled(factor)) for layer in self.layers)
+        return replace(self, layers=layers, diagonal=self.diagonal * factor)
+
+    def embedded(self, inner: ParameterSpace, outer: ParameterSpace) -> KroneckerMatrix:
+        diagonal = self.diagonal.new_zeros(outer.size)
+        diagonal[outer.positions(inner).to(diagonal.device)] = self.diagonal
+        old, new = dict(zip(inner.names, inner.shapes)), dict(zip(outer.names, outer.shapes))
+
+        def place(layer: FactoredLayer) -> FactoredLayer:
+            rows, columns, out, inputs = _places(layer, old, new)
+            rows, columns = rows.to(diagonal.device), columns.to(diagonal.device)
+            return layer.each(lambda term: term.placed(rows, columns, out, inputs))
+
+        return KroneckerMatrix(outer, tuple(place(layer) for layer in self.layers), diagonal, self.sums)
+
+    def map_spectrum(self, function: Callable[[Tensor], Tensor]) -> KroneckerMatrix:
+        if any(len(layer.terms) > 1 for layer in self.layers):
+            raise TypeError("The eigenvalues of a sum of Kronecker products are not at hand.")
+        layers = tuple(layer.each(lambda term: term.map_spectrum(function)) for layer in self.layers)
+        return replace(self, layers=layers, diagonal=function(self.diagonal))
+
+    def dense(self) -> Tensor:
+        whole = self.diagonal.diag()
+        for layer in self.layers:
+            where = self._where(layer).reshape(-1)
+            for term in layer.terms:
+                whole[where[:, None], where] += term.dense()
+        return whole
+
+    def trace(self) -> float:
+        terms = (term for layer in self.layers for term in layer.terms)
+        return float(self.diagonal.double().sum()) + sum(term.trace() for term in terms)
+
+    def top(self, count: int) -> Pairs:
+        """From the factors' eigenvectors where each layer has one term and lies outside the diagonal."""
+        places = [self._where(layer) for layer in self.layers]
+        if any(len(layer.terms) > 1 or self.diagonal[at].any() for layer, at in zip(self.layers, places)):
+            return super().top(count)
+        found = []
+        for layer, at in zip(self.layers, places):
+            values, g, a = layer.terms[0].eigen()
+            for index in values.reshape(-1).abs().argsort(descending=True)[:count]:
+                row, column = divmod(int(index), values.shape[1])
+                found.append((values[row, column], at, torch.outer(g[:, row], a[:, column])))
+        for index in self.diagonal.abs().argsort(descending=True)[:count]:
+            found.append((self.diagonal[index], index, self.diagonal.new_ones(())))
+        found = sorted(found, key=lambda pair: -abs(float(pair[0])))[:count]
+        vectors = self.diagonal.new_zeros(len(found), self.size)
+        for vector, (_, at, entries) in zip(vectors, found):
+            vector[at] = entries
+        return torch.stack([value for value, _, _ in found]), vectors
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.diagonal, *(t for layer in self.layers for term in layer.terms for t in term.tensors()))
+
+    @cached_property
+    def _has_diagonal(self) -> bool:
+        return bool(self.diagonal.any())
+
+    def _parts(self, vector: Tensor) -> dict[str, Tensor]:
+        return dict(zip(self.space.names, self.space.split(vector)))
+
+    def _where(self, layer: FactoredLayer) -> Tensor:
+        """The coordinates [out, in] of a layer's change."""
+        return layer.places(self._parts(torch.arange(self.size, device=self.diagonal.device)))
+
+
+def _places(
+    layer: FactoredLayer, old: dict[str, torch.Size], new: dict[str, torch.Size]
+) -> tuple[Tensor, Tensor, int, int]:
+    """The rows and columns of a layer's old change in its new one, and the shape of the new one."""
+    out, columns, inputs = 0, [], 0
+    if layer.weight is not None:
+        was, rest = old[layer.weight], new[layer.weight][1:]
+        out, inputs = new[layer.weight][0], rest.numel()
+        columns.append(torch.arange(inputs).view(rest)[tuple(slice(0, n) for n in was[1:])].reshape(-1))
+        rows = was[0]
+    if layer.bias is not None:
+        rows, out = old[layer.bias][0], new[layer.bias][0]
+        columns.append(torch.tensor([inputs]))
+        inputs += 1
+    return torch.arange(rows), torch.cat(columns), out, inputs
