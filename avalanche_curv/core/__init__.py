@@ -1,6 +1,7 @@
 """The mathematics: torch and curvlinops only, pure functions and values."""
 
 from avalanche_curv.core import rules as rules  # registers the shortcuts of `estimate`
+from avalanche_curv.core.adaptive import AdaptiveRefresh
 from avalanche_curv.core.curvature import (
     GGN,
     Absolute,
@@ -13,12 +14,14 @@ from avalanche_curv.core.curvature import (
     Operator,
     OutputCurvature,
 )
+from avalanche_curv.core.damping import Damping, StepBound, Tikhonov
 from avalanche_curv.core.estimate import NonFiniteCurvatureError, estimate, rule
 from avalanche_curv.core.losses import ExampleLoss, example_loss
 from avalanche_curv.core.parameters import ParameterSpace
-from avalanche_curv.core.policies import Accumulate, Merge, Past, Policy, Refresh
+from avalanche_curv.core.policies import Accumulate, Merge, Past, Policy, Refresh, Refreshed
 from avalanche_curv.core.quadratic import QuadraticModel
 from avalanche_curv.core.risk import EmpiricalRisk
+from avalanche_curv.core.stability import Guard, Rescale, Stop, UnstablePenaltyError, Warn
 from avalanche_curv.core.structures import (
     EKFAC,
     BlockDiagonal,
@@ -37,16 +40,20 @@ from avalanche_curv.core.structures import (
     Rank,
     Structure,
 )
+from avalanche_curv.core.trust import AbsoluteError, RatioBand, RelativeError, Trust
 
 __all__ = [
     "EKFAC",
     "GGN",
     "Absolute",
+    "AbsoluteError",
     "Accumulate",
+    "AdaptiveRefresh",
     "BatchedEmpiricalFisher",
     "BlockDiagonal",
     "Clip",
     "Curvature",
+    "Damping",
     "Dense",
     "Diagonal",
     "EmpiricalFisher",
@@ -55,6 +62,7 @@ __all__ = [
     "ExampleLoss",
     "Fisher",
     "FlatSpectrum",
+    "Guard",
     "Hessian",
     "KeepTerms",
     "Kronecker",
@@ -73,8 +81,18 @@ __all__ = [
     "Policy",
     "QuadraticModel",
     "Rank",
+    "RatioBand",
     "Refresh",
+    "Refreshed",
+    "RelativeError",
+    "Rescale",
+    "StepBound",
+    "Stop",
     "Structure",
+    "Tikhonov",
+    "Trust",
+    "UnstablePenaltyError",
+    "Warn",
     "estimate",
     "example_loss",
     "rule",

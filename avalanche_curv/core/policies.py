@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from functools import reduce
 from operator import add
 
+from torch import nn
+
 from avalanche_curv.core.curvature import Curvature
 from avalanche_curv.core.estimate import estimate
 from avalanche_curv.core.options import is_number
@@ -17,11 +19,34 @@ from avalanche_curv.core.structures import Structure
 
 @dataclass(frozen=True)
 class Past:
-    """What is known of past experiences: their quadratic model, and the examples that a policy stores of them."""
+    """What is known of past experiences: their quadratic model, the examples that a policy stores of them, and when and
+    why the model was estimated anew during an experience. `damping` is the part τI of its curvature that only keeps it
+    bounded below, and is no part of the picture."""
 
     model: QuadraticModel | None = None
     stored: tuple[EmpiricalRisk, ...] = field(default=(), repr=False)
     experiences: int = 0
+    refreshes: tuple[Refreshed, ...] = ()
+    damping: float = 0.0
+
+
+@dataclass(frozen=True)
+class Refreshed:
+    """A new anchor during an experience: after which iteration of which experience (counted from 0), and why.
+
+    `actual` and `predicted` are the loss of the stored examples and its picture there, before the refresh.
+    """
+
+    experience: int
+    iteration: int
+    reason: str
+    actual: float
+    predicted: float
+
+    @property
+    def error(self) -> float:
+        """|L − q|."""
+        return abs(self.actual - self.predicted)
 
 
 class Policy(ABC):
@@ -30,6 +55,17 @@ class Policy(ABC):
     @abstractmethod
     def absorb(self, past: Past, risk: EmpiricalRisk, curvature: Curvature, structure: Structure) -> Past:
         """The past including the experience whose risk, frozen at the end of its training, is given."""
+
+
+class RevisingPolicy(Policy):
+    """A policy that also looks at its quadratic model while an experience is trained."""
+
+    @abstractmethod
+    def revise(
+        self, past: Past, model: nn.Module, iteration: int, curvature: Curvature, structure: Structure
+    ) -> Past:
+        """The past after `iteration` updates of the current experience, of which `model` is the state; 0 is before the
+        first, when the model may just have grown. The same object where nothing is to be done."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +81,7 @@ class Accumulate(Policy):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _check_fraction("Accumulate", self.fraction)
+        check_fraction("Accumulate", self.fraction)
 
     def absorb(self, past: Past, risk: EmpiricalRisk, curvature: Curvature, structure: Structure) -> Past:
         new = estimate(curvature, structure, part_of(risk, self.fraction, self.seed, past.experiences))
@@ -86,7 +122,7 @@ class Refresh(Policy):
     gradient: bool = False
 
     def __post_init__(self) -> None:
-        _check_fraction("Refresh", self.fraction)
+        check_fraction("Refresh", self.fraction)
 
     def absorb(self, past: Past, risk: EmpiricalRisk, curvature: Curvature, structure: Structure) -> Past:
         newest = part_of(risk, self.fraction, self.seed, past.experiences)
@@ -105,6 +141,7 @@ def part_seed(seed: int, experience: int) -> int:
     return seed * 1_000_003 + experience
 
 
-def _check_fraction(name: str, fraction: float) -> None:
+def check_fraction(name: str, fraction: float) -> None:
+    """Raises ValueError for a share of the examples that is none."""
     if not (is_number(fraction) and 0 < fraction <= 1):
         raise ValueError(f"{name} needs a fraction in (0, 1]; got {fraction}. 0.1 keeps one example in ten.")

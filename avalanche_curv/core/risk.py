@@ -126,6 +126,13 @@ class EmpiricalRisk:
         with torch.no_grad():
             return sum(self.loss.per_example(self.outputs(x), y).double().sum().item() for x, y in self) / self.examples
 
+    def value_at(self, parameters: Float[Tensor, "P"]) -> float:
+        """L of the frozen past function at other parameters."""
+        tensors = self.space.split(parameters)
+        with torch.no_grad():
+            losses = (self.loss.per_example(self.outputs_at(tensors, x), y).double().sum().item() for x, y in self)
+            return sum(losses) / self.examples
+
     def gradient(self) -> Float[Tensor, "P"]:
         """∇L at the frozen parameters."""
         total = torch.zeros_like(self.anchor)
@@ -162,6 +169,10 @@ class EmpiricalRisk:
     def at(self, other: EmpiricalRisk) -> EmpiricalRisk:
         """The same examples, loss and adapter at the parameters where `other` is frozen."""
         return replace(self, base=other.base)
+
+    def frozen_at(self, model: nn.Module) -> EmpiricalRisk:
+        """The same examples, loss and adapter with a new frozen copy of `model` as the past function."""
+        return replace(self, base=frozen_copy(model))
 
     def _check(self) -> None:
         _ = self.space

@@ -6,6 +6,7 @@ from typing import Any
 
 from avalanche.evaluation.metric_results import MetricValue
 
+from avalanche_curv.core.policies import Refreshed, RevisingPolicy
 from avalanche_curv.metrics._published import ScalarMetric
 from avalanche_curv.plugins import CurvatureEWCPlugin
 
@@ -13,8 +14,10 @@ from avalanche_curv.plugins import CurvatureEWCPlugin
 def penalty_metrics(*, every: int = 1) -> list[ScalarMetric]:
     """`penalty/raw` = q(θ) and `penalty/weighted` = strength · q(θ), every n iterations.
 
-    They are read from the strategy's CurvatureEWCPlugin; with several, numbered `penalty_1/...` and so on. A strategy
-    without one emits nothing.
+    Under `AdaptiveRefresh` besides: `penalty/refreshes`, how often the picture was drawn anew during experiences so
+    far, and, where it just was, `penalty/error` = |L − q| of the stored examples before. They are read from the
+    strategy's CurvatureEWCPlugin; with several, numbered `penalty_1/...` and so on. A strategy without one emits
+    nothing.
     """
     return [PenaltyMetric(every)]
 
@@ -22,14 +25,25 @@ def penalty_metrics(*, every: int = 1) -> list[ScalarMetric]:
 class PenaltyMetric(ScalarMetric):
     """See `penalty_metrics`."""
 
+    def __init__(self, every: int) -> None:
+        super().__init__(every)
+        self._events: dict[str, int] = {}
+
     def after_training_iteration(self, strategy: Any) -> list[MetricValue]:
-        if not self.due(strategy):
-            return []
         values: dict[str, float] = {}
         found = [plugin for plugin in strategy.plugins if isinstance(plugin, CurvatureEWCPlugin)]
         for number, plugin in enumerate(found):
-            if plugin.penalty is not None:
-                group = f"penalty_{number}" if number else "penalty"
+            group = f"penalty_{number}" if number else "penalty"
+            if self.due(strategy) and plugin.penalty is not None:
                 raw = plugin.penalty.item()
-                values |= {f"{group}/raw": raw, f"{group}/weighted": plugin.strength * raw}
+                values |= {f"{group}/raw": raw, f"{group}/weighted": plugin.weight * raw}
+            if isinstance(plugin.policy, RevisingPolicy):
+                values |= self._refreshed(strategy, plugin.past.refreshes, group)
         return self.publish(strategy, values)
+
+    def _refreshed(self, strategy: Any, events: tuple[Refreshed, ...], group: str) -> dict[str, float]:
+        values = {f"{group}/refreshes": float(len(events))} if self.due(strategy) else {}
+        if len(events) > self._events.get(group, 0):
+            self._events[group] = len(events)
+            values |= {f"{group}/refreshes": float(len(events)), f"{group}/error": events[-1].error}
+        return values

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,11 +13,15 @@ from avalanche.training.plugins import SupervisedPlugin
 
 from avalanche_curv.core.curvature import Curvature, Fisher, Hessian
 from avalanche_curv.core.estimate import NonFiniteCurvatureError, check_pair
+from avalanche_curv.core.frozen import unwrapped
 from avalanche_curv.core.options import is_count, is_number
 from avalanche_curv.core.penalty import Penalty
-from avalanche_curv.core.policies import Accumulate, Past, Policy
+from avalanche_curv.core.policies import Accumulate, Past, Policy, RevisingPolicy
+from avalanche_curv.core.stability import Guard, Warn, stability
 from avalanche_curv.core.structures import Diagonal, Structure
 from avalanche_curv.plugins import _bridge
+
+LOG = logging.getLogger("avalanche_curv")
 
 
 class CurvatureEWCPlugin(SupervisedPlugin):
@@ -27,8 +34,11 @@ class CurvatureEWCPlugin(SupervisedPlugin):
     mini-batch gradients: its `ewc_lambda` equals strength / 2 with
     `curvature=BatchedEmpiricalFisher(batch_size=train_mb_size)`. Strength 0 trains exactly as without the plugin.
 
-    `batch_size` is how many examples are loaded at once; results do not depend on it. `past` holds the quadratic
-    model and what the policy stores.
+    `guard` looks at each new model of the past under SGD: where lr · strength · λ_max(C) says that the penalty alone
+    diverges, it warns (`Warn()`), lowers the strength for as long as that model is in use (`Rescale()`), or raises
+    (`Stop()`); None does not look. `batch_size` is how many examples are loaded at once; results do not depend on it.
+    `past` holds the quadratic model, what the policy stores and, of `AdaptiveRefresh`, every refresh with its reason,
+    which are also logged to the logger `avalanche_curv`.
 
     Raises TypeError or ValueError for unusable options when it is made; before training for a criterion without
     per-example form, an empty experience, several tasks in one experience of a multi-task model, a model without
@@ -43,17 +53,19 @@ class CurvatureEWCPlugin(SupervisedPlugin):
         curvature: Curvature = Fisher(),  # noqa: B008  a frozen value
         structure: Structure = Diagonal(),  # noqa: B008
         policy: Policy = Accumulate(),  # noqa: B008
+        guard: Guard | None = Warn(),  # noqa: B008
         batch_size: int = 256,
     ) -> None:
         super().__init__()
-        _check_options(strength, curvature, structure, policy, batch_size)
-        self.strength = float(strength)
+        _check_options(strength, curvature, structure, policy, guard, batch_size)
+        self.strength = self.weight = float(strength)
         self.curvature, self.structure, self.policy = curvature, structure, policy
-        self.batch_size = batch_size
+        self.guard, self.batch_size = guard, batch_size
         self.past = Past()
         self._task_ends = _bridge.TaskEnds()
         self.penalty: torch.Tensor | None = None  # q at the last step, without strength
         self._weighted: Penalty | None = None  # made from `past` when it is needed
+        self._updates = 0  # of the current experience
 
     def before_training(self, strategy: Any, **kwargs: Any) -> None:
         _bridge.check_criterion(strategy, self.curvature)
@@ -63,6 +75,8 @@ class CurvatureEWCPlugin(SupervisedPlugin):
 
     def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
         self.structure.check(_bridge.current_space(strategy), _bridge.current_itemsize(strategy))
+        self._updates = 0
+        self._revise(strategy)
 
     def before_backward(self, strategy: Any, **kwargs: Any) -> None:
         if self.past.model is None:
@@ -71,10 +85,34 @@ class CurvatureEWCPlugin(SupervisedPlugin):
             self.penalty = self.past.model(strategy.model)
             return
         if self._weighted is None:
-            self._weighted = Penalty(self.past.model, self.strength)
+            self._weighted = Penalty(self.past.model, self._stable_strength(strategy))
         weighted = self._weighted(strategy.model)
-        self.penalty = weighted.detach() / self.strength
+        self.penalty = weighted.detach() / self.weight
         strategy.loss = strategy.loss + weighted
+
+    def after_update(self, strategy: Any, **kwargs: Any) -> None:
+        self._updates += 1
+        self._revise(strategy)
+
+    def _revise(self, strategy: Any) -> None:
+        if not isinstance(self.policy, RevisingPolicy):
+            return
+        with _bridge.untouched_randomness(), self._naming_the_experience(strategy):
+            revised = self.policy.revise(
+                self.past, unwrapped(strategy.model), self._updates, self.curvature, self.structure
+            )
+        for event in revised.refreshes[len(self.past.refreshes) :]:
+            LOG.info("Refresh in experience %d after %d updates: %s", event.experience, event.iteration, event.reason)
+        if revised is not self.past:
+            self.past, self._weighted = revised, None
+
+    def _stable_strength(self, strategy: Any) -> float:
+        """What the guard makes of `strength` for the model of the past that has just been made."""
+        found = None
+        if self.guard is not None and self.past.model is not None:
+            found = stability(strategy.optimizer, self.strength, self.past.model)
+        self.weight = self.guard.strength(found) if self.guard and found and found.diverges else self.strength
+        return self.weight
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_weighted": None}
@@ -82,10 +120,15 @@ class CurvatureEWCPlugin(SupervisedPlugin):
     def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
         if not self._task_ends.here(strategy):
             return
-        risk = _bridge.current_risk(strategy, self.batch_size)
-        try:
+        with self._naming_the_experience(strategy):
+            risk = _bridge.current_risk(strategy, self.batch_size)
             self.past = self.policy.absorb(self.past, risk, self.curvature, self.structure)
-            self._weighted = None
+        self._weighted = None
+
+    @contextmanager
+    def _naming_the_experience(self, strategy: Any) -> Iterator[None]:
+        try:
+            yield
         except NonFiniteCurvatureError as error:
             raise NonFiniteCurvatureError(
                 f"Experience {_bridge.current_number(strategy)}: {error} "
@@ -93,11 +136,15 @@ class CurvatureEWCPlugin(SupervisedPlugin):
             ) from error
 
 
-def _check_options(strength: float, curvature: object, structure: object, policy: object, batch_size: int) -> None:
+def _check_options(
+    strength: float, curvature: object, structure: object, policy: object, guard: object, batch_size: int
+) -> None:
     if not (is_number(strength) and strength >= 0):
         raise ValueError(f"strength must be a finite number of at least 0; got {strength!r}. 0 only measures.")
     if not is_count(batch_size):
         raise ValueError(f"batch_size must be at least 1; got {batch_size}.")
+    if guard is not None and not isinstance(guard, Guard):
+        raise TypeError(f"guard must be Warn(), Rescale(), Stop() or None; got {guard!r}.")
     for name, value, expected, example in (
         ("curvature", curvature, Curvature, "Fisher()"),
         ("structure", structure, Structure, "Diagonal()"),

@@ -10,6 +10,7 @@ from torch import nn
 from avalanche_curv import (
     GGN,
     Accumulate,
+    AdaptiveRefresh,
     BatchedEmpiricalFisher,
     BlockDiagonal,
     Clip,
@@ -21,6 +22,7 @@ from avalanche_curv import (
     Hessian,
     Merge,
     Refresh,
+    RelativeError,
     SineBoundary,
     fidelity_metrics,
 )
@@ -35,6 +37,7 @@ OPTIONS = [
     (EmpiricalFisher(), BlockDiagonal(), Merge(decay=0.9)),
     (GGN(), Dense(), Refresh(fraction=0.5, gradient=True)),
     (Hessian(psd=Clip()), Dense(), Refresh()),
+    (GGN(), Diagonal(), AdaptiveRefresh(RelativeError(0.01), every=1, fraction=0.5)),
 ]
 
 

@@ -1,0 +1,126 @@
+"""A trust region for the picture of the past: measure its error while training, and draw it anew where it is wrong."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from avalanche_curv.core.curvature import Curvature
+from avalanche_curv.core.damping import Damping, StepBound, damped
+from avalanche_curv.core.estimate import estimate
+from avalanche_curv.core.options import is_count
+from avalanche_curv.core.policies import Past, Refreshed, RevisingPolicy, check_fraction, part_of
+from avalanche_curv.core.quadratic import QuadraticModel, half
+from avalanche_curv.core.risk import EmpiricalRisk
+from avalanche_curv.core.structures import Structure
+from avalanche_curv.core.trust import Check, RelativeError, Trust
+
+
+@dataclass(frozen=True)
+class AdaptiveRefresh(RevisingPolicy):
+    """Stores a random part of each experience's examples and keeps the quadratic model of their loss within its region.
+
+    With L(θ) = Σ_t L_t(θ) the loss of the stored examples, the mean over each past experience, the model is its
+    expansion at the newest anchor a,
+
+        q(θ) = L(a) + gᵀδ + ½ δᵀ C δ,   δ = θ − a,   g = ∇L(a),   C = Σ_t C_t(a).
+
+    Every `every` iterations L(θ) is measured, one forward pass over the stored examples. Where it leaves the region in
+    which `trust` believes q, the anchor moves to θ and g and C are estimated anew, at most `max_refreshes` times an
+    experience; at the end of each experience always. Before the first iteration L is that of the model as it has grown:
+    where new outputs or unmasked units change it beyond `trust`, the picture is drawn anew too. Each refresh and its
+    reason are in `Past.refreshes`. The penalty is q + ½ τ ‖δ‖², with τ from `damping`: it stays bounded below where g
+    leaves the range of C.
+
+    `fraction` of an experience's examples are kept, drawn by `seed`. The idea of a region in which a quadratic model is
+    trusted is that of Levenberg (1944) and of Conn et al. (2000).
+    """
+
+    trust: Trust = RelativeError(0.1)  # noqa: RUF009  a frozen value
+    every: int = 5
+    max_refreshes: int | None = 10
+    damping: Damping = StepBound()  # noqa: RUF009
+    fraction: float = 0.1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_fraction("AdaptiveRefresh", self.fraction)
+        for name, value, expected, example in (
+            ("trust", self.trust, Trust, "RelativeError(0.1), AbsoluteError(0.1) or RatioBand(0.5, 2.0)"),
+            ("damping", self.damping, Damping, "StepBound(10.0) or Tikhonov(0.0)"),
+        ):
+            if not isinstance(value, expected):
+                raise TypeError(f"AdaptiveRefresh({name}=...) takes {example}; got {value!r}.")
+        if not is_count(self.every):
+            raise ValueError(f"AdaptiveRefresh needs every to be at least 1 iteration; got {self.every!r}.")
+        if self.max_refreshes is not None and not (is_count(self.max_refreshes) or self.max_refreshes == 0):
+            raise ValueError(
+                f"AdaptiveRefresh needs max_refreshes of at least 0, or None for no limit; got {self.max_refreshes!r}."
+            )
+
+    def absorb(self, past: Past, risk: EmpiricalRisk, curvature: Curvature, structure: Structure) -> Past:
+        newest = part_of(risk, self.fraction, self.seed, past.experiences)
+        stored = (*(old.at(risk) for old in past.stored), newest)
+        return replace(past, **self._drawn(stored, curvature, structure), experiences=past.experiences + 1)
+
+    def revise(
+        self, past: Past, model: nn.Module, iteration: int, curvature: Curvature, structure: Structure
+    ) -> Past:
+        if past.model is None or iteration % self.every or self._spent(past):
+            return past
+        predicted, actual = predicted_loss(past, model), memory_loss(past.stored, model)
+        moved, cause = past.stored, ""
+        if iteration == 0:
+            moved = moved_to(past.stored, model)
+            frozen, actual = actual, sum(risk.value() for risk in moved)
+            cause = f"growth changed the loss from {frozen:.3g} to {actual:.3g}: " if actual != frozen else ""
+        reason = self.trust.broken(Check(past.model.constant, actual, predicted))
+        if reason is None:
+            return past
+        if iteration:
+            moved = moved_to(past.stored, model)
+        event = Refreshed(past.experiences, iteration, cause + reason, actual, predicted)
+        return replace(past, **self._drawn(moved, curvature, structure), refreshes=(*past.refreshes, event))
+
+    def _spent(self, past: Past) -> bool:
+        done = sum(event.experience == past.experiences for event in past.refreshes)
+        return self.max_refreshes is not None and done >= self.max_refreshes
+
+    def _drawn(self, stored: tuple[EmpiricalRisk, ...], curvature: Curvature, structure: Structure) -> dict:
+        """The picture of the stored examples at the parameters where they are frozen."""
+        models = [estimate(curvature, structure, risk, gradient=True) for risk in stored]
+        total = replace(sum_at_one_anchor(models), constant=sum(risk.value() for risk in stored))
+        tau = self.damping.amount(total)
+        return {"model": damped(total, tau), "damping": tau, "stored": stored}
+
+
+def predicted_loss(past: Past, model: nn.Module) -> float:
+    """q(θ) without its damping: the Taylor picture of the loss of the stored examples."""
+    if past.model is None:
+        return 0.0
+    displacement = past.model.displacement(model)
+    increase = past.model.increase(displacement) - half(past.damping * (displacement @ displacement))
+    return past.model.constant + float(increase)
+
+
+def memory_loss(stored: tuple[EmpiricalRisk, ...], model: nn.Module) -> float:
+    """L = Σ_t L_t of stored examples at the parameters of `model`, on their frozen past functions."""
+    return sum(risk.value_at(risk.space.vector(model)) for risk in stored)
+
+
+def moved_to(stored: tuple[EmpiricalRisk, ...], model: nn.Module) -> tuple[EmpiricalRisk, ...]:
+    """Stored examples with `model` as it is now for their past function; all share one copy of it."""
+    newest = stored[-1].frozen_at(model)
+    return (*(risk.at(newest) for risk in stored[:-1]), newest)
+
+
+def sum_at_one_anchor(models: list[QuadraticModel]) -> QuadraticModel:
+    """The sum of models of one space and anchor. Unlike their `+`, which keeps the minimum, it keeps the slope where a
+    structure cuts the sum of curvatures."""
+    first, *others = models
+    matrix, slope = first.curvature, first.gradient
+    for model in others:
+        matrix = matrix.plus(model.curvature)
+        slope = slope + model.gradient if slope is not None and model.gradient is not None else None
+    return replace(first, curvature=matrix.compressed(), gradient=slope)

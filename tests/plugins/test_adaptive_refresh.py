@@ -1,0 +1,130 @@
+import logging
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from avalanche_curv import (
+    GGN,
+    AbsoluteError,
+    AdaptiveRefresh,
+    CurvatureEWCPlugin,
+    Dense,
+    Diagonal,
+    LowRank,
+    NonFiniteCurvatureError,
+    Rank,
+    RelativeError,
+    Rescale,
+    Stop,
+    UnstablePenaltyError,
+    penalty_metrics,
+)
+from avalanche_curv.core.adaptive import memory_loss, predicted_loss
+
+
+def adaptive(strength=1.0, trust=RelativeError(2e-3), structure=Dense(), **options):  # noqa: B008
+    policy = AdaptiveRefresh(trust, every=1, fraction=0.5, **options)
+    return CurvatureEWCPlugin(strength, curvature=GGN(), structure=structure, policy=policy)
+
+
+def test_every_refresh_happens_where_the_error_crossed_and_is_logged_with_its_reason(
+    net, learner, train, plane, caplog
+):
+    ewc = adaptive()
+    with caplog.at_level(logging.INFO, logger="avalanche_curv"):
+        strategy = train(learner(net, ewc, metrics=penalty_metrics(), train_epochs=5), plane.train_stream)
+    events = ewc.past.refreshes
+    assert events
+    assert all(event.error > 2e-3 * event.actual for event in events)
+    assert {event.experience for event in events} <= {1, 2}
+    assert [record.getMessage() for record in caplog.records] == [
+        f"Refresh in experience {e.experience} after {e.iteration} updates: {e.reason}" for e in events
+    ]
+    metrics = strategy.evaluator.get_all_metrics()
+    assert metrics["penalty/refreshes"][1][-1] == len(events)
+    assert metrics["penalty/error"][1] == pytest.approx([event.error for event in events])
+    assert metrics["penalty/error"][0] == [15 * e.experience + e.iteration - 1 for e in events]
+
+
+def test_the_picture_stays_within_its_tolerance_while_a_refresh_at_the_end_alone_leaves_it(
+    net, learner, train, plane
+):
+    errors = {}
+
+    class Watch(CurvatureEWCPlugin):
+        def after_update(self, strategy, **kwargs):
+            super().after_update(strategy, **kwargs)
+            if self.past.model is not None:
+                loss = memory_loss(self.past.stored, strategy.model)
+                gap = abs(loss - predicted_loss(self.past, strategy.model)) / loss
+                errors.setdefault(self.policy.max_refreshes, []).append(gap)
+
+    for cap in (0, None):
+        policy = AdaptiveRefresh(RelativeError(2e-3), every=1, max_refreshes=cap, fraction=0.5)
+        model = nn.Sequential(nn.Linear(2, 5), nn.Tanh(), nn.Linear(5, 2))
+        model.load_state_dict(net.state_dict())
+        train(learner(model, Watch(1.0, curvature=GGN(), policy=policy), train_epochs=5), plane.train_stream)
+    assert max(errors[None]) <= 2e-3 < max(errors[0])
+
+
+@pytest.mark.parametrize("structure", [Dense(), Diagonal(), LowRank(Rank(3), max_rank=6)])
+def test_a_growing_model_is_drawn_anew_before_each_experience_that_changes_its_past(
+    growing, learner, train, structure
+):
+    model, benchmark = growing()
+    ewc = adaptive(trust=AbsoluteError(1e-3), structure=structure)
+    train(learner(model, ewc), benchmark.train_stream)
+    grown = [event for event in ewc.past.refreshes if event.iteration == 0]
+    assert grown
+    assert all(event.reason.startswith("growth changed the loss from") for event in grown)
+    assert ewc.past.model.space.size == sum(p.numel() for p in model.parameters())
+
+
+def test_an_online_stream_is_one_experience_with_one_count_of_refreshes(net, learner, train, plane):
+    from avalanche.benchmarks.scenarios import split_online_stream
+
+    stream = split_online_stream(plane.train_stream, experience_size=10, access_task_boundaries=True)
+    ewc = adaptive(max_refreshes=2)
+    train(learner(net, ewc, train_mb_size=5), stream)
+    assert ewc.past.experiences == 3
+    counts = [sum(e.experience == n for e in ewc.past.refreshes) for n in range(4)]
+    assert counts[0] == counts[3] == 0
+    assert 0 < max(counts[1:3]) <= 2
+
+
+def test_a_diverged_model_is_named_and_the_past_is_kept(net, learner, train, plane):
+    ewc = adaptive()
+    strategy = train(learner(net, ewc), plane.train_stream[:1])
+    kept = ewc.past
+    with torch.no_grad():
+        net[0].weight[0, 0] = math.nan
+    with pytest.raises(NonFiniteCurvatureError, match=r"Experience 1: .* 1 experiences before it is kept"):
+        strategy.train(plane.train_stream[1])
+    assert ewc.past is kept
+
+
+def test_guards_act_before_the_first_step_that_would_diverge(make, learner, train, plane):
+    def trained(guard):
+        model = make(lambda: nn.Sequential(nn.Linear(2, 5), nn.Tanh(), nn.Linear(5, 2)))
+        ewc = CurvatureEWCPlugin(1000.0, curvature=GGN(), structure=Dense(), guard=guard)
+        learned = learner(model, ewc, metrics=penalty_metrics(), train_epochs=20)
+        return ewc, model, train(learned, plane.train_stream[:2])
+
+    ewc, model, strategy = trained(Rescale(0.5))
+    assert ewc.strength == 1000
+    assert ewc.weight < 100
+    assert all(p.isfinite().all() and p.abs().max() < 100 for p in model.parameters())
+    metrics = strategy.evaluator.get_last_metrics()
+    assert metrics["penalty/weighted"] == pytest.approx(ewc.weight * metrics["penalty/raw"])
+    with pytest.raises(UnstablePenaltyError, match="strength 1e\\+03"):
+        trained(Stop())
+    warned = pytest.warns(UserWarning, match="descent on the penalty alone diverges")
+    with warned, pytest.raises(NonFiniteCurvatureError, match="Look for diverged weights"):
+        trained(CurvatureEWCPlugin(1.0).guard)
+
+
+def test_a_guard_is_an_object():
+    with pytest.raises(TypeError, match=r"guard must be Warn\(\), Rescale\(\), Stop\(\) or None; got 'warn'"):
+        CurvatureEWCPlugin(1.0, guard="warn")
