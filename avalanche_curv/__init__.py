@@ -14,7 +14,7 @@ from avalanche_curv.core import *  # noqa: F403
 if TYPE_CHECKING:
     from avalanche_curv.checkpointing import load_checkpoint, save_checkpoint
     from avalanche_curv.loggers import JSONLLogger
-    from avalanche_curv.metrics import fidelity_metrics, penalty_metrics
+    from avalanche_curv.metrics import fidelity_metrics, landscape_metrics, penalty_metrics
     from avalanche_curv.plugins import CurvatureEWCPlugin
     from avalanche_curv.strategies import CurvatureEWC
     from avalanche_curv.streams import PermutedDigits, RotatedDigits, SineBoundary, SplitDigits
@@ -30,6 +30,7 @@ _LAZY = {
     "SineBoundary": "streams",
     "SplitDigits": "streams",
     "fidelity_metrics": "metrics",
+    "landscape_metrics": "metrics",
     "load_checkpoint": "checkpointing",
     "penalty_metrics": "metrics",
     "save_checkpoint": "checkpointing",

@@ -2,6 +2,7 @@
 
 from avalanche_curv.core import rules as rules  # registers the shortcuts of `estimate`
 from avalanche_curv.core.adaptive import AdaptiveRefresh
+from avalanche_curv.core.alignment import Alignment, CurvatureDrift, alignment, curvature_drift
 from avalanche_curv.core.curvature import (
     GGN,
     Absolute,
@@ -16,6 +17,9 @@ from avalanche_curv.core.curvature import (
 )
 from avalanche_curv.core.damping import Damping, StepBound, Tikhonov
 from avalanche_curv.core.estimate import NonFiniteCurvatureError, estimate, rule
+from avalanche_curv.core.exact_spectra import GramMatrix, WholeMatrix
+from avalanche_curv.core.lanczos import Lanczos
+from avalanche_curv.core.landscape import Landscape, landscape
 from avalanche_curv.core.losses import ExampleLoss, example_loss
 from avalanche_curv.core.parameters import ParameterSpace
 from avalanche_curv.core.policies import Accumulate, Merge, Past, Policy, Refresh, Refreshed
@@ -49,10 +53,12 @@ __all__ = [
     "AbsoluteError",
     "Accumulate",
     "AdaptiveRefresh",
+    "Alignment",
     "BatchedEmpiricalFisher",
     "BlockDiagonal",
     "Clip",
     "Curvature",
+    "CurvatureDrift",
     "Damping",
     "Dense",
     "Diagonal",
@@ -62,10 +68,13 @@ __all__ = [
     "ExampleLoss",
     "Fisher",
     "FlatSpectrum",
+    "GramMatrix",
     "Guard",
     "Hessian",
     "KeepTerms",
     "Kronecker",
+    "Lanczos",
+    "Landscape",
     "LowRank",
     "Matrix",
     "MatrixFree",
@@ -93,7 +102,11 @@ __all__ = [
     "Trust",
     "UnstablePenaltyError",
     "Warn",
+    "WholeMatrix",
+    "alignment",
+    "curvature_drift",
     "estimate",
     "example_loss",
+    "landscape",
     "rule",
 ]

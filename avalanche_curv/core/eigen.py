@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
+import scipy.linalg
 import torch
 from jaxtyping import Float
 from scipy.sparse.linalg import LinearOperator, eigsh
@@ -35,7 +36,11 @@ def spectrum(matrix: Float[Tensor, "P P"]) -> tuple[Float[Tensor, "P"], Float[Te
     if not matrix.isfinite().all():
         undefined = torch.full_like(matrix, torch.nan, dtype=torch.float64)
         return undefined[0], undefined
-    values, vectors = torch.linalg.eigh(matrix.double())
+    try:
+        values, vectors = torch.linalg.eigh(matrix.double())
+    except torch.linalg.LinAlgError:  # divide and conquer may fail where many eigenvalues are equal: then by QR steps
+        found = scipy.linalg.eigh(matrix.double().cpu().numpy(), driver="ev")
+        values, vectors = (torch.as_tensor(part).to(matrix.device) for part in found)
     return values, vectors
 
 
@@ -97,8 +102,8 @@ def _for_numpy(product: Callable[[Tensor], Tensor], like: Tensor) -> Callable[[n
     return numpy_product
 
 
-def _whole(product: Callable[[Tensor], Tensor], like: Tensor) -> tuple[np.ndarray, np.ndarray]:
+def _whole(product: Callable[[Tensor], Tensor], like: Tensor) -> tuple[np.ndarray, ...]:
     """The eigendecomposition of the matrix written out by its products."""
     numpy_product = _for_numpy(product, like)
     whole = np.stack([numpy_product(row) for row in np.eye(len(like))])
-    return np.linalg.eigh((whole + whole.T) / 2)
+    return tuple(part.numpy() for part in spectrum(torch.as_tensor((whole + whole.T) / 2)))

@@ -1,6 +1,16 @@
 """Avalanche metrics over measurements of the core."""
 
 from avalanche_curv.metrics.fidelity import FidelityMetric, fidelity_metrics
+from avalanche_curv.metrics.gradients import GradientMetric
+from avalanche_curv.metrics.landscape import LandscapeMetric, landscape_metrics
 from avalanche_curv.metrics.penalty import PenaltyMetric, penalty_metrics
 
-__all__ = ["FidelityMetric", "PenaltyMetric", "fidelity_metrics", "penalty_metrics"]
+__all__ = [
+    "FidelityMetric",
+    "GradientMetric",
+    "LandscapeMetric",
+    "PenaltyMetric",
+    "fidelity_metrics",
+    "landscape_metrics",
+    "penalty_metrics",
+]

@@ -1,0 +1,72 @@
+"""The two gradients that a step of CurvatureEWC adds up: that of the task, and that of the penalty."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from avalanche.evaluation.metric_results import MetricValue
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from avalanche_curv.core.parameters import ParameterSpace
+from avalanche_curv.metrics._published import ScalarMetric
+from avalanche_curv.plugins import CurvatureEWCPlugin, _bridge
+
+
+class GradientMetric(ScalarMetric):
+    """`gradient/task_norm`, `gradient/penalty_norm` and `gradient/cosine`, every n iterations, after the backward pass.
+
+    The penalty's gradient is Σ strength · (g + C δ) over the strategy's CurvatureEWCPlugins, with the strength that
+    their guards allow, zero for parameters that came later; the task's is the rest of what the parameters hold then.
+    Without a past there is no penalty, and only the norm of the task is published; a cosine with a zero gradient is
+    left out.
+    """
+
+    def after_backward(self, strategy: Any) -> list[MetricValue]:
+        if not self.due(strategy):
+            return []
+        space = _bridge.current_space(strategy)
+        total, penalty = _held_gradient(strategy.model, space), _penalty_gradient(strategy, space)
+        if penalty is None:
+            values = {"task_norm": float(total.norm())}
+        else:
+            task = total - penalty
+            values = {
+                "task_norm": float(task.norm()),
+                "penalty_norm": float(penalty.norm()),
+                "cosine": cosine(task, penalty),
+            }
+        defined = {f"gradient/{name}": value for name, value in values.items() if math.isfinite(value)}
+        return self.publish(strategy, defined)
+
+
+def _held_gradient(model: nn.Module, space: ParameterSpace) -> Float[Tensor, "P"]:
+    """What the trainable parameters hold, zero where they hold none."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    parts = [torch.zeros_like(p) if p.grad is None else p.grad.to_dense() for p in parameters]
+    return space.flatten(parts)
+
+
+def _penalty_gradient(strategy: Any, space: ParameterSpace) -> Float[Tensor, "P"] | None:
+    """Σ weight · ∇q over the plugins, in the coordinates of the current model; None where none has a past."""
+    total = None
+    for plugin in strategy.plugins:
+        past = plugin.past.model if isinstance(plugin, CurvatureEWCPlugin) else None
+        if past is None:
+            continue
+        own = plugin.weight * past.gradient_at(past.displacement(strategy.model))
+        total = own.new_zeros(space.size) if total is None else total
+        total.index_add_(0, space.positions(past.space).to(own.device), own.to(total))
+    return total
+
+
+def cosine(a: Tensor, b: Tensor) -> float:
+    """aᵀb / (‖a‖ ‖b‖), NaN where either is zero.
+
+    >>> cosine(torch.tensor([1.0, 0.0]), torch.tensor([-3.0, 4.0]))
+    -0.6
+    """
+    lengths = float(a.double().norm() * b.double().norm())
+    return max(-1.0, min(1.0, float(a.double() @ b.double()) / lengths)) if lengths > 0 else math.nan
