@@ -13,6 +13,7 @@ from avalanche_curv.core.examples import curvature_rows
 from avalanche_curv.core.layers import Layers, linear_layers
 from avalanche_curv.core.pieces import pieces
 from avalanche_curv.core.risk import EmpiricalRisk
+from avalanche_curv.core.rules.chain_hessian import diagonal_by_units
 from avalanche_curv.core.structures import Diagonal, DiagonalMatrix, Matrix, Structure
 
 
@@ -46,14 +47,16 @@ PIECEWISE_LINEAR = (nn.Linear, nn.ReLU, nn.LeakyReLU, nn.Hardtanh, nn.ReLU6, nn.
 
 @rule(Hessian, Diagonal)
 def diagonal_of_hessian(curvature: Hessian, structure: Diagonal, risk: EmpiricalRisk) -> Matrix:
-    """The diagonal of the GGN on chains of linear and piecewise linear layers, by products elsewhere.
+    """The diagonal of the GGN on chains of linear and piecewise linear layers, unit by unit on other chains with all
+    parameters in linear layers, by products elsewhere.
 
-    There each output is piecewise linear in any single weight while the others are held, so that the model curvature
-    Σ_c (∂ℓ/∂f_c) ∂²f_c/∂w² of the Hessian's diagonal is zero; off the diagonal it is not.
+    In the first each output is piecewise linear in any single weight while the others are held, so that the model
+    curvature Σ_c (∂ℓ/∂f_c) ∂²f_c/∂w² of the Hessian's diagonal is zero; off the diagonal it is not.
     """
     if _is_piecewise_linear_chain(risk.model) and linear_layers(risk) is not None:
         return diagonal_of_squares(GGN(), structure, risk)
-    return by_products(curvature, structure, risk)
+    by_units = diagonal_by_units(risk)
+    return by_products(curvature, structure, risk) if by_units is None else by_units
 
 
 def add_squares_of_rows(
