@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from avalanche_curv.plugins import CurvatureEWCPlugin
     from avalanche_curv.strategies import CurvatureEWC
     from avalanche_curv.streams import PermutedDigits, RotatedDigits, SineBoundary, SplitDigits
+    from avalanche_curv.tensorboard import write_hparams, write_layout
 
 __version__ = "0.1.0"
 
@@ -34,6 +35,8 @@ _LAZY = {
     "load_checkpoint": "checkpointing",
     "penalty_metrics": "metrics",
     "save_checkpoint": "checkpointing",
+    "write_hparams": "tensorboard",
+    "write_layout": "tensorboard",
 }
 
 __all__ = [*core.__all__, *_LAZY]

@@ -7,6 +7,7 @@ from functools import cached_property
 from itertools import groupby
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from avalanche_curv.core.curvature import Curvature, OutputCurvature
@@ -54,10 +55,10 @@ class PastPictures:
         """`picture/measure` over all stored examples and `picture/measure/experience_t` for each past experience.
 
         The picture is `accumulate` or `refresh`, with `_linear` where its linear term is kept; the measures are those
-        of `Fidelity.means`.
+        of `Fidelity.means`, and `distance`, which both forms of a picture share (see `distances`).
         """
-        values: dict[str, float] = {}
-        if not self.accumulate:
+        values = self.distances(model)
+        if not values:
             return values
         for picture, comparisons in self.compare(model).items():
             for suffix, parts in (
@@ -66,6 +67,20 @@ class PastPictures:
             ):
                 values |= _named(picture + suffix, parts)
         return values
+
+    def distances(self, model: nn.Module) -> dict[str, float]:
+        """`picture/distance`, ‖θ − a‖₂ in the coordinates of the anchor a: how far each picture is asked to reach.
+
+        In `accumulate` every past experience has its own anchor: its distance is `accumulate/distance/experience_t`,
+        and `accumulate/distance` is their mean. In `refresh` there is one, the newest. Empty without a past.
+        """
+        if not self.accumulate:
+            return {}
+        each = torch.stack([_distance(model, risk) for risk in (*self.accumulate, self.refresh[-1])]).tolist()
+        own, newest = each[:-1], each[-1]
+        values = {"accumulate/distance": sum(own) / len(own)}
+        values |= {f"accumulate/distance/experience_{number}": value for number, value in enumerate(own)}
+        return values | {"refresh/distance": newest}
 
     @cached_property
     def _held(self) -> dict[str, list[_Group]]:
@@ -126,6 +141,13 @@ def pictures_of(curvature: Curvature, *risks: EmpiricalRisk) -> Pictures:
     layers = [linear_layers(risk) for risk in risks]
     held = [(risk, own) for risk, own in zip(risks, layers) if own is not None]
     return LayerPictures(curvature, *held) if len(held) == len(risks) else OutputPictures(curvature, *risks)
+
+
+def _distance(model: nn.Module, risk: EmpiricalRisk) -> Tensor:
+    """‖θ − a‖₂ as a 0-d tensor, one parameter tensor at a time, so that no vector of size P is made."""
+    pairs = zip(risk.space.tensors(model), risk.parameters)
+    parts = [torch.linalg.vector_norm(now.detach() - anchor.detach()) for now, anchor in pairs]
+    return torch.linalg.vector_norm(torch.stack(parts))
 
 
 def _named(picture: str, parts: list[Fidelity]) -> dict[str, float]:

@@ -8,11 +8,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from avalanche.evaluation.metric_results import MetricValue
+from avalanche.logging import TensorboardLogger, WandBLogger
 
 from avalanche_curv.core.curvature import Curvature, Fisher, Hessian
 from avalanche_curv.core.monitor import PastPictures
 from avalanche_curv.core.options import is_number
 from avalanche_curv.core.policies import Policy, part_of
+from avalanche_curv.metrics._distance_figure import DistanceCurves
 from avalanche_curv.metrics._published import ScalarMetric
 from avalanche_curv.metrics.accuracy import TaskAccuracyMetric
 from avalanche_curv.metrics.penalty import PenaltyMetric
@@ -34,11 +36,12 @@ def fidelity_metrics(
     measured side by side, whatever the strategy trains with: `accumulate`, each experience at its own anchor, and
     `refresh`, all at the end of the newest experience. For each, without and with the linear term (`_linear`), the
     means of kappa, |kappa|, gamma, alpha and rho (see `core.fidelity.Fidelity`) are published, overall and by past
-    experience:
+    experience, beside the `distance` ‖θ − anchor‖ that both forms share (see `PastPictures.distances`):
 
     - `fidelity/<picture>/<measure>[/experience_t]` every n iterations,
     - `fidelity_experience/...` at the end of each experience, before it becomes part of the past,
-    - `fidelity_trajectory/...` then too: the average over all measured iterations so far.
+    - `fidelity_trajectory/...` then too: the average over all measured iterations so far,
+    - `fidelity/kappa_against_distance` then too, where a logger draws: a figure of this experience's iterations.
 
     Besides come `accuracy/{stored,current_task,past_tasks}`, on `stream` if one is given (for instance
     `benchmark.test_stream`) and else on training examples, and `penalty/{raw,weighted}` of a CurvatureEWC.
@@ -86,6 +89,7 @@ class FidelityMetric(ScalarMetric):
         self.pictures = PastPictures(curvature)
         self._task_ends = _bridge.TaskEnds()
         self.trajectory: defaultdict[str, _Mean] = defaultdict(_Mean)
+        self._curves = DistanceCurves()
 
     def before_training(self, strategy: Any) -> None:
         _bridge.check_criterion(strategy, self.pictures.curvature)
@@ -96,20 +100,32 @@ class FidelityMetric(ScalarMetric):
         values = self.pictures.measure(strategy.model)
         for name, value in values.items():
             self.trajectory[name].add(value)
+        self._curves.add(values)
         return self._published(strategy, "fidelity", values)
 
     def after_training_exp(self, strategy: Any) -> list[MetricValue]:
         if not self._task_ends.here(strategy):
             return []
-        published = []
+        published: list[MetricValue] = []
         if self.pictures.accumulate:
             published += self._published(strategy, "fidelity_experience", self.pictures.measure(strategy.model))
             means = {name: mean.value for name, mean in self.trajectory.items()}
             published += self._published(strategy, "fidelity_trajectory", means)
+            published += self._figure(strategy)
         risk = _bridge.current_risk(strategy, batch_size=256)
         stored = part_of(risk, self.fraction, self.seed, len(self.pictures.accumulate))
         self.pictures = self.pictures.with_experience(stored)
         return published
+
+    def _figure(self, strategy: Any) -> list[MetricValue]:
+        """What was measured in this experience against distance, for loggers that draw."""
+        number, curves = len(self.pictures.accumulate), self._curves
+        self._curves = DistanceCurves()
+        if not any(isinstance(logger, TensorboardLogger | WandBLogger) for logger in strategy.evaluator.loggers):
+            return []
+        figure = curves.figure(f"Error of the pictures of the past in experience {number}")
+        name, step = "fidelity/kappa_against_distance", strategy.clock.train_iterations
+        return [MetricValue(self, name, figure, step)] if figure is not None else []
 
     def _published(self, strategy: Any, group: str, values: dict[str, float]) -> list[MetricValue]:
         """Undefined values, such as a cosine with a zero gradient, are left out."""

@@ -4,6 +4,7 @@ import sys
 import time
 from contextlib import closing
 
+from benchmarks.harness.board import columns
 from benchmarks.harness.experiment import Experiment, Options
 from benchmarks.harness.grid import Unit, grid, in_running_order
 from benchmarks.harness.manifest import Manifest, cpus
@@ -24,7 +25,7 @@ def run(experiment: Experiment, options: Options, store: Store, workers: int | N
         _say(f"{len(units) - len(missing)} of {len(units)} units already finished.")
     count = min(workers or cpus(), max(1, len(missing)))
     manifest = Manifest(store, units, options, command, count)
-    job = Job(experiment, store, options.dataset_root, manifest.commit)
+    job = Job(experiment, store, options.dataset_root, manifest.commit, columns(units))
     try:
         failed = run_missing(job, manifest, units, missing, count)
     except KeyboardInterrupt:

@@ -3,7 +3,7 @@
 ``<out>/<experiment>/``
     ``units/<digest>.jsonl``      a finished unit: a header line, then one line per record
     ``units/<digest>.error.txt``  the traceback of a unit that failed
-    ``tensorboard/<label>/seed<k>``
+    ``tensorboard/<label>/seed<k>``  event files: what the run logged, and its row and charts (``*.results``)
     ``manifest.json``             the grid of the last run and what it ran on
     ``report.md``, ``*.png``
 """

@@ -14,6 +14,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from benchmarks.harness.board import Options, publish
 from benchmarks.harness.experiment import Context, Experiment, Record
 from benchmarks.harness.grid import Unit, describe
 from benchmarks.harness.memory import PeakMemory
@@ -28,6 +29,8 @@ class Job:
     store: Store
     dataset_root: Path | None
     commit: str | None
+    columns: Options
+    """Every option of any unit: the columns of TensorBoard's table of runs."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,7 @@ def run_unit(job: Job, unit: Unit) -> Outcome:
             records = _checked(job.experiment.run(unit.config, unit.seed, context))
         seconds = time.perf_counter() - begin
         gc.collect()  # closes Avalanche's loggers, so that the events of a finished unit are on disk
+        publish(tensorboard, unit, job.columns, records)
         header = {
             "label": unit.label,
             "seed": unit.seed,

@@ -1,10 +1,13 @@
+import copy
 import math
+import pickle
 
 import pytest
 import torch
 from avalanche.logging import TensorboardLogger
 from avalanche.models import avalanche_forward
 from avalanche.training import Naive, Replay
+from avalanche.training.plugins import SupervisedPlugin
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.func import functional_call
@@ -210,6 +213,8 @@ def expected_names(experiences):
         for measure in MEASURES:
             yield f"{picture}/{measure}"
             yield from (f"{picture}/{measure}/experience_{t}" for t in range(experiences))
+    yield from ("accumulate/distance", "refresh/distance")
+    yield from (f"accumulate/distance/experience_{t}" for t in range(experiences))
 
 
 @pytest.mark.parametrize("kind", [Naive, Replay, CurvatureEWC])
@@ -261,20 +266,91 @@ def test_the_end_of_an_experience_is_measured_before_it_becomes_past(net, learne
         assert names[f"fidelity_experience/{name}"][1][-1] == names[f"fidelity/{name}"][1][-1]
 
 
-def test_tensorboard_holds_every_value_as_a_scalar(net, learner, train, plane, tmp_path):
+FIGURE = "fidelity/kappa_against_distance"
+
+
+def test_tensorboard_holds_every_number_as_a_scalar_and_a_figure_an_experience(net, learner, train, plane, tmp_path):
     logger = TensorboardLogger(tb_log_dir=tmp_path)
     ewc = CurvatureEWCPlugin(2.0)
     metrics = fidelity_metrics(of=ewc, every=2, fraction=0.2)
     strategy = train(learner(net, ewc, metrics=metrics, loggers=[logger]), plane.train_stream)
     logger.writer.close()
-    events = EventAccumulator(str(tmp_path), size_guidance={"scalars": 0}).Reload()
-    names = published(strategy)
+    events = EventAccumulator(str(tmp_path), size_guidance={"scalars": 0, "images": 0}).Reload()
+    names = dict(published(strategy))
+    steps, _ = names.pop(FIGURE)
     assert set(events.Tags()["scalars"]) == set(names)
-    assert not any(events.Tags()[kind] for kind in ("histograms", "images", "tensors", "distributions"))
+    assert events.Tags()["images"] == [FIGURE]
+    assert [event.step for event in events.Images(FIGURE)] == steps == [6, 9]
+    assert not any(events.Tags()[kind] for kind in ("histograms", "tensors", "distributions"))
     for name, (steps, values) in names.items():
         scalars = events.Scalars(name)
         assert [event.step for event in scalars] == steps
         assert [event.value for event in scalars] == pytest.approx(values, rel=1e-6)
+
+
+def test_the_figure_shows_what_was_measured_in_its_experience(net, learner, train, plane, tmp_path):
+    metrics = fidelity_metrics(every=2)
+    strategy = learner(net, metrics=metrics, loggers=[TensorboardLogger(tb_log_dir=tmp_path)], train_epochs=2)
+    names = published(train(strategy, plane.train_stream))
+    for end, figure in zip(*names[FIGURE]):
+        lines = dict(zip(PICTURES, figure.axes[0].get_lines()))
+        for picture, line in lines.items():
+            shown = []
+            for name in (f"{picture.removesuffix('_linear')}/distance", f"{picture}/kappa_abs"):
+                steps, values = names[f"fidelity/{name}"]
+                shown.append([value for step, value in zip(steps, values) if end - 6 <= step < end])
+            assert len(shown[0]) == 3
+            assert [list(axis) for axis in line.get_data()] == shown
+        assert figure.axes[0].get_xscale() == figure.axes[0].get_yscale() == "log"
+    assert [figure.axes[0].get_title()[-12:] for figure in names[FIGURE][1]] == ["experience 1", "experience 2"]
+
+
+def test_no_figure_is_made_where_no_logger_draws(net, learner, train, plane):
+    strategy = train(learner(net, metrics=fidelity_metrics(every=2)), plane.train_stream)
+    assert FIGURE not in published(strategy)
+
+
+def test_no_figure_is_made_of_a_picture_that_never_moved(net, learner, train, plane, tmp_path):
+    still = torch.optim.SGD(net.parameters(), lr=0.0)
+    logger = TensorboardLogger(tb_log_dir=tmp_path)
+    strategy = learner(net, metrics=fidelity_metrics(every=2), optimizer=still, loggers=[logger])
+    assert FIGURE not in published(train(strategy, plane.train_stream))
+
+
+def test_what_a_figure_will_show_survives_pickling_within_an_experience(net, learner, train, plane, tmp_path):
+    class Restored(SupervisedPlugin):
+        """Replaces the metric by its pickled copy after each iteration."""
+
+        def after_training_iteration(self, strategy, **kwargs):
+            copied = pickle.loads(pickle.dumps(strategy.evaluator.metrics[0]))
+            strategy.evaluator.metrics[0].__dict__.update(copied.__dict__)
+
+    figures = []
+    for plugins in ([], [Restored()]):
+        logger = TensorboardLogger(tb_log_dir=tmp_path)
+        strategy = learner(copy.deepcopy(net), *plugins, metrics=fidelity_metrics(every=1), loggers=[logger])
+        figures.append(published(train(strategy, plane.train_stream))[FIGURE][1])
+    for once, restored in zip(*figures):
+        for line, same in zip(once.axes[0].get_lines(), restored.axes[0].get_lines(), strict=True):
+            assert (line.get_xydata() == same.get_xydata()).all()
+
+
+def test_distances_are_those_from_each_own_anchor_and_from_the_newest(double, growing, learner, train, recorder):
+    model, benchmark = growing(torch.float64)
+    strategy = train(learner(model, recorder, metrics=fidelity_metrics(every=1)), benchmark.train_stream)
+    last, now, ends = strategy.evaluator.get_last_metrics(), recorder.steps[-1], recorder.ends
+    own = []
+    for end in ends[:2]:  # what has grown since an anchor is cut to its shape
+        later = dict(now.named_parameters())
+        parts = [
+            (later[name][tuple(slice(k) for k in p.shape)] - p).reshape(-1) for name, p in end.named_parameters()
+        ]
+        own.append(torch.cat(parts).norm().item())
+    assert 0 < own[1] < own[0]
+    for t, distance in enumerate(own):
+        assert last[f"fidelity/accumulate/distance/experience_{t}"] == pytest.approx(distance, rel=1e-6)
+    assert last["fidelity/accumulate/distance"] == pytest.approx(sum(own) / 2, rel=1e-6)
+    assert last["fidelity/refresh/distance"] == pytest.approx(own[1], rel=1e-6)
 
 
 def test_metrics_of_a_plugin_take_its_curvature_and_what_it_stores():
