@@ -29,6 +29,10 @@ CHARTS: dict[str, dict[str, str]] = {
         "Distance ‖θ − a‖ to the own anchors, mean": "fidelity/accumulate/distance",
         "Distance ‖θ − a‖ to the newest anchor": "fidelity/refresh/distance",
     },
+    "Growth": {
+        "Past loss changed by growth alone, since each own end": "growth/accumulate",
+        "Past loss changed by growth alone, since the newest end": "growth/refresh",
+    },
     "Penalty": {
         "Penalty q(θ)": "penalty/raw",
         "Weighted penalty, strength · q(θ)": "penalty/weighted",

@@ -12,7 +12,7 @@ from avalanche_curv.core.estimate import estimate
 from avalanche_curv.core.options import is_count
 from avalanche_curv.core.policies import Past, Refreshed, RevisingPolicy, check_fraction, part_of
 from avalanche_curv.core.quadratic import QuadraticModel, half
-from avalanche_curv.core.risk import EmpiricalRisk
+from avalanche_curv.core.risk import EmpiricalRisk, frozen_together
 from avalanche_curv.core.structures import Structure
 from avalanche_curv.core.trust import Check, RelativeError, Trust
 
@@ -72,14 +72,14 @@ class AdaptiveRefresh(RevisingPolicy):
         predicted, actual = predicted_loss(past, model), memory_loss(past.stored, model)
         moved, cause = past.stored, ""
         if iteration == 0:
-            moved = moved_to(past.stored, model)
+            moved = frozen_together(past.stored, model)
             frozen, actual = actual, sum(risk.value() for risk in moved)
             cause = f"growth changed the loss from {frozen:.3g} to {actual:.3g}: " if actual != frozen else ""
         reason = self.trust.broken(Check(past.model.constant, actual, predicted))
         if reason is None:
             return past
         if iteration:
-            moved = moved_to(past.stored, model)
+            moved = frozen_together(past.stored, model)
         event = Refreshed(past.experiences, iteration, cause + reason, actual, predicted)
         return replace(past, **self._drawn(moved, curvature, structure), refreshes=(*past.refreshes, event))
 
@@ -107,12 +107,6 @@ def predicted_loss(past: Past, model: nn.Module) -> float:
 def memory_loss(stored: tuple[EmpiricalRisk, ...], model: nn.Module) -> float:
     """L = Σ_t L_t of stored examples at the parameters of `model`, on their frozen past functions."""
     return sum(risk.value_at(risk.space.vector(model)) for risk in stored)
-
-
-def moved_to(stored: tuple[EmpiricalRisk, ...], model: nn.Module) -> tuple[EmpiricalRisk, ...]:
-    """Stored examples with `model` as it is now for their past function; all share one copy of it."""
-    newest = stored[-1].frozen_at(model)
-    return (*(risk.at(newest) for risk in stored[:-1]), newest)
 
 
 def sum_at_one_anchor(models: list[QuadraticModel]) -> QuadraticModel:

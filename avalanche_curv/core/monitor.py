@@ -16,7 +16,7 @@ from avalanche_curv.core.layer_pictures import LayerPictures
 from avalanche_curv.core.layers import linear_layers
 from avalanche_curv.core.parameters import ParameterSpace
 from avalanche_curv.core.pictures import HessianPictures, OutputPictures, Pictures, check_per_example
-from avalanche_curv.core.risk import EmpiricalRisk, joined_risk
+from avalanche_curv.core.risk import EmpiricalRisk, frozen_together, joined_risk
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,22 @@ class PastPictures:
                 ("_linear", [c.linear for c in comparisons]),
             ):
                 values |= _named(picture + suffix, parts)
+        return values
+
+    def growth(self, model: nn.Module) -> dict[str, float]:
+        """`picture` and `picture/experience_t`: L_t of the past function as `model` computes it now, less that of the
+        function as it was frozen, at the same parameters.
+
+        It is what new outputs, unmasked units and other buffers change by themselves; no picture in the parameters can
+        foresee it. The former is the mean over experiences. Empty without a past.
+        """
+        values: dict[str, float] = {}
+        for picture, risks in (("accumulate", self.accumulate), ("refresh", self.refresh)):
+            grown = zip(risks, frozen_together(risks, model))
+            jumps = [now.value() - risk.value_at(risk.space.vector(model)) for risk, now in grown]
+            values |= {f"{picture}/experience_{number}": jump for number, jump in enumerate(jumps)}
+            if jumps:
+                values[picture] = sum(jumps) / len(jumps)
         return values
 
     def distances(self, model: nn.Module) -> dict[str, float]:

@@ -239,6 +239,14 @@ def joined_risk(risks: list[EmpiricalRisk]) -> EmpiricalRisk:
     return replace(risks[0], batches=batches)
 
 
+def frozen_together(risks: Sequence[EmpiricalRisk], model: nn.Module) -> tuple[EmpiricalRisk, ...]:
+    """The same examples with `model` as it is now for their past function; all share one frozen copy of it."""
+    if not risks:
+        return ()
+    first = risks[0].frozen_at(model)
+    return (first, *(risk.at(first) for risk in risks[1:]))
+
+
 def random_part(examples: int, fraction: float, seed: int) -> Int[Tensor, "n"]:
     """Sorted indices of a random `fraction` of so many examples, at least one, without replacement.
 

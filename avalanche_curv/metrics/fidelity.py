@@ -48,9 +48,10 @@ def fidelity_metrics(
 
     `of` takes the curvature from a CurvatureEWCPlugin, and fraction and seed from a policy of it that stores only part
     of the examples, where they are not given. Each experience is measured on the past function as frozen at its end
-    (`accumulate`), or on that of the newest end (`refresh`), masks and padding of growing heads included. Measuring
-    draws no random numbers and leaves training bit-identical. Raises TypeError for a curvature without per-example
-    form.
+    (`accumulate`), or on that of the newest end (`refresh`), masks and padding of growing heads included. What growth
+    alone changes is `growth/<picture>[/experience_t]`, before the first step: the loss of the model as it has grown
+    less that of the frozen function, at the same parameters. Measuring draws no random numbers and leaves training
+    bit-identical. Raises TypeError for a curvature without per-example form.
 
     >>> from avalanche_curv import GGN
     >>> [type(metric).__name__ for metric in fidelity_metrics(curvature=GGN(), every=5)]
@@ -90,9 +91,16 @@ class FidelityMetric(ScalarMetric):
         self._task_ends = _bridge.TaskEnds()
         self.trajectory: defaultdict[str, _Mean] = defaultdict(_Mean)
         self._curves = DistanceCurves()
+        self._begun = False  # the task, of which an online stream gives one part after another
 
     def before_training(self, strategy: Any) -> None:
         _bridge.check_criterion(strategy, self.pictures.curvature)
+
+    def before_training_exp(self, strategy: Any) -> list[MetricValue]:
+        if self._begun:
+            return []
+        self._begun = True
+        return self._published(strategy, "growth", self.pictures.growth(strategy.model))
 
     def after_training_iteration(self, strategy: Any) -> list[MetricValue]:
         if not self.pictures.accumulate or not self.due(strategy):
@@ -106,6 +114,7 @@ class FidelityMetric(ScalarMetric):
     def after_training_exp(self, strategy: Any) -> list[MetricValue]:
         if not self._task_ends.here(strategy):
             return []
+        self._begun = False
         published: list[MetricValue] = []
         if self.pictures.accumulate:
             published += self._published(strategy, "fidelity_experience", self.pictures.measure(strategy.model))

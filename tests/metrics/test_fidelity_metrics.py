@@ -5,7 +5,7 @@ import pickle
 import pytest
 import torch
 from avalanche.logging import TensorboardLogger
-from avalanche.models import avalanche_forward
+from avalanche.models import MTSimpleMLP, avalanche_forward
 from avalanche.training import Naive, Replay
 from avalanche.training.plugins import SupervisedPlugin
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -208,6 +208,37 @@ def test_a_past_function_that_does_not_move_has_no_error_though_the_model_grows(
         assert losses[1] > losses[0] + 0.1
 
 
+def test_growth_is_the_jump_of_the_past_loss_before_the_first_step(growing, double, learner, train, examples, recorder):
+    model, benchmark = growing(torch.float64)
+    still = torch.optim.SGD(model.parameters(), lr=0.0)
+    strategy = learner(model, recorder, metrics=fidelity_metrics(every=1, fraction=1.0), optimizer=still)
+    names = train(strategy, benchmark.train_stream).evaluator.get_all_metrics()
+    starts, ends = recorder.steps[0::3], recorder.ends  # a still model differs by what it grows at each start
+    assert len(starts) == 3
+    for past in (0, 1):
+        inputs, targets = examples(benchmark.train_stream[past])
+        task = torch.full((50,), past if isinstance(model, MTSimpleMLP) else 0)
+        own, before, now = (
+            cross_entropy(avalanche_forward(m.eval(), inputs, task), targets).item()
+            for m in (ends[past], ends[1], starts[2])
+        )
+        assert names[f"growth/accumulate/experience_{past}"][1][-1] == pytest.approx(now - own, abs=1e-9)
+        assert names[f"growth/refresh/experience_{past}"][1][-1] == pytest.approx(now - before, abs=1e-9)
+    assert names["growth/refresh"][0] == [3, 6]
+    if isinstance(model, nn.Sequential):  # unmasked units
+        assert min(names["growth/refresh"][1]) > 0.1
+
+
+def test_growth_is_measured_once_a_task_of_an_online_stream(net, learner, train, plane):
+    from avalanche.benchmarks.scenarios import split_online_stream
+
+    stream = split_online_stream(plane.train_stream, experience_size=10, access_task_boundaries=True)
+    strategy = train(learner(net, metrics=fidelity_metrics(), train_mb_size=5), stream)
+    steps, values = strategy.evaluator.get_all_metrics()["growth/refresh"]
+    assert len(steps) == 2
+    assert values == [0.0, 0.0]
+
+
 def expected_names(experiences):
     for picture in PICTURES:
         for measure in MEASURES:
@@ -226,6 +257,7 @@ def test_every_strategy_and_head_publishes_the_same_names_and_python_floats(kind
     names = published(strategy)
     groups = ("fidelity", "fidelity_experience", "fidelity_trajectory")
     wanted = {f"{group}/{name}" for group in groups for name in expected_names(2)}
+    wanted |= {f"growth/{p}{past}" for p in ("accumulate", "refresh") for past in ("", "/experience_0", "/experience_1")}
     parts = ("current_task", "past_tasks", "stored")
     wanted |= {f"{group}/{part}" for group in ("accuracy", "accuracy_experience") for part in parts}
     if kind is CurvatureEWC:
