@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from avalanche.training import Cumulative, Naive
 from avalanche.training.plugins import (
     EWCPlugin,
@@ -14,9 +16,12 @@ from avalanche.training.plugins import (
     SupervisedPlugin,
     SynapticIntelligencePlugin,
 )
+from torch import Tensor
 
 from avalanche_curv import CurvatureEWCPlugin
 from avalanche_curv.core import Curvature, Policy, Structure
+from avalanche_curv.core.policies import part_seed
+from avalanche_curv.core.risk import random_part
 
 
 class Method(ABC):
@@ -60,6 +65,43 @@ class Rehearsal(Method):
 
     def plugins(self, examples: int) -> list[SupervisedPlugin]:
         return [ReplayPlugin(mem_size=round(self.fraction * examples))]
+
+
+@dataclass(frozen=True)
+class MemoryReplay(Method):
+    """Adds strength · Σ_t L_t(θ) of stored examples, all of them at each step: what a quadratic model stands for.
+
+    The examples are those that a policy with the same `fraction` and `seed` stores.
+    """
+
+    strength: float
+    fraction: float
+    seed: int = 0
+
+    def plugins(self, examples: int) -> list[SupervisedPlugin]:
+        return [MemoryLoss(self.strength, self.fraction, self.seed)]
+
+
+class MemoryLoss(SupervisedPlugin):
+    """See `MemoryReplay`."""
+
+    def __init__(self, strength: float, fraction: float, seed: int) -> None:
+        super().__init__()
+        self.strength, self.fraction, self.seed = strength, fraction, seed
+        self.memory: list[tuple[Tensor, Tensor]] = []
+
+    def before_backward(self, strategy: Any, **kwargs: Any) -> None:
+        if self.memory:
+            inputs, targets = zip(*self.memory)
+            outputs = strategy.model(torch.cat(inputs)).split([len(y) for y in targets])
+            losses = [strategy._criterion(out, y) for out, y in zip(outputs, targets)]
+            strategy.loss = strategy.loss + self.strength * torch.stack(losses).sum()
+
+    def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
+        dataset = strategy.experience.dataset.eval()
+        part = random_part(len(dataset), self.fraction, part_seed(self.seed, len(self.memory)))
+        items = [dataset[int(index)] for index in part]
+        self.memory.append((torch.stack([item[0] for item in items]), torch.tensor([int(item[1]) for item in items])))
 
 
 @dataclass(frozen=True)

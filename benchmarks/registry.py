@@ -14,9 +14,25 @@ EXPERIMENTS = {
         "benchmarks.compare:experiment",
         "Accuracy and forgetting of the strategies of this package and of Avalanche, on one stream",
     ),
+    "ewc_hessian": Registered(
+        "benchmarks.ewc_hessian:experiment",
+        "The Hessian's diagonal against squared gradients in EWC, each at its own strength, on permuted MNIST",
+    ),
+    "taylor": Registered(
+        "benchmarks.taylor:experiment",
+        "When a diagonal stands for the Hessian, and where its error ends and that of the expansion begins",
+    ),
+    "trust_region": Registered(
+        "benchmarks.trust_region:experiment",
+        "Accuracy against the number of refreshes, between one at each task's end and replay",
+    ),
     "tune": Registered(
         "benchmarks.tune:experiment",
         "Strengths for the other experiments, on seeds that they never report",
+    ),
+    "sources": Registered(
+        "benchmarks.sources:experiment",
+        "Why quadratic pictures fail: how stale, which curvature, which trajectory",
     ),
     "speed": Registered(
         "benchmarks.speed:experiment",

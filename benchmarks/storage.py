@@ -42,6 +42,6 @@ def _parts(value: Any) -> Iterable[Any]:
         return list(value.values())
     if isinstance(value, (list, tuple, set)):
         return list(value)
-    if is_dataclass(value) or type(value).__module__.startswith(("avalanche", "torch.nn")):
+    if is_dataclass(value) or type(value).__module__.startswith(("avalanche", "torch.nn", "benchmarks.")):
         return list(getattr(value, "__dict__", {}).values())
     return []

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.compare import DEFAULT_STREAM, CompareOptions, setting_for
+from benchmarks import compare, ewc_hessian, refresh, trust_region
 from benchmarks.harness import Experiment, Options, one_of
 from benchmarks.harness.experiment import Context, Record
 from benchmarks.harness.tables import Column, table
@@ -18,7 +18,18 @@ if TYPE_CHECKING:
     from benchmarks.harness.results import Results
 
 GRID = (0.01, 0.1, 1.0, 10.0, 100.0, 1000.0, 10000.0)
+EWC_HESSIAN_GRIDS = {ewc_hessian.SQUARED: (10.0, 100.0, 300.0, 1000.0, 3000.0, 10000.0, 100000.0)}
+EWC_HESSIAN_GRID = (0.1, 1.0, 3.0, 10.0, 30.0, 100.0, 1000.0)  # decades, and thirds of them around the best
+TRUST_REGION_GRID = (0.1, 1.0, 10.0, 100.0, 1000.0)
+TRUST_REGION_EWC_GRID = (1.0, 10.0, 100.0, 1000.0, 10000.0, 100000.0)
 FIRST_SEED = 1000
+TUNED: dict[type, tuple[Experiment, str]] = {
+    compare.Config: (compare.experiment, "average_accuracy"),
+    refresh.Config: (refresh.experiment, "final/accumulate/all_accuracy"),
+    ewc_hessian.Config: (ewc_hessian.experiment, "average_accuracy"),
+    trust_region.Config: (trust_region.experiment, "average_accuracy"),
+}
+TARGETS = ("compare", "refresh", "ewc_hessian", "trust_region")
 
 
 @dataclass(frozen=True)
@@ -33,10 +44,10 @@ class Config:
 
 @dataclass(frozen=True)
 class TuneOptions(Options):
-    """`target` is `compare`, on a stream, or `refresh`."""
+    """`target` is the experiment to tune; `compare` is tuned on a stream."""
 
     target: str = "compare"
-    stream: str = DEFAULT_STREAM
+    stream: str = compare.DEFAULT_STREAM
 
 
 class Tune(Experiment):
@@ -46,65 +57,91 @@ class Tune(Experiment):
     options_type = TuneOptions
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--target", type=one_of("experiment", ("compare", "refresh")), default="compare")
-        parser.add_argument("--stream", type=one_of("stream", STREAMS), default=DEFAULT_STREAM)
+        parser.add_argument("--target", type=one_of("experiment", TARGETS), default="compare")
+        parser.add_argument("--stream", type=one_of("stream", STREAMS), default=compare.DEFAULT_STREAM)
 
     def variant(self, options: TuneOptions) -> str:
-        return "refresh" if options.target == "refresh" else options.stream
+        return options.stream if options.target == "compare" else options.target
 
     def configs(self, options: TuneOptions) -> Sequence[Config]:
-        inner = self._refresh(options) if options.target == "refresh" else self._compare(options)
+        makers = {"compare": _compare, "refresh": _refresh, "ewc_hessian": _ewc_hessian, "trust_region": _trust_region}
         return [
-            Config(f"{name} at {strength:g}", name, strength, config)
-            for name, make in inner.items()
-            for strength in (GRID[:1] if options.quick else GRID)
-            for config in [make(strength)]
+            Config(f"{name} at {strength:g}", name, strength, make(strength))
+            for name, (grid, make) in makers[options.target](options).items()
+            for strength in (grid[:1] if options.quick else grid)
         ]
 
     def run(self, config: Config, seed: int, context: Context) -> Sequence[Record]:
-        from benchmarks import compare_run, refresh_run
-
-        seed += FIRST_SEED
-        if hasattr(config.inner, "setting"):
-            records = compare_run.run(config.inner.method, config.inner.setting, seed, context)
-            name = "average_accuracy"
-        else:
-            records, name = refresh_run.run(config.inner, seed, context), "final/accumulate/all_accuracy"
+        experiment, name = TUNED[type(config.inner)]
+        records = experiment.run(config.inner, FIRST_SEED + seed, context)
         return [{"metric": "accuracy", "value": r["value"]} for r in records if r["metric"] == name]
 
     def report(self, results: Results, out: Path) -> str:
-        names = list(dict.fromkeys(label.rsplit(" at ", 1)[0] for label in results.labels))
+        places = [label.rsplit(" at ", 1) for label in results.labels]
+        strengths = sorted({float(strength) for _, strength in places})
         rows: list[list] = []
-        for name in names:
-            cells = {s: results.final("accuracy", f"{name} at {s:g}") for s in GRID}
+        for name in dict.fromkeys(name for name, _ in places):
+            cells = {s: results.final("accuracy", f"{name} at {s:g}") for s in strengths}
             known = {s: cell.mean for s, cell in cells.items() if cell and cell.mean == cell.mean}
             rows.append([name, *cells.values(), f"{max(known, key=lambda s: known[s]):g}" if known else "–"])
-        columns = [Column("method"), *(Column(f"λ = {s:g}") for s in GRID), Column("best λ")]
+        columns = [Column("method"), *(Column(f"λ = {s:g}") for s in strengths), Column("best λ")]
         return f"# Average accuracy by strength, seeds from {FIRST_SEED} on\n\n" + table(columns, rows)
 
-    def _compare(self, options: TuneOptions) -> dict[str, Any]:
-        from benchmarks.compare import Config as Inner
-        from benchmarks.grid import EQUAL_TO_FISHER, methods
 
-        chosen = CompareOptions(options.seeds, options.quick, options.dataset_root, options.stream)
-        setting = replace(setting_for(chosen), every=10**6)  # fidelity costs time and is not needed here
-        return {
-            label: lambda strength, label=label, method=method: Inner(
-                label, replace(method, strength=strength), setting
-            )
-            for label, method in methods().items()
-            if hasattr(method, "strength") and not any(f" {kind}," in label for kind in EQUAL_TO_FISHER)
-        }
+Maker = tuple[Sequence[float], Callable[[float], Any]]
+"""The strengths to try, and the configuration at one of them."""
 
-    def _refresh(self, options: TuneOptions) -> dict[str, Any]:
-        from benchmarks.refresh import experiment
 
-        configs = (replace(config, every=33) for config in experiment.configs(options))  # step 99, the last, too
-        return {
-            config.label: lambda strength, config=config: replace(config, strength=strength)
-            for config in configs
-            if config.policy is not None
-        }
+def _compare(options: TuneOptions) -> dict[str, Maker]:
+    from benchmarks.compare.grid import EQUAL_TO_FISHER, methods
+
+    chosen = compare.CompareOptions(options.seeds, options.quick, options.dataset_root, options.stream)
+    setting = replace(compare.setting_for(chosen), every=10**6)  # fidelity costs time and is not needed here
+
+    def maker(label: str, method: Any) -> Maker:
+        return GRID, lambda strength: compare.Config(label, replace(method, strength=strength), setting)
+
+    return {
+        label: maker(label, method)
+        for label, method in methods().items()
+        if hasattr(method, "strength") and not any(f" {kind}," in label for kind in EQUAL_TO_FISHER)
+    }
+
+
+def _refresh(options: TuneOptions) -> dict[str, Maker]:
+    def maker(config: refresh.Config) -> Maker:
+        return GRID, lambda strength: replace(config, strength=strength, every=33)  # step 99, the last, too
+
+    return {c.label: maker(c) for c in refresh.experiment.configs(options) if c.policy is not None}
+
+
+def _ewc_hessian(options: TuneOptions) -> dict[str, Maker]:
+    """On ReLU networks the Hessian's diagonal is the Fisher's, and so is its best strength."""
+
+    def maker(activation: str, name: str) -> Maker:
+        setting = ewc_hessian.setting_for(activation, options)
+        grid = EWC_HESSIAN_GRIDS.get(name, EWC_HESSIAN_GRID)
+        return grid, lambda strength: ewc_hessian.penalised_config(activation, name, strength, setting)
+
+    return {
+        f"{activation}, {name}": maker(activation, name)
+        for activation, name in ewc_hessian.STRENGTHS
+        if (activation, name) != ("ReLU", "Hessian")
+    }
+
+
+def _trust_region(options: TuneOptions) -> dict[str, Maker]:
+    from benchmarks.trust_region.grid import EWC, at_strength, penalised
+
+    def maker(setting: trust_region.Setting, name: str) -> Maker:
+        grid = TRUST_REGION_EWC_GRID if name == EWC else TRUST_REGION_GRID
+        return grid, lambda strength: trust_region.Config(
+            f"{setting.stream}, {name}", at_strength(setting, name, strength), setting
+        )
+
+    chosen = trust_region.TrustRegionOptions(options.seeds, options.quick, options.dataset_root)
+    streams = trust_region.settings(chosen)
+    return {f"{s.stream}, {name}": maker(s, name) for s in streams for name in penalised(s)}
 
 
 experiment = Tune()

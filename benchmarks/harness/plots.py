@@ -44,26 +44,26 @@ def plot_curves(path: Path, panels: Sequence[Curves], *, xlabel: str, labels: Se
     `labels` are all labels of the grid (`Results.labels`): they fix the colours, the same in each figure of a report.
     """
     used = {label for panel in panels for label in panel.series}
-    figure = _figure(8.6, max(0.7 + 2.9 * len(panels), 0.4 + 0.24 * len(used)))
+    figure = new_figure(8.6, max(0.7 + 2.9 * len(panels), 0.4 + 0.24 * len(used)))
     all_axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
     chosen = styles(labels)
     for axes, panel in zip(all_axes, panels):
         _draw_curves(axes, panel, chosen)
     all_axes[-1].set_xlabel(xlabel)
     _legend(figure, chosen, used)
-    return _save(figure, path)
+    return saved(figure, path)
 
 
 def plot_dots(path: Path, panels: Sequence[Dots], *, labels: Sequence[str]) -> Path:
     """Panels side by side with one row per label, mean ± std. A label absent from one panel keeps its row there."""
     shown = [label for label in labels if any(panel.values.get(label) for panel in panels)]
     longest = max((len(label) for label in shown), default=0)
-    figure = _figure(0.08 * longest + 3.6 * len(panels) + 0.6, 1.2 + 0.3 * len(shown))
+    figure = new_figure(0.08 * longest + 3.6 * len(panels) + 0.6, 1.2 + 0.3 * len(shown))
     all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     chosen = styles(labels)
     for axes, panel in zip(all_axes, panels):
         _draw_dots(axes, panel, shown, chosen)
-    return _save(figure, path)
+    return saved(figure, path)
 
 
 def _draw_curves(axes: "Axes", panel: Curves, chosen: Mapping[str, Style]) -> None:
@@ -81,7 +81,7 @@ def _draw_curves(axes: "Axes", panel: Curves, chosen: Mapping[str, Style]) -> No
             upper = [mean + spread for mean, spread in zip(means, spreads)]
             axes.fill_between(steps, lower, upper, color=style.colour, alpha=0.15, linewidth=0)
     axes.set_ylabel(panel.ylabel)
-    _finish(axes, panel.title)
+    tidy(axes, panel.title)
     if panel.log:
         axes.set_yscale("log", nonpositive="clip")
         positive = [summary.mean for curve in panel.series.values() for _, summary in curve if summary.mean > 0]
@@ -102,13 +102,13 @@ def _draw_dots(axes: "Axes", panel: Dots, shown: Sequence[str], chosen: Mapping[
     axes.set_yticks(range(len(shown)), shown)
     axes.set_ylim(len(shown) - 0.5, -0.5)
     axes.set_xlabel(panel.xlabel)
-    _finish(axes, panel.title)
+    tidy(axes, panel.title)
     axes.tick_params(axis="y", length=0)
     if panel.log:
         axes.set_xscale("log", nonpositive="clip")
 
 
-def _figure(width: float, height: float) -> "Figure":
+def new_figure(width: float, height: float) -> "Figure":
     """A figure without pyplot, so that nothing global changes."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -118,7 +118,8 @@ def _figure(width: float, height: float) -> "Figure":
     return figure
 
 
-def _finish(axes: "Axes", title: str) -> None:
+def tidy(axes: "Axes", title: str) -> None:
+    """The title, a light grid, and no frame."""
     axes.set_title(title, loc="left", fontsize=11)
     axes.grid(color="#e4e4e4", linewidth=0.7)
     axes.set_axisbelow(True)
@@ -135,7 +136,8 @@ def _legend(figure: "Figure", chosen: Mapping[str, Style], used: Collection[str]
     figure.legend(handles=lines, loc="outside right upper", frameon=False, fontsize=9, handlelength=2.8)
 
 
-def _save(figure: "Figure", path: Path) -> Path:
+def saved(figure: "Figure", path: Path) -> Path:
+    """Write a PNG file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=DPI)
     return path

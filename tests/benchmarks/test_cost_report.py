@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.cost_report import report
+from benchmarks.cost.report import report
 from benchmarks.harness import UsageError
 from benchmarks.harness.command import main, without
 from benchmarks.harness.markers import excerpt, insert, replaced

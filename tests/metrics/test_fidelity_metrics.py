@@ -257,7 +257,8 @@ def test_every_strategy_and_head_publishes_the_same_names_and_python_floats(kind
     names = published(strategy)
     groups = ("fidelity", "fidelity_experience", "fidelity_trajectory")
     wanted = {f"{group}/{name}" for group in groups for name in expected_names(2)}
-    wanted |= {f"growth/{p}{past}" for p in ("accumulate", "refresh") for past in ("", "/experience_0", "/experience_1")}
+    pasts = ("", "/experience_0", "/experience_1")
+    wanted |= {f"growth/{picture}{past}" for picture in ("accumulate", "refresh") for past in pasts}
     parts = ("current_task", "past_tasks", "stored")
     wanted |= {f"{group}/{part}" for group in ("accuracy", "accuracy_experience") for part in parts}
     if kind is CurvatureEWC:

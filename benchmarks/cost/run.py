@@ -30,10 +30,10 @@ from avalanche_curv import (
     estimate,
 )
 from avalanche_curv.streams._benchmark import Examples, benchmark
-from benchmarks.cost_models import CLASSES, Family, digits
-from benchmarks.cost_peers import Batches, absent, peer_of
+from benchmarks.cost.models import CLASSES, Family, digits
+from benchmarks.cost.peers import Batches, absent, peer_of
 from benchmarks.harness.experiment import Record
-from benchmarks.speed_run import Stopwatch, clocked
+from benchmarks.speed.run import Stopwatch, clocked
 
 if TYPE_CHECKING:
     from benchmarks.cost import Config, Work

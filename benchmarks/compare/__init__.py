@@ -70,7 +70,7 @@ class Compare(Experiment):
         return "" if options.stream == DEFAULT_STREAM else options.stream
 
     def configs(self, options: CompareOptions) -> Sequence[Config]:
-        from benchmarks.grid import methods
+        from benchmarks.compare.grid import methods
 
         setting = setting_for(options)
         large = options.quick and STREAMS[options.stream].downloads  # loading takes minutes for each method
@@ -78,12 +78,12 @@ class Compare(Experiment):
         return [Config(label, method, setting) for label, method in chosen.items()]
 
     def run(self, config: Config, seed: int, context: Context) -> Sequence[Record]:
-        from benchmarks.compare_run import run
+        from benchmarks.compare.run import run
 
         return run(config.method, config.setting, seed, context)
 
     def report(self, results: Results, out: Path) -> str:
-        from benchmarks.compare_report import report
+        from benchmarks.compare.report import report
 
         return report(results, out)
 

@@ -20,7 +20,7 @@ from avalanche_curv import (
     Policy,
     Refresh,
 )
-from benchmarks.compare_run import MEMORY
+from benchmarks.compare.run import MEMORY
 from benchmarks.methods import MAS, SI, AvalancheEWC, Joint, LwF, Method, Ours, Plain, Rehearsal
 
 KINDS: dict[str, Curvature] = {

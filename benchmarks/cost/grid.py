@@ -19,8 +19,8 @@ from avalanche_curv import (
     Rank,
 )
 from benchmarks.cost import Config, Work
-from benchmarks.cost_models import MLP, ConvNet, ResNet18, Transformer
-from benchmarks.cost_peers import installed
+from benchmarks.cost.models import MLP, ConvNet, ResNet18, Transformer
+from benchmarks.cost.peers import installed
 
 FEW = 1000  # examples of the structures that look at rows
 SAMPLED = Fisher(samples=1, seed=0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +12,22 @@ from avalanche.training import Naive
 from avalanche.training.plugins import EvaluationPlugin, EWCPlugin, SupervisedPlugin
 from torch import nn
 
-from avalanche_curv import CurvatureEWCPlugin, Diagonal, EmpiricalFisher, EmpiricalRisk, Fisher, estimate
+from avalanche_curv import (
+    AbsoluteError,
+    AdaptiveRefresh,
+    CurvatureEWCPlugin,
+    Diagonal,
+    EmpiricalFisher,
+    EmpiricalRisk,
+    Fisher,
+    Hessian,
+    Past,
+    estimate,
+    fidelity_metrics,
+    landscape,
+    landscape_metrics,
+)
+from avalanche_curv.core.adaptive import memory_loss
 from avalanche_curv.core.monitor import PastPictures
 from avalanche_curv.streams._benchmark import Examples, benchmark
 from benchmarks.harness.experiment import Record
@@ -26,7 +41,7 @@ Times = dict[str, list[float]]
 def run(config: Config) -> list[Record]:
     """Times in milliseconds and ratios to the first of each group."""
     records: list[Record] = []
-    for group, measure in (("step", steps), ("estimate", estimates), ("fidelity", fidelities)):
+    for group, measure in (("step", steps), ("estimate", estimates), ("fidelity", fidelities), ("on", instruments)):
         times = measure(config)
         base = next(iter(times.values()))
         for name, values in times.items():
@@ -63,6 +78,7 @@ def steps(config: Config) -> Times:
         "curvature_ewc_one": _trained(config, [CurvatureEWCPlugin(1.0)], 1),
         "ewc_separate": _trained(config, [EWCPlugin(1.0)], many),
         "ewc_online": _trained(config, [EWCPlugin(1.0, mode="online", decay_factor=0.9)], many),
+        "idle": _trained(config, [], 0, (*fidelity_metrics(every=10**9), *landscape_metrics(every=10**9))),
     }
     experience = _stream(config, config.steps * config.batch).train_stream[0]
 
@@ -123,6 +139,27 @@ def fidelities(config: Config) -> Times:
     )
 
 
+def instruments(config: Config) -> Times:
+    """What a measured iteration takes beside its step, of ten past experiences; landscapes are of 200 examples."""
+    model, criterion = _model(config), nn.CrossEntropyLoss()
+    policy, past = AdaptiveRefresh(AbsoluteError(1e-300), every=1, fraction=1.0), Past()
+    for number in range(min(10, config.experiences)):
+        risk = EmpiricalRisk.snapshot(model, criterion, [_examples(config.stored, seed=number)])
+        past = policy.absorb(past, risk, Fisher(), Diagonal())
+    _perturb(model, 0)
+    some = EmpiricalRisk.snapshot(model, criterion, [_examples(2 * config.stored)])
+    inputs, targets = _examples(config.batch)
+    work: dict[str, Callable[[], Any]] = {
+        "gradients": lambda: _gradients(model, criterion, [(inputs, targets)]),
+        "check": lambda: memory_loss(past.stored, model),
+        "refresh": lambda: policy.revise(past, model, 1, Fisher(), Diagonal()),
+        "landscape_empirical": lambda: landscape(EmpiricalFisher(), some),
+        "landscape_fisher": lambda: landscape(Fisher(), some),
+        "landscape_hessian": lambda: landscape(Hessian(), some),
+    }
+    return interleaved({name: clocked(some_work) for name, some_work in work.items()}, min(3, config.rounds))
+
+
 def interleaved(work: dict[str, Callable[[], float]], rounds: int) -> Times:
     """Seconds of each, in turn, `rounds` times after one warm-up."""
     times: Times = {name: [] for name in work}
@@ -145,7 +182,9 @@ def clocked(work: Callable[[], Any]) -> Callable[[], float]:
     return timed
 
 
-def _trained(config: Config, plugins: list[Any], experiences: int) -> tuple[Any, Stopwatch]:
+def _trained(
+    config: Config, plugins: list[Any], experiences: int, metrics: Sequence[Any] = ()
+) -> tuple[Any, Stopwatch]:
     """A strategy that has seen so many small experiences, and will remember no more."""
     watch, model = Stopwatch(), _model(config)
     strategy = Naive(
@@ -154,7 +193,7 @@ def _trained(config: Config, plugins: list[Any], experiences: int) -> tuple[Any,
         criterion=nn.CrossEntropyLoss(),
         train_mb_size=config.batch,
         plugins=[*plugins, watch],
-        evaluator=EvaluationPlugin(loggers=[]),
+        evaluator=EvaluationPlugin(*metrics, loggers=[]),
     )
     for number in range(experiences):
         strategy.train(_stream(config, config.batch, seed=number).train_stream[0], eval_streams=[])

@@ -13,7 +13,7 @@ from benchmarks.harness.experiment import Context, Record
 
 if TYPE_CHECKING:
     from avalanche_curv import Curvature, Structure
-    from benchmarks.cost_models import Family
+    from benchmarks.cost.models import Family
     from benchmarks.harness.results import Results
 
 
@@ -56,17 +56,17 @@ class Cost(Experiment):
         parser.set_defaults(seeds=1, workers=1)  # each seed repeats the measurement; a second worker would disturb it
 
     def configs(self, options: Options) -> Sequence[Config]:
-        from benchmarks.cost_grid import grid
+        from benchmarks.cost.grid import grid
 
         return [_quick(config) for config in grid()] if options.quick else grid()
 
     def run(self, config: Config, seed: int, context: Context) -> Iterator[Record]:
-        from benchmarks.cost_run import run
+        from benchmarks.cost.run import run
 
         return run(config)
 
     def report(self, results: Results, out: Path) -> str:
-        from benchmarks.cost_report import report
+        from benchmarks.cost.report import report
 
         return report(results)
 

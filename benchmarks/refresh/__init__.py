@@ -72,7 +72,7 @@ class Refresh(Experiment):
         return [Config(name, policy, STRENGTHS.get(name, 0.0), **size) for name, policy in policies.items()]
 
     def run(self, config: Config, seed: int, context: Context) -> Sequence[Record]:
-        from benchmarks.refresh_run import run
+        from benchmarks.refresh.run import run
 
         return run(config, seed, context)
 
