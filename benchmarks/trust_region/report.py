@@ -59,11 +59,13 @@ def _section(results: Results, stream: str) -> str:
     setting: dict = next((config["setting"] for config in configs if config), {})
     rows = [_row(results, stream, name) for name in names]
     text = (
-        f"## {TITLES[stream]}\n\n{setting.get('experiences')} tasks of {setting.get('steps')} steps with batches of "
-        f"{setting.get('batch')}, one hidden layer of 100 ReLU units, Adam at {setting.get('rate'):g}; "
-        f"{setting.get('memory'):.2%} of each task's examples stored. {TRIALS.get(stream, '')}"
+        f"{setting['experiences']} tasks of {setting['steps']} steps with batches of {setting['batch']}, one hidden "
+        f"layer of 100 ReLU units, Adam at {setting['rate']:g}; {setting['memory']:.2%} of each task's examples "
+        "stored. "
+        if setting
+        else ""
     )
-    return f"{text.strip()}\n\n{table(columns, rows)}"
+    return f"## {TITLES[stream]}\n\n{text}{TRIALS.get(stream, '')}\n\n{table(columns, rows)}"
 
 
 def _row(results: Results, stream: str, name: str) -> list[Cell]:
