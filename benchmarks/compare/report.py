@@ -17,7 +17,7 @@ KNOWN_FAULTS = {
 }
 FISHER = "CurvatureEWC Fisher, accumulate"
 SHOWN = ("Naive", "Cumulative", "Replay", "EWC", "LwF", "MAS", "CurvatureEWC Fisher, accumulate",
-         "CurvatureEWC Fisher, merge", "CurvatureEWC Fisher, refresh")
+         "CurvatureEWC Fisher, merge", "CurvatureEWC Fisher, refresh", "CurvatureEWC Fisher, low rank, adaptive")
 
 
 def report(results: Results, out: Path) -> str:
@@ -27,8 +27,9 @@ def report(results: Results, out: Path) -> str:
         f"# Comparison on {setting.get('stream', '?')}",
         f"{setting.get('experiences')} experiences of {setting.get('steps')} steps with batches of "
         f"{setting.get('batch')}, Adam at {setting.get('rate')}; mean ± standard deviation over n seeds. CurvatureEWC "
-        "keeps the diagonal. κ is the mean absolute error of the quadratic picture on stored examples, averaged over "
-        "the trajectory: for each experience kept at its own anchor (accumulate) or moved to the newest (refresh).",
+        "keeps the diagonal where a row does not say otherwise. κ is the mean absolute error of the quadratic picture "
+        "on stored examples, averaged over the trajectory: for each experience kept at its own anchor (accumulate) or "
+        "moved to the newest (refresh).",
         _table(results),
         "![Average accuracy of seen tasks and error of the picture](compare.png)",
         "![Final accuracy and forgetting](final.png)",

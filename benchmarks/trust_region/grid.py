@@ -23,6 +23,7 @@ MNIST_TOLERANCES = (0.5, 0.2, 0.1, 0.05)
 CHOSEN = 0.1
 CAPS = (3, 6)
 EWC, PER_TASK, WITH_SLOPE = "Avalanche's EWC", "refresh per task", "refresh per task, slope"
+DAMPED = "refresh per task, slope, damped"
 NAIVE, REPLAY, AVALANCHE_REPLAY = "Naive", "replay", "Avalanche's Replay"
 
 STRENGTHS = {  # `run tune --target trust_region --seeds 2 --dataset-root DIR`
@@ -47,7 +48,7 @@ STRENGTHS = {  # `run tune --target trust_region --seeds 2 --dataset-root DIR`
 def methods(setting: Setting, quick: bool) -> dict[str, Method]:
     """From the loosest to the tightest, between what forgets and what replays."""
     tolerances = (CHOSEN,) if quick else MNIST_TOLERANCES if setting.mnist else TOLERANCES
-    rows = {NAIVE: Plain(), **penalised(setting)}
+    rows = {NAIVE: Plain(), **penalised(setting), DAMPED: adaptive(setting, CHOSEN, 0)}
     rows |= {f"adaptive {tolerance:g}": adaptive(setting, tolerance) for tolerance in tolerances}
     rows |= {f"adaptive {CHOSEN:g}, at most {cap}": adaptive(setting, CHOSEN, cap) for cap in CAPS}
     if setting.stream == "split_digits":

@@ -28,16 +28,18 @@ TRIALS = {
     "split_mnist": "First trials: plain 0.20, adaptive 0.71 with 4 refreshes a task and 0.74 with 8, replay 0.79.",
 }
 PER_TASK = ("refresh per task", "refresh per task, slope")
-EXPLANATION = (
-    "Every method stores the same examples of each task. *refresh per task* estimates GGN curvature anew at each "
-    "task's end (with *slope*, the gradient of past loss there too); *adaptive τ* besides whenever the loss of the "
-    "stored examples differs from its picture by more than τ times itself, checked every 5 steps; *replay* trains on "
-    "the stored examples themselves, all at every step. Strength is 1 for adaptive and replay (the sum of all tasks' "
-    "losses) and tuned on seeds from 1000 on for the others. *refreshes* counts those during a task, per task after "
-    "the first. "
-    "*gap closed* is the way from the better refresh per task (0) to replay (1), of means. *time* is training time in "
-    "that of Naive in the same seed. Mean ± standard deviation over n seeds."
-)
+EXPLANATION = """Every method stores the same examples of each task.
+
+- *refresh per task* estimates GGN curvature anew at each task's end; with *slope* the gradient of past loss there too;
+  *damped* as adaptive is.
+- *adaptive τ* besides draws a new picture whenever the loss of the stored examples differs from it by more than τ times
+  itself, checked every 5 steps.
+- *replay* trains on the stored examples themselves, all of them at every step.
+
+Strength is 1 for replay, adaptive and damped (the sum of all tasks' losses) and tuned on seeds from 1000 on for the
+others. *refreshes* counts those during a task, per task after the first. *gap closed* is the way from the better undamped
+refresh per task (0) to replay (1), of means. *just learned* is the accuracy on each task at its end. *time* is training
+time in that of Naive in the same seed. Mean ± standard deviation over n seeds."""
 
 
 def report(results: Results, out: Path) -> str:
