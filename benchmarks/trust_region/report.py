@@ -37,9 +37,9 @@ EXPLANATION = """Every method stores the same examples of each task.
 - *replay* trains on the stored examples themselves, all of them at every step.
 
 Strength is 1 for replay, adaptive and damped (the sum of all tasks' losses) and tuned on seeds from 1000 on for the
-others. *refreshes* counts those during a task, per task after the first. *gap closed* is the way from the better undamped
-refresh per task (0) to replay (1), of means. *just learned* is the accuracy on each task at its end. *time* is training
-time in that of Naive in the same seed. Mean ± standard deviation over n seeds."""
+others. *refreshes* counts those during a task, per task after the first. *gap closed* is the way from the better
+undamped refresh per task (0) to replay (1), of means. *just learned* is the accuracy on each task at its end. *time* is
+training time in that of Naive in the same seed. Mean ± standard deviation over n seeds."""
 
 
 def report(results: Results, out: Path) -> str:
