@@ -13,6 +13,7 @@ from torch import nn
 
 from avalanche_curv.core.curvature import Curvature, Fisher
 from avalanche_curv.core.policies import Accumulate, Policy
+from avalanche_curv.core.stability import Guard, Warn
 from avalanche_curv.core.structures import Diagonal, Structure
 from avalanche_curv.plugins import CurvatureEWCPlugin
 
@@ -33,6 +34,7 @@ class CurvatureEWC(SupervisedTemplate):
         curvature: Curvature = Fisher(),  # noqa: B008  a frozen value
         structure: Structure = Diagonal(),  # noqa: B008
         policy: Policy = Accumulate(),  # noqa: B008
+        guard: Guard | None = Warn(),  # noqa: B008
         train_mb_size: int = 1,
         train_epochs: int = 1,
         eval_mb_size: int | None = None,
@@ -42,7 +44,9 @@ class CurvatureEWC(SupervisedTemplate):
         eval_every: int = -1,
         **base_kwargs: Any,
     ) -> None:
-        self.ewc = CurvatureEWCPlugin(strength, curvature=curvature, structure=structure, policy=policy)
+        self.ewc = CurvatureEWCPlugin(
+            strength, curvature=curvature, structure=structure, policy=policy, guard=guard
+        )
         super().__init__(
             model=model,
             optimizer=optimizer,
