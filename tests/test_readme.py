@@ -44,3 +44,7 @@ def test_snippet_runs(snippet: str, names: dict[str, object], tmp_path: Path, mo
     exec(compile(snippet, str(README), "exec"), scope)
     if "strategy" in scope:
         scope["strategy"].train(scope["benchmark"].train_stream[0], eval_streams=[])
+    for name in ("tensorboard", "evaluator"):  # writes until it is closed, and the folder is left
+        for logger in getattr(scope.get(name), "loggers", [scope.get(name)]):
+            if hasattr(logger, "writer"):
+                logger.writer.close()
