@@ -1,9 +1,11 @@
-"""What options accept."""
+"""What options accept, and how they are written."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import fields
 from numbers import Integral, Real
+from typing import Any
 
 
 def is_count(value: object) -> bool:
@@ -22,3 +24,14 @@ def is_number(value: object) -> bool:
     (True, False, False)
     """
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def in_short(option: Any) -> str:
+    """A dataclass as it would be written: without the fields that hold their defaults.
+
+    >>> from avalanche_curv import Fisher, Rank
+    >>> in_short(Fisher()), in_short(Fisher(samples=2)), in_short(Rank(3))
+    ('Fisher()', 'Fisher(samples=2)', 'Rank(k=3)')
+    """
+    shown = (field for field in fields(option) if getattr(option, field.name) != field.default)
+    return f"{type(option).__name__}({', '.join(f'{f.name}={getattr(option, f.name)!r}' for f in shown)})"

@@ -15,7 +15,7 @@ from avalanche_curv.core.spectrum import Density
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-DECADES = 8  # eigenvalues that much smaller than the largest are not drawn
+DECADES = 6  # eigenvalues that much smaller than the largest are not drawn: in float32 they are rounding
 BINS = 64
 VALUES = 3000  # of a histogram, at most
 

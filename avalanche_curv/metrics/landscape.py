@@ -15,7 +15,7 @@ from avalanche_curv.core.alignment import alignment, curvature_drift
 from avalanche_curv.core.curvature import Curvature, Fisher
 from avalanche_curv.core.estimate import NonFiniteCurvatureError
 from avalanche_curv.core.landscape import WAYS, Landscape, check_options, landscape, moved
-from avalanche_curv.core.options import is_number
+from avalanche_curv.core.options import in_short, is_number
 from avalanche_curv.core.policies import part_of
 from avalanche_curv.core.risk import EmpiricalRisk
 from avalanche_curv.core.spectrum import Way
@@ -165,7 +165,7 @@ class LandscapeMetric(ScalarMetric):
         values: dict[str, Any] = {}
         for which, one in found.items():
             if one.density.magnitude() > 0:
-                title = f"{self.curvature}, {which} examples"
+                title = f"{in_short(self.curvature)}, {which} examples"
                 values[f"landscape/{which}/spectrum"] = spectrum_figure(one, title)
                 values[f"landscape/{which}/log10_eigenvalues"] = logarithms(one.density)
         step = strategy.clock.train_iterations
