@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import isfinite
 
 import numpy as np
 
@@ -25,6 +26,8 @@ class Pair:
         """In words, at a level of 5 % that is not corrected for the number of comparisons."""
         if self.difference.n < 2:
             return "one seed"
+        if not isfinite(self.difference.mean):
+            return "undefined"
         if self.p is None:
             return "identical" if self.difference.mean == 0 else "beyond noise"
         return "beyond noise" if self.p < LEVEL else "within noise"

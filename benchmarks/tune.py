@@ -21,7 +21,7 @@ GRID = (0.01, 0.1, 1.0, 10.0, 100.0, 1000.0, 10000.0)
 EWC_HESSIAN_GRIDS = {ewc_hessian.SQUARED: (10.0, 100.0, 300.0, 1000.0, 3000.0, 10000.0, 100000.0)}
 EWC_HESSIAN_GRID = (0.1, 1.0, 3.0, 10.0, 30.0, 100.0, 1000.0)  # decades, and thirds of them around the best
 TRUST_REGION_GRID = (0.1, 1.0, 10.0, 100.0, 1000.0)
-TRUST_REGION_EWC_GRID = (1.0, 10.0, 100.0, 1000.0, 10000.0, 100000.0)
+TRUST_REGION_EWC_GRID = (10.0, 100.0, 1000.0, 1e4, 1e5, 1e6, 1e7)
 FIRST_SEED = 1000
 TUNED: dict[type, tuple[Experiment, str]] = {
     compare.Config: (compare.experiment, "average_accuracy"),

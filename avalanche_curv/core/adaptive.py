@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -30,8 +31,8 @@ class AdaptiveRefresh(RevisingPolicy):
     which `trust` believes q, the anchor moves to θ and g and C are estimated anew, at most `max_refreshes` times an
     experience; at the end of each experience always. Before the first iteration L is that of the model as it has grown:
     where new outputs or unmasked units change it beyond `trust`, the picture is drawn anew too. Each refresh and its
-    reason are in `Past.refreshes`. The penalty is q + ½ τ ‖δ‖², with τ from `damping`: it stays bounded below where g
-    leaves the range of C.
+    reason are in `Past.refreshes`. The penalty is q − L(a) + ½ τ ‖δ‖², with τ from `damping`: it stays bounded below
+    where g leaves the range of C.
 
     `fraction` of an experience's examples are kept, drawn by `seed`. The idea of a region in which a quadratic model is
     trusted is that of Levenberg (1944) and of Conn et al. (2000).
@@ -67,7 +68,7 @@ class AdaptiveRefresh(RevisingPolicy):
     def revise(
         self, past: Past, model: nn.Module, iteration: int, curvature: Curvature, structure: Structure
     ) -> Past:
-        if past.model is None or iteration % self.every or self._spent(past):
+        if past.model is None or iteration % self.every or self._left(past) <= 0:
             return past
         predicted, actual = predicted_loss(past, model), memory_loss(past.stored, model)
         moved, cause = past.stored, ""
@@ -75,24 +76,26 @@ class AdaptiveRefresh(RevisingPolicy):
             moved = frozen_together(past.stored, model)
             frozen, actual = actual, sum(risk.value() for risk in moved)
             cause = f"growth changed the loss from {frozen:.3g} to {actual:.3g}: " if actual != frozen else ""
-        reason = self.trust.broken(Check(past.model.constant, actual, predicted))
+        reason = self.trust.broken(Check(past.loss, actual, predicted))
         if reason is None:
             return past
         if iteration:
             moved = frozen_together(past.stored, model)
-        event = Refreshed(past.experiences, iteration, cause + reason, actual, predicted)
+        reason = cause + reason + (f"; the last of {self.max_refreshes}" if self._left(past) == 1 else "")
+        event = Refreshed(past.experiences, iteration, reason, actual, predicted)
         return replace(past, **self._drawn(moved, curvature, structure), refreshes=(*past.refreshes, event))
 
-    def _spent(self, past: Past) -> bool:
+    def _left(self, past: Past) -> float:
+        """How many refreshes this experience may still have."""
         done = sum(event.experience == past.experiences for event in past.refreshes)
-        return self.max_refreshes is not None and done >= self.max_refreshes
+        return math.inf if self.max_refreshes is None else self.max_refreshes - done
 
     def _drawn(self, stored: tuple[EmpiricalRisk, ...], curvature: Curvature, structure: Structure) -> dict:
         """The picture of the stored examples at the parameters where they are frozen."""
         models = [estimate(curvature, structure, risk, gradient=True) for risk in stored]
-        total = replace(sum_at_one_anchor(models), constant=sum(risk.value() for risk in stored))
+        total, loss = sum_at_one_anchor(models), sum(risk.value() for risk in stored)
         tau = self.damping.amount(total)
-        return {"model": damped(total, tau), "damping": tau, "stored": stored}
+        return {"model": damped(total, tau), "loss": loss, "damping": tau, "stored": stored}
 
 
 def predicted_loss(past: Past, model: nn.Module) -> float:
@@ -101,7 +104,7 @@ def predicted_loss(past: Past, model: nn.Module) -> float:
         return 0.0
     displacement = past.model.displacement(model)
     increase = past.model.increase(displacement) - half(past.damping * (displacement @ displacement))
-    return past.model.constant + float(increase)
+    return past.loss + float(increase)
 
 
 def memory_loss(stored: tuple[EmpiricalRisk, ...], model: nn.Module) -> float:

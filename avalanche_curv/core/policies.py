@@ -20,13 +20,14 @@ from avalanche_curv.core.structures import Structure
 @dataclass(frozen=True)
 class Past:
     """What is known of past experiences: their quadratic model, the examples that a policy stores of them, and when and
-    why the model was estimated anew during an experience. `damping` is the part τI of its curvature that only keeps it
-    bounded below, and is no part of the picture."""
+    why the model was estimated anew during an experience. `loss` is that of the stored examples at the anchor, where
+    the policy measures it, and `damping` the part τI of the curvature that only keeps the model bounded below."""
 
     model: QuadraticModel | None = None
     stored: tuple[EmpiricalRisk, ...] = field(default=(), repr=False)
     experiences: int = 0
     refreshes: tuple[Refreshed, ...] = ()
+    loss: float = 0.0
     damping: float = 0.0
 
 

@@ -53,29 +53,45 @@ class Stability:
         )
 
 
-def stability(optimizer: torch.optim.Optimizer, strength: float, past: QuadraticModel) -> Stability | None:
-    """What is known of the penalty's own dynamics under SGD; None where λ_max ≤ 0, and for an optimizer that scales its
-    steps by their size, such as Adam. With several parameter groups the largest learning rate counts.
+@dataclass(frozen=True)
+class Descent:
+    """What decides the stability of SGD: the rate lr · (1 − dampening), and the largest stable rate · curvature."""
 
-    >>> from avalanche_curv.core.parameters import ParameterSpace
-    >>> model = torch.nn.Linear(2, 1, bias=False)
-    >>> curvature = DiagonalMatrix(torch.tensor([1.0, 3.0]))
-    >>> past = QuadraticModel(ParameterSpace.of(model), torch.zeros(2), curvature)
-    >>> found = stability(torch.optim.SGD(model.parameters(), lr=0.5), 2.0, past)
+    rate: float
+    limit: float
+
+    @classmethod
+    def of(cls, optimizer: torch.optim.Optimizer) -> Descent | None:
+        """None for an optimizer that scales its steps by their size, such as Adam. With several parameter groups the
+        largest learning rate counts."""
+        if not isinstance(optimizer, torch.optim.SGD):
+            return None
+        group = max(optimizer.param_groups, key=lambda group: float(group["lr"]))
+        momentum = float(group["momentum"])
+        limit = 2 * (1 + momentum) / ((1 + 2 * momentum) if group["nesterov"] else 1)
+        return cls(float(group["lr"]) * (1 - float(group["dampening"])), limit)
+
+
+def stability(optimizer: torch.optim.Optimizer, strength: float, sharpness: float) -> Stability | None:
+    """What is known of the penalty's own dynamics; None where the optimizer is not SGD, and where λ_max ≤ 0.
+
+    >>> sgd = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.5)
+    >>> found = stability(sgd, strength=2.0, sharpness=3.0)
     >>> found.product, found.limit, found.diverges
     (3.0, 2.0, True)
     """
-    if not isinstance(optimizer, torch.optim.SGD) or strength == 0:
+    descent = Descent.of(optimizer)
+    if descent is None or min(descent.rate, strength, sharpness) <= 0:
         return None
-    group = max(optimizer.param_groups, key=lambda group: float(group["lr"]))
-    momentum, rate = float(group["momentum"]), float(group["lr"]) * (1 - float(group["dampening"]))
-    limit = 2 * (1 + momentum) / ((1 + 2 * momentum) if group["nesterov"] else 1)
+    return Stability(descent.rate, strength, sharpness, descent.limit)
+
+
+def sharpness_of(past: QuadraticModel) -> float:
+    """λ_max(C), to within one percent."""
     matrix = past.curvature
     if isinstance(matrix, DiagonalMatrix):
-        sharpness = float(matrix.values.max())
-    else:
-        sharpness = largest_of_products(matrix.product, past.anchor)
-    return Stability(rate, strength, sharpness, limit) if sharpness > 0 and rate > 0 else None
+        return float(matrix.values.max())
+    return largest_of_products(matrix.product, past.anchor)
 
 
 class Guard(ABC):
@@ -111,7 +127,34 @@ class Rescale(Guard):
 
 @dataclass(frozen=True)
 class Stop(Guard):
-    """Raises UnstablePenaltyError before the first step."""
+    """Raises UnstablePenaltyError before the step that would take this penalty."""
 
     def strength(self, found: Stability) -> float:
-        raise UnstablePenaltyError(f"{found} The model and `past` are as they were.")
+        raise UnstablePenaltyError(str(found))
+
+
+class Guarded:
+    """The strength that a guard allows for one quadratic model, looked at again where the learning rate has changed.
+
+    A guard that lets a diverging penalty pass is not asked again about it. λ_max is computed once.
+    """
+
+    def __init__(self, guard: Guard | None, strength: float, past: QuadraticModel) -> None:
+        self.guard, self.strength, self.past = guard, strength, past
+        self._known: float | None = None
+        self._descent: Descent | None = None
+        self._passed = guard is None
+
+    def allowed(self, optimizer: torch.optim.Optimizer) -> float:
+        """The strength for the next step."""
+        descent = None if self._passed else Descent.of(optimizer)
+        if self.guard is None or descent is None or descent == self._descent:
+            return self.strength
+        self._descent = descent
+        if self._known is None:
+            self._known = sharpness_of(self.past)
+        found = stability(optimizer, self.strength, self._known)
+        if found is not None and found.diverges:
+            allowed = self.guard.strength(found)
+            self._passed, self.strength = allowed == self.strength, allowed
+        return self.strength

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from avalanche.benchmarks import OnlineCLExperience
 from avalanche.evaluation import PluginMetric
 from avalanche.evaluation.metric_results import MetricValue
 
@@ -27,8 +28,11 @@ class ScalarMetric(PluginMetric[dict[str, float]]):
         self._last = {}
 
     def due(self, strategy: Any) -> bool:
-        """Whether this iteration is one of every n, counted from the first of the experience."""
-        return strategy.clock.train_exp_iterations % self.every == 0
+        """Whether this iteration is one of every n, counted from the first of the experience; of an online stream,
+        which cuts experiences in small parts, from the first of all."""
+        online = isinstance(strategy.experience, OnlineCLExperience)
+        clock = strategy.clock
+        return (clock.train_iterations if online else clock.train_exp_iterations) % self.every == 0
 
     def publish(self, strategy: Any, values: dict[str, float]) -> list[MetricValue]:
         """The values as Avalanche wants them: Python floats, at the number of training iterations so far."""

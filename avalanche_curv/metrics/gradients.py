@@ -10,7 +10,7 @@ from avalanche.evaluation.metric_results import MetricValue
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from avalanche_curv.core.parameters import ParameterSpace
+from avalanche_curv.core.parameters import ParameterSpace, canonical_name
 from avalanche_curv.metrics._published import ScalarMetric
 from avalanche_curv.plugins import CurvatureEWCPlugin, _bridge
 
@@ -21,13 +21,14 @@ class GradientMetric(ScalarMetric):
     The penalty's gradient is Σ strength · (g + C δ) over the strategy's CurvatureEWCPlugins, with the strength that
     their guards allow, zero for parameters that came later; the task's is the rest of what the parameters hold then.
     Without a past there is no penalty, and only the norm of the task is published; a cosine with a zero gradient is
-    left out.
+    left out. A plugin that clips or scales gradients in `after_backward` does so before they are read here, and the
+    rest is then no gradient of the task.
     """
 
     def after_backward(self, strategy: Any) -> list[MetricValue]:
         if not self.due(strategy):
             return []
-        space = _bridge.current_space(strategy)
+        space = _space(strategy)
         total, penalty = _held_gradient(strategy.model, space), _penalty_gradient(strategy, space)
         if penalty is None:
             values = {"task_norm": float(total.norm())}
@@ -42,11 +43,20 @@ class GradientMetric(ScalarMetric):
         return self.publish(strategy, defined)
 
 
+def _space(strategy: Any) -> ParameterSpace:
+    """The trainable parameters, and those of the past that have been frozen since."""
+    space = _bridge.current_space(strategy)
+    for plugin in strategy.plugins:
+        if isinstance(plugin, CurvatureEWCPlugin) and plugin.past.model is not None:
+            space = space.union(plugin.past.model.space)
+    return space
+
+
 def _held_gradient(model: nn.Module, space: ParameterSpace) -> Float[Tensor, "P"]:
-    """What the trainable parameters hold, zero where they hold none."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    parts = [torch.zeros_like(p) if p.grad is None else p.grad.to_dense() for p in parameters]
-    return space.flatten(parts)
+    """What the parameters hold, zero where they hold none."""
+    named = {canonical_name(name): p for name, p in model.named_parameters()}
+    parameters = [named[name] for name in space.names]
+    return space.flatten([torch.zeros_like(p) if p.grad is None else p.grad.to_dense() for p in parameters])
 
 
 def _penalty_gradient(strategy: Any, space: ParameterSpace) -> Float[Tensor, "P"] | None:

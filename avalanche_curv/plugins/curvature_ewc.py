@@ -17,7 +17,7 @@ from avalanche_curv.core.frozen import unwrapped
 from avalanche_curv.core.options import is_count, is_number
 from avalanche_curv.core.penalty import Penalty
 from avalanche_curv.core.policies import Accumulate, Past, Policy, RevisingPolicy
-from avalanche_curv.core.stability import Guard, Warn, stability
+from avalanche_curv.core.stability import Guard, Guarded, Warn
 from avalanche_curv.core.structures import Diagonal, Structure
 from avalanche_curv.plugins import _bridge
 
@@ -36,7 +36,8 @@ class CurvatureEWCPlugin(SupervisedPlugin):
 
     `guard` looks at each new model of the past under SGD: where lr · strength · λ_max(C) says that the penalty alone
     diverges, it warns (`Warn()`), lowers the strength for as long as that model is in use (`Rescale()`), or raises
-    (`Stop()`); None does not look. `batch_size` is how many examples are loaded at once; results do not depend on it.
+    (`Stop()`); None does not look. It looks again where the learning rate changes, and at each plugin by itself:
+    several penalties add up. `batch_size` is how many examples are loaded at once; results do not depend on it.
     `past` holds the quadratic model, what the policy stores and, of `AdaptiveRefresh`, every refresh with its reason,
     which are also logged to the logger `avalanche_curv`.
 
@@ -64,8 +65,9 @@ class CurvatureEWCPlugin(SupervisedPlugin):
         self.past = Past()
         self._task_ends = _bridge.TaskEnds()
         self.penalty: torch.Tensor | None = None  # q at the last step, without strength
-        self._weighted: Penalty | None = None  # made from `past` when it is needed
-        self._updates = 0  # of the current experience
+        self._guarded: Guarded | None = None  # made from `past` when it is needed, as is
+        self._weighted: Penalty | None = None
+        self._updates = 0  # of the current task, of which an online stream gives one part after another
 
     def before_training(self, strategy: Any, **kwargs: Any) -> None:
         _bridge.check_criterion(strategy, self.curvature)
@@ -75,8 +77,8 @@ class CurvatureEWCPlugin(SupervisedPlugin):
 
     def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
         self.structure.check(_bridge.current_space(strategy), _bridge.current_itemsize(strategy))
-        self._updates = 0
-        self._revise(strategy)
+        if self._updates == 0:
+            self._revise(strategy)
 
     def before_backward(self, strategy: Any, **kwargs: Any) -> None:
         if self.past.model is None:
@@ -84,8 +86,11 @@ class CurvatureEWCPlugin(SupervisedPlugin):
         if self.strength == 0:
             self.penalty = self.past.model(strategy.model)
             return
-        if self._weighted is None:
-            self._weighted = Penalty(self.past.model, self._stable_strength(strategy))
+        if self._guarded is None:
+            self._guarded, self._weighted = Guarded(self.guard, self.strength, self.past.model), None
+        weight = self._guarded.allowed(strategy.optimizer)
+        if self._weighted is None or weight != self.weight:
+            self.weight, self._weighted = weight, Penalty(self.past.model, weight)
         weighted = self._weighted(strategy.model)
         self.penalty = weighted.detach() / self.weight
         strategy.loss = strategy.loss + weighted
@@ -104,18 +109,10 @@ class CurvatureEWCPlugin(SupervisedPlugin):
         for event in revised.refreshes[len(self.past.refreshes) :]:
             LOG.info("Refresh in experience %d after %d updates: %s", event.experience, event.iteration, event.reason)
         if revised is not self.past:
-            self.past, self._weighted = revised, None
-
-    def _stable_strength(self, strategy: Any) -> float:
-        """What the guard makes of `strength` for the model of the past that has just been made."""
-        found = None
-        if self.guard is not None and self.past.model is not None:
-            found = stability(strategy.optimizer, self.strength, self.past.model)
-        self.weight = self.guard.strength(found) if self.guard and found and found.diverges else self.strength
-        return self.weight
+            self.past, self._guarded = revised, None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_weighted": None}
+        return {**self.__dict__, "_weighted": None, "_guarded": None}
 
     def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
         if not self._task_ends.here(strategy):
@@ -123,7 +120,7 @@ class CurvatureEWCPlugin(SupervisedPlugin):
         with self._naming_the_experience(strategy):
             risk = _bridge.current_risk(strategy, self.batch_size)
             self.past = self.policy.absorb(self.past, risk, self.curvature, self.structure)
-        self._weighted = None
+        self._guarded, self._updates = None, 0
 
     @contextmanager
     def _naming_the_experience(self, strategy: Any) -> Iterator[None]:

@@ -75,13 +75,13 @@ def baselines() -> dict[str, Method]:
 def ours() -> dict[str, Method]:
     """CurvatureEWC with each kind and policy, diagonal; kinds that equal the Fisher here with the first policy only.
     Adaptive refresh needs no tuning: at strength 1 it adds what the loss of the stored examples would."""
-    adaptive = AdaptiveRefresh(fraction=MEMORY)
-    return {
+    rows: dict[str, Method] = {
         f"CurvatureEWC {name}, {policy}": Ours(STRENGTHS[name], kind, Diagonal(), chosen)
         for name, kind in KINDS.items()
         for policy, chosen in POLICIES.items()
         if name not in EQUAL_TO_FISHER or policy == "accumulate"
-    } | {
-        "CurvatureEWC Fisher, adaptive": Ours(1.0, Fisher(), Diagonal(), adaptive),
-        "CurvatureEWC Fisher, low rank, adaptive": Ours(1.0, Fisher(), LowRank(Rank(20)), adaptive),
     }
+    adaptive = AdaptiveRefresh(fraction=MEMORY)
+    rows["CurvatureEWC Fisher, adaptive"] = Ours(1.0, Fisher(), Diagonal(), adaptive)
+    rows["CurvatureEWC Fisher, low rank, adaptive"] = Ours(1.0, Fisher(), LowRank(Rank(20)), adaptive)
+    return rows

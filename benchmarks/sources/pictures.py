@@ -15,8 +15,6 @@ from avalanche_curv import BatchedEmpiricalFisher, Curvature, EmpiricalRisk, Hes
 from avalanche_curv.core.examples import curvature_rows
 from avalanche_curv.core.quadratic import half
 
-STRUCTURES = ("dense", "block", "diagonal")  # one example's curvature has rank one here: low rank is dense
-
 
 @dataclass(frozen=True)
 class Derivatives:
@@ -30,10 +28,11 @@ class Derivatives:
     matrices: Float[Tensor, "N P P"] | None
 
     def increase(self, structure: str, displacement: Float[Tensor, "P"]) -> Float[Tensor, "N"]:
-        """½ δᵀ C_x δ of each unit, C_x restricted to the structure: all of it, blocks of parameters, the diagonal."""
+        """½ δᵀ C_x δ of each unit, C_x restricted to the structure: all of it, its top eigenpairs, blocks of
+        parameters, the diagonal. Rows are fewer than the eigenpairs kept, so that these are all."""
         if structure == "diagonal":
             return half(self._diagonal @ displacement.square())
-        blocks = [slice(None)] if structure == "dense" else self._blocks()
+        blocks = self._blocks() if structure == "block" else [slice(None)]
         return sum((self._form(displacement, block) for block in blocks), torch.zeros_like(self.losses))
 
     def _form(self, vector: Float[Tensor, "P"], block: slice) -> Float[Tensor, "N"]:
@@ -69,6 +68,11 @@ def derivatives(curvature: Curvature, risk: EmpiricalRisk) -> Derivatives:
     elif isinstance(curvature, Hessian):
         matrices = _hessians(risk)
     return Derivatives(risk.anchor, risk.space.sizes, losses, gradients, rows, matrices)
+
+
+def has_kappa(curvature: Curvature, structure: str) -> bool:
+    """Whether κ is measured: not of the top eigenpairs of single examples' Hessians, which are of full rank."""
+    return not (structure == "low rank" and isinstance(curvature, Hessian))
 
 
 def losses_at(unit: int, risk: EmpiricalRisk, parameters: Float[Tensor, "P"]) -> Float[Tensor, "N"]:

@@ -28,7 +28,7 @@ from benchmarks.harness.experiment import Context, Record
 from benchmarks.methods import MemoryReplay
 from benchmarks.sources import Config, Picture
 from benchmarks.sources.grid import BATCH
-from benchmarks.sources.pictures import STRUCTURES, Derivatives, derivatives, losses_at, unit_of
+from benchmarks.sources.pictures import Derivatives, derivatives, has_kappa, losses_at, unit_of
 from benchmarks.training import CosinePerExperience, Steps, TimedEvaluation, Trainer, test_sets
 
 
@@ -110,13 +110,12 @@ class Watcher(SupervisedPlugin):
         self.newest = [old.at(part) for old in self.own]
         own, newest = (sum(risk.value() for risk in risks) for risks in (self.own, self.newest))
         self._starts = (own, newest)
-        kept = {id(old.base) for old in self.own}
-        self._known = {key: value for key, value in self._known.items() if key[1] in kept}
 
     def _measure(self, model: nn.Module) -> None:
         risks = frozen_together(self.own, model)
         loss, slope = sum(risk.value() for risk in risks), sum(risk.gradient() for risk in risks)
         count, theta = len(risks), risks[0].anchor
+        self._forget()
         now: dict[int, list[Tensor]] = {size: [losses_at(size, risk, theta) for risk in risks] for size in (1, BATCH)}
         for one in self.watched:
             past = one.past
@@ -125,7 +124,7 @@ class Watcher(SupervisedPlugin):
                 predicted = past.model.gradient_at(displacement) - past.damping * displacement
                 one.error.append(abs(loss - self._start(one) - predicted_loss(past, model)) / count)
                 one.gamma.append(float((slope - predicted).norm()) / count)
-                if one.picture.structure_name in STRUCTURES:
+                if has_kappa(one.picture.curvature, one.picture.structure_name):
                     one.kappa.append(self._kappa(one, theta, now[unit_of(one.picture.curvature)]))
 
     def _start(self, one: Watched) -> float:
@@ -149,8 +148,14 @@ class Watcher(SupervisedPlugin):
             errors.append(now[number] - at_anchor.losses - predicted)
         return float(torch.cat(errors).abs().mean())
 
+    def _forget(self) -> None:
+        """Drop the derivatives at anchors that no picture has any more."""
+        stored = [risk for one in self.watched for risk in one.past.stored]
+        used = {risk.base for risk in (*self.own, *self.newest, *stored)}
+        self._known = {key: value for key, value in self._known.items() if key[1] in used}
+
     def _derivatives(self, picture: Picture, number: int, risk: EmpiricalRisk) -> Derivatives:
-        key = (picture.kind_name, id(risk.base), number)
+        key = (picture.kind_name, risk.base, number)  # the model itself: a freed one's number may be given to another
         if key not in self._known:
             self._known[key] = derivatives(picture.curvature, risk)
         return self._known[key]

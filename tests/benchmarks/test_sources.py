@@ -9,7 +9,7 @@ from torch import nn
 
 from benchmarks.harness.experiment import Context
 from benchmarks.harness.results import Results
-from benchmarks.sources.report import _counted, report
+from benchmarks.sources.report import difference, report
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,7 @@ def test_at_its_anchor_a_picture_is_exact_and_further_on_it_is_not(trajectory, t
     assert all(r["value"] == pytest.approx(0, abs=1e-6) for r in records if r["metric"] in ("error", "kappa"))
 
 
-def test_claims_are_counted_by_cells_and_beyond_noise_by_a_paired_test():
+def test_a_difference_says_whether_it_is_within_noise():
     def row(policy, seed, value):
         names = {"policy": policy, "kind": "GGN", "structure": "dense"}
         return {"metric": "kappa", "label": "sequential", "seed": seed, "step": None, "value": value, **names}
@@ -90,9 +90,34 @@ def test_claims_are_counted_by_cells_and_beyond_noise_by_a_paired_test():
     found = Results(("sequential",), tuple(rows))
     key = ("sequential", "{}", "GGN", "dense")
     below, above = tuple(k.format("refresh") for k in key), tuple(k.format("accumulate") for k in key)
-    assert _counted(found, "kappa", [(below, above)]) == [1, 1, 1, 0, "–"]
-    assert _counted(found, "kappa", [(above, below)]) == [1, 0, 0, 1, "accumulate, GGN, dense"]
-    assert _counted(found, "kappa", [(below, ("replay", *below[1:]))]) == [0, 0, 0, 0, "–"]
+    assert difference(found, "kappa", below, above) == "-0.990"
+    assert difference(found, "kappa", above, below) == "+0.990"
+    assert difference(found, "kappa", below, ("replay", *below[1:])) == "–"
+    noisy = [row("refresh", s, v) for s, v in enumerate((1.0, 3.0, 1.5))] + rows[3:]
+    assert difference(Results(("sequential",), tuple(noisy)), "kappa", below, above) == "-0.167 ≈"
+    lost = [row("refresh", s, v) for s, v in enumerate((1.0, float("nan"), 1.5))] + rows[3:]
+    assert difference(Results(("sequential",), tuple(lost)), "kappa", below, above) == "+nan (undefined)"
+
+
+def test_derivatives_are_those_of_the_anchor_of_the_moment(tmp_path, monkeypatch):
+    """An adaptive picture frees its old models while it trains, and Python gives their places to new ones."""
+    from benchmarks.sources import run as module
+    from benchmarks.sources.grid import configs
+
+    looked = []
+
+    def spy(self, picture, number, risk, original=module.Watcher._derivatives):
+        found = original(self, picture, number, risk)
+        looked.append(float((found.anchor - risk.anchor).abs().max()))
+        return found
+
+    monkeypatch.setattr(module.Watcher, "_derivatives", spy)
+    config = configs(quick=True)[0]
+    pictures = [p for p in configs(quick=False)[0].pictures if p.policy_name == "adaptive"][4:10]
+    setting = replace(config.setting, experiences=4, steps=30, every=5)
+    module.run(replace(config, pictures=tuple(pictures), setting=setting), 0, Context(0, True, None, Path(tmp_path)))
+    assert len(looked) > 50
+    assert max(looked) == 0
 
 
 def test_a_report_of_few_results_says_what_it_has(tmp_path):

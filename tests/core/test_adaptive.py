@@ -85,11 +85,12 @@ def test_value_slope_and_curvature_are_those_of_the_loss():
     model = Cubic(0.0, 1.0)  # θ²
     policy = AdaptiveRefresh(AbsoluteError(0.01), fraction=1.0, every=1, damping=Tikhonov(0.0))
     past = absorbed(policy, model, nn.MSELoss(), torch.zeros(1, 1), torch.zeros(1, 1), Hessian(), Dense())
-    assert past.model.constant == 1
+    assert past.loss == 1
     assert past.model.gradient.item() == 2
     assert past.model.curvature.dense().item() == 2
     moved(model, -0.5)
-    assert past.model(model).item() == pytest.approx(0.25)
+    assert predicted_loss(past, model) == pytest.approx(0.25)
+    assert past.model(model).item() == pytest.approx(0.25 - 1)  # the penalty is the increase
 
 
 def test_the_picture_is_the_sum_over_experiences_of_their_mean_losses(net):
@@ -108,7 +109,7 @@ def test_the_picture_is_the_sum_over_experiences_of_their_mean_losses(net):
     expected = sum(model.curvature.dense() for model in models) + tau * torch.eye(len(slope))
     torch.testing.assert_close(past.model.curvature.dense(), expected)
     torch.testing.assert_close(past.model.gradient, slope)
-    assert past.model.constant == pytest.approx(sum(risk.value() for risk in risks))
+    assert past.loss == pytest.approx(sum(risk.value() for risk in risks))
     assert past.damping == pytest.approx(tau)
 
 
@@ -149,6 +150,15 @@ def test_the_cap_counts_for_each_experience_and_the_end_of_one_always_refreshes(
     assert [(event.experience, event.iteration) for event in past.refreshes] == [(1, 0), (1, 1), (2, 0), (2, 1)]
 
 
+def test_the_last_refresh_that_is_allowed_says_so():
+    policy = AdaptiveRefresh(ALWAYS, every=1, max_refreshes=2, fraction=1.0)
+    model, x = Cubic(0.3, 0.5), torch.zeros(2, 1)
+    past = absorbed(policy, model, nn.MSELoss(), x, x, Hessian(), Dense())
+    for iteration in range(1, 4):
+        past = policy.revise(past, moved(model, 0.1), iteration, Hessian(), Dense())
+    assert ["the last of 2" in event.reason for event in past.refreshes] == [False, True]
+
+
 def test_it_looks_every_so_many_iterations():
     policy = AdaptiveRefresh(ALWAYS, every=3, fraction=1.0)
     model, x = Cubic(0.3, 0.5), torch.zeros(2, 1)
@@ -175,7 +185,7 @@ def test_a_past_function_that_grows_is_drawn_anew_before_the_first_step(make_mod
     assert event.reason.startswith(f"growth changed the loss from {before:.3g} to {grown:.3g}: error")
     assert (event.actual, event.predicted) == pytest.approx((grown, before))
     assert revised.model.space.size == 25
-    assert revised.model.constant == pytest.approx(grown)
+    assert revised.loss == pytest.approx(grown)
 
 
 @pytest.mark.parametrize(

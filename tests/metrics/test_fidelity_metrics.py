@@ -229,6 +229,14 @@ def test_growth_is_the_jump_of_the_past_loss_before_the_first_step(growing, doub
         assert min(names["growth/refresh"][1]) > 0.1
 
 
+def test_a_model_that_does_not_grow_forgets_without_growth(net, learner, train, plane):
+    strategy = train(learner(net, metrics=fidelity_metrics(every=1), train_epochs=5), plane.train_stream)
+    names = strategy.evaluator.get_all_metrics()
+    assert max(map(abs, names["fidelity/accumulate/kappa/experience_0"][1])) > 1e-3
+    for name in ("growth/accumulate", "growth/accumulate/experience_0", "growth/refresh"):
+        assert names[name][1] == pytest.approx([0.0, 0.0], abs=1e-7)
+
+
 def test_growth_is_measured_once_a_task_of_an_online_stream(net, learner, train, plane):
     from avalanche.benchmarks.scenarios import split_online_stream
 

@@ -3,22 +3,31 @@ import math
 
 import pytest
 import torch
+from avalanche.training.plugins import SupervisedPlugin
 from torch import nn
+from torch.nn.functional import cross_entropy
 
 from avalanche_curv import (
     GGN,
     AbsoluteError,
     AdaptiveRefresh,
+    BlockDiagonal,
     CurvatureEWCPlugin,
     Dense,
     Diagonal,
+    EmpiricalFisher,
+    Kronecker,
     LowRank,
+    MatrixFree,
     NonFiniteCurvatureError,
     Rank,
     RelativeError,
     Rescale,
     Stop,
+    Tikhonov,
     UnstablePenaltyError,
+    estimate,
+    landscape_metrics,
     penalty_metrics,
 )
 from avalanche_curv.core.adaptive import memory_loss, predicted_loss
@@ -82,16 +91,97 @@ def test_a_growing_model_is_drawn_anew_before_each_experience_that_changes_its_p
     assert ewc.past.model.space.size == sum(p.numel() for p in model.parameters())
 
 
-def test_an_online_stream_is_one_experience_with_one_count_of_refreshes(net, learner, train, plane):
+@pytest.mark.parametrize(
+    "structure", [Dense(), Diagonal(), LowRank(Rank(4)), Kronecker(), MatrixFree(), BlockDiagonal()]
+)
+def test_training_takes_the_gradient_of_the_newest_picture_and_its_damping(
+    make, double, learner, train, digits, structure
+):
+    """∇task + strength · (g + (C + τI) δ), written out at every step, also right after a refresh."""
+    model = make(lambda: nn.Sequential(nn.Linear(64, 2), nn.Tanh(), nn.Linear(2, 10)).double())
+    ewc = adaptive(2.0, trust=AbsoluteError(1e-9), structure=structure, damping=Tikhonov(0.3), max_refreshes=3)
+    errors = []
+
+    class Check(SupervisedPlugin):
+        def after_backward(self, strategy, **kwargs):
+            if ewc.past.model is None:
+                return
+            models = [estimate(GGN(), structure, risk, gradient=True) for risk in ewc.past.stored]
+            delta = flat(model.parameters()) - ewc.past.stored[-1].anchor
+            penalty = sum(m.gradient + m.curvature.product(delta) for m in models) + 0.3 * delta
+            task = torch.autograd.grad(cross_entropy(model(strategy.mb_x), strategy.mb_y), list(model.parameters()))
+            expected = flat(task) + 2.0 * penalty
+            errors.append(float((flat(p.grad for p in model.parameters()) - expected).norm() / expected.norm()))
+
+    train(learner(model, ewc, Check(), train_epochs=2), digits(dtype=torch.float64).train_stream[:2])
+    assert len(ewc.past.refreshes) == 3
+    assert len(errors) == 6
+    assert max(errors) < 1e-9
+
+
+def flat(tensors):
+    return torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
+
+
+def test_the_gradients_that_are_measured_are_those_of_the_rescaled_penalty(make, learner, train, plane):
+    model = make(lambda: nn.Sequential(nn.Linear(2, 5), nn.Tanh(), nn.Linear(5, 2)))
+    ewc = CurvatureEWCPlugin(1000.0, curvature=GGN(), structure=Dense(), guard=Rescale(0.1))
+    norms = []
+
+    class Spy(SupervisedPlugin):
+        def after_backward(self, strategy, **kwargs):
+            if ewc.past.model is not None:
+                task = torch.autograd.grad(cross_entropy(model(strategy.mb_x), strategy.mb_y), list(model.parameters()))
+                norms.append(float(flat(task).norm()))
+
+    strategy = learner(model, ewc, Spy(), metrics=landscape_metrics(every=1, curvature=EmpiricalFisher()))
+    train(strategy, plane.train_stream[:2])
+    assert ewc.weight < ewc.strength
+    assert strategy.evaluator.get_all_metrics()["gradient/task_norm"][1][-3:] == pytest.approx(norms, rel=1e-3)
+
+
+def test_parameters_that_are_frozen_later_are_measured_on(net, learner, train, plane):
+    ewc = adaptive()
+    strategy = train(learner(net, ewc, metrics=landscape_metrics(every=1)), plane.train_stream[:1])
+    net[0].weight.requires_grad_(False)
+    strategy.train(plane.train_stream[1])
+    assert strategy.evaluator.get_last_metrics()["gradient/penalty_norm"] > 0
+
+
+def test_a_rate_that_rises_later_is_seen_by_the_guard(net, learner, train, plane):
+    class WarmUp(SupervisedPlugin):
+        def before_training_iteration(self, strategy, **kwargs):
+            late = strategy.clock.train_exp_iterations >= 2
+            strategy.optimizer.param_groups[0]["lr"] = 0.1 if late else 1e-5
+
+    ewc = CurvatureEWCPlugin(1000.0, curvature=GGN(), structure=Dense(), guard=Stop())
+    strategy = train(learner(net, ewc, WarmUp()), plane.train_stream[:1])
+    with pytest.raises(UnstablePenaltyError):
+        strategy.train(plane.train_stream[1])
+    assert strategy.clock.train_exp_iterations == 2
+
+
+@pytest.mark.parametrize("every", [1, 4, 1000])
+def test_an_online_stream_counts_updates_and_refreshes_by_task(net, learner, train, plane, every):
     from avalanche.benchmarks.scenarios import split_online_stream
 
     stream = split_online_stream(plane.train_stream, experience_size=10, access_task_boundaries=True)
-    ewc = adaptive(max_refreshes=2)
-    train(learner(net, ewc, train_mb_size=5), stream)
+    policy = AdaptiveRefresh(AbsoluteError(1e-9), every=every, max_refreshes=2, fraction=0.5)
+    ewc = CurvatureEWCPlugin(1.0, curvature=GGN(), policy=policy)
+    train(learner(net, ewc, train_mb_size=5), stream)  # 10 updates a task
     assert ewc.past.experiences == 3
-    counts = [sum(e.experience == n for e in ewc.past.refreshes) for n in range(4)]
-    assert counts[0] == counts[3] == 0
-    assert 0 < max(counts[1:3]) <= 2
+    found = [(event.experience, event.iteration) for event in ewc.past.refreshes]
+    expected = {1: [1, 2], 4: [4, 8], 1000: []}[every]
+    assert found == [(task, iteration) for task in (1, 2) for iteration in expected]
+
+
+def test_metrics_count_the_iterations_of_an_online_stream_from_its_start(net, learner, train, plane):
+    from avalanche.benchmarks.scenarios import split_online_stream
+
+    stream = split_online_stream(plane.train_stream, experience_size=10, access_task_boundaries=True)
+    metrics = landscape_metrics(every=7, curvature=EmpiricalFisher())
+    strategy = train(learner(net, metrics=metrics, train_mb_size=5), stream)
+    assert strategy.evaluator.get_all_metrics()["gradient/task_norm"][0] == [0, 7, 14, 21, 28]
 
 
 def test_a_diverged_model_is_named_and_the_past_is_kept(net, learner, train, plane):
