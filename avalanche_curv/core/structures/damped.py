@@ -26,7 +26,8 @@ def damped_matrix(matrix: Matrix, tau: float) -> Matrix:
         return DiagonalMatrix(matrix.values + tau)
     if isinstance(matrix, DenseMatrix):
         return DenseMatrix(matrix.values + tau * torch.eye(matrix.size).to(matrix.values))
-    return DampedMatrix(matrix, torch.full((matrix.size,), tau).to(matrix.tensors()[0]))
+    like = matrix.tensors()[0]
+    return DampedMatrix(matrix, torch.full((matrix.size,), tau, dtype=like.dtype, device=like.device))
 
 
 @dataclass(frozen=True)
