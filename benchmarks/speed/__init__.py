@@ -50,6 +50,12 @@ TITLES = {
     "on/landscape_empirical": ("landscape of 200 examples, empirical Fisher", None),
     "on/landscape_fisher": ("landscape of 200 examples, Fisher", None),
     "on/landscape_hessian": ("landscape of 200 examples, Hessian, by Lanczos iteration", None),
+    "measured/naive": ("a step of Naive that nothing measures", None),
+    "measured/fidelity": ("with fidelity_metrics(every=1), 256 stored examples", None),
+    "measured/landscape_empirical": ("with landscape_metrics(every=1), 200 current examples, empirical Fisher", None),
+    "measured/landscape_fisher": ("with landscape_metrics(every=1), 200 current examples, Fisher", None),
+    "measured/refresh": ("CurvatureEWC, Refresh, diagonal, 256 stored examples", None),
+    "measured/adaptive": ("CurvatureEWC, AdaptiveRefresh that looks at every step, and refreshes at none", None),
 }
 
 

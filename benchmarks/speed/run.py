@@ -22,6 +22,7 @@ from avalanche_curv import (
     Fisher,
     Hessian,
     Past,
+    Refresh,
     estimate,
     fidelity_metrics,
     landscape,
@@ -41,7 +42,7 @@ Times = dict[str, list[float]]
 def run(config: Config) -> list[Record]:
     """Times in milliseconds and ratios to the first of each group."""
     records: list[Record] = []
-    for group, measure in (("step", steps), ("estimate", estimates), ("fidelity", fidelities), ("on", instruments)):
+    for group, measure in GROUPS.items():
         times = measure(config)
         base = next(iter(times.values()))
         for name, values in times.items():
@@ -71,26 +72,47 @@ class Stopwatch(SupervisedPlugin):
 
 def steps(config: Config) -> Times:
     """A training step after many experiences."""
-    many = config.experiences
+    many, idle = config.experiences, 10**9
     strategies = {
         "naive": _trained(config, [], 0),
         "curvature_ewc": _trained(config, [CurvatureEWCPlugin(1.0)], many),
         "curvature_ewc_one": _trained(config, [CurvatureEWCPlugin(1.0)], 1),
         "ewc_separate": _trained(config, [EWCPlugin(1.0)], many),
         "ewc_online": _trained(config, [EWCPlugin(1.0, mode="online", decay_factor=0.9)], many),
-        "idle": _trained(config, [], 0, (*fidelity_metrics(every=10**9), *landscape_metrics(every=10**9))),
+        "idle": _trained(config, [], 0, (*fidelity_metrics(every=idle), *landscape_metrics(every=idle))),
     }
+    return _step_times(config, strategies, config.rounds)
+
+
+def measured(config: Config) -> Times:
+    """A training step that metrics measure, with two past experiences; landscapes of 200 current examples."""
+    fraction = min(1.0, 2 * config.stored / (config.steps * config.batch))
+    chosen: dict[str, Sequence[Any]] = {
+        "naive": (),
+        "fidelity": fidelity_metrics(every=1, fraction=1.0),
+        "landscape_empirical": landscape_metrics(every=1, fraction=fraction, curvature=EmpiricalFisher()),
+        "landscape_fisher": landscape_metrics(every=1, fraction=fraction, curvature=Fisher()),
+    }
+    strategies = {name: _trained(config, [], 2, metrics) for name, metrics in chosen.items()}
+    looking = AdaptiveRefresh(AbsoluteError(1e9), every=1, fraction=1.0)
+    for name, policy in (("refresh", Refresh(fraction=1.0)), ("adaptive", looking)):
+        strategies[name] = _trained(config, [CurvatureEWCPlugin(1.0, policy=policy)], 2)
+    return _step_times(config, strategies, min(3, config.rounds))
+
+
+def _step_times(config: Config, strategies: dict[str, tuple[Any, Stopwatch]], rounds: int) -> Times:
+    """The median step of each strategy in an experience, in turn."""
     experience = _stream(config, config.steps * config.batch).train_stream[0]
 
     def work(strategy: Any, watch: Stopwatch) -> Callable[[], float]:
         def timed() -> float:
-            strategy.clock.train_exp_counter = many  # Avalanche's EWC looks its memory up by this number
+            strategy.clock.train_exp_counter = config.experiences  # Avalanche's EWC looks its memory up by this number
             strategy.train(experience, eval_streams=[])
             return watch.take()
 
         return timed
 
-    return interleaved({name: work(*pair) for name, pair in strategies.items()}, config.rounds)
+    return interleaved({name: work(*pair) for name, pair in strategies.items()}, rounds)
 
 
 def estimates(config: Config) -> Times:
@@ -197,8 +219,8 @@ def _trained(
     )
     for number in range(experiences):
         strategy.train(_stream(config, config.batch, seed=number).train_stream[0], eval_streams=[])
-    for plugin in plugins:
-        plugin.after_training_exp = lambda *args, **kwargs: None
+    for part in (*plugins, *metrics):
+        part.after_training_exp = lambda *args, **kwargs: None
     watch.ends.clear()
     return strategy, watch
 
@@ -229,3 +251,12 @@ def _gradients(model: nn.Module, criterion: nn.Module, batches: list) -> None:
     parameters = list(model.parameters())
     for x, y in batches:
         torch.autograd.grad(criterion(model(x), y), parameters)
+
+
+GROUPS: dict[str, Callable[[Config], Times]] = {
+    "step": steps,
+    "estimate": estimates,
+    "fidelity": fidelities,
+    "on": instruments,
+    "measured": measured,
+}
