@@ -22,7 +22,7 @@ VALUES = 3000  # of a histogram, at most
 
 def spectrum_figure(landscape: Landscape, of: str) -> Figure:
     """How many eigenvalues lie where, both on logarithmic axes; negative ones by their magnitude, in a colour of their
-    own. The title says what it is the spectrum `of`, of how many examples, and how it was computed.
+    own. The title says what it is the spectrum `of`, the lines below how each quantity was computed.
 
     Made without pyplot, which would keep it and change global state.
     """
@@ -39,9 +39,20 @@ def spectrum_figure(landscape: Landscape, of: str) -> Figure:
             axes.hist(nodes.numpy(), bins=edges.tolist(), weights=density.counts.numpy(), label=label, color=colour)
     drawn = float(density.counts[density.nodes.abs() > edges[0]].sum())
     axes.set(xscale="log", yscale="log", xlabel="|λ|", ylabel="eigenvalues per bin")
-    axes.set_title(f"Spectrum of {of}\n{landscape.examples} examples, {landscape.ways['density']}", fontsize="medium")
+    axes.set_title(f"Spectrum of {of}", fontsize="medium")
+    figure.supxlabel(told(landscape), fontsize="small")
     axes.legend(title=f"{density.size - drawn:,.0f} of {density.size:,.0f} near 0, not drawn", fontsize="small")
     return figure
+
+
+def told(landscape: Landscape) -> str:
+    """How each quantity was computed, those by the same way in one line."""
+    lines: dict[str, list[str]] = {}
+    for quantity, way in landscape.ways.items():
+        lines.setdefault(way, []).append(quantity.replace("_", " "))
+    if len(lines) == 1:
+        return f"all by {next(iter(lines))}"
+    return "\n".join(f"{', '.join(quantities)}: {way}" for way, quantities in lines.items())
 
 
 def logarithms(density: Density) -> Float[Tensor, "n"]:

@@ -165,7 +165,7 @@ class LandscapeMetric(ScalarMetric):
         values: dict[str, Any] = {}
         for which, one in found.items():
             if one.density.magnitude() > 0:
-                title = f"{in_short(self.curvature)}, {which} examples"
+                title = f"{in_short(self.curvature)} of {one.examples} {which} examples"
                 values[f"landscape/{which}/spectrum"] = spectrum_figure(one, title)
                 values[f"landscape/{which}/log10_eigenvalues"] = logarithms(one.density)
         step = strategy.clock.train_iterations
