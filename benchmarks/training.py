@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from avalanche.training import Naive
 from avalanche.training.plugins import EvaluationPlugin, SupervisedPlugin
+from torch import nn
 
 from benchmarks.harness.experiment import Record
 
@@ -53,6 +55,40 @@ class TimedEvaluation(EvaluationPlugin):
             return super()._update_metrics_and_loggers(strategy, callback)
         finally:
             self.seconds += time.perf_counter() - start
+
+
+class Schedule(Protocol):
+    """How long and how fast is trained in each experience; the settings of the experiments are such."""
+
+    @property
+    def steps(self) -> int: ...
+
+    @property
+    def batch(self) -> int: ...
+
+    @property
+    def rate(self) -> float: ...
+
+
+def learner(
+    model: nn.Module,
+    schedule: Schedule,
+    plugins: Iterable[SupervisedPlugin],
+    evaluation: EvaluationPlugin,
+    *,
+    weight_decay: float = 0.0,
+    kind: type = Naive,
+) -> Any:
+    """A strategy with Adam and cross-entropy that ends each experience after `schedule.steps` steps."""
+    return kind(
+        model=model,
+        optimizer=torch.optim.Adam(model.parameters(), lr=schedule.rate, weight_decay=weight_decay),
+        criterion=nn.CrossEntropyLoss(),
+        train_mb_size=schedule.batch,
+        train_epochs=schedule.steps,  # at least one step each: `Steps` ends the experience
+        plugins=[*plugins, Steps(schedule.steps)],
+        evaluator=evaluation,
+    )
 
 
 class Trainer:

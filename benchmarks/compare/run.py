@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
-from avalanche.evaluation.metrics import accuracy_metrics
 from avalanche.logging import TensorboardLogger
-from torch import nn
 
 from avalanche_curv import Fisher, fidelity_metrics
 from benchmarks.harness.experiment import Context, Record
 from benchmarks.methods import Method
 from benchmarks.storage import stored_bytes
 from benchmarks.streams import STREAMS
-from benchmarks.training import Steps, TimedEvaluation, Trainer, logged, test_sets
+from benchmarks.training import TimedEvaluation, Trainer, learner, logged, test_sets
 
 if TYPE_CHECKING:
     from benchmarks.compare import Setting
@@ -59,19 +56,10 @@ def build(method: Method, setting: Setting, benchmark: Any, examples: int, conte
     """The strategy of a method and its evaluation, with metrics that draw nothing and TensorBoard files."""
     model = STREAMS[setting.stream].model()
     evaluation = TimedEvaluation(
-        accuracy_metrics(epoch=True),
         *fidelity_metrics(curvature=Fisher(), every=setting.every, fraction=MEMORY, stream=benchmark.test_stream),
         loggers=[TensorboardLogger(context.tensorboard_dir)],
     )
-    strategy = method.strategy(
-        model=model,
-        optimizer=torch.optim.Adam(model.parameters(), lr=setting.rate),
-        criterion=nn.CrossEntropyLoss(),
-        train_mb_size=setting.batch,
-        train_epochs=setting.steps,  # at least one step each: `Steps` ends the experience
-        plugins=[*copy.copy(method.plugins(examples)), Steps(setting.steps)],
-        evaluator=evaluation,
-    )
+    strategy = learner(model, setting, method.plugins(examples), evaluation, kind=method.strategy)
     return strategy, evaluation
 
 

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from avalanche.training import Naive
 from torch import nn
 
 from avalanche_curv import Diagonal, EmpiricalRisk, estimate
@@ -14,7 +13,7 @@ from avalanche_curv.core.curvature import Hessian
 from benchmarks.compare.run import mean, summary
 from benchmarks.ewc_hessian.data import Data, permuted_digits, permuted_mnist
 from benchmarks.harness.experiment import Context, Record
-from benchmarks.training import Steps, TimedEvaluation, Trainer
+from benchmarks.training import TimedEvaluation, Trainer, learner
 
 if TYPE_CHECKING:
     from benchmarks.ewc_hessian import Config, Setting
@@ -53,15 +52,7 @@ def build(config: Config, inputs: int) -> tuple[Any, TimedEvaluation]:
     setting = config.setting
     model = network(inputs, setting)
     evaluation = TimedEvaluation(loggers=[])
-    strategy = Naive(
-        model=model,
-        optimizer=torch.optim.Adam(model.parameters(), lr=setting.rate),
-        criterion=nn.CrossEntropyLoss(),
-        train_mb_size=setting.batch,
-        train_epochs=setting.steps,  # at least one step each: `Steps` ends the experience
-        plugins=[*config.method.plugins(0), Steps(setting.steps)],
-        evaluator=evaluation,
-    )
+    strategy = learner(model, setting, config.method.plugins(0), evaluation)
     return strategy, evaluation
 
 

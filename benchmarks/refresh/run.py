@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from avalanche.logging import TensorboardLogger
-from avalanche.training import Naive
 from torch import nn
 
 from avalanche_curv import CurvatureEWCPlugin, Dense, Fisher, SineBoundary, fidelity_metrics
 from benchmarks.harness.experiment import Context, Record
-from benchmarks.training import CosinePerExperience, Steps, TimedEvaluation
+from benchmarks.training import CosinePerExperience, TimedEvaluation, learner
 
 if TYPE_CHECKING:
     from benchmarks.refresh import Config
@@ -48,7 +47,7 @@ def run(config: Config, seed: int, context: Context) -> list[Record]:
 def build(config: Config, seed: int, benchmark: Any, context: Context) -> tuple[Any, Any]:
     """The log's model and training, with everything measured at every step (or every n)."""
     model = nn.Sequential(nn.Linear(2, 100), nn.ReLU(), nn.Linear(100, 2))
-    plugins: list[Any] = [CosinePerExperience(config.steps), Steps(config.steps)]
+    plugins: list[Any] = [CosinePerExperience(config.steps)]
     if config.policy is not None:
         plugins.insert(
             0, CurvatureEWCPlugin(config.strength, curvature=Fisher(), structure=Dense(), policy=config.policy)
@@ -57,15 +56,7 @@ def build(config: Config, seed: int, benchmark: Any, context: Context) -> tuple[
         *fidelity_metrics(curvature=Fisher(), fraction=config.memory, every=config.every, stream=benchmark.test_stream),
         loggers=[TensorboardLogger(context.tensorboard_dir)],
     )
-    strategy = Naive(
-        model=model,
-        optimizer=torch.optim.Adam(model.parameters(), lr=config.rate, weight_decay=config.weight_decay),
-        criterion=nn.CrossEntropyLoss(),
-        train_mb_size=config.batch,
-        train_epochs=config.steps,  # at least one step each: `Steps` ends the task
-        plugins=plugins,
-        evaluator=evaluation,
-    )
+    strategy = learner(model, config, plugins, evaluation, weight_decay=config.weight_decay)
     return strategy, evaluation
 
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from avalanche.training import Naive
 from avalanche.training.plugins import SupervisedPlugin
 from torch import Tensor, nn
 
@@ -29,7 +28,7 @@ from benchmarks.methods import MemoryReplay
 from benchmarks.sources import Config, Picture
 from benchmarks.sources.grid import BATCH
 from benchmarks.sources.pictures import Derivatives, derivatives, has_kappa, losses_at, unit_of
-from benchmarks.training import CosinePerExperience, Steps, TimedEvaluation, Trainer, test_sets
+from benchmarks.training import CosinePerExperience, TimedEvaluation, Trainer, learner, test_sets
 
 
 @dataclass(frozen=True)
@@ -187,7 +186,7 @@ def build(config: Config) -> tuple[Any, Watcher]:
     setting = config.setting
     model = nn.Sequential(nn.Linear(2, 100), nn.ReLU(), nn.Linear(100, 2))
     ewc = None
-    plugins: list[Any] = [CosinePerExperience(setting.steps), Steps(setting.steps)]
+    plugins: list[Any] = [CosinePerExperience(setting.steps)]
     if config.trajectory == "regularised":
         (picture,) = config.pictures
         policy = OnPart(picture.policy, setting.memory)
@@ -198,13 +197,6 @@ def build(config: Config) -> tuple[Any, Watcher]:
     elif config.trajectory == "replay":
         plugins = MemoryReplay(1.0, setting.memory).plugins(0) + plugins
     watcher = Watcher([Watched(p) for p in config.pictures], ewc, setting.memory, setting.every)
-    strategy = Naive(
-        model=model,
-        optimizer=torch.optim.Adam(model.parameters(), lr=setting.rate, weight_decay=setting.weight_decay),
-        criterion=nn.CrossEntropyLoss(),
-        train_mb_size=setting.batch,
-        train_epochs=setting.steps,  # at least one step each: `Steps` ends the task
-        plugins=[*plugins, watcher],
-        evaluator=TimedEvaluation(loggers=[]),
-    )
+    evaluation = TimedEvaluation(loggers=[])
+    strategy = learner(model, setting, [*plugins, watcher], evaluation, weight_decay=setting.weight_decay)
     return strategy, watcher

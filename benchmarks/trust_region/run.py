@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from avalanche.logging import TensorboardLogger
-from avalanche.training import Naive
 from torch import nn
 
 from avalanche_curv import CurvatureEWCPlugin, PermutedDigits, SineBoundary, SplitDigits, penalty_metrics
@@ -15,7 +14,7 @@ from benchmarks.compare.run import mean, summary
 from benchmarks.harness.experiment import Context, Record
 from benchmarks.mnist import split_mnist
 from benchmarks.storage import stored_bytes
-from benchmarks.training import CosinePerExperience, Steps, TimedEvaluation, Trainer, test_sets
+from benchmarks.training import CosinePerExperience, TimedEvaluation, Trainer, learner, test_sets
 from benchmarks.trust_region import Config, Setting
 
 NETWORKS = {  # inputs, hidden, outputs
@@ -73,16 +72,10 @@ def build(config: Config, examples: int, context: Context) -> tuple[Any, TimedEv
     inputs, hidden, outputs = NETWORKS[setting.stream]
     model = nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, outputs))
     evaluation = TimedEvaluation(*penalty_metrics(every=10), loggers=[TensorboardLogger(context.tensorboard_dir)])
-    plugins = [*config.method.plugins(examples), Steps(setting.steps)]
-    strategy = Naive(
-        model=model,
-        optimizer=torch.optim.Adam(model.parameters(), lr=setting.rate, weight_decay=setting.weight_decay),
-        criterion=nn.CrossEntropyLoss(),
-        train_mb_size=setting.batch,
-        train_epochs=setting.steps,  # at least one step each: `Steps` ends the experience
-        plugins=[*plugins, CosinePerExperience(setting.steps)] if setting.cosine else plugins,
-        evaluator=evaluation,
-    )
+    plugins = config.method.plugins(examples)
+    if setting.cosine:
+        plugins = [*plugins, CosinePerExperience(setting.steps)]
+    strategy = learner(model, setting, plugins, evaluation, weight_decay=setting.weight_decay)
     return strategy, evaluation
 
 
