@@ -29,7 +29,7 @@ def report(results: Results, out: Path) -> str:
         f"{setting.get('batch')}, Adam at {setting.get('rate')}; mean ± standard deviation over n seeds. CurvatureEWC "
         "keeps the diagonal where a row does not say otherwise. κ is the mean absolute error of the quadratic picture "
         "on stored examples, averaged over the trajectory: for each experience kept at its own anchor (accumulate) or "
-        "moved to the newest (refresh).",
+        "moved to the newest (refresh). Training time is without metrics, whose time is beside it.",
         _table(results),
         "![Average accuracy of seen tasks and error of the picture](compare.png)",
         "![Final accuracy and forgetting](final.png)",
@@ -41,7 +41,7 @@ def report(results: Results, out: Path) -> str:
 def _table(results: Results) -> str:
     columns = [
         Column("strategy"), Column("accuracy", 3, max), Column("forgetting", 3), Column("κ accumulate", 3),
-        Column("κ refresh", 3), Column("λ"), Column("train s", 2), Column("stored KiB", 0), Column("n"),
+        Column("κ refresh", 3), Column("λ"), Column("train s", 2), Column("metrics s", 2), Column("stored KiB", 0), Column("n"),
     ]
     rows = [[label, *_cells(results, label)] for label in results.labels]
     return table(columns, rows, footnotes=_notes(results))
@@ -52,11 +52,13 @@ def _cells(results: Results, label: str) -> list:
              "fidelity_trajectory/refresh/kappa_abs")
     values = [results.final(name, label) for name in names]
     strength = results.config(label).get("method", {}).get("strength")
-    seconds, stored = results.final("seconds", label), results.final("stored_bytes", label)
+    names = ("seconds", "metric_seconds", "stored_bytes")
+    seconds, measuring, stored = (results.final(name, label) for name in names)
     return [
         *values,
         "" if strength is None else f"{strength:g}",
         seconds and seconds.mean,
+        measuring and measuring.mean,
         stored and stored.mean / 1024,
         values[0].n if values[0] else 0,
     ]

@@ -47,6 +47,7 @@ def run(method: Method, setting: Setting, seed: int, context: Context) -> list[R
         ]
         records.append({"metric": "accuracy/seen", "value": mean(rows[-1][: number + 1]), "step": step})
     scalars = summary(rows) | {"seconds": trainer.seconds, "stored_bytes": float(stored_bytes(strategy))}
+    scalars["metric_seconds"] = evaluation.seconds
     scalars["weights"] = float(sum(p.double().sum() for p in strategy.model.parameters()))  # tells equal runs
     records += [{"metric": name, "value": value} for name, value in scalars.items()]
     return records + logged(evaluation, CURVES)
