@@ -41,7 +41,8 @@ def report(results: Results, out: Path) -> str:
 def _table(results: Results) -> str:
     columns = [
         Column("strategy"), Column("accuracy", 3, max), Column("forgetting", 3), Column("κ accumulate", 3),
-        Column("κ refresh", 3), Column("λ"), Column("train s", 2), Column("metrics s", 2), Column("stored KiB", 0), Column("n"),
+        Column("κ refresh", 3), Column("λ"), Column("train s", 2), Column("metrics s", 2), Column("stored KiB", 0),
+        Column("n"),
     ]
     rows = [[label, *_cells(results, label)] for label in results.labels]
     return table(columns, rows, footnotes=_notes(results))
@@ -52,8 +53,8 @@ def _cells(results: Results, label: str) -> list:
              "fidelity_trajectory/refresh/kappa_abs")
     values = [results.final(name, label) for name in names]
     strength = results.config(label).get("method", {}).get("strength")
-    names = ("seconds", "metric_seconds", "stored_bytes")
-    seconds, measuring, stored = (results.final(name, label) for name in names)
+    prices = ("seconds", "metric_seconds", "stored_bytes")
+    seconds, measuring, stored = (results.final(name, label) for name in prices)
     return [
         *values,
         "" if strength is None else f"{strength:g}",
