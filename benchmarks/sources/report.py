@@ -83,11 +83,10 @@ def _trajectories(results: Results) -> str:
     rows: list[list[Cell]] = []
     for policy, kind, structure in ((p, k, s) for k in kinds for s in structures for p in policies):
         label = f"regularised by {policy}, {kind}, {structure}"
-        metric = "error" if structure == "low rank" else "kappa"
-        own = results.final(metric, label)
+        own = results.final("kappa", label)
         if own:
             names = {"policy": policy, "kind": kind, "structure": structure}
-            measured = [results.final(metric, trajectory, **names) for trajectory in ("sequential", "replay")]
+            measured = [results.final("kappa", trajectory, **names) for trajectory in ("sequential", "replay")]
             counted = results.final("refreshes", label)
             rows.append([f"{kind}, {structure}, {policy}", *measured, own, results.final("accuracy", label),
                          counted and counted.mean, own.n])
@@ -100,9 +99,7 @@ def _trajectories(results: Results) -> str:
         Column("picture"), Column("κ sequential"), Column("κ replay"), Column("κ regularised by it"),
         Column("accuracy regularised", 3), Column("refreshes a task", 1), Column("n"),
     ]
-    return f"Accuracy on all tasks without any picture: {reached}. Rows of low rank give the error.\n\n" + table(
-        columns, rows
-    )
+    return f"Accuracy on all tasks without any picture: {reached}.\n\n" + table(columns, rows)
 
 
 COMPARED: dict[str, tuple[tuple[str, str], tuple[str, str]]] = {

@@ -84,12 +84,16 @@ def test_a_report_of_few_results_says_what_it_has(tmp_path):
     assert (tmp_path / "trust_region.png").exists()
 
 
-def test_every_stream_has_a_strength_for_each_method_that_is_tuned():
-    from benchmarks.trust_region.grid import STRENGTHS, methods, penalised
+def test_every_method_that_is_tuned_has_a_strength_within_its_grid():
+    from benchmarks import tune
+    from benchmarks.trust_region.grid import EWC, STRENGTHS, methods, penalised
 
     assert {(stream, name) for stream, name in STRENGTHS} == {
         (stream, name) for stream, setting in SETTINGS.items() for name in penalised(setting)
     }
+    for (_, name), strength in STRENGTHS.items():
+        tried = tune.TRUST_REGION_EWC_GRID if name == EWC else tune.TRUST_REGION_GRID
+        assert min(tried) < strength < max(tried)
     rows = methods(SETTINGS["sine"], quick=False)
     assert next(row for row in rows if row.startswith("adaptive")) == "adaptive 1"
     assert rows["adaptive 0.1, at most 3"].policy.max_refreshes == 3
