@@ -109,7 +109,7 @@ class CurvatureEWCPlugin(SupervisedPlugin):
         for event in revised.refreshes[len(self.past.refreshes) :]:
             LOG.info("Refresh in experience %d after %d updates: %s", event.experience, event.iteration, event.reason)
         if revised is not self.past:
-            self.past, self._guarded = revised, None
+            self._takes(revised)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_weighted": None, "_guarded": None}
@@ -119,8 +119,12 @@ class CurvatureEWCPlugin(SupervisedPlugin):
             return
         with self._naming_the_experience(strategy):
             risk = _bridge.current_risk(strategy, self.batch_size)
-            self.past = self.policy.absorb(self.past, risk, self.curvature, self.structure)
-        self._guarded, self._updates = None, 0
+            self._takes(self.policy.absorb(self.past, risk, self.curvature, self.structure))
+        self._updates = 0
+
+    def _takes(self, past: Past) -> None:
+        """Another past, and nothing kept of what was made from the one before."""
+        self.past, self._guarded, self._weighted = past, None, None
 
     @contextmanager
     def _naming_the_experience(self, strategy: Any) -> Iterator[None]:
