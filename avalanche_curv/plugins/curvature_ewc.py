@@ -87,7 +87,7 @@ class CurvatureEWCPlugin(SupervisedPlugin):
             self.penalty = self.past.model(strategy.model)
             return
         if self._guarded is None:
-            self._guarded, self._weighted = Guarded(self.guard, self.strength, self.past.model), None
+            self._guarded = Guarded(self.guard, self.strength, self.past.model)
         weight = self._guarded.allowed(strategy.optimizer)
         if self._weighted is None or weight != self.weight:
             self.weight, self._weighted = weight, Penalty(self.past.model, weight)
