@@ -17,10 +17,9 @@ from avalanche_curv import (
     EmpiricalFisher,
     Fisher,
     Hessian,
-    LowRank,
+    Kronecker,
     Merge,
     Policy,
-    Rank,
     Refresh,
 )
 from benchmarks.compare.run import MEMORY
@@ -83,5 +82,5 @@ def ours() -> dict[str, Method]:
     }
     adaptive = AdaptiveRefresh(fraction=MEMORY)
     rows["CurvatureEWC Fisher, adaptive"] = Ours(1.0, Fisher(), Diagonal(), adaptive)
-    rows["CurvatureEWC Fisher, low rank, adaptive"] = Ours(1.0, Fisher(), LowRank(Rank(20)), adaptive)
+    rows["CurvatureEWC Fisher, Kronecker, adaptive"] = Ours(1.0, Fisher(), Kronecker(), adaptive)
     return rows

@@ -17,7 +17,7 @@ KNOWN_FAULTS = {
 }
 FISHER = "CurvatureEWC Fisher, accumulate"
 SHOWN = ("Naive", "Cumulative", "Replay", "EWC", "LwF", "MAS", "CurvatureEWC Fisher, accumulate",
-         "CurvatureEWC Fisher, merge", "CurvatureEWC Fisher, refresh", "CurvatureEWC Fisher, low rank, adaptive")
+         "CurvatureEWC Fisher, merge", "CurvatureEWC Fisher, refresh", "CurvatureEWC Fisher, Kronecker, adaptive")
 
 
 def report(results: Results, out: Path) -> str:
