@@ -70,20 +70,19 @@ class AdaptiveRefresh(RevisingPolicy):
     ) -> Past:
         if past.model is None or iteration % self.every or self._left(past) <= 0:
             return past
-        predicted, actual = predicted_loss(past, model), memory_loss(past.stored, model)
-        moved, cause = past.stored, ""
-        if iteration == 0:
-            moved = frozen_together(past.stored, model)
-            frozen, actual = actual, sum(risk.value() for risk in moved)
-            cause = f"growth changed the loss from {frozen:.3g} to {actual:.3g}: " if actual != frozen else ""
+        predicted, frozen = predicted_loss(past, model), memory_loss(past.stored, model)
+        grown = () if iteration else frozen_together(past.stored, model)
+        actual = sum(risk.value() for risk in grown) if grown else frozen
         reason = self.trust.broken(Check(past.loss, actual, predicted))
         if reason is None:
             return past
-        if iteration:
-            moved = frozen_together(past.stored, model)
-        reason = cause + reason + (f"; the last of {self.max_refreshes}" if self._left(past) == 1 else "")
+        if actual != frozen:
+            reason = f"growth changed the loss from {frozen:.3g} to {actual:.3g}: {reason}"
+        if self._left(past) == 1:
+            reason = f"{reason}; the last of {self.max_refreshes}"
         event = Refreshed(past.experiences, iteration, reason, actual, predicted)
-        return replace(past, **self._drawn(moved, curvature, structure), refreshes=(*past.refreshes, event))
+        drawn = self._drawn(grown or frozen_together(past.stored, model), curvature, structure)
+        return replace(past, **drawn, refreshes=(*past.refreshes, event))
 
     def _left(self, past: Past) -> float:
         """How many refreshes this experience may still have."""
