@@ -43,8 +43,10 @@ def report(results: Results, out: Path) -> str:
         "uncorrected for their number.",
         _differences(results, "kappa"),
         _in_words(results, "kappa"),
+        _kinds(results, "kappa"),
         _differences(results, "error"),
         _in_words(results, "error"),
+        _kinds(results, "error"),
     ]
     return "\n\n".join(parts)
 
@@ -127,6 +129,19 @@ def _differences(results: Results, metric: str) -> str:
             if any(cell != "–" for cell in cells):
                 rows.append([f"{title}, {structure}", *cells])
     return table([Column(metric), *(Column(kind) for kind in kinds)], rows)
+
+
+def _kinds(results: Results, metric: str) -> str:
+    """Each kind less the GGN along sequential training, for every policy and structure."""
+    policies, kinds, structures = _axes(results)
+    others = [kind for kind in kinds if kind != "GGN"]
+    rows: list[list[Cell]] = []
+    for structure in structures:
+        for policy in policies:
+            key = ("sequential", policy, "GGN", structure)
+            cells = [difference(results, metric, ("sequential", policy, k, structure), key) for k in others]
+            rows.append([f"{structure}, {policy}", *cells])
+    return table([Column(f"{metric} less that of the GGN, sequential"), *(Column(kind) for kind in others)], rows)
 
 
 def difference(results: Results, metric: str, smaller: Key, larger: Key) -> str:
