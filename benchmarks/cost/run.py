@@ -33,7 +33,7 @@ from avalanche_curv.streams._benchmark import Examples, benchmark
 from benchmarks.cost.models import CLASSES, Family, digits
 from benchmarks.cost.peers import Batches, absent, peer_of
 from benchmarks.harness.experiment import Record
-from benchmarks.speed.run import Stopwatch, clocked
+from benchmarks.speed.timing import Stopwatch, clocked
 
 if TYPE_CHECKING:
     from benchmarks.cost import Config, Work

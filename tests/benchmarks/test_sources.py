@@ -101,21 +101,22 @@ def test_a_difference_says_whether_it_is_within_noise():
 
 def test_derivatives_are_those_of_the_anchor_of_the_moment(tmp_path, monkeypatch):
     """An adaptive picture frees its old models while it trains, and Python gives their places to new ones."""
-    from benchmarks.sources import run as module
     from benchmarks.sources.grid import configs
+    from benchmarks.sources.run import run
+    from benchmarks.sources.watcher import Watcher
 
     looked = []
 
-    def spy(self, picture, number, risk, original=module.Watcher._derivatives):
+    def spy(self, picture, number, risk, original=Watcher._derivatives):
         found = original(self, picture, number, risk)
         looked.append(float((found.anchor - risk.anchor).abs().max()))
         return found
 
-    monkeypatch.setattr(module.Watcher, "_derivatives", spy)
+    monkeypatch.setattr(Watcher, "_derivatives", spy)
     config = configs(quick=True)[0]
     pictures = [p for p in configs(quick=False)[0].pictures if p.policy_name == "adaptive"][4:10]
     setting = replace(config.setting, experiences=4, steps=30, every=5)
-    module.run(replace(config, pictures=tuple(pictures), setting=setting), 0, Context(0, True, None, Path(tmp_path)))
+    run(replace(config, pictures=tuple(pictures), setting=setting), 0, Context(0, True, None, Path(tmp_path)))
     assert len(looked) > 50
     assert max(looked) == 0
 
