@@ -20,8 +20,8 @@ from torch import Tensor
 
 from avalanche_curv import CurvatureEWCPlugin
 from avalanche_curv.core import Curvature, Policy, Structure
+from avalanche_curv.core.batches import random_part
 from avalanche_curv.core.policies import part_seed
-from avalanche_curv.core.risk import random_part
 
 
 class Method(ABC):

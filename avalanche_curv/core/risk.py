@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from avalanche_curv.core.batches import Batches, Rebatched, like, random_part, without_drawing
 from avalanche_curv.core.frozen import check_function, frozen_copy
 from avalanche_curv.core.losses import ExampleLoss, example_loss
 from avalanche_curv.core.parameters import ParameterSpace
-
-Batches = Iterable[tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -87,17 +86,17 @@ class EmpiricalRisk:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches, on the model's device and in its floating point type."""
-        for inputs, targets in _without_drawing(self.batches):
-            x, y = _like(inputs, self.anchor), _like(targets, self.anchor)
+        for inputs, targets in without_drawing(self.batches):
+            x, y = like(inputs, self.anchor), like(targets, self.anchor)
             self.loss.check(self.one_output.expand(len(y), *self.one_output.shape[1:]), y)
             yield x, y
 
     @cached_property
     def one_output(self) -> Float[Tensor, "1 *C"]:
         """The outputs of one example, for their shape."""
-        inputs, _ = next(_without_drawing(self.batches))
+        inputs, _ = next(without_drawing(self.batches))
         with torch.no_grad():
-            outputs = self.model(_like(inputs[:1], self.anchor))
+            outputs = self.model(like(inputs[:1], self.anchor))
         return outputs if outputs.ndim > 1 else outputs[:, None]
 
     def outputs(self, inputs: Tensor) -> Float[Tensor, "N C"]:
@@ -176,57 +175,17 @@ class EmpiricalRisk:
 
     def _check(self) -> None:
         _ = self.space
-        first: Any = next(_without_drawing(self.batches), None)
+        first: Any = next(without_drawing(self.batches), None)
         if first is None or not len(first[1]):
             raise ValueError("The risk of no examples is not defined: got no batch, or an empty one. Give one or more.")
         if len(first) != 2 or not all(isinstance(part, Tensor) for part in first):
             raise ValueError(
                 f"Each batch must be a pair of tensors (inputs, targets); got {[type(p).__name__ for p in first]}."
             )
-        check_function(self.model, _like(first[0][:2], self.anchor).clone())
+        check_function(self.model, like(first[0][:2], self.anchor).clone())
         whole = isinstance(self.batches, (tuple, list))  # what has to be loaded is checked as it comes
         for _ in self if whole else islice(self, 1):
             pass
-
-
-@dataclass(frozen=True)
-class Rebatched:
-    """A re-iterable view of batches with another batch size; the last batch may be smaller."""
-
-    batches: Batches
-    size: int
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        inputs: list[Tensor] = []
-        targets: list[Tensor] = []
-        held = 0
-        for x, y in self.batches:
-            if held and x.shape[1:] != inputs[0].shape[1:]:  # sequences of another length do not fit in one batch
-                yield torch.cat(inputs), torch.cat(targets)
-                inputs, targets, held = [], [], 0
-            for part_x, part_y in zip(x.split(self.size), y.split(self.size)):
-                inputs.append(part_x)
-                targets.append(part_y)
-                held += len(part_y)
-                if held >= self.size:
-                    all_x, all_y = torch.cat(inputs), torch.cat(targets)
-                    yield all_x[: self.size], all_y[: self.size]
-                    inputs, targets = [all_x[self.size :]], [all_y[self.size :]]
-                    held -= self.size
-        if held:
-            yield torch.cat(inputs), torch.cat(targets)
-
-
-def _without_drawing(batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches; what a loader draws from torch's global random state on the way is put back."""
-    with torch.random.fork_rng(devices=[]):
-        iterator = iter(batches)
-    while True:
-        with torch.random.fork_rng(devices=[]):
-            batch = next(iterator, None)
-        if batch is None:
-            return
-        yield batch
 
 
 def joined_risk(risks: list[EmpiricalRisk]) -> EmpiricalRisk:
@@ -247,20 +206,6 @@ def frozen_together(risks: Sequence[EmpiricalRisk], model: nn.Module) -> tuple[E
     return (first, *(risk.at(first) for risk in risks[1:]))
 
 
-def random_part(examples: int, fraction: float, seed: int) -> Int[Tensor, "n"]:
-    """Sorted indices of a random `fraction` of so many examples, at least one, without replacement.
-
-    >>> len(random_part(50, 0.1, seed=0))
-    5
-    """
-    order = torch.randperm(examples, generator=torch.Generator().manual_seed(seed))
-    return order[: max(1, round(fraction * examples))].sort().values
-
-
 def as_matrix(outputs: Tensor) -> Float[Tensor, "N C"]:
     """Outputs as [N, C]: one number an example becomes one column, further axes are flattened."""
     return outputs.reshape(outputs.shape[0], -1)
-
-
-def _like(tensor: Tensor, like: Tensor) -> Tensor:
-    return tensor.to(like) if tensor.is_floating_point() else tensor.to(like.device)

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from avalanche_curv import GGN, Dense, EmpiricalRisk, estimate
-from avalanche_curv.core.risk import random_part
+from avalanche_curv.core.batches import random_part
 
 
 class Task(nn.Module):

@@ -37,8 +37,8 @@ from avalanche_curv import (
     load_checkpoint,
     save_checkpoint,
 )
+from avalanche_curv.core.batches import random_part
 from avalanche_curv.core.policies import part_seed
-from avalanche_curv.core.risk import random_part
 
 NUMBERS = ("sharpness", "trace", "numerical_rank", "effective_rank", "energy", "exact")
 MOTION = ("alignment", "leakage")

@@ -1,0 +1,68 @@
+"""Batches of examples: in another size, without a trace in the random state, and random parts of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+Batches = Iterable[tuple[Tensor, Tensor]]
+"""(inputs, targets), which may be passed over again."""
+
+
+@dataclass(frozen=True)
+class Rebatched:
+    """A re-iterable view of batches with another batch size; the last batch may be smaller."""
+
+    batches: Batches
+    size: int
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        inputs: list[Tensor] = []
+        targets: list[Tensor] = []
+        held = 0
+        for x, y in self.batches:
+            if held and x.shape[1:] != inputs[0].shape[1:]:  # sequences of another length do not fit in one batch
+                yield torch.cat(inputs), torch.cat(targets)
+                inputs, targets, held = [], [], 0
+            for part_x, part_y in zip(x.split(self.size), y.split(self.size)):
+                inputs.append(part_x)
+                targets.append(part_y)
+                held += len(part_y)
+                if held >= self.size:
+                    all_x, all_y = torch.cat(inputs), torch.cat(targets)
+                    yield all_x[: self.size], all_y[: self.size]
+                    inputs, targets = [all_x[self.size :]], [all_y[self.size :]]
+                    held -= self.size
+        if held:
+            yield torch.cat(inputs), torch.cat(targets)
+
+
+def without_drawing(batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches; what a loader draws from torch's global random state on the way is put back."""
+    with torch.random.fork_rng(devices=[]):
+        iterator = iter(batches)
+    while True:
+        with torch.random.fork_rng(devices=[]):
+            batch = next(iterator, None)
+        if batch is None:
+            return
+        yield batch
+
+
+def random_part(examples: int, fraction: float, seed: int) -> Int[Tensor, "n"]:
+    """Sorted indices of a random `fraction` of so many examples, at least one, without replacement.
+
+    >>> len(random_part(50, 0.1, seed=0))
+    5
+    """
+    order = torch.randperm(examples, generator=torch.Generator().manual_seed(seed))
+    return order[: max(1, round(fraction * examples))].sort().values
+
+
+def like(tensor: Tensor, other: Tensor) -> Tensor:
+    """A tensor on the device of another and, if it holds floating point numbers, in its type."""
+    return tensor.to(other) if tensor.is_floating_point() else tensor.to(other.device)
