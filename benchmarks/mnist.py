@@ -8,15 +8,12 @@ from typing import Any
 
 import torch
 from avalanche.benchmarks.datasets.external_datasets.mnist import get_mnist_dataset
-from torch import Tensor
 
 from avalanche_curv.streams._benchmark import Examples, benchmark
+from benchmarks.training import Data
 
 MEAN, DEVIATION = 0.1307, 0.3081  # Avalanche's normalisation
 PIXELS, CLASSES = 784, 10
-
-Data = tuple[Tensor, Tensor]
-"""Inputs and targets."""
 
 
 @lru_cache(maxsize=1)

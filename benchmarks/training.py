@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -13,6 +13,9 @@ from avalanche.training.plugins import EvaluationPlugin, SupervisedPlugin
 from torch import nn
 
 from benchmarks.harness.experiment import Record
+
+Data = tuple[torch.Tensor, torch.Tensor]
+"""Inputs and targets."""
 
 
 class Steps(SupervisedPlugin):
@@ -92,11 +95,24 @@ def learner(
 
 
 class Trainer:
-    """Trains a strategy experience by experience, and knows accuracies and seconds."""
+    """Trains a strategy experience by experience, and knows seconds and, of `course`, the rows of accuracies."""
 
     def __init__(self, strategy: Any, evaluation: TimedEvaluation) -> None:
         self.strategy, self.evaluation = strategy, evaluation
         self.seconds = 0.0
+        self.rows: list[list[float]] = []
+
+    def course(self, experiences: Iterable[Any], tests: Sequence[Data]) -> Iterator[list[Record]]:
+        """Train on all; after each experience the accuracy on every test set, and its mean over those seen."""
+        for number, experience in enumerate(experiences):
+            self.train(experience)
+            row = self.accuracies(tests)
+            self.rows.append(row)
+            step = self.strategy.clock.train_iterations
+            records: list[Record] = [
+                {"metric": f"accuracy/experience_{k}", "value": value, "step": step} for k, value in enumerate(row)
+            ]
+            yield [*records, {"metric": "accuracy/seen", "value": mean(row[: number + 1]), "step": step}]
 
     def train(self, experience: Any) -> None:
         """One experience. `seconds` grows by the time of training alone, without metrics and loggers."""
@@ -110,6 +126,20 @@ class Trainer:
         model.eval()
         with torch.no_grad():
             return [(model(x).argmax(1) == y).float().mean().item() for x, y in tests]
+
+
+def summary(rows: list[list[float]]) -> dict[str, float]:
+    """Average accuracy A = mean_j a_{T,j} and forgetting F = mean_{j<T} (a_{j,j} − a_{T,j}) of the accuracy a_{t,j}
+    on task j after experience t (Chaudhry et al. 2018, with the accuracy just after learning as the reference), and
+    mean_j a_{j,j}, what was learned."""
+    last = rows[-1]
+    drops = [rows[j][j] - last[j] for j in range(len(rows) - 1)]
+    learned = mean([row[k] for k, row in enumerate(rows)])
+    return {"average_accuracy": mean(last), "forgetting": mean(drops) if drops else 0.0, "learned": learned}
+
+
+def mean(values: list[float]) -> float:
+    return sum(values) / len(values)
 
 
 def test_sets(benchmark: Any, limit: int) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -12,7 +12,7 @@ from benchmarks.harness.experiment import Context, Record
 from benchmarks.methods import Method
 from benchmarks.storage import stored_bytes
 from benchmarks.streams import STREAMS
-from benchmarks.training import TimedEvaluation, Trainer, learner, logged, test_sets
+from benchmarks.training import TimedEvaluation, Trainer, learner, logged, summary, test_sets
 
 if TYPE_CHECKING:
     from benchmarks.compare import Setting
@@ -36,17 +36,8 @@ def run(method: Method, setting: Setting, seed: int, context: Context) -> list[R
     torch.manual_seed(seed)  # the stream may have drawn: every method starts from the same weights
     strategy, evaluation = build(method, setting, benchmark, examples, context)
     trainer, tests = Trainer(strategy, evaluation), test_sets(benchmark, setting.test_limit)[: setting.experiences]
-    rows: list[list[float]] = []
-    records: list[Record] = []
-    for number, experience in enumerate(experiences):
-        trainer.train(experience)
-        rows.append(trainer.accuracies(tests))
-        step = strategy.clock.train_iterations
-        records += [
-            {"metric": f"accuracy/experience_{k}", "value": value, "step": step} for k, value in enumerate(rows[-1])
-        ]
-        records.append({"metric": "accuracy/seen", "value": mean(rows[-1][: number + 1]), "step": step})
-    scalars = summary(rows) | {"seconds": trainer.seconds, "stored_bytes": float(stored_bytes(strategy))}
+    records = [record for found in trainer.course(experiences, tests) for record in found]
+    scalars = summary(trainer.rows) | {"seconds": trainer.seconds, "stored_bytes": float(stored_bytes(strategy))}
     scalars["metric_seconds"] = evaluation.seconds
     scalars["weights"] = float(sum(p.double().sum() for p in strategy.model.parameters()))  # tells equal runs
     records += [{"metric": name, "value": value} for name, value in scalars.items()]
@@ -62,15 +53,3 @@ def build(method: Method, setting: Setting, benchmark: Any, examples: int, conte
     )
     strategy = learner(model, setting, method.plugins(examples), evaluation, kind=method.strategy)
     return strategy, evaluation
-
-
-def summary(rows: list[list[float]]) -> dict[str, float]:
-    """Average accuracy A = mean_j a_{T,j} and forgetting F = mean_{j<T} (a_{j,j} − a_{T,j}) of the accuracy a_{t,j}
-    on task j after experience t (Chaudhry et al. 2018, with the accuracy just after learning as the reference)."""
-    last = rows[-1]
-    drops = [rows[j][j] - last[j] for j in range(len(rows) - 1)]
-    return {"average_accuracy": mean(last), "forgetting": mean(drops) if drops else 0.0}
-
-
-def mean(values: list[float]) -> float:
-    return sum(values) / len(values)

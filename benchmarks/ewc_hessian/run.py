@@ -10,10 +10,9 @@ from torch import nn
 
 from avalanche_curv import Diagonal, EmpiricalRisk, estimate
 from avalanche_curv.core.curvature import Hessian
-from benchmarks.compare.run import mean, summary
 from benchmarks.ewc_hessian.data import Data, permuted_digits, permuted_mnist
 from benchmarks.harness.experiment import Context, Record
-from benchmarks.training import TimedEvaluation, Trainer, learner
+from benchmarks.training import TimedEvaluation, Trainer, learner, summary
 
 if TYPE_CHECKING:
     from benchmarks.ewc_hessian import Config, Setting
@@ -30,19 +29,12 @@ def run(config: Config, seed: int, context: Context) -> list[Record]:
     torch.manual_seed(seed)  # every method starts from the same weights and sees the same batches
     strategy, evaluation = build(config, inputs)
     trainer = Trainer(strategy, evaluation)
-    rows: list[list[float]] = []
     records: list[Record] = []
-    for number, experience in enumerate(stream.benchmark.train_stream):
-        trainer.train(experience)
-        rows.append(trainer.accuracies(stream.tests))
-        step = strategy.clock.train_iterations
-        records.append({"metric": "accuracy/seen", "value": mean(rows[-1][: number + 1]), "step": step})
-        records += [
-            {"metric": f"accuracy/experience_{k}", "value": value, "step": step} for k, value in enumerate(rows[-1])
-        ]
+    for number, found in enumerate(trainer.course(stream.benchmark.train_stream, stream.tests)):
+        records += found
         if number == 0:
             records += measured(config, strategy.model, stream.first)
-    scalars = summary(rows) | {"learned": mean([row[k] for k, row in enumerate(rows)]), "seconds": trainer.seconds}
+    scalars = summary(trainer.rows) | {"seconds": trainer.seconds}
     scalars["weights"] = float(sum(p.detach().double().sum() for p in strategy.model.parameters()))  # tells equal runs
     return records + [{"metric": name, "value": value} for name, value in scalars.items()]
 

@@ -10,12 +10,11 @@ from torch import nn
 
 from avalanche_curv import Curvature, CurvatureEWCPlugin, EmpiricalRisk, Past, Policy, SineBoundary, Structure
 from avalanche_curv.core.policies import RevisingPolicy, part_of
-from benchmarks.compare.run import mean
 from benchmarks.harness.experiment import Context, Record
 from benchmarks.methods import MemoryReplay
 from benchmarks.sources import Config
 from benchmarks.sources.watcher import Watched, Watcher
-from benchmarks.training import CosinePerExperience, TimedEvaluation, Trainer, learner, test_sets
+from benchmarks.training import CosinePerExperience, TimedEvaluation, Trainer, learner, mean, test_sets
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,10 @@ from avalanche.logging import TensorboardLogger
 from torch import nn
 
 from avalanche_curv import CurvatureEWCPlugin, PermutedDigits, SineBoundary, SplitDigits, penalty_metrics
-from benchmarks.compare.run import mean, summary
 from benchmarks.harness.experiment import Context, Record
 from benchmarks.mnist import split_mnist
 from benchmarks.storage import stored_bytes
-from benchmarks.training import CosinePerExperience, TimedEvaluation, Trainer, learner, test_sets
+from benchmarks.training import CosinePerExperience, TimedEvaluation, Trainer, learner, summary, test_sets
 from benchmarks.trust_region import Config, Setting
 
 NETWORKS = {  # inputs, hidden, outputs
@@ -35,15 +34,8 @@ def run(config: Config, seed: int, context: Context) -> list[Record]:
     torch.manual_seed(seed)  # every method starts from the same weights
     strategy, evaluation = build(config, sum(len(e.dataset) for e in experiences), context)
     trainer, tests = Trainer(strategy, evaluation), test_sets(benchmark, TESTED)
-    rows: list[list[float]] = []
-    records: list[Record] = []
-    for number, experience in enumerate(experiences):
-        trainer.train(experience)
-        rows.append(trainer.accuracies(tests))
-        step = strategy.clock.train_iterations
-        records.append({"metric": "accuracy/seen", "value": mean(rows[-1][: number + 1]), "step": step})
-    scalars = summary(rows) | {
-        "learned": mean([row[k] for k, row in enumerate(rows)]),
+    records = [record for found in trainer.course(experiences, tests) for record in found]
+    scalars = summary(trainer.rows) | {
         "refreshes": refreshes(strategy) / (len(experiences) - 1),
         "seconds": trainer.seconds,
         "stored_bytes": float(stored_bytes(strategy)),
