@@ -5,6 +5,8 @@ from benchmarks.harness.manifest import PACKAGES
 from benchmarks.harness.results import Results
 from benchmarks.harness.store import Store, write_atomically
 
+SELECTED = 40  # so many runs TensorBoard selects when it opens
+
 
 def write_report(experiment: Experiment, results: Results, store: Store) -> str:
     """Write the report, and return the experiment's part of it."""
@@ -20,8 +22,11 @@ def where(store: Store) -> str:
     """Where the report and its figures are, and how to open the curves."""
     lines = [f"Report: {store.report}"]
     lines += [f"Figure: {path}" for path in sorted(store.root.glob("*.png"))]
-    if (store.root / "tensorboard").exists():
+    runs = sum(1 for _ in (store.root / "tensorboard").glob("*/*"))
+    if runs:
         lines.append(f"Curves: tensorboard --logdir {store.root / 'tensorboard'}")
+    if runs > SELECTED:
+        lines.append(f"{runs} runs: TensorBoard shows none of more than {SELECTED} at first; tick those to compare.")
     return "\n".join(lines)
 
 

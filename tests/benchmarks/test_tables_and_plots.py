@@ -5,6 +5,8 @@ import math
 import pytest
 
 from benchmarks.harness.plots import Curves, Dots, plot_curves, plot_dots
+from benchmarks.harness.report import where
+from benchmarks.harness.store import Store
 from benchmarks.harness.styles import styles
 from benchmarks.harness.summary import Summary, summarise
 from benchmarks.harness.tables import Column, table
@@ -69,3 +71,12 @@ def test_figures_are_written_without_a_display(tmp_path):
         plot_dots(tmp_path / "dots.png", [Dots({"a": one, "b": None}, "accuracy", reference=0.5)], labels=labels),
     ]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
+
+
+@pytest.mark.parametrize(("runs", "told"), [(0, False), (40, False), (41, True)])
+def test_a_report_tells_when_tensorboard_will_select_no_run(tmp_path, runs, told):
+    for number in range(runs):
+        (tmp_path / "tensorboard" / f"strategy {number}" / "seed0").mkdir(parents=True)
+    written = where(Store(tmp_path))
+    assert ("Curves: tensorboard" in written) == (runs > 0)
+    assert (f"{runs} runs: TensorBoard shows none of more than 40 at first" in written) == told
