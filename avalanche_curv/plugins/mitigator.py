@@ -1,0 +1,41 @@
+"""Any mitigator of the loss of plasticity, as an Avalanche plugin."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from avalanche.training.plugins import SupervisedPlugin
+
+from avalanche_curv.core.mitigators.base import Mitigator
+from avalanche_curv.plugins import _bridge
+
+
+class MitigatorPlugin(SupervisedPlugin):
+    """Lets a mitigator work around each training step of a strategy, beside any other plugin.
+
+    Gradients are added between the backward pass and the step, after plugins that clip or project them. What the
+    mitigator keeps is pickled with the strategy, so that a resumed run goes on as it would have.
+
+    Raises TypeError for what is no mitigator, and before training where its options do not fit the model.
+    """
+
+    def __init__(self, mitigator: Mitigator) -> None:
+        super().__init__()
+        if not isinstance(mitigator, Mitigator):
+            hint = f"Call it: {mitigator.__name__}(...)." if isinstance(mitigator, type) else "Give L2Init(1e-3), say."
+            raise TypeError(f"MitigatorPlugin needs a mitigator; got {mitigator!r}. {hint}")
+        self.mitigator = mitigator
+        self._task_ends = _bridge.TaskEnds()
+
+    def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
+        self.mitigator.prepare(strategy.model)
+
+    def before_update(self, strategy: Any, **kwargs: Any) -> None:
+        self.mitigator.before_step(strategy.model, strategy.optimizer)
+
+    def after_update(self, strategy: Any, **kwargs: Any) -> None:
+        self.mitigator.after_step(strategy.model, strategy.optimizer)
+
+    def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
+        if self._task_ends.here(strategy):
+            self.mitigator.after_task(strategy.model, strategy.optimizer)
