@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from avalanche_curv.checkpointing import load_checkpoint, save_checkpoint
     from avalanche_curv.loggers import JSONLLogger
     from avalanche_curv.metrics import fidelity_metrics, landscape_metrics, penalty_metrics
-    from avalanche_curv.plugins import CurvatureEWCPlugin
-    from avalanche_curv.strategies import CurvatureEWC
+    from avalanche_curv.plugins import CurvatureEWCPlugin, MitigatorPlugin, SpectralRegPlugin
+    from avalanche_curv.strategies import CurvatureEWC, SpectralReg
     from avalanche_curv.streams import PermutedDigits, RotatedDigits, SineBoundary, SplitDigits
     from avalanche_curv.tensorboard import write_hparams, write_layout
 
@@ -26,9 +26,12 @@ _LAZY = {
     "CurvatureEWC": "strategies",
     "CurvatureEWCPlugin": "plugins",
     "JSONLLogger": "loggers",
+    "MitigatorPlugin": "plugins",
     "PermutedDigits": "streams",
     "RotatedDigits": "streams",
     "SineBoundary": "streams",
+    "SpectralReg": "strategies",
+    "SpectralRegPlugin": "plugins",
     "SplitDigits": "streams",
     "fidelity_metrics": "metrics",
     "landscape_metrics": "metrics",

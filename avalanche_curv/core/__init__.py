@@ -21,6 +21,7 @@ from avalanche_curv.core.exact_spectra import GramMatrix, WholeMatrix
 from avalanche_curv.core.lanczos import Lanczos
 from avalanche_curv.core.landscape import Landscape, landscape
 from avalanche_curv.core.losses import ExampleLoss, example_loss
+from avalanche_curv.core.mitigators import Mitigator, Regularizer, SpectralRegularizer
 from avalanche_curv.core.parameters import ParameterSpace
 from avalanche_curv.core.policies import Accumulate, Merge, Past, Policy, Refresh, Refreshed
 from avalanche_curv.core.quadratic import QuadraticModel
@@ -79,6 +80,7 @@ __all__ = [
     "Matrix",
     "MatrixFree",
     "Merge",
+    "Mitigator",
     "NonFiniteCurvatureError",
     "Operator",
     "OutputCurvature",
@@ -93,8 +95,10 @@ __all__ = [
     "RatioBand",
     "Refresh",
     "Refreshed",
+    "Regularizer",
     "RelativeError",
     "Rescale",
+    "SpectralRegularizer",
     "StepBound",
     "Stop",
     "Structure",

@@ -1,0 +1,152 @@
+"""What each parameter of a network does to its input: multiplies it by a matrix, shifts it, or scales it by the unit."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from avalanche_curv.core.parameters import canonical_name
+
+CONVOLUTIONS_FROM_INPUTS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+EXCEPTED = (nn.Embedding, nn.EmbeddingBag, nn.PReLU)
+RECURRENT = (nn.RNNBase, nn.RNNCellBase)
+KNOWN = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.MultiheadAttention, *RECURRENT)
+GATES = {"LSTM": 4, "LSTMCell": 4, "GRU": 3, "GRUCell": 3}
+SHIFTS = ("bias", "token", "embed", "position")  # parts of the names of additive parameters
+
+
+@dataclass(frozen=True)
+class Multiplies:
+    """A weight: `blocks` matrices on top of each other, each of d_out × the rest of its axes; `transposed` where the
+    output is the second axis."""
+
+    blocks: int = 1
+    transposed: bool = False
+
+    def tensors(self, parameter: Tensor) -> tuple[Tensor, ...]:
+        """The blocks as views with the output as first axis."""
+        turned = parameter.transpose(0, 1) if self.transposed else parameter
+        return turned.chunk(self.blocks) if self.blocks > 1 else (turned,)
+
+
+@dataclass(frozen=True)
+class Adds:
+    """A bias, a shift of a norm layer, a class token or a positional embedding: `blocks` vectors in a row."""
+
+    blocks: int = 1
+
+    def tensors(self, parameter: Tensor) -> tuple[Tensor, ...]:
+        """The blocks as views."""
+        return parameter.chunk(self.blocks) if self.blocks > 1 else (parameter,)
+
+
+@dataclass(frozen=True)
+class Scales:
+    """The scale of a norm layer, one number a unit."""
+
+    def tensors(self, parameter: Tensor) -> tuple[Tensor, ...]:
+        """The scale itself."""
+        return (parameter,)
+
+
+Role: TypeAlias = Multiplies | Adds | Scales
+
+
+def roles(model: nn.Module) -> dict[nn.Parameter, Role]:
+    """The role of each parameter that has one, each once: a tied one has the first role that it has anywhere.
+
+    Without one are token embeddings, slopes of PReLU, single numbers, and vectors that nothing tells about.
+    """
+    found: dict[nn.Parameter, Role] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            role = role_of(module, name, parameter)
+            if role is not None:
+                found.setdefault(parameter, role)
+    return found
+
+
+def role_of(module: nn.Module, name: str, parameter: Tensor) -> Role | None:
+    """The role of the parameter that `module` holds under `name`.
+
+    >>> role_of(nn.Linear(2, 2), "weight", nn.Linear(2, 2).weight), role_of(nn.LayerNorm(2), "bias", nn.LayerNorm(2).bias)
+    (Multiplies(blocks=1, transposed=False), Adds(blocks=1))
+    >>> attention = nn.MultiheadAttention(4, 2)
+    >>> role_of(attention, "in_proj_weight", attention.in_proj_weight)
+    Multiplies(blocks=3, transposed=False)
+    """
+    if parameter.ndim == 0 or isinstance(module, EXCEPTED):
+        return None
+    if isinstance(module, NORMS):
+        return Adds() if name == "bias" else Scales()
+    blocks = _blocks(module, name)
+    if any(part in name for part in SHIFTS):
+        return Adds(blocks)
+    if isinstance(module, KNOWN):
+        return Multiplies(blocks, isinstance(module, CONVOLUTIONS_FROM_INPUTS))
+    return None if is_vector(parameter) else Multiplies()
+
+
+def is_vector(parameter: Tensor) -> bool:
+    """Whether all axes but one have length 1."""
+    return parameter.numel() == max(parameter.shape, default=1)
+
+
+def warn_of_unknown(model: nn.Module, parameters: Iterable[str]) -> None:
+    """Names trainable vectors to which no rule applies."""
+    known, wanted = roles(model), set(parameters)
+    unknown = [
+        name
+        for name, parameter in ((canonical_name(n), p) for n, p in model.named_parameters())
+        if name in wanted and parameter not in known and parameter.ndim > 0 and not _excepted(model, name)
+    ]
+    if unknown:
+        warnings.warn(
+            f"No rule says whether {', '.join(unknown)} multiply, shift or scale their input, so they are not "
+            "regularised. Exclude them to say that this is meant.",
+            stacklevel=3,
+        )
+
+
+def matrices(model: nn.Module) -> dict[str, Float[Tensor, "out in"]]:
+    """Every weight as matrices, by name, detached; q, k, v and the gates of recurrent layers one by one.
+
+    >>> {name: tuple(W.shape) for name, W in matrices(nn.Conv2d(3, 8, 5)).items()}
+    {'weight': (8, 75)}
+    >>> list(matrices(nn.MultiheadAttention(4, 2)))
+    ['in_proj_weight[q]', 'in_proj_weight[k]', 'in_proj_weight[v]', 'out_proj.weight']
+    """
+    found = roles(model)
+    named = {name: p for name, p in model.named_parameters() if isinstance(found.get(p), Multiplies)}
+    return {
+        label: block.detach().flatten(1)
+        for name, parameter in named.items()
+        for label, block in zip(block_names(canonical_name(name), found[parameter]), found[parameter].tensors(parameter))
+    }
+
+
+def block_names(name: str, role: Role) -> list[str]:
+    """The names of the blocks of a parameter."""
+    blocks = 1 if isinstance(role, Scales) else role.blocks
+    if blocks == 1:
+        return [name]
+    return [f"{name}[{which}]" for which in ("qkv" if "in_proj" in name else range(blocks))]
+
+
+def _blocks(module: nn.Module, name: str) -> int:
+    if isinstance(module, nn.MultiheadAttention):
+        return 3 if name.startswith("in_proj") else 1
+    recurrent = isinstance(module, RECURRENT) and not name.startswith("weight_hr")
+    return GATES.get(getattr(module, "mode", type(module).__name__), 1) if recurrent else 1
+
+
+def _excepted(model: nn.Module, name: str) -> bool:
+    """Embeddings and slopes are left out on purpose."""
+    modules = {canonical_name(f"{n}.x").removesuffix("x").removesuffix("."): m for n, m in model.named_modules()}
+    return isinstance(modules.get(name.rpartition(".")[0]), EXCEPTED)

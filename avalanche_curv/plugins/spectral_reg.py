@@ -1,0 +1,29 @@
+"""Spectral regularisation as an Avalanche plugin."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from avalanche_curv.core.mitigators.selection import Kept
+from avalanche_curv.core.mitigators.spectral import SpectralRegularizer
+from avalanche_curv.plugins.mitigator import MitigatorPlugin
+
+
+class SpectralRegPlugin(MitigatorPlugin):
+    """Keeps a network able to learn: pulls the spectral norm of each weight to 1 (Lewandowski et al. 2024).
+
+    The options are those of `SpectralRegularizer`, which is the attribute `mitigator`. It composes with any other
+    plugin: its gradient joins theirs just before each step. Strength 0 trains exactly as without the plugin.
+    """
+
+    def __init__(
+        self,
+        strength: float = 1e-3,
+        *,
+        exponent: float = 2,
+        every: int = 1,
+        include: Iterable[Kept] = (),
+        exclude: Iterable[Kept] = (),
+    ) -> None:
+        options = {"exponent": exponent, "every": every, "include": include, "exclude": exclude}
+        super().__init__(SpectralRegularizer(strength, **options))
