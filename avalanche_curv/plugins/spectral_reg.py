@@ -25,5 +25,6 @@ class SpectralRegPlugin(MitigatorPlugin):
         include: Iterable[Kept] = (),
         exclude: Iterable[Kept] = (),
     ) -> None:
-        options = {"exponent": exponent, "every": every, "include": include, "exclude": exclude}
-        super().__init__(SpectralRegularizer(strength, **options))
+        super().__init__(
+            SpectralRegularizer(strength, exponent=exponent, every=every, include=include, exclude=exclude)
+        )

@@ -16,7 +16,7 @@ from avalanche_curv.core.options import is_count, is_number
 from avalanche_curv.core.parameters import canonical_name
 
 
-class Mitigator(ABC):
+class Mitigator(ABC):  # noqa: B024  nothing is common to all of them but the hooks
     """Mitigates the loss of plasticity of one model, by what it does before or after each step of an optimiser.
 
     It is made without a model, and given it at each use, so that it survives layers that grow or are replaced: its
@@ -26,6 +26,8 @@ class Mitigator(ABC):
     """
 
     def __init__(self, *, include: Iterable[Kept] = (), exclude: Iterable[Kept] = ()) -> None:
+        if isinstance(include, str) or isinstance(exclude, str):
+            raise TypeError("include and exclude each take a list of names and types of modules; got a single name.")
         self.selection = Selection(tuple(include), tuple(exclude))
         self.steps = 0  # of the optimiser, so far
 

@@ -1,4 +1,4 @@
-"""What each parameter of a network does to its input: multiplies it by a matrix, shifts it, or scales it by the unit."""
+"""What each parameter of a network does to its input: multiplies it by a matrix, shifts it, or scales each unit."""
 
 from __future__ import annotations
 
@@ -75,8 +75,9 @@ def roles(model: nn.Module) -> dict[nn.Parameter, Role]:
 def role_of(module: nn.Module, name: str, parameter: Tensor) -> Role | None:
     """The role of the parameter that `module` holds under `name`.
 
-    >>> role_of(nn.Linear(2, 2), "weight", nn.Linear(2, 2).weight), role_of(nn.LayerNorm(2), "bias", nn.LayerNorm(2).bias)
-    (Multiplies(blocks=1, transposed=False), Adds(blocks=1))
+    >>> norm = nn.LayerNorm(2)
+    >>> role_of(norm, "weight", norm.weight), role_of(norm, "bias", norm.bias)
+    (Scales(), Adds(blocks=1))
     >>> attention = nn.MultiheadAttention(4, 2)
     >>> role_of(attention, "in_proj_weight", attention.in_proj_weight)
     Multiplies(blocks=3, transposed=False)
@@ -126,8 +127,8 @@ def matrices(model: nn.Module) -> dict[str, Float[Tensor, "out in"]]:
     named = {name: p for name, p in model.named_parameters() if isinstance(found.get(p), Multiplies)}
     return {
         label: block.detach().flatten(1)
-        for name, parameter in named.items()
-        for label, block in zip(block_names(canonical_name(name), found[parameter]), found[parameter].tensors(parameter))
+        for name, p in named.items()
+        for label, block in zip(block_names(canonical_name(name), found[p]), found[p].tensors(p))
     }
 
 

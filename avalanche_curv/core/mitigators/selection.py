@@ -53,8 +53,10 @@ class Selection:
             wanted = kept if isinstance(kept, str) else kept.__name__
             known = {canonical_name(name) for name in names} | {canonical_name(n).rpartition(".")[0] for n in names}
             near = get_close_matches(wanted, [name for name in known if name], n=3)
-            hint = f"Did you mean {' or '.join(map(repr, near))}?" if near else f"It has {', '.join(sorted(known)[:8])}."
-            raise ValueError(f"{type(model).__name__} has no parameter that {wanted!r} selects. {hint}")
+            near = near or sorted(known - {""})[:8]
+            raise ValueError(
+                f"{type(model).__name__} has no parameter that {wanted!r} selects. Did you mean one of {near}?"
+            )
 
     def _takes(self, model: nn.Module, name: str) -> bool:
         if not self.include and not self.exclude:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -11,8 +10,9 @@ from torch import Tensor, nn
 
 from avalanche_curv.core.mitigators.base import Regularizer
 from avalanche_curv.core.mitigators.power_iteration import Pair, fitting, iterate
-from avalanche_curv.core.mitigators.roles import Adds, Multiplies, Role, Scales, block_names, roles, warn_of_unknown
+from avalanche_curv.core.mitigators.roles import Multiplies, block_names, roles, warn_of_unknown
 from avalanche_curv.core.mitigators.selection import Kept
+from avalanche_curv.core.mitigators.spectral_parts import Group, Part, add, add_outer
 from avalanche_curv.core.options import is_number
 
 
@@ -58,7 +58,7 @@ class SpectralRegularizer(Regularizer):
             raise ValueError(f"exponent must be a number, at least 1; got {exponent!r}. The paper uses 2.")
         self.exponent, self.seed = exponent, seed
         self.pairs: dict[str, Pair] = {}  # the vectors u and v of each matrix, by its name
-        self._groups: tuple[Any, tuple[_Group, ...]] = (None, ())  # of the parameters seen last
+        self._groups: tuple[Any, tuple[Group, ...]] = (None, ())  # of the parameters seen last
 
     def prepare(self, model: nn.Module) -> None:
         """Raises ValueError for a selection that fits no parameter; warns of parameters that no rule covers."""
@@ -76,6 +76,7 @@ class SpectralRegularizer(Regularizer):
                 total = total.to(group.device) + self._penalty(group)
         return total
 
+    @torch.no_grad()
     def add_gradients(self, parameters: dict[str, nn.Parameter], model: nn.Module, weight: float | Tensor) -> None:
         k = self.exponent
         for group in self._grouped(model, parameters):
@@ -85,13 +86,13 @@ class SpectralRegularizer(Regularizer):
                     factors = (2 * k * weight) * (sigma**k - 1) * sigma ** (k - 1)
                     scaled = torch._foreach_mul([pair.u for pair in group.pairs], list(factors.unbind()))
                     for part, u, pair in zip(group.weights, scaled, group.pairs):
-                        _add_outer(part.gradient(), u, pair.v)
+                        add_outer(part.gradient(), u, pair.v)
                 if group.shifts:
                     shifts = [part.value() for part in group.shifts]
                     factors = (2 * k * weight) * torch.stack(torch._foreach_norm(shifts)) ** (2 * k - 2)
-                    _add(group.shifts, torch._foreach_mul(shifts, list(factors.unbind())))
+                    add(group.shifts, torch._foreach_mul(shifts, list(factors.unbind())))
                 if group.scales:
-                    _add(group.scales, [(2 * weight) * (part.value() - 1) for part in group.scales])
+                    add(group.scales, [(2 * weight) * (part.value() - 1) for part in group.scales])
 
     def spectral_norms(self, model: nn.Module) -> dict[str, float]:
         """The estimate of σ₁ of each weight by name, one power iteration further than at the last step."""
@@ -112,7 +113,7 @@ class SpectralRegularizer(Regularizer):
         self.pairs = {name: Pair(u.clone(), v.clone()) for name, (u, v) in state["vectors"].items()}
         self._groups = (None, ())
 
-    def _penalty(self, group: _Group) -> Tensor:
+    def _penalty(self, group: Group) -> Tensor:
         k, total = self.exponent, torch.zeros((), device=group.device)
         if group.weights:
             pairs = group.pairs if torch.is_grad_enabled() else group.copies()
@@ -126,7 +127,7 @@ class SpectralRegularizer(Regularizer):
             total = total + (part.value() - 1).square().sum()
         return total
 
-    def _grouped(self, model: nn.Module, parameters: dict[str, nn.Parameter]) -> tuple[_Group, ...]:
+    def _grouped(self, model: nn.Module, parameters: dict[str, nn.Parameter]) -> tuple[Group, ...]:
         """What the parameters are, found again only after they have changed."""
         key = [(name, id(p), p.device, p.dtype, p.shape) for name, p in parameters.items()]
         if self._groups[0] != key:
@@ -134,72 +135,20 @@ class SpectralRegularizer(Regularizer):
         return self._groups[1]
 
     @torch.no_grad()
-    def _found(self, model: nn.Module, parameters: dict[str, nn.Parameter]) -> tuple[_Group, ...]:
+    def _found(self, model: nn.Module, parameters: dict[str, nn.Parameter]) -> tuple[Group, ...]:
         known = roles(model)
-        groups: dict[Any, list[_Part]] = {}
+        groups: dict[Any, list[Part]] = {}
         for name, parameter in parameters.items():
             role = known.get(parameter)
             if role is None or parameter.numel() == 0:
                 continue
-            parts = [_Part(label, role, parameter, n) for n, label in enumerate(block_names(name, role))]
+            parts = [Part(label, role, parameter, n) for n, label in enumerate(block_names(name, role))]
             groups.setdefault((parameter.device, parts[0].value().dtype), []).extend(parts)
         for part in (part for parts in groups.values() for part in parts if isinstance(part.role, Multiplies)):
             matrix = part.value().flatten(1)
             self.pairs[part.name] = fitting(self.pairs.get(part.name), matrix, part.name, self.seed)
-        return tuple(_Group(device, parts, self.pairs) for (device, _), parts in groups.items())
+        return tuple(Group(device, parts, self.pairs) for (device, _), parts in groups.items())
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what is found again when it is needed."""
         return self.__dict__ | {"_groups": (None, ())}
-
-
-@dataclass(frozen=True)
-class _Part:
-    """One block of a parameter."""
-
-    name: str
-    role: Role
-    parameter: nn.Parameter
-    block: int
-
-    def value(self) -> Tensor:
-        """The block, in float32 at least."""
-        value = self.role.tensors(self.parameter)[self.block]
-        return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
-
-    def gradient(self) -> Tensor:
-        """The block of the parameter's gradient, a view; zeros where it had none."""
-        if self.parameter.grad is None:
-            self.parameter.grad = torch.zeros_like(self.parameter)
-        return self.role.tensors(self.parameter.grad)[self.block]
-
-
-class _Group:
-    """Parts on one device and in one precision, by role."""
-
-    def __init__(self, device: torch.device, parts: Sequence[_Part], pairs: dict[str, Pair]) -> None:
-        self.device = device
-        self.weights = [part for part in parts if isinstance(part.role, Multiplies)]
-        self.shifts = [part for part in parts if isinstance(part.role, Adds)]
-        self.scales = [part for part in parts if isinstance(part.role, Scales)]
-        self.pairs = [pairs[part.name] for part in self.weights]
-
-    def matrices(self) -> list[Tensor]:
-        return [part.value().flatten(1) for part in self.weights]
-
-    def copies(self) -> list[Pair]:
-        return [pair.copy() for pair in self.pairs]
-
-
-def _add(parts: Sequence[_Part], gradients: Sequence[Tensor]) -> None:
-    held = [part.gradient() for part in parts]
-    torch._foreach_add_(held, [new.to(old) for old, new in zip(held, gradients)])
-
-
-def _add_outer(tensor: Tensor, u: Tensor, v: Tensor) -> None:
-    """tensor += u vᵀ, of whatever layout and precision."""
-    flat = tensor.flatten(1)
-    if flat.data_ptr() == tensor.data_ptr() and flat.dtype == u.dtype:
-        flat.addr_(u, v)
-    else:  # `flatten` has made a copy, as of convolutions in channels-last layout
-        tensor += torch.outer(u, v).view(tensor.shape).to(tensor.dtype)
