@@ -14,7 +14,7 @@ from avalanche_curv.core import *  # noqa: F403
 if TYPE_CHECKING:
     from avalanche_curv.checkpointing import load_checkpoint, save_checkpoint
     from avalanche_curv.loggers import JSONLLogger
-    from avalanche_curv.metrics import fidelity_metrics, landscape_metrics, penalty_metrics
+    from avalanche_curv.metrics import FromScratch, fidelity_metrics, landscape_metrics, penalty_metrics, plasticity_metrics
     from avalanche_curv.plugins import CurvatureEWCPlugin, MitigatorPlugin, SpectralRegPlugin
     from avalanche_curv.strategies import CurvatureEWC, SpectralReg
     from avalanche_curv.streams import PermutedDigits, RotatedDigits, SineBoundary, SplitDigits
@@ -25,6 +25,7 @@ __version__ = "0.1.0"
 _LAZY = {
     "CurvatureEWC": "strategies",
     "CurvatureEWCPlugin": "plugins",
+    "FromScratch": "metrics",
     "JSONLLogger": "loggers",
     "MitigatorPlugin": "plugins",
     "PermutedDigits": "streams",
@@ -37,6 +38,7 @@ _LAZY = {
     "landscape_metrics": "metrics",
     "load_checkpoint": "checkpointing",
     "penalty_metrics": "metrics",
+    "plasticity_metrics": "metrics",
     "save_checkpoint": "checkpointing",
     "write_hparams": "tensorboard",
     "write_layout": "tensorboard",

@@ -60,6 +60,22 @@ CHARTS: dict[str, dict[str, str]] = {
         "Overlap of the top subspaces, now and at the anchor": "landscape/drift/overlap",
         "Trace now / trace at the anchor": "landscape/drift/trace_ratio",
     },
+    "Plasticity": {
+        "Training accuracy at the end of each task": "plasticity_experience/accuracy",
+        "The same, trained from scratch": "plasticity_experience/accuracy_from_scratch",
+        "Loss of plasticity: from scratch − continual": "plasticity_experience/loss_of_plasticity",
+        "Change of the representation, task start to task start": "plasticity_experience/representation_change",
+        "Effective gradient diversity": "plasticity/gradient_effective_rank",
+        "Condition number of the gradients": "plasticity/gradient_condition_number",
+        "Spectral norm σ₁ of the weights, mean": "plasticity/spectral_norm",
+        "Condition number of the weights, mean": "plasticity/condition_number",
+        "Effective rank of the weights, mean": "plasticity/effective_rank",
+        "Stable rank of the weights, mean": "plasticity/stable_rank",
+        "Norm ‖θ‖ of all parameters": "plasticity/parameter_norm",
+        "Dormant units": "plasticity/dormant_units",
+        "Units that are exactly zero": "plasticity/zero_units",
+        "Effective rank of the activations, mean": "plasticity/feature_effective_rank",
+    },
 }
 """Heading, title, and the scalar that the chart shows of every run."""
 SHOWN_AT_FIRST = 5

@@ -70,7 +70,7 @@ class TaskAccuracyMetric(ScalarMetric):
         return {
             f"{group}/{name}": _mean([_rate(_bridge.correct(strategy, batch)) for batch in batches])
             for name, batches in parts.items()
-            if batches and all(_are_classes(targets) for _, targets, _ in batches)
+            if batches and all(are_classes(targets) for _, targets, _ in batches)
         }
 
 
@@ -78,7 +78,8 @@ def _sample(dataset: Any, fraction: float, seed: int) -> Batch:
     return _bridge.collected(dataset, random_part(len(dataset), fraction, seed).tolist())
 
 
-def _are_classes(targets: Tensor) -> bool:
+def are_classes(targets: Tensor) -> bool:
+    """Whether targets have an accuracy."""
     return targets.ndim == 1 and not targets.is_floating_point()
 
 

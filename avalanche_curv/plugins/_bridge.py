@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -116,8 +116,8 @@ def data_of(experience: Any) -> Any:
     return experience.dataset.eval()
 
 
-def current_risk(strategy: Any, batch_size: int) -> EmpiricalRisk:
-    """The risk of the current experience, frozen at the current parameters.
+def current_risk(strategy: Any, batch_size: int, indices: Sequence[int] | None = None) -> EmpiricalRisk:
+    """The risk of the current experience, or of its examples at `indices`, frozen at the current parameters.
 
     Raises ValueError for an empty experience and for several task labels in one experience of a multi-task model.
     """
@@ -126,7 +126,7 @@ def current_risk(strategy: Any, batch_size: int) -> EmpiricalRisk:
     with untouched_randomness():
         model = unwrapped(strategy.model)
         adapter = _adapter(model, dataset, current_number(strategy))
-        batches = _batches(dataset, batch_size)
+        batches = _batches(dataset if indices is None else dataset.subset(indices), batch_size)
         risk = EmpiricalRisk.snapshot(model, strategy._criterion, batches, adapter=adapter)
         if adapter is not None:
             _check_same_outputs(risk, adapter.task)

@@ -1,0 +1,179 @@
+"""How able to learn the model stays along training, on any strategy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from avalanche.evaluation.metric_results import MetricValue
+
+from avalanche_curv.core.batches import random_part
+from avalanche_curv.core.curvature import EmpiricalFisher
+from avalanche_curv.core.options import is_count
+from avalanche_curv.core.plasticity import (
+    gradient_diversity,
+    hidden_activations,
+    parameter_norm,
+    representation,
+    representation_change,
+    weight_spectra,
+)
+from avalanche_curv.core.plasticity.activations import Activations
+from avalanche_curv.core.policies import part_seed
+from avalanche_curv.core.risk import EmpiricalRisk
+from avalanche_curv.metrics._from_scratch import FromScratch
+from avalanche_curv.metrics._published import ScalarMetric
+from avalanche_curv.metrics._task_accuracy import TrainingAccuracyMetric
+from avalanche_curv.plugins import _bridge
+
+WEIGHTS = ("spectral_norm", "frobenius_norm", "stable_rank", "effective_rank", "condition_number")
+
+
+def plasticity_metrics(
+    *,
+    every: int = 100,
+    examples: int = 128,
+    threshold: float = 0.025,
+    seed: int = 0,
+    from_scratch: FromScratch | None = None,
+) -> list[ScalarMetric]:
+    """What goes with the loss of plasticity, and that loss itself: weights, activations, gradients, accuracy.
+
+    Every n iterations, counted from the first of the experience, as `plasticity/...`; again at the end of each task,
+    as `plasticity_experience/...`:
+
+    - `{spectral_norm, frobenius_norm, stable_rank, effective_rank, condition_number}` of the weights, the mean over
+      them and, below it, of each (`/0.weight`): see `core.plasticity.WeightSpectrum`; `parameter_norm` = ‖θ‖₂;
+    - `{dormant_units, zero_units}`: the fraction of all hidden units, and of those of each layer, with score s_i ≤
+      `threshold`, and that are exactly zero on the probe; `{feature_effective_rank, feature_stable_rank}` of its
+      activations, the mean over layers and of each: see `core.plasticity.Representation`;
+    - `{gradient_effective_rank, gradient_condition_number}` of the probe's single gradients, over the whole network:
+      see `core.plasticity.GradientDiversity`.
+
+    The probe is so many random `examples` of the task, drawn by `seed`, in eval mode. At the end of each task alone:
+
+    - `plasticity_experience/accuracy` on all training examples of the task; with `from_scratch`, which doubles the cost
+      of training, also `.../accuracy_from_scratch` of a network that learned this task only, and how much better that
+      is, `.../loss_of_plasticity`;
+    - at the start of the next task, `plasticity_experience/representation_change` since the start of the one that
+      ended, on the probe of that: see `core.plasticity.representation_change`.
+
+    For a multilayer perceptron 784-256×4-10 one measurement takes two forward passes and one backward pass over the
+    probe and a decomposition of each weight: as long as some ten steps of batch 128.
+
+    Values that are not finite, such as those of a run that diverged, are left out; an accuracy never is. Measuring
+    draws no random numbers and leaves training bit-identical. Raises TypeError or ValueError for unusable options, and
+    before training for a criterion without per-example form and a model without hidden layers.
+
+    >>> [type(metric).__name__ for metric in plasticity_metrics(every=50)]
+    ['WeightMetric', 'ProbeMetric', 'TrainingAccuracyMetric']
+    """
+    return [WeightMetric(every), ProbeMetric(every, examples, threshold, seed), TrainingAccuracyMetric(from_scratch)]
+
+
+class WeightMetric(ScalarMetric):
+    """Spectra of the weights and the norm of all parameters. See `plasticity_metrics`."""
+
+    def __init__(self, every: int) -> None:
+        super().__init__(every)
+        self._task_ends = _bridge.TaskEnds()
+
+    def after_training_iteration(self, strategy: Any) -> list[MetricValue]:
+        return self._published(strategy, "plasticity") if self.due(strategy) else []
+
+    def after_training_exp(self, strategy: Any) -> list[MetricValue]:
+        return self._published(strategy, "plasticity_experience") if self._task_ends.here(strategy) else []
+
+    def _published(self, strategy: Any, group: str) -> list[MetricValue]:
+        spectra = weight_spectra(strategy.model)
+        values = {"parameter_norm": parameter_norm(strategy.model)}
+        for quantity in WEIGHTS:
+            values |= _with_mean(quantity, {name: getattr(one, quantity) for name, one in spectra.items()})
+        return self.publish(strategy, _finite(group, values))
+
+
+class ProbeMetric(ScalarMetric):
+    """Activations and gradients of some examples of the task. See `plasticity_metrics`."""
+
+    def __init__(self, every: int, examples: int, threshold: float, seed: int) -> None:
+        super().__init__(every)
+        if not is_count(examples):
+            raise ValueError(f"examples must be an integer of at least 1; got {examples!r}. 128 is a fair probe.")
+        representation({}, threshold)  # which checks it
+        self.examples, self.threshold, self.seed = examples, threshold, seed
+        self._task_ends = _bridge.TaskEnds()
+        self._tasks = 0
+        self._begun = False  # the task, of which an online stream gives one part after another
+        self._probe: EmpiricalRisk | None = None  # of the newest task, as frozen at its start
+
+    def before_training(self, strategy: Any) -> None:
+        _bridge.check_criterion(strategy, EmpiricalFisher())
+
+    def before_training_exp(self, strategy: Any) -> list[MetricValue]:
+        if self._begun:
+            return []
+        values: dict[str, float] = {}
+        if self._probe is not None:
+            now = self._probe.frozen_at(strategy.model)
+            values = {"representation_change": representation_change(_activations(self._probe), _activations(now))}
+        self._probe, self._begun = self._drawn(strategy), True
+        _activations(self._probe)  # which raises where there is none
+        return self.publish(strategy, _finite("plasticity_experience", values))
+
+    def after_training_iteration(self, strategy: Any) -> list[MetricValue]:
+        return self._published(strategy, "plasticity") if self.due(strategy) else []
+
+    def after_training_exp(self, strategy: Any) -> list[MetricValue]:
+        if not self._task_ends.here(strategy):
+            return []
+        self._begun, self._tasks = False, self._tasks + 1
+        return self._published(strategy, "plasticity_experience")
+
+    def _drawn(self, strategy: Any) -> EmpiricalRisk:
+        """The probe of the task that begins."""
+        _bridge.check_experience(strategy)
+        size = len(_bridge.data_of(strategy.experience))
+        part = random_part(size, min(1.0, self.examples / size), part_seed(self.seed, self._tasks))
+        return _bridge.current_risk(strategy, self.examples, part.tolist())
+
+    def _published(self, strategy: Any, group: str) -> list[MetricValue]:
+        if self._probe is None:
+            raise RuntimeError("Plasticity is measured in training; this experience has not begun.")
+        now = self._probe.frozen_at(strategy.model)
+        return self.publish(strategy, _finite(group, self._of_activations(now) | _of_gradients(now)))
+
+    def _of_activations(self, probe: EmpiricalRisk) -> dict[str, float]:
+        layers = representation(_activations(probe), self.threshold)
+        units = sum(one.units for one in layers.values())
+        values: dict[str, float] = {}
+        for name in ("dormant", "zero"):
+            shares = {layer: getattr(one, name) for layer, one in layers.items()}
+            values[f"{name}_units"] = sum(share * layers[layer].units for layer, share in shares.items()) / units
+            values |= {f"{name}_units/{layer}": share for layer, share in shares.items()}
+        for name in ("effective_rank", "stable_rank"):
+            values |= _with_mean(f"feature_{name}", {layer: getattr(one, name) for layer, one in layers.items()})
+        return values
+
+
+def _activations(probe: EmpiricalRisk) -> Activations:
+    inputs, _ = next(iter(probe))
+    return hidden_activations(probe.model, inputs)
+
+
+def _of_gradients(probe: EmpiricalRisk) -> dict[str, float]:
+    found = gradient_diversity(probe)
+    return {
+        "gradient_effective_rank": found.effective_rank,
+        "gradient_condition_number": found.condition_number,
+    }
+
+
+def _with_mean(quantity: str, by_layer: Mapping[str, float]) -> dict[str, float]:
+    """A quantity of each layer, and the mean over them."""
+    mean = sum(by_layer.values()) / len(by_layer)
+    return {quantity: mean} | {f"{quantity}/{layer}": value for layer, value in by_layer.items()}
+
+
+def _finite(group: str, values: Mapping[str, float]) -> dict[str, float]:
+    return {f"{group}/{name}": value for name, value in values.items() if math.isfinite(value)}
