@@ -1,0 +1,48 @@
+"""Gradients in closed form, added to those that training gave, for all parameters at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+def add_to_gradients(parameters: Sequence[nn.Parameter], directions: Sequence[Tensor], weight: float | Tensor) -> None:
+    """p.grad += weight · direction for each p, in the gradient's dtype; where it has none, that is its gradient."""
+    if isinstance(weight, Tensor):
+        directions, weight = [direction * weight.to(direction.device) for direction in directions], 1.0
+    given: list[Tensor] = []
+    added: list[Tensor] = []
+    for parameter, direction in zip(parameters, directions):
+        if parameter.grad is None:
+            parameter.grad = (direction * weight).to(parameter.dtype)
+        else:
+            given.append(parameter.grad)
+            added.append(direction.to(parameter.grad.dtype))
+    if given:
+        torch._foreach_add_(given, added, alpha=weight)
+
+
+def gradient_of(parameter: nn.Parameter) -> Tensor:
+    """Its gradient, to be changed in place; zeros from now on where it had none."""
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad
+
+
+def differences(parameters: Sequence[nn.Parameter], others: Sequence[Tensor]) -> list[Tensor]:
+    """p − o for each pair, detached."""
+    values = [parameter.detach() for parameter in parameters]
+    return [*torch._foreach_sub(values, [*others])] if values else []
+
+
+def in_full(values: Tensor) -> Tensor:
+    """Half precision as float32, in which sums over many entries stay finite and exact enough."""
+    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
+
+
+def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
+    """Σ ‖t‖²; zero of no tensors."""
+    squares = [in_full(tensor).square().sum() for tensor in tensors]
+    return torch.stack([square.to(squares[0].device) for square in squares]).sum() if squares else torch.zeros(())

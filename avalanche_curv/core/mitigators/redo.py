@@ -1,0 +1,196 @@
+"""ReDo: units that are dormant start anew."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.optim import Optimizer
+
+from avalanche_curv.core.frozen import unwrapped
+from avalanche_curv.core.mitigators.activity import Activity
+from avalanche_curv.core.mitigators.base import Mitigator
+from avalanche_curv.core.mitigators.selection import Kept
+from avalanche_curv.core.mitigators.unit_graph import HiddenLayer, UnitGraph, units
+from avalanche_curv.core.options import is_count, is_number
+
+MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg", "grad_avg", "exp_inf", "sum")
+# what torch's optimisers average for each entry
+
+
+class ReDO(Mitigator):
+    """Recycles dormant neurons (Sokar et al. 2023, "The dormant neuron phenomenon", Def. 3.1 and Alg. 1).
+
+    Unit i of a hidden layer is dormant where its share of the activity is at most `threshold`:
+
+        s_i = E_x|h_i(x)| / mean_k E_x|h_k(x)| ≤ threshold,
+
+    with h as the layers that read it get it, behind activation, dropout and pooling, and E over the examples (and
+    positions) of the training pass before the step. After every `every`-th step the incoming weights and the bias of
+    dormant units are drawn anew from torch's initial distribution, U(−1/√fan_in, 1/√fan_in), their outgoing weights
+    set to 0, and the optimiser's moments of all these set to 0. The scale and shift of a norm layer on the way go
+    back to 1 and 0. Where a unit was silent the function stays the same, but for layer and group norm, which share
+    their statistics among units. A layer that is dead as a whole is recycled as a whole.
+
+    The source takes a threshold of 0.1 or 0.025 and 1,000 steps, the defaults here; 0 recycles only silent units.
+
+    Which layers read which units is found by torch.fx (see `UnitGraph.of`). `layers` names those that are recycled and
+    `left_alone` the other ones with reasons; frozen ones, and those that `include` and `exclude` or the optimiser
+    leave out, or whose readers are left out, are not recycled either. `recycled` counts units so far.
+
+    Raises ValueError before training for a model that cannot be traced or has no hidden layer to recycle, RuntimeError
+    where no training pass of the model was seen before a step that recycles.
+    """
+
+    def __init__(
+        self,
+        threshold: float = 0.1,
+        *,
+        every: int = 1000,
+        include: Iterable[Kept] = (),
+        exclude: Iterable[Kept] = (),
+        seed: int = 0,
+    ) -> None:
+        super().__init__(include=include, exclude=exclude)
+        if not (is_number(threshold) and 0 <= threshold < 1):
+            raise ValueError(f"threshold must lie in [0, 1), a share of the mean activity; got {threshold!r}. Try 0.1.")
+        if not is_count(every):
+            raise ValueError(f"every must be at least 1 step; got {every!r}. The source takes 1,000.")
+        self.threshold, self.every, self.seed = float(threshold), every, seed
+        self.graph = UnitGraph((), {})
+        self._counts: dict[str, Tensor] = {}
+        self._activity = Activity(())
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The hidden layers of the model that `prepare` saw, whose units may be recycled."""
+        return tuple(layer.name for layer in self.graph.hidden)
+
+    @property
+    def left_alone(self) -> dict[str, str]:
+        """The other linear layers and convolutions, with reasons."""
+        return {**self.graph.others}
+
+    @property
+    def recycled(self) -> dict[str, int]:
+        """How many units of each layer were recycled so far."""
+        return {name: int(count) for name, count in self._counts.items()}
+
+    def prepare(self, model: nn.Module) -> None:
+        super().prepare(model)
+        self.graph = UnitGraph.of(model)
+        if not self.graph.hidden:
+            reasons = "; ".join(f"'{name}': {reason}" for name, reason in self.graph.others.items())
+            raise ValueError(
+                f"{type(model).__name__} has no hidden layer whose units can be recycled ({reasons or 'no layers'}). "
+                "Use another mitigator, such as ShrinkAndPerturb."
+            )
+        inner = unwrapped(model)
+        self._activity = Activity(inner.get_submodule(name) for layer in self.graph.hidden for name in layer.readers)
+        self._listen_if_due()
+
+    def after_step(self, model: nn.Module, optimizer: Optimizer) -> None:
+        super().after_step(model, optimizer)
+        if self.steps % self.every == 0:
+            self._recycle(model, optimizer)
+        self._listen_if_due()
+
+    def _listen_if_due(self) -> None:
+        if (self.steps + 1) % self.every == 0:
+            self._activity.start()
+
+    @torch.no_grad()
+    def _recycle(self, model: nn.Module, optimizer: Optimizer) -> None:
+        """First what enters the units of all layers, then what leaves them."""
+        entries = _Entries({id(p) for p in self.parameters(model, optimizer).values()}, optimizer)
+        draw = torch.Generator().manual_seed(random.Random(f"{self.seed} {self.steps}").getrandbits(32))
+        inner = unwrapped(model)
+        dormant = {
+            layer: mask
+            for layer, mask in self._dormant(inner).items()
+            if all(entries.may(inner.get_parameter(f"{name}.weight")) for name in (layer.name, *layer.readers))
+        }
+        for layer, mask in dormant.items():
+            _renew(inner, layer, mask, entries, draw)
+            self._counts[layer.name] = self._counts.get(layer.name, 0) + mask.sum()
+        for layer, mask in dormant.items():
+            for reader in (inner.get_submodule(name) for name in layer.readers):
+                entries.set(reader.weight, _columns(reader, mask), 0.0)
+
+    def _dormant(self, model: nn.Module) -> dict[HiddenLayer, Bool[Tensor, "units"]]:
+        """Which units are dormant, of the layers that had a pass, by what the first reader that had one got."""
+        found: dict[HiddenLayer, Tensor] = {}
+        for layer in self.graph.hidden:
+            heard = (self._activity.of(model.get_submodule(name)) for name in layer.readers)
+            sums = next((sums for sums in heard if sums is not None), None)
+            if sums is not None:
+                activity = sums.view(units(model.get_submodule(layer.name)), -1).sum(1)
+                found[layer] = activity <= self.threshold * activity.mean()
+        if not found:
+            raise RuntimeError(
+                f"ReDO saw no training pass of {type(model).__name__} before step {self.steps}. Call prepare(model) "
+                "after the model has changed, keep gradients on in its passes, and do not compile it: hooks do not "
+                "run there."
+            )
+        self._activity.stop()
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "recycled": self.recycled}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self._counts = {name: torch.tensor(count) for name, count in state["recycled"].items()}
+        self._listen_if_due()
+
+
+class _Entries:
+    """Entries of the parameters that may be entries, and what the optimiser keeps of them."""
+
+    def __init__(self, chosen: set[int], optimizer: Optimizer) -> None:
+        self.chosen, self.optimizer = chosen, optimizer
+
+    def may(self, parameter: Any) -> bool:
+        """Whether it is trained, and chosen."""
+        return id(parameter) in self.chosen
+
+    def set(self, parameter: Any, mask: Bool[Tensor, "..."], value: Tensor | float) -> None:
+        """The value where `mask` holds, and no moments there; nothing for a parameter that may not be entries."""
+        if not self.may(parameter):
+            return
+        value = value.to(parameter) if isinstance(value, Tensor) else torch.full_like(parameter, value)
+        parameter.copy_(torch.where(mask, value, parameter))
+        kept = self.optimizer.state.get(parameter, {})
+        for moment in (kept[name] for name in MOMENTS if name in kept):
+            if isinstance(moment, Tensor) and moment.shape == parameter.shape:
+                moment.masked_fill_(mask.to(moment.device), 0)
+
+
+def _renew(model: nn.Module, layer: HiddenLayer, mask: Tensor, entries: _Entries, draw: torch.Generator) -> None:
+    """Incoming weights and biases as at the beginning, and the norm layers that the units pass."""
+    own: Any = model.get_submodule(layer.name)
+    bound = 1 / math.sqrt(own.weight[0].numel())
+    rows = mask.view(-1, *[1] * (own.weight.ndim - 1))
+    entries.set(own.weight, rows, _uniform(own.weight.shape, bound, draw))
+    if own.bias is not None:
+        entries.set(own.bias, mask, _uniform(own.bias.shape, bound, draw))
+    for norm in (model.get_submodule(name) for name in layer.norms):
+        entries.set(norm.weight, mask, 1.0)
+        entries.set(getattr(norm, "bias", None), mask, 0.0)  # RMSNorm has none
+
+
+def _uniform(shape: torch.Size, bound: float, draw: torch.Generator) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32).uniform_(-bound, bound, generator=draw)
+
+
+def _columns(reader: Any, mask: Bool[Tensor, "units"]) -> Bool[Tensor, "..."]:
+    """The mask at the inputs of a reader, of which each unit has a block where it was flattened."""
+    if isinstance(reader, _ConvNd):
+        return mask.view(1, -1, *[1] * len(reader.kernel_size))
+    return mask.repeat_interleave(reader.in_features // len(mask))

@@ -1,0 +1,148 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from avalanche_curv import CurvatureEWCPlugin, load_checkpoint, save_checkpoint
+from avalanche_curv.core.mitigators.l2 import L2, L2Init
+from avalanche_curv.core.mitigators.parseval import Parseval
+from avalanche_curv.core.mitigators.redo import ReDO
+from avalanche_curv.core.mitigators.shrink_perturb import AfterTask, EverySteps, ShrinkAndPerturb
+from avalanche_curv.core.mitigators.streaming_ewc import StreamingEWC
+from avalanche_curv.core.mitigators.wasserstein import Wasserstein
+from avalanche_curv.plugins.mitigator import MitigatorPlugin
+
+WEAK = {
+    "L2": L2,
+    "L2Init": L2Init,
+    "Wasserstein": lambda strength: Wasserstein(strength, resort=4),
+    "Parseval": Parseval,
+    "StreamingEWC": lambda strength: StreamingEWC(strength, importance_decay=0.9, anchor_decay=0.9),
+    "ShrinkAndPerturb": lambda strength: ShrinkAndPerturb(strength, strength),
+}
+STRONG = {
+    **{name: lambda kind=kind: kind(0.03) for name, kind in WEAK.items()},
+    "ShrinkAndPerturb every 3 steps": lambda: ShrinkAndPerturb(0.01, 0.01, when=EverySteps(3)),
+    "ShrinkAndPerturb after tasks": lambda: ShrinkAndPerturb(0.3, 0.3, when=AfterTask()),
+    "ReDO": lambda: ReDO(0.9, every=4),
+}
+
+
+def deep():
+    """With a hidden layer that ReDO recycles, batch statistics, dropout, and a head that grows."""
+    from avalanche.models import IncrementalClassifier
+
+    return nn.Sequential(
+        nn.Linear(64, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.2), nn.Linear(8, 6), nn.ReLU(),
+        IncrementalClassifier(6),
+    )  # fmt: skip
+
+
+def deep_heads():
+    from avalanche.models import MTSimpleMLP
+
+    model = MTSimpleMLP(input_size=64, hidden_size=6)
+    model.features = nn.Sequential(nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 6), nn.ReLU())
+    return model
+
+
+def assert_same(a, b):
+    assert a.state_dict().keys() == b.state_dict().keys()
+    for name, value in a.state_dict().items():
+        assert torch.equal(value, b.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("kind", WEAK)
+def test_strength_zero_is_bit_identical_to_naive(kind, growing, learner, train):
+    model, benchmark = growing()
+    plain = train(learner(copy.deepcopy(model)), benchmark.train_stream)
+    mitigated = train(learner(model, MitigatorPlugin(WEAK[kind](0.0))), benchmark.train_stream)
+    assert_same(mitigated.model, plain.model)
+
+
+@pytest.mark.parametrize("heads", [False, True], ids=["one growing head", "a head for each task"])
+@pytest.mark.parametrize("kind", STRONG)
+def test_every_mitigator_trains_growing_models_beside_replay_and_a_penalty(kind, heads, make, digits, learner, train):
+    from avalanche.training.plugins import ReplayPlugin
+
+    benchmark, mitigator = digits(heads), STRONG[kind]()
+    plain, strategy = (
+        train(
+            learner(make(deep_heads if heads else deep), *more, ReplayPlugin(mem_size=30), CurvatureEWCPlugin(0.1)),
+            benchmark.train_stream,
+        )
+        for more in ((), (MitigatorPlugin(mitigator),))
+    )
+    ours = dict(strategy.model.named_parameters())
+    assert ours.keys() == dict(plain.model.named_parameters()).keys()
+    assert all(torch.isfinite(p).all() for p in ours.values())
+    assert any(not torch.equal(p, ours[name]) for name, p in plain.model.named_parameters())
+    assert mitigator.steps == strategy.clock.train_iterations
+
+
+def test_it_is_what_attaching_to_the_optimizer_is(make, digits, learner, train):
+    benchmark = digits(False)
+    results = []
+    for attached in (False, True):
+        model = make(lambda: nn.Sequential(nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 10)))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        mitigators = [StreamingEWC(1.0), L2Init(0.01), ReDO(0.9, every=3), ShrinkAndPerturb(0.01, 0.01)]
+        if attached:
+            for mitigator in mitigators:
+                mitigator.attach(optimizer, model)
+        plugins = [] if attached else [MitigatorPlugin(mitigator) for mitigator in mitigators]
+        train(learner(model, *plugins, optimizer=optimizer), benchmark.train_stream[:1])
+        results.append(model)
+    assert_same(*results)
+
+
+@pytest.mark.parametrize("kind", STRONG)
+def test_a_resumed_run_ends_bit_identically(kind, make, digits, learner, train, tmp_path):
+    benchmark = digits(False)
+
+    def strategy(seed):
+        model = make(deep, seed)
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+        return learner(model, MitigatorPlugin(STRONG[kind]()), optimizer=optimizer, train_mb_size=10)
+
+    whole = train(strategy(0), benchmark.train_stream[:2])
+    save_checkpoint(whole, tmp_path / "checkpoint.pt")
+    whole.train(benchmark.train_stream[2])
+    resumed, start = load_checkpoint(strategy(1), tmp_path / "checkpoint.pt")
+    assert start == 2
+    resumed.train(benchmark.train_stream[2])
+    assert_same(resumed.model, whole.model)
+    ours, theirs = (
+        next(p for p in s.plugins if isinstance(p, MitigatorPlugin)).mitigator for s in (resumed, whole)
+    )
+    assert ours.steps == theirs.steps == 15
+    if kind == "ReDO":
+        assert ours.recycled == theirs.recycled
+        assert sum(ours.recycled.values()) > 0
+
+
+def test_tasks_end_where_a_stream_that_is_split_online_says_so(make, plane, learner, net):
+    from avalanche.benchmarks.scenarios.online import split_online_stream
+
+    mitigator = ShrinkAndPerturb(0.5, 0.0, when=AfterTask())
+    strategy = learner(net, MitigatorPlugin(mitigator), train_mb_size=4)
+    counts = []
+    for part in split_online_stream(plane.train_stream, 16, access_task_boundaries=True, seed=0):
+        strategy.train(part)
+        counts.append(mitigator.times)
+    assert counts == [0, 0, 1, 1, 1, 2, 2, 2, 3]
+
+
+def test_what_is_no_mitigator_is_refused_with_the_remedy(net):
+    with pytest.raises(TypeError, match=r"Call it: L2\(\.\.\.\)"):
+        MitigatorPlugin(L2)
+    with pytest.raises(TypeError, match="needs a mitigator"):
+        MitigatorPlugin(0.1)
+
+
+def test_options_that_do_not_fit_the_model_are_refused_before_training(net, plane, learner):
+    before = copy.deepcopy(net)
+    with pytest.raises(ValueError, match="no parameter that 'head' selects"):
+        learner(net, MitigatorPlugin(L2(0.1, exclude=("head",)))).train(plane.train_stream[0])
+    assert_same(net, before)
