@@ -14,10 +14,16 @@ from avalanche_curv.core import *  # noqa: F403
 if TYPE_CHECKING:
     from avalanche_curv.checkpointing import load_checkpoint, save_checkpoint
     from avalanche_curv.loggers import JSONLLogger
-    from avalanche_curv.metrics import FromScratch, fidelity_metrics, landscape_metrics, penalty_metrics, plasticity_metrics
+    from avalanche_curv.metrics import (
+        FromScratch,
+        fidelity_metrics,
+        landscape_metrics,
+        penalty_metrics,
+        plasticity_metrics,
+    )
     from avalanche_curv.plugins import CurvatureEWCPlugin, MitigatorPlugin, SpectralRegPlugin
     from avalanche_curv.strategies import CurvatureEWC, SpectralReg
-    from avalanche_curv.streams import PermutedDigits, RotatedDigits, SineBoundary, SplitDigits
+    from avalanche_curv.streams import NonStationary, PermutedDigits, RotatedDigits, SineBoundary, SplitDigits
     from avalanche_curv.tensorboard import write_hparams, write_layout
 
 __version__ = "0.1.0"
@@ -28,6 +34,7 @@ _LAZY = {
     "FromScratch": "metrics",
     "JSONLLogger": "loggers",
     "MitigatorPlugin": "plugins",
+    "NonStationary": "streams",
     "PermutedDigits": "streams",
     "RotatedDigits": "streams",
     "SineBoundary": "streams",

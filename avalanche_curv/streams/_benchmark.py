@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -18,6 +19,16 @@ from torch import Tensor
 
 TEST_FRACTION = 0.2
 CLASS_SETS = ("classes_in_this_experience", "previous_classes", "classes_seen_so_far", "future_classes")
+
+
+class Labelled(Protocol):
+    """What an experience is made of: pairs (x, class) by index, and the classes of all of them."""
+
+    targets: Int[Tensor, "N"]
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> tuple[Any, int]: ...
 
 
 class Examples:
@@ -51,7 +62,7 @@ class Examples:
         return Examples(self.inputs[indices], self.targets[indices])
 
 
-def benchmark(splits: Iterable[tuple[Examples, Examples]], task_labels: Sequence[int], n_classes: int) -> CLScenario:
+def benchmark(splits: Iterable[tuple[Labelled, Labelled]], task_labels: Sequence[int], n_classes: int) -> CLScenario:
     """The benchmark whose experience t is the t-th (train, test) of `splits` and carries the t-th task label.
 
     Experiences know their classes, as sorted lists: Avalanche's `with_classes_timeline` gives sets, which a masked
@@ -90,12 +101,12 @@ def check_length(n_experiences: int) -> None:
 
 
 def _datasets(
-    parts: Sequence[Examples], task_labels: Sequence[int]
+    parts: Sequence[Labelled], task_labels: Sequence[int]
 ) -> list[TaskAwareSupervisedClassificationDataset]:
     return [_dataset(examples, label) for examples, label in zip(parts, task_labels)]
 
 
-def _dataset(examples: Examples, task_label: int) -> TaskAwareSupervisedClassificationDataset:
+def _dataset(examples: Labelled, task_label: int) -> TaskAwareSupervisedClassificationDataset:
     labels = TaskLabels(ConstantSequence(task_label, len(examples)))
     return TaskAwareSupervisedClassificationDataset(
         [examples], data_attributes=[DataAttribute(examples.targets, "targets"), labels]

@@ -1,0 +1,171 @@
+"""Streams that keep changing, over any classification data set: to see whether a network stays able to learn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from avalanche.benchmarks import CLScenario
+from avalanche.benchmarks.utils import AvalancheDataset
+from jaxtyping import Int, Shaped
+from torch import Tensor
+from torch.utils.data import Subset, TensorDataset
+
+from avalanche_curv.core.changes import Change, PixelOrder, Variant
+from avalanche_curv.streams._benchmark import Examples, benchmark, check_length
+
+
+def NonStationary(
+    train: Any, change: Change, *, n_experiences: int, test: Any | None = None, seed: int | None = None
+) -> CLScenario:
+    """One data set, changed anew in each experience: `RandomLabels()`, `ShuffledLabels()`, `PixelPermutation()`,
+    `LabelFlip()` or `GrowingClasses()`.
+
+    `train` and `test` yield pairs (x, class) and know their classes: data sets with `.targets` (torchvision's,
+    Avalanche's), a `TensorDataset` of inputs and classes, or a `Subset` of these. The test experience t is `test` under
+    the same change as the training experience t. Without `test` it is the training examples themselves; so it always is
+    for random and shuffled labels, which say nothing of other images. Task labels are 0 throughout.
+
+    Images are read from `train` and `test` when they are asked for; an experience holds indices and classes alone. With
+    one seed, a longer stream begins with the shorter one; `seed=None` draws from the system's entropy; global random
+    states are not used.
+
+    Raises TypeError for a data set whose classes cannot be known without reading every example; ValueError for
+    n_experiences < 1 or beyond what `GrowingClasses` has, and for test examples of labels that can only be memorised.
+
+    >>> from avalanche_curv.streams import LabelFlip
+    >>> digits = TensorDataset(torch.rand(6, 4), torch.tensor([0, 1, 2, 0, 1, 2]))
+    >>> stream = NonStationary(digits, LabelFlip(), n_experiences=3, seed=0)
+    >>> [[example[1] for example in experience.dataset] for experience in stream.train_stream[:2]]
+    [[0, 1, 2, 0, 1, 2], [2, 0, 1, 2, 0, 1]]
+    """
+    check_length(n_experiences)
+    _check_change(change, test)
+    inputs, targets = _parts(train, training=True)
+    classes = targets.unique()
+    _check_end(change, classes, n_experiences)
+    test_inputs, test_targets = _parts(train if test is None else test, training=False)
+    _check_classes(classes, test_targets)
+    seed = int(np.random.default_rng().integers(2**63)) if seed is None else seed
+    splits = [
+        (
+            Changed(inputs, change.of(targets, classes, task, seed)),
+            Changed(test_inputs, change.of(test_targets, classes, task, seed)),
+        )
+        for task in range(n_experiences)
+    ]
+    return benchmark(splits, [0] * n_experiences, len(classes))
+
+
+class Changed:
+    """The examples (x, class) of one task: the inputs are shared by all tasks and read when asked for."""
+
+    def __init__(self, inputs: Inputs, variant: Variant) -> None:
+        self.inputs, self.variant = inputs, variant
+        self.targets: Int[Tensor, "n"] = variant.targets
+        self._places: Sequence[int] = range(len(inputs)) if variant.indices is None else variant.indices.tolist()
+        self._labels: list[int] = variant.targets.tolist()
+        self._pixels: PixelOrder | None = variant.pixels
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        x = self.inputs[self._places[index]]
+        return (x if self._pixels is None else self._pixels.of(x)), self._labels[index]
+
+    def __reduce__(self) -> tuple[type[Changed], tuple[Inputs, Variant]]:
+        return Changed, (self.inputs, self.variant)
+
+
+class Rows:
+    """The rows of a tensor, cut once; a pickle holds the tensor only."""
+
+    def __init__(self, tensor: Shaped[Tensor, "N *features"]) -> None:
+        self.tensor = tensor
+        self._rows = tensor.unbind()
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self._rows[index]
+
+    def __reduce__(self) -> tuple[type[Rows], tuple[Tensor]]:
+        return Rows, (self.tensor,)
+
+
+class Firsts:
+    """The inputs of a data set: the first of what each of its examples holds."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.dataset[index][0]
+
+
+Inputs = Rows | Firsts
+
+
+def _parts(dataset: Any, *, training: bool) -> tuple[Inputs, Int[Tensor, "N"]]:
+    """Inputs and classes of a data set, the latter without reading an example."""
+    if isinstance(dataset, Examples):
+        return Rows(dataset.inputs), _classes(dataset.targets)
+    if isinstance(dataset, TensorDataset) and len(dataset.tensors) > 1:
+        return Rows(dataset.tensors[0]), _classes(dataset.tensors[1])
+    if isinstance(dataset, AvalancheDataset):
+        dataset = dataset.train() if training else dataset.eval()
+    return Firsts(dataset), _classes(_targets(dataset))
+
+
+def _targets(dataset: Any) -> Any:
+    if isinstance(dataset, Subset):
+        return _parts(dataset.dataset, training=True)[1][torch.as_tensor(dataset.indices)]
+    if getattr(dataset, "targets", None) is None:
+        raise TypeError(
+            f"NonStationary needs to know the class of every example; {type(dataset).__name__} has no targets. Set "
+            "dataset.targets to a list of its classes (dataset.labels of torchvision's SVHN)."
+        )
+    return dataset.targets
+
+
+def _classes(targets: Any) -> Int[Tensor, "N"]:
+    known = targets if isinstance(targets, Tensor) else torch.tensor(np.asarray(list(targets)))
+    if known.dim() != 1 or known.is_floating_point() or known.is_complex() or not len(known):
+        raise TypeError(
+            f"NonStationary needs one whole number for each example, and one example at least; got targets of shape "
+            f"{tuple(known.shape)} and type {known.dtype}. Give class indices."
+        )
+    return known.long()
+
+
+def _check_change(change: Any, test: Any) -> None:
+    if not isinstance(change, Change):
+        hint = f"Call it: {change.__name__}()." if isinstance(change, type) else "Give RandomLabels(), say."
+        raise TypeError(f"NonStationary needs a change; got {change!r}. {hint}")
+    if change.memorised and test is not None:
+        raise ValueError(
+            f"{type(change).__name__} gives labels that say nothing of other images, so there is nothing to test on "
+            "them. Leave test out: the test experiences are then the training examples, to see what is memorised."
+        )
+
+
+def _check_end(change: Change, classes: Int[Tensor, "K"], n_experiences: int) -> None:
+    longest = change.longest(classes)
+    if longest is not None and n_experiences > longest:
+        raise ValueError(
+            f"{change} has shown all {len(classes)} classes after {longest} experiences; got n_experiences = "
+            f"{n_experiences}. Ask for at most {longest}."
+        )
+
+
+def _check_classes(classes: Int[Tensor, "K"], test_targets: Int[Tensor, "M"]) -> None:
+    unknown = sorted(set(test_targets.tolist()) - set(classes.tolist()))
+    if unknown:
+        raise ValueError(f"The test examples have classes {unknown} that no training example has. Leave these out.")
