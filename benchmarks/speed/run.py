@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from benchmarks.harness.experiment import Record
+from benchmarks.speed.mitigators import mitigated, mitigated_on_images
 from benchmarks.speed.passes import estimates, fidelities, instruments
 from benchmarks.speed.steps import measured, steps
 from benchmarks.speed.timing import Times
@@ -20,6 +21,8 @@ GROUPS: dict[str, Callable[[Config], Times]] = {
     "fidelity": fidelities,
     "on": instruments,
     "measured": measured,
+    "mitigated": mitigated,
+    "images": mitigated_on_images,
 }
 
 
