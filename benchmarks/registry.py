@@ -42,4 +42,12 @@ EXPERIMENTS = {
         "benchmarks.cost:experiment",
         "Price and accuracy of every curvature and structure, beside other tools",
     ),
+    "plasticity": Registered(
+        "benchmarks.plasticity:experiment",
+        "Accuracy at the end of each task against its number: whether a network stays able to learn, and by what",
+    ),
+    "sac": Registered(
+        "benchmarks.sac:experiment",
+        "Spectral regularisation of actor and critic: SAC at a replay ratio of 16, on the DeepMind control suite",
+    ),
 }

@@ -1,0 +1,100 @@
+"""The settings by name: the paper's appendix B, and two that take seconds and minutes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.harness import UsageError
+from benchmarks.plasticity.networks import Mlp, Network, ResNet18, VitTiny
+
+RANDOM, PIXELS, FLIP, GROWING = CHANGES = ("random_labels", "pixel_permutation", "label_flip", "class_incremental")
+MLP, RESNET = Mlp(), ResNet18()
+NETWORKS: dict[str, Network] = {"mlp": MLP, "resnet18": RESNET, "vit_tiny": VitTiny()}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the images of a data set lie below --dataset-root, what they are, and how many classes they have."""
+
+    place: str
+    what: str
+    classes: int
+    channels: int = 1
+
+
+SOURCES = {
+    "digits": Source("", "", 10),
+    "mnist": Source("MNIST/raw", "the four IDX files of MNIST", 10),
+    "fashion": Source("FashionMNIST/raw", "the four IDX files of Fashion-MNIST", 10),
+    "emnist": Source("EMNIST/raw", "the IDX files emnist-balanced-{train,test}-{images-idx3,labels-idx1}-ubyte", 47),
+    "cifar10": Source("cifar-10-batches-py", "CIFAR-10, the version for Python, unpacked", 10, 3),
+    "cifar100": Source("cifar-100-python", "CIFAR-100, the version for Python, unpacked", 100, 3),
+    "svhn": Source("train_32x32.mat", "train_32x32.mat and test_32x32.mat of SVHN, cropped digits", 10, 3),
+    "tiny_imagenet": Source("tiny-imagenet-200", "tiny-imagenet-200.zip, unpacked", 200, 3),
+}
+
+
+@dataclass(frozen=True)
+class Preset:
+    """`images` of a data set, the first `count` of them; (epochs, tasks) for random labels, and for other changes.
+
+    `strength` is the one of the first table. The first `validation` test images are left out, as the paper tunes on
+    them.
+    """
+
+    images: str
+    count: int
+    batch: int
+    random: tuple[int, int]
+    other: tuple[int, int]
+    network: Network = MLP
+    strength: float = 1e-3
+    validation: int = 0
+
+
+PRESETS = {
+    "small": Preset("digits", 640, 64, (20, 15), (20, 15), Mlp(128)),
+    "mnist": Preset("mnist", 12_800, 512, (40, 50), (40, 50)),
+    "fashion": Preset("fashion", 12_800, 512, (40, 50), (40, 50)),
+    "emnist": Preset("emnist", 100_000, 500, (100, 50), (20, 200)),
+    "cifar10": Preset("cifar10", 50_000, 250, (20, 30), (10, 100), RESNET, 1e-4, 1_000),
+    "cifar100": Preset("cifar100", 50_000, 250, (20, 30), (10, 100), RESNET, 1e-4, 1_000),
+    "svhn": Preset("svhn", 50_000, 500, (20, 25), (10, 100), RESNET, 1e-3, 5_000),
+    "tiny_imagenet": Preset("tiny_imagenet", 100_000, 250, (20, 30), (20, 100), RESNET, 1e-4),
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all methods share: Adam at `rate`, `epochs` of each of `tasks`, drawn by `change`."""
+
+    images: str
+    count: int
+    batch: int
+    epochs: int
+    tasks: int
+    network: Network
+    change: str = RANDOM
+    rate: float = 1e-3
+    validation: int = 0
+
+    @property
+    def task_steps(self) -> int:
+        """Steps in a task that has all images."""
+        return self.epochs * -(-self.count // self.batch)
+
+
+def has(images: str, dataset_root: Path | None) -> bool:
+    """Whether the files of a data set are there."""
+    return images == "digits" or (dataset_root is not None and (dataset_root / SOURCES[images].place).exists())
+
+
+def check(images: str, dataset_root: Path | None) -> None:
+    """Raises UsageError where the images of a data set are not there."""
+    if has(images, dataset_root):
+        return
+    source = SOURCES[images]
+    if dataset_root is None:
+        raise UsageError(f"{images} is read from files: give --dataset-root DIR, with {source.what} at {source.place}.")
+    raise UsageError(f"{dataset_root / source.place} is not there. Put there {source.what}; see --dataset-root.")

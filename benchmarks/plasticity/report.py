@@ -1,0 +1,231 @@
+"""The tables and the figures of the plasticity experiment."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING
+
+from benchmarks.harness.plots import Curves, new_figure, plot_curves, saved, tidy
+from benchmarks.harness.styles import MUTED, styles
+from benchmarks.harness.summary import Summary, summarise
+from benchmarks.harness.tables import Cell, Column, table
+
+if TYPE_CHECKING:
+    from benchmarks.harness.results import Results
+
+ACCURACY, TEST_ACCURACY = "plasticity_experience/accuracy", "plasticity_experience/test_accuracy"
+LATE, SCRATCH, LAYER_NORM = "late_accuracy", "from scratch", ", LayerNorm"
+MEASURES = {
+    "spectral norm": ("plasticity/spectral_norm", 2),
+    "‖θ‖": ("plasticity/parameter_norm", 1),
+    "dormant units": ("plasticity/dormant_units", 2),
+    "units at zero": ("plasticity/zero_units", 2),
+    "gradient diversity": ("plasticity/gradient_effective_rank", 1),
+    "representation change": ("plasticity_experience/representation_change", 2),
+}
+CHANGES = {
+    "random_labels": "each image gets a random class anew in each task",
+    "pixel_permutation": "the pixels of all images are permuted anew in each task after the first",
+    "label_flip": "the classes are permuted anew in each task after the first",
+    "class_incremental": "five more classes are added in each task",
+}
+EXPLANATION = """Accuracy is that on all training images of a task at its end, in eval mode. *late* is its mean over the
+last third of the tasks, *drop* its first value − late, and *against scratch* late − that of a network trained from
+scratch on each task with the same seed: below zero, plasticity is lost. No strength is tuned: each regulariser is
+shown at all of them. Mean ± standard deviation over n seeds.
+
+- *L2* draws parameters to zero, *L2 init* to their initial values, *Wasserstein* their distribution to the initial one.
+- *shrink & perturb s* moves all parameters at every step by s of the way to a network drawn anew; *after each task*
+  by 0.5 there, and so it is told when tasks end, as no other method is.
+- *ReDO τ* recycles units with a score of at most τ, half-way through each task.
+- *CReLU* has as many units as the others before each nonlinearity, and so more parameters after it.
+- *Parseval* leaves out the last layer, *SpectralReg* nothing."""
+
+
+def report(results: Results, out: Path) -> str:
+    """A section for each part that has run."""
+    long, normed = _marked(results, " epochs"), _marked(results, LAYER_NORM)
+    plain = [label for label in results.labels if label not in {*long, *normed}]
+    sensitivity = _strengths(plain)
+    shown = _shown(plain, sensitivity)
+    parts = [f"# Plasticity over many tasks\n\n{_setting(results)}\n\n{EXPLANATION}"]
+    if plain:
+        parts += ["## All methods", _table(results, shown), _measures(results, shown)]
+        parts += [_figure(results, shown, out, "accuracy")]
+    if any(len(strengths) > 1 for strengths in sensitivity.values()):
+        parts += ["## Sensitivity to the strength", _by_strength(results, sensitivity, out)]
+    if normed:
+        parts += ["## With LayerNorm", _with_layer_norm(results, normed), _measures(results, normed)]
+        parts += [_figure(results, normed, out, "layer_norm")]
+    if long:
+        parts += ["## With more epochs for each task", _by_epochs(results, long)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _setting(results: Results) -> str:
+    setting = next((header["config"]["setting"] for header in results.headers), None)
+    if setting is None:
+        return ""
+    network = setting["network"]
+    sizes = ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in network.items() if k not in ("class", "layer_norm"))
+    images, change = setting["images"].replace("_", " "), CHANGES[setting["change"]]
+    return (
+        f"{setting['tasks']} tasks of {setting['epochs']} epochs over the first {setting['count']:,} training images "
+        f"of {images} in batches of {setting['batch']}, pixels in [0, 1]; {change}. {network['class']}"
+        f"{f' ({sizes})' if sizes else ''}, Adam at {setting['rate']:g}, whose moments are kept from task to task."
+    )
+
+
+def _marked(results: Results, end: str) -> list[str]:
+    return [label for label in results.labels if label.endswith(end)]
+
+
+def _strengths(labels: list[str]) -> dict[str, list[float]]:
+    """The strengths of each regulariser, the largest first."""
+    found: dict[str, list[float]] = {}
+    for label in labels:
+        name, _, last = label.rpartition(" ")
+        if name and name != "ReDO" and last.replace(".", "").replace("e-", "").isdigit():
+            found.setdefault(name, []).append(float(last))
+    return {name: sorted(strengths, reverse=True) for name, strengths in found.items()}
+
+
+def _shown(labels: list[str], sensitivity: dict[str, list[float]]) -> list[str]:
+    """The labels of the first table: of those with a strength, the first in the grid, which all share."""
+    seen: set[str] = set()
+    kept = []
+    for label in labels:
+        name = label.rpartition(" ")[0]
+        if name not in sensitivity or name not in seen:
+            kept.append(label)
+        seen.add(name)
+    return kept
+
+
+def _table(results: Results, labels: list[str]) -> str:
+    tested = any(results.select(TEST_ACCURACY))
+    columns = [
+        Column("method"), Column("first task"), Column("last task", 3, max), Column("late", 3, max), Column("drop"),
+        Column("against scratch"), *([Column("test, late", 3, max)] if tested else []), Column("time", 2), Column("n"),
+    ]
+    return table(columns, [_row(results, label, tested) for label in labels])
+
+
+def _row(results: Results, label: str, tested: bool) -> list[Cell]:
+    late, test = results.final(LATE, label), [_late(results, TEST_ACCURACY, label)] if tested else []
+    first = [row["value"] for row in results.select(ACCURACY, label, step=1)]
+    return [
+        label, summarise(first) if first else None, results.final("final_accuracy", label), late,
+        results.final("drop", label), against(results, label), *test,
+        ratio(results, label), late.n if late else 0,
+    ]
+
+
+def against(results: Results, label: str) -> Summary | None:
+    """Late accuracy less that from scratch with as many epochs and the same layers, seed by seed."""
+    suffix = label[label.index(",") :] if "," in label else ""
+    reference = f"{SCRATCH}{suffix}" if f"{SCRATCH}{suffix}" in results.labels else SCRATCH
+    if suffix.endswith("epochs") or label.startswith(SCRATCH):
+        return None
+    own, base = ({row["seed"]: row["value"] for row in results.select(LATE, name)} for name in (label, reference))
+    differences = [own[seed] - base[seed] for seed in sorted(own.keys() & base.keys())]
+    return summarise(differences) if differences else None
+
+
+def ratio(results: Results, label: str) -> float | None:
+    """Training time in that of no method, the mean over seeds."""
+    reference = f"none{label[label.index(',') :] if ',' in label else ''}"
+    own, base = ({row["seed"]: row["value"] for row in results.select("seconds", name)} for name in (label, reference))
+    ratios = [own[seed] / base[seed] for seed in own.keys() & base.keys() if base[seed] > 0]
+    return fmean(ratios) if ratios else None
+
+
+def _late(results: Results, metric: str, label: str) -> Summary | None:
+    """The mean over the last third of the tasks, over seeds."""
+    values: dict[int, list[float]] = {}
+    for row in sorted(results.select(metric, label), key=lambda row: row["step"]):
+        values.setdefault(row["seed"], []).append(row["value"])
+    return summarise(fmean(v[-max(1, len(v) // 3) :]) for v in values.values()) if values else None
+
+
+def _measures(results: Results, labels: list[str]) -> str:
+    columns = [Column("late mean of"), *(Column(name, decimals) for name, (_, decimals) in MEASURES.items())]
+    rows: list[list[Cell]] = [
+        [label, *(_late(results, metric, label) for metric, _ in MEASURES.values())] for label in labels
+    ]
+    note = (
+        "Spectral norms (mean over the weights), ‖θ‖ and units on 64 images are at the ends of tasks; the effective "
+        "rank of 64 gradients, and the relative change of activations since the task before, at their starts."
+    )
+    return f"{note}\n\n{table(columns, rows)}"
+
+
+def _by_strength(results: Results, sensitivity: dict[str, list[float]], out: Path) -> str:
+    strengths = sorted({s for found in sensitivity.values() for s in found}, reverse=True)
+    rows: list[list[Cell]] = [
+        [name, *(results.final(LATE, f"{name} {s:g}") for s in strengths)] for name in sensitivity
+    ]
+    text = table([Column("late accuracy"), *(Column(f"{s:g}") for s in strengths)], rows)
+    known = {
+        name: [(s, value) for s in found if (value := results.final(LATE, f"{name} {s:g}")) is not None]
+        for name, found in sensitivity.items()
+    }
+    if not any(known.values()):
+        return text
+    _strength_figure(known, results.final(LATE, "none"), out)
+    return f"{text}\n\n![Late accuracy against strength](strengths.png)"
+
+
+def _strength_figure(known: dict[str, list[tuple[float, Summary]]], reference: Summary | None, out: Path) -> None:
+    figure = new_figure(7.4, 3.8)
+    axes = figure.subplots()
+    axes.set_xscale("log")
+    chosen = styles([*known])
+    for name, points in known.items():
+        if points:
+            axes.errorbar(
+                [s for s, _ in points], [v.mean for _, v in points], yerr=[v.std or 0.0 for _, v in points],
+                label=name, capsize=3, linewidth=1.7, **chosen[name].line,
+            )
+    if reference is not None:
+        axes.axhline(reference.mean, color=MUTED, linestyle="--", linewidth=1.2, label="none")
+    axes.set_xlabel("strength")
+    axes.set_ylabel("late accuracy")
+    tidy(axes, "")
+    figure.legend(loc="outside right upper", frameon=False, fontsize=9)
+    saved(figure, out / "strengths.png")
+
+
+def _with_layer_norm(results: Results, normed: list[str]) -> str:
+    columns = [Column("method"), Column("without"), Column("with", 3, max), Column("with, drop"),
+               Column("with, against scratch")]
+    rows: list[list[Cell]] = [
+        [
+            label.removesuffix(LAYER_NORM), results.final(LATE, label.removesuffix(LAYER_NORM)),
+            results.final(LATE, label), results.final("drop", label), against(results, label),
+        ]
+        for label in normed
+    ]
+    return table(columns, rows)
+
+
+def _by_epochs(results: Results, long: list[str]) -> str:
+    places = [(label.split(", ")[0], int(label.split(", ")[1].split()[0])) for label in long]
+    counts = sorted({count for _, count in places})
+    rows: list[list[Cell]] = [
+        [name, results.final(LATE, name), *(results.final(LATE, f"{name}, {count} epochs") for count in counts)]
+        for name in dict.fromkeys(name for name, _ in places)
+    ]
+    return table([Column("late accuracy"), Column("as above"), *(Column(f"{c} epochs") for c in counts)], rows)
+
+
+def _figure(results: Results, labels: list[str], out: Path, name: str) -> str:
+    series = {label: curve for label in labels if (curve := results.curve(ACCURACY, label))}
+    if not series:
+        return ""
+    panels = [Curves(series, "training accuracy")]
+    tests = {label: curve for label in labels if (curve := results.curve(TEST_ACCURACY, label))}
+    panels += [Curves(tests, "test accuracy")] if tests else []
+    plot_curves(out / f"{name}.png", panels, xlabel="task", labels=labels)
+    return f"![Accuracy at the end of each task]({name}.png)"

@@ -1,0 +1,373 @@
+"""The loop against Avalanche's, the data as files hold them, the grid, the report; and, slowly, the claim itself."""
+
+import pickle
+import struct
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from benchmarks.harness import UsageError
+from benchmarks.harness.experiment import Context
+from benchmarks.harness.grid import describe, grid
+from benchmarks.harness.results import Results
+from benchmarks.plasticity import PARTS, PlasticityOptions, experiment, setting_for
+from benchmarks.plasticity.networks import Mlp, ResNet18, VitTiny
+from benchmarks.plasticity.presets import CHANGES, PRESETS, Setting
+
+DATA = Path(__file__).parents[3] / "shared" / "data"
+TINY = Setting("digits", count=48, batch=20, epochs=2, tasks=3, network=Mlp(8, 2))
+
+
+@pytest.fixture(scope="module")
+def configs():
+    """Every configuration of the grid by its label."""
+    return {config.label: config for config in experiment.configs(PlasticityOptions())}
+
+
+def run(config, folder, setting=TINY, seed=0, root=None):
+    """The records of a run, values by metric and step."""
+    kept = replace(setting, network=replace(setting.network, layer_norm=config.setting.network.layer_norm))
+    config = replace(config, setting=kept if isinstance(config.setting.network, Mlp) else setting)
+    records = [*experiment.run(config, seed, Context(seed, True, root, folder))]
+    found = {}
+    for record in records:
+        found.setdefault(record["metric"], {})[record.get("step")] = record["value"]
+    return found
+
+
+METHODS = (
+    "none", "SpectralReg 0.01", "L2 0.01", "L2 init 0.01", "Wasserstein 0.01", "streaming EWC 0.01", "Parseval 0.01",
+    "shrink & perturb 0.01", "shrink & perturb 0.5 after each task", "ReDO 0.1", "CReLU", "none, LayerNorm",
+)
+
+
+@pytest.mark.parametrize("label", METHODS)
+def test_the_loop_is_that_of_avalanche_with_the_plugin_bit_for_bit(configs, label):
+    """On the same batches in the same order: three tasks, a ragged last batch, Adam's moments kept."""
+    from avalanche.training import Naive
+
+    from avalanche_curv.plugins.mitigator import MitigatorPlugin
+    from avalanche_curv.streams._benchmark import Examples, benchmark
+    from benchmarks.plasticity.data import Tasks
+    from benchmarks.plasticity.run import Learner, fit
+
+    config = configs[label]
+    network = Mlp(8, 2, layer_norm=config.setting.network.layer_norm)
+    config = replace(config, setting=replace(TINY, network=network))
+    tasks = [Tasks(config.setting, 0, None).of(number)[0] for number in range(3)]
+    learner = Learner(config, 0, tasks[0])
+    for task in tasks:
+        for _ in range(config.setting.epochs):
+            fit(learner.model, learner.optimizer, task.batches(torch.arange(len(task)), config.setting.batch))
+        learner.end_task()
+
+    torch.manual_seed(0)
+    model = network.build((1, 8, 8), 10, config.method.activation)
+    mitigator = config.method.mitigator(config.setting, 0)
+    pairs = [Examples(*task.batch(torch.arange(len(task)))) for task in tasks]
+    strategy = Naive(
+        model=model, optimizer=torch.optim.Adam(model.parameters(), lr=config.setting.rate),
+        criterion=nn.CrossEntropyLoss(), train_mb_size=config.setting.batch, train_epochs=config.setting.epochs,
+        plugins=[MitigatorPlugin(mitigator)] if mitigator else [], evaluator=None,
+    )
+    for experience in benchmark([(pair, pair) for pair in pairs], [0] * 3, 10).train_stream:
+        strategy.train(experience, shuffle=False)
+    for name, value in learner.model.state_dict().items():
+        assert torch.equal(value, model.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_tasks_are_those_of_the_stream(change):
+    """Images and classes for training and testing, as `NonStationary` gives them over the same examples."""
+    from avalanche_curv.streams import NonStationary
+    from avalanche_curv.streams._benchmark import Examples
+    from benchmarks.plasticity.data import MADE, Tasks
+
+    tasks = Tasks(replace(TINY, change=change), 5, None)
+    assert tasks.count == (2 if change == "class_incremental" else 3)
+    train, test = (Examples(part.scaled(torch.arange(len(part.targets))), part.targets)
+                   for part in (tasks.train, tasks.test))
+    given = {} if MADE[change].memorised else {"test": test}
+    stream = NonStationary(train, MADE[change], n_experiences=tasks.count, seed=5, **given)
+    for number in range(tasks.count):
+        for task, experience in zip(tasks.of(number), (stream.train_stream[number], stream.test_stream[number])):
+            if task is not None:
+                x, y = task.batch(torch.arange(len(task)))
+                expected, labels, _ = zip(*experience.dataset)
+                assert torch.equal(x, torch.stack(expected))
+                assert y.tolist() == [*labels]
+    assert (tasks.of(0)[1] is None) == (change == "random_labels")
+    assert 0 <= float(train.inputs.min()) < float(train.inputs.max()) == 1
+
+
+def test_a_run_depends_on_its_seed_alone(configs, tmp_path):
+    runs = [run(configs["ReDO 0.1"], tmp_path, seed=seed) for seed in (0, 0, 1)]
+    first, second, other = ([{**found, "seconds": None} for found in runs])
+    assert first == second
+    assert first["plasticity/parameter_norm"] != other["plasticity/parameter_norm"]
+
+
+@pytest.mark.parametrize("label", ["from scratch", "shrink & perturb 0.5 after each task"])
+def test_methods_that_act_between_tasks_share_the_first_task_and_no_other(configs, label, tmp_path):
+    plain, other = run(configs["none"], tmp_path), run(configs[label], tmp_path)
+    for name in ("plasticity_experience/accuracy", "plasticity/parameter_norm", "plasticity/gradient_effective_rank"):
+        assert other[name][1] == plain[name][1]
+    assert other["plasticity/parameter_norm"][2] != plain["plasticity/parameter_norm"][2]
+
+
+def test_from_scratch_every_task_begins_with_weights_of_the_initial_size(configs, tmp_path):
+    """After 90 steps a task, norms of networks that began anew differ by less than continued training adds."""
+    setting = replace(TINY, epochs=30, change="pixel_permutation")
+    scratch, none = (run(configs[label], tmp_path, setting) for label in ("from scratch", "none"))
+    norms = [*scratch["plasticity/parameter_norm"].values()]
+    assert max(norms) - min(norms) < 0.4
+    assert none["plasticity/parameter_norm"][3] > max(norms) + 0.4
+    assert sorted(none["plasticity_experience/test_accuracy"]) == [1, 2, 3]
+
+
+def test_a_run_measures_every_task_and_ends_with_its_summary(configs, tmp_path):
+    found = run(configs["SpectralReg 0.001"], tmp_path)
+    accuracy = found["plasticity_experience/accuracy"]
+    assert sorted(accuracy) == [1, 2, 3]
+    assert sorted(found["plasticity_experience/representation_change"]) == [2, 3]
+    assert found["final_accuracy"] == {None: accuracy[3]}
+    assert found["drop"] == {None: accuracy[1] - accuracy[3]}
+    assert "plasticity_experience/test_accuracy" not in found
+    assert b"plasticity/spectral_norm" in b"".join(path.read_bytes() for path in tmp_path.glob("events*"))
+
+
+def test_the_late_accuracy_is_the_mean_of_the_last_third():
+    from benchmarks.plasticity.run import summary
+
+    found = summary([1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.1])
+    assert found == pytest.approx({"final_accuracy": 0.1, "late_accuracy": 0.3, "drop": 0.7})
+    assert summary([0.5])["late_accuracy"] == 0.5
+
+
+def test_the_grid_has_every_method_at_every_strength_with_and_without_layer_norm(configs):
+    for name in ("SpectralReg", "L2", "L2 init", "Wasserstein", "streaming EWC", "Parseval", "shrink & perturb"):
+        for strength in ("0.01", "0.001", "0.0001"):
+            assert f"{name} {strength}" in configs
+        assert f"{name} 0.001, LayerNorm" in configs
+    for name in ("none", "from scratch", "CReLU", "ReDO 0.1"):
+        assert configs[f"{name}, LayerNorm"].setting.network.layer_norm
+    assert [configs[label].setting.epochs for label in ("none", "none, 40 epochs", "none, 60 epochs")] == [20, 40, 60]
+    parts = [experiment.configs(PlasticityOptions(part=part)) for part in PARTS]
+    assert sum(map(len, parts)) == len(configs)
+    assert len(grid(experiment, PlasticityOptions(seeds=1))) == len(configs)  # digests differ, labels too
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_names_the_files_it_needs(preset, tmp_path):
+    if PRESETS[preset].images == "digits":
+        return
+    with pytest.raises(UsageError, match="give --dataset-root DIR, with"):
+        setting_for(PlasticityOptions(preset=preset))
+    with pytest.raises(UsageError, match=f"{tmp_path}.* is not there. Put there"):
+        setting_for(PlasticityOptions(preset=preset, dataset_root=tmp_path))
+
+
+def test_a_network_for_colour_images_is_refused_for_grey_ones():
+    with pytest.raises(UsageError, match="resnet18 is for colour images"):
+        setting_for(PlasticityOptions(network="resnet18"))
+
+
+def idx(path, array):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape) + array.tobytes())
+
+
+def pictures(count, *shape, classes=3):
+    rng = np.random.default_rng(count)
+    return rng.integers(0, 256, (count, *shape), dtype=np.uint8), np.arange(count, dtype=np.uint8) % classes
+
+
+def write_idx(root, folder, prefix, train="train", test="t10k"):
+    for part, count in ((train, 12), (test, 6)):
+        images, labels = pictures(count, 28, 28)
+        idx(root / folder / "raw" / f"{prefix}{part}-images-idx3-ubyte", images)
+        idx(root / folder / "raw" / f"{prefix}{part}-labels-idx1-ubyte", labels)
+
+
+def write_cifar(root, folder, files, key, labels_key):
+    (root / folder).mkdir()
+    for name, count in files.items():
+        images, labels = pictures(count, 3, 32, 32)
+        content = {"data": images.reshape(count, -1), labels_key: labels.tolist()}
+        (root / folder / name).write_bytes(pickle.dumps(content))
+    (root / folder / key).write_bytes(pickle.dumps({"label_names": ["a"], "fine_label_names": ["a"]}))
+
+
+def write_svhn(root):
+    from scipy.io import savemat
+
+    for part, count in (("train", 12), ("test", 6)):
+        images, labels = pictures(count, 3, 32, 32)
+        savemat(root / f"{part}_32x32.mat", {"X": images.transpose(2, 3, 1, 0), "y": labels[:, None]})
+
+
+def write_tiny_imagenet(root):
+    from PIL import Image
+
+    folder = root / "tiny-imagenet-200"
+    names, lines = ["n01", "n02", "n03"], []
+    for number, picture in enumerate(pictures(12, 64, 64, 3)[0]):
+        place = folder / "train" / names[number % 3] / "images"
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture).save(place / f"{number:02}.png")  # loss-free here, JPEG there
+    (folder / "val" / "images").mkdir(parents=True)
+    for number, picture in enumerate(pictures(6, 64, 64, 3)[0]):
+        Image.fromarray(picture).save(folder / "val" / "images" / f"val_{number}.png")
+        lines.append(f"val_{number}.png\t{names[number % 3]}\t0\t0\t9\t9\n")
+    (folder / "val" / "val_annotations.txt").write_text("".join(lines))
+    (folder / "wnids.txt").write_text("\n".join(names))
+
+
+WRITERS = {
+    "mnist": lambda root: write_idx(root, "MNIST", ""),
+    "fashion": lambda root: write_idx(root, "FashionMNIST", ""),
+    "emnist": lambda root: write_idx(root, "EMNIST", "emnist-balanced-", "train", "test"),
+    "cifar10": lambda root: write_cifar(
+        root, "cifar-10-batches-py", {f"data_batch_{n}": 3 for n in range(1, 6)} | {"test_batch": 6},
+        "batches.meta", "labels",
+    ),
+    "cifar100": lambda root: write_cifar(
+        root, "cifar-100-python", {"train": 12, "test": 6}, "meta", "fine_labels"
+    ),
+    "svhn": write_svhn,
+    "tiny_imagenet": write_tiny_imagenet,
+}
+
+
+@pytest.fixture
+def unchecked(monkeypatch):
+    """torchvision compares checksums of the true files."""
+    from torchvision import datasets
+    from torchvision.datasets import cifar, svhn
+
+    monkeypatch.setattr(cifar, "check_integrity", lambda *args: True)
+    monkeypatch.setattr(svhn, "check_integrity", lambda *args: True)
+    monkeypatch.setattr(datasets.CIFAR10, "_check_integrity", lambda self: True)
+    monkeypatch.setattr(datasets.SVHN, "_check_integrity", lambda self: True)
+
+
+@pytest.mark.parametrize("preset", WRITERS)
+def test_every_preset_reads_files_of_its_format(preset, tmp_path, unchecked):
+    from benchmarks.plasticity.data import read
+
+    WRITERS[preset](tmp_path)
+    setting = setting_for(PlasticityOptions(preset=preset, dataset_root=tmp_path, examples=8))
+    train, test = read(setting.images, setting.count, 2, tmp_path)
+    shape = {"mnist": (28, 28), "fashion": (28, 28), "emnist": (28, 28), "tiny_imagenet": (3, 64, 64)}
+    images, labels = pictures(12, *shape.get(preset, (3, 32, 32)))
+    if preset == "tiny_imagenet":
+        images = pictures(12, 64, 64, 3)[0].transpose(0, 3, 1, 2)
+    if preset == "cifar10":  # five equal files
+        images, labels = np.tile(pictures(3, 3, 32, 32)[0], (5, 1, 1, 1)), np.tile([0, 1, 2], 5)
+    expected = torch.from_numpy(images[:8]).reshape(train.pixels.shape)
+    assert torch.equal(train.pixels, expected)
+    assert train.targets.tolist() == labels[:8].tolist()
+    assert len(test.targets) == 4
+    assert float(train.scaled(torch.arange(8)).max()) <= 1
+
+
+@pytest.mark.parametrize("label", [
+    "SpectralReg 0.0001",
+    *(pytest.param(label, marks=pytest.mark.slow) for label in (
+        "L2 init 0.0001", "Wasserstein 0.0001", "Parseval 0.0001", "ReDO 0.1",
+    )),
+])
+@pytest.mark.parametrize("network", ["resnet18", "vit_tiny"])
+def test_the_large_networks_learn_a_slice(network, label, tmp_path, unchecked):
+    WRITERS["cifar10"](tmp_path)
+    options = PlasticityOptions(
+        preset="cifar10", network=network, dataset_root=tmp_path, examples=4, tasks=2, epochs=1,
+        change="pixel_permutation",
+    )
+    known = {config.label: config for config in experiment.configs(options)}
+    chosen = VitTiny(layers=2, width=48) if network == "vit_tiny" else ResNet18()
+    small = replace(known[label], setting=replace(known[label].setting, network=chosen, validation=0))
+    records = [*experiment.run(small, 0, Context(0, True, tmp_path, tmp_path / "board"))]
+    assert all(np.isfinite(record["value"]) for record in records)
+    assert {"plasticity_experience/test_accuracy", "plasticity/gradient_effective_rank"} <= {
+        record["metric"] for record in records
+    }
+
+
+def test_the_networks_are_those_of_the_paper():
+    def count(network, shape, classes):
+        return sum(p.numel() for p in network.build(shape, classes, nn.ReLU).parameters())
+
+    hidden = 3 * (256 * 256 + 256)
+    assert count(Mlp(), (1, 28, 28), 10) == 784 * 256 + 256 + hidden + 256 * 10 + 10
+    assert count(Mlp(layer_norm=True), (1, 28, 28), 10) == count(Mlp(), (1, 28, 28), 10) + 4 * 2 * 256
+    assert count(ResNet18(), (3, 64, 64), 1000) == 11_689_512  # torchvision's documentation
+    block = 192 * 3 * 192 + 3 * 192 + 192 * 192 + 192 + 2 * 192 * 768 + 768 + 192 + 4 * 192
+    assert count(VitTiny(), (3, 32, 32), 10) == (
+        12 * block + 16 * 3 * 192 + 192 + 192 + 65 * 192 + 2 * 192 + 192 * 10 + 10
+    )
+
+
+def test_layer_norm_stands_between_the_linear_layer_and_its_nonlinearity():
+    kinds = [type(layer).__name__ for layer in Mlp(8, 2, layer_norm=True).build((1, 2, 2), 3, nn.ReLU)]
+    assert kinds == ["Flatten", *["Linear", "LayerNorm", "ReLU"] * 2, "Linear"]
+
+
+def results(configs, values, seeds=(0, 1)):
+    """Results from {label: the accuracies at the ends of tasks}, plus a hundredth for each seed."""
+    rows, headers = [], []
+    for label, accuracies in values.items():
+        for seed in seeds:
+            own = [{"metric": "plasticity_experience/accuracy", "step": n, "value": a + seed / 100}
+                   for n, a in enumerate(accuracies, start=1)]
+            late = accuracies[-1] + seed / 100
+            own += [{"metric": m, "step": None, "value": v} for m, v in
+                    (("late_accuracy", late), ("final_accuracy", late), ("drop", accuracies[0] - accuracies[-1]),
+                     ("seconds", 1.0 + seed))]
+            rows += [{**row, "label": label, "seed": seed} for row in own]
+            headers.append({"label": label, "seed": seed, "config": describe(configs[label])})
+    return Results(tuple(configs), tuple(rows), tuple(headers), {"units": headers})
+
+
+def test_the_report_compares_with_scratch_seed_by_seed_and_layer_norm_with_its_own(configs, tmp_path):
+    from benchmarks.plasticity.report import against, report
+
+    found = results(configs, {
+        "none": [0.9, 0.2], "from scratch": [0.9, 0.8], "SpectralReg 0.001": [0.9, 0.85],
+        "SpectralReg 0.01": [0.7, 0.6], "none, LayerNorm": [0.9, 0.5], "from scratch, LayerNorm": [0.9, 0.95],
+        "none, 40 epochs": [0.95, 0.3],
+    })
+    assert against(found, "none").mean == pytest.approx(0.2 - 0.8)
+    assert against(found, "none").std == pytest.approx(0, abs=1e-12)
+    assert against(found, "none, LayerNorm").mean == pytest.approx(0.5 - 0.95)
+    assert against(found, "from scratch") is None
+    written = report(found, tmp_path)
+    assert "| none                                 | 0.905 ± 0.007 |" in written
+    assert "**0.855 ± 0.007**" in written
+    assert sorted(path.stem for path in tmp_path.glob("*.png")) == ["accuracy", "layer_norm", "strengths"]
+    rows = [line for line in written.splitlines() if line.startswith("| SpectralReg  ")]
+    assert [cell.strip() for cell in rows[0].split("|")[2:5]] == ["0.605 ± 0.007", "0.855 ± 0.007", "–"]
+
+
+def test_a_report_of_nothing_but_one_run_is_written(configs, tmp_path):
+    from benchmarks.plasticity.report import report
+
+    assert "| none " in report(results(configs, {"none": [0.5]}, seeds=(0,)), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (DATA / "MNIST" / "raw").is_dir(), reason=f"MNIST is not in {DATA}")
+def test_on_random_labels_an_unregularised_network_loses_what_spectral_regularisation_keeps(tmp_path):
+    """640 images of MNIST, 15 tasks of 20 epochs, three seeds."""
+    options = PlasticityOptions(dataset_root=DATA, part="methods")
+    chosen = {config.label: config for config in experiment.configs(options)}
+    ends = {}
+    for label in ("none", "SpectralReg 0.001"):
+        runs = [experiment.run(chosen[label], seed, Context(seed, False, DATA, tmp_path)) for seed in range(3)]
+        ends[label] = [r["value"] for records in runs for r in records if r["metric"] == "final_accuracy"]
+    assert min(ends["SpectralReg 0.001"]) - max(ends["none"]) > 0.4
+    assert np.mean(ends["SpectralReg 0.001"]) > 0.87
