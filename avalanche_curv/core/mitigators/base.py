@@ -56,11 +56,15 @@ class Mitigator(ABC):  # noqa: B024  nothing is common to all of them but the ho
                 f"{type(self).__name__} cannot follow LBFGS, which makes gradients anew inside its step. Add the "
                 "penalty to the loss in its closure, or use another optimiser."
             )
-        return Attachment((optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)))
+        hooks = optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)
+        return Attachment(self, hooks)
 
     def prepare(self, model: nn.Module) -> None:
         """Look at the model before training, and again after it has grown. Raises where the options do not fit it."""
         self.selection.check(model)
+
+    def release(self) -> None:  # noqa: B027
+        """Let go of the model that `prepare` saw."""
 
     def before_step(self, model: nn.Module, optimizer: Optimizer) -> None:  # noqa: B027  most do one of the two
         """Between the backward pass and the step."""
@@ -112,40 +116,39 @@ class Regularizer(Mitigator):
         """R(θ), without strength, in autograd's graph: for loops that add it to their loss."""
 
     @abstractmethod
-    def add_gradients(self, parameters: dict[str, nn.Parameter], model: nn.Module, weight: float | Tensor) -> None:
+    def _add(self, parameters: dict[str, nn.Parameter], model: nn.Module, weight: float | Tensor) -> None:
         """Add weight · ∇R to the gradients of some of the model's parameters; those that have none get one."""
 
+    @torch.no_grad()
+    def add_gradients(self, model: nn.Module) -> None:
+        """Add strength · ∇R to the gradients of all selected parameters now, in closed form."""
+        if self.strength:
+            self._add(self.parameters(model), model, self.strength)
+
+    @torch.no_grad()
     def before_step(self, model: nn.Module, optimizer: Optimizer) -> None:
         if self.strength == 0 or self.steps % self.every:
             return
         scale = getattr(optimizer, "grad_scale", None)  # a fused optimiser unscales gradients within its step
         weight = self.strength * self.every * (1.0 if scale is None else scale)
-        with torch.no_grad():
-            self.add_gradients(self.parameters(model, optimizer), model, weight)
+        self._add(self.parameters(model, optimizer), model, weight)
 
 
 @dataclass(frozen=True)
 class Attachment:
-    """The hooks of a mitigator in an optimiser."""
+    """A mitigator and its hooks in an optimiser."""
 
-    handles: tuple[Any, ...]
+    mitigator: Mitigator
+    hooks: tuple[Any, ...]
 
     def remove(self) -> None:
         """Work no more."""
-        for handle in self.handles:
-            handle.remove()
+        for hook in self.hooks:
+            hook.remove()
+        self.mitigator.release()
 
     def __enter__(self) -> Attachment:
         return self
 
     def __exit__(self, *error: Any) -> None:
         self.remove()
-
-
-def add_to_gradient(parameter: nn.Parameter, gradient: Tensor) -> None:
-    """parameter.grad += gradient, in the parameter's dtype; where it has none, that is its gradient."""
-    gradient = gradient.to(parameter.dtype)
-    if parameter.grad is None:
-        parameter.grad = gradient.clone(memory_format=torch.preserve_format)
-    else:
-        parameter.grad += gradient

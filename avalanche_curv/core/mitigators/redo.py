@@ -95,6 +95,9 @@ class ReDO(Mitigator):
         self._activity = Activity(inner.get_submodule(name) for layer in self.graph.hidden for name in layer.readers)
         self._listen_if_due()
 
+    def release(self) -> None:
+        self._activity.stop()
+
     def after_step(self, model: nn.Module, optimizer: Optimizer) -> None:
         super().after_step(model, optimizer)
         if self.steps % self.every == 0:

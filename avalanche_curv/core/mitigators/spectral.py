@@ -76,8 +76,7 @@ class SpectralRegularizer(Regularizer):
                 total = total.to(group.device) + self._penalty(group)
         return total
 
-    @torch.no_grad()
-    def add_gradients(self, parameters: dict[str, nn.Parameter], model: nn.Module, weight: float | Tensor) -> None:
+    def _add(self, parameters: dict[str, nn.Parameter], model: nn.Module, weight: float | Tensor) -> None:
         k = self.exponent
         for group in self._grouped(model, parameters):
             with torch.autocast(group.device.type, enabled=False):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from avalanche_curv.core.mitigators.gradients import gradient_of, in_full
 from avalanche_curv.core.mitigators.power_iteration import Pair
 from avalanche_curv.core.mitigators.roles import Adds, Multiplies, Role, Scales
 
@@ -23,14 +24,11 @@ class Part:
 
     def value(self) -> Tensor:
         """The block, in float32 at least."""
-        value = self.role.tensors(self.parameter)[self.block]
-        return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
+        return in_full(self.role.tensors(self.parameter)[self.block])
 
     def gradient(self) -> Tensor:
-        """The block of the parameter's gradient, a view; zeros where it had none."""
-        if self.parameter.grad is None:
-            self.parameter.grad = torch.zeros_like(self.parameter)
-        return self.role.tensors(self.parameter.grad)[self.block]
+        """The block of the parameter's gradient, to be changed in place."""
+        return self.role.tensors(gradient_of(self.parameter))[self.block]
 
 
 class Group:

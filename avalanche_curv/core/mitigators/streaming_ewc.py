@@ -60,12 +60,12 @@ class StreamingEWC(Regularizer):
         ]
         return torch.stack([term.to(terms[0].device) for term in terms]).sum() if terms else torch.zeros(())
 
-    def add_gradients(self, parameters: dict[str, nn.Parameter], model: nn.Module, weight: float | Tensor) -> None:
-        self._average(parameters, weight)
-        known = {name: p for name, p in parameters.items() if name in self.counts}
+    def _add(self, parameters: dict[str, nn.Parameter], model: nn.Module, weight: float | Tensor) -> None:
+        known = {name: p for name, p in parameters.items() if p.grad is not None or name in self.counts}
         if not known:
             return
         self._fit(known)
+        self._average(known, weight)
         anchors, gradients = [self.anchors[name] for name in known], [gradient_of(p) for p in known.values()]
         values = [in_full(p.detach()) for p in known.values()]
         pulls = [*torch._foreach_sub(values, anchors)]
@@ -77,11 +77,10 @@ class StreamingEWC(Regularizer):
 
     def _average(self, parameters: Mapping[str, nn.Parameter], weight: float | Tensor) -> None:
         """F, with the squares of gradients that training gave, unscaled."""
-        given = {name: p for name, p in parameters.items() if p.grad is not None}
+        given = {name: in_full(p.grad) for name, p in parameters.items() if p.grad is not None}
         if not given:
             return
-        self._fit(given)
-        gradients = [in_full(p.grad) for p in given.values() if p.grad is not None]
+        gradients = [*given.values()]
         if isinstance(weight, Tensor):  # scaled, and not finite where the optimiser is going to skip the step
             scale = weight / (self.strength * self.every)
             gradients = [(g / scale.to(g.device)).nan_to_num(0.0, 0.0, 0.0) for g in gradients]

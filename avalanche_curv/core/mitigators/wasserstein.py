@@ -56,7 +56,7 @@ class Wasserstein(Regularizer):
         pairs = zip(parameters.values(), self.initial.of(parameters))
         return sum_of_squares([p.flatten().sort().values - first.flatten().sort().values for p, first in pairs])
 
-    def add_gradients(self, parameters: dict[str, nn.Parameter], model: nn.Module, weight: float | Tensor) -> None:
+    def _add(self, parameters: dict[str, nn.Parameter], model: nn.Module, weight: float | Tensor) -> None:
         self._rank(parameters)
         chosen = [*parameters.values()]
         targets = [self.targets[name].to(parameter) for name, parameter in parameters.items()]

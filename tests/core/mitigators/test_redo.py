@@ -317,3 +317,12 @@ def test_a_step_that_followed_no_training_pass_is_an_error(make):
 def test_options_that_make_no_sense_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_a_mitigator_that_is_removed_listens_no_more():
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    before = len(torch.nn.modules.module._global_forward_pre_hooks)
+    with ReDO(every=1).attach(optimizer, model):
+        assert len(torch.nn.modules.module._global_forward_pre_hooks) == before + 1
+    assert len(torch.nn.modules.module._global_forward_pre_hooks) == before

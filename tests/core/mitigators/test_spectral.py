@@ -111,7 +111,7 @@ def test_penalty_and_both_gradients_are_those_of_the_formula(name, k):
     regularizer.penalty(model).backward()
     through_autograd = gradients(model)
     model.zero_grad()
-    regularizer.add_gradients(regularizer.parameters(model), model, 1.0)
+    regularizer.add_gradients(model)
     closed = gradients(model)
     for (label, _), reference in zip(model.named_parameters(), expected):
         if reference is None:
@@ -200,7 +200,7 @@ def test_half_precision_gets_the_gradient_of_float32_rounded(dtype):
         regularizer = SpectralRegularizer(1.0)
         for _ in range(50):
             model.zero_grad()
-            regularizer.add_gradients(regularizer.parameters(model), model, 1.0)
+            regularizer.add_gradients(model)
     for a, b in zip(half.parameters(), full.parameters()):
         assert a.grad.dtype == dtype
         torch.testing.assert_close(a.grad.float(), b.grad, rtol=1e-2, atol=1e-2)
@@ -222,7 +222,7 @@ def test_channels_last_convolutions_get_the_same_gradient():
     other = copy.deepcopy(plain).to(memory_format=torch.channels_last)
     for model in (plain, other):
         regularizer = SpectralRegularizer(1.0)
-        regularizer.add_gradients(regularizer.parameters(model), model, 1.0)
+        regularizer.add_gradients(model)
     for a, b in zip(plain.parameters(), other.parameters()):
         torch.testing.assert_close(a.grad, b.grad)
 
@@ -238,10 +238,10 @@ def test_frozen_parameters_are_left_alone_and_taken_up_when_they_thaw():
     model = made("linear")
     model.weight.requires_grad_(False)
     regularizer = SpectralRegularizer(1.0)
-    regularizer.add_gradients(regularizer.parameters(model), model, 1.0)
+    regularizer.add_gradients(model)
     assert model.weight.grad is None
     model.weight.requires_grad_(True)
-    regularizer.add_gradients(regularizer.parameters(model), model, 1.0)
+    regularizer.add_gradients(model)
     assert model.weight.grad.any()
 
 
