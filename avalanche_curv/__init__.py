@@ -1,4 +1,4 @@
-"""Quadratic models of past loss for continual learning with Avalanche.
+"""Quadratic models of past loss for continual learning with Avalanche, and what keeps networks able to learn.
 
 The names of the core are at hand at once; those that need Avalanche are imported when first used.
 """
@@ -23,7 +23,18 @@ if TYPE_CHECKING:
     )
     from avalanche_curv.plugins import CurvatureEWCPlugin, MitigatorPlugin, SpectralRegPlugin
     from avalanche_curv.strategies import CurvatureEWC, SpectralReg
-    from avalanche_curv.streams import NonStationary, PermutedDigits, RotatedDigits, SineBoundary, SplitDigits
+    from avalanche_curv.streams import (
+        GrowingClasses,
+        LabelFlip,
+        NonStationary,
+        PermutedDigits,
+        PixelPermutation,
+        RandomLabels,
+        RotatedDigits,
+        ShuffledLabels,
+        SineBoundary,
+        SplitDigits,
+    )
     from avalanche_curv.tensorboard import write_hparams, write_layout
 
 __version__ = "0.1.0"
@@ -32,11 +43,16 @@ _LAZY = {
     "CurvatureEWC": "strategies",
     "CurvatureEWCPlugin": "plugins",
     "FromScratch": "metrics",
+    "GrowingClasses": "streams",
     "JSONLLogger": "loggers",
+    "LabelFlip": "streams",
     "MitigatorPlugin": "plugins",
     "NonStationary": "streams",
     "PermutedDigits": "streams",
+    "PixelPermutation": "streams",
+    "RandomLabels": "streams",
     "RotatedDigits": "streams",
+    "ShuffledLabels": "streams",
     "SineBoundary": "streams",
     "SpectralReg": "strategies",
     "SpectralRegPlugin": "plugins",

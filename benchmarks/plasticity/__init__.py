@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.harness import Experiment, Options, UsageError, one_of, positive
+from benchmarks.harness.errors import unknown
 from benchmarks.harness.experiment import Context, Record
 from benchmarks.plasticity.networks import Mlp
 from benchmarks.plasticity.presets import CHANGES, NETWORKS, PRESETS, RANDOM, SOURCES, Preset, Setting, check, has
@@ -36,7 +37,7 @@ class Config:
 
 @dataclass(frozen=True)
 class PlasticityOptions(Options):
-    """None leaves what the preset has; `part` None is all parts."""
+    """None leaves what the preset has; `part` None is all parts, `method` None all rows of these."""
 
     preset: str = "small"
     change: str = RANDOM
@@ -45,6 +46,7 @@ class PlasticityOptions(Options):
     epochs: int | None = None
     examples: int | None = None
     part: str | None = None
+    method: Sequence[str] | None = None
 
 
 class Plasticity(Experiment):
@@ -61,6 +63,7 @@ class Plasticity(Experiment):
         parser.add_argument("--epochs", type=positive, metavar="N", help="so many epochs of each task")
         parser.add_argument("--examples", type=positive, metavar="N", help="the first N images only")
         parser.add_argument("--part", type=one_of("part", PARTS), help="default: all")
+        parser.add_argument("--method", action="append", metavar="LABEL", help="one row, by its label; repeatable")
         parser.set_defaults(seeds=3)
 
     def variant(self, options: PlasticityOptions) -> str:
@@ -72,7 +75,11 @@ class Plasticity(Experiment):
 
         parts = (options.part,) if options.part else PARTS
         strength = PRESETS[options.preset].strength
-        return [Config(*row) for row in rows(setting_for(options), strength, parts, options.quick)]
+        known = {row[0]: Config(*row) for row in rows(setting_for(options), strength, parts, options.quick)}
+        for label in options.method or ():
+            if label not in known:
+                raise UsageError(unknown("method", label, known))
+        return [config for label, config in known.items() if options.method is None or label in options.method]
 
     def run(self, config: Config, seed: int, context: Context) -> Iterable[Record]:
         from benchmarks.plasticity.run import run

@@ -28,8 +28,8 @@ class Images:
     white: int
 
     def scaled(self, places: Int[Tensor, "n"]) -> Float[Tensor, "n C H W"]:
-        """In [0, 1]."""
-        return self.pixels[places].float().div_(self.white)
+        """In [0, 1]. `index_select` takes a twentieth of the time of `pixels[places]`."""
+        return self.pixels.index_select(0, places).float().div_(self.white)
 
     @property
     def shape(self) -> tuple[int, int, int]:

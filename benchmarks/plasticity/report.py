@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from statistics import fmean
 from typing import TYPE_CHECKING
 
-from benchmarks.harness.plots import Curves, new_figure, plot_curves, saved, tidy
-from benchmarks.harness.styles import MUTED, styles
-from benchmarks.harness.summary import Summary, summarise
+from benchmarks.harness.summary import summarise
 from benchmarks.harness.tables import Cell, Column, table
+from benchmarks.plasticity.comparisons import LATE, against, late_mean, ratio
+from benchmarks.plasticity.figures import ACCURACY, TEST_ACCURACY, accuracy_figure, strength_figure
 
 if TYPE_CHECKING:
     from benchmarks.harness.results import Results
 
-ACCURACY, TEST_ACCURACY = "plasticity_experience/accuracy", "plasticity_experience/test_accuracy"
-LATE, SCRATCH, LAYER_NORM = "late_accuracy", "from scratch", ", LayerNorm"
+LAYER_NORM = ", LayerNorm"
 MEASURES = {
     "spectral norm": ("plasticity/spectral_norm", 2),
     "‖θ‖": ("plasticity/parameter_norm", 1),
@@ -52,12 +50,12 @@ def report(results: Results, out: Path) -> str:
     parts = [f"# Plasticity over many tasks\n\n{_setting(results)}\n\n{EXPLANATION}"]
     if plain:
         parts += ["## All methods", _table(results, shown), _measures(results, shown)]
-        parts += [_figure(results, shown, out, "accuracy")]
+        parts += [accuracy_figure(results, shown, out, "accuracy")]
     if any(len(strengths) > 1 for strengths in sensitivity.values()):
         parts += ["## Sensitivity to the strength", _by_strength(results, sensitivity, out)]
     if normed:
         parts += ["## With LayerNorm", _with_layer_norm(results, normed), _measures(results, normed)]
-        parts += [_figure(results, normed, out, "layer_norm")]
+        parts += [accuracy_figure(results, normed, out, "layer_norm")]
     if long:
         parts += ["## With more epochs for each task", _by_epochs(results, long)]
     return "\n\n".join(part for part in parts if part)
@@ -71,8 +69,8 @@ def _setting(results: Results) -> str:
     sizes = ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in network.items() if k not in ("class", "layer_norm"))
     images, change = setting["images"].replace("_", " "), CHANGES[setting["change"]]
     return (
-        f"{setting['tasks']} tasks of {setting['epochs']} epochs over the first {setting['count']:,} training images "
-        f"of {images} in batches of {setting['batch']}, pixels in [0, 1]; {change}. {network['class']}"
+        f"{setting['tasks']} tasks of {setting['epochs']} epochs each over the first {setting['count']:,} training "
+        f"images of {images} in batches of {setting['batch']}, pixels in [0, 1]; {change}. {network['class']}"
         f"{f' ({sizes})' if sizes else ''}, Adam at {setting['rate']:g}, whose moments are kept from task to task."
     )
 
@@ -113,7 +111,7 @@ def _table(results: Results, labels: list[str]) -> str:
 
 
 def _row(results: Results, label: str, tested: bool) -> list[Cell]:
-    late, test = results.final(LATE, label), [_late(results, TEST_ACCURACY, label)] if tested else []
+    late, test = results.final(LATE, label), [late_mean(results, TEST_ACCURACY, label)] if tested else []
     first = [row["value"] for row in results.select(ACCURACY, label, step=1)]
     return [
         label, summarise(first) if first else None, results.final("final_accuracy", label), late,
@@ -122,37 +120,10 @@ def _row(results: Results, label: str, tested: bool) -> list[Cell]:
     ]
 
 
-def against(results: Results, label: str) -> Summary | None:
-    """Late accuracy less that from scratch with as many epochs and the same layers, seed by seed."""
-    suffix = label[label.index(",") :] if "," in label else ""
-    reference = f"{SCRATCH}{suffix}" if f"{SCRATCH}{suffix}" in results.labels else SCRATCH
-    if suffix.endswith("epochs") or label.startswith(SCRATCH):
-        return None
-    own, base = ({row["seed"]: row["value"] for row in results.select(LATE, name)} for name in (label, reference))
-    differences = [own[seed] - base[seed] for seed in sorted(own.keys() & base.keys())]
-    return summarise(differences) if differences else None
-
-
-def ratio(results: Results, label: str) -> float | None:
-    """Training time in that of no method, the mean over seeds."""
-    reference = f"none{label[label.index(',') :] if ',' in label else ''}"
-    own, base = ({row["seed"]: row["value"] for row in results.select("seconds", name)} for name in (label, reference))
-    ratios = [own[seed] / base[seed] for seed in own.keys() & base.keys() if base[seed] > 0]
-    return fmean(ratios) if ratios else None
-
-
-def _late(results: Results, metric: str, label: str) -> Summary | None:
-    """The mean over the last third of the tasks, over seeds."""
-    values: dict[int, list[float]] = {}
-    for row in sorted(results.select(metric, label), key=lambda row: row["step"]):
-        values.setdefault(row["seed"], []).append(row["value"])
-    return summarise(fmean(v[-max(1, len(v) // 3) :]) for v in values.values()) if values else None
-
-
 def _measures(results: Results, labels: list[str]) -> str:
     columns = [Column("late mean of"), *(Column(name, decimals) for name, (_, decimals) in MEASURES.items())]
     rows: list[list[Cell]] = [
-        [label, *(_late(results, metric, label) for metric, _ in MEASURES.values())] for label in labels
+        [label, *(late_mean(results, metric, label) for metric, _ in MEASURES.values())] for label in labels
     ]
     note = (
         "Spectral norms (mean over the weights), ‖θ‖ and units on 64 images are at the ends of tasks; the effective "
@@ -173,28 +144,8 @@ def _by_strength(results: Results, sensitivity: dict[str, list[float]], out: Pat
     }
     if not any(known.values()):
         return text
-    _strength_figure(known, results.final(LATE, "none"), out)
+    strength_figure(known, results.final(LATE, "none"), out)
     return f"{text}\n\n![Late accuracy against strength](strengths.png)"
-
-
-def _strength_figure(known: dict[str, list[tuple[float, Summary]]], reference: Summary | None, out: Path) -> None:
-    figure = new_figure(7.4, 3.8)
-    axes = figure.subplots()
-    axes.set_xscale("log")
-    chosen = styles([*known])
-    for name, points in known.items():
-        if points:
-            axes.errorbar(
-                [s for s, _ in points], [v.mean for _, v in points], yerr=[v.std or 0.0 for _, v in points],
-                label=name, capsize=3, linewidth=1.7, **chosen[name].line,
-            )
-    if reference is not None:
-        axes.axhline(reference.mean, color=MUTED, linestyle="--", linewidth=1.2, label="none")
-    axes.set_xlabel("strength")
-    axes.set_ylabel("late accuracy")
-    tidy(axes, "")
-    figure.legend(loc="outside right upper", frameon=False, fontsize=9)
-    saved(figure, out / "strengths.png")
 
 
 def _with_layer_norm(results: Results, normed: list[str]) -> str:
@@ -218,14 +169,3 @@ def _by_epochs(results: Results, long: list[str]) -> str:
         for name in dict.fromkeys(name for name, _ in places)
     ]
     return table([Column("late accuracy"), Column("as above"), *(Column(f"{c} epochs") for c in counts)], rows)
-
-
-def _figure(results: Results, labels: list[str], out: Path, name: str) -> str:
-    series = {label: curve for label in labels if (curve := results.curve(ACCURACY, label))}
-    if not series:
-        return ""
-    panels = [Curves(series, "training accuracy")]
-    tests = {label: curve for label in labels if (curve := results.curve(TEST_ACCURACY, label))}
-    panels += [Curves(tests, "test accuracy")] if tests else []
-    plot_curves(out / f"{name}.png", panels, xlabel="task", labels=labels)
-    return f"![Accuracy at the end of each task]({name}.png)"

@@ -161,6 +161,13 @@ def test_the_grid_has_every_method_at_every_strength_with_and_without_layer_norm
     assert len(grid(experiment, PlasticityOptions(seeds=1))) == len(configs)  # digests differ, labels too
 
 
+def test_rows_are_chosen_by_their_labels():
+    chosen = experiment.configs(PlasticityOptions(method=["from scratch", "none"]))
+    assert [config.label for config in chosen] == ["none", "from scratch"]
+    with pytest.raises(UsageError, match=r"unknown method 'L2 Init 0\.001'; did you mean 'L2 init 0.001'"):
+        experiment.configs(PlasticityOptions(method=["L2 Init 0.001"]))
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_names_the_files_it_needs(preset, tmp_path):
     if PRESETS[preset].images == "digits":
@@ -334,7 +341,8 @@ def results(configs, values, seeds=(0, 1)):
 
 
 def test_the_report_compares_with_scratch_seed_by_seed_and_layer_norm_with_its_own(configs, tmp_path):
-    from benchmarks.plasticity.report import against, report
+    from benchmarks.plasticity.comparisons import against
+    from benchmarks.plasticity.report import report
 
     found = results(configs, {
         "none": [0.9, 0.2], "from scratch": [0.9, 0.8], "SpectralReg 0.001": [0.9, 0.85],
