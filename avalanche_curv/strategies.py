@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-import torch
-from avalanche.training.plugins import EvaluationPlugin
-from avalanche.training.plugins.evaluation import default_evaluator
+from avalanche.core import BasePlugin
 from avalanche.training.templates import SupervisedTemplate
 from torch import nn
+from torch.optim import Optimizer
 
 from avalanche_curv.core.curvature import Curvature, Fisher
 from avalanche_curv.core.mitigators.selection import Kept
@@ -19,89 +18,65 @@ from avalanche_curv.core.structures import Diagonal, Structure
 from avalanche_curv.plugins import CurvatureEWCPlugin, SpectralRegPlugin
 
 
-class CurvatureEWC(SupervisedTemplate):
+class _WithPlugin(SupervisedTemplate):
+    """Naive training with a plugin of ours behind those of the caller."""
+
+    def __init__(
+        self,
+        plugin: BasePlugin,
+        *,
+        plugins: Sequence[BasePlugin] | None = None,
+        eval_mb_size: int | None = None,
+        **training: Any,
+    ) -> None:
+        super().__init__(plugins=[*(plugins or ()), plugin], eval_mb_size=eval_mb_size, **training)
+
+
+class CurvatureEWC(_WithPlugin):
     """Naive training plus strength times a quadratic model of past loss; see `CurvatureEWCPlugin` for the options.
 
-    The other arguments are those of Avalanche's strategies. The plugin is the attribute `ewc`.
+    The other arguments are those of Avalanche's strategies: `criterion` (cross-entropy), `train_mb_size`,
+    `train_epochs`, `device`, `plugins`, `evaluator` and so on. The plugin is the attribute `ewc`.
     """
 
     def __init__(
         self,
         *,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        criterion: nn.Module | None = None,
+        optimizer: Optimizer,
         strength: float,
         curvature: Curvature = Fisher(),  # noqa: B008  a frozen value
         structure: Structure = Diagonal(),  # noqa: B008
         policy: Policy = Accumulate(),  # noqa: B008
         guard: Guard | None = Warn(),  # noqa: B008
-        train_mb_size: int = 1,
-        train_epochs: int = 1,
-        eval_mb_size: int | None = None,
-        device: str | torch.device = "cpu",
-        plugins: Sequence[Any] | None = None,
-        evaluator: EvaluationPlugin | Callable[[], EvaluationPlugin] = default_evaluator,
-        eval_every: int = -1,
-        **base_kwargs: Any,
+        **training: Any,
     ) -> None:
         self.ewc = CurvatureEWCPlugin(
             strength, curvature=curvature, structure=structure, policy=policy, guard=guard
         )
-        super().__init__(
-            model=model,
-            optimizer=optimizer,
-            criterion=criterion or nn.CrossEntropyLoss(),
-            train_mb_size=train_mb_size,
-            train_epochs=train_epochs,
-            eval_mb_size=eval_mb_size,
-            device=device,
-            plugins=[*(plugins or ()), self.ewc],
-            evaluator=evaluator,
-            eval_every=eval_every,
-            **base_kwargs,
-        )
+        super().__init__(self.ewc, model=model, optimizer=optimizer, **training)
 
 
-class SpectralReg(SupervisedTemplate):
+class SpectralReg(_WithPlugin):
     """Naive training plus strength times the spectral penalty; see `SpectralRegularizer` for the options.
 
-    The other arguments are those of Avalanche's strategies. The plugin is the attribute `spectral`.
+    The other arguments are those of Avalanche's strategies, as for `CurvatureEWC`. The plugin is the attribute
+    `spectral`.
     """
 
     def __init__(
         self,
         *,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        criterion: nn.Module | None = None,
+        optimizer: Optimizer,
         strength: float = 1e-3,
         exponent: float = 2,
         every: int = 1,
         include: Iterable[Kept] = (),
         exclude: Iterable[Kept] = (),
-        train_mb_size: int = 1,
-        train_epochs: int = 1,
-        eval_mb_size: int | None = None,
-        device: str | torch.device = "cpu",
-        plugins: Sequence[Any] | None = None,
-        evaluator: EvaluationPlugin | Callable[[], EvaluationPlugin] = default_evaluator,
-        eval_every: int = -1,
-        **base_kwargs: Any,
+        **training: Any,
     ) -> None:
         self.spectral = SpectralRegPlugin(
             strength, exponent=exponent, every=every, include=include, exclude=exclude
         )
-        super().__init__(
-            model=model,
-            optimizer=optimizer,
-            criterion=criterion or nn.CrossEntropyLoss(),
-            train_mb_size=train_mb_size,
-            train_epochs=train_epochs,
-            eval_mb_size=eval_mb_size,
-            device=device,
-            plugins=[*(plugins or ()), self.spectral],
-            evaluator=evaluator,
-            eval_every=eval_every,
-            **base_kwargs,
-        )
+        super().__init__(self.spectral, model=model, optimizer=optimizer, **training)
