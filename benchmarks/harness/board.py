@@ -24,7 +24,8 @@ def publish(folder: Path, unit: Unit, columns: Options, records: Sequence[Mappin
     from avalanche_curv.tensorboard import CHARTS, write_hparams, write_layout
 
     logged = b"".join(path.read_bytes() for path in sorted(folder.glob("events.out.tfevents.*")))
-    drawn = {heading: charts for heading, charts in CHARTS.items() if _has_any(logged, charts.values())}
+    filled = {heading: {t: tag for t, tag in charts.items() if _has(logged, tag)} for heading, charts in CHARTS.items()}
+    drawn = {heading: charts for heading, charts in filled.items() if charts}
     with SummaryWriter(folder, filename_suffix=".results") as writer:
         write_layout(writer, drawn)
         write_hparams(writer, options(unit), results(records), columns=columns)
@@ -64,10 +65,10 @@ def _led_by(first: Sequence[str], values: dict[str, Any]) -> dict[str, Any]:
     return {name: values[name] for name in first if name in values} | values
 
 
-def _has_any(logged: bytes, tags: Iterable[str]) -> bool:
-    """Whether one of these scalars is among the events. Looks for the tags as they are encoded, since parsing all
-    events would take seconds."""
-    return any(b"\n" + bytes([len(tag.encode())]) + tag.encode() in logged for tag in tags)
+def _has(logged: bytes, tag: str) -> bool:
+    """Whether a scalar is among the events. Looks for its tag as it is encoded, since parsing all events would take
+    seconds."""
+    return b"\n" + bytes([len(tag.encode())]) + tag.encode() in logged
 
 
 def _leaves(value: Any, path: tuple[str, ...]) -> Iterable[tuple[tuple[str, ...], Any]]:
