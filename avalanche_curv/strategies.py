@@ -69,14 +69,15 @@ class SpectralReg(_WithPlugin):
         *,
         model: nn.Module,
         optimizer: Optimizer,
-        strength: float = 1e-3,
+        strength: float,
         exponent: float = 2,
         every: int = 1,
         include: Iterable[Kept] = (),
         exclude: Iterable[Kept] = (),
+        seed: int = 0,
         **training: Any,
     ) -> None:
         self.spectral = SpectralRegPlugin(
-            strength, exponent=exponent, every=every, include=include, exclude=exclude
+            strength, exponent=exponent, every=every, include=include, exclude=exclude, seed=seed
         )
         super().__init__(self.spectral, model=model, optimizer=optimizer, **training)

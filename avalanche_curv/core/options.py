@@ -26,6 +26,15 @@ def is_number(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def is_seed(value: object) -> bool:
+    """Whether `value` is an integer from 0 to 2³¹ − 1.
+
+    >>> is_seed(0), is_seed(-1), is_seed(1.5)
+    (True, False, False)
+    """
+    return isinstance(value, Integral) and not isinstance(value, bool) and 0 <= int(value) < 2**31
+
+
 def in_short(option: Any) -> str:
     """A dataclass as it would be written: without the fields that hold their defaults.
 

@@ -26,8 +26,12 @@ class MitigatorPlugin(SupervisedPlugin):
             raise TypeError(f"MitigatorPlugin needs a mitigator; got {mitigator!r}. {hint}")
         self.mitigator = mitigator
         self._task_ends = _bridge.TaskEnds()
+        self._between_tasks = False
 
     def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
+        if self._between_tasks:  # only now, when the task that ended is evaluated and remembered
+            self.mitigator.after_task(strategy.model, strategy.optimizer)
+            self._between_tasks = False
         self.mitigator.prepare(strategy.model)
 
     def before_update(self, strategy: Any, **kwargs: Any) -> None:
@@ -37,5 +41,4 @@ class MitigatorPlugin(SupervisedPlugin):
         self.mitigator.after_step(strategy.model, strategy.optimizer)
 
     def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
-        if self._task_ends.here(strategy):
-            self.mitigator.after_task(strategy.model, strategy.optimizer)
+        self._between_tasks = self._task_ends.here(strategy)

@@ -18,13 +18,16 @@ class SpectralRegPlugin(MitigatorPlugin):
 
     def __init__(
         self,
-        strength: float = 1e-3,
+        strength: float,
         *,
         exponent: float = 2,
         every: int = 1,
         include: Iterable[Kept] = (),
         exclude: Iterable[Kept] = (),
+        seed: int = 0,
     ) -> None:
         super().__init__(
-            SpectralRegularizer(strength, exponent=exponent, every=every, include=include, exclude=exclude)
+            SpectralRegularizer(
+                strength, exponent=exponent, every=every, include=include, exclude=exclude, seed=seed
+            )
         )

@@ -113,9 +113,7 @@ def test_a_resumed_run_ends_bit_identically(kind, make, digits, learner, train, 
     assert start == 2
     resumed.train(benchmark.train_stream[2])
     assert_same(resumed.model, whole.model)
-    ours, theirs = (
-        next(p for p in s.plugins if isinstance(p, MitigatorPlugin)).mitigator for s in (resumed, whole)
-    )
+    ours, theirs = (next(p for p in s.plugins if isinstance(p, MitigatorPlugin)).mitigator for s in (resumed, whole))
     assert ours.steps == theirs.steps == 15
     if kind == "ReDO":
         assert ours.recycled == theirs.recycled
@@ -131,7 +129,7 @@ def test_tasks_end_where_a_stream_that_is_split_online_says_so(make, plane, lear
     for part in split_online_stream(plane.train_stream, 16, access_task_boundaries=True, seed=0):
         strategy.train(part)
         counts.append(mitigator.times)
-    assert counts == [0, 0, 1, 1, 1, 2, 2, 2, 3]
+    assert counts == [0, 0, 0, 1, 1, 1, 2, 2, 2]  # when the next begins
 
 
 def test_what_is_no_mitigator_is_refused_with_the_remedy(net):
@@ -146,3 +144,14 @@ def test_options_that_do_not_fit_the_model_are_refused_before_training(net, plan
     with pytest.raises(ValueError, match="no parameter that 'head' selects"):
         learner(net, MitigatorPlugin(L2(0.1, exclude=("head",)))).train(plane.train_stream[0])
     assert_same(net, before)
+
+
+def test_redo_recycles_behind_no_layer_that_a_head_chosen_by_task_labels_reads(digits, learner, train, make):
+    from avalanche.models import MTSimpleMLP
+
+    redo = ReDO(0.9, every=4)
+    train(learner(make(deep_heads), MitigatorPlugin(redo)), digits(True).train_stream)
+    assert redo.layers == ("features.0",)
+    assert "'classifier'" in redo.left_alone["features.2"]
+    with pytest.raises(ValueError, match="'classifier'"):
+        ReDO().prepare(MTSimpleMLP(input_size=6, hidden_size=4))

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from avalanche_curv.core.mitigators.selection import Kept, Selection
+from avalanche_curv.core.mitigators.selection import Kept, Selection, listed
 from avalanche_curv.core.options import is_count, is_number
 from avalanche_curv.core.parameters import canonical_name
 
@@ -20,51 +22,59 @@ class Mitigator(ABC):  # noqa: B024  nothing is common to all of them but the ho
     """Mitigates the loss of plasticity of one model, by what it does before or after each step of an optimiser.
 
     It is made without a model, and given it at each use, so that it survives layers that grow or are replaced: its
-    state goes by canonical parameter names. One mitigator serves one model; give each network one of its own.
-    `include` and `exclude` choose parameters by name ("head", "*.bias") or by type of module (nn.LayerNorm); frozen
-    ones, and those that the optimiser does not step, are never touched.
+    state goes by canonical parameter names. One mitigator serves one model and one optimiser; give each network one
+    of its own. `include` and `exclude` choose parameters by name ("head", "*.bias") or by type of module
+    (nn.LayerNorm); frozen ones, and those that the optimiser does not step, are never touched.
     """
 
     def __init__(self, *, include: Iterable[Kept] = (), exclude: Iterable[Kept] = ()) -> None:
-        if isinstance(include, str) or isinstance(exclude, str):
-            raise TypeError("include and exclude each take a list of names and types of modules; got a single name.")
-        self.selection = Selection(tuple(include), tuple(exclude))
+        self.selection = Selection(listed(include), listed(exclude))
         self.steps = 0  # of the optimiser, so far
+        self._attached = False
+        self._taken: dict[str, bool] = {}  # whether a name is selected; asked again after `prepare`
 
     def attach(self, optimizer: Optimizer, model: nn.Module) -> Attachment:
         """Work at each `optimizer.step()` from now on, until the result's `remove()`; also a context manager.
 
         Gradients are unscaled there (`torch.amp.GradScaler` does it before the step), and clipped already where the
-        loop clips them: what a mitigator adds is not clipped. Raises TypeError for an optimiser that evaluates a
-        closure, such as LBFGS: add `strength * penalty(model)` to its loss instead.
+        loop clips them: what a mitigator adds is not clipped. Of a step with a closure, as PyTorch Lightning takes, it
+        works after the closure. Raises TypeError for LBFGS, which evaluates closures several times: add
+        `strength * penalty(model)` to the loss there. Raises ValueError where the optimiser steps no parameter that
+        is selected, RuntimeError where the mitigator is attached already.
         """
-        self.prepare(model)
-
-        def before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if any(callable(value) for value in (*args, *kwargs.values())):
-                raise TypeError(
-                    f"{type(self).__name__} cannot follow a step with a closure, which makes gradients anew. Call "
-                    "step() without one, or add the penalty to the loss inside of it."
-                )
-            self.before_step(model, optimizer)
-
-        def after(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self.after_step(model, optimizer)
-
         if isinstance(optimizer, torch.optim.LBFGS):
             raise TypeError(
                 f"{type(self).__name__} cannot follow LBFGS, which makes gradients anew inside its step. Add the "
                 "penalty to the loss in its closure, or use another optimiser."
             )
-        hooks = optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)
-        return Attachment(self, hooks)
+        if self._attached:
+            raise RuntimeError(
+                f"This {type(self).__name__} is attached already. Make one for each model and optimiser, or call "
+                "remove() on what attach() returned."
+            )
+        self.prepare(model)
+        if not self.parameters(model, optimizer):
+            raise ValueError(
+                f"The {type(optimizer).__name__} steps no trainable parameter of {type(model).__name__} that "
+                f"{type(self).__name__} selects. Give the optimiser of this model."
+            )
+        self._attached = True
+        return Attachment(self, self._hooks(optimizer, model))
 
     def prepare(self, model: nn.Module) -> None:
-        """Look at the model before training, and again after it has grown. Raises where the options do not fit it."""
+        """Look at the model before training, and again after it has grown. Raises where the options do not fit it, and
+        for parameters that are complex or not initialised yet."""
+        self._taken = {}
         self.selection.check(model)
+        for name, parameter in model.named_parameters():
+            if is_lazy(parameter):
+                raise ValueError(f"Parameter '{name}' has no shape yet. Pass a batch through the model first.")
+            if parameter.is_complex():
+                raise TypeError(f"Parameter '{name}' is complex; mitigators know real ones. Freeze it, or none works.")
 
-    def release(self) -> None:  # noqa: B027
-        """Let go of the model that `prepare` saw."""
+    def release(self) -> None:
+        """Let go of the model that `prepare` saw, and of the optimiser."""
+        self._attached = False
 
     def before_step(self, model: nn.Module, optimizer: Optimizer) -> None:  # noqa: B027  most do one of the two
         """Between the backward pass and the step."""
@@ -74,7 +84,7 @@ class Mitigator(ABC):  # noqa: B024  nothing is common to all of them but the ho
         self.steps += 1
 
     def after_task(self, model: nn.Module, optimizer: Optimizer) -> None:  # noqa: B027
-        """At the end of a task, for loops that know it."""
+        """Between two tasks, for loops that know them: when the first is evaluated and remembered."""
 
     def state_dict(self) -> dict[str, Any]:
         """What has to be kept for a resumed run to be the same."""
@@ -89,16 +99,37 @@ class Mitigator(ABC):  # noqa: B024  nothing is common to all of them but the ho
         stepped = None if optimizer is None else {id(p) for group in optimizer.param_groups for p in group["params"]}
         return {
             canonical_name(name): parameter
-            for name, parameter in self.selection.of(model)
+            for name, parameter in self.selection.of(model, self._taken)
             if parameter.requires_grad and (stepped is None or id(parameter) in stepped)
         }
+
+    def _hooks(self, optimizer: Optimizer, model: nn.Module) -> tuple[Any, ...]:
+        def before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimiser
+            if closure is None:
+                self.before_step(model, optimizer)
+                return None
+
+            def followed() -> Any:
+                loss = closure()
+                self.before_step(model, optimizer)
+                return loss
+
+            return args[:1], {**kwargs, "closure": followed}
+
+        def after(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self.after_step(model, optimizer)
+
+        return optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)
 
 
 class Regularizer(Mitigator):
     """Adds strength · R(θ) to what training minimises, as gradients in closed form just before each step.
 
-    `strength` 0 changes nothing. With `every=n` the gradient comes at every n-th step and n times as large, so that
-    the strength means the same.
+    Like torch's weight decay it leaves parameters without a gradient alone, such as those of a head that is not in
+    use. `strength` 0 changes nothing. With `every=n` the gradient comes at every n-th step and n times as large, so
+    that the strength means the same. Raises ValueError at the first step of an optimiser with `maximize=True`, which
+    would maximise R too.
     """
 
     def __init__(
@@ -116,7 +147,7 @@ class Regularizer(Mitigator):
         """R(θ), without strength, in autograd's graph: for loops that add it to their loss."""
 
     @abstractmethod
-    def _add(self, parameters: dict[str, nn.Parameter], model: nn.Module, weight: float | Tensor) -> None:
+    def _add(self, parameters: dict[str, nn.Parameter], model: nn.Module, weight: float) -> None:
         """Add weight · ∇R to the gradients of some of the model's parameters; those that have none get one."""
 
     @torch.no_grad()
@@ -129,9 +160,14 @@ class Regularizer(Mitigator):
     def before_step(self, model: nn.Module, optimizer: Optimizer) -> None:
         if self.strength == 0 or self.steps % self.every:
             return
-        scale = getattr(optimizer, "grad_scale", None)  # a fused optimiser unscales gradients within its step
-        weight = self.strength * self.every * (1.0 if scale is None else scale)
-        self._add(self.parameters(model, optimizer), model, weight)
+        if any(group.get("maximize") for group in optimizer.param_groups):
+            raise ValueError(
+                f"{type(self).__name__} minimises its penalty, but the optimiser maximises. Minimise the negative loss."
+            )
+        parameters = {n: p for n, p in self.parameters(model, optimizer).items() if p.grad is not None}
+        with _unscaled(optimizer, parameters.values()) as finite:
+            if finite and parameters:
+                self._add(parameters, model, self.strength * self.every)
 
 
 @dataclass(frozen=True)
@@ -152,3 +188,19 @@ class Attachment:
 
     def __exit__(self, *error: Any) -> None:
         self.remove()
+
+
+@contextmanager
+def _unscaled(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> Iterator[bool]:
+    """Gradients as they are without the scale that a fused optimiser takes off within its step, put on again after;
+    and whether they are finite, as far as a scaler has looked: where they are not, it skips the step."""
+    scale = getattr(optimizer, "grad_scale", None)
+    if scale is None:
+        yield True
+        return
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    for gradient in gradients:
+        gradient.div_(scale.to(gradient.device))
+    yield not float(getattr(optimizer, "found_inf", 0.0))
+    for gradient in gradients:
+        gradient.mul_(scale.to(gradient.device))

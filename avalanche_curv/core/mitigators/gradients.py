@@ -8,26 +8,29 @@ import torch
 from torch import Tensor, nn
 
 
-def add_to_gradients(parameters: Sequence[nn.Parameter], directions: Sequence[Tensor], weight: float | Tensor) -> None:
+def add_to_gradients(parameters: Sequence[nn.Parameter], directions: Sequence[Tensor], weight: float) -> None:
     """p.grad += weight · direction for each p, in the gradient's dtype; where it has none, that is its gradient."""
-    if isinstance(weight, Tensor):
-        directions, weight = [direction * weight.to(direction.device) for direction in directions], 1.0
     given: list[Tensor] = []
     added: list[Tensor] = []
     for parameter, direction in zip(parameters, directions):
         if parameter.grad is None:
             parameter.grad = (direction * weight).to(parameter.dtype)
         else:
-            given.append(parameter.grad)
-            added.append(direction.to(parameter.grad.dtype))
+            given.append(gradient_of(parameter))
+            added.append(direction.to(given[-1].dtype))
     if given:
         torch._foreach_add_(given, added, alpha=weight)
 
 
 def gradient_of(parameter: nn.Parameter) -> Tensor:
-    """Its gradient, to be changed in place; zeros from now on where it had none."""
+    """Its gradient, to be changed in place; zeros from now on where it had none. Raises TypeError for a sparse one."""
     if parameter.grad is None:
         parameter.grad = torch.zeros_like(parameter)
+    if parameter.grad.layout != torch.strided:
+        raise TypeError(
+            f"The gradient of a parameter of shape {tuple(parameter.shape)} is sparse, and a regulariser changes every "
+            "entry. Leave the parameter out, as by exclude=(nn.Embedding,), or make its module with sparse=False."
+        )
     return parameter.grad
 
 

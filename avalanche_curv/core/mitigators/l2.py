@@ -27,7 +27,7 @@ class L2(Regularizer):
     def penalty(self, model: nn.Module) -> Tensor:
         return sum_of_squares([*self.parameters(model).values()])
 
-    def _add(self, parameters: dict[str, nn.Parameter], model: nn.Module, weight: float | Tensor) -> None:
+    def _add(self, parameters: dict[str, nn.Parameter], model: nn.Module, weight: float) -> None:
         chosen = [*parameters.values()]
         add_to_gradients(chosen, [parameter.detach() for parameter in chosen], 2 * weight)
 
@@ -53,7 +53,7 @@ class L2Init(Regularizer):
         parameters = self.parameters(model)
         return sum_of_squares([p - first for p, first in zip(parameters.values(), self.initial.of(parameters))])
 
-    def _add(self, parameters: dict[str, nn.Parameter], model: nn.Module, weight: float | Tensor) -> None:
+    def _add(self, parameters: dict[str, nn.Parameter], model: nn.Module, weight: float) -> None:
         chosen = [*parameters.values()]
         add_to_gradients(chosen, differences(chosen, self.initial.of(parameters)), 2 * weight)
 

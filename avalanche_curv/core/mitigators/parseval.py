@@ -59,7 +59,7 @@ class Parseval(Regularizer):
         ]
         return torch.stack([term.to(terms[0].device) for term in terms]).sum() if terms else torch.zeros(())
 
-    def _add(self, parameters: dict[str, nn.Parameter], model: nn.Module, weight: float | Tensor) -> None:
+    def _add(self, parameters: dict[str, nn.Parameter], model: nn.Module, weight: float) -> None:
         for parameter, role in _weights(parameters, model):
             for block, gradient in zip(role.tensors(parameter), role.tensors(gradient_of(parameter))):
                 matrix = in_full(block.detach()).flatten(1)

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 START = 15  # iterations for a matrix that is new or has grown
+STIRRED = 1e-3  # length of the noise, against the vector's
 
 
 @dataclass(eq=False)
@@ -30,18 +31,30 @@ def fitting(pair: Pair | None, matrix: Float[Tensor, "out in"], name: str, seed:
     """`pair` where it has the matrix's shape; otherwise one after 15 iterations.
 
     They start from random vectors that depend on `seed` and the name alone, or, for a matrix that has grown by rows,
-    from the vector u it had, continued by zeros.
+    from the vector u it had, continued by random entries.
     """
     if pair is not None and (len(pair.u), len(pair.v)) == tuple(matrix.shape):
         return Pair(pair.u.to(matrix), pair.v.to(matrix))
-    generator = torch.Generator().manual_seed((seed << 32) + zlib.crc32(name.encode()))
-    u, v = (torch.randn(n, generator=generator).to(matrix) for n in matrix.shape)
-    if pair is not None and len(pair.u) <= len(u):
-        u = torch.cat([pair.u.to(u), u.new_zeros(len(u) - len(pair.u))])
+    drawn = _generator(seed, name)
+    u, v = (torch.randn(n, generator=drawn).to(matrix) for n in matrix.shape)
+    u /= u.norm()
+    if pair is not None and len(pair.u) < len(u):
+        u[: len(pair.u)] = pair.u.to(u)
     new = Pair(u / u.norm(), v / v.norm())
     for _ in range(START):
         iterate([matrix], [new])
     return new
+
+
+def stir(pair: Pair, name: str, seed: int) -> None:
+    """Add a little noise to u, drawn from `seed` and the name, so that it has a part in every direction.
+
+    The iteration can never reach a direction that u and v have no part in, such as a block of the matrix that was zero
+    and is not any more. σ changes by about 1e-6 of itself.
+    """
+    noise = torch.randn(len(pair.u), generator=_generator(seed, name)).to(pair.u)
+    stirred = pair.u + STIRRED * noise / noise.norm()
+    pair.u = stirred / stirred.norm()
 
 
 def iterate(matrices: Sequence[Float[Tensor, "out in"]], pairs: Sequence[Pair]) -> Float[Tensor, "n"]:
@@ -68,3 +81,7 @@ def _directions(vectors: list[Tensor], old: list[Tensor]) -> tuple[list[Tensor],
         return found, lengths  # on other devices this look would wait for them
     usable = (lengths > 0) & lengths.isfinite()
     return [torch.where(ok, new, kept) for ok, new, kept in zip(usable, found, old)], lengths
+
+
+def _generator(seed: int, name: str) -> torch.Generator:
+    return torch.Generator().manual_seed((seed << 32) + zlib.crc32(name.encode()))

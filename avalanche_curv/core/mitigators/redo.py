@@ -18,10 +18,13 @@ from avalanche_curv.core.mitigators.activity import Activity
 from avalanche_curv.core.mitigators.base import Mitigator
 from avalanche_curv.core.mitigators.selection import Kept
 from avalanche_curv.core.mitigators.unit_graph import HiddenLayer, UnitGraph, units
-from avalanche_curv.core.options import is_count, is_number
+from avalanche_curv.core.options import is_count, is_number, is_seed
 
-MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg", "grad_avg", "exp_inf", "sum")
-# what torch's optimisers average for each entry
+MOMENTS = (
+    "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer", "square_avg", "grad_avg", "acc_delta",
+    "variance", "prev", "sum", "step_size", "ax",
+)  # fmt: skip
+# what torch's optimisers keep of each entry
 
 
 class ReDO(Mitigator):
@@ -32,20 +35,25 @@ class ReDO(Mitigator):
         s_i = E_x|h_i(x)| / mean_k E_x|h_k(x)| ≤ threshold,
 
     with h as the layers that read it get it, behind activation, dropout and pooling, and E over the examples (and
-    positions) of the training pass before the step. After every `every`-th step the incoming weights and the bias of
-    dormant units are drawn anew from torch's initial distribution, U(−1/√fan_in, 1/√fan_in), their outgoing weights
-    set to 0, and the optimiser's moments of all these set to 0. The scale and shift of a norm layer on the way go
-    back to 1 and 0. Where a unit was silent the function stays the same, but for layer and group norm, which share
-    their statistics among units. A layer that is dead as a whole is recycled as a whole.
+    positions) of the training pass before the step; of several readers, it is dormant at each. After every `every`-th
+    step the incoming weights and the bias of dormant units are drawn anew from torch's initial distribution,
+    U(−1/√fan_in, 1/√fan_in), their outgoing weights set to 0, and what the optimiser keeps of all these is as at its
+    start: moments 0, step sizes of `Rprop` the learning rate, averages of `ASGD` the parameters. The scale and shift
+    of a norm layer on the way go back to 1 and 0. Where a unit was silent the function stays the same, but for layer
+    and group norm, which share their statistics among units. A layer that is dead as a whole is recycled as a whole.
 
     The source takes a threshold of 0.1 or 0.025 and 1,000 steps, the defaults here; 0 recycles only silent units.
 
     Which layers read which units is found by torch.fx (see `UnitGraph.of`). `layers` names those that are recycled and
     `left_alone` the other ones with reasons; frozen ones, and those that `include` and `exclude` or the optimiser
-    leave out, or whose readers are left out, are not recycled either. `recycled` counts units so far.
+    leave out, or whose readers are left out, are not recycled either. `recycled` counts units so far. Among those left
+    alone is the layer before Avalanche's `MultiHeadClassifier`, which chooses a head by task labels: `MTSimpleMLP`,
+    whose only hidden layer it is, is refused, and deeper models keep that layer as it is. A layer before batch or
+    group norm is one that is left alone once a pass shows more axes than those of a batch of vectors or images, whose
+    second axis are the units.
 
-    Raises ValueError before training for a model that cannot be traced or has no hidden layer to recycle, RuntimeError
-    where no training pass of the model was seen before a step that recycles.
+    Raises ValueError for a model that cannot be traced or has no hidden layer to recycle, before training where that
+    can be seen; RuntimeError where no training pass of the model was seen before a step that recycles.
     """
 
     def __init__(
@@ -62,6 +70,8 @@ class ReDO(Mitigator):
             raise ValueError(f"threshold must lie in [0, 1), a share of the mean activity; got {threshold!r}. Try 0.1.")
         if not is_count(every):
             raise ValueError(f"every must be at least 1 step; got {every!r}. The source takes 1,000.")
+        if not is_seed(seed):
+            raise ValueError(f"seed must be an integer from 0 to 2³¹ − 1; got {seed!r}.")
         self.threshold, self.every, self.seed = float(threshold), every, seed
         self.graph = UnitGraph((), {})
         self._counts: dict[str, Tensor] = {}
@@ -85,17 +95,13 @@ class ReDO(Mitigator):
     def prepare(self, model: nn.Module) -> None:
         super().prepare(model)
         self.graph = UnitGraph.of(model)
-        if not self.graph.hidden:
-            reasons = "; ".join(f"'{name}': {reason}" for name, reason in self.graph.others.items())
-            raise ValueError(
-                f"{type(model).__name__} has no hidden layer whose units can be recycled ({reasons or 'no layers'}). "
-                "Use another mitigator, such as ShrinkAndPerturb."
-            )
+        self._check_any(model)
         inner = unwrapped(model)
         self._activity = Activity(inner.get_submodule(name) for layer in self.graph.hidden for name in layer.readers)
         self._listen_if_due()
 
     def release(self) -> None:
+        super().release()
         self._activity.stop()
 
     def after_step(self, model: nn.Module, optimizer: Optimizer) -> None:
@@ -103,6 +109,14 @@ class ReDO(Mitigator):
         if self.steps % self.every == 0:
             self._recycle(model, optimizer)
         self._listen_if_due()
+
+    def _check_any(self, model: nn.Module) -> None:
+        if not self.graph.hidden:
+            reasons = "; ".join(f"'{name}': {reason}" for name, reason in self.graph.others.items())
+            raise ValueError(
+                f"{type(model).__name__} has no hidden layer whose units can be recycled ({reasons or 'no layers'}). "
+                "Use another mitigator, such as ShrinkAndPerturb."
+            )
 
     def _listen_if_due(self) -> None:
         if (self.steps + 1) % self.every == 0:
@@ -127,21 +141,27 @@ class ReDO(Mitigator):
                 entries.set(reader.weight, _columns(reader, mask), 0.0)
 
     def _dormant(self, model: nn.Module) -> dict[HiddenLayer, Bool[Tensor, "units"]]:
-        """Which units are dormant, of the layers that had a pass, by what the first reader that had one got."""
+        """Which units are dormant at each reader, of the layers whose readers all had a pass."""
         found: dict[HiddenLayer, Tensor] = {}
         for layer in self.graph.hidden:
-            heard = (self._activity.of(model.get_submodule(name)) for name in layer.readers)
-            sums = next((sums for sums in heard if sums is not None), None)
-            if sums is not None:
-                activity = sums.view(units(model.get_submodule(layer.name)), -1).sum(1)
-                found[layer] = activity <= self.threshold * activity.mean()
+            readers = [model.get_submodule(name) for name in layer.readers]
+            heard = [sums for sums in map(self._activity.of, readers) if sums is not None]
+            if len(heard) < len(readers):
+                continue
+            if layer.batched and not all(map(self._activity.follows_the_batch, readers)):
+                self.graph = self.graph.without(layer, "a norm layer on its way took another axis for its units")
+                self._check_any(model)
+                continue
+            activities = [sums.view(units(model.get_submodule(layer.name)), -1).sum(1) for sums in heard]
+            masks = [activity <= self.threshold * activity.mean() for activity in activities]
+            found[layer] = torch.stack([mask.to(masks[0].device) for mask in masks]).all(0)
+        self._activity.stop()
         if not found:
             raise RuntimeError(
                 f"ReDO saw no training pass of {type(model).__name__} before step {self.steps}. Call prepare(model) "
                 "after the model has changed, keep gradients on in its passes, and do not compile it: hooks do not "
                 "run there."
             )
-        self._activity.stop()
         return found
 
     def state_dict(self) -> dict[str, Any]:
@@ -170,9 +190,17 @@ class _Entries:
         value = value.to(parameter) if isinstance(value, Tensor) else torch.full_like(parameter, value)
         parameter.copy_(torch.where(mask, value, parameter))
         kept = self.optimizer.state.get(parameter, {})
-        for moment in (kept[name] for name in MOMENTS if name in kept):
-            if isinstance(moment, Tensor) and moment.shape == parameter.shape:
-                moment.masked_fill_(mask.to(moment.device), 0)
+        for name in (name for name in MOMENTS if name in kept):
+            if isinstance(kept[name], Tensor) and kept[name].shape == parameter.shape:
+                kept[name].copy_(torch.where(mask, self._start(name, parameter), kept[name].to(parameter.device)))
+
+    def _start(self, name: str, parameter: Tensor) -> Tensor:
+        """What the optimiser begins with."""
+        if name == "ax":
+            return parameter
+        group = next(g for g in self.optimizer.param_groups if any(p is parameter for p in g["params"]))
+        starts = {"step_size": group["lr"], "sum": group.get("initial_accumulator_value", 0.0)}
+        return torch.full_like(parameter, float(starts.get(name, 0.0)))
 
 
 def _renew(model: nn.Module, layer: HiddenLayer, mask: Tensor, entries: _Entries, draw: torch.Generator) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import TypeAlias
 
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from avalanche_curv.core.parameters import canonical_name
 
@@ -18,7 +20,10 @@ EXCEPTED = (nn.Embedding, nn.EmbeddingBag, nn.PReLU)
 RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 KNOWN = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.MultiheadAttention, *RECURRENT)
 GATES = {"LSTM": 4, "LSTMCell": 4, "GRU": 3, "GRUCell": 3}
-SHIFTS = ("bias", "token", "embed", "position")  # parts of the names of additive parameters
+SHIFTS = re.compile(r"bias(_[kv]|_[ih]h.*|_table)?$|(^|_)(tokens?|emb|embed|embeddings?|positions?)$")
+# names of additive parameters: in_proj_bias, bias_ih_l0, class_token, pos_embed, relative_position_bias_table
+WEIGHTS = re.compile(r"(.*_)?weight$|weight_[ih]h(_l\d+(_reverse)?)?$|weight_hr_l\d+(_reverse)?$")
+# names of weights in layers that are known: not the parts that torch.nn.utils makes of them, such as weight_g
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,8 @@ Role: TypeAlias = Multiplies | Adds | Scales
 def roles(model: nn.Module) -> dict[nn.Parameter, Role]:
     """The role of each parameter that has one, each once: a tied one has the first role that it has anywhere.
 
-    Without one are token embeddings, slopes of PReLU, single numbers, and vectors that nothing tells about.
+    Without one are token embeddings, slopes of PReLU, single numbers, vectors that nothing tells about, and what a
+    weight is computed from, as by `weight_norm`.
     """
     found: dict[nn.Parameter, Role] = {}
     for module in model.modules():
@@ -82,15 +88,16 @@ def role_of(module: nn.Module, name: str, parameter: Tensor) -> Role | None:
     >>> role_of(attention, "in_proj_weight", attention.in_proj_weight)
     Multiplies(blocks=3, transposed=False)
     """
-    if parameter.ndim == 0 or isinstance(module, EXCEPTED):
+    if parameter.ndim == 0 or isinstance(module, (*EXCEPTED, ParametrizationList)):
         return None
     if isinstance(module, NORMS):
         return Adds() if name == "bias" else Scales()
     blocks = _blocks(module, name)
-    if any(part in name for part in SHIFTS):
+    if SHIFTS.search(name):
         return Adds(blocks)
     if isinstance(module, KNOWN):
-        return Multiplies(blocks, isinstance(module, CONVOLUTIONS_FROM_INPUTS))
+        transposed = isinstance(module, CONVOLUTIONS_FROM_INPUTS)
+        return Multiplies(blocks, transposed) if WEIGHTS.match(name) else None
     return None if is_vector(parameter) else Multiplies()
 
 
@@ -100,7 +107,7 @@ def is_vector(parameter: Tensor) -> bool:
 
 
 def warn_of_unknown(model: nn.Module, parameters: Iterable[str]) -> None:
-    """Names trainable vectors to which no rule applies."""
+    """Names trainable parameters to which no rule applies."""
     known, wanted = roles(model), set(parameters)
     unknown = [
         name
@@ -116,7 +123,8 @@ def warn_of_unknown(model: nn.Module, parameters: Iterable[str]) -> None:
 
 
 def matrices(model: nn.Module) -> dict[str, Float[Tensor, "out in"]]:
-    """Every weight as matrices, by name, detached; q, k, v and the gates of recurrent layers one by one.
+    """Every weight as matrices, by name, detached; q, k, v and the gates of recurrent layers one by one. Those that
+    are computed from other parameters are left out.
 
     >>> {name: tuple(W.shape) for name, W in matrices(nn.Conv2d(3, 8, 5)).items()}
     {'weight': (8, 75)}

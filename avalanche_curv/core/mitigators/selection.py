@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -36,11 +36,17 @@ class Selection:
                     f"nn.LayerNorm; got {kept!r}."
                 )
 
-    def of(self, model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-        """The parameters with their names, each once; a tied one by the first name that is selected."""
+    def of(self, model: nn.Module, known: dict[str, bool] | None = None) -> Iterator[tuple[str, nn.Parameter]]:
+        """The parameters with their names, each once; a tied one by the first name that is selected. `known` keeps
+        which names are, for later calls with the same modules."""
+        known = {} if known is None else known
         seen: set[int] = set()
         for name, parameter in model.named_parameters(remove_duplicate=False):
-            if id(parameter) not in seen and self._takes(model, name):
+            if id(parameter) in seen:
+                continue
+            if name not in known:
+                known[name] = self._takes(model, name)
+            if known[name]:
                 seen.add(id(parameter))
                 yield name, parameter
 
@@ -63,6 +69,13 @@ class Selection:
             return True
         included = not self.include or any(_fits(kept, model, name) for kept in self.include)
         return included and not any(_fits(kept, model, name) for kept in self.exclude)
+
+
+def listed(kept: Iterable[Kept]) -> tuple[Kept, ...]:
+    """What `include` or `exclude` holds. Raises TypeError for a single name or type."""
+    if isinstance(kept, (str, type)):
+        raise TypeError(f"include and exclude each take a list of names and types of modules; got {kept!r} alone.")
+    return tuple(kept)
 
 
 def _fits(kept: Kept, model: nn.Module, name: str) -> bool:

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from avalanche_curv.core.mitigators.base import Mitigator
 from avalanche_curv.core.mitigators.initial import initial_laws
 from avalanche_curv.core.mitigators.selection import Kept
-from avalanche_curv.core.options import is_count, is_number
+from avalanche_curv.core.options import is_count, is_number, is_seed
 
 AT_LEAST = 2**16  # places where the noise of a step may begin, in a pool
 
@@ -83,15 +83,20 @@ class AfterTask(When):
 class ShrinkAndPerturb(Mitigator):
     """θ ← c + (1 − shrink) (θ − c) + noise · ε, with ε fresh from N(0, std²) (Ash & Adams 2020, there with c = 0).
 
-    std is that of torch's initial values, 1 / √(3 fan_in) for the weights and biases of linear layers, convolutions
-    and attention, so that `noise` is relative to the initial scale. A norm layer's parameters have no spread
-    initially and get no noise; its scale shrinks to c = 1, its initial value, all else to c = 0. A class token, a
-    positional or token embedding is shrunk only.
+    std is that of torch's initial values for the layer (`initial_laws`), such as 1 / √(3 fan_in) for the weights and
+    biases of linear layers and convolutions, so that `noise` is relative to the initial scale; a model that draws
+    values of its own is not known. What torch starts without spread gets no noise: a norm layer's parameters, the
+    biases of attention. A norm layer's scale shrinks to c = 1, its initial value, all else to c = 0. A class token, a
+    positional or token embedding is shrunk only. What has no role is left alone: slopes of PReLU, single numbers,
+    vectors of other modules but their biases, and what a weight is computed from (`weight_norm`).
 
     `when`: `EveryStep()` by default; `EverySteps(n)`; `AfterTask()`. With shrink 1 and noise 1 the network starts
     anew. At rest under steps alone, entries spread by noise · std / √(2 shrink) for small shrink: the initial scale is
     kept by noise = √(2 shrink). Ash & Adams shrink by 0.6 or so at each task; each step takes about 1e-6 to 1e-4.
     The optimiser's state stays. Noise comes from `seed` and the number of times alone.
+
+    Parameters in half precision round: shrinking by less than about 2e-3 (bfloat16) or 2e-4 (float16) at a time
+    changes nothing. Keep them in float32, as `torch.autocast` does, or shrink more at fewer times.
     """
 
     def __init__(
@@ -111,9 +116,12 @@ class ShrinkAndPerturb(Mitigator):
             raise ValueError(f"noise must be a finite number, at least 0; got {noise!r}. 1 is the initial scale.")
         if not isinstance(when, When):
             raise TypeError(f"when must be EveryStep(), EverySteps(n) or AfterTask(); got {when!r}.")
+        if not is_seed(seed):
+            raise ValueError(f"seed must be an integer from 0 to 2³¹ − 1; got {seed!r}.")
         self.shrink, self.noise, self.when, self.seed = float(shrink), float(noise), when, seed
         self.times = 0
-        self._laws: dict[Tensor, tuple[float, float]] = {}  # of the last parameters
+        self._chosen: list[Tensor] = []  # the last parameters
+        self._laws: dict[Tensor, tuple[float, float]] = {}  # of those that have one
         self._pool: tuple[tuple[int, int], Tensor] | None = None  # made from the seed when it is needed
 
     def after_step(self, model: nn.Module, optimizer: Optimizer) -> None:
@@ -129,11 +137,11 @@ class ShrinkAndPerturb(Mitigator):
     def apply(self, model: nn.Module, optimizer: Optimizer | None = None) -> None:
         """Shrink and perturb once, now: the parameters that the optimiser steps, or all without one."""
         chosen: list[Tensor] = [*self.parameters(model, optimizer).values()]
-        if len(self._laws) != len(chosen) or any(p is not known for p, known in zip(chosen, self._laws)):
+        if len(self._chosen) != len(chosen) or any(p is not known for p, known in zip(chosen, self._chosen)):
             laws = initial_laws(model)
-            self._laws = {p: laws[p] for p in chosen}
-        if self.shrink and chosen:
-            torch._foreach_mul_(chosen, 1 - self.shrink)
+            self._chosen, self._laws = chosen, {p: laws[p] for p in chosen if p in laws}
+        if self.shrink and self._laws:
+            torch._foreach_mul_([*self._laws], 1 - self.shrink)
             for scale in (p for p, (centre, _) in self._laws.items() if centre):
                 scale.add_(self.shrink)
         noisy = [(p, spread) for p, (_, spread) in self._laws.items() if spread]
@@ -173,4 +181,4 @@ class ShrinkAndPerturb(Mitigator):
         self.times, self._pool = state["times"], None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_pool": None, "_laws": {}}
+        return {**self.__dict__, "_pool": None, "_chosen": [], "_laws": {}}

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from avalanche_curv.core.mitigators.base import Regularizer
-from avalanche_curv.core.mitigators.power_iteration import Pair, fitting, iterate
+from avalanche_curv.core.mitigators.power_iteration import Pair, fitting, iterate, stir
 from avalanche_curv.core.mitigators.roles import Multiplies, block_names, roles, warn_of_unknown
 from avalanche_curv.core.mitigators.selection import Kept
 from avalanche_curv.core.mitigators.spectral_parts import Group, Part, add, add_outer
-from avalanche_curv.core.options import is_number
+from avalanche_curv.core.options import is_number, is_seed
+
+STIR = 128  # iterations between
 
 
 class SpectralRegularizer(Regularizer):
@@ -32,9 +34,10 @@ class SpectralRegularizer(Regularizer):
 
     σ₁ is followed by one power iteration a step from vectors u and v that persist, and are in `state_dict`. With them
     held constant a weight's gradient is 2k (σ^k − 1) σ^{k−1} u vᵀ. Half precision is computed in float32, outside of
-    autocast. A matrix of zeros keeps its vectors until it is none.
+    autocast. A matrix of zeros keeps its vectors until it is none. A weight that is computed from others, as by
+    `weight_norm`, is left alone, with a warning.
 
-    Raises ValueError for an exponent below 1, and those of `Regularizer`.
+    Raises ValueError for an exponent below 1 and an unusable seed, and those of `Regularizer`.
 
     >>> model = nn.Linear(2, 2)
     >>> with torch.no_grad():
@@ -56,7 +59,10 @@ class SpectralRegularizer(Regularizer):
         super().__init__(strength, every=every, include=include, exclude=exclude)
         if not is_number(exponent) or exponent < 1:
             raise ValueError(f"exponent must be a number, at least 1; got {exponent!r}. The paper uses 2.")
+        if not is_seed(seed):
+            raise ValueError(f"seed must be an integer from 0 to 2³¹ − 1; got {seed!r}.")
         self.exponent, self.seed = exponent, seed
+        self.iterations = 0
         self.pairs: dict[str, Pair] = {}  # the vectors u and v of each matrix, by its name
         self._groups: tuple[Any, tuple[Group, ...]] = (None, ())  # of the parameters seen last
 
@@ -70,28 +76,31 @@ class SpectralRegularizer(Regularizer):
 
         It advances the power iteration, except under `torch.no_grad()`, where it looks without leaving a trace.
         """
-        total = torch.zeros(())
-        for group in self._grouped(model, self.parameters(model)):
+        total, groups = torch.zeros(()), self._grouped(model, self.parameters(model))
+        if torch.is_grad_enabled():
+            self._advance(groups)
+        for group in groups:
             with torch.autocast(group.device.type, enabled=False):
                 total = total.to(group.device) + self._penalty(group)
         return total
 
-    def _add(self, parameters: dict[str, nn.Parameter], model: nn.Module, weight: float | Tensor) -> None:
-        k = self.exponent
-        for group in self._grouped(model, parameters):
+    def _add(self, parameters: dict[str, nn.Parameter], model: nn.Module, weight: float) -> None:
+        k, groups = self.exponent, self._grouped(model, parameters)
+        self._advance(groups)
+        for group in groups:
             with torch.autocast(group.device.type, enabled=False):
                 if group.weights:
                     sigma = iterate(group.matrices(), group.pairs)
-                    factors = (2 * k * weight) * (sigma**k - 1) * sigma ** (k - 1)
+                    factors = 2 * k * weight * (sigma**k - 1) * sigma ** (k - 1)
                     scaled = torch._foreach_mul([pair.u for pair in group.pairs], list(factors.unbind()))
                     for part, u, pair in zip(group.weights, scaled, group.pairs):
                         add_outer(part.gradient(), u, pair.v)
                 if group.shifts:
                     shifts = [part.value() for part in group.shifts]
-                    factors = (2 * k * weight) * torch.stack(torch._foreach_norm(shifts)) ** (2 * k - 2)
+                    factors = 2 * k * weight * torch.stack(torch._foreach_norm(shifts)) ** (2 * k - 2)
                     add(group.shifts, torch._foreach_mul(shifts, list(factors.unbind())))
                 if group.scales:
-                    add(group.scales, [(2 * weight) * (part.value() - 1) for part in group.scales])
+                    add(group.scales, [2 * weight * (part.value() - 1) for part in group.scales])
 
     def spectral_norms(self, model: nn.Module) -> dict[str, float]:
         """The estimate of σ₁ of each weight by name, one power iteration further than at the last step."""
@@ -105,12 +114,21 @@ class SpectralRegularizer(Regularizer):
 
     def state_dict(self) -> dict[str, Any]:
         vectors = {name: (pair.u.clone(), pair.v.clone()) for name, pair in self.pairs.items()}
-        return super().state_dict() | {"vectors": vectors}
+        return super().state_dict() | {"vectors": vectors, "iterations": self.iterations}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
+        self.iterations = state["iterations"]
         self.pairs = {name: Pair(u.clone(), v.clone()) for name, (u, v) in state["vectors"].items()}
         self._groups = (None, ())
+
+    def _advance(self, groups: tuple[Group, ...]) -> None:
+        """Count one power iteration, and stir the vectors from time to time."""
+        self.iterations += 1
+        if self.iterations % STIR == 0:
+            for group in groups:
+                for part, pair in zip(group.weights, group.pairs):
+                    stir(pair, part.name, self.seed + self.iterations // STIR)
 
     def _penalty(self, group: Group) -> Tensor:
         k, total = self.exponent, torch.zeros((), device=group.device)

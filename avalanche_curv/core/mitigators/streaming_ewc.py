@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -24,7 +25,8 @@ class StreamingEWC(Regularizer):
 
     with β_F `importance_decay` and β_θ `anchor_decay`. It is the streaming form of EWC (Kirkpatrick et al. 2017) that
     Elsayed & Mahmood (2024) compare with, who tune both decays; 0.999 for both is this package's default. F is
-    corrected for its start at zero, as moments are in Adam; θ̄ starts at the first θ and needs none.
+    corrected for its start at zero, as moments are in Adam; θ̄ starts at the first θ and needs none. In a parameter
+    that grows, t counts the gradients of each entry.
 
     g is the gradient of a mini-batch's mean loss: F is the *batched* empirical Fisher (`BatchedEmpiricalFisher`), which
     shrinks with the batch size, and not the Fisher. With `every=n` averages take every n-th gradient only. A parameter
@@ -49,41 +51,39 @@ class StreamingEWC(Regularizer):
         self.importance_decay, self.anchor_decay = float(importance_decay), float(anchor_decay)
         self.importances: dict[str, Tensor] = {}  # F, by name
         self.anchors: dict[str, Tensor] = {}  # θ̄
-        self.counts: dict[str, int] = {}  # t
+        self.counts: dict[str, int | Tensor] = {}  # t, by entry where the parameter has grown
 
     def penalty(self, model: nn.Module) -> Tensor:
         known = {name: p for name, p in self.parameters(model).items() if name in self.counts}
         self._fit(known)
         terms = [
-            (self.importances[name] * (in_full(p) - self.anchors[name]).square()).sum() * (0.5 / self._mass(name))
+            0.5 * (self.importances[name] / self._mass(name) * (in_full(p) - self.anchors[name]).square()).sum()
             for name, p in known.items()
         ]
         return torch.stack([term.to(terms[0].device) for term in terms]).sum() if terms else torch.zeros(())
 
-    def _add(self, parameters: dict[str, nn.Parameter], model: nn.Module, weight: float | Tensor) -> None:
+    def _add(self, parameters: dict[str, nn.Parameter], model: nn.Module, weight: float) -> None:
         known = {name: p for name, p in parameters.items() if p.grad is not None or name in self.counts}
         if not known:
             return
         self._fit(known)
-        self._average(known, weight)
+        self._average(known)
         anchors, gradients = [self.anchors[name] for name in known], [gradient_of(p) for p in known.values()]
         values = [in_full(p.detach()) for p in known.values()]
-        pulls = [*torch._foreach_sub(values, anchors)]
-        if isinstance(weight, Tensor):
-            pulls, weight = [pull * weight.to(pull.device) for pull in pulls], 1.0
-        weights = [weight / self._mass(name) for name in known]
+        pulls, masses = [*torch._foreach_sub(values, anchors)], [self._mass(name) for name in known]
+        for pull, mass in zip(pulls, masses):
+            if isinstance(mass, Tensor):
+                pull.div_(mass)
+        weights = [weight if isinstance(mass, Tensor) else weight / mass for mass in masses]
         torch._foreach_addcmul_(gradients, pulls, [self.importances[name] for name in known], weights)
         torch._foreach_lerp_(anchors, values, 1 - self.anchor_decay)
 
-    def _average(self, parameters: Mapping[str, nn.Parameter], weight: float | Tensor) -> None:
-        """F, with the squares of gradients that training gave, unscaled."""
-        given = {name: in_full(p.grad) for name, p in parameters.items() if p.grad is not None}
+    def _average(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """F, with the squares of gradients that training gave."""
+        given = {name: in_full(gradient_of(p)) for name, p in parameters.items() if p.grad is not None}
         if not given:
             return
         gradients = [*given.values()]
-        if isinstance(weight, Tensor):  # scaled, and not finite where the optimiser is going to skip the step
-            scale = weight / (self.strength * self.every)
-            gradients = [(g / scale.to(g.device)).nan_to_num(0.0, 0.0, 0.0) for g in gradients]
         importances = [self.importances[name] for name in given]
         torch._foreach_mul_(importances, self.importance_decay)
         torch._foreach_addcmul_(importances, gradients, gradients, value=1 - self.importance_decay)
@@ -97,18 +97,24 @@ class StreamingEWC(Regularizer):
             if known is None or known.shape != value.shape:
                 self.importances[name] = grown(self.importances.get(name), torch.zeros_like(value))
                 self.anchors[name] = grown(known, value)
+                if known is not None:
+                    counts = torch.zeros_like(known) + self.counts.get(name, 0)
+                    self.counts[name] = grown(counts, torch.zeros_like(value))
             elif known.device != value.device or known.dtype != value.dtype:
                 self.importances[name], self.anchors[name] = self.importances[name].to(value), known.to(value)
 
-    def _mass(self, name: str) -> float:
-        """1 − β_F^t, the weight of all that F averages."""
-        return 1 - self.importance_decay ** self.counts[name]
+    def _mass(self, name: str) -> float | Tensor:
+        """1 − β_F^t, the weight of all that F averages; where that is nothing yet, any."""
+        count = self.counts[name]
+        if isinstance(count, Tensor):
+            return 1 - self.importance_decay ** count.to(self.anchors[name]).clamp(min=1)
+        return 1 - self.importance_decay**count
 
     def state_dict(self) -> dict[str, Any]:
-        kept = {"importances": copies(self.importances), "anchors": copies(self.anchors), "counts": {**self.counts}}
-        return {**super().state_dict(), **kept}
+        kept = {"importances": copies(self.importances), "anchors": copies(self.anchors)}
+        return {**super().state_dict(), **kept, "counts": copy.deepcopy(self.counts)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         self.importances, self.anchors = copies(state["importances"]), copies(state["anchors"])
-        self.counts = {**state["counts"]}
+        self.counts = copy.deepcopy(state["counts"])

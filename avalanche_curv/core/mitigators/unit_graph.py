@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from avalanche_curv.core.frozen import unwrapped
 from avalanche_curv.core.mitigators.roles import NORMS
@@ -30,16 +31,21 @@ ENTRYWISE = {
     "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "contiguous",
 }  # fmt: skip
 POOLED = {f"{kind}_pool{n}d" for kind in ("max", "avg", "adaptive_max", "adaptive_avg") for n in (1, 2, 3)}
+LAST_AXIS_NORMS = (nn.LayerNorm, nn.RMSNorm)
 MEASURES = {"size", "dim", "numel", "shape", "ndim", "dtype", "device"}  # of a tensor, not of its values
 
 
 @dataclass(frozen=True)
 class HiddenLayer:
-    """A layer by name whose output units only `readers` read, and the norm layers that its units pass on the way."""
+    """A layer by name whose output units only `readers` read, and the norm layers that its units pass on the way.
+
+    `batched` where one of those takes the second axis for the units: it is, in batches of vectors or of images only.
+    """
 
     name: str
     readers: tuple[str, ...]
-    norms: tuple[str, ...]
+    norms: tuple[str, ...] = ()
+    batched: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,12 +62,12 @@ class UnitGraph:
         From a linear layer or a convolution, units are followed through activations, dropout, normalisation and, of
         convolutions, pooling and flattening, to the linear layers and convolutions that read them. A layer is left
         out where a unit takes another way (into an addition, an attention, the outputs, a module that cannot be
-        traced), where it is called several times, shares its weight, or is a transposed convolution. Names are those
-        inside of wrappers.
+        traced), where a layer on its way is called several times or shares a parameter, where it has no weights, or is
+        a transposed convolution. Names are those inside of wrappers.
 
         >>> graph = UnitGraph.of(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)))
         >>> graph.hidden
-        (HiddenLayer(name='0', readers=('2',), norms=()),)
+        (HiddenLayer(name='0', readers=('2',), norms=(), batched=False),)
         >>> graph.others
         {'2': 'its units are outputs of the model'}
         """
@@ -77,6 +83,10 @@ class UnitGraph:
                     others[name] = str(reason)
         return cls(tuple(hidden), others)
 
+    def without(self, layer: HiddenLayer, reason: str) -> UnitGraph:
+        """The graph with one hidden layer among the others."""
+        return UnitGraph(tuple(one for one in self.hidden if one != layer), {**self.others, layer.name: reason})
+
 
 class _Left(Exception):
     """Why a layer's units cannot be replaced."""
@@ -87,19 +97,22 @@ class _Walk:
 
     def __init__(self, model: nn.Module, graph: fx.Graph, name: str) -> None:
         self.model, self.graph, self.name = model, graph, name
-        self.layer = model.get_submodule(name)
+        self.layer: Any = model.get_submodule(name)
         self.readers: dict[str, None] = {}
         self.norms: dict[str, None] = {}
+        self.batched = False
 
     def hidden_layer(self) -> HiddenLayer:
-        calls = [node for node in self.graph.nodes if node.op == "call_module" and node.target == self.name]
+        calls = self._calls(self.name)
         if len(calls) != 1:
             raise _Left("it is called several times" if calls else "no step that could be traced calls it")
-        self._check_own(self.layer)
+        self._check_own(self.name)
+        if not self.layer.weight.numel():
+            raise _Left("it has no weights")
         self._follow(calls[0], flat=not isinstance(self.layer, _ConvNd))
         if not self.readers:
             raise _Left("nothing reads its units")
-        return HiddenLayer(self.name, tuple(self.readers), tuple(self.norms))
+        return HiddenLayer(self.name, tuple(self.readers), tuple(self.norms), self.batched)
 
     def _follow(self, node: fx.Node, flat: bool) -> None:
         """`flat`: units are the last axis, in blocks of equal length; otherwise they are the channels."""
@@ -115,8 +128,8 @@ class _Walk:
                 self._follow(user, self._passes(user, module, flat))
 
     def _reads(self, name: str, reader: nn.Linear | _ConvNd, flat: bool) -> None:
-        self._check_own(reader)
-        if sum(node.op == "call_module" and node.target == name for node in self.graph.nodes) != 1:
+        self._check_own(name)
+        if len(self._calls(name)) != 1:
             raise _Left(f"its reader '{name}' is called several times")
         if isinstance(reader, nn.Linear):
             blocks, rest = divmod(reader.in_features, units(self.layer))
@@ -132,7 +145,7 @@ class _Walk:
         images = isinstance(self.layer, _ConvNd)
         called = _name_of(user)
         if isinstance(module, NORMS) and self._normalises(module, flat):
-            self.norms[str(user.target)] = None
+            self._norm(str(user.target), module)
             return flat
         if isinstance(module, ACTIVATIONS) or (module is None and called in ENTRYWISE):
             return flat
@@ -142,20 +155,34 @@ class _Walk:
             return True
         raise _Left(f"its units go into {called!r}")
 
+    def _norm(self, name: str, norm: nn.Module) -> None:
+        self._check_own(name)
+        if len(self._calls(name)) != 1:
+            raise _Left(f"the norm layer '{name}' on its way is called several times")
+        self.norms[name] = None
+        self.batched |= not isinstance(norm, LAST_AXIS_NORMS)
+
     def _normalises(self, norm: nn.Module, flat: bool) -> bool:
-        """Whether a norm layer sees each unit as one feature."""
-        if isinstance(norm, (nn.LayerNorm, nn.RMSNorm)):
+        """Whether a norm layer sees each unit as one feature; batch and group norms do in batches."""
+        if isinstance(norm, LAST_AXIS_NORMS):
             return flat and tuple(norm.normalized_shape) == (units(self.layer),)
+        if flat and isinstance(norm, _InstanceNorm):
+            return False  # of [n, units] it takes n for the features
         return getattr(norm, "num_features", getattr(norm, "num_channels", None)) == units(self.layer)
 
-    def _check_own(self, layer: nn.Module) -> None:
+    def _calls(self, name: str) -> list[fx.Node]:
+        return [node for node in self.graph.nodes if node.op == "call_module" and node.target == name]
+
+    def _check_own(self, name: str) -> None:
         """Raises where a weight is not a parameter of this layer alone, or lies otherwise."""
+        layer = self.model.get_submodule(name)
         if isinstance(layer, _ConvTransposeNd):
             raise _Left("a transposed convolution is on its way")
-        if not isinstance(layer._parameters.get("weight"), nn.Parameter):
+        if "weight" not in layer._parameters:
             raise _Left("a weight on its way is computed from other parameters")
         holders = Counter(id(p) for module in self.model.modules() for p in module._parameters.values())
-        if holders[id(layer.weight)] > 1:
+        read = {str(node.target).rpartition(".")[0] for node in self.graph.nodes if node.op == "get_attr"}
+        if name in read or any(holders[id(p)] > 1 for p in layer._parameters.values() if p is not None):
             raise _Left("a weight on its way is shared")
 
 

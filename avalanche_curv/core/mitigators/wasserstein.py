@@ -45,7 +45,7 @@ class Wasserstein(Regularizer):
         self.initial = FirstSeen()
         self.targets: dict[str, Tensor] = {}  # θ0 in the order of the ranks that are kept
         self._given = 0  # gradients so far
-        self._sorted: dict[str, Tensor] = {}  # θ0, made from `initial` when it is needed
+        self._sorted: dict[str, tuple[Tensor, Tensor]] = {}  # θ0 and its entries sorted, when they were needed
 
     def prepare(self, model: nn.Module) -> None:
         super().prepare(model)
@@ -56,7 +56,7 @@ class Wasserstein(Regularizer):
         pairs = zip(parameters.values(), self.initial.of(parameters))
         return sum_of_squares([p.flatten().sort().values - first.flatten().sort().values for p, first in pairs])
 
-    def _add(self, parameters: dict[str, nn.Parameter], model: nn.Module, weight: float | Tensor) -> None:
+    def _add(self, parameters: dict[str, nn.Parameter], model: nn.Module, weight: float) -> None:
         self._rank(parameters)
         chosen = [*parameters.values()]
         targets = [self.targets[name].to(parameter) for name, parameter in parameters.items()]
@@ -73,11 +73,11 @@ class Wasserstein(Regularizer):
 
     def _in_the_order_of(self, name: str, values: Tensor, first: Tensor) -> Tensor:
         """The entries of `first`, each where `values` has the entry of its rank."""
-        ordered = self._sorted.get(name)
-        if ordered is None or ordered.numel() != first.numel() or ordered.device != first.device:
-            ordered = self._sorted[name] = first.flatten().sort().values
+        known = self._sorted.get(name)
+        if known is None or known[0] is not first:
+            known = self._sorted[name] = first, first.flatten().sort().values
         result = torch.empty_like(first, memory_format=torch.contiguous_format)
-        result.view(-1)[values.flatten().argsort()] = ordered.to(result.dtype)
+        result.view(-1)[values.flatten().argsort()] = known[1]
         return result
 
     def state_dict(self) -> dict[str, Any]:

@@ -40,9 +40,7 @@ def model(make):
     return make(network)
 
 
-BATCHES = [
-    (torch.randn(8, 12, generator=torch.Generator().manual_seed(n)), torch.arange(8) % 3) for n in range(6)
-]
+BATCHES = [(torch.randn(8, 12, generator=torch.Generator().manual_seed(n)), torch.arange(8) % 3) for n in range(6)]
 
 
 def backward(model, batch):
@@ -165,12 +163,14 @@ def test_an_optimiser_that_unscales_by_itself_gets_the_scaled_gradient(kind, mak
         torch.testing.assert_close(a, b)
 
 
-def test_a_model_without_gradients_gets_those_of_the_penalty(kind, model):
+def test_a_model_without_gradients_gets_those_of_the_penalty_where_they_are_asked_for_and_none_at_a_step(kind, model):
     mitigator, optimizer = kind(0.1), sgd(model)
     with mitigator.attach(optimizer, model):
         train(model, optimizer, BATCHES[:2])
     optimizer.zero_grad(set_to_none=True)
     mitigator.before_step(model, optimizer)
+    assert all(p.grad is None for p in model.parameters())
+    mitigator.add_gradients(model)
     assert model[6].weight.grad.abs().max() > 0
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
 
@@ -212,3 +212,20 @@ def test_a_run_goes_on_from_a_state_bit_identically(kind, model):
     for p, q in zip(model.parameters(), other.parameters()):
         assert torch.equal(p, q)
     assert again.steps == mitigator.steps == 6
+
+
+@pytest.mark.parametrize("name", [name for name in KINDS if name != "Parseval"])  # which leaves embeddings out
+def test_sparse_gradients_are_refused_with_the_remedy_which_helps(name, make):
+    def words():
+        return nn.Sequential(nn.Embedding(9, 4, sparse=True), nn.Flatten(), nn.Linear(8, 2))
+
+    for exclude in ((), (nn.Embedding,)):
+        model = make(words)
+        optimizer, mitigator = sgd(model), KINDS[name](0.1, exclude=exclude)
+        mitigator.attach(optimizer, model)
+        model(torch.arange(6).view(3, 2)).sum().backward()
+        if exclude:
+            optimizer.step()
+            continue
+        with pytest.raises(TypeError, match=r"shape \(9, 4\) is sparse.*exclude=\(nn.Embedding,\)"):
+            optimizer.step()

@@ -186,7 +186,7 @@ def test_it_recycles_every_n_steps_and_listens_only_before(make):
     redo, optimizer = ReDO(0.0, every=3), still(model)
     with redo.attach(optimizer, model):
         for n in range(1, 8):
-            assert len(hooks._global_forward_pre_hooks) == (n % 3 == 0)
+            assert len(hooks._global_forward_hooks) == (n % 3 == 0)
             assert bool(redo.recycled) == (n > 3)
             step(model, optimizer)
             kill(model[0], DEAD)
@@ -225,12 +225,12 @@ def test_snapshots_and_pickles_carry_no_hooks_and_nothing_stays_behind(make):
     model = make(perceptron)
     redo = ReDO(every=1)
     redo.prepare(model)
-    assert len(hooks._global_forward_pre_hooks) == 1
+    assert len(hooks._global_forward_hooks) == 1
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in copy.deepcopy(model).modules())
     pickle.loads(pickle.dumps((model, redo)))
     del redo
     gc.collect()
-    assert not hooks._global_forward_pre_hooks
+    assert not hooks._global_forward_hooks
 
 
 def test_a_run_goes_on_bit_identically_also_from_the_step_before_it_recycles(make):
@@ -312,6 +312,8 @@ def test_a_step_that_followed_no_training_pass_is_an_error(make):
         (lambda: ReDO(1.0), r"threshold must lie in \[0, 1\)"),
         (lambda: ReDO(-0.1), r"threshold must lie in \[0, 1\)"),
         (lambda: ReDO(every=0), "every must be at least 1"),
+        (lambda: ReDO(seed=-1), "seed must be an integer from 0 .* got -1"),
+        (lambda: ReDO(seed=0.5), "seed must be an integer from 0 .* got 0.5"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(make, message):
@@ -322,7 +324,130 @@ def test_options_that_make_no_sense_are_refused(make, message):
 def test_a_mitigator_that_is_removed_listens_no_more():
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    before = len(torch.nn.modules.module._global_forward_pre_hooks)
+    before = len(torch.nn.modules.module._global_forward_hooks)
     with ReDO(every=1).attach(optimizer, model):
-        assert len(torch.nn.modules.module._global_forward_pre_hooks) == before + 1
-    assert len(torch.nn.modules.module._global_forward_pre_hooks) == before
+        assert len(torch.nn.modules.module._global_forward_hooks) == before + 1
+    assert len(torch.nn.modules.module._global_forward_hooks) == before
+
+
+class Written(nn.Module):
+    """A model whose forward pass is given as a function."""
+
+    def __init__(self, forward, **layers):
+        super().__init__()
+        self.written = forward
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+
+    def forward(self, x):
+        return self.written(self, x)
+
+
+def recycled(model, inputs, threshold=0.0):
+    """What one step that moves nothing recycles, having seen the inputs; and that mitigator."""
+    redo, optimizer = ReDO(threshold, every=1), still(model)
+    with redo.attach(optimizer, model):
+        model(inputs).sum().backward()
+        optimizer.step()
+    return redo
+
+
+def test_a_unit_that_one_of_two_readers_gets_is_in_use(make):
+    def forward(self, x):
+        hidden = self.f(x)
+        return self.p(hidden.relu()) + self.v(hidden.tanh())
+
+    model = make(lambda: Written(forward, f=nn.Linear(6, 8), p=nn.Linear(8, 3), v=nn.Linear(8, 3)))
+    kill(model.f, DEAD)  # −1 for the ReLU, which is 0, and for tanh, which is not
+    with torch.no_grad():
+        model.f.weight[5], model.f.bias[5] = 0, 0  # which both get as 0
+    inputs = torch.randn(20, 6, generator=torch.Generator().manual_seed(0))
+    before = model(inputs)
+    assert recycled(model, inputs).recycled == {"f": 1}
+    torch.testing.assert_close(model(inputs), before)
+
+
+def test_a_layer_with_a_reader_that_had_no_pass_is_not_recycled(make):
+    def forward(self, x):
+        hidden = self.f(x).relu()
+        return self.p(hidden) + (self.v(hidden) if self.both else 0)
+
+    model = make(lambda: Written(forward, f=nn.Linear(6, 8), p=nn.Linear(8, 3), v=nn.Linear(8, 3)))
+    model.both = True
+    redo, optimizer = ReDO(0.0, every=1), still(model)
+    redo.attach(optimizer, model)
+    model.both = False
+    model(torch.randn(5, 6)).sum().backward()
+    with pytest.raises(RuntimeError, match="saw no training pass"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d, lambda n: nn.GroupNorm(2, n)])
+def test_a_norm_over_another_axis_than_the_units_leaves_the_layer_alone(norm, make):
+    """[n, 8, 6] → [n, 8, 8]: the norm takes the eight times for its features."""
+    model = make(lambda: nn.Sequential(nn.Linear(6, 8), norm(8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(),
+                                       nn.Linear(8, 3)))  # fmt: skip
+    with torch.no_grad():
+        model[1].weight.copy_(torch.linspace(1, 2, 8))
+        model[1].bias.copy_(torch.linspace(2, 1, 8))
+        model[3].bias += 1
+        kill(model[3], DEAD)
+    inputs = torch.randn(20, 8, 6, generator=torch.Generator().manual_seed(0))
+    before = model(inputs)
+    redo = recycled(model, inputs)
+    assert redo.recycled == {"3": 2}
+    assert redo.layers == ("3",)
+    assert redo.left_alone["0"] == "a norm layer on its way took another axis for its units"
+    torch.testing.assert_close(model(inputs), before)
+
+
+def test_a_model_whose_only_layer_turns_out_to_be_none_is_refused_then(make):
+    model = make(lambda: nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3)))
+    with pytest.raises(ValueError, match="'0': a norm layer on its way took another axis"):
+        recycled(model, torch.ones(5, 8, 6))
+
+
+def test_readers_are_heard_that_are_called_by_keyword(make):
+    model = make(lambda: Written(lambda self, x: self.b(input=self.a(x).relu()), a=nn.Linear(6, 8), b=nn.Linear(8, 3)))
+    kill(model.a, DEAD)
+    assert recycled(model, torch.randn(20, 6, generator=torch.Generator().manual_seed(0))).recycled == {"a": 2}
+
+
+OPTIMIZERS = {
+    "Adadelta": torch.optim.Adadelta,
+    "Adagrad": lambda p, lr: torch.optim.Adagrad(p, lr=lr, initial_accumulator_value=0.3),
+    "Adamax": torch.optim.Adamax,
+    "ASGD": lambda p, lr: torch.optim.ASGD(p, lr=lr, t0=0),
+    "NAdam": torch.optim.NAdam,
+    "RAdam": torch.optim.RAdam,
+    "RMSprop": lambda p, lr: torch.optim.RMSprop(p, lr=lr, momentum=0.9, centered=True),
+    "Rprop": torch.optim.Rprop,
+    "SGD": lambda p, lr: torch.optim.SGD(p, lr=lr, momentum=0.9),
+    "Adafactor": torch.optim.Adafactor,
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_whatever_torchs_optimisers_keep_of_recycled_entries_is_as_at_the_start(name, make):
+    model = make(perceptron)
+    optimizer = OPTIMIZERS[name](model.parameters(), lr=0.01)
+    for _ in range(5):
+        step(model, optimizer)
+    for kept in optimizer.state.values():
+        for entries in kept.values():
+            if entries.ndim:
+                entries += 0.5
+    bias, kill_at = model[0].bias, torch.tensor(DEAD)
+    redo = ReDO(0.0, every=1)
+    redo.prepare(model)
+    kill(model[0], DEAD)
+    model(batch(model)[0])
+    redo.after_step(model, optimizer)
+    starts = {"step_size": 0.01, "sum": 0.3}
+    found = {which: entries for which, entries in optimizer.state[bias].items() if entries.ndim}
+    assert redo.recycled["0"] == 2
+    assert found
+    for which, entries in found.items():
+        expected = bias if which == "ax" else torch.full_like(bias, starts.get(which, 0.0))
+        assert torch.equal(entries[kill_at], expected[kill_at])
+        assert not torch.equal(entries[[0, 2, 3]], expected[[0, 2, 3]])

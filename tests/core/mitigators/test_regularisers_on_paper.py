@@ -64,6 +64,24 @@ def test_l2_of_a_strength_is_weight_decay_of_twice_as_much(optimizer, make):
     torch.testing.assert_close(regularised.weight, decayed.weight, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])
+def test_l2_is_weight_decay_also_for_a_head_that_is_not_in_use(optimizer, make):
+    decayed = make(lambda: nn.ModuleList([nn.Linear(5, 3), nn.Linear(5, 3)])).double()
+    regularised, before = copy.deepcopy(decayed), copy.deepcopy(decayed)
+    inputs = torch.randn(7, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for heads, decay in ((decayed, 0.2), (regularised, 0.0)):
+        steps = optimizer(heads.parameters(), lr=0.1, weight_decay=decay)
+        if not decay:
+            L2(0.1).attach(steps, heads)
+        for used in (0, 0, 0):
+            steps.zero_grad()
+            heads[used](inputs).square().mean().backward()
+            steps.step()
+    assert torch.equal(regularised[1].weight, before[1].weight)
+    for ours, theirs in zip(regularised.parameters(), decayed.parameters()):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
 def test_l2_init_is_the_squared_distance_to_where_training_began():
     layer, mitigator = row(1.0, 2.0), L2Init(0.5)
     mitigator.prepare(layer)
@@ -115,6 +133,14 @@ def test_wasserstein_is_the_number_of_entries_times_the_distance_that_scipy_comp
     put(layer, shift.tolist())
     distance = wasserstein_distance(first.flatten(), shift.flatten())
     assert mitigator.penalty(layer).item() == pytest.approx(40 * distance**2, rel=1e-12)
+
+
+def test_wasserstein_sees_a_layer_anew_that_another_of_as_many_entries_replaces():
+    layer, mitigator = weighing([[1.0, 5.0, 3.0], [2.0, 4.0, 6.0]]), Wasserstein(0.5, resort=1)
+    gradient(mitigator, layer)
+    layer.weight = nn.Parameter(torch.tensor([[10.0, 30.0], [20.0, 60.0], [50.0, 40.0]], dtype=torch.float64))
+    assert mitigator.penalty(layer) == 0
+    assert gradient(mitigator, layer) == [[0.0, 0.0]] * 3
 
 
 def test_between_two_sorts_the_pull_is_that_of_an_upper_bound():
@@ -223,10 +249,13 @@ def test_a_parameter_that_training_gave_no_gradient_has_no_importance_and_keeps_
 def test_a_step_that_is_skipped_for_overflow_does_not_poison_the_importances():
     layer, mitigator = row(1.0, 2.0), StreamingEWC(1.0)
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
-    optimizer.grad_scale = torch.tensor(1024.0)
+    gradient(mitigator, layer, [[1.0, 2.0]])
+    before = mitigator.state_dict()
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(1024.0), torch.tensor(1.0)
     layer.weight.grad = torch.tensor([[float("inf"), float("nan")]], dtype=torch.float64)
     mitigator.before_step(layer, optimizer)
-    assert torch.isfinite(mitigator.importances["weight"]).all()
+    assert torch.equal(mitigator.importances["weight"], before["importances"]["weight"])
+    assert mitigator.counts == before["counts"]
 
 
 def test_grown_rows_have_no_importance_until_they_have_a_gradient():
@@ -237,6 +266,35 @@ def test_grown_rows_have_no_importance_until_they_have_a_gradient():
     assert mitigator.penalty(layer) == 0
     gradient(mitigator, layer, [[4.0], [0.0]])
     assert mitigator.importances["weight"].tolist() == [[12.0], [0.0]]
+
+
+def test_the_importance_of_grown_rows_is_the_square_of_a_constant_gradient_from_their_first_step():
+    layer, mitigator = row(1.0), StreamingEWC(1.0, anchor_decay=1 - 1e-12)
+    for _ in range(100):
+        gradient(mitigator, layer, [[2.0]])
+    grow(layer, [[7.0]])
+    for _ in range(3):
+        gradient(mitigator, layer, [[2.0], [2.0]])
+    put(layer, [[1.0 + 3], [7.0 + 5]])
+    assert mitigator.penalty(layer).item() == pytest.approx(0.5 * 4 * (9 + 25))
+    pulled = gradient(mitigator, layer, [[2.0], [2.0]])
+    assert pulled == [[pytest.approx(2 + 4 * 3)], [pytest.approx(2 + 4 * 5)]]
+    again = StreamingEWC(1.0)
+    again.load_state_dict(copy.deepcopy(mitigator.state_dict()))
+    assert again.penalty(layer) == mitigator.penalty(layer)
+    mitigator.counts["weight"] += 1
+    assert again.counts["weight"].tolist() == [[104.0], [4.0]]
+
+
+def test_the_importances_of_a_layer_that_another_replaces_start_anew():
+    layer, mitigator = row(1.0, 2.0), StreamingEWC(1.0, anchor_decay=0.999999999999)
+    for _ in range(50):
+        gradient(mitigator, layer, [[3.0, 3.0]])
+    layer.weight = nn.Parameter(torch.tensor([[5.0]], dtype=torch.float64))
+    assert mitigator.penalty(layer) == 0
+    gradient(mitigator, layer, [[2.0]])
+    put(layer, [[6.0]])
+    assert mitigator.penalty(layer).item() == pytest.approx(0.5 * 4)
 
 
 @pytest.mark.parametrize(

@@ -65,3 +65,16 @@ def test_a_name_that_is_almost_right_is_suggested():
         Selection(include=("clasifier",)).check(model)
     with pytest.raises(ValueError, match="'LayerNorm' selects"):
         Selection(exclude=(nn.LayerNorm,)).check(model)
+
+
+@pytest.mark.parametrize(
+    ("name", "role"),
+    [
+        ("token_mixing", Multiplies()), ("decomposition", Multiplies()), ("embedding_proj", Multiplies()),
+        ("cls_token", Adds()), ("pos_embed", Adds()), ("relative_position_bias_table", Adds()), ("bias_k", Adds()),
+    ],
+)  # fmt: skip
+def test_custom_parameters_are_known_by_whole_parts_of_their_names(name, role):
+    module = nn.Module()
+    module.register_parameter(name, nn.Parameter(torch.randn(8, 8)))
+    assert list(roles(module).values()) == [role]

@@ -52,6 +52,57 @@ def test_noise_has_the_standard_deviation_of_torchs_initial_values(make, layer):
     assert kurtosis.item() == pytest.approx(3.0, abs=0.15)  # normal
 
 
+LAYERS = {
+    "attention": lambda: nn.MultiheadAttention(64, 4, add_bias_kv=True),
+    "attention of other keys": lambda: nn.MultiheadAttention(64, 4, kdim=200, vdim=100),
+    "LSTM": lambda: nn.LSTM(100, 10, proj_size=4),
+    "GRU": lambda: nn.GRU(100, 20, bidirectional=True),
+    "RNN cell": lambda: nn.RNNCell(100, 30),
+    "Bilinear": lambda: nn.Bilinear(12, 200, 30),
+    "grouped": lambda: nn.Conv2d(8, 32, 3, groups=4),
+    "instance norm": lambda: nn.InstanceNorm2d(40, affine=True),
+}
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_starting_anew_is_starting_as_torch_does(layer, make):
+    fresh = make(LAYERS[layer])
+    noisy = copy.deepcopy(fresh)
+    ShrinkAndPerturb(1.0, 1.0, when=AfterTask()).apply(noisy)
+    for (name, ours), theirs in zip(noisy.named_parameters(), fresh.parameters()):
+        if theirs.std() == 0:
+            assert torch.equal(ours, theirs), name
+        else:
+            tolerance = 0.02 + 2.5 * theirs.numel() ** -0.5
+            assert ours.std().item() == pytest.approx(theirs.std().item(), rel=tolerance), name
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
+def test_layers_without_inputs_or_outputs_have_nothing_to_draw(make):
+    model = make(lambda: nn.Sequential(nn.Linear(4, 0), nn.Linear(0, 3), nn.Conv2d(3, 2, 1)))
+    steps(ShrinkAndPerturb(0.1, 0.1), model, 2)
+    assert torch.equal(model[1].bias, torch.zeros(3))
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale, self.bias = nn.Parameter(torch.full((3,), 2.0)), nn.Parameter(torch.ones(3))
+        self.temperature = nn.Parameter(torch.tensor(3.0))
+
+
+def test_vectors_that_nothing_tells_about_and_slopes_are_left_alone():
+    model = nn.Sequential(Scaled(), nn.PReLU(3), nn.Embedding(2, 2))
+    before = values(model)
+    steps(ShrinkAndPerturb(0.5, 1.0), model, 1)
+    after = values(model)
+    assert {name for name in before if torch.equal(before[name], after[name])} == {
+        "0.scale", "0.temperature", "1.weight"
+    }  # fmt: skip
+    assert torch.equal(after["2.weight"], before["2.weight"] / 2)
+    assert torch.equal(after["0.bias"], before["0.bias"] / 2)
+
+
 def test_what_has_no_initial_spread_gets_no_noise(model):
     before = values(model)
     steps(ShrinkAndPerturb(0.0, 1.0), model, 3)
@@ -168,6 +219,8 @@ def test_models_of_other_dtypes_keep_them(dtype, model):
         (lambda: ShrinkAndPerturb(1.5, 0.1), ValueError, r"shrink must lie in \[0, 1\]"),
         (lambda: ShrinkAndPerturb(0.5, -0.1), ValueError, "noise must be a finite number"),
         (lambda: ShrinkAndPerturb(0.5, 0.1, when=EveryStep), TypeError, "when must be"),
+        (lambda: ShrinkAndPerturb(0.5, 0.1, seed=-1), ValueError, "seed must be an integer from 0 .* got -1"),
+        (lambda: ShrinkAndPerturb(0.5, 0.1, seed="a"), ValueError, "seed must be an integer from 0 .* got 'a'"),
         (lambda: EverySteps(0), ValueError, "n must be at least 1"),
         (lambda: EveryStep(reuse=0), ValueError, "reuse must be at least 1"),
     ],

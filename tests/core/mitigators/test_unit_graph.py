@@ -33,7 +33,7 @@ def test_units_are_followed_through_activations_pooling_norms_and_flattening():
     )  # fmt: skip
     graph = UnitGraph.of(model)
     assert graph.hidden == (
-        HiddenLayer("0", ("4",), ("1",)), HiddenLayer("4", ("8",), ()), HiddenLayer("8", ("12",), ("9",)),
+        HiddenLayer("0", ("4",), ("1",), batched=True), HiddenLayer("4", ("8",)), HiddenLayer("8", ("12",), ("9",)),
     )  # fmt: skip
     assert graph.others == {"12": "its units are outputs of the model"}
 
@@ -73,6 +73,56 @@ def shared():
     a, b = nn.Linear(4, 4), nn.Linear(4, 4)
     b.weight = a.weight
     return nn.Sequential(a, nn.ReLU(), b, nn.ReLU(), nn.Linear(4, 2))
+
+
+def two_through(first, second, x):
+    """a and b with a norm layer each, which may be the same, both read by c."""
+    model = Written(lambda self, x: self.c(self.n(self.a(x)).relu()) + self.d(self.m(self.b(x)).relu()),
+                    a=nn.Linear(4, 4), b=nn.Linear(4, 4), c=nn.Linear(4, 2), d=nn.Linear(4, 2),
+                    n=first, m=second)  # fmt: skip
+    model(x)
+    return UnitGraph.of(model)
+
+
+def test_norm_layers_that_serve_two_layers_or_share_their_scale_are_no_units_own():
+    x, norm, other = torch.randn(3, 4), nn.BatchNorm1d(4), nn.BatchNorm1d(4)
+    assert [layer.norms for layer in two_through(norm, other, x).hidden] == [("n",), ("m",)]
+    called_twice = two_through(norm, norm, x)
+    assert not called_twice.hidden
+    assert called_twice.others["a"] == "the norm layer 'n' on its way is called several times"
+    other.weight = norm.weight
+    assert two_through(norm, other, x).others["b"] == "a weight on its way is shared"
+
+
+@pytest.mark.parametrize(("norm", "batched"), [
+    (nn.BatchNorm1d(4), True), (nn.GroupNorm(2, 4), True), (nn.LayerNorm(4), False), (nn.RMSNorm(4), False),
+])  # fmt: skip
+def test_batch_and_group_norms_know_units_in_batches_only(norm, batched):
+    graph = UnitGraph.of(nn.Sequential(nn.Linear(4, 4), norm, nn.ReLU(), nn.Linear(4, 2)))
+    assert graph.hidden == (HiddenLayer("0", ("3",), ("1",), batched),)
+
+
+def test_an_instance_norm_behind_a_linear_layer_knows_no_units():
+    graph = UnitGraph.of(nn.Sequential(nn.Linear(4, 4), nn.InstanceNorm1d(4, affine=True), nn.Linear(4, 2)))
+    assert graph.others["0"] == "its units go into '1'"
+    images = UnitGraph.of(nn.Sequential(nn.Conv1d(4, 4, 1), nn.InstanceNorm1d(4, affine=True), nn.Conv1d(4, 2, 1)))
+    assert images.hidden == (HiddenLayer("0", ("2",), ("1",), batched=True),)
+
+
+def test_a_weight_that_is_read_outside_of_its_layer_or_a_shared_bias_is_left_out():
+    tied = Written(lambda self, x: F.linear(self.b(self.a(x).relu()), self.a.weight), a=nn.Linear(4, 4),
+                   b=nn.Linear(4, 4))  # fmt: skip
+    assert "shared" in UnitGraph.of(tied).others["a"]
+    biases = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    biases[0].bias = biases[2].bias
+    assert "shared" in UnitGraph.of(biases).others["0"]
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
+def test_layers_without_units_are_left_out():
+    graph = UnitGraph.of(nn.Sequential(nn.Linear(4, 0), nn.Linear(0, 3), nn.ReLU(), nn.Linear(3, 2)))
+    assert graph.hidden == ()
+    assert graph.others["0"] == graph.others["1"] == "it has no weights"
 
 
 class Branching(nn.Module):
