@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import nn
 
-from avalanche_curv.core.mitigators.base import Mitigator, Regularizer
+from avalanche_curv.core.mitigators import Mitigator, Regularizer
 from avalanche_curv.core.mitigators.crelu import CReLU
 from avalanche_curv.core.mitigators.parseval import Parseval
 from avalanche_curv.core.mitigators.redo import ReDO

@@ -1,10 +1,11 @@
 """What keeps a network able to learn: each mitigator works around the steps of any optimiser."""
 
-from avalanche_curv.core.mitigators.base import Mitigator, Regularizer
+from avalanche_curv.core.mitigators.base import Mitigator
 from avalanche_curv.core.mitigators.crelu import CReLU
 from avalanche_curv.core.mitigators.l2 import L2, L2Init
 from avalanche_curv.core.mitigators.parseval import Parseval
 from avalanche_curv.core.mitigators.redo import ReDO
+from avalanche_curv.core.mitigators.regularizer import Regularizer
 from avalanche_curv.core.mitigators.shrink_perturb import AfterTask, EveryStep, EverySteps, ShrinkAndPerturb
 from avalanche_curv.core.mitigators.spectral import SpectralRegularizer
 from avalanche_curv.core.mitigators.streaming_ewc import StreamingEWC

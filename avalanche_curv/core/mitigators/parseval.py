@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from avalanche_curv.core.mitigators.base import Regularizer
 from avalanche_curv.core.mitigators.gradients import gradient_of, in_full
+from avalanche_curv.core.mitigators.regularizer import Regularizer
 from avalanche_curv.core.mitigators.roles import Multiplies, roles
 from avalanche_curv.core.mitigators.selection import Kept
 from avalanche_curv.core.options import is_number

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from avalanche_curv.core.mitigators.base import Regularizer
 from avalanche_curv.core.mitigators.power_iteration import Pair, fitting, iterate, stir
+from avalanche_curv.core.mitigators.regularizer import Regularizer
 from avalanche_curv.core.mitigators.roles import Multiplies, block_names, roles, warn_of_unknown
 from avalanche_curv.core.mitigators.selection import Kept
 from avalanche_curv.core.mitigators.spectral_parts import Group, Part, add, add_outer

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from avalanche_curv.core.mitigators.base import Regularizer
 from avalanche_curv.core.mitigators.gradients import gradient_of, in_full
 from avalanche_curv.core.mitigators.initial import copies, grown
+from avalanche_curv.core.mitigators.regularizer import Regularizer
 from avalanche_curv.core.mitigators.selection import Kept
 from avalanche_curv.core.options import is_number
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from avalanche_curv.core.mitigators.base import Regularizer
 from avalanche_curv.core.mitigators.gradients import add_to_gradients, differences, sum_of_squares
 from avalanche_curv.core.mitigators.initial import FirstSeen, copies
+from avalanche_curv.core.mitigators.regularizer import Regularizer
 from avalanche_curv.core.mitigators.selection import Kept
 from avalanche_curv.core.options import is_count
 

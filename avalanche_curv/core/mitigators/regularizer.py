@@ -1,0 +1,78 @@
+"""What adds a penalty to the loss, by its gradient."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from avalanche_curv.core.mitigators.base import Mitigator
+from avalanche_curv.core.mitigators.selection import Kept
+from avalanche_curv.core.options import is_count, is_number
+
+
+class Regularizer(Mitigator):
+    """Adds strength · R(θ) to what training minimises, as gradients in closed form just before each step.
+
+    Like torch's weight decay it leaves parameters without a gradient alone, such as those of a head that is not in
+    use. `strength` 0 changes nothing. With `every=n` the gradient comes at every n-th step and n times as large, so
+    that the strength means the same. Raises ValueError at the first step of an optimiser with `maximize=True`, which
+    would maximise R too.
+    """
+
+    def __init__(
+        self, strength: float, *, every: int = 1, include: Iterable[Kept] = (), exclude: Iterable[Kept] = ()
+    ) -> None:
+        super().__init__(include=include, exclude=exclude)
+        if not is_number(strength) or strength < 0:
+            raise ValueError(f"strength must be a finite number, at least 0; got {strength!r}.")
+        if not is_count(every):
+            raise ValueError(f"every must be at least 1 step; got {every!r}. 1 regularises each step.")
+        self.strength, self.every = float(strength), every
+
+    @abstractmethod
+    def penalty(self, model: nn.Module) -> Tensor:
+        """R(θ), without strength, in autograd's graph: for loops that add it to their loss."""
+
+    @abstractmethod
+    def _add(self, parameters: dict[str, nn.Parameter], model: nn.Module, weight: float) -> None:
+        """Add weight · ∇R to the gradients of some of the model's parameters; those that have none get one."""
+
+    @torch.no_grad()
+    def add_gradients(self, model: nn.Module) -> None:
+        """Add strength · ∇R to the gradients of all selected parameters now, in closed form."""
+        if self.strength:
+            self._add(self.parameters(model), model, self.strength)
+
+    @torch.no_grad()
+    def before_step(self, model: nn.Module, optimizer: Optimizer) -> None:
+        if self.strength == 0 or self.steps % self.every:
+            return
+        if any(group.get("maximize") for group in optimizer.param_groups):
+            raise ValueError(
+                f"{type(self).__name__} minimises its penalty, but the optimiser maximises. Minimise the negative loss."
+            )
+        parameters = {n: p for n, p in self.parameters(model, optimizer).items() if p.grad is not None}
+        with _unscaled(optimizer, parameters.values()) as finite:
+            if finite and parameters:
+                self._add(parameters, model, self.strength * self.every)
+
+
+@contextmanager
+def _unscaled(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> Iterator[bool]:
+    """Gradients as they are without the scale that a fused optimiser takes off within its step, put on again after;
+    and whether they are finite, as far as a scaler has looked: where they are not, it skips the step."""
+    scale = getattr(optimizer, "grad_scale", None)
+    if scale is None:
+        yield True
+        return
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    for gradient in gradients:
+        gradient.div_(scale.to(gradient.device))
+    yield not float(getattr(optimizer, "found_inf", 0.0))
+    for gradient in gradients:
+        gradient.mul_(scale.to(gradient.device))
