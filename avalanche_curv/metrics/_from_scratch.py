@@ -31,8 +31,9 @@ class FromScratch:
 
     `optimizer` makes a fresh optimiser of its parameters, such as `functools.partial(torch.optim.Adam, lr=1e-3)`: give
     that of the strategy. The copy is trained as `Naive` does, without plugins, with the strategy's criterion, batch
-    size and epochs and for no more iterations than the strategy took, and grows its head for the task. `seed` draws
-    its batches and dropout; global random states are put back. It doubles the cost of training.
+    size and epochs and for no more iterations than the strategy took, and grows its head for the task. Arguments of
+    the strategy's `train(...)`, such as `shuffle=False` or `num_workers`, are not known here and have their defaults.
+    `seed` draws its batches and dropout; global random states are put back. It doubles the cost of training.
     """
 
     optimizer: Callable[[Iterable[nn.Parameter]], Optimizer]

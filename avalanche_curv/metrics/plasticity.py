@@ -62,9 +62,10 @@ def plasticity_metrics(
     For a multilayer perceptron 784-256×4-10 one measurement takes two forward passes and one backward pass over the
     probe and a decomposition of each weight: as long as some ten steps of batch 128.
 
-    Values that are not finite, such as those of a run that diverged, are left out; an accuracy never is. Measuring
-    draws no random numbers and leaves training bit-identical. Raises TypeError or ValueError for unusable options, and
-    before training for a criterion without per-example form and a model without hidden layers.
+    Values that are not finite are left out, such as those of a run that diverged, or the condition of a singular weight
+    and with it the mean over weights; an accuracy never is. Measuring draws no random numbers and leaves training
+    bit-identical. Raises TypeError or ValueError for unusable options, and before training for a criterion without
+    per-example form and a model without hidden layers.
 
     >>> [type(metric).__name__ for metric in plasticity_metrics(every=50)]
     ['WeightMetric', 'ProbeMetric', 'TrainingAccuracyMetric']

@@ -57,6 +57,22 @@ def test_a_spread_of_five_decades_is_resolved(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("condition", [5e6, 2e7, 1e9])
+def test_the_condition_of_a_matrix_that_is_nearly_singular_is_known(dtype, condition):
+    """diag(1, ..., 1, 1 / κ) is exact in float32 up to the rounding of one entry; signs and places add none."""
+    diagonal = torch.ones(256, dtype=torch.float64)
+    diagonal[-1] = -1 / condition
+    weight = torch.diag(diagonal)[torch.randperm(256, generator=torch.Generator().manual_seed(0))].to(dtype)
+    assert condition_number(singular_values(weight)) == pytest.approx(condition, rel=1e-6)
+
+
+def test_the_condition_of_a_dense_matrix_in_single_precision_is_that_of_the_numbers_it_holds():
+    weight = ((orthogonal(64, 1) * torch.logspace(0, -6.5, 64, dtype=torch.float64)) @ orthogonal(64, 2)).float()
+    expected = np.linalg.svd(weight.double().numpy(), compute_uv=False)
+    np.testing.assert_allclose(singular_values(weight).numpy(), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("hole", [math.nan, math.inf])
 def test_a_matrix_that_is_not_finite_has_none(dtype, hole):
     weight = matrix(3, 4, dtype=dtype)
@@ -165,6 +181,14 @@ def test_a_model_that_diverged_has_spectra_of_nan(net):
     assert all(math.isnan(value) for value in vars(found["0.weight"]).values())
     assert not any(math.isnan(value) for value in vars(found["2.weight"]).values())
     assert math.isnan(parameter_norm(net))
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_a_weight_without_entries_has_no_spectrum():
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 0))
+    assert list(weight_spectra(model)) == ["0.weight"]
+    with pytest.raises(ValueError, match="Linear has no weight"):
+        weight_spectra(model[1])
 
 
 def test_a_model_without_weights_is_refused():

@@ -28,8 +28,9 @@ def hidden_activations(model: nn.Module, inputs: Tensor) -> Activations:
 
     They are the outputs of the model's activation modules (nn.ReLU, nn.GELU, nn.Tanh, ...), except one that gives the
     outputs of the model. Where there is none, as with `functional.relu`, they are the inputs of its Linear and
-    convolutional layers but the first: the same, up to what pools or normalises in between. A module that is called
-    several times has a number after its name: "relu", "relu[1]" and so on.
+    convolutional layers but the first: the same, up to what pools or normalises in between. One activation module is
+    enough for the former: functions are not seen beside it, so let all hidden layers of a model use modules, or none.
+    A module that is called several times has a number after its name: "relu", "relu[1]" and so on.
 
     A unit is a feature of a linear layer or a channel of a convolution, whichever of the two came last; for the inputs
     of a layer, whichever that layer is. The forward pass is that of a copy in eval mode, without gradients. Raises

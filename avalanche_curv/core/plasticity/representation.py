@@ -10,7 +10,7 @@ from torch import Tensor
 
 from avalanche_curv.core.options import is_number
 from avalanche_curv.core.plasticity.activations import Activations
-from avalanche_curv.core.plasticity.singular_values import effective_rank, singular_values, stable_rank
+from avalanche_curv.core.plasticity.singular_values import effective_rank, leading_singular_values, stable_rank
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def _of_layer(activations: Tensor, threshold: float) -> Representation:
     units = activations.shape[-1]
     if not activations.isfinite().all():
         return Representation(units, math.nan, math.nan, math.nan, math.nan)
-    values = singular_values(activations.flatten(1))
+    values = leading_singular_values(activations.flatten(1))
     return Representation(
         units=units,
         dormant=_fraction(dormancy_scores(activations) <= threshold),

@@ -23,7 +23,7 @@ class WeightSpectrum:
     - frobenius_norm = ‖W‖_F = (Σ σ_i²)^½;
     - stable_rank = ‖W‖_F² / σ_1²;
     - effective_rank = exp(−Σ p_i log p_i), p_i = σ_i / Σ_j σ_j (Roy & Vetterli 2007);
-    - condition_number = σ_1 / σ_n, infinite for a singular matrix.
+    - condition_number = σ_1 / σ_n, up to 1e13 or so; infinite for a matrix that is singular to float64's rounding.
 
     A matrix of zeros has ranks 0. All are NaN for a matrix that is not finite.
     """
@@ -40,12 +40,12 @@ def weight_spectra(model: nn.Module) -> dict[str, WeightSpectrum]:
 
     A kernel of a convolution counts as the matrix d_out × rest (a transposed one with its second axis first), whose
     norm bounds, and is not, that of the convolution; the queries, keys and values of attention count one by one.
-    Raises ValueError for a model without a weight.
+    A weight without entries has no spectrum and is left out. Raises ValueError for a model without any other.
 
     >>> weight_spectra(nn.Linear(2, 2))["weight"].stable_rank <= 2
     True
     """
-    found = matrices(model)
+    found = {name: matrix for name, matrix in matrices(model).items() if matrix.numel()}
     if not found:
         raise ValueError(f"{type(model).__name__} has no weight that multiplies its input, so there is no spectrum.")
     spectra = {}
