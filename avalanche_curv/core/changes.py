@@ -123,7 +123,11 @@ class PixelPermutation(Change):
 @dataclass(frozen=True)
 class LabelFlip(Change):
     """All examples of class c become class π(c), with one uniform permutation π of the classes for each task; the first
-    task is the data as they are (Elsayed & Mahmood 2024). A new output layer would do; no new features are needed."""
+    task is the data as they are (Elsayed & Mahmood 2024). A new output layer would do; no new features are needed.
+
+    Each π is uniform over all K! permutations, whatever the tasks before it had: a task is the same as the one before,
+    or as the data, with probability 1 / K!, which is half of all tasks for two classes and one in 3.6 million for ten.
+    """
 
     def of(self, targets: Int[Tensor, "N"], classes: Classes, task: int, seed: int) -> Variant:
         if task == 0:

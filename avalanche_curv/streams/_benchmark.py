@@ -17,6 +17,8 @@ from avalanche.benchmarks.utils import (
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from avalanche_curv.core.options import is_count
+
 TEST_FRACTION = 0.2
 CLASS_SETS = ("classes_in_this_experience", "previous_classes", "classes_seen_so_far", "future_classes")
 
@@ -24,7 +26,8 @@ CLASS_SETS = ("classes_in_this_experience", "previous_classes", "classes_seen_so
 class Labelled(Protocol):
     """What an experience is made of: pairs (x, class) by index, and the classes of all of them."""
 
-    targets: Int[Tensor, "N"]
+    @property
+    def targets(self) -> Int[Tensor, "N"] | Sequence[int]: ...
 
     def __len__(self) -> int: ...
 
@@ -95,9 +98,9 @@ def split_by_class(targets: Int[Tensor, "N"], rng: np.random.Generator) -> tuple
 
 
 def check_length(n_experiences: int) -> None:
-    """Raise ValueError unless there is at least one experience."""
-    if n_experiences < 1:
-        raise ValueError(f"A stream needs n_experiences >= 1; got {n_experiences}. Ask for at least one.")
+    """Raise ValueError unless it is a whole number of experiences, and at least one."""
+    if not is_count(n_experiences):
+        raise ValueError(f"A stream needs a whole n_experiences >= 1; got {n_experiences!r}. Ask for at least one.")
 
 
 def _datasets(

@@ -209,6 +209,24 @@ def test_no_image_is_copied(change):
     assert len(pickle.dumps(stream)) < images.nbytes + 25_000  # 2 × 3 tasks of 120 targets, and Avalanche's lists
 
 
+@pytest.mark.parametrize(("classes", "size"), [(100, 1), (200, 2), (40_000, 4)])
+def test_a_task_holds_its_labels_once_in_the_smallest_integers(classes, size):
+    targets = torch.arange(50_000) % classes
+    stream = NonStationary(TensorDataset(torch.zeros(50_000, 1), targets), PixelPermutation(), n_experiences=1, seed=0)
+    alone = len(pickle.dumps(stream)) - 4 * 50_000
+    assert alone < 2 * size * 50_000 + (2 * 20 * classes) + 25_000  # train and test, and Avalanche's sets of classes
+    assert [stream.train_stream[0].dataset[place][1] for place in (0, 7, 49_999)] == targets[[0, 7, -1]].tolist()
+
+
+def test_target_transforms_do_not_change_the_classes_of_targets():
+    class Source(Folder):
+        def __getitem__(self, index):
+            return super().__getitem__(index)[0], 99  # as a target_transform would
+
+    stream = NonStationary(Source(*tensors()), PixelPermutation(), n_experiences=1, seed=0)
+    assert torch.equal(of(stream.train_stream[0])[1], tensors()[1])
+
+
 def test_images_are_read_when_asked_for_and_by_the_transforms_of_the_source():
     images, targets = tensors()
     source = Folder(images, targets, transform=lambda image: -image)
@@ -258,6 +276,9 @@ def test_experiences_know_their_classes_as_sorted_lists_and_a_strategy_learns_th
     ("make", "error", "expected"),
     [
         (lambda d: NonStationary(d, RandomLabels(), n_experiences=0), ValueError, "got 0"),
+        (lambda d: NonStationary(d, RandomLabels(), n_experiences=2.5), ValueError, "whole n_experiences.* got 2.5"),
+        (lambda d: NonStationary(d, RandomLabels(), n_experiences=1, seed=-1), ValueError, "at least 0.* got -1"),
+        (lambda d: NonStationary(d, RandomLabels(), n_experiences=1, seed="0"), ValueError, "at least 0.* got '0'"),
         (lambda d: NonStationary(d, RandomLabels, n_experiences=1), TypeError, r"Call it: RandomLabels\(\)"),
         (lambda d: NonStationary(d, "labels", n_experiences=1), TypeError, "needs a change; got 'labels'"),
         (lambda d: NonStationary(d, RandomLabels(), test=d, n_experiences=1), ValueError, "Leave test out"),
