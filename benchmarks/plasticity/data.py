@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from pickle import PickleError
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,10 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from avalanche_curv.core.changes import Change, GrowingClasses, LabelFlip, PixelPermutation, RandomLabels, Variant
-from benchmarks.plasticity.presets import CHANGES, Setting
+from benchmarks.harness import UsageError
+from benchmarks.plasticity.presets import CHANGES, SOURCES, Setting, check
 
+DAMAGED = (RuntimeError, OSError, ValueError, EOFError, LookupError, PickleError, AssertionError)  # as readers raise
 MADE: dict[str, Change] = dict(zip(CHANGES, (RandomLabels(), PixelPermutation(), LabelFlip(), GrowingClasses())))
 
 
@@ -78,16 +81,24 @@ class Tasks:
 @lru_cache(maxsize=1)
 def read(name: str, count: int, validation: int, dataset_root: Path | None) -> tuple[Images, Images]:
     """The first `count` training images of a data set, and its test images after the first `validation`, of classes
-    that the training images have."""
+    that the training images have. Raises UsageError for files that are missing or damaged."""
+    check(name, dataset_root)
     white = 16 if name == "digits" else 255
-    pixels, targets = (part[:count] for part in _read(READERS[name], dataset_root, True))
-    test_pixels, test_targets = (part[validation:] for part in _read(READERS[name], dataset_root, False))
+    pixels, targets = (part[:count] for part in _read(name, dataset_root, True))
+    test_pixels, test_targets = (part[validation:] for part in _read(name, dataset_root, False))
     known = torch.isin(test_targets, targets.unique())
     return Images(pixels, targets, white), Images(test_pixels[known], test_targets[known], white)
 
 
-def _read(reader: Reader, dataset_root: Path | None, train: bool) -> tuple[Tensor, Tensor]:
-    pixels, targets = reader(dataset_root, train)
+def _read(name: str, dataset_root: Path | None, train: bool) -> tuple[Tensor, Tensor]:
+    try:
+        pixels, targets = READERS[name](dataset_root, train)
+    except DAMAGED as error:
+        folder = Path(dataset_root or ".") / SOURCES[name].place
+        raise UsageError(
+            f"{name} cannot be read: its files in {folder} are damaged, or not all there ({error}). Put there "
+            f"{SOURCES[name].what} anew."
+        ) from error
     pixels = torch.as_tensor(pixels)
     return (pixels if pixels.dim() == 4 else pixels[:, None]).contiguous(), torch.as_tensor(targets).long()
 

@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING
 from benchmarks.harness.plots import Curves, new_figure, plot_curves, saved, tidy
 from benchmarks.harness.styles import MUTED, styles
 from benchmarks.harness.summary import Summary
+from benchmarks.plasticity.comparisons import ACCURACY, TEST_ACCURACY
 
 if TYPE_CHECKING:
     from benchmarks.harness.results import Results
-
-ACCURACY, TEST_ACCURACY = "plasticity_experience/accuracy", "plasticity_experience/test_accuracy"
 
 
 def accuracy_figure(results: Results, labels: list[str], out: Path, name: str) -> str:

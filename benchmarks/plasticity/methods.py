@@ -28,6 +28,9 @@ class Method:
     def mitigator(self, setting: Setting, seed: int) -> Mitigator | None:
         return None
 
+    def begin_task(self, mitigator: Mitigator | None, setting: Setting, number: int, steps: int) -> None:
+        """Before task `number`, from 0, of so many steps: for methods that are told."""
+
 
 @dataclass(frozen=True)
 class FromScratch(Method):
@@ -87,11 +90,15 @@ class PerturbedAfterTask(Method):
 
 @dataclass(frozen=True)
 class Recycled(Method):
-    """ReDO, as often as a task has steps; half a task late, so that accuracy is not measured just after."""
+    """ReDO once a task, after half of its steps (rounded up), so that accuracy is not measured just after."""
 
     threshold: float
 
     def mitigator(self, setting: Setting, seed: int) -> Mitigator:
-        redo = ReDO(self.threshold, every=setting.task_steps, seed=seed)
-        redo.steps = setting.task_steps // 2
-        return redo
+        return ReDO(self.threshold, every=setting.task_steps, seed=seed)
+
+    def begin_task(self, mitigator: Mitigator | None, setting: Setting, number: int, steps: int) -> None:
+        """Set the mitigator's count of steps so that its period ends half-way through a task of any length."""
+        if mitigator is not None:
+            due = (number + 1) * setting.task_steps
+            mitigator.load_state_dict(mitigator.state_dict() | {"steps": due - (steps - steps // 2)})

@@ -15,23 +15,33 @@ NETWORKS: dict[str, Network] = {"mlp": MLP, "resnet18": RESNET, "vit_tiny": VitT
 
 @dataclass(frozen=True)
 class Source:
-    """Where the images of a data set lie below --dataset-root, what they are, and how many classes they have."""
+    """Where the images of a data set lie below --dataset-root, what they are, which files these are, and how many
+    classes they have."""
 
     place: str
     what: str
+    files: tuple[str, ...]
     classes: int
     channels: int = 1
 
 
+KINDS = ("images-idx3-ubyte", "labels-idx1-ubyte")
+IDX = tuple(f"{part}-{kind}" for part in ("train", "t10k") for kind in KINDS)
+BALANCED = tuple(f"emnist-balanced-{part}-{kind}" for part in ("train", "test") for kind in KINDS)
+BATCHES = (*(f"data_batch_{number}" for number in range(1, 6)), "test_batch", "batches.meta")
+SVHN = ("train_32x32.mat", "test_32x32.mat")
+TINY = ("wnids.txt", "train", "val/images", "val/val_annotations.txt")
 SOURCES = {
-    "digits": Source("", "", 10),
-    "mnist": Source("MNIST/raw", "the four IDX files of MNIST", 10),
-    "fashion": Source("FashionMNIST/raw", "the four IDX files of Fashion-MNIST", 10),
-    "emnist": Source("EMNIST/raw", "the IDX files emnist-balanced-{train,test}-{images-idx3,labels-idx1}-ubyte", 47),
-    "cifar10": Source("cifar-10-batches-py", "CIFAR-10, the version for Python, unpacked", 10, 3),
-    "cifar100": Source("cifar-100-python", "CIFAR-100, the version for Python, unpacked", 100, 3),
-    "svhn": Source("train_32x32.mat", "train_32x32.mat and test_32x32.mat of SVHN, cropped digits", 10, 3),
-    "tiny_imagenet": Source("tiny-imagenet-200", "tiny-imagenet-200.zip, unpacked", 200, 3),
+    "digits": Source(".", "", (), 10),
+    "mnist": Source("MNIST/raw", "the four IDX files of MNIST, unpacked", IDX, 10),
+    "fashion": Source("FashionMNIST/raw", "the four IDX files of Fashion-MNIST, unpacked", IDX, 10),
+    "emnist": Source("EMNIST/raw", f"the IDX files {', '.join(BALANCED)}", BALANCED, 47),
+    "cifar10": Source("cifar-10-batches-py", "CIFAR-10, the version for Python, unpacked", BATCHES, 10, 3),
+    "cifar100": Source(
+        "cifar-100-python", "CIFAR-100, the version for Python, unpacked", ("train", "test", "meta"), 100, 3
+    ),
+    "svhn": Source(".", f"{' and '.join(SVHN)}, the cropped digits of SVHN", SVHN, 10, 3),
+    "tiny_imagenet": Source("tiny-imagenet-200", "tiny-imagenet-200.zip, unpacked", TINY, 200, 3),
 }
 
 
@@ -82,19 +92,37 @@ class Setting:
     @property
     def task_steps(self) -> int:
         """Steps in a task that has all images."""
-        return self.epochs * -(-self.count // self.batch)
+        return self.steps(self.count)
+
+    def steps(self, images: int) -> int:
+        """Steps in a task of so many images."""
+        return self.epochs * -(-images // self.batch)
 
 
 def has(images: str, dataset_root: Path | None) -> bool:
     """Whether the files of a data set are there."""
-    return images == "digits" or (dataset_root is not None and (dataset_root / SOURCES[images].place).exists())
+    return not SOURCES[images].files if dataset_root is None else not _missing(images, dataset_root)
 
 
 def check(images: str, dataset_root: Path | None) -> None:
-    """Raises UsageError where the images of a data set are not there."""
+    """Raises UsageError where a file of a data set is not there, or empty."""
+    source = SOURCES[images]
     if has(images, dataset_root):
         return
-    source = SOURCES[images]
     if dataset_root is None:
-        raise UsageError(f"{images} is read from files: give --dataset-root DIR, with {source.what} at {source.place}.")
-    raise UsageError(f"{dataset_root / source.place} is not there. Put there {source.what}; see --dataset-root.")
+        raise UsageError(
+            f"{images} is read from files: give --dataset-root DIR, with {source.what} in DIR/{source.place}."
+        )
+    raise UsageError(
+        f"{_missing(images, dataset_root)[0]} is not there, or empty. Put into {dataset_root / source.place} "
+        f"{source.what}; see --dataset-root."
+    )
+
+
+def _missing(images: str, dataset_root: Path) -> list[Path]:
+    paths = [dataset_root / SOURCES[images].place / name for name in SOURCES[images].files]
+    return [path for path in paths if not (any(path.iterdir()) if path.is_dir() else _has_content(path))]
+
+
+def _has_content(path: Path) -> bool:
+    return path.is_file() and path.stat().st_size > 0

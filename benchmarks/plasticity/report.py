@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 from benchmarks.harness.summary import summarise
 from benchmarks.harness.tables import Cell, Column, table
-from benchmarks.plasticity.comparisons import LATE, against, late_mean, ratio
-from benchmarks.plasticity.figures import ACCURACY, TEST_ACCURACY, accuracy_figure, strength_figure
+from benchmarks.plasticity.comparisons import ACCURACY, LATE, TEST_ACCURACY, against, late_mean, ratio
+from benchmarks.plasticity.figures import accuracy_figure, strength_figure
 
 if TYPE_CHECKING:
     from benchmarks.harness.results import Results
 
-LAYER_NORM = ", LayerNorm"
+LAYER_NORM, LONGER = ", LayerNorm", " epochs"
 MEASURES = {
     "spectral norm": ("plasticity/spectral_norm", 2),
     "‖θ‖": ("plasticity/parameter_norm", 1),
@@ -35,15 +35,16 @@ shown at all of them. Mean ± standard deviation over n seeds.
 
 - *L2* draws parameters to zero, *L2 init* to their initial values, *Wasserstein* their distribution to the initial one.
 - *shrink & perturb s* moves all parameters at every step by s of the way to a network drawn anew; *after each task*
-  by 0.5 there, and so it is told when tasks end, as no other method is.
-- *ReDO τ* recycles units with a score of at most τ, half-way through each task.
+  by 0.5 there.
+- *ReDO τ* recycles units with a score of at most τ, once in each task, half-way through its steps.
+- *from scratch*, *after each task* and *ReDO* are told when tasks end or how long they are; no other method is.
 - *CReLU* has as many units as the others before each nonlinearity, and so more parameters after it.
 - *Parseval* leaves out the last layer, *SpectralReg* nothing."""
 
 
 def report(results: Results, out: Path) -> str:
     """A section for each part that has run."""
-    long, normed = _marked(results, " epochs"), _marked(results, LAYER_NORM)
+    long, normed = _marked(results, LONGER), _marked(results, LAYER_NORM)
     plain = [label for label in results.labels if label not in {*long, *normed}]
     sensitivity = _strengths(plain)
     shown = _shown(plain, sensitivity)
@@ -62,17 +63,25 @@ def report(results: Results, out: Path) -> str:
 
 
 def _setting(results: Results) -> str:
-    setting = next((header["config"]["setting"] for header in results.headers), None)
-    if setting is None:
+    shown = [h for h in results.headers if not h["label"].endswith(LONGER)] or [*results.headers]
+    if not shown:
         return ""
+    setting = shown[0]["config"]["setting"]
+    tasks = max((row["step"] for row in results.select(ACCURACY)), default=setting["tasks"])  # growing classes end
+    epochs = " or ".join(map(str, sorted({header["config"]["setting"]["epochs"] for header in shown})))
     network = setting["network"]
     sizes = ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in network.items() if k not in ("class", "layer_norm"))
     images, change = setting["images"].replace("_", " "), CHANGES[setting["change"]]
     return (
-        f"{setting['tasks']} tasks of {setting['epochs']} epochs each over the first {setting['count']:,} training "
-        f"images of {images} in batches of {setting['batch']}, pixels in [0, 1]; {change}. {network['class']}"
-        f"{f' ({sizes})' if sizes else ''}, Adam at {setting['rate']:g}, whose moments are kept from task to task."
+        f"{tasks} {_plural('task', tasks)} of {epochs} {_plural('epoch', epochs)} each over the first "
+        f"{setting['count']:,} training images of {images} in batches of {setting['batch']}, pixels in [0, 1]; "
+        f"{change}. {network['class']}{f' ({sizes})' if sizes else ''}, Adam at {setting['rate']:g}, whose moments are "
+        "kept from task to task."
     )
+
+
+def _plural(noun: str, count: int | str) -> str:
+    return noun if str(count) == "1" else f"{noun}s"
 
 
 def _marked(results: Results, end: str) -> list[str]:
@@ -149,14 +158,17 @@ def _by_strength(results: Results, sensitivity: dict[str, list[float]], out: Pat
 
 
 def _with_layer_norm(results: Results, normed: list[str]) -> str:
-    columns = [Column("method"), Column("without"), Column("with", 3, max), Column("with, drop"),
-               Column("with, against scratch")]
+    names = [label.removesuffix(LAYER_NORM) for label in normed]
+    without = [results.final(LATE, name) for name in names]
+    known = any(without)  # else no method without it has run
+    columns = [Column("method"), *([Column("without")] if known else []), Column("with", 3, max),
+               Column("with, drop"), Column("with, against scratch")]
     rows: list[list[Cell]] = [
         [
-            label.removesuffix(LAYER_NORM), results.final(LATE, label.removesuffix(LAYER_NORM)),
-            results.final(LATE, label), results.final("drop", label), against(results, label),
+            name, *([plain] if known else []), results.final(LATE, label), results.final("drop", label),
+            against(results, label),
         ]
-        for label in normed
+        for name, plain, label in zip(names, without, normed)
     ]
     return table(columns, rows)
 
@@ -164,8 +176,10 @@ def _with_layer_norm(results: Results, normed: list[str]) -> str:
 def _by_epochs(results: Results, long: list[str]) -> str:
     places = [(label.split(", ")[0], int(label.split(", ")[1].split()[0])) for label in long]
     counts = sorted({count for _, count in places})
-    rows: list[list[Cell]] = [
-        [name, results.final(LATE, name), *(results.final(LATE, f"{name}, {count} epochs") for count in counts)]
-        for name in dict.fromkeys(name for name, _ in places)
-    ]
-    return table([Column("late accuracy"), Column("as above"), *(Column(f"{c} epochs") for c in counts)], rows)
+    names = [*dict.fromkeys(name for name, _ in places)]
+    suffixes = {"as above": "", **{f"{count}{LONGER}": f", {count}{LONGER}" for count in counts}}
+    columns = {title: [results.final(LATE, name + suffix) for name in names] for title, suffix in suffixes.items()}
+    if not any(columns["as above"]):
+        del columns["as above"]
+    text = table([Column("late accuracy"), *map(Column, columns)], [*zip(names, *columns.values())])
+    return f"No network has learned from scratch for longer, so these have no reference.\n\n{text}"

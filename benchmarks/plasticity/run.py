@@ -24,12 +24,12 @@ from avalanche_curv.core.plasticity import (
 )
 from benchmarks.harness.experiment import Context, Record
 from benchmarks.plasticity import Config
+from benchmarks.plasticity.comparisons import ACCURACY, TEST_ACCURACY
 from benchmarks.plasticity.data import Task, Tasks
 from benchmarks.plasticity.presets import SOURCES
 
 PROBE = 64
 AT_ONCE = 1000
-ACCURACY, TEST_ACCURACY = "plasticity_experience/accuracy", "plasticity_experience/test_accuracy"
 Batch = tuple[Tensor, Tensor]
 
 
@@ -42,7 +42,7 @@ def run(config: Config, seed: int, context: Context) -> Iterator[Record]:
         for number in range(tasks.count):
             train, test = tasks.of(number)
             found = learner.measured_before(number, train)
-            learner.learn(train)
+            learner.learn(number, train)
             found |= learner.measured_after(train, test)
             learner.end_task()
             accuracies.append(found[ACCURACY])
@@ -78,9 +78,10 @@ class Learner:
         self.before = now
         return found
 
-    def learn(self, task: Task) -> None:
+    def learn(self, number: int, task: Task) -> None:
         """The epochs of a task, each in an order of its own, the same for every method."""
         start = time.perf_counter()
+        self.config.method.begin_task(self.mitigator, self.setting, number, self.setting.steps(len(task)))
         for _ in range(self.setting.epochs):
             order = torch.randperm(len(task), generator=self.order)
             fit(self.model, self.optimizer, map(self._on_device, task.batches(order, self.setting.batch)))

@@ -60,10 +60,16 @@ def test_the_loop_is_that_of_avalanche_with_the_plugin_bit_for_bit(configs, labe
     config = replace(config, setting=replace(TINY, network=network))
     tasks = [Tasks(config.setting, 0, None).of(number)[0] for number in range(3)]
     learner = Learner(config, 0, tasks[0])
-    for task in tasks:
+
+    def begin(mitigator, number):
+        config.method.begin_task(mitigator, config.setting, number, config.setting.task_steps)
+
+    for number, task in enumerate(tasks):
+        begin(learner.mitigator, number)
         for _ in range(config.setting.epochs):
             fit(learner.model, learner.optimizer, task.batches(torch.arange(len(task)), config.setting.batch))
-        learner.end_task()
+        if number < 2:  # between tasks
+            learner.end_task()
 
     torch.manual_seed(0)
     model = network.build((1, 8, 8), 10, config.method.activation)
@@ -75,6 +81,7 @@ def test_the_loop_is_that_of_avalanche_with_the_plugin_bit_for_bit(configs, labe
         plugins=[MitigatorPlugin(mitigator)] if mitigator else [], evaluator=None,
     )
     for experience in benchmark([(pair, pair) for pair in pairs], [0] * 3, 10).train_stream:
+        begin(mitigator, experience.current_experience)
         strategy.train(experience, shuffle=False)
     for name, value in learner.model.state_dict().items():
         assert torch.equal(value, model.state_dict()[name]), name
@@ -102,6 +109,25 @@ def test_tasks_are_those_of_the_stream(change):
                 assert y.tolist() == [*labels]
     assert (tasks.of(0)[1] is None) == (change == "random_labels")
     assert 0 <= float(train.inputs.min()) < float(train.inputs.max()) == 1
+
+
+@pytest.mark.parametrize(("change", "images"), [("random_labels", [48] * 3), ("class_incremental", [20, 48])])
+def test_units_are_recycled_half_way_through_each_task_whatever_its_length(configs, change, images):
+    from benchmarks.plasticity.data import Tasks
+    from benchmarks.plasticity.run import Learner
+
+    setting = replace(TINY, change=change, epochs=3)
+    tasks = Tasks(setting, 0, None)
+    learner = Learner(replace(configs["ReDO 0.1"], setting=setting), 0, tasks.of(0)[0])
+    redo, recycled = learner.mitigator, []
+    learner.optimizer.register_step_post_hook(lambda *_: recycled.append(redo.steps % redo.every == 0))
+    for number in range(tasks.count):
+        train = tasks.of(number)[0]
+        recycled.clear()
+        learner.learn(number, train)
+        steps = 3 * -(-len(train) // 20)
+        assert [step for step, now in enumerate(recycled, start=1) if now] == [-(-steps // 2)]
+    assert [len(tasks.of(number)[0]) for number in range(tasks.count)] == images
 
 
 def test_a_run_depends_on_its_seed_alone(configs, tmp_path):
@@ -174,7 +200,7 @@ def test_every_preset_names_the_files_it_needs(preset, tmp_path):
         return
     with pytest.raises(UsageError, match="give --dataset-root DIR, with"):
         setting_for(PlasticityOptions(preset=preset))
-    with pytest.raises(UsageError, match=f"{tmp_path}.* is not there. Put there"):
+    with pytest.raises(UsageError, match=f"{tmp_path}.* is not there, or empty. Put into {tmp_path}"):
         setting_for(PlasticityOptions(preset=preset, dataset_root=tmp_path))
 
 
@@ -282,6 +308,43 @@ def test_every_preset_reads_files_of_its_format(preset, tmp_path, unchecked):
     assert float(train.scaled(torch.arange(8)).max()) <= 1
 
 
+@pytest.mark.parametrize("preset", WRITERS)
+def test_files_that_are_missing_or_empty_are_named_before_any_unit_runs(preset, tmp_path):
+    WRITERS[preset](tmp_path)
+    files = [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".png"]
+    for path in files:
+        content = path.read_bytes()
+        path.unlink()
+        with pytest.raises(UsageError, match=f"{path} is not there, or empty. Put into"):
+            experiment.configs(PlasticityOptions(preset=preset, dataset_root=tmp_path))
+        path.write_bytes(b"")
+        with pytest.raises(UsageError, match=f"{path} is not there, or empty. Put into"):
+            experiment.configs(PlasticityOptions(preset=preset, dataset_root=tmp_path))
+        path.write_bytes(content)
+    experiment.configs(PlasticityOptions(preset=preset, dataset_root=tmp_path))
+
+
+@pytest.mark.parametrize("preset", WRITERS)
+def test_damaged_files_are_told_from_a_fault_of_the_code(preset, tmp_path):
+    """torchvision would ask to download them."""
+    from benchmarks.plasticity.data import read
+
+    WRITERS[preset](tmp_path)
+    for path in tmp_path.rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"\0not that")
+    with pytest.raises(UsageError, match=f"{preset} cannot be read: its files in {tmp_path}.* Put there"):
+        read(preset, 8, 0, tmp_path)
+
+
+def test_the_small_preset_takes_the_digits_where_mnist_is_not_whole(tmp_path):
+    write_idx(tmp_path, "MNIST", "")
+    options = PlasticityOptions(dataset_root=tmp_path)
+    assert setting_for(options).images == "mnist"
+    (tmp_path / "MNIST" / "raw" / "t10k-labels-idx1-ubyte").unlink()
+    assert setting_for(options).images == "digits"
+
+
 @pytest.mark.parametrize("label", [
     "SpectralReg 0.0001",
     *(pytest.param(label, marks=pytest.mark.slow) for label in (
@@ -359,6 +422,39 @@ def test_the_report_compares_with_scratch_seed_by_seed_and_layer_norm_with_its_o
     assert sorted(path.stem for path in tmp_path.glob("*.png")) == ["accuracy", "layer_norm", "strengths"]
     rows = [line for line in written.splitlines() if line.startswith("| SpectralReg  ")]
     assert [cell.strip() for cell in rows[0].split("|")[2:5]] == ["0.605 ± 0.007", "0.855 ± 0.007", "–"]
+
+
+def test_the_report_tells_how_many_tasks_there_were_where_classes_end(configs, tmp_path):
+    from benchmarks.plasticity.report import report
+
+    growing = {label: replace(config, setting=replace(config.setting, change="class_incremental", tasks=9, epochs=1))
+               for label, config in configs.items()}
+    written = report(results(growing, {"none": [0.9, 0.8]}), tmp_path)
+    assert "2 tasks of 1 epoch each" in written
+
+
+def test_a_report_of_one_part_has_no_columns_of_the_others(configs, tmp_path):
+    from benchmarks.plasticity.report import report
+
+    def written_of(values):
+        return report(results({label: configs[label] for label in values}, values), tmp_path)
+
+    assert "without" not in written_of({"none, LayerNorm": [0.9, 0.5]})
+    assert "without" in written_of({"none, LayerNorm": [0.9, 0.5], "none": [0.9, 0.4]})
+    written = written_of({"none, 40 epochs": [0.9, 0.5], "none, 60 epochs": [0.9, 0.6]})
+    assert "as above" not in written
+    assert "2 tasks of 40 or 60 epochs each" in written
+    row = next(line for line in written.splitlines() if line.startswith("| none "))
+    assert [cell.strip() for cell in row.split("|")[1:-1]] == ["none", "0.505 ± 0.007", "0.605 ± 0.007"]
+
+
+def test_what_is_compared_with_scratch_has_the_same_norm_layers(configs):
+    from benchmarks.plasticity.comparisons import against
+
+    values = {"from scratch": [0.9, 0.8], "none, LayerNorm": [0.9, 0.5], "none, 40 epochs": [0.9, 0.5]}
+    found = results({label: configs[label] for label in values}, values)
+    assert against(found, "none, LayerNorm") is None
+    assert against(found, "none, 40 epochs") is None
 
 
 def test_a_report_of_nothing_but_one_run_is_written(configs, tmp_path):
