@@ -80,6 +80,9 @@ class WeightMetric(ScalarMetric):
         super().__init__(every)
         self._task_ends = _bridge.TaskEnds()
 
+    def before_training(self, strategy: Any) -> None:
+        weight_spectra(strategy.model)  # which raises where there is none
+
     def after_training_iteration(self, strategy: Any) -> list[MetricValue]:
         return self._published(strategy, "plasticity") if self.due(strategy) else []
 

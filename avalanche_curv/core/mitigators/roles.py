@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TypeAlias
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
@@ -123,20 +124,21 @@ def warn_of_unknown(model: nn.Module, parameters: Iterable[str]) -> None:
 
 
 def matrices(model: nn.Module) -> dict[str, Float[Tensor, "out in"]]:
-    """Every weight as matrices, by name, detached; q, k, v and the gates of recurrent layers one by one. Those that
-    are computed from other parameters are left out.
+    """Every weight as matrices, by name, detached; q, k, v and the gates of recurrent layers one by one, and what
+    `torch.nn.utils.parametrize` computes from other parameters as it is in eval mode.
 
     >>> {name: tuple(W.shape) for name, W in matrices(nn.Conv2d(3, 8, 5)).items()}
     {'weight': (8, 75)}
     >>> list(matrices(nn.MultiheadAttention(4, 2)))
     ['in_proj_weight[q]', 'in_proj_weight[k]', 'in_proj_weight[v]', 'out_proj.weight']
     """
-    found = roles(model)
-    named = {name: p for name, p in model.named_parameters() if isinstance(found.get(p), Multiplies)}
+    known = roles(model)
+    weights = {canonical_name(name): (p, known.get(p)) for name, p in model.named_parameters()} | _computed(model)
     return {
         label: block.detach().flatten(1)
-        for name, p in named.items()
-        for label, block in zip(block_names(canonical_name(name), found[p]), found[p].tensors(p))
+        for name, (weight, role) in weights.items()
+        if isinstance(role, Multiplies)
+        for label, block in zip(block_names(name, role), role.tensors(weight))
     }
 
 
@@ -146,6 +148,20 @@ def block_names(name: str, role: Role) -> list[str]:
     if blocks == 1:
         return [name]
     return [f"{name}[{which}]" for which in ("qkv" if "in_proj" in name else range(blocks))]
+
+
+@torch.no_grad()
+def _computed(model: nn.Module) -> dict[str, tuple[Tensor, Role | None]]:
+    """Tensors that are computed from parameters, by name, with their roles."""
+    found = {}
+    for prefix, module in model.named_modules():
+        for name, chain in getattr(module, "parametrizations", {}).items():
+            training = chain.training
+            chain.eval()  # in training, spectral normalisation goes on with each look
+            value = getattr(module, name)
+            chain.train(training)
+            found[canonical_name(f"{prefix}.{name}".removeprefix("."))] = value, role_of(module, name, value)
+    return found
 
 
 def _blocks(module: nn.Module, name: str) -> int:

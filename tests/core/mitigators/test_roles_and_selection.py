@@ -78,3 +78,18 @@ def test_custom_parameters_are_known_by_whole_parts_of_their_names(name, role):
     module = nn.Module()
     module.register_parameter(name, nn.Parameter(torch.randn(8, 8)))
     assert list(roles(module).values()) == [role]
+
+
+def test_a_computed_weight_is_seen_as_it_is_and_left_as_it_was():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.utils.parametrizations.weight_norm(nn.Linear(4, 3)),
+        nn.utils.parametrizations.spectral_norm(nn.Linear(3, 2)),
+    )
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    found = matrices(model)
+    assert list(found) == ["0.weight", "1.weight"]
+    assert torch.equal(found["0.weight"], model[0].weight)
+    assert float(torch.linalg.svdvals(found["1.weight"])[0]) == pytest.approx(1, abs=1e-3)
+    assert all(module.training for module in model.modules())
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
