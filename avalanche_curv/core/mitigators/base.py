@@ -101,6 +101,10 @@ class Mitigator(ABC):  # noqa: B024  nothing is common to all of them but the ho
             if parameter.requires_grad and (stepped is None or id(parameter) in stepped)
         }
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy is attached to nothing, nor is one that is pickled."""
+        return self.__dict__ | {"_attached": False}
+
     def _hooks(self, optimizer: Optimizer, model: nn.Module) -> tuple[Any, ...]:
         def before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimiser

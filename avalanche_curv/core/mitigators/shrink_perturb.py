@@ -181,4 +181,4 @@ class ShrinkAndPerturb(Mitigator):
         self.times, self._pool = state["times"], None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_pool": None, "_chosen": [], "_laws": {}}
+        return {**super().__getstate__(), "_pool": None, "_chosen": [], "_laws": {}}

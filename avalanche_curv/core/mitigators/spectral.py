@@ -168,4 +168,4 @@ class SpectralRegularizer(Regularizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what is found again when it is needed."""
-        return self.__dict__ | {"_groups": (None, ())}
+        return super().__getstate__() | {"_groups": (None, ())}

@@ -90,4 +90,4 @@ class Wasserstein(Regularizer):
         self._given, self._sorted = state["given"], {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_sorted": {}}
+        return {**super().__getstate__(), "_sorted": {}}

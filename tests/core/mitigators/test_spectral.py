@@ -438,6 +438,7 @@ def test_what_cannot_work_is_refused_when_it_is_attached():
     with regularizer.attach(optimizer, model), pytest.raises(RuntimeError, match="attached already"):
         regularizer.attach(optimizer, model)
     regularizer.attach(optimizer, model)
+    copy.deepcopy(regularizer).attach(optimizer, model)
     lazy = nn.LazyLinear(3)
     with pytest.raises(ValueError, match="no shape yet"):
         SpectralRegularizer(1.0).attach(torch.optim.SGD(lazy.parameters(), 0.1), lazy)
