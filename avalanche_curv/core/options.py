@@ -26,13 +26,15 @@ def is_number(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def is_seed(value: object) -> bool:
-    """Whether `value` is an integer from 0 to 2³¹ − 1.
+def check_seed(value: object) -> None:
+    """Raises ValueError unless `value` is an integer from 0 to 2³¹ − 1.
 
-    >>> is_seed(0), is_seed(-1), is_seed(1.5)
-    (True, False, False)
+    >>> check_seed(-1)
+    Traceback (most recent call last):
+    ValueError: seed must be an integer from 0 to 2³¹ − 1; got -1.
     """
-    return isinstance(value, Integral) and not isinstance(value, bool) and 0 <= int(value) < 2**31
+    if not isinstance(value, Integral) or isinstance(value, bool) or not 0 <= int(value) < 2**31:
+        raise ValueError(f"seed must be an integer from 0 to 2³¹ − 1; got {value!r}.")
 
 
 def in_short(option: Any) -> str:

@@ -89,6 +89,12 @@ class TaskEnds:
         return bool(experience.is_last_subexp) or self._seen == experience.sub_stream_length
 
 
+def tells_tasks(strategy: Any) -> bool:
+    """Whether the ends of tasks are known: not in an online stream that hides them."""
+    experience = strategy.experience
+    return not isinstance(experience, OnlineCLExperience) or bool(experience.access_task_boundaries)
+
+
 def check_criterion(strategy: Any, curvature: Curvature) -> None:
     """Raises TypeError for a criterion without a per-example form, ValueError for one that the curvature is not of."""
     check_loss(curvature, example_loss(strategy._criterion))

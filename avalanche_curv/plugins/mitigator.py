@@ -13,8 +13,11 @@ from avalanche_curv.plugins import _bridge
 class MitigatorPlugin(SupervisedPlugin):
     """Lets a mitigator work around each training step of a strategy, beside any other plugin.
 
-    Gradients are added between the backward pass and the step, after plugins that clip or project them. What the
-    mitigator keeps is pickled with the strategy, so that a resumed run goes on as it would have.
+    Gradients are added between the backward pass and the step, after plugins that clip or project them. What works
+    between two tasks (`AfterTask()`) waits until the next one begins, before the model grows for it: the first is
+    evaluated and remembered by then, and the last is followed by none. An online stream that hides its boundaries has
+    no ends of tasks. What the mitigator keeps is pickled with the strategy, so that a resumed run goes on as it would
+    have.
 
     Raises TypeError for what is no mitigator, and before training where its options do not fit the model.
     """
@@ -28,10 +31,12 @@ class MitigatorPlugin(SupervisedPlugin):
         self._task_ends = _bridge.TaskEnds()
         self._between_tasks = False
 
-    def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
-        if self._between_tasks:  # only now, when the task that ended is evaluated and remembered
+    def before_train_dataset_adaptation(self, strategy: Any, **kwargs: Any) -> None:
+        if self._between_tasks:
             self.mitigator.after_task(strategy.model, strategy.optimizer)
             self._between_tasks = False
+
+    def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
         self.mitigator.prepare(strategy.model)
 
     def before_update(self, strategy: Any, **kwargs: Any) -> None:
@@ -41,4 +46,4 @@ class MitigatorPlugin(SupervisedPlugin):
         self.mitigator.after_step(strategy.model, strategy.optimizer)
 
     def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
-        self._between_tasks = self._task_ends.here(strategy)
+        self._between_tasks = _bridge.tells_tasks(strategy) and self._task_ends.here(strategy)

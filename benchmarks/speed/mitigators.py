@@ -58,7 +58,7 @@ class _ExactNorms(Regularizer):
         shifts = [p.square().sum() ** 2 for p, role in found.items() if isinstance(role, Adds)]
         return torch.stack([(torch.linalg.matrix_norm(w, 2) ** 2 - 1) ** 2 for w in weights] + shifts).sum()
 
-    def _add(self, parameters: dict[str, nn.Parameter], model: nn.Module, weight: float | Tensor) -> None:
+    def _add(self, parameters: dict[str, nn.Parameter], model: nn.Module, weight: float) -> None:
         with torch.enable_grad():
             gradients = torch.autograd.grad(weight * self.penalty(model), list(parameters.values()), allow_unused=True)
         for parameter, gradient in zip(parameters.values(), gradients):

@@ -1,6 +1,7 @@
 """What works between two tasks waits until the first is measured, evaluated and remembered."""
 
 import torch
+from avalanche.benchmarks.scenarios.online import split_online_stream
 from avalanche.training.plugins import SupervisedPlugin
 from torch import nn
 
@@ -47,3 +48,45 @@ def test_the_accuracy_of_a_task_is_that_before_the_perturbation(digits, train, l
         train(strategy, digits().train_stream[:1])
         found.append(strategy.evaluator.get_all_metrics()["plasticity_experience/accuracy"])
     assert found[0] == found[1]
+
+
+def test_rows_that_grow_for_the_next_task_are_not_touched(growing, learner, train):
+    """What works between two tasks does so before the model grows."""
+    model, stream = growing()
+    seen = []
+
+    class Grown(SupervisedPlugin):
+        def before_train_dataset_adaptation(self, strategy, **kwargs):
+            seen.append({name: p.detach().clone() for name, p in strategy.model.named_parameters()})
+
+    plugin = MitigatorPlugin(ShrinkAndPerturb(1.0, 0.0, when=AfterTask()))
+    ends = Firsts()
+    train(learner(model, plugin, Grown(), ends), stream.train_stream)
+    assert not any(p.any() for shrunk in seen[1:] for p in shrunk.values())
+    assert any(p.any() for first in ends.firsts[1:] for p in first.values())  # new rows and heads
+
+
+class Firsts(SupervisedPlugin):
+    """The parameters as each experience begins to train."""
+
+    def __init__(self):
+        super().__init__()
+        self.firsts = []
+
+    def before_training_epoch(self, strategy, **kwargs):
+        self.firsts.append({name: p.detach().clone() for name, p in strategy.model.named_parameters()})
+
+
+def test_an_online_stream_that_hides_its_boundaries_has_no_ends_of_tasks(digits, learner, train):
+    called = []
+
+    class Counted(ShrinkAndPerturb):
+        def after_task(self, model, optimizer):
+            called.append(self.steps)
+
+    for told in (False, True):
+        model = nn.Linear(64, 10)
+        parts = split_online_stream(digits().train_stream, experience_size=25, access_task_boundaries=told)
+        plugin = MitigatorPlugin(Counted(0.5, 0.0, when=AfterTask()))
+        train(learner(model, plugin, train_mb_size=25), parts)
+        assert len(called) == (2 if told else 0)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.module import register_module_forward_hook
 
@@ -36,7 +37,8 @@ class Activity:
 
         def hook(module: nn.Module, args: tuple[Any, ...], options: dict[str, Any], output: Any) -> None:
             hear = listening()
-            if hear is not None and torch.is_grad_enabled():
+            mapped = any(is_functorch_wrapped_tensor(x) for x in (*args, *options.values()) if isinstance(x, Tensor))
+            if hear is not None and torch.is_grad_enabled() and not mapped:
                 hear(module, *args[:1], **options)
 
         handle = register_module_forward_hook(hook, with_kwargs=True)

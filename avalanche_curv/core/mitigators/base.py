@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from abc import ABC
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ class Mitigator(ABC):  # noqa: B024  nothing is common to all of them but the ho
     def __init__(self, *, include: Iterable[Kept] = (), exclude: Iterable[Kept] = ()) -> None:
         self.selection = Selection(listed(include), listed(exclude))
         self.steps = 0  # of the optimiser, so far
-        self._attached = False
+        self._attached: Attachment | None = None
         self._taken: dict[str, bool] = {}  # whether a name is selected; asked again after `prepare`
 
     def attach(self, optimizer: Optimizer, model: nn.Module) -> Attachment:
@@ -36,43 +37,37 @@ class Mitigator(ABC):  # noqa: B024  nothing is common to all of them but the ho
 
         Gradients are unscaled there (`torch.amp.GradScaler` does it before the step), and clipped already where the
         loop clips them: what a mitigator adds is not clipped. Of a step with a closure, as PyTorch Lightning takes, it
-        works after the closure. Raises TypeError for LBFGS, which evaluates closures several times: add
-        `strength * penalty(model)` to the loss there. Raises ValueError where the optimiser steps no parameter that
-        is selected, RuntimeError where the mitigator is attached already.
+        works after the closure; steps that a scaler has a fused optimiser skip do not count. Attached again for the
+        same model, as to a new optimiser for each task, it leaves the old optimiser.
+
+        Raises TypeError for LBFGS, which evaluates closures several times: add `strength * penalty(model)` to the loss
+        there. Raises ValueError where the optimiser steps no parameter that is selected, RuntimeError where the
+        mitigator is attached for another model.
         """
-        if isinstance(optimizer, torch.optim.LBFGS):
-            raise TypeError(
-                f"{type(self).__name__} cannot follow LBFGS, which makes gradients anew inside its step. Add the "
-                "penalty to the loss in its closure, or use another optimiser."
-            )
-        if self._attached:
-            raise RuntimeError(
-                f"This {type(self).__name__} is attached already. Make one for each model and optimiser, or call "
-                "remove() on what attach() returned."
-            )
-        self.prepare(model)
-        if not self.parameters(model, optimizer):
-            raise ValueError(
-                f"The {type(optimizer).__name__} steps no trainable parameter of {type(model).__name__} that "
-                f"{type(self).__name__} selects. Give the optimiser of this model."
-            )
-        self._attached = True
-        return Attachment(self, self._hooks(optimizer, model))
+        self._check(optimizer, model)
+        if self._attached is not None:
+            self._attached.move_from(model)
+        try:
+            self.prepare(model)
+        except Exception:
+            self.release()
+            raise
+        self._attached = Attachment(self, weakref.ref(model), self._hooks(optimizer, model))
+        return self._attached
 
     def prepare(self, model: nn.Module) -> None:
         """Look at the model before training, and again after it has grown. Raises where the options do not fit it, and
         for parameters that are complex or not initialised yet."""
         self._taken = {}
         self.selection.check(model)
-        for name, parameter in model.named_parameters():
+        for name, parameter in self.parameters(model).items():
             if is_lazy(parameter):
                 raise ValueError(f"Parameter '{name}' has no shape yet. Pass a batch through the model first.")
             if parameter.is_complex():
-                raise TypeError(f"Parameter '{name}' is complex; mitigators know real ones. Freeze it, or none works.")
+                raise TypeError(f"Parameter '{name}' is complex; mitigators know real ones. Exclude or freeze it.")
 
-    def release(self) -> None:
-        """Let go of the model that `prepare` saw, and of the optimiser."""
-        self._attached = False
+    def release(self) -> None:  # noqa: B027
+        """Let go of the model that `prepare` saw."""
 
     def before_step(self, model: nn.Module, optimizer: Optimizer) -> None:  # noqa: B027  most do one of the two
         """Between the backward pass and the step."""
@@ -103,7 +98,24 @@ class Mitigator(ABC):  # noqa: B024  nothing is common to all of them but the ho
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy is attached to nothing, nor is one that is pickled."""
-        return self.__dict__ | {"_attached": False}
+        return self.__dict__ | {"_attached": None}
+
+    def _check(self, optimizer: Optimizer, model: nn.Module) -> None:
+        """Raises for what cannot be attached to."""
+        if not isinstance(optimizer, Optimizer) or not isinstance(model, nn.Module):
+            given = f"{type(optimizer).__name__}, {type(model).__name__}"
+            raise TypeError(f"attach(optimizer, model) takes a torch optimiser and a module; got {given}.")
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise TypeError(
+                f"{type(self).__name__} cannot follow LBFGS, which makes gradients anew inside its step. Add the "
+                "penalty to the loss in its closure, or use another optimiser."
+            )
+        self.selection.check(model)
+        if not self.parameters(model, optimizer):
+            raise ValueError(
+                f"The {type(optimizer).__name__} steps no trainable parameter of {type(model).__name__} that "
+                f"{type(self).__name__} selects. Give the optimiser of this model."
+            )
 
     def _hooks(self, optimizer: Optimizer, model: nn.Module) -> tuple[Any, ...]:
         def before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -120,26 +132,44 @@ class Mitigator(ABC):  # noqa: B024  nothing is common to all of them but the ho
             return args[:1], {**kwargs, "closure": followed}
 
         def after(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self.after_step(model, optimizer)
+            if not skips(optimizer):
+                self.after_step(model, optimizer)
 
         return optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Attachment:
     """A mitigator and its hooks in an optimiser."""
 
     mitigator: Mitigator
+    model: weakref.ref[nn.Module]
     hooks: tuple[Any, ...]
 
     def remove(self) -> None:
         """Work no more."""
         for hook in self.hooks:
             hook.remove()
-        self.mitigator.release()
+        if self.mitigator._attached is self:
+            self.mitigator._attached = None
+            self.mitigator.release()
+
+    def move_from(self, model: nn.Module) -> None:
+        """Leave the optimiser for another of the same model. Raises RuntimeError for another model."""
+        if self.model() is not model:
+            raise RuntimeError(
+                f"This {type(self.mitigator).__name__} is attached for another model. Make one for each model, or call "
+                "remove() on what attach() returned."
+            )
+        self.remove()
 
     def __enter__(self) -> Attachment:
         return self
 
     def __exit__(self, *error: Any) -> None:
         self.remove()
+
+
+def skips(optimizer: Optimizer) -> bool:
+    """Whether a gradient scaler has found that this step of a fused optimiser is not finite, and to be skipped."""
+    return bool(float(getattr(optimizer, "found_inf", 0.0)))

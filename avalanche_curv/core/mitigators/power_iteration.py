@@ -22,10 +22,6 @@ class Pair:
     u: Float[Tensor, "out"]
     v: Float[Tensor, "in"]
 
-    def copy(self) -> Pair:
-        """The same vectors, to iterate apart."""
-        return Pair(self.u, self.v)
-
 
 def fitting(pair: Pair | None, matrix: Float[Tensor, "out in"], name: str, seed: int) -> Pair:
     """`pair` where it has the matrix's shape; otherwise one after 15 iterations.

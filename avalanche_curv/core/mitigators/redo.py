@@ -1,4 +1,4 @@
-"""ReDo: units that are dormant start anew."""
+"""ReDO: units that are dormant start anew."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from avalanche_curv.core.mitigators.activity import Activity
 from avalanche_curv.core.mitigators.base import Mitigator
 from avalanche_curv.core.mitigators.selection import Kept
 from avalanche_curv.core.mitigators.unit_graph import HiddenLayer, UnitGraph, units
-from avalanche_curv.core.options import is_count, is_number, is_seed
+from avalanche_curv.core.options import check_seed, is_count, is_number
 
 MOMENTS = (
     "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer", "square_avg", "grad_avg", "acc_delta",
@@ -70,12 +70,12 @@ class ReDO(Mitigator):
             raise ValueError(f"threshold must lie in [0, 1), a share of the mean activity; got {threshold!r}. Try 0.1.")
         if not is_count(every):
             raise ValueError(f"every must be at least 1 step; got {every!r}. The source takes 1,000.")
-        if not is_seed(seed):
-            raise ValueError(f"seed must be an integer from 0 to 2³¹ − 1; got {seed!r}.")
+        check_seed(seed)
         self.threshold, self.every, self.seed = float(threshold), every, seed
         self.graph = UnitGraph((), {})
         self._counts: dict[str, Tensor] = {}
         self._activity = Activity(())
+        self._parts: list[int] = []  # of the model that `graph` is of
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -94,6 +94,10 @@ class ReDO(Mitigator):
 
     def prepare(self, model: nn.Module) -> None:
         super().prepare(model)
+        parts = [id(part) for part in (*model.modules(), *model.parameters())]
+        if parts == self._parts:  # tracing takes as long as some steps, and online streams ask at each of their parts
+            return
+        self._parts = parts
         self.graph = UnitGraph.of(model)
         self._check_any(model)
         inner = unwrapped(model)
@@ -101,8 +105,8 @@ class ReDO(Mitigator):
         self._listen_if_due()
 
     def release(self) -> None:
-        super().release()
         self._activity.stop()
+        self._parts = []
 
     def after_step(self, model: nn.Module, optimizer: Optimizer) -> None:
         super().after_step(model, optimizer)
@@ -163,6 +167,9 @@ class ReDO(Mitigator):
                 "run there."
             )
         return found
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_parts": []}
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "recycled": self.recycled}

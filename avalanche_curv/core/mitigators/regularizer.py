@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from avalanche_curv.core.mitigators.base import Mitigator
+from avalanche_curv.core.mitigators.base import Mitigator, skips
+from avalanche_curv.core.mitigators.gradients import in_full
 from avalanche_curv.core.mitigators.selection import Kept
 from avalanche_curv.core.options import is_count, is_number
 
@@ -20,8 +21,8 @@ class Regularizer(Mitigator):
 
     Like torch's weight decay it leaves parameters without a gradient alone, such as those of a head that is not in
     use. `strength` 0 changes nothing. With `every=n` the gradient comes at every n-th step and n times as large, so
-    that the strength means the same. Raises ValueError at the first step of an optimiser with `maximize=True`, which
-    would maximise R too.
+    that the strength means the same. Raises ValueError for an optimiser with `maximize=True`, which would maximise R
+    too.
     """
 
     def __init__(
@@ -50,29 +51,40 @@ class Regularizer(Mitigator):
 
     @torch.no_grad()
     def before_step(self, model: nn.Module, optimizer: Optimizer) -> None:
-        if self.strength == 0 or self.steps % self.every:
+        if self.strength == 0 or self.steps % self.every or skips(optimizer):
             return
+        self._check_direction(optimizer)
+        parameters = {n: p for n, p in self.parameters(model, optimizer).items() if p.grad is not None}
+        with _unscaled(optimizer, [p.grad for p in parameters.values() if p.grad is not None]):
+            if parameters:
+                self._add(parameters, model, self.strength * self.every)
+
+    def _check(self, optimizer: Optimizer, model: nn.Module) -> None:
+        super()._check(optimizer, model)
+        self._check_direction(optimizer)
+
+    def _check_direction(self, optimizer: Optimizer) -> None:
         if any(group.get("maximize") for group in optimizer.param_groups):
             raise ValueError(
                 f"{type(self).__name__} minimises its penalty, but the optimiser maximises. Minimise the negative loss."
             )
-        parameters = {n: p for n, p in self.parameters(model, optimizer).items() if p.grad is not None}
-        with _unscaled(optimizer, parameters.values()) as finite:
-            if finite and parameters:
-                self._add(parameters, model, self.strength * self.every)
 
 
 @contextmanager
-def _unscaled(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> Iterator[bool]:
-    """Gradients as they are without the scale that a fused optimiser takes off within its step, put on again after;
-    and whether they are finite, as far as a scaler has looked: where they are not, it skips the step."""
+def _unscaled(optimizer: Optimizer, gradients: Sequence[Tensor]) -> Iterator[None]:
+    """Gradients without the scale that a fused optimiser takes off within its step; what is added to them meanwhile is
+    scaled as they are. They themselves lose nothing, whatever half precision makes of them meanwhile."""
     scale = getattr(optimizer, "grad_scale", None)
     if scale is None:
-        yield True
+        yield
         return
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    scaled = [gradient.clone() for gradient in gradients]
     for gradient in gradients:
         gradient.div_(scale.to(gradient.device))
-    yield not float(getattr(optimizer, "found_inf", 0.0))
-    for gradient in gradients:
-        gradient.mul_(scale.to(gradient.device))
+    unscaled = [gradient.clone() for gradient in gradients]
+    try:
+        yield
+    finally:
+        for gradient, before, then in zip(gradients, scaled, unscaled):
+            added = in_full(gradient) - in_full(then)
+            gradient.copy_(in_full(before) + added * scale.to(gradient.device))

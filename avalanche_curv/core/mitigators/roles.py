@@ -21,7 +21,9 @@ EXCEPTED = (nn.Embedding, nn.EmbeddingBag, nn.PReLU)
 RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 KNOWN = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.MultiheadAttention, *RECURRENT)
 GATES = {"LSTM": 4, "LSTMCell": 4, "GRU": 3, "GRUCell": 3}
-SHIFTS = re.compile(r"bias(_[kv]|_[ih]h.*|_table)?$|(^|_)(tokens?|emb|embed|embeddings?|positions?)$")
+SHIFTS = re.compile(
+    r"(^|_)bias(_[kv]|_[ih]h.*|_table)?$|(^|_)(tokens?|emb|embeds?|embeddings?|encodings?|pos|positions?)(_[a-z])?$"
+)
 # names of additive parameters: in_proj_bias, bias_ih_l0, class_token, pos_embed, relative_position_bias_table
 WEIGHTS = re.compile(r"(.*_)?weight$|weight_[ih]h(_l\d+(_reverse)?)?$|weight_hr_l\d+(_reverse)?$")
 # names of weights in layers that are known: not the parts that torch.nn.utils makes of them, such as weight_g
@@ -67,8 +69,9 @@ Role: TypeAlias = Multiplies | Adds | Scales
 def roles(model: nn.Module) -> dict[nn.Parameter, Role]:
     """The role of each parameter that has one, each once: a tied one has the first role that it has anywhere.
 
-    Without one are token embeddings, slopes of PReLU, single numbers, vectors that nothing tells about, and what a
-    weight is computed from, as by `weight_norm`.
+    Of modules of other types than torch's, names tell biases, tokens and positional embeddings, and other matrices
+    count as weights. Without a role are token embeddings, slopes of PReLU, single numbers, vectors that nothing tells
+    about, and what a weight is computed from, as by `weight_norm`.
     """
     found: dict[nn.Parameter, Role] = {}
     for module in model.modules():

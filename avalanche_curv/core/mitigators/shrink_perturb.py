@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from avalanche_curv.core.mitigators.base import Mitigator
 from avalanche_curv.core.mitigators.initial import initial_laws
 from avalanche_curv.core.mitigators.selection import Kept
-from avalanche_curv.core.options import is_count, is_number, is_seed
+from avalanche_curv.core.options import check_seed, is_count, is_number
 
 AT_LEAST = 2**16  # places where the noise of a step may begin, in a pool
 
@@ -92,7 +92,7 @@ class ShrinkAndPerturb(Mitigator):
 
     `when`: `EveryStep()` by default; `EverySteps(n)`; `AfterTask()`. With shrink 1 and noise 1 the network starts
     anew. At rest under steps alone, entries spread by noise · std / √(2 shrink) for small shrink: the initial scale is
-    kept by noise = √(2 shrink). Ash & Adams shrink by 0.6 or so at each task; each step takes about 1e-6 to 1e-4.
+    kept by noise = √(2 shrink). Ash & Adams keep 0.6 or so at each task; each step takes about 1e-6 to 1e-4.
     The optimiser's state stays. Noise comes from `seed` and the number of times alone.
 
     Parameters in half precision round: shrinking by less than about 2e-3 (bfloat16) or 2e-4 (float16) at a time
@@ -116,8 +116,7 @@ class ShrinkAndPerturb(Mitigator):
             raise ValueError(f"noise must be a finite number, at least 0; got {noise!r}. 1 is the initial scale.")
         if not isinstance(when, When):
             raise TypeError(f"when must be EveryStep(), EverySteps(n) or AfterTask(); got {when!r}.")
-        if not is_seed(seed):
-            raise ValueError(f"seed must be an integer from 0 to 2³¹ − 1; got {seed!r}.")
+        check_seed(seed)
         self.shrink, self.noise, self.when, self.seed = float(shrink), float(noise), when, seed
         self.times = 0
         self._chosen: list[Tensor] = []  # the last parameters

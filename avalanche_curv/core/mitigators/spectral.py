@@ -13,9 +13,10 @@ from avalanche_curv.core.mitigators.regularizer import Regularizer
 from avalanche_curv.core.mitigators.roles import Multiplies, block_names, roles, warn_of_unknown
 from avalanche_curv.core.mitigators.selection import Kept
 from avalanche_curv.core.mitigators.spectral_parts import Group, Part, add, add_outer
-from avalanche_curv.core.options import is_number, is_seed
+from avalanche_curv.core.options import check_seed, is_number
 
 STIR = 128  # iterations between
+LOOK = 50
 
 
 class SpectralRegularizer(Regularizer):
@@ -28,14 +29,14 @@ class SpectralRegularizer(Regularizer):
     it settles near 3.
 
     A weight is a matrix of d_out × all its other axes; for a convolution, σ₁ of this matrix is not the operator norm,
-    which it bounds up to a factor that the kernel's size gives. Queries, keys and values of attention and the gates of
-    recurrent layers are matrices of their own. Class tokens and positional embeddings are additive. Token embeddings,
-    slopes of PReLU, single numbers and frozen parameters are left alone, and a tied parameter counts once.
+    which it bounds up to a factor that the kernel's size gives. Queries, keys and values of nn.MultiheadAttention and
+    the gates of recurrent layers are matrices of their own. Class tokens and positional embeddings are additive.
+    Token embeddings, slopes of PReLU, single numbers and frozen parameters are left alone, and a tied parameter counts
+    once. A weight that is computed from others, as by `weight_norm`, is left alone with a warning.
 
     σ₁ is followed by one power iteration a step from vectors u and v that persist, and are in `state_dict`. With them
     held constant a weight's gradient is 2k (σ^k − 1) σ^{k−1} u vᵀ. Half precision is computed in float32, outside of
-    autocast. A matrix of zeros keeps its vectors until it is none. A weight that is computed from others, as by
-    `weight_norm`, is left alone, with a warning.
+    autocast. A matrix of zeros keeps its vectors until it is none; with exponent 1 alone it is moved along them.
 
     Raises ValueError for an exponent below 1 and an unusable seed, and those of `Regularizer`.
 
@@ -59,8 +60,7 @@ class SpectralRegularizer(Regularizer):
         super().__init__(strength, every=every, include=include, exclude=exclude)
         if not is_number(exponent) or exponent < 1:
             raise ValueError(f"exponent must be a number, at least 1; got {exponent!r}. The paper uses 2.")
-        if not is_seed(seed):
-            raise ValueError(f"seed must be an integer from 0 to 2³¹ − 1; got {seed!r}.")
+        check_seed(seed)
         self.exponent, self.seed = exponent, seed
         self.iterations = 0
         self.pairs: dict[str, Pair] = {}  # the vectors u and v of each matrix, by its name
@@ -76,8 +76,9 @@ class SpectralRegularizer(Regularizer):
 
         It advances the power iteration, except under `torch.no_grad()`, where it looks without leaving a trace.
         """
-        total, groups = torch.zeros(()), self._grouped(model, self.parameters(model))
-        if torch.is_grad_enabled():
+        total, advances = torch.zeros(()), torch.is_grad_enabled()
+        groups = self._grouped(model, self.parameters(model)) if advances else self._looked(model)
+        if advances:
             self._advance(groups)
         for group in groups:
             with torch.autocast(group.device.type, enabled=False):
@@ -103,14 +104,15 @@ class SpectralRegularizer(Regularizer):
                     add(group.scales, [2 * weight * (part.value() - 1) for part in group.scales])
 
     def spectral_norms(self, model: nn.Module) -> dict[str, float]:
-        """The estimate of σ₁ of each weight by name, one power iteration further than at the last step."""
+        """The estimate of σ₁ of each weight by name, from 50 power iterations more than training has made, which are
+        then forgotten."""
+        found: dict[str, float] = {}
         with torch.no_grad():
-            groups = self._grouped(model, self.parameters(model))
-            return {
-                part.name: sigma
-                for group in groups if group.weights
-                for part, sigma in zip(group.weights, iterate(group.matrices(), group.copies()).tolist())
-            }
+            for group in (group for group in self._looked(model) if group.weights):
+                for _ in range(LOOK):
+                    sigmas = iterate(group.matrices(), group.pairs).tolist()
+                found |= zip([part.name for part in group.weights], sigmas)
+        return found
 
     def state_dict(self) -> dict[str, Any]:
         vectors = {name: (pair.u.clone(), pair.v.clone()) for name, pair in self.pairs.items()}
@@ -133,10 +135,9 @@ class SpectralRegularizer(Regularizer):
     def _penalty(self, group: Group) -> Tensor:
         k, total = self.exponent, torch.zeros((), device=group.device)
         if group.weights:
-            pairs = group.pairs if torch.is_grad_enabled() else group.copies()
             with torch.no_grad():
-                iterate(group.matrices(), pairs)
-            sigma = torch.stack([p.u @ (matrix @ p.v) for matrix, p in zip(group.matrices(), pairs)])
+                iterate(group.matrices(), group.pairs)
+            sigma = torch.stack([p.u @ (matrix @ p.v) for matrix, p in zip(group.matrices(), group.pairs)])
             total = total + (sigma**k - 1).square().sum()
         for part in group.shifts:
             total = total + part.value().square().sum() ** k
@@ -148,11 +149,19 @@ class SpectralRegularizer(Regularizer):
         """What the parameters are, found again only after they have changed."""
         key = [(name, id(p), p.device, p.dtype, p.shape) for name, p in parameters.items()]
         if self._groups[0] != key:
-            self._groups = (key, self._found(model, parameters))
+            self._groups = (key, self._found(model, parameters, self.pairs))
         return self._groups[1]
 
+    def _looked(self, model: nn.Module) -> tuple[Group, ...]:
+        """The same for a look that leaves no trace: with vectors of its own."""
+        pairs = {name: Pair(pair.u, pair.v) for name, pair in self.pairs.items()}
+        return self._found(model, self.parameters(model), pairs)
+
     @torch.no_grad()
-    def _found(self, model: nn.Module, parameters: dict[str, nn.Parameter]) -> tuple[Group, ...]:
+    def _found(
+        self, model: nn.Module, parameters: dict[str, nn.Parameter], pairs: dict[str, Pair]
+    ) -> tuple[Group, ...]:
+        """Parts by device and precision, and their vectors in `pairs`, begun where they are missing."""
         known = roles(model)
         groups: dict[Any, list[Part]] = {}
         for name, parameter in parameters.items():
@@ -163,8 +172,8 @@ class SpectralRegularizer(Regularizer):
             groups.setdefault((parameter.device, parts[0].value().dtype), []).extend(parts)
         for part in (part for parts in groups.values() for part in parts if isinstance(part.role, Multiplies)):
             matrix = part.value().flatten(1)
-            self.pairs[part.name] = fitting(self.pairs.get(part.name), matrix, part.name, self.seed)
-        return tuple(Group(device, parts, self.pairs) for (device, _), parts in groups.items())
+            pairs[part.name] = fitting(pairs.get(part.name), matrix, part.name, self.seed)
+        return tuple(Group(device, parts, pairs) for (device, _), parts in groups.items())
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what is found again when it is needed."""

@@ -45,10 +45,6 @@ class Group:
         """The weights, each of d_out × the rest."""
         return [part.value().flatten(1) for part in self.weights]
 
-    def copies(self) -> list[Pair]:
-        """The vectors u and v, to iterate apart."""
-        return [pair.copy() for pair in self.pairs]
-
 
 def add(parts: Sequence[Part], gradients: Sequence[Tensor]) -> None:
     """Add to the parameters' gradients, in their precision."""

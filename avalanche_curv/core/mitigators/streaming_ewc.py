@@ -29,9 +29,10 @@ class StreamingEWC(Regularizer):
     that grows, t counts the gradients of each entry.
 
     g is the gradient of a mini-batch's mean loss: F is the *batched* empirical Fisher (`BatchedEmpiricalFisher`), which
-    shrinks with the batch size, and not the Fisher. With `every=n` averages take every n-th gradient only. A parameter
-    without a gradient keeps its averages, and has no penalty before its first. `CurvatureEWCPlugin` is the
-    form with task boundaries, where the past is measured and does not fade.
+    shrinks with the batch size, and not the Fisher. Attach it before other regularisers: g holds what they have added
+    already. With `every=n` averages take every n-th gradient only. A parameter without a gradient keeps its averages,
+    and has no penalty before its first. `CurvatureEWCPlugin` is the form with task boundaries, where the past is
+    measured and does not fade.
     """
 
     def __init__(

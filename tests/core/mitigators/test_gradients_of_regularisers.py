@@ -229,3 +229,27 @@ def test_sparse_gradients_are_refused_with_the_remedy_which_helps(name, make):
             continue
         with pytest.raises(TypeError, match=r"shape \(9, 4\) is sparse.*exclude=\(nn.Embedding,\)"):
             optimizer.step()
+
+
+@pytest.mark.parametrize("make", [L2, L2Init, StreamingEWC, Wasserstein])
+def test_a_step_that_a_scaler_skips_leaves_no_trace(make):
+    """Clipping unscales first, so that a fused optimiser gets no scale, but still hears that gradients are infinite."""
+    torch.manual_seed(0)
+    model = nn.Linear(2, 1)
+    before = model.weight.detach().clone()
+    optimizer = torch.optim.Adam(model.parameters(), 0.01, fused=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    mitigator = make(1.0)
+    mitigator.attach(optimizer, model)
+    for factor in (float("inf"), 1.0):
+        optimizer.zero_grad()
+        scaler.scale(factor * model(torch.ones(1, 2)).sum()).backward()
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        if factor != 1:
+            assert torch.equal(model.weight, before)
+            assert mitigator.steps == 0
+    assert model.weight.isfinite().all()
+    assert mitigator.steps == 1

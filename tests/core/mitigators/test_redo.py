@@ -451,3 +451,14 @@ def test_whatever_torchs_optimisers_keep_of_recycled_entries_is_as_at_the_start(
         expected = bias if which == "ax" else torch.full_like(bias, starts.get(which, 0.0))
         assert torch.equal(entries[kill_at], expected[kill_at])
         assert not torch.equal(entries[[0, 2, 3]], expected[[0, 2, 3]])
+
+
+def test_gradients_of_single_examples_may_be_taken_while_it_listens():
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    optimizer, x = torch.optim.SGD(model.parameters(), 0.1), torch.randn(5, 3)
+    redo = ReDO(every=1)
+    redo.attach(optimizer, model)
+    model(x).sum().backward()
+    torch.func.vmap(lambda one: torch.func.functional_call(model, dict(model.named_parameters()), (one,)))(x)
+    optimizer.step()
+    assert redo.steps == 1

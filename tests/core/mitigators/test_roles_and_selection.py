@@ -71,6 +71,7 @@ def test_a_name_that_is_almost_right_is_suggested():
     ("name", "role"),
     [
         ("token_mixing", Multiplies()), ("decomposition", Multiplies()), ("embedding_proj", Multiplies()),
+        ("unbias", Multiplies()), ("pos_encoding", Adds()), ("rel_pos_h", Adds()), ("pos_embed_x", Adds()),
         ("cls_token", Adds()), ("pos_embed", Adds()), ("relative_position_bias_table", Adds()), ("bias_k", Adds()),
     ],
 )  # fmt: skip

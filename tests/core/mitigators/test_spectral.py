@@ -424,10 +424,10 @@ def test_a_head_that_is_not_in_use_is_left_alone():
 def test_an_optimiser_that_maximises_is_refused():
     model = made("linear")
     optimizer = torch.optim.SGD(model.parameters(), 0.1, maximize=True)
-    SpectralRegularizer(1.0).attach(optimizer, model)
     zero_loss(model)
-    with pytest.raises(ValueError, match="maximises"):
-        optimizer.step()
+    for use in (SpectralRegularizer(1.0).attach, lambda o, m: SpectralRegularizer(1.0).before_step(m, o)):
+        with pytest.raises(ValueError, match="maximises"):
+            use(optimizer, model)
 
 
 def test_what_cannot_work_is_refused_when_it_is_attached():
@@ -435,15 +435,70 @@ def test_what_cannot_work_is_refused_when_it_is_attached():
     optimizer, regularizer = torch.optim.SGD(model.parameters(), 0.1), SpectralRegularizer(1.0)
     with pytest.raises(ValueError, match="steps no trainable parameter of Linear"):
         regularizer.attach(optimizer, other)
-    with regularizer.attach(optimizer, model), pytest.raises(RuntimeError, match="attached already"):
-        regularizer.attach(optimizer, model)
-    regularizer.attach(optimizer, model)
-    copy.deepcopy(regularizer).attach(optimizer, model)
+    with pytest.raises(TypeError, match=r"attach\(optimizer, model\) takes"):
+        regularizer.attach(model, optimizer)
+    theirs = torch.optim.SGD(other.parameters(), 0.1)
+    with regularizer.attach(optimizer, model), pytest.raises(RuntimeError, match="for another model"):
+        regularizer.attach(theirs, other)
+    copy.deepcopy(regularizer).attach(theirs, other)
     lazy = nn.LazyLinear(3)
     with pytest.raises(ValueError, match="no shape yet"):
         SpectralRegularizer(1.0).attach(torch.optim.SGD(lazy.parameters(), 0.1), lazy)
     with pytest.raises(TypeError, match="complex"):
         SpectralRegularizer(1.0).prepare(nn.Linear(2, 2, dtype=torch.complex64))
+    SpectralRegularizer(1.0).prepare(nn.Linear(2, 2, dtype=torch.complex64).requires_grad_(False))
+
+
+def test_attached_to_a_new_optimiser_it_leaves_the_old_one():
+    model, regularizer = made("linear"), SpectralRegularizer(1.0)
+    optimizers = [torch.optim.SGD(model.parameters(), 0.1) for _ in range(2)]
+    first, second = (regularizer.attach(optimizer, model) for optimizer in optimizers)
+    first.remove()  # once more, which changes nothing
+    for optimizer in optimizers:
+        zero_loss(model)
+        optimizer.step()
+    assert regularizer.steps == 1
+    second.remove()
+    assert regularizer.attach(optimizers[0], model)
+
+
+def test_looking_before_the_first_step_leaves_no_trace():
+    ends = []
+    for looks in (False, True):
+        model, regularizer = made("linear"), SpectralRegularizer(0.1)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        regularizer.attach(optimizer, model)
+        if looks:
+            regularizer.spectral_norms(model)
+            with torch.no_grad():
+                regularizer.penalty(model)
+        with torch.no_grad():
+            model.weight.copy_(torch.randn(4, 7, generator=torch.Generator().manual_seed(5)))
+        zero_loss(model)
+        optimizer.step()
+        ends.append(model.weight.detach())
+    assert torch.equal(*ends)
+
+
+def test_norms_are_right_also_where_the_strength_is_0():
+    torch.manual_seed(0)
+    model, regularizer = nn.Linear(64, 64), SpectralRegularizer(0.0)
+    regularizer.spectral_norms(model)
+    with torch.no_grad():
+        model.weight.copy_(torch.randn(64, 64))
+    exact = float(torch.linalg.svdvals(model.weight.detach())[0])
+    assert regularizer.spectral_norms(model)["weight"] == pytest.approx(exact, rel=1e-2)
+
+
+def test_half_precision_gradients_survive_the_scale_of_a_fused_optimiser():
+    """A small gradient is there because it is scaled: without its scale it would be zero in float16."""
+    model = nn.Linear(1, 2, bias=False).half()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, fused=True)
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(65536.0), torch.tensor(0.0)
+    model.weight.grad = torch.tensor([[1e-3], [1.0]]).half()
+    before = model.weight.grad.clone()
+    SpectralRegularizer(1e-12).before_step(model, optimizer)
+    assert torch.equal(model.weight.grad, before)
 
 
 def test_a_block_that_was_zero_is_found_when_it_grows():
