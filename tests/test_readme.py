@@ -33,8 +33,8 @@ def names(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
     }
 
 
-def test_readme_shows_the_nine_ways_to_use_the_package() -> None:
-    assert len(SNIPPETS) == 9
+def test_readme_shows_the_ten_ways_to_use_the_package() -> None:
+    assert len(SNIPPETS) == 10
 
 
 @pytest.mark.parametrize("snippet", SNIPPETS, ids=lambda text: text.strip().splitlines()[-1][:40])

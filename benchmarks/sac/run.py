@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 
+from avalanche_curv.core.plasticity import weight_spectra
 from benchmarks.harness.experiment import Context, Record
 from benchmarks.sac import Config
 from benchmarks.sac.agent import build, regularise, reset
@@ -81,8 +83,7 @@ def q_value(agent: SAC, observations: np.ndarray, actions: np.ndarray) -> np.nda
 
 def mean_spectral_norm(network: nn.Module) -> float:
     """Mean over weight matrices of σ₁, by the singular value decomposition."""
-    norms = [torch.linalg.matrix_norm(p.detach(), 2) for p in network.parameters() if p.ndim == 2]
-    return float(torch.stack(norms).mean())
+    return fmean(spectrum.spectral_norm for spectrum in weight_spectra(network).values())
 
 
 class GradientNorms:
