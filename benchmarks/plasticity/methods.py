@@ -11,7 +11,8 @@ from avalanche_curv.core.mitigators import Mitigator, Regularizer
 from avalanche_curv.core.mitigators.crelu import CReLU
 from avalanche_curv.core.mitigators.parseval import Parseval
 from avalanche_curv.core.mitigators.redo import ReDO
-from avalanche_curv.core.mitigators.shrink_perturb import AfterTask, ShrinkAndPerturb
+from avalanche_curv.core.mitigators.schedule import AfterTask
+from avalanche_curv.core.mitigators.shrink_perturb import ShrinkAndPerturb
 from benchmarks.plasticity.presets import Setting
 
 

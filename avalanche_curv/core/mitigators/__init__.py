@@ -6,7 +6,8 @@ from avalanche_curv.core.mitigators.l2 import L2, L2Init
 from avalanche_curv.core.mitigators.parseval import Parseval
 from avalanche_curv.core.mitigators.redo import ReDO
 from avalanche_curv.core.mitigators.regularizer import Regularizer
-from avalanche_curv.core.mitigators.shrink_perturb import AfterTask, EveryStep, EverySteps, ShrinkAndPerturb
+from avalanche_curv.core.mitigators.schedule import AfterTask, EveryStep, EverySteps
+from avalanche_curv.core.mitigators.shrink_perturb import ShrinkAndPerturb
 from avalanche_curv.core.mitigators.spectral import SpectralRegularizer
 from avalanche_curv.core.mitigators.streaming_ewc import StreamingEWC
 from avalanche_curv.core.mitigators.wasserstein import Wasserstein

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Iterable
 from typing import Any
@@ -10,21 +9,15 @@ from typing import Any
 import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 from torch.optim import Optimizer
 
 from avalanche_curv.core.frozen import unwrapped
 from avalanche_curv.core.mitigators.activity import Activity
 from avalanche_curv.core.mitigators.base import Mitigator
+from avalanche_curv.core.mitigators.renewal import Entries, columns, renew
 from avalanche_curv.core.mitigators.selection import Kept
 from avalanche_curv.core.mitigators.unit_graph import HiddenLayer, UnitGraph, units
 from avalanche_curv.core.options import check_seed, is_count, is_number
-
-MOMENTS = (
-    "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer", "square_avg", "grad_avg", "acc_delta",
-    "variance", "prev", "sum", "step_size", "ax",
-)  # fmt: skip
-# what torch's optimisers keep of each entry
 
 
 class ReDO(Mitigator):
@@ -38,9 +31,10 @@ class ReDO(Mitigator):
     positions) of the training pass before the step; of several readers, it is dormant at each. After every `every`-th
     step the incoming weights and the bias of dormant units are drawn anew from torch's initial distribution,
     U(−1/√fan_in, 1/√fan_in), their outgoing weights set to 0, and what the optimiser keeps of all these is as at its
-    start: moments 0, step sizes of `Rprop` the learning rate, averages of `ASGD` the parameters. The scale and shift
-    of a norm layer on the way go back to 1 and 0. Where a unit was silent the function stays the same, but for layer
-    and group norm, which share their statistics among units. A layer that is dead as a whole is recycled as a whole.
+    start: moments 0, step sizes of `Rprop` the learning rate, averages of `ASGD` the parameters (the factored moments
+    of `Adafactor` stay). The scale and shift of a norm layer on the way go back to 1 and 0. Where a unit was silent
+    the function stays the same, but for layer and group norm, which share their statistics among units. A layer that
+    is dead as a whole is recycled as a whole.
 
     The source takes a threshold of 0.1 or 0.025 and 1,000 steps, the defaults here; 0 recycles only silent units.
 
@@ -129,7 +123,7 @@ class ReDO(Mitigator):
     @torch.no_grad()
     def _recycle(self, model: nn.Module, optimizer: Optimizer) -> None:
         """First what enters the units of all layers, then what leaves them."""
-        entries = _Entries({id(p) for p in self.parameters(model, optimizer).values()}, optimizer)
+        entries = Entries({id(p) for p in self.parameters(model, optimizer).values()}, optimizer)
         draw = torch.Generator().manual_seed(random.Random(f"{self.seed} {self.steps}").getrandbits(32))
         inner = unwrapped(model)
         dormant = {
@@ -138,11 +132,11 @@ class ReDO(Mitigator):
             if all(entries.may(inner.get_parameter(f"{name}.weight")) for name in (layer.name, *layer.readers))
         }
         for layer, mask in dormant.items():
-            _renew(inner, layer, mask, entries, draw)
+            renew(inner, layer, mask, entries, draw)
             self._counts[layer.name] = self._counts.get(layer.name, 0) + mask.sum()
         for layer, mask in dormant.items():
             for reader in (inner.get_submodule(name) for name in layer.readers):
-                entries.set(reader.weight, _columns(reader, mask), 0.0)
+                entries.set(reader.weight, columns(reader, mask), 0.0)
 
     def _dormant(self, model: nn.Module) -> dict[HiddenLayer, Bool[Tensor, "units"]]:
         """Which units are dormant at each reader, of the layers whose readers all had a pass."""
@@ -178,57 +172,3 @@ class ReDO(Mitigator):
         super().load_state_dict(state)
         self._counts = {name: torch.tensor(count) for name, count in state["recycled"].items()}
         self._listen_if_due()
-
-
-class _Entries:
-    """Entries of the parameters that may be entries, and what the optimiser keeps of them."""
-
-    def __init__(self, chosen: set[int], optimizer: Optimizer) -> None:
-        self.chosen, self.optimizer = chosen, optimizer
-
-    def may(self, parameter: Any) -> bool:
-        """Whether it is trained, and chosen."""
-        return id(parameter) in self.chosen
-
-    def set(self, parameter: Any, mask: Bool[Tensor, "..."], value: Tensor | float) -> None:
-        """The value where `mask` holds, and no moments there; nothing for a parameter that may not be entries."""
-        if not self.may(parameter):
-            return
-        value = value.to(parameter) if isinstance(value, Tensor) else torch.full_like(parameter, value)
-        parameter.copy_(torch.where(mask, value, parameter))
-        kept = self.optimizer.state.get(parameter, {})
-        for name in (name for name in MOMENTS if name in kept):
-            if isinstance(kept[name], Tensor) and kept[name].shape == parameter.shape:
-                kept[name].copy_(torch.where(mask, self._start(name, parameter), kept[name].to(parameter.device)))
-
-    def _start(self, name: str, parameter: Tensor) -> Tensor:
-        """What the optimiser begins with."""
-        if name == "ax":
-            return parameter
-        group = next(g for g in self.optimizer.param_groups if any(p is parameter for p in g["params"]))
-        starts = {"step_size": group["lr"], "sum": group.get("initial_accumulator_value", 0.0)}
-        return torch.full_like(parameter, float(starts.get(name, 0.0)))
-
-
-def _renew(model: nn.Module, layer: HiddenLayer, mask: Tensor, entries: _Entries, draw: torch.Generator) -> None:
-    """Incoming weights and biases as at the beginning, and the norm layers that the units pass."""
-    own: Any = model.get_submodule(layer.name)
-    bound = 1 / math.sqrt(own.weight[0].numel())
-    rows = mask.view(-1, *[1] * (own.weight.ndim - 1))
-    entries.set(own.weight, rows, _uniform(own.weight.shape, bound, draw))
-    if own.bias is not None:
-        entries.set(own.bias, mask, _uniform(own.bias.shape, bound, draw))
-    for norm in (model.get_submodule(name) for name in layer.norms):
-        entries.set(norm.weight, mask, 1.0)
-        entries.set(getattr(norm, "bias", None), mask, 0.0)  # RMSNorm has none
-
-
-def _uniform(shape: torch.Size, bound: float, draw: torch.Generator) -> Tensor:
-    return torch.empty(shape, dtype=torch.float32).uniform_(-bound, bound, generator=draw)
-
-
-def _columns(reader: Any, mask: Bool[Tensor, "units"]) -> Bool[Tensor, "..."]:
-    """The mask at the inputs of a reader, of which each unit has a block where it was flattened."""
-    if isinstance(reader, _ConvNd):
-        return mask.view(1, -1, *[1] * len(reader.kernel_size))
-    return mask.repeat_interleave(reader.in_features // len(mask))

@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from avalanche_curv.core.mitigators.shrink_perturb import AfterTask, EveryStep, EverySteps, ShrinkAndPerturb
+from avalanche_curv.core.mitigators.schedule import AfterTask, EveryStep, EverySteps
+from avalanche_curv.core.mitigators.shrink_perturb import ShrinkAndPerturb
 
 
 def sgd(model):
