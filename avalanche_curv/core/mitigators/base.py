@@ -110,6 +110,7 @@ class Mitigator(ABC):  # noqa: B024  nothing is common to all of them but the ho
                 f"{type(self).__name__} cannot follow LBFGS, which makes gradients anew inside its step. Add the "
                 "penalty to the loss in its closure, or use another optimiser."
             )
+        self._taken = {}
         self.selection.check(model)
         if not self.parameters(model, optimizer):
             raise ValueError(
