@@ -49,6 +49,11 @@ class Mitigator(ABC):  # noqa: B024  nothing is common to all of them but the ho
             self._attached.move_from(model)
         try:
             self.prepare(model)
+            if not self.parameters(model, optimizer):
+                raise ValueError(
+                    f"The {type(optimizer).__name__} steps no trainable parameter of {type(model).__name__} that "
+                    f"{type(self).__name__} selects. Give the optimiser of this model."
+                )
         except Exception:
             self.release()
             raise
@@ -109,13 +114,6 @@ class Mitigator(ABC):  # noqa: B024  nothing is common to all of them but the ho
             raise TypeError(
                 f"{type(self).__name__} cannot follow LBFGS, which makes gradients anew inside its step. Add the "
                 "penalty to the loss in its closure, or use another optimiser."
-            )
-        self._taken = {}
-        self.selection.check(model)
-        if not self.parameters(model, optimizer):
-            raise ValueError(
-                f"The {type(optimizer).__name__} steps no trainable parameter of {type(model).__name__} that "
-                f"{type(self).__name__} selects. Give the optimiser of this model."
             )
 
     def _hooks(self, optimizer: Optimizer, model: nn.Module) -> tuple[Any, ...]:

@@ -9,17 +9,15 @@ from torch import Tensor, nn
 
 
 def add_to_gradients(parameters: Sequence[nn.Parameter], directions: Sequence[Tensor], weight: float) -> None:
-    """p.grad += weight · direction for each p, in the gradient's dtype; where it has none, that is its gradient."""
-    given: list[Tensor] = []
-    added: list[Tensor] = []
-    for parameter, direction in zip(parameters, directions):
-        if parameter.grad is None:
-            parameter.grad = (direction * weight).to(parameter.dtype)
-        else:
-            given.append(gradient_of(parameter))
-            added.append(direction.to(given[-1].dtype))
-    if given:
-        torch._foreach_add_(given, added, alpha=weight)
+    """p.grad += weight · direction for each p; where it has none, that is its gradient."""
+    add_to([gradient_of(parameter) for parameter in parameters], directions, weight)
+
+
+def add_to(gradients: Sequence[Tensor], directions: Sequence[Tensor], weight: float) -> None:
+    """gradient += weight · direction for each, in the gradient's dtype."""
+    if gradients:
+        added = [direction.to(gradient.dtype) for gradient, direction in zip(gradients, directions)]
+        torch._foreach_add_([*gradients], added, alpha=weight)
 
 
 def gradient_of(parameter: nn.Parameter) -> Tensor:

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from avalanche_curv.core.mitigators.gradients import add_to
 from avalanche_curv.core.mitigators.power_iteration import Pair, fitting, iterate, stir
 from avalanche_curv.core.mitigators.regularizer import Regularizer
 from avalanche_curv.core.mitigators.roles import Multiplies, block_names, roles, warn_of_unknown
 from avalanche_curv.core.mitigators.selection import Kept
-from avalanche_curv.core.mitigators.spectral_parts import Group, Part, add, add_outer
+from avalanche_curv.core.mitigators.spectral_parts import Group, Part, add_outer
 from avalanche_curv.core.options import check_seed, is_number
 
 STIR = 128  # iterations between
@@ -98,10 +99,11 @@ class SpectralRegularizer(Regularizer):
                         add_outer(part.gradient(), u, pair.v)
                 if group.shifts:
                     shifts = [part.value() for part in group.shifts]
-                    factors = 2 * k * weight * torch.stack(torch._foreach_norm(shifts)) ** (2 * k - 2)
-                    add(group.shifts, torch._foreach_mul(shifts, list(factors.unbind())))
-                if group.scales:
-                    add(group.scales, [2 * weight * (part.value() - 1) for part in group.scales])
+                    factors = torch.stack(torch._foreach_norm(shifts)) ** (2 * k - 2)
+                    directions = torch._foreach_mul(shifts, list(factors.unbind()))
+                    add_to([part.gradient() for part in group.shifts], directions, 2 * k * weight)
+                scales = [part.value() - 1 for part in group.scales]
+                add_to([part.gradient() for part in group.scales], scales, 2 * weight)
 
     def spectral_norms(self, model: nn.Module) -> dict[str, float]:
         """The estimate of σ₁ of each weight by name, from 50 power iterations more than training has made, which are

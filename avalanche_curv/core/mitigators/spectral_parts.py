@@ -46,12 +46,6 @@ class Group:
         return [part.value().flatten(1) for part in self.weights]
 
 
-def add(parts: Sequence[Part], gradients: Sequence[Tensor]) -> None:
-    """Add to the parameters' gradients, in their precision."""
-    held = [part.gradient() for part in parts]
-    torch._foreach_add_(held, [new.to(old) for old, new in zip(held, gradients)])
-
-
 def add_outer(tensor: Tensor, u: Tensor, v: Tensor) -> None:
     """tensor += u vᵀ, of whatever layout and precision."""
     flat = tensor.flatten(1)
