@@ -34,8 +34,6 @@ from avalanche_curv import (
     Refresh,
     fidelity_metrics,
     landscape_metrics,
-    load_checkpoint,
-    save_checkpoint,
 )
 from avalanche_curv.core.batches import random_part
 from avalanche_curv.core.policies import part_seed
@@ -365,18 +363,9 @@ def test_a_step_that_is_not_measured_reads_no_parameters(net, learner, train, pl
 
 
 @pytest.mark.parametrize("ways", [{}, {"ways": [QUICK]}])
-def test_a_resumed_run_measures_what_an_uninterrupted_one_does(ways, net, learner, train, plane, tmp_path):
+def test_a_resumed_run_measures_what_an_uninterrupted_one_does(ways, assert_resumes):
     metrics = landscape_metrics(every=2, fraction=0.2, **ways)
-    strategy = learner(net, metrics=metrics)
-    train(strategy, plane.train_stream[:2])
-    save_checkpoint(strategy, tmp_path / "checkpoint.pt")
-    train(strategy, plane.train_stream[2:], seed=1)
-    resumed, start = load_checkpoint(learner(copy.deepcopy(net)), tmp_path / "checkpoint.pt")
-    train(resumed, plane.train_stream[start:], seed=1)
-    expected, found = published(strategy), published(resumed)
-    assert expected.keys() == found.keys()
-    for name, (steps, values) in expected.items():
-        assert found[name] == (steps, values), name
+    assert_resumes(metrics)
 
 
 def test_the_metric_can_be_pickled_with_what_it_stores(net, learner, train, plane):

@@ -16,7 +16,7 @@ from avalanche.training.plugins import SupervisedPlugin
 from torch import nn
 from torch.nn import functional as F
 
-from avalanche_curv import SineBoundary, load_checkpoint, save_checkpoint
+from avalanche_curv import SineBoundary
 from avalanche_curv.core.batches import random_part
 from avalanche_curv.core.policies import part_seed
 from avalanche_curv.metrics.plasticity import FromScratch, ProbeMetric, plasticity_metrics
@@ -357,17 +357,9 @@ def test_measuring_trains_bit_identically_to_naive(from_scratch, make, learner, 
 
 
 @pytest.mark.parametrize("from_scratch", [None, FromScratch(SGD)])
-def test_a_resumed_run_measures_what_an_uninterrupted_one_does(from_scratch, net, learner, train, plane, tmp_path):
+def test_a_resumed_run_measures_what_an_uninterrupted_one_does(from_scratch, assert_resumes):
     metrics = plasticity_metrics(every=2, examples=9, from_scratch=from_scratch)
-    strategy = train(learner(net, metrics=metrics), plane.train_stream[:2])
-    save_checkpoint(strategy, tmp_path / "checkpoint.pt")
-    train(strategy, plane.train_stream[2:], seed=1)
-    resumed, start = load_checkpoint(learner(copy.deepcopy(net)), tmp_path / "checkpoint.pt")
-    train(resumed, plane.train_stream[start:], seed=1)
-    expected, found = published(strategy), published(resumed)
-    assert expected.keys() == found.keys()
-    for name, (steps, values) in expected.items():
-        assert found[name] == (steps, values), name
+    assert_resumes(metrics)
 
 
 def test_metrics_can_be_pickled_and_keep_no_data_set(net, learner, train, plane):

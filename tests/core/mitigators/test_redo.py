@@ -330,19 +330,6 @@ def test_a_mitigator_that_is_removed_listens_no_more():
     assert len(torch.nn.modules.module._global_forward_hooks) == before
 
 
-class Written(nn.Module):
-    """A model whose forward pass is given as a function."""
-
-    def __init__(self, forward, **layers):
-        super().__init__()
-        self.written = forward
-        for name, layer in layers.items():
-            setattr(self, name, layer)
-
-    def forward(self, x):
-        return self.written(self, x)
-
-
 def recycled(model, inputs, threshold=0.0):
     """What one step that moves nothing recycles, having seen the inputs; and that mitigator."""
     redo, optimizer = ReDO(threshold, every=1), still(model)
@@ -352,12 +339,12 @@ def recycled(model, inputs, threshold=0.0):
     return redo
 
 
-def test_a_unit_that_one_of_two_readers_gets_is_in_use(make):
+def test_a_unit_that_one_of_two_readers_gets_is_in_use(make, written):
     def forward(self, x):
         hidden = self.f(x)
         return self.p(hidden.relu()) + self.v(hidden.tanh())
 
-    model = make(lambda: Written(forward, f=nn.Linear(6, 8), p=nn.Linear(8, 3), v=nn.Linear(8, 3)))
+    model = make(lambda: written(forward, f=nn.Linear(6, 8), p=nn.Linear(8, 3), v=nn.Linear(8, 3)))
     kill(model.f, DEAD)  # −1 for the ReLU, which is 0, and for tanh, which is not
     with torch.no_grad():
         model.f.weight[5], model.f.bias[5] = 0, 0  # which both get as 0
@@ -367,12 +354,12 @@ def test_a_unit_that_one_of_two_readers_gets_is_in_use(make):
     torch.testing.assert_close(model(inputs), before)
 
 
-def test_a_layer_with_a_reader_that_had_no_pass_is_not_recycled(make):
+def test_a_layer_with_a_reader_that_had_no_pass_is_not_recycled(make, written):
     def forward(self, x):
         hidden = self.f(x).relu()
         return self.p(hidden) + (self.v(hidden) if self.both else 0)
 
-    model = make(lambda: Written(forward, f=nn.Linear(6, 8), p=nn.Linear(8, 3), v=nn.Linear(8, 3)))
+    model = make(lambda: written(forward, f=nn.Linear(6, 8), p=nn.Linear(8, 3), v=nn.Linear(8, 3)))
     model.both = True
     redo, optimizer = ReDO(0.0, every=1), still(model)
     redo.attach(optimizer, model)
@@ -407,8 +394,8 @@ def test_a_model_whose_only_layer_turns_out_to_be_none_is_refused_then(make):
         recycled(model, torch.ones(5, 8, 6))
 
 
-def test_readers_are_heard_that_are_called_by_keyword(make):
-    model = make(lambda: Written(lambda self, x: self.b(input=self.a(x).relu()), a=nn.Linear(6, 8), b=nn.Linear(8, 3)))
+def test_readers_are_heard_that_are_called_by_keyword(make, written):
+    model = make(lambda: written(lambda self, x: self.b(input=self.a(x).relu()), a=nn.Linear(6, 8), b=nn.Linear(8, 3)))
     kill(model.a, DEAD)
     assert recycled(model, torch.randn(20, 6, generator=torch.Generator().manual_seed(0))).recycled == {"a": 2}
 

@@ -8,19 +8,6 @@ from torch.nn import functional as F
 from avalanche_curv.core.mitigators.unit_graph import HiddenLayer, UnitGraph
 
 
-class Written(nn.Module):
-    """A model whose forward pass is given as a function."""
-
-    def __init__(self, forward, **layers):
-        super().__init__()
-        self.written = forward
-        for name, layer in layers.items():
-            setattr(self, name, layer)
-
-    def forward(self, x):
-        return self.written(self, x)
-
-
 def readers(model):
     return {layer.name: layer.readers for layer in UnitGraph.of(model).hidden}
 
@@ -42,11 +29,11 @@ def test_units_are_followed_through_activations_pooling_norms_and_flattening():
     lambda x: x.flatten(1), lambda x: torch.flatten(x, 1), lambda x: x.view(x.size(0), -1),
     lambda x: x.reshape(x.shape[0], -1),
 ])  # fmt: skip
-def test_functions_and_methods_are_followed_as_modules_are(flatten):
+def test_functions_and_methods_are_followed_as_modules_are(flatten, written):
     def forward(self, x):
         return self.b(flatten(F.max_pool2d(F.dropout(F.relu(self.a(x)), training=self.training), 2)))
 
-    model = Written(forward, a=nn.Conv2d(1, 4, 3), b=nn.Linear(16, 3))
+    model = written(forward, a=nn.Conv2d(1, 4, 3), b=nn.Linear(16, 3))
     assert readers(model) == {"a": ("b",)}
 
 
@@ -54,17 +41,17 @@ def test_functions_and_methods_are_followed_as_modules_are(flatten):
     lambda x: x.flatten(2), lambda x: torch.flatten(x, 0), lambda x: x.view(-1, 16), lambda x: x, lambda x: x.mean(2),
     lambda x: x.reshape(x.size(0) * 4, -1).relu(),
 ])  # fmt: skip
-def test_a_linear_layer_that_regroups_channels_reads_no_units(other):
+def test_a_linear_layer_that_regroups_channels_reads_no_units(other, written):
     def forward(self, x):
         return self.b(other(self.a(x).relu()))
 
-    graph = UnitGraph.of(Written(forward, a=nn.Conv2d(1, 4, 3), b=nn.Linear(16, 3)))
+    graph = UnitGraph.of(written(forward, a=nn.Conv2d(1, 4, 3), b=nn.Linear(16, 3)))
     assert not graph.hidden
     assert "regroups" in graph.others["a"] or "go into" in graph.others["a"]
 
 
-def test_a_unit_may_have_several_readers():
-    model = Written(lambda self, x: (lambda h: self.b(h) + self.c(h))(self.a(x).relu()),
+def test_a_unit_may_have_several_readers(written):
+    model = written(lambda self, x: (lambda h: self.b(h) + self.c(h))(self.a(x).relu()),
                     a=nn.Linear(4, 5), b=nn.Linear(5, 2), c=nn.Linear(5, 2))  # fmt: skip
     assert readers(model) == {"a": ("b", "c")}
 
@@ -75,23 +62,23 @@ def shared():
     return nn.Sequential(a, nn.ReLU(), b, nn.ReLU(), nn.Linear(4, 2))
 
 
-def two_through(first, second, x):
+def two_through(first, second, x, written):
     """a and b with a norm layer each, which may be the same, both read by c."""
-    model = Written(lambda self, x: self.c(self.n(self.a(x)).relu()) + self.d(self.m(self.b(x)).relu()),
+    model = written(lambda self, x: self.c(self.n(self.a(x)).relu()) + self.d(self.m(self.b(x)).relu()),
                     a=nn.Linear(4, 4), b=nn.Linear(4, 4), c=nn.Linear(4, 2), d=nn.Linear(4, 2),
                     n=first, m=second)  # fmt: skip
     model(x)
     return UnitGraph.of(model)
 
 
-def test_norm_layers_that_serve_two_layers_or_share_their_scale_are_no_units_own():
+def test_norm_layers_that_serve_two_layers_or_share_their_scale_are_no_units_own(written):
     x, norm, other = torch.randn(3, 4), nn.BatchNorm1d(4), nn.BatchNorm1d(4)
-    assert [layer.norms for layer in two_through(norm, other, x).hidden] == [("n",), ("m",)]
-    called_twice = two_through(norm, norm, x)
+    assert [layer.norms for layer in two_through(norm, other, x, written).hidden] == [("n",), ("m",)]
+    called_twice = two_through(norm, norm, x, written)
     assert not called_twice.hidden
     assert called_twice.others["a"] == "the norm layer 'n' on its way is called several times"
     other.weight = norm.weight
-    assert two_through(norm, other, x).others["b"] == "a weight on its way is shared"
+    assert two_through(norm, other, x, written).others["b"] == "a weight on its way is shared"
 
 
 @pytest.mark.parametrize(("norm", "batched"), [
@@ -109,8 +96,8 @@ def test_an_instance_norm_behind_a_linear_layer_knows_no_units():
     assert images.hidden == (HiddenLayer("0", ("2",), ("1",), batched=True),)
 
 
-def test_a_weight_that_is_read_outside_of_its_layer_or_a_shared_bias_is_left_out():
-    tied = Written(lambda self, x: F.linear(self.b(self.a(x).relu()), self.a.weight), a=nn.Linear(4, 4),
+def test_a_weight_that_is_read_outside_of_its_layer_or_a_shared_bias_is_left_out(written):
+    tied = written(lambda self, x: F.linear(self.b(self.a(x).relu()), self.a.weight), a=nn.Linear(4, 4),
                    b=nn.Linear(4, 4))  # fmt: skip
     assert "shared" in UnitGraph.of(tied).others["a"]
     biases = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -148,9 +135,9 @@ LEFT = {
 
 
 @pytest.mark.parametrize("way", LEFT)
-def test_layers_whose_units_go_another_way_are_left_out_with_the_reason(way):
+def test_layers_whose_units_go_another_way_are_left_out_with_the_reason(way, written):
     forward, reason = LEFT[way]
-    graph = UnitGraph.of(Written(forward, **{name: layer() for name, layer in LINEAR.items()}))
+    graph = UnitGraph.of(written(forward, **{name: layer() for name, layer in LINEAR.items()}))
     assert reason in graph.others["a"]
 
 
@@ -177,8 +164,8 @@ def test_a_model_that_cannot_be_traced_at_all_is_refused_with_the_remedy():
         UnitGraph.of(Branching())
 
 
-def test_tracing_leaves_model_and_randomness_as_they_were():
-    model = Written(lambda self, x: self.b(F.relu(self.a(x)) * torch.randn(4)), a=nn.Linear(4, 4), b=nn.Linear(4, 2))
+def test_tracing_leaves_model_and_randomness_as_they_were(written):
+    model = written(lambda self, x: self.b(F.relu(self.a(x)) * torch.randn(4)), a=nn.Linear(4, 4), b=nn.Linear(4, 2))
     attributes, state = {**model.__dict__}, torch.get_rng_state()
     UnitGraph.of(model)
     assert model.__dict__.keys() == attributes.keys()
