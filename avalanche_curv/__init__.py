@@ -21,8 +21,13 @@ if TYPE_CHECKING:
         penalty_metrics,
         plasticity_metrics,
     )
-    from avalanche_curv.plugins import CurvatureEWCPlugin, MitigatorPlugin, SpectralRegPlugin
-    from avalanche_curv.strategies import CurvatureEWC, SpectralReg
+    from avalanche_curv.plugins import (
+        CurvatureEWCPlugin,
+        MitigatorPlugin,
+        OrthogonalProjectionPlugin,
+        SpectralRegPlugin,
+    )
+    from avalanche_curv.strategies import CurvatureEWC, OrthogonalProjection, SpectralReg
     from avalanche_curv.streams import (
         GrowingClasses,
         LabelFlip,
@@ -48,6 +53,8 @@ _LAZY = {
     "LabelFlip": "streams",
     "MitigatorPlugin": "plugins",
     "NonStationary": "streams",
+    "OrthogonalProjection": "strategies",
+    "OrthogonalProjectionPlugin": "plugins",
     "PermutedDigits": "streams",
     "PixelPermutation": "streams",
     "RandomLabels": "streams",

@@ -13,9 +13,10 @@ from torch.optim import Optimizer
 from avalanche_curv.core.curvature import Curvature, Fisher
 from avalanche_curv.core.mitigators.selection import Kept
 from avalanche_curv.core.policies import Accumulate, Policy
+from avalanche_curv.core.projection import Eigenspace, Projection, Protection, Step
 from avalanche_curv.core.stability import Guard, Warn
 from avalanche_curv.core.structures import Diagonal, Structure
-from avalanche_curv.plugins import CurvatureEWCPlugin, SpectralRegPlugin
+from avalanche_curv.plugins import CurvatureEWCPlugin, OrthogonalProjectionPlugin, SpectralRegPlugin
 
 
 class _WithPlugin(SupervisedTemplate):
@@ -55,6 +56,28 @@ class CurvatureEWC(_WithPlugin):
             strength, curvature=curvature, structure=structure, policy=policy, guard=guard
         )
         super().__init__(self.ewc, model=model, optimizer=optimizer, **training)
+
+
+class OrthogonalProjection(_WithPlugin):
+    """Naive training whose steps stay out of what past experiences need; see `OrthogonalProjectionPlugin` for the
+    options, of which the plugin takes more.
+
+    The other arguments are those of Avalanche's strategies, as for `CurvatureEWC`. The plugin is the attribute
+    `projection`.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: nn.Module,
+        optimizer: Optimizer,
+        protect: Protection = Eigenspace(),  # noqa: B008
+        projection: Projection = Step(),  # noqa: B008
+        max_rank: int | None = None,
+        **training: Any,
+    ) -> None:
+        self.projection = OrthogonalProjectionPlugin(protect, projection=projection, max_rank=max_rank)
+        super().__init__(self.projection, model=model, optimizer=optimizer, **training)
 
 
 class SpectralReg(_WithPlugin):

@@ -14,6 +14,7 @@ from avalanche_curv.core.curvature import (
     Hessian,
     Operator,
     OutputCurvature,
+    OutputGradient,
 )
 from avalanche_curv.core.damping import Damping, StepBound, Tikhonov
 from avalanche_curv.core.estimate import NonFiniteCurvatureError, estimate, rule
@@ -39,6 +40,20 @@ from avalanche_curv.core.mitigators import (
 )
 from avalanche_curv.core.parameters import ParameterSpace
 from avalanche_curv.core.policies import Accumulate, Merge, Past, Policy, Refresh, Refreshed
+from avalanche_curv.core.projection import (
+    Eigenspace,
+    Freeze,
+    Gradient,
+    InputSpace,
+    Leave,
+    Projection,
+    Projector,
+    ProtectedSpace,
+    Protection,
+    Sequential,
+    Step,
+    Uncovered,
+)
 from avalanche_curv.core.quadratic import QuadraticModel
 from avalanche_curv.core.risk import EmpiricalRisk
 from avalanche_curv.core.stability import Guard, Rescale, Stop, UnstablePenaltyError, Warn
@@ -48,6 +63,7 @@ from avalanche_curv.core.structures import (
     Dense,
     Diagonal,
     Energy,
+    Flat,
     FlatSpectrum,
     KeepTerms,
     Kronecker,
@@ -60,6 +76,7 @@ from avalanche_curv.core.structures import (
     Rank,
     Structure,
 )
+from avalanche_curv.core.subspace import Subspace, principal_angles
 from avalanche_curv.core.trust import AbsoluteError, RatioBand, RelativeError, Trust
 
 __all__ = [
@@ -81,6 +98,7 @@ __all__ = [
     "Damping",
     "Dense",
     "Diagonal",
+    "Eigenspace",
     "EmpiricalFisher",
     "EmpiricalRisk",
     "Energy",
@@ -88,15 +106,20 @@ __all__ = [
     "EverySteps",
     "ExampleLoss",
     "Fisher",
+    "Flat",
     "FlatSpectrum",
+    "Freeze",
+    "Gradient",
     "GramMatrix",
     "Guard",
     "Hessian",
+    "InputSpace",
     "KeepTerms",
     "Kronecker",
     "L2Init",
     "Lanczos",
     "Landscape",
+    "Leave",
     "LowRank",
     "Matrix",
     "MatrixFree",
@@ -105,6 +128,7 @@ __all__ = [
     "NonFiniteCurvatureError",
     "Operator",
     "OutputCurvature",
+    "OutputGradient",
     "ParameterSpace",
     "Parseval",
     "Past",
@@ -112,6 +136,10 @@ __all__ = [
     "PerParameter",
     "PiWeighted",
     "Policy",
+    "Projection",
+    "Projector",
+    "ProtectedSpace",
+    "Protection",
     "QuadraticModel",
     "Rank",
     "RatioBand",
@@ -121,14 +149,18 @@ __all__ = [
     "Regularizer",
     "RelativeError",
     "Rescale",
+    "Sequential",
     "ShrinkAndPerturb",
     "SpectralRegularizer",
+    "Step",
     "StepBound",
     "Stop",
     "StreamingEWC",
     "Structure",
+    "Subspace",
     "Tikhonov",
     "Trust",
+    "Uncovered",
     "UnstablePenaltyError",
     "Warn",
     "Wasserstein",
@@ -138,5 +170,6 @@ __all__ = [
     "estimate",
     "example_loss",
     "landscape",
+    "principal_angles",
     "rule",
 ]

@@ -17,6 +17,17 @@ def is_count(value: object) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1
 
 
+def check_count(name: str, value: object) -> None:
+    """Raises ValueError unless `value` is an integer of at least 1.
+
+    >>> check_count("every", 0)
+    Traceback (most recent call last):
+    ValueError: every must be an integer of at least 1; got 0.
+    """
+    if not is_count(value):
+        raise ValueError(f"{name} must be an integer of at least 1; got {value!r}.")
+
+
 def is_number(value: object) -> bool:
     """Whether `value` is a finite number, and no truth value.
 

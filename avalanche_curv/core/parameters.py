@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -65,7 +66,10 @@ class ParameterSpace:
 
         Raises ValueError if one is missing or has become smaller.
         """
-        current = {canonical_name(name): parameter for name, parameter in model.named_parameters()}
+        return self.cut({canonical_name(name): parameter for name, parameter in model.named_parameters()})
+
+    def cut(self, current: Mapping[str, Tensor]) -> list[Tensor]:
+        """The same of any tensors by canonical name."""
         return [_cut(name, current.get(name), shape) for name, shape in zip(self.names, self.shapes)]
 
     def vector(self, model: nn.Module) -> Float[Tensor, "P"]:

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from avalanche_curv.core.curvature import Curvature, check_loss
 from avalanche_curv.core.frozen import unwrapped
-from avalanche_curv.core.losses import example_loss
+from avalanche_curv.core.losses import ExampleLoss, example_loss
 from avalanche_curv.core.parameters import ParameterSpace
 from avalanche_curv.core.risk import EmpiricalRisk
 
@@ -97,7 +97,12 @@ def tells_tasks(strategy: Any) -> bool:
 
 def check_criterion(strategy: Any, curvature: Curvature) -> None:
     """Raises TypeError for a criterion without a per-example form, ValueError for one that the curvature is not of."""
-    check_loss(curvature, example_loss(strategy._criterion))
+    check_loss(curvature, loss_of(strategy))
+
+
+def loss_of(strategy: Any) -> ExampleLoss:
+    """The criterion by examples. Raises TypeError where no such form is known."""
+    return example_loss(strategy._criterion)
 
 
 def current_space(strategy: Any) -> ParameterSpace:

@@ -1,7 +1,13 @@
 """Structures: how much of a curvature matrix is kept."""
 
 from avalanche_curv.core.structures.base import Matrix, Structure
-from avalanche_curv.core.structures.block_diagonal import BlockDiagonal, BlockDiagonalMatrix, PerLayer, PerParameter
+from avalanche_curv.core.structures.block_diagonal import (
+    BlockDiagonal,
+    BlockDiagonalMatrix,
+    Flat,
+    PerLayer,
+    PerParameter,
+)
 from avalanche_curv.core.structures.cuts import Energy, Rank
 from avalanche_curv.core.structures.dense import Dense, DenseMatrix
 from avalanche_curv.core.structures.diagonal import Diagonal, DiagonalMatrix
@@ -21,6 +27,7 @@ __all__ = [
     "Diagonal",
     "DiagonalMatrix",
     "Energy",
+    "Flat",
     "FlatSpectrum",
     "KeepTerms",
     "Kronecker",

@@ -38,6 +38,14 @@ class Grouping(ABC):
 
 
 @dataclass(frozen=True)
+class Flat(Grouping):
+    """One block of all parameters."""
+
+    def key(self, name: str) -> str:
+        return ""
+
+
+@dataclass(frozen=True)
 class PerParameter(Grouping):
     """A block for each parameter tensor: one weight matrix, one bias."""
 
@@ -65,7 +73,7 @@ class BlockDiagonal(Structure):
     def __post_init__(self) -> None:
         check_limit("BlockDiagonal", self.max_bytes)
         if not isinstance(self.per, Grouping):
-            raise TypeError(f"BlockDiagonal takes PerParameter() or PerLayer(); got {self.per!r}.")
+            raise TypeError(f"BlockDiagonal takes PerParameter(), PerLayer() or Flat(); got {self.per!r}.")
         if not isinstance(self.block, Structure):
             raise TypeError(f"BlockDiagonal takes blocks such as Dense() or LowRank(Rank(10)); got {self.block!r}.")
 

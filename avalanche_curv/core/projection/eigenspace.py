@@ -1,0 +1,108 @@
+"""Top eigenvectors of a curvature: the directions along which past loss bends."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from jaxtyping import Float
+from torch import Tensor
+
+from avalanche_curv.core.curvature import Curvature, Fisher, Hessian, check_loss
+from avalanche_curv.core.estimate import check_pair, estimate, has_rule
+from avalanche_curv.core.losses import ExampleLoss
+from avalanche_curv.core.options import check_count, check_seed
+from avalanche_curv.core.parameters import ParameterSpace
+from avalanche_curv.core.projection.blocks import Layout
+from avalanche_curv.core.projection.protection import Demand, Finding, Found, Protection, check_cut, some_of
+from avalanche_curv.core.risk import EmpiricalRisk
+from avalanche_curv.core.structures import BlockDiagonal, BlockDiagonalMatrix, Diagonal, LowRank, LowRankMatrix
+from avalanche_curv.core.structures.block_diagonal import Flat, Grouping
+from avalanche_curv.core.structures.cuts import Cut, Rank
+from avalanche_curv.core.subspace import Subspace
+
+
+@dataclass(frozen=True)
+class Eigenspace(Protection):
+    """The top eigenspace of a curvature, `Rank(k)` or `Energy(e)` of its trace: where the past loss bends most.
+
+    C is that of `examples` of the task, drawn by `seed` (None takes all). `per` says whether there is one basis over
+    all parameters, `Flat()`, in memory k P, or one for each layer from the diagonal blocks of C, `PerLayer()`, in
+    memory Σ k_l P_l, which holds all curvature within layers and none between them.
+
+    With `OutputGradient()` and a rank of as many directions as there are examples it is orthogonal gradient descent
+    (Farajtabar et al. 2020): the span of the gradients of each example's true output.
+    """
+
+    curvature: Curvature = Fisher()  # noqa: RUF009  a frozen value
+    cut: Cut = Rank(20)  # noqa: RUF009
+    per: Grouping = Flat()  # noqa: RUF009
+    examples: int | None = 300
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_cut("Eigenspace", self.cut)
+        check_seed(self.seed)
+        if not isinstance(self.curvature, Curvature):
+            raise TypeError(f"Eigenspace takes a Curvature such as Fisher(); got {self.curvature!r}.")
+        if not isinstance(self.per, Grouping):
+            raise TypeError(f"Eigenspace(per=...) takes Flat(), PerLayer() or PerParameter(); got {self.per!r}.")
+        if self.examples is not None:
+            check_count("Eigenspace(examples=...)", self.examples)
+        check_pair(self.curvature, self._structure)
+
+    def find(self, risk: EmpiricalRisk, experience: int) -> Found:
+        part = some_of(risk, self.examples, self.seed, experience)
+        found = estimate(self.curvature, self._structure, part).curvature
+        diagonal = self._diagonal(part)
+        if isinstance(found, BlockDiagonalMatrix):
+            blocks = [(block.space, block.matrix) for block in found.blocks]
+        else:
+            blocks = [(part.space, found)]
+        return Found([
+            Eigenvectors(
+                self.per.key(space.names[0]), Layout(space), matrix.vectors, matrix.values,
+                math.nan if diagonal is None else float(diagonal[part.space.positions(space)].sum()), experience,
+            )
+            for space, matrix in blocks if isinstance(matrix, LowRankMatrix) and len(matrix.values)
+        ])
+
+    def check_loss(self, loss: ExampleLoss) -> None:
+        check_loss(self.curvature, loss)
+
+    def demands(self, space: ParameterSpace) -> dict[str, Demand]:
+        return {
+            self.per.key(part.names[0]): Demand(part.size, min(part.size, self.cut.most()))
+            for part in self.per.spaces(space)
+        }
+
+    @property
+    def _structure(self) -> LowRank | BlockDiagonal:
+        whole = LowRank(self.cut)
+        return whole if isinstance(self.per, Flat) else BlockDiagonal(self.per, whole)
+
+    def _diagonal(self, risk: EmpiricalRisk) -> Float[Tensor, "P"] | None:
+        """The exact diagonal in float64, for the trace; None where it would take P products, or may be indefinite."""
+        if isinstance(self.curvature, Hessian) or not has_rule(self.curvature, Diagonal()):
+            return None
+        return estimate(self.curvature, Diagonal(), risk).curvature.tensors()[0].double()
+
+
+@dataclass(frozen=True)
+class Eigenvectors(Finding):
+    """Eigenpairs of one block of a curvature, and the trace of all of the block."""
+
+    key: str
+    layout: Layout
+    rows: Float[Tensor, "m d"]
+    values: Float[Tensor, "m"]
+    trace: float
+    experience: int
+
+    def joins(self, subspace: Subspace, outer: Layout) -> Subspace:
+        own, whole = self.layout.columns, outer.columns
+        rows = self.rows
+        if own != whole:
+            rows = rows.new_zeros(len(rows), whole.size)
+            rows[:, whole.positions(own).to(rows.device)] = self.rows
+        return subspace.plus(rows, self.values, self.trace, self.experience)

@@ -1,0 +1,129 @@
+"""What is projected: the step that the optimiser has made, or something that only seems to be as good."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from avalanche_curv.core.parameters import canonical_name
+from avalanche_curv.core.projection.protected import ProtectedSpace
+
+Saved = dict[str, Tensor]
+
+
+class Projection(ABC):
+    """How steps are kept out of a protected space."""
+
+    @abstractmethod
+    def before_step(self, space: ProtectedSpace, model: nn.Module, saved: Saved | None) -> Saved | None:
+        """Between the backward pass and the step; gives what `after_step` needs, from what it gave at the step before,
+        which is None at a task's first."""
+
+    @abstractmethod
+    def after_step(self, space: ProtectedSpace, model: nn.Module, saved: Saved | None) -> None:
+        """After the step."""
+
+
+@dataclass(frozen=True)
+class Step(Projection):
+    """Δ ← Δ − Δ Uᵀ U, with Δ what the optimiser has changed: exact for each of them, whatever momentum, weight decay,
+    preconditioning or clipping made of the gradient.
+
+    Δ is taken from the task's first step on: what earlier steps changed lies outside of U, but for rounding, which does
+    not add up in this way.
+    """
+
+    def before_step(self, space: ProtectedSpace, model: nn.Module, saved: Saved | None) -> Saved:
+        return _copy(space, model) if saved is None else saved
+
+    def after_step(self, space: ProtectedSpace, model: nn.Module, saved: Saved | None) -> None:
+        space.withdraw(space.values(model), saved)
+
+
+@dataclass(frozen=True)
+class Gradient(Projection):
+    """g ← g − g Uᵀ U before the step, as in the papers: exact for plain SGD alone. Momentum from before the space grew,
+    weight decay and the preconditioning of Adam lead back into it. Kept for comparison."""
+
+    def before_step(self, space: ProtectedSpace, model: nn.Module, saved: Saved | None) -> None:
+        space.withdraw(_gradients(space, model))
+
+    def after_step(self, space: ProtectedSpace, model: nn.Module, saved: Saved | None) -> None:
+        return None
+
+
+@dataclass(frozen=True)
+class Sequential(Projection):
+    """Δ ← Δ (I − V₁ᵀV₁) (I − V₂ᵀV₂) …: one task's complement after another. Where their subspaces are not orthogonal
+    the later projections lead back into the earlier ones. Kept to be shown."""
+
+    def before_step(self, space: ProtectedSpace, model: nn.Module, saved: Saved | None) -> Saved:
+        return _copy(space, model)
+
+    def after_step(self, space: ProtectedSpace, model: nn.Module, saved: Saved | None) -> None:
+        space.withdraw(space.values(model), saved, by_task=True)
+
+
+class Projector:
+    """A projection at work on one protected space, for the length of one task.
+
+    In a training loop of your own, after `space = space.absorb(risk, Eigenspace())` at the end of a task:
+
+        projector = Projector(space, Step())
+        with projector.around_step(model):
+            optimizer.step()
+
+    Parameters that are frozen (`requires_grad=False`) stay where they are: the step is projected within the others.
+    """
+
+    def __init__(self, space: ProtectedSpace, projection: Projection) -> None:
+        self.space, self.projection = space, projection
+        self._within: tuple[frozenset[str], ProtectedSpace] = (frozenset(space.space.names), space)
+        self._saved: Saved | None = None
+
+    @contextmanager
+    def around_step(self, model: nn.Module) -> Iterator[None]:
+        """The step that is taken within is projected."""
+        self.before_step(model)
+        yield
+        self.after_step(model)
+
+    @torch.no_grad()
+    def before_step(self, model: nn.Module) -> None:
+        """Between the backward pass and the step."""
+        if not self.space.is_empty:
+            self._saved = self.projection.before_step(self._movable(model), model, self._saved)
+
+    @torch.no_grad()
+    def after_step(self, model: nn.Module) -> None:
+        """After the step."""
+        if not self.space.is_empty:
+            self.projection.after_step(self._within[1], model, self._saved)
+
+    def _movable(self, model: nn.Module) -> ProtectedSpace:
+        """The space among the parameters that training may move now."""
+        own = {*self.space.space.names}
+        trained = (canonical_name(name) for name, p in model.named_parameters() if p.requires_grad)
+        names = frozenset(name for name in trained if name in own)
+        if names != self._within[0]:
+            self._within, self._saved = (names, self.space.restricted(names)), None
+        return self._within[1]
+
+
+def _copy(space: ProtectedSpace, model: nn.Module) -> Saved:
+    return {name: value.clone() for name, value in space.values(model).items()}
+
+
+def _gradients(space: ProtectedSpace, model: nn.Module) -> dict[str, Tensor]:
+    """Those of the protected part of each parameter, to be written; zeros where there is none yet."""
+    found: Saved = {}
+    for name, parameter in model.named_parameters():
+        if (own := canonical_name(name)) in space.space.names:
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            found[own] = parameter.grad
+    return dict(zip(space.space.names, space.space.cut(found)))

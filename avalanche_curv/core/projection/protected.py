@@ -1,0 +1,190 @@
+"""What all past tasks together need: subspaces that later steps stay out of, and parameters that hold still."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from avalanche_curv.core.frozen import unwrapped
+from avalanche_curv.core.parameters import ParameterSpace
+from avalanche_curv.core.projection.blocks import Block, Parts
+from avalanche_curv.core.projection.protection import Finding, Protection
+from avalanche_curv.core.projection.uncovered import Freeze, Uncovered
+from avalanche_curv.core.risk import EmpiricalRisk
+from avalanche_curv.core.structures.base import human_bytes
+from avalanche_curv.core.subspace import Subspace, principal_angles
+
+NOTHING = ParameterSpace((), ())
+
+
+@dataclass(frozen=True)
+class ProtectedSpace:
+    """One orthonormal basis for each block of parameters, of the union of what each past task needs.
+
+    A step Δ becomes Δ − Δ Uᵀ U in each block: one projection on the complement of the union. Parameters and rows that
+    came after a task are free of what that task needs. What directions cannot say holds still altogether, or is left
+    alone (`Freeze()`, `Leave()`): `held` are the parameters of which no directions are known, `statistics` the modules
+    that keep running statistics. A later `absorb` gives a new space.
+    """
+
+    blocks: Mapping[str, Block] = field(default_factory=dict)
+    held: ParameterSpace = NOTHING
+    statistics: tuple[str, ...] = ()
+    experiences: int = 0
+
+    def absorb(
+        self,
+        risk: EmpiricalRisk,
+        protection: Protection,
+        *,
+        uncovered: Uncovered = Freeze(),  # noqa: B008  a frozen value
+        max_rank: int | None = None,
+    ) -> ProtectedSpace:
+        """With what the task of `risk` needs, frozen at the end of its training; each basis is cut to `max_rank`."""
+        found = protection.find(risk, self.experiences)
+        shapes = dict(zip(risk.space.names, risk.space.shapes))
+        names = uncovered.held(found.uncovered)
+        held = ParameterSpace(tuple(names), tuple(shapes[name] for name in names))
+        merged = {f.key: _merged(self.blocks.get(f.key), f, risk.anchor, max_rank) for f in found.findings}
+        statistics = uncovered.held(_with_statistics(risk.base))
+        whole = ProtectedSpace(
+            {**self.blocks, **merged},
+            statistics=tuple(dict.fromkeys((*self.statistics, *statistics))),
+            experiences=self.experiences + 1,
+        )
+        held = self.held.union(held)
+        return replace(whole.restricted(frozenset(whole.space.names) - {*held.names}), held=held)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether every step is allowed."""
+        return not self.held.names and not any(block.subspace.rank for block in self.blocks.values())
+
+    @property
+    def used(self) -> int:
+        """How many dimensions of the parameters are closed."""
+        return sum(block.used for block in self.blocks.values()) + self.held.size
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of all bases."""
+        return sum(block.subspace.nbytes for block in self.blocks.values())
+
+    @property
+    def energy(self) -> float:
+        """The part of the past tasks' curvature that lies in the bases, where its trace is known; NaN elsewhere."""
+        subspaces = [block.subspace for block in self.blocks.values()]
+        traces = [sum(share.trace for share in s.shares if math.isfinite(share.trace)) for s in subspaces]
+        inside = sum(s.energy * trace for s, trace in zip(subspaces, traces) if trace)
+        return inside / sum(traces) if sum(traces) else math.nan
+
+    @property
+    def tasks(self) -> tuple[int, ...]:
+        """The numbers of the tasks that have put something in."""
+        return tuple(sorted({share.task for block in self.blocks.values() for share in block.subspace.shares}))
+
+    def angles(self, first: int, second: int) -> Float[Tensor, "n"]:
+        """The principal angles between what two tasks put in, over all blocks, in radians, smallest first."""
+        found = []
+        for block in self.blocks.values():
+            shares = {share.task: share.coordinates for share in block.subspace.shares}
+            if first in shares and second in shares:
+                found.append(principal_angles(shares[first], shares[second]))
+        return torch.cat(found).sort().values if found else torch.zeros(0, dtype=torch.float64)
+
+    def resting(self, model: nn.Module) -> list[nn.Module]:
+        """The modules of `model` whose running statistics hold still: to be kept in eval mode while it trains."""
+        modules = dict(unwrapped(model).named_modules())
+        return [modules[name] for name in self.statistics if name in modules]
+
+    def values(self, model: nn.Module) -> dict[str, Tensor]:
+        """The protected part of each parameter of `model`, to be read and written."""
+        return dict(zip(self.space.names, (tensor.detach() for tensor in self.space.tensors(model))))
+
+    @cached_property
+    def space(self) -> ParameterSpace:
+        """All parameters that are protected, in the shapes they had at the end of the last task."""
+        whole = self.held
+        for block in self.blocks.values():
+            whole = block.layout.space.union(whole)
+        return whole
+
+    def withdraw(self, moved: Parts, start: Parts | None = None, *, by_task: bool = False) -> None:
+        """Takes out of `moved`, in place, the part of `moved` − `start` (`moved` itself without) that is protected.
+        Where nothing is free, the entries of `start` come back to the bit."""
+        for block in self.blocks.values():
+            names = block.layout.space.names
+            if block.subspace.is_whole and not by_task:
+                _restore(moved, start, names)
+            elif block.subspace.rank:
+                for name, part in block.component(self._difference(block, moved, start), by_task).items():
+                    moved[name].sub_(part.to(moved[name].device))
+        _restore(moved, start, self.held.names)
+
+    def leakage(self, moved: Parts, start: Parts) -> float:
+        """‖Δ Uᵀ U‖ / ‖Δ‖ of Δ = `moved` − `start`: 0 where the protected space is left alone; NaN where Δ = 0."""
+        inside = total = 0.0
+        for block in self.blocks.values():
+            step = self._difference(block, moved, start)
+            inside += sum(float(part.double().square().sum()) for part in block.component(step).values())
+            total += sum(float(part.double().square().sum()) for part in step.values())
+        for name in self.held.names:
+            change = float((moved[name].double() - start[name].double()).square().sum())
+            inside, total = inside + change, total + change
+        return math.sqrt(inside / total) if total else math.nan
+
+    def restricted(self, names: frozenset[str]) -> ProtectedSpace:
+        """Where only these parameters move: the steps that leave all others at rest and the protected space alone."""
+        if names >= {*self.space.names}:
+            return self
+        blocks = ((key, block.restricted(names)) for key, block in self.blocks.items())
+        return replace(self, blocks={key: block for key, block in blocks if block is not None})
+
+    def check(
+        self, protection: Protection, space: ParameterSpace, itemsize: int, *, max_rank: int | None, max_bytes: int
+    ) -> None:
+        """Raises MemoryError where one more task of a model with the parameters of `space` could take the bases over
+        `max_bytes`."""
+        needed = self.nbytes
+        for key, demand in protection.demands(space).items():
+            held = self.blocks[key].subspace if key in self.blocks else None
+            rank = min(demand.dimension, demand.most + (held.rank if held else 0))
+            rank = rank if max_rank is None else min(rank, max_rank)
+            needed += itemsize * demand.dimension * rank - (held.rows.nbytes if held else 0)
+        if needed > max_bytes:
+            raise MemoryError(
+                f"After this experience the bases of {protection} may need {human_bytes(needed)}, over their limit of "
+                f"{human_bytes(max_bytes)}; they hold {human_bytes(self.nbytes)} now. Keep fewer directions, bound "
+                "them by max_rank=..., use PerLayer() or InputSpace(), or raise max_bytes=...."
+            )
+
+    def _difference(self, block: Block, moved: Parts, start: Parts | None) -> Parts:
+        """Δ of a block, in the type of its basis."""
+        kind = block.subspace.rows.dtype
+        names = block.layout.space.names
+        if start is None:
+            return {name: moved[name].to(kind) for name in names}
+        return {name: moved[name].to(kind) - start[name].to(kind) for name in names}
+
+
+def _merged(held: Block | None, finding: Finding, like: Tensor, max_rank: int | None) -> Block:
+    outer = finding.layout if held is None else held.layout.union(finding.layout)
+    empty = Subspace.empty(like.new_empty(outer.columns.size))
+    before = empty if held is None else held.within(outer).subspace
+    return Block(outer, finding.joins(before, outer).limited(max_rank))
+
+
+def _restore(moved: Parts, start: Parts | None, names: tuple[str, ...]) -> None:
+    for name in names:
+        moved[name].zero_() if start is None else moved[name].copy_(start[name])
+
+
+def _with_statistics(model: nn.Module) -> tuple[str, ...]:
+    """The modules that change running statistics in training."""
+    return tuple(name for name, m in unwrapped(model).named_modules() if getattr(m, "running_mean", None) is not None)

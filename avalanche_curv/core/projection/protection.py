@@ -1,0 +1,76 @@
+"""What of a task is protected: the recipe, and what it finds."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from avalanche_curv.core.batches import random_part
+from avalanche_curv.core.losses import ExampleLoss
+from avalanche_curv.core.parameters import ParameterSpace
+from avalanche_curv.core.policies import part_seed
+from avalanche_curv.core.projection.blocks import Layout
+from avalanche_curv.core.risk import EmpiricalRisk
+from avalanche_curv.core.structures.cuts import Cut
+from avalanche_curv.core.subspace import Subspace
+
+
+class Finding(ABC):
+    """What a recipe finds of one task in one matrix of parameters, which goes by `key` from task to task."""
+
+    key: str
+    layout: Layout
+
+    @abstractmethod
+    def joins(self, subspace: Subspace, outer: Layout) -> Subspace:
+        """The subspace of earlier tasks, over the columns of `outer`, with what this one adds."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What matters to one task: its findings, and the names of parameters that matter but of which no directions are
+    known."""
+
+    findings: Sequence[Finding]
+    uncovered: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Demand:
+    """How much of a block a recipe may add: up to `most` directions of `dimension` numbers."""
+
+    dimension: int
+    most: int
+
+
+class Protection(ABC):
+    """Which directions matter to a task, and so are closed to later ones.
+
+    A recipe of your own names them by block (`find`), and says beforehand how many they may be (`demands`).
+    """
+
+    @abstractmethod
+    def find(self, risk: EmpiricalRisk, experience: int) -> Found:
+        """What matters to the task whose risk, frozen at the end of its training, is given; tasks count from 0."""
+
+    def check_loss(self, loss: ExampleLoss) -> None:  # noqa: B027  most need no more of a loss than that it is known
+        """Raises ValueError for a loss that the directions cannot be had of."""
+
+    @abstractmethod
+    def demands(self, space: ParameterSpace) -> dict[str, Demand]:
+        """By the keys of `find`, how much one task of a model with these parameters may add."""
+
+
+def some_of(risk: EmpiricalRisk, count: int | None, seed: int, experience: int) -> EmpiricalRisk:
+    """The risk of `count` of its examples, drawn for each experience by `seed`; of all of them where they are fewer."""
+    if count is None or count >= risk.examples:
+        return risk
+    return risk.select(random_part(risk.examples, count / risk.examples, part_seed(seed, experience)))
+
+
+def check_cut(name: str, cut: object) -> None:
+    """Raises TypeError for what is no cut."""
+    if not isinstance(cut, Cut):
+        hint = f" Call it: {cut.__name__}(...)." if isinstance(cut, type) else ""
+        raise TypeError(f"{name} takes Rank(k) or Energy(fraction); got {cut!r}.{hint}")

@@ -1,0 +1,218 @@
+"""A subspace by orthonormal rows, made of what one task after another puts into it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+GRAM_ENTRIES = 2**22  # of rows that are held in float64 at once
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one task put into a subspace U: its orthonormal directions V = K U by their coordinates K, the curvature
+    along each, the trace of all of its curvature (NaN where it is not known), and the number of the task."""
+
+    coordinates: Float[Tensor, "j k"]
+    values: Float[Tensor, "j"]
+    trace: float
+    task: int
+
+    @property
+    def energy(self) -> float:
+        """The part of the trace that lies in U: Σ_i λ_i ‖κ_i‖² / tr C."""
+        return float(self.values @ self.coordinates.square().sum(1)) / self.trace if self.trace else math.nan
+
+    def padded(self, count: int) -> Share:
+        """In a subspace with so many further directions."""
+        return replace(self, coordinates=F.pad(self.coordinates, (0, count)))
+
+    def rotated(self, rotation: Float[Tensor, "k l"]) -> Share:
+        """In the coordinates of another subspace."""
+        return replace(self, coordinates=self.coordinates @ rotation)
+
+
+@dataclass(frozen=True)
+class Subspace:
+    """The span of orthonormal rows U [k, d], and the `shares` of the tasks in it, in float64.
+
+    >>> plane = Subspace.empty(torch.zeros(3)).plus(torch.eye(3)[:2], torch.tensor([4.0, 1.0]), trace=6.0)
+    >>> plane.component(torch.tensor([[1.0, 2.0, 3.0]])), round(plane.energy, 3)
+    (tensor([[1., 2., 0.]]), 0.833)
+    >>> plane.plus(torch.eye(3)[1:2], torch.tensor([1.0])).rank                # merged again, it adds nothing
+    2
+    """
+
+    rows: Float[Tensor, "k d"]
+    shares: tuple[Share, ...] = ()
+
+    @classmethod
+    def empty(cls, like: Float[Tensor, "d"]) -> Subspace:
+        """{0} in as many dimensions as `like` has entries."""
+        return cls(like.new_empty(0, len(like)))
+
+    @property
+    def rank(self) -> int:
+        """k."""
+        return self.rows.shape[0]
+
+    @property
+    def dimension(self) -> int:
+        """d."""
+        return self.rows.shape[1]
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether no direction is free."""
+        return self.rank == self.dimension
+
+    @property
+    def nbytes(self) -> int:
+        """Memory held, shares included."""
+        shares = sum(share.coordinates.nbytes + share.values.nbytes for share in self.shares)
+        return self.rows.nbytes + shares
+
+    @property
+    def energy(self) -> float:
+        """The part of all tasks' curvature that lies in U, of those whose trace is known."""
+        known = [share for share in self.shares if math.isfinite(share.trace)]
+        total = sum(share.trace for share in known)
+        return sum(share.energy * share.trace for share in known if share.trace) / total if total else math.nan
+
+    def component(self, vectors: Float[Tensor, "r d"]) -> Float[Tensor, "r d"]:
+        """X Uᵀ U: the part of each row that lies in the subspace."""
+        return _times_rows(_coordinates(vectors, self.rows), self.rows)
+
+    def component_by_task(self, vectors: Float[Tensor, "r d"]) -> Float[Tensor, "r d"]:
+        """X − X (I − V₁ᵀV₁) (I − V₂ᵀV₂) …: what is taken away where the share of one task after another is projected
+        out. Where they are not orthogonal, what is left has a part in the earlier ones again."""
+        before = _coordinates(vectors, self.rows)
+        after = before
+        for share in self.shares:
+            own = share.coordinates.to(before)
+            after = after - (after @ own.T) @ own
+        return _times_rows(before - after, self.rows)
+
+    def joined(self, rows: Float[Tensor, "m d"]) -> Subspace:
+        """The span of both, without a share for `rows`. What lies within U already adds nothing."""
+        new = remainder(rows.to(self.rows), self.rows)
+        if not len(new):
+            return self
+        return Subspace(torch.cat([self.rows, new]), tuple(share.padded(len(new)) for share in self.shares))
+
+    def plus(
+        self, rows: Float[Tensor, "m d"], values: Float[Tensor, "m"], trace: float = math.nan, task: int = 0
+    ) -> Subspace:
+        """The union with the span of orthonormal `rows`, along which a task has the curvature `values`."""
+        union = self.joined(rows)
+        return union.with_share(Share(_coordinates(rows.to(union.rows), union.rows), values, trace, task))
+
+    def with_share(self, share: Share) -> Subspace:
+        """The same span with the share of one more task."""
+        coordinates = _isometry(share.coordinates.double())
+        share = replace(share, coordinates=coordinates, values=share.values.double().to(coordinates.device).abs())
+        return replace(self, shares=(*self.shares, share))
+
+    def limited(self, rank: int | None) -> Subspace:
+        """The `rank` directions in U along which the summed curvature Σ_t V_tᵀ Λ_t V_t is largest."""
+        if rank is None or self.rank <= rank:
+            return self
+        moments = sum(share.coordinates.T @ (share.values[:, None] * share.coordinates) for share in self.shares)
+        turned = torch.linalg.eigh(moments)[1].flip(1)[:, :rank]
+        rows = turned.T.to(self.rows) @ self.rows
+        rows = rows - (rows @ rows.T - torch.eye(rank).to(rows)) @ rows / 2  # (I + E)^(-1/2) rows, against rounding
+        return Subspace(rows, tuple(share.rotated(turned) for share in self.shares))
+
+    def embedded(self, at: Int[Tensor, "d"], dimension: int) -> Subspace:
+        """In a larger space, whose coordinates `at` are those of this one."""
+        rows = self.rows.new_zeros(self.rank, dimension)
+        rows[:, at.to(rows.device)] = self.rows
+        return replace(self, rows=rows)
+
+    def restricted(self, at: Int[Tensor, "e"]) -> Subspace:
+        """What some coordinates alone have to avoid, where all others stay zero: the span of their columns of U."""
+        columns = self.rows[:, at.to(self.rows.device)]
+        rows = orthonormal(columns)
+        turn = (columns @ rows.T).double()
+        shares = (share.rotated(turn) for share in self.shares)
+        return Subspace(rows, tuple(replace(share, coordinates=_isometry(share.coordinates)) for share in shares))
+
+
+def remainder(rows: Float[Tensor, "m d"], basis: Float[Tensor, "k d"]) -> Float[Tensor, "l d"]:
+    """Orthonormal rows that span what unit `rows` have outside orthonormal `basis`: block Gram-Schmidt, twice, since
+    once leaves rounding that is large beside a small remainder (Giraud et al. 2005, "twice is enough").
+
+    A remainder below `tolerance` does not count, so that what the basis holds adds nothing.
+    """
+    for _ in range(2):
+        if len(basis) and len(rows):
+            rows = rows - (rows @ basis.T) @ basis
+        rows = orthonormal(rows)
+    return rows
+
+
+def orthonormal(rows: Float[Tensor, "m d"]) -> Float[Tensor, "l d"]:
+    """Orthonormal rows of the same span, without directions of singular values below `tolerance`; by the Gram matrix in
+    float64, whose eigenvalues resolve singular values from 1e-8 on."""
+    if not len(rows):
+        return rows
+    values, vectors = torch.linalg.eigh(_gram(rows))
+    kept = values > tolerance(rows.dtype) ** 2
+    return (vectors[:, kept] / values[kept].sqrt()).T.to(rows) @ rows
+
+
+def tolerance(kind: torch.dtype) -> float:
+    """Below which part of a unit vector a direction counts as none: 100 times the rounding of the type, at least 1e-7.
+    """
+    return max(100 * torch.finfo(kind).eps, 1e-7)
+
+
+def principal_angles(first: Float[Tensor, "j d"], second: Float[Tensor, "k d"]) -> Float[Tensor, "n"]:
+    """The n = min(j, k) principal angles between the spans of orthonormal rows, in radians, smallest first; by sines
+    where they are small (Björck & Golub 1973).
+
+    >>> from math import pi
+    >>> line, plane = torch.tensor([[1.0, 1.0, 0.0]]) / 2**0.5, torch.eye(3)[1:]
+    >>> round(float(principal_angles(line, plane)) / pi, 6)
+    0.25
+    """
+    if len(first) < len(second):
+        first, second = second, first
+    first, second = first.double(), second.double()
+    overlap = second @ first.T
+    cosines = torch.linalg.svdvals(overlap).clamp(max=1)
+    sines = torch.linalg.svdvals(second - overlap @ first).flip(0)[: len(cosines)].clamp(max=1)
+    return torch.where(cosines.square() < 0.5, cosines.acos(), sines.asin())
+
+
+def _isometry(coordinates: Float[Tensor, "j k"]) -> Float[Tensor, "j k"]:
+    """(K Kᵀ)^(-1/2) K, the nearest rows to K whose KᵀK is a projection: orthonormal ones, or zero where K has less."""
+    values, vectors = torch.linalg.eigh(coordinates @ coordinates.T)
+    inverse = torch.where(values > tolerance(values.dtype) ** 2, values.clamp(min=0).rsqrt(), 0.0)
+    return (vectors * inverse) @ vectors.T @ coordinates
+
+
+def _gram(rows: Float[Tensor, "m d"]) -> Float[Tensor, "m m"]:
+    gram = rows.new_zeros(len(rows), len(rows), dtype=torch.float64)
+    for part in _columns(rows):
+        gram.addmm_(part, part.T)
+    return gram
+
+
+def _columns(rows: Float[Tensor, "m d"]) -> Iterator[Tensor]:
+    for part in rows.split(max(1, GRAM_ENTRIES // len(rows)), dim=1):
+        yield part.double()
+
+
+def _coordinates(vectors: Float[Tensor, "r d"], rows: Float[Tensor, "k d"]) -> Float[Tensor, "r k"]:
+    return (rows @ vectors[0])[None] if len(vectors) == 1 else vectors @ rows.T
+
+
+def _times_rows(coordinates: Float[Tensor, "r k"], rows: Float[Tensor, "k d"]) -> Float[Tensor, "r d"]:
+    return (coordinates[0] @ rows)[None] if len(coordinates) == 1 else coordinates @ rows

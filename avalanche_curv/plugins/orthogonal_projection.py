@@ -1,0 +1,141 @@
+"""Orthogonal projection as an Avalanche plugin: learn only where the past does not care."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from avalanche.training.plugins import SupervisedPlugin
+from torch import nn
+
+from avalanche_curv.core.estimate import NonFiniteCurvatureError
+from avalanche_curv.core.options import check_count
+from avalanche_curv.core.projection import (
+    Eigenspace,
+    Freeze,
+    Projection,
+    Projector,
+    ProtectedSpace,
+    Protection,
+    Sequential,
+    Step,
+    Uncovered,
+)
+from avalanche_curv.core.structures.base import check_limit
+from avalanche_curv.plugins import _bridge
+
+
+class OrthogonalProjectionPlugin(SupervisedPlugin):
+    """Projects each training step on the orthogonal complement of what past experiences need.
+
+    At the end of an experience `protect` finds its directions, and they join one orthonormal basis U of the union of
+    all (`protected`, a `ProtectedSpace`): Δ ← Δ − U Uᵀ Δ. The step itself is projected, so that the parameters stay in
+    the complement under any optimiser; `Gradient()` and `Sequential()` are there to be compared. `max_rank` bounds the
+    rank of each basis and keeps the directions along which past curvature is largest; a basis may take up to
+    `max_bytes` in all. With nothing protected, as in the first experience, training is exactly Naive's; with all
+    protected, no parameter moves.
+
+    What a projection cannot protect: new heads and rows that grow later are free, though they may change what the
+    model says of old inputs (`growth/...` of `fidelity_metrics` shows it); running statistics of norm layers, and
+    parameters of which no directions are known, hold still from the end of the first experience
+    (`uncovered=Freeze()`), norm layers in eval mode, or go on as they are (`uncovered=Leave()`). Other buffers are not
+    looked at.
+
+    Raises TypeError or ValueError for unusable options when it is made; before training TypeError for an optimiser
+    that needs a closure, for a criterion without a per-example form, ValueError for an empty experience; MemoryError
+    before an experience after which the bases may be over `max_bytes`; NonFiniteCurvatureError at the end of one that
+    diverged, when `protected` still holds what came before.
+    """
+
+    def __init__(
+        self,
+        protect: Protection = Eigenspace(),  # noqa: B008  a frozen value
+        *,
+        projection: Projection = Step(),  # noqa: B008
+        uncovered: Uncovered = Freeze(),  # noqa: B008
+        max_rank: int | None = None,
+        max_bytes: int = 4 * 2**30,
+        batch_size: int = 256,
+    ) -> None:
+        super().__init__()
+        _check_options(protect, projection, uncovered, max_rank)
+        check_limit("OrthogonalProjectionPlugin", max_bytes)
+        check_count("batch_size", batch_size)
+        self.protect, self.projection, self.uncovered = protect, projection, uncovered
+        self.max_rank, self.max_bytes, self.batch_size = max_rank, max_bytes, batch_size
+        self.protected = ProtectedSpace()
+        self._projector: Projector | None = None  # for the length of an experience
+        self._task_ends = _bridge.TaskEnds()
+        self._resting: list[nn.Module] = []  # norm layers in eval mode for the length of an experience
+
+    def before_training(self, strategy: Any, **kwargs: Any) -> None:
+        _check_optimizer(strategy.optimizer)
+        self.protect.check_loss(_bridge.loss_of(strategy))
+
+    def before_train_dataset_adaptation(self, strategy: Any, **kwargs: Any) -> None:
+        _bridge.check_experience(strategy)
+
+    def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
+        self.protected.check(
+            self.protect, _bridge.current_space(strategy), _bridge.current_itemsize(strategy),
+            max_rank=self.max_rank, max_bytes=self.max_bytes,
+        )
+        self._projector = Projector(self.protected, self.projection)
+        self._resting = [m for m in self.protected.resting(strategy.model) if m.training]
+        for module in self._resting:
+            module.eval()
+
+    def before_update(self, strategy: Any, **kwargs: Any) -> None:
+        if self._projector is not None:
+            self._projector.before_step(strategy.model)
+
+    def after_update(self, strategy: Any, **kwargs: Any) -> None:
+        if self._projector is not None:
+            self._projector.after_step(strategy.model)
+
+    def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
+        for module in self._resting:
+            module.train()
+        self._resting, self._projector = [], None
+        if self._task_ends.here(strategy):
+            self._absorb(strategy)
+
+    def _absorb(self, strategy: Any) -> None:
+        risk = _bridge.current_risk(strategy, self.batch_size)
+        try:
+            self.protected = self.protected.absorb(
+                risk, self.protect, uncovered=self.uncovered, max_rank=self.max_rank
+            )
+        except NonFiniteCurvatureError as error:
+            raise NonFiniteCurvatureError(
+                f"Experience {_bridge.current_number(strategy)}: {error} What the {self.protected.experiences} "
+                "experiences before it need is kept in `protected`."
+            ) from error
+
+
+def _check_options(protect: object, projection: object, uncovered: object, max_rank: int | None) -> None:
+    for name, value, expected, example in (
+        ("protect", protect, Protection, "Eigenspace(Fisher(), Rank(20))"),
+        ("projection", projection, Projection, "Step()"),
+        ("uncovered", uncovered, Uncovered, "Freeze()"),
+    ):
+        if not isinstance(value, expected):
+            hint = f"Call it: {value.__name__}()." if isinstance(value, type) else f"Give a value such as {example}."
+            raise TypeError(f"{name} must be a {expected.__name__}; got {value!r}. {hint}")
+    if max_rank is not None:
+        check_count("max_rank", max_rank)
+        if isinstance(projection, Sequential):
+            raise ValueError(
+                "Sequential() projects on the whole of each task's subspace, of which max_rank keeps a part. Leave "
+                "max_rank out, or use Step()."
+            )
+
+
+def _check_optimizer(optimizer: Any) -> None:
+    """Raises TypeError where a step takes several evaluations of the loss."""
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise TypeError(
+            f"{type(optimizer).__name__} needs a closure: it moves the parameters several times in one step, and what "
+            "it learns of the loss on the way does not fit a projected step. Use SGD, Adam, AdamW or the like."
+        )
