@@ -24,8 +24,8 @@ class _WithPlugin(SupervisedTemplate):
 
     def __init__(
         self,
-        plugin: BasePlugin,
         *,
+        plugin: BasePlugin,
         plugins: Sequence[BasePlugin] | None = None,
         eval_mb_size: int | None = None,
         **training: Any,
@@ -55,7 +55,7 @@ class CurvatureEWC(_WithPlugin):
         self.ewc = CurvatureEWCPlugin(
             strength, curvature=curvature, structure=structure, policy=policy, guard=guard
         )
-        super().__init__(self.ewc, model=model, optimizer=optimizer, **training)
+        super().__init__(plugin=self.ewc, model=model, optimizer=optimizer, **training)
 
 
 class OrthogonalProjection(_WithPlugin):
@@ -77,7 +77,7 @@ class OrthogonalProjection(_WithPlugin):
         **training: Any,
     ) -> None:
         self.projection = OrthogonalProjectionPlugin(protect, projection=projection, max_rank=max_rank)
-        super().__init__(self.projection, model=model, optimizer=optimizer, **training)
+        super().__init__(plugin=self.projection, model=model, optimizer=optimizer, **training)
 
 
 class SpectralReg(_WithPlugin):
@@ -103,4 +103,4 @@ class SpectralReg(_WithPlugin):
         self.spectral = SpectralRegPlugin(
             strength, exponent=exponent, every=every, include=include, exclude=exclude, seed=seed
         )
-        super().__init__(self.spectral, model=model, optimizer=optimizer, **training)
+        super().__init__(plugin=self.spectral, model=model, optimizer=optimizer, **training)

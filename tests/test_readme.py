@@ -33,8 +33,8 @@ def names(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
     }
 
 
-def test_readme_shows_the_ten_ways_to_use_the_package() -> None:
-    assert len(SNIPPETS) == 10
+def test_readme_shows_the_twelve_ways_to_use_the_package() -> None:
+    assert len(SNIPPETS) == 12
 
 
 @pytest.mark.parametrize("snippet", SNIPPETS, ids=lambda text: text.strip().splitlines()[-1][:40])

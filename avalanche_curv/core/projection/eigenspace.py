@@ -21,6 +21,8 @@ from avalanche_curv.core.structures.block_diagonal import Flat, Grouping
 from avalanche_curv.core.structures.cuts import Cut, Rank
 from avalanche_curv.core.subspace import Subspace
 
+UNBOUNDED = 2**62  # bytes: `ProtectedSpace.check` has a limit for the union, before the task is trained
+
 
 @dataclass(frozen=True)
 class Eigenspace(Protection):
@@ -78,8 +80,8 @@ class Eigenspace(Protection):
 
     @property
     def _structure(self) -> LowRank | BlockDiagonal:
-        whole = LowRank(self.cut)
-        return whole if isinstance(self.per, Flat) else BlockDiagonal(self.per, whole)
+        whole = LowRank(self.cut, max_bytes=UNBOUNDED)
+        return whole if isinstance(self.per, Flat) else BlockDiagonal(self.per, whole, UNBOUNDED)
 
     def _diagonal(self, risk: EmpiricalRisk) -> Float[Tensor, "P"] | None:
         """The exact diagonal in float64, for the trace; None where it would take P products, or may be indefinite."""

@@ -1,0 +1,137 @@
+"""What enters the layers of a model for the examples of one task, and which of its directions are kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from avalanche_curv.core import layer_kinds
+from avalanche_curv.core.eigen import spectrum
+from avalanche_curv.core.estimate import NonFiniteCurvatureError
+from avalanche_curv.core.layers import Layers, Tap
+from avalanche_curv.core.parameters import ParameterSpace
+from avalanche_curv.core.projection.blocks import Layout
+from avalanche_curv.core.projection.protection import Finding
+from avalanche_curv.core.risk import EmpiricalRisk
+from avalanche_curv.core.structures.cuts import Cut, Energy
+from avalanche_curv.core.subspace import Share, Subspace
+
+Root = Float[Tensor, "m d"]
+"""R with RᵀR = M, the mean of (a, 1)(a, 1)ᵀ over what enters a layer."""
+
+
+@dataclass(frozen=True)
+class Inputs(Finding):
+    """What enters one layer, and how much of it is to be kept."""
+
+    key: str
+    layout: Layout
+    root: Root
+    cut: Cut
+    experience: int
+
+    def joins(self, subspace: Subspace, outer: Layout) -> Subspace:
+        root = self._within(outer).to(subspace.rows.device)
+        joined = subspace.joined(self._new(subspace, root).to(subspace.rows))
+        values, vectors = _falling(root @ joined.rows.double().T)
+        own = self.cut.count(values, float(values.sum()))
+        return joined.with_share(Share(vectors[:own], values[:own], float(root.square().sum()), self.experience))
+
+    def _new(self, subspace: Subspace, root: Root) -> Float[Tensor, "l d"]:
+        """What joins the span of earlier inputs."""
+        trace = float(root.square().sum())
+        if not isinstance(self.cut, Energy):
+            values, vectors = _falling(root)
+            return vectors[: self.cut.count(values, trace)]
+        rows = subspace.rows.double()
+        values, vectors = _falling(root - (root @ rows.T) @ rows)
+        held = (trace - values.sum()).clamp(min=0)
+        return vectors[: max(0, self.cut.count(torch.cat([held[None], values]), trace) - 1)]
+
+    def _within(self, outer: Layout) -> Root:
+        own, whole = self.layout.columns, outer.columns
+        if own == whole:
+            return self.root
+        root = self.root.new_zeros(len(self.root), whole.size)
+        root[:, whole.positions(own).to(root.device)] = self.root
+        return root
+
+
+@dataclass
+class _Seen:
+    """Inputs as rows while these are fewer than their entries, as Σ (a, 1)(a, 1)ᵀ after that."""
+
+    rows: list[Tensor] = field(default_factory=list)
+    moment: Float[Tensor, "d d"] | None = None
+
+    def add(self, rows: Float[Tensor, "n d"]) -> None:
+        self.rows.append(rows)
+        if self.moment is not None or sum(len(part) for part in self.rows) > rows.shape[1]:
+            for part in self.rows:
+                own = (part.T @ part).double()
+                self.moment = own if self.moment is None else self.moment + own
+            self.rows = []
+
+    def root(self) -> Root:
+        if self.moment is None:
+            return torch.cat(self.rows).double()
+        values, vectors = spectrum(self.moment)
+        return (vectors * values.clamp(min=0).sqrt()).T
+
+
+def input_roots(risk: EmpiricalRisk, layers: Layers) -> tuple[dict[nn.Module, Root], set[nn.Module]]:
+    """R in float64 of each linear and convolutional layer, over examples and positions, in the order of the model; and
+    all layers that are called. Raises NonFiniteCurvatureError for inputs that hold NaN or infinity."""
+    seen: dict[nn.Module, _Seen] = {}
+    called: set[nn.Module] = set()
+    for inputs, _ in risk:
+        with torch.no_grad(), layers.tapped() as taps:
+            risk.outputs(inputs)
+        called |= {tap.layer for tap in taps}
+        for tap in taps:
+            if isinstance(tap.layer, nn.Linear | _ConvNd):
+                rows = _rows(layers, tap, len(inputs))
+                seen.setdefault(tap.layer, _Seen()).add(rows * (len(inputs) / len(rows) / risk.examples) ** 0.5)
+    roots = {layer: seen[layer].root() for layer in layers.names if layer in seen}
+    for layer, root in roots.items():
+        if not root.isfinite().all():
+            raise NonFiniteCurvatureError(
+                f"What enters layer '{layers.names[layer]}' holds NaN or infinity, so the model or its inputs do. Look "
+                "for diverged weights (lower the learning rate) and for NaN in the data."
+            )
+    return roots, called
+
+
+def layout_of(layers: Layers, layer: nn.Module) -> Layout:
+    """(W | b) of a layer, of what is trainable."""
+    shapes = dict(zip(layers.space.names, layers.space.shapes))
+    places = layers.places(layer)
+    names = tuple(places[short] for short in ("weight", "bias") if short in places)
+    return Layout(ParameterSpace(names, tuple(shapes[name] for name in names)), stacked=True)
+
+
+def _rows(layers: Layers, tap: Tap, examples: int) -> Float[Tensor, "n d"]:
+    """(a, 1) for each example and position, and each group of a convolution; of what multiplies trainable parameters.
+    """
+    inputs = layer_kinds.surely_prepared(tap.layer, tap.inputs, examples)
+    groups = getattr(tap.layer, "groups", 1)
+    rows = inputs.unflatten(1, (groups, -1)).transpose(2, 3).flatten(0, 2)
+    places = layers.places(tap.layer)
+    parts = [rows] if "weight" in places else []
+    if "bias" in places:
+        parts.append(torch.ones_like(rows[:, :1]))
+    return torch.cat(parts, dim=1)
+
+
+def _falling(root: Root) -> tuple[Float[Tensor, "n"], Float[Tensor, "n d"]]:
+    """The eigenvalues of RᵀR that are not zero, largest first, and eigenvectors as rows; from the smaller of RᵀR and
+    RRᵀ."""
+    wide = root.shape[1] > len(root)
+    values, vectors = spectrum(root @ root.T if wide else root.T @ root)
+    kept = values > len(values) * torch.finfo(values.dtype).eps * values.max() if len(values) else values > 0
+    values, rows = values[kept].flip(0), vectors[:, kept].flip(1).T
+    return values, rows @ root / values.sqrt()[:, None] if wide else rows
