@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         landscape_metrics,
         penalty_metrics,
         plasticity_metrics,
+        projection_metrics,
     )
     from avalanche_curv.plugins import (
         CurvatureEWCPlugin,
@@ -69,6 +70,7 @@ _LAZY = {
     "load_checkpoint": "checkpointing",
     "penalty_metrics": "metrics",
     "plasticity_metrics": "metrics",
+    "projection_metrics": "metrics",
     "save_checkpoint": "checkpointing",
     "write_hparams": "tensorboard",
     "write_layout": "tensorboard",

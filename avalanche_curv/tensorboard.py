@@ -76,6 +76,16 @@ CHARTS: dict[str, dict[str, str]] = {
         "Units that are exactly zero": "plasticity/zero_units",
         "Effective rank of the activations, mean": "plasticity/feature_effective_rank",
     },
+    "Projection": {
+        "Leakage of the step into the protected space": "projection/step_leakage",
+        "Leakage of the drift into the protected space": "projection/drift_leakage",
+        "Dimensions used": "projection_experience/used",
+        "Dimensions free": "projection_experience/free",
+        "Energy of the past curvature that is kept": "projection_experience/energy",
+        "Memory of the bases, bytes": "projection_experience/bytes",
+        "Smallest principal angle to earlier tasks, degrees": "projection_experience/smallest_angle",
+        "Overlap with earlier tasks, mean cos² of the angles": "projection_experience/overlap",
+    },
 }
 """Heading, title, and the scalar that the chart shows of every run."""
 SHOWN_AT_FIRST = 5

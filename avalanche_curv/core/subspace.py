@@ -162,7 +162,7 @@ def orthonormal(rows: Float[Tensor, "m d"]) -> Float[Tensor, "l d"]:
     float64, whose eigenvalues resolve singular values from 1e-8 on."""
     if not len(rows):
         return rows
-    values, vectors = torch.linalg.eigh(_gram(rows))
+    values, vectors = torch.linalg.eigh(gram(rows))
     kept = values > tolerance(rows.dtype) ** 2
     return (vectors[:, kept] / values[kept].sqrt()).T.to(rows) @ rows
 
@@ -198,11 +198,12 @@ def _isometry(coordinates: Float[Tensor, "j k"]) -> Float[Tensor, "j k"]:
     return (vectors * inverse) @ vectors.T @ coordinates
 
 
-def _gram(rows: Float[Tensor, "m d"]) -> Float[Tensor, "m m"]:
-    gram = rows.new_zeros(len(rows), len(rows), dtype=torch.float64)
+def gram(rows: Float[Tensor, "m d"]) -> Float[Tensor, "m m"]:
+    """X Xᵀ in float64, without a copy of all of X."""
+    total = rows.new_zeros(len(rows), len(rows), dtype=torch.float64)
     for part in _columns(rows):
-        gram.addmm_(part, part.T)
-    return gram
+        total.addmm_(part, part.T)
+    return total
 
 
 def _columns(rows: Float[Tensor, "m d"]) -> Iterator[Tensor]:

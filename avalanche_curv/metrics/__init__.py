@@ -6,6 +6,7 @@ from avalanche_curv.metrics.gradients import GradientMetric
 from avalanche_curv.metrics.landscape import LandscapeMetric, landscape_metrics
 from avalanche_curv.metrics.penalty import PenaltyMetric, penalty_metrics
 from avalanche_curv.metrics.plasticity import plasticity_metrics
+from avalanche_curv.metrics.projection import ProjectionMetric, projection_metrics
 
 __all__ = [
     "FidelityMetric",
@@ -13,8 +14,10 @@ __all__ = [
     "GradientMetric",
     "LandscapeMetric",
     "PenaltyMetric",
+    "ProjectionMetric",
     "fidelity_metrics",
     "landscape_metrics",
     "penalty_metrics",
     "plasticity_metrics",
+    "projection_metrics",
 ]

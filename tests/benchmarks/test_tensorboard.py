@@ -32,7 +32,8 @@ from benchmarks.harness.unit_run import Job, run_unit
 RUNS = ["CurvatureEWC, refresh/seed0", "CurvatureEWC, refresh/seed1", "Naive/seed0", "Naive/seed1"]
 GROUPS = {"accuracy", "fidelity", "gradient", "growth", "landscape", "results"}
 RESULTS = ["average_accuracy", "forgetting", "fidelity/refresh/kappa_abs", "accuracy/stored"]
-TITLES = {heading: list(charts) for heading, charts in CHARTS.items() if heading not in {"Refreshing", "Plasticity"}}
+NOT_RUN = {"Refreshing", "Plasticity", "Projection"}
+TITLES = {heading: list(charts) for heading, charts in CHARTS.items() if heading not in NOT_RUN}
 
 
 @dataclass(frozen=True)

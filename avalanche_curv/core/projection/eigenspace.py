@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -19,7 +20,7 @@ from avalanche_curv.core.risk import EmpiricalRisk
 from avalanche_curv.core.structures import BlockDiagonal, BlockDiagonalMatrix, Diagonal, LowRank, LowRankMatrix
 from avalanche_curv.core.structures.block_diagonal import Flat, Grouping
 from avalanche_curv.core.structures.cuts import Cut, Rank
-from avalanche_curv.core.subspace import Subspace
+from avalanche_curv.core.subspace import Subspace, remainder
 
 UNBOUNDED = 2**62  # bytes: `ProtectedSpace.check` has a limit for the union, before the task is trained
 
@@ -30,7 +31,8 @@ class Eigenspace(Protection):
 
     C is that of `examples` of the task, drawn by `seed` (None takes all). `per` says whether there is one basis over
     all parameters, `Flat()`, in memory k P, or one for each layer from the diagonal blocks of C, `PerLayer()`, in
-    memory Σ k_l P_l, which holds all curvature within layers and none between them.
+    memory Σ k_l P_l, which holds all curvature within layers and none between them. Directions without curvature stay
+    free, but for a `Rank(k)` of at least as many directions as there are: that closes the block altogether.
 
     With `OutputGradient()` and a rank of as many directions as there are examples it is orthogonal gradient descent
     (Farajtabar et al. 2020): the span of the gradients of each example's true output.
@@ -63,11 +65,19 @@ class Eigenspace(Protection):
             blocks = [(part.space, found)]
         return Found([
             Eigenvectors(
-                self.per.key(space.names[0]), Layout(space), matrix.vectors, matrix.values,
+                self.per.key(space.names[0]), Layout(space), *self._kept(matrix),
                 math.nan if diagonal is None else float(diagonal[part.space.positions(space)].sum()), experience,
             )
-            for space, matrix in blocks if isinstance(matrix, LowRankMatrix) and len(matrix.values)
+            for space, matrix in blocks if isinstance(matrix, LowRankMatrix)
         ])
+
+    def _kept(self, matrix: LowRankMatrix) -> tuple[Float[Tensor, "m d"], Float[Tensor, "m"]]:
+        """Directions and the curvature along them."""
+        if not (isinstance(self.cut, Rank) and self.cut.k >= matrix.size):
+            bent = matrix.nonzero()
+            return bent.vectors, bent.values
+        others = remainder(torch.eye(matrix.size).to(matrix.vectors), matrix.vectors)
+        return torch.cat([matrix.vectors, others]), torch.cat([matrix.values, matrix.values.new_zeros(len(others))])
 
     def check_loss(self, loss: ExampleLoss) -> None:
         check_loss(self.curvature, loss)

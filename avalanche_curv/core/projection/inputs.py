@@ -18,7 +18,7 @@ from avalanche_curv.core.projection.blocks import Layout
 from avalanche_curv.core.projection.protection import Finding
 from avalanche_curv.core.risk import EmpiricalRisk
 from avalanche_curv.core.structures.cuts import Cut, Energy
-from avalanche_curv.core.subspace import Share, Subspace
+from avalanche_curv.core.subspace import Share, Subspace, gram, tolerance
 
 Root = Float[Tensor, "m d"]
 """R with RᵀR = M, the mean of (a, 1)(a, 1)ᵀ over what enters a layer."""
@@ -37,7 +37,7 @@ class Inputs(Finding):
     def joins(self, subspace: Subspace, outer: Layout) -> Subspace:
         root = self._within(outer).to(subspace.rows.device)
         joined = subspace.joined(self._new(subspace, root).to(subspace.rows))
-        values, vectors = _falling(root @ joined.rows.double().T)
+        values, vectors = _falling(root @ joined.rows.double().T, subspace.rows.dtype)
         own = self.cut.count(values, float(values.sum()))
         return joined.with_share(Share(vectors[:own], values[:own], float(root.square().sum()), self.experience))
 
@@ -45,10 +45,10 @@ class Inputs(Finding):
         """What joins the span of earlier inputs."""
         trace = float(root.square().sum())
         if not isinstance(self.cut, Energy):
-            values, vectors = _falling(root)
+            values, vectors = _falling(root, subspace.rows.dtype)
             return vectors[: self.cut.count(values, trace)]
         rows = subspace.rows.double()
-        values, vectors = _falling(root - (root @ rows.T) @ rows)
+        values, vectors = _falling(root - (root @ rows.T) @ rows, subspace.rows.dtype)
         held = (trace - values.sum()).clamp(min=0)
         return vectors[: max(0, self.cut.count(torch.cat([held[None], values]), trace) - 1)]
 
@@ -72,7 +72,7 @@ class _Seen:
         self.rows.append(rows)
         if self.moment is not None or sum(len(part) for part in self.rows) > rows.shape[1]:
             for part in self.rows:
-                own = (part.T @ part).double()
+                own = gram(part.T)
                 self.moment = own if self.moment is None else self.moment + own
             self.rows = []
 
@@ -85,24 +85,25 @@ class _Seen:
 
 def input_roots(risk: EmpiricalRisk, layers: Layers) -> tuple[dict[nn.Module, Root], set[nn.Module]]:
     """R in float64 of each linear and convolutional layer, over examples and positions, in the order of the model; and
-    all layers that are called. Raises NonFiniteCurvatureError for inputs that hold NaN or infinity."""
+    all layers that are called. Raises NonFiniteCurvatureError for a model or inputs that hold NaN or infinity."""
     seen: dict[nn.Module, _Seen] = {}
     called: set[nn.Module] = set()
+    finite = bool(risk.anchor.isfinite().all())
     for inputs, _ in risk:
         with torch.no_grad(), layers.tapped() as taps:
-            risk.outputs(inputs)
+            outputs = risk.outputs(inputs)
+        finite = finite and bool(outputs.isfinite().all())  # no layer explains NaN, or is tapped then
         called |= {tap.layer for tap in taps}
         for tap in taps:
             if isinstance(tap.layer, nn.Linear | _ConvNd):
                 rows = _rows(layers, tap, len(inputs))
                 seen.setdefault(tap.layer, _Seen()).add(rows * (len(inputs) / len(rows) / risk.examples) ** 0.5)
     roots = {layer: seen[layer].root() for layer in layers.names if layer in seen}
-    for layer, root in roots.items():
-        if not root.isfinite().all():
-            raise NonFiniteCurvatureError(
-                f"What enters layer '{layers.names[layer]}' holds NaN or infinity, so the model or its inputs do. Look "
-                "for diverged weights (lower the learning rate) and for NaN in the data."
-            )
+    if not (finite and all(root.isfinite().all() for root in roots.values())):
+        raise NonFiniteCurvatureError(
+            f"What {risk.examples} examples give in the layers holds NaN or infinity, so the model or its inputs do. "
+            "Look for diverged weights (lower the learning rate) and for NaN in the data."
+        )
     return roots, called
 
 
@@ -127,11 +128,11 @@ def _rows(layers: Layers, tap: Tap, examples: int) -> Float[Tensor, "n d"]:
     return torch.cat(parts, dim=1)
 
 
-def _falling(root: Root) -> tuple[Float[Tensor, "n"], Float[Tensor, "n d"]]:
-    """The eigenvalues of RᵀR that are not zero, largest first, and eigenvectors as rows; from the smaller of RᵀR and
-    RRᵀ."""
+def _falling(root: Root, kind: torch.dtype) -> tuple[Float[Tensor, "n"], Float[Tensor, "n d"]]:
+    """The eigenvalues of RᵀR that are more than the rounding of inputs of this type, largest first, and eigenvectors as
+    rows; from the smaller of RᵀR and RRᵀ."""
     wide = root.shape[1] > len(root)
     values, vectors = spectrum(root @ root.T if wide else root.T @ root)
-    kept = values > len(values) * torch.finfo(values.dtype).eps * values.max() if len(values) else values > 0
+    kept = values > tolerance(kind) ** 2 * values.max() if len(values) else values > 0
     values, rows = values[kept].flip(0), vectors[:, kept].flip(1).T
     return values, rows @ root / values.sqrt()[:, None] if wide else rows

@@ -51,7 +51,13 @@ class Gradient(Projection):
     weight decay and the preconditioning of Adam lead back into it. Kept for comparison."""
 
     def before_step(self, space: ProtectedSpace, model: nn.Module, saved: Saved | None) -> None:
-        space.withdraw(_gradients(space, model))
+        own = {canonical_name(name): parameter for name, parameter in model.named_parameters()}
+        gradients = {name: own[name].grad for name in space.space.names}
+        found = {name: torch.zeros_like(own[name]) if g is None else g for name, g in gradients.items()}
+        space.withdraw(dict(zip(space.space.names, space.space.cut(found))))
+        for name in found:
+            if gradients[name] is None and found[name].any():  # else the optimiser would decay what has no part in this
+                own[name].grad = found[name]
 
     def after_step(self, space: ProtectedSpace, model: nn.Module, saved: Saved | None) -> None:
         return None
@@ -117,13 +123,3 @@ class Projector:
 
 def _copy(space: ProtectedSpace, model: nn.Module) -> Saved:
     return {name: value.clone() for name, value in space.values(model).items()}
-
-
-def _gradients(space: ProtectedSpace, model: nn.Module) -> dict[str, Tensor]:
-    """Those of the protected part of each parameter, to be written; zeros where there is none yet."""
-    found: Saved = {}
-    for name, parameter in model.named_parameters():
-        if (own := canonical_name(name)) in space.space.names:
-            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            found[own] = parameter.grad
-    return dict(zip(space.space.names, space.space.cut(found)))

@@ -18,7 +18,7 @@ from avalanche_curv.core.projection.protection import Finding, Protection
 from avalanche_curv.core.projection.uncovered import Freeze, Uncovered
 from avalanche_curv.core.risk import EmpiricalRisk
 from avalanche_curv.core.structures.base import human_bytes
-from avalanche_curv.core.subspace import Subspace, principal_angles
+from avalanche_curv.core.subspace import Subspace, orthonormal, principal_angles
 
 NOTHING = ParameterSpace((), ())
 
@@ -90,12 +90,13 @@ class ProtectedSpace:
         return tuple(sorted({share.task for block in self.blocks.values() for share in block.subspace.shares}))
 
     def angles(self, first: int, second: int) -> Float[Tensor, "n"]:
-        """The principal angles between what two tasks put in, over all blocks, in radians, smallest first."""
+        """The principal angles between what two tasks put in, as far as it is still held, over all blocks, in radians,
+        smallest first."""
         found = []
         for block in self.blocks.values():
             shares = {share.task: share.coordinates for share in block.subspace.shares}
             if first in shares and second in shares:
-                found.append(principal_angles(shares[first], shares[second]))
+                found.append(principal_angles(orthonormal(shares[first]), orthonormal(shares[second])))
         return torch.cat(found).sort().values if found else torch.zeros(0, dtype=torch.float64)
 
     def resting(self, model: nn.Module) -> list[nn.Module]:

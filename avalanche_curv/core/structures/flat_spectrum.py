@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-import torch
-
 from avalanche_curv.core.parameters import ParameterSpace
 from avalanche_curv.core.structures.base import Structure
 from avalanche_curv.core.structures.low_rank import LowRank, LowRankMatrix
@@ -44,8 +42,5 @@ class FlatSpectrum(Structure):
 
 def flattened(matrix: LowRankMatrix) -> LowRankMatrix:
     """Every eigenvalue λ as large as the largest, its sign kept; those that are zero up to rounding are left out."""
-    size = matrix.values.abs()
-    largest = float(size.max()) if len(size) else 0.0
-    kept = size > 100 * torch.finfo(size.dtype).eps * largest
-    values, vectors = matrix.values[kept].sign() * largest, matrix.vectors[kept].contiguous()
-    return replace(matrix, vectors=vectors, values=values)
+    kept = matrix.nonzero()
+    return replace(kept, values=kept.values.sign() * kept.values.abs().max()) if len(kept.values) else kept

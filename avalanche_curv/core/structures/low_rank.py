@@ -145,6 +145,12 @@ class LowRankMatrix(Matrix):
         diagonal = None if self.diagonal is None else function(self.diagonal)
         return replace(self, vectors=vectors, values=function(values), diagonal=diagonal)
 
+    def nonzero(self) -> LowRankMatrix:
+        """Without eigenvalues that are zero up to rounding, whose eigenvectors mean nothing."""
+        size = self.values.abs()
+        kept = size > 100 * torch.finfo(size.dtype).eps * (float(size.max()) if len(size) else 0.0)
+        return replace(self, vectors=self.vectors[kept].contiguous(), values=self.values[kept])
+
     def dense(self) -> Tensor:
         whole = (self.vectors.T * self.values) @ self.vectors
         return whole if self.diagonal is None else whole + self.diagonal.diag()
