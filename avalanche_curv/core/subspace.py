@@ -101,17 +101,22 @@ class Subspace:
 
     def joined(self, rows: Float[Tensor, "m d"]) -> Subspace:
         """The span of both, without a share for `rows`. What lies within U already adds nothing."""
-        new = remainder(rows.to(self.rows), self.rows)
-        if not len(new):
-            return self
-        return Subspace(torch.cat([self.rows, new]), tuple(share.padded(len(new)) for share in self.shares))
+        return self._with_rows(remainder(rows.to(self.rows), self.rows))
 
     def plus(
         self, rows: Float[Tensor, "m d"], values: Float[Tensor, "m"], trace: float = math.nan, task: int = 0
     ) -> Subspace:
         """The union with the span of orthonormal `rows`, along which a task has the curvature `values`."""
-        union = self.joined(rows)
-        return union.with_share(Share(_coordinates(rows.to(union.rows), union.rows), values, trace, task))
+        rows = rows.to(self.rows)
+        held = rows @ self.rows.T
+        new = _orthonormal_outside(_without(rows, held, self.rows), self.rows)
+        coordinates = torch.cat([held, rows @ new.T], dim=1)
+        return self._with_rows(new).with_share(Share(coordinates, values, trace, task))
+
+    def _with_rows(self, new: Float[Tensor, "m d"]) -> Subspace:
+        if not len(new):
+            return self
+        return Subspace(torch.cat([self.rows, new]), tuple(share.padded(len(new)) for share in self.shares))
 
     def with_share(self, share: Share) -> Subspace:
         """The same span with the share of one more task."""
@@ -150,11 +155,18 @@ def remainder(rows: Float[Tensor, "m d"], basis: Float[Tensor, "k d"]) -> Float[
 
     A remainder below `tolerance` does not count, so that what the basis holds adds nothing.
     """
-    for _ in range(2):
-        if len(basis) and len(rows):
-            rows = rows - (rows @ basis.T) @ basis
-        rows = orthonormal(rows)
-    return rows
+    return _orthonormal_outside(_without(rows, rows @ basis.T, basis), basis)
+
+
+def _orthonormal_outside(rows: Float[Tensor, "m d"], basis: Float[Tensor, "k d"]) -> Float[Tensor, "l d"]:
+    """The second time, for what the first has left."""
+    rows = orthonormal(rows)
+    return orthonormal(_without(rows, rows @ basis.T, basis))
+
+
+def _without(rows: Tensor, coordinates: Float[Tensor, "m k"], basis: Float[Tensor, "k d"]) -> Tensor:
+    """X − K U."""
+    return torch.addmm(rows, coordinates, basis, alpha=-1) if len(rows) and len(basis) else rows
 
 
 def orthonormal(rows: Float[Tensor, "m d"]) -> Float[Tensor, "l d"]:

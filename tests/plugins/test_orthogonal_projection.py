@@ -1,0 +1,575 @@
+"""Orthogonal projection among Avalanche's strategies and plugins."""
+
+import copy
+import math
+
+import pytest
+import torch
+from avalanche.benchmarks.scenarios.online import split_online_stream
+from avalanche.models import IncrementalClassifier, MTSimpleMLP
+from avalanche.training.plugins import LRSchedulerPlugin, ReplayPlugin, SupervisedPlugin
+from torch import nn
+
+from avalanche_curv import (
+    CurvatureEWCPlugin,
+    Eigenspace,
+    EmpiricalRisk,
+    Energy,
+    Fisher,
+    Freeze,
+    Gradient,
+    Hessian,
+    InputSpace,
+    Leave,
+    NonFiniteCurvatureError,
+    OrthogonalProjection,
+    OrthogonalProjectionPlugin,
+    OutputGradient,
+    PerLayer,
+    Projector,
+    ProtectedSpace,
+    Rank,
+    Sequential,
+    SpectralRegPlugin,
+    Step,
+    load_checkpoint,
+    save_checkpoint,
+)
+from avalanche_curv.core.projection import Protection
+from avalanche_curv.core.projection.protection import Found
+
+FAMILY = {
+    "flat": Eigenspace(Fisher(), Rank(10)),
+    "per layer": Eigenspace(Fisher(), Rank(3), PerLayer()),
+    "inputs": InputSpace(Energy(0.9)),
+    "outputs": Eigenspace(OutputGradient(), Rank(20), examples=20),
+}
+
+
+@pytest.fixture(params=FAMILY)
+def protection(request):
+    return FAMILY[request.param]
+
+
+def network():
+    return nn.Sequential(
+        nn.Linear(64, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Dropout(0.2), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 10)
+    )
+
+
+def adam(model):
+    return torch.optim.AdamW(model.parameters(), 0.01, weight_decay=0.1)
+
+
+class Drift(SupervisedPlugin):
+    """Of every experience the leakage of all that training has changed into what was protected when it began."""
+
+    def __init__(self, plugin):
+        super().__init__()
+        self.plugin, self.leaks = plugin, []
+
+    def before_training_exp(self, strategy, **kwargs):
+        self.space = self.plugin.protected
+        self.start = values(self.space, strategy.model)
+
+    def before_training_epoch(self, strategy, **kwargs):
+        self.flags = [m.training for m in strategy.model.modules()]
+
+    def after_training_epoch(self, strategy, **kwargs):
+        if not self.space.is_empty:
+            self.leaks.append(self.space.leakage(self.space.values(strategy.model), self.start))
+
+
+def values(space, model):
+    return {name: value.clone() for name, value in space.values(model).items()}
+
+
+class Clipping(SupervisedPlugin):
+    def before_update(self, strategy, **kwargs):
+        nn.utils.clip_grad_norm_(strategy.model.parameters(), 0.5)
+
+
+def state(model):
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_training_stays_out_of_what_past_experiences_need(protection, make, learner, train, digits):
+    """With momentum of before, weight decay and clipping, in float32, through BatchNorm and dropout."""
+    model = make(network)
+    plugin = OrthogonalProjectionPlugin(protection)
+    drift = Drift(plugin)
+    strategy = learner(
+        model, Clipping(), plugin, drift, optimizer=adam(model), train_epochs=3
+    )
+    train(strategy, digits().train_stream)
+    assert len(drift.leaks) == 6
+    assert max(drift.leaks) <= 1e-6
+    assert plugin.protected.experiences == 3
+
+
+@pytest.mark.parametrize("projection", [Gradient(), Sequential()])
+def test_the_two_other_ways_leak(projection, make, learner, train, digits):
+    model = make(network)
+    plugin = OrthogonalProjectionPlugin(FAMILY["flat"], projection=projection)
+    drift = Drift(plugin)
+    train(learner(model, plugin, drift, optimizer=adam(model)), digits().train_stream)
+    assert drift.leaks[-1] > 1e-3
+
+
+def test_it_keeps_more_of_the_past(make, learner, train, digits, examples):
+    """Images of the first experience, after all three."""
+    stream = digits().train_stream
+    losses = {}
+    inputs, targets = examples(stream[0])
+    for plugins in ([], [OrthogonalProjectionPlugin(Eigenspace(cut=Rank(60)))]):
+        model = make(lambda: nn.Sequential(nn.Linear(64, 16), nn.Tanh(), nn.Linear(16, 10)))
+        train(learner(model, *plugins, train_epochs=4), stream)
+        losses[len(plugins)] = nn.functional.cross_entropy(model(inputs), targets).item()
+    assert losses[1] < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "projection"), [*((name, Step()) for name in FAMILY), ("flat", Gradient()), ("flat", Sequential())]
+)
+def test_the_first_experience_is_that_of_naive_to_the_bit(recipe, projection, make, learner, train, digits):
+    stream = digits().train_stream[:1]
+    models = [make(network) for _ in range(2)]
+    plugin = OrthogonalProjectionPlugin(FAMILY[recipe], projection=projection)
+    strategies = [
+        learner(models[0], optimizer=adam(models[0])),
+        learner(models[1], plugin, optimizer=adam(models[1])),
+    ]
+    traces = []
+    for strategy in strategies:
+        train(strategy, stream, seed=1)
+        traces.append((
+            state(strategy.model), torch.get_rng_state(), [m.training for m in strategy.model.modules()],
+            [p.grad.clone() for p in strategy.model.parameters()], strategy.optimizer.state_dict()["state"],
+        ))  # fmt: skip
+    naive, own = traces
+    assert same(naive[0], own[0])
+    assert torch.equal(naive[1], own[1])
+    assert naive[2] == own[2]
+    assert all(map(torch.equal, naive[3], own[3]))
+    assert all(same(naive[4][i], own[4][i]) for i in naive[4])
+
+
+def test_with_an_empty_basis_all_training_is_that_of_naive(make, learner, train, digits):
+    """With momentum, dropout and batch statistics, by a recipe that finds nothing."""
+
+    class Nothing(Protection):
+        def find(self, risk, experience):
+            return Found([])
+
+        def demands(self, space):
+            return {}
+
+    models = [make(network) for _ in range(2)]
+    plugin = OrthogonalProjectionPlugin(Nothing(), uncovered=Leave())
+    train(learner(models[0], optimizer=adam(models[0])), digits().train_stream)
+    train(learner(models[1], plugin, optimizer=adam(models[1])), digits().train_stream)
+    assert same(state(models[0]), state(models[1]))
+    assert plugin.protected.is_empty
+    assert plugin.protected.experiences == 3
+    assert math.isnan(plugin.protected.energy)
+
+
+@pytest.mark.parametrize(
+    "protect", [Eigenspace(cut=Rank(1000)), Eigenspace(cut=Rank(1000), per=PerLayer()), InputSpace(Rank(1000))]
+)
+@pytest.mark.parametrize(
+    "make_optimizer",
+    [
+        lambda ps: torch.optim.SGD(ps, 0.2, momentum=0.9, weight_decay=0.1),
+        lambda ps: torch.optim.AdamW(ps, 0.1, weight_decay=0.1),
+    ],
+)
+def test_with_everything_protected_no_weight_moves(protect, make_optimizer, make, learner, train, regression):
+    """To the bit, from the second experience on, with momentum of the first."""
+    model = make(lambda: nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 2, bias=False))).double()
+    plugin = OrthogonalProjectionPlugin(protect)
+    strategy = learner(model, plugin, optimizer=make_optimizer(model.parameters()), criterion=nn.MSELoss())
+    train(strategy, regression.train_stream[:1])
+    assert plugin.protected.used == 3 * 3 + 3 + 3 * 2
+    before = state(model)
+    train(strategy, regression.train_stream[1:])
+    assert same(before, state(model))
+
+
+def test_running_statistics_and_uncovered_parameters_hold_still_or_go_on(make, learner, train, digits):
+    class Keeping(SupervisedPlugin):
+        def after_training_exp(self, strategy, **kwargs):
+            ends.append(state(strategy.model[1]))
+
+    for uncovered, rests in ((Freeze(), True), (Leave(), False)):
+        ends = []
+        model = make(network)
+        plugin = OrthogonalProjectionPlugin(InputSpace(), uncovered=uncovered)
+        drift = Drift(plugin)
+        stream = digits()
+        strategy = learner(model, plugin, drift, Keeping(), train_epochs=2, eval_every=1)
+        for experience in stream.train_stream:
+            strategy.train(experience, eval_streams=[stream.test_stream])
+            assert all(m.training for m in model.modules())  # as before
+        assert [name for name, flag in zip(dict(model.named_modules()), drift.flags) if not flag] == ["1"] * rests
+        assert same(ends[0], ends[2]) == rests
+        assert plugin.protected.held.names == (("1.weight", "1.bias") if rests else ())
+        assert plugin.protected.statistics == (("1",) if rests else ())
+
+
+def test_an_embedding_and_a_norm_scale_hold_still_to_the_bit(make, learner, train, stream_of):
+    class Words(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words, self.norm, self.twice = nn.Embedding(9, 6), nn.LayerNorm(6), nn.Linear(6, 6)
+            self.last = nn.Linear(6, 3)
+
+        def forward(self, x):
+            hidden = self.norm(self.words(x).mean(1))
+            return self.last(torch.tanh(self.twice(torch.tanh(self.twice(hidden)))))
+
+    generator = torch.Generator().manual_seed(0)
+    pairs = [(torch.randint(9, (30, 4), generator=generator), torch.arange(30) % 3) for _ in range(3)]
+    model = make(Words)
+    plugin = OrthogonalProjectionPlugin(InputSpace(Energy(0.8)))
+    strategy = learner(model, plugin, optimizer=adam(model))
+    train(strategy, stream_of(pairs).train_stream[:1])
+    before = state(model)
+    train(strategy, stream_of(pairs).train_stream[1:])
+    moved = {name for name, value in state(model).items() if not torch.equal(value, before[name])}
+    assert moved == {"last.weight", "last.bias"}
+    assert {*plugin.protected.held.names} == {*before} - moved
+
+
+def test_growing_heads_keep_old_directions_protected_and_new_parameters_free(protection, growing, learner, train):
+    """The first step of the second experience is Naive's in what is new, and projected in what is old."""
+    after = {}
+    for projected in (True, False):
+        model, stream = growing(torch.float32)
+        plugin = OrthogonalProjectionPlugin(protection)
+        drift = Drift(plugin)
+
+        class First(SupervisedPlugin):
+            def after_update(self, strategy, **kwargs):
+                if self.count == 0:
+                    after[projected] = state(strategy.model)  # noqa: B023
+                self.count += 1
+
+        first = First()
+        first.count = 1
+        strategy = learner(model, *([plugin] if projected else []), first, *([drift] if projected else []))
+        train(strategy, stream.train_stream[:1])
+        shapes = {name: p.shape for name, p in strategy.model.named_parameters()}
+        before = state(strategy.model)
+        first.count = 0
+        train(strategy, stream.train_stream[1:2], seed=1)
+        if projected:
+            train(strategy, stream.train_stream[2:], seed=2)
+            assert max(drift.leaks) <= 2e-6
+            assert plugin.protected.tasks == (0, 1, 2)
+    new = old = 0
+    for name, value in after[True].items():
+        if name not in shapes:
+            assert torch.equal(value, after[False][name])
+            new += value.numel()
+            continue
+        corner = tuple(slice(n) for n in shapes[name])
+        fresh = torch.ones_like(value, dtype=torch.bool)
+        fresh[corner] = False
+        assert torch.equal(value[fresh], after[False][name][fresh])
+        new += int(fresh.sum())
+        old += int((value != after[False][name])[corner].sum())
+    assert new > 0
+    assert old > 10
+    assert before.keys() <= after[True].keys()
+
+
+def test_heads_that_a_task_does_not_call_stay_as_they_are(make, learner, train, digits):
+    """Weight decay or not: they have no gradient, and directions of others do not reach them."""
+    stream = digits(True).train_stream
+    for protect in (Eigenspace(cut=Rank(3), per=PerLayer()), InputSpace()):
+        model = make(lambda: MTSimpleMLP(input_size=64, hidden_size=6))
+        plugin = OrthogonalProjectionPlugin(protect)
+        strategy = learner(model, plugin, optimizer=adam(model))
+        train(strategy, stream[:1])
+        head = state(model.classifier.classifiers["0"])
+        train(strategy, stream[1:])
+        assert not plugin.protected.held.names
+        assert {"classifier.classifiers.2.classifier"} <= {*plugin.protected.blocks}
+        assert same(head, state(model.classifier.classifiers["0"]))
+
+
+def growing_learner(make, protect, projection=Step()):  # noqa: B008
+    model = make(lambda: nn.Sequential(
+        nn.Linear(64, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Dropout(0.3), IncrementalClassifier(8)
+    ))  # fmt: skip
+    return OrthogonalProjection(
+        model=model, optimizer=torch.optim.Adam(model.parameters(), 0.02), protect=protect, projection=projection,
+        max_rank=None if isinstance(projection, Sequential) else 25, train_mb_size=16,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("recipe", "projection"), [*((name, Step()) for name in FAMILY), ("flat", Sequential())])
+def test_a_resumed_run_ends_bit_identically(recipe, projection, tmp_path, digits, make):
+    stream = digits()
+    whole = growing_learner(make, FAMILY[recipe], projection)
+    torch.manual_seed(0)
+    for number, experience in enumerate(stream.train_stream):
+        whole.train(experience)
+        if number == 1:
+            save_checkpoint(whole, tmp_path / "checkpoint.pkl")
+    torch.manual_seed(99)
+    resumed, done = load_checkpoint(growing_learner(make, FAMILY[recipe], projection), tmp_path / "checkpoint.pkl")
+    assert done == 2
+    for experience in stream.train_stream[done:]:
+        resumed.train(experience)
+    assert same(state(whole.model), state(resumed.model))
+    one, other = whole.projection.protected, resumed.projection.protected
+    assert one.experiences == other.experiences == 3
+    assert one.blocks.keys() == other.blocks.keys()
+    for key, block in one.blocks.items():
+        assert torch.equal(block.subspace.rows, other.blocks[key].subspace.rows)
+    assert one.energy == other.energy
+
+
+def test_a_copy_of_the_strategy_goes_its_own_way(make, digits):
+    stream = digits().train_stream
+    strategy = growing_learner(make, FAMILY["flat"])
+    strategy.train(stream[0])
+    other = copy.deepcopy(strategy)
+    other.train(stream[1])
+    assert strategy.projection.protected.experiences == 1
+    assert other.projection.protected.experiences == 2
+
+
+def test_online_streams_join_at_the_ends_of_tasks(make, learner, plane, net):
+    """Three parts a task: what it needs joins after its last part, of all of the task's examples."""
+    plugin = OrthogonalProjectionPlugin(Eigenspace(cut=Rank(4)))
+    strategy = learner(net, plugin, train_mb_size=4)
+    counts = []
+    for part in split_online_stream(plane.train_stream, 16, access_task_boundaries=True, seed=0):
+        strategy.train(part)
+        counts.append(plugin.protected.experiences)
+    assert counts == [0, 0, 1, 1, 1, 2, 2, 2, 3]
+
+
+def test_it_is_what_a_loop_of_ones_own_does(protection, make, learner, train, digits, examples):
+    """A projector in a plain loop gives the same weights, bit for bit."""
+    batches = []
+
+    class Listing(SupervisedPlugin):
+        def before_forward(self, strategy, **kwargs):
+            batches[-1].append((strategy.mb_x.clone(), strategy.mb_y.clone()))
+
+        def before_training_exp(self, strategy, **kwargs):
+            batches.append([])
+
+    def mlp():
+        return nn.Sequential(nn.Linear(64, 8), nn.Tanh(), nn.Linear(8, 10))
+
+    one, other = make(mlp), make(mlp)
+    stream = digits().train_stream
+    train(learner(one, OrthogonalProjectionPlugin(protection), Listing(), optimizer=adam(one)), stream)
+    optimizer, space = adam(other), ProtectedSpace()
+    for experience, task in zip(stream, batches):
+        projector = Projector(space, Step())
+        for x, y in task:
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(other(x), y).backward()
+            with projector.around_step(other):
+                optimizer.step()
+        inputs, targets = examples(experience)
+        space = space.absorb(EmpiricalRisk.snapshot(other, nn.CrossEntropyLoss(), [(inputs, targets)]), protection)
+    assert same(state(one), state(other))
+
+
+@pytest.mark.parametrize("last", [True, False])
+def test_it_composes_with_penalties_replay_schedules_and_spectral_norms(last, make, learner, train, digits):
+    """In either order; the drift stays out of the protected space, and the others do their work."""
+    model = make(network)
+    optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
+    ewc, spectral = CurvatureEWCPlugin(1.0), SpectralRegPlugin(1e-2)
+    schedule = LRSchedulerPlugin(torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5))
+    others = [ReplayPlugin(mem_size=40), ewc, spectral, schedule]
+    plugin = OrthogonalProjectionPlugin(Eigenspace(cut=Rank(10)))
+    drift = Drift(plugin)
+    order = [*others, plugin, drift] if last else [plugin, *others, drift]
+    strategy = learner(model, *order, optimizer=optimizer, train_epochs=2)
+    train(strategy, digits().train_stream)
+    assert max(drift.leaks) <= 1e-6
+    assert ewc.past.experiences == 3
+    assert len(others[0].storage_policy.buffer) == 40
+
+
+def test_what_other_plugins_do_after_the_update_is_taken_out_too(make, learner, train, digits):
+    """Of one that comes before it at once; of one that comes after it, with the next step."""
+
+    class Pushing(SupervisedPlugin):
+        def after_update(self, strategy, **kwargs):
+            with torch.no_grad():
+                for parameter in strategy.model.parameters():
+                    parameter.add_(0.01)
+
+    def leaks(*order):
+        model = make(network)
+        plugin = OrthogonalProjectionPlugin(Eigenspace(cut=Rank(10)))
+        drift = Drift(plugin)
+        plugins = {"own": plugin, "push": Pushing()}
+        train(learner(model, *(plugins[name] for name in order), drift, train_epochs=2), digits().train_stream)
+        return drift.leaks
+
+    assert max(leaks("push", "own")) <= 1e-6
+    late = leaks("own", "push")
+    assert max(late) > 1e-4  # that of the last step
+    assert late[1] < 2 * late[0]  # which does not add up
+
+
+def test_a_parameter_that_is_frozen_between_experiences_stays(protection, make, learner, train, digits):
+    model = make(network)
+    plugin = OrthogonalProjectionPlugin(protection)
+    drift = Drift(plugin)
+    strategy = learner(model, plugin, drift)
+    stream = digits().train_stream
+    train(strategy, stream[:1])
+    model[0].weight.requires_grad_(False)
+    before = model[0].weight.detach().clone()
+    train(strategy, stream[1:2])
+    assert torch.equal(model[0].weight, before)
+    model[0].weight.requires_grad_(True)
+    train(strategy, stream[2:])
+    assert max(drift.leaks) <= 1e-6
+    assert not torch.equal(model[0].weight, before)
+
+
+def test_the_strategy_takes_the_options_of_the_plugin(make):
+    model = make(network)
+    strategy = OrthogonalProjection(
+        model=model, optimizer=adam(model), protect=InputSpace(), projection=Gradient(), max_rank=7, train_epochs=3
+    )
+    assert (strategy.projection.protect, strategy.projection.projection) == (InputSpace(), Gradient())
+    assert (strategy.projection.max_rank, strategy.train_epochs) == (7, 3)
+    assert strategy.projection in strategy.plugins
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "remedy"),
+    [
+        ({"protect": Eigenspace}, TypeError, r"protect must be a Protection; got .*Call it: Eigenspace\(\)"),
+        ({"protect": "gpm"}, TypeError, r"got 'gpm'. Give a value such as Eigenspace\(Fisher\(\), Rank\(20\)\)"),
+        ({"projection": Step}, TypeError, r"Call it: Step\(\)"),
+        ({"projection": None}, TypeError, r"projection must be a Projection; got None.*Step\(\)"),
+        ({"uncovered": Freeze}, TypeError, r"Call it: Freeze\(\)"),
+        ({"uncovered": Step()}, TypeError, r"uncovered must be a Uncovered; got Step\(\)"),
+        ({"max_rank": 0}, ValueError, "max_rank must be an integer of at least 1; got 0"),
+        ({"max_rank": 2.5}, ValueError, "max_rank"),
+        ({"projection": Sequential(), "max_rank": 5}, ValueError, r"Leave max_rank out, or use Step\(\)"),
+        ({"max_bytes": 0}, ValueError, "max_bytes"),
+        ({"batch_size": 0}, ValueError, "batch_size must be an integer of at least 1; got 0"),
+    ],
+)
+def test_options_that_cannot_be_used_are_refused(options, error, remedy):
+    with pytest.raises(error, match=remedy):
+        OrthogonalProjectionPlugin(**options)
+
+
+class Searching(torch.optim.SGD):
+    """An optimiser of one's own that needs the loss several times."""
+
+    def step(self, closure):
+        return super().step(closure)
+
+
+def assert_refused_untrained(error, remedy, strategy, train, stream):
+    before = state(strategy.model)
+    with pytest.raises(error, match=remedy):
+        train(strategy, stream)
+    assert same(before, state(strategy.model))
+    assert all(m.training for m in strategy.model.modules())
+
+
+@pytest.mark.parametrize("kind", [torch.optim.LBFGS, Searching])
+@pytest.mark.parametrize("scheduled", [False, True])
+def test_optimisers_that_need_a_closure_are_refused(kind, scheduled, net, learner, train, plane):
+    optimizer = kind(net.parameters(), lr=0.1)
+    if scheduled:  # which wraps `step`
+        torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    strategy = learner(net, OrthogonalProjectionPlugin(), optimizer=optimizer)
+    remedy = rf"{kind.__name__} needs a closure.* Use SGD, Adam, AdamW or the like"
+    assert_refused_untrained(TypeError, remedy, strategy, train, plane.train_stream)
+
+
+def test_an_unknown_criterion_is_refused_before_training(net, learner, train, plane):
+    strategy = learner(net, OrthogonalProjectionPlugin(), criterion=nn.L1Loss())
+    assert_refused_untrained(TypeError, "criterion L1Loss", strategy, train, plane.train_stream)
+
+
+def test_a_fisher_of_a_loss_without_a_likelihood_is_refused_before_training(net, learner, train, plane):
+    strategy = learner(net, OrthogonalProjectionPlugin(), criterion=nn.CrossEntropyLoss(torch.tensor([1.0, 2.0])))
+    assert_refused_untrained(ValueError, "likelihood", strategy, train, plane.train_stream)
+    other = learner(net, OrthogonalProjectionPlugin(InputSpace()), criterion=strategy._criterion)
+    train(other, plane.train_stream[:1])
+
+
+def test_an_empty_experience_is_refused_before_training(net, learner, train, plane):
+    experience = plane.train_stream[0]
+    full = experience.dataset
+    try:
+        experience._dataset = full.subset([])
+        strategy = learner(net, OrthogonalProjectionPlugin())
+        assert_refused_untrained(ValueError, "Experience 0 holds no examples", strategy, train, [experience])
+    finally:
+        experience._dataset = full
+
+
+def test_a_basis_over_its_limit_is_refused_before_the_experience_and_the_past_is_kept(net, learner, train, plane):
+    """27 parameters: 20 directions of float32 take 2.1 KiB; two tasks 27 · 27 · 4 bytes at most, and their shares."""
+    refused = OrthogonalProjectionPlugin(max_bytes=2000)
+    remedy = r"may need 2.1 KiB, over their limit of 2.0 KiB; they hold 0.0 B now. .*max_rank=.*or raise max_bytes"
+    assert_refused_untrained(MemoryError, remedy, learner(net, refused), train, plane.train_stream)
+    plugin = OrthogonalProjectionPlugin(Eigenspace(cut=Rank(10)), max_bytes=2200)
+    strategy = learner(net, plugin)
+    train(strategy, plane.train_stream[:1])
+    space = plugin.protected
+    assert_refused_untrained(MemoryError, "After this experience", strategy, train, plane.train_stream[1:])
+    assert plugin.protected is space
+    assert space.experiences == 1
+
+
+@pytest.mark.parametrize("protect", [*FAMILY.values(), InputSpace(Rank(2))])
+@pytest.mark.parametrize("place", [0, 3, 17])
+def test_divergence_names_the_experience_and_keeps_what_was_protected(
+    protect, place, net, learner, train, plane, examples, stream_of
+):
+    pairs = [examples(experience) for experience in plane.train_stream]
+    pairs[1][0][place, 0] = torch.nan
+    stream = stream_of(pairs).train_stream
+    plugin = OrthogonalProjectionPlugin(protect)
+    strategy = learner(net, plugin)
+    train(strategy, stream[:1])
+    good = plugin.protected
+    with pytest.raises(
+        NonFiniteCurvatureError, match=r"Experience 1: .*NaN.*the 1 experiences before .* kept in `protected`"
+    ):
+        train(strategy, stream[1:2])
+    assert plugin.protected is good
+    assert good.experiences == 1
+
+
+def test_gradients_of_true_outputs_need_classes(make, learner, train, regression):
+    model = make(lambda: nn.Linear(3, 2)).double()
+    plugin = OrthogonalProjectionPlugin(Eigenspace(OutputGradient(), Rank(5)))
+    strategy = learner(model, plugin, criterion=nn.MSELoss())
+    with pytest.raises(TypeError, match=r"OutputGradient needs one class.* Use GGN\(\)"):
+        train(strategy, regression.train_stream)
+
+
+def test_a_hessian_has_no_energy():
+    with pytest.raises(TypeError, match="Energy"):
+        Eigenspace(Hessian(), Energy(0.9))
