@@ -46,8 +46,24 @@ EXPERIMENTS = {
         "benchmarks.plasticity:experiment",
         "Accuracy at the end of each task against its number: whether a network stays able to learn, and by what",
     ),
+    "projections": Registered(
+        "benchmarks.projections:experiment",
+        "Gradient projection memory and its family on ten permuted MNIST tasks, beside EWC and the multitask bound",
+    ),
     "sac": Registered(
         "benchmarks.sac:experiment",
         "Spectral regularisation of actor and critic: SAC at a replay ratio of 16, on the DeepMind control suite",
+    ),
+    "leakage": Registered(
+        "benchmarks.leakage:experiment",
+        "What leaks back into a protected subspace: sequential against one basis, gradient against step",
+    ),
+    "rank_cut": Registered(
+        "benchmarks.rank_cut:experiment",
+        "A rank cut beyond the number of parameters freezes them, though the accuracy of batches fluctuates",
+    ),
+    "soft_hard": Registered(
+        "benchmarks.soft_hard:experiment",
+        "A penalty against a projection on the same subspaces: accuracy on the past and on the present",
     ),
 }

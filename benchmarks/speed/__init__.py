@@ -74,6 +74,12 @@ TITLES = {
     "images/plain": ("one step of ResNet-18 on 64×64 images", None),
     "images/spectral": ("SpectralRegularizer", 1.04),
     "images/exact": ("the same penalty by exact SVD", None),
+    "projected/naive": ("one training step of Naive, through Avalanche's loop", None),
+    "projected/flat_20": ("OrthogonalProjection, 20 directions in all parameters", 1.8),
+    "projected/flat_100": ("OrthogonalProjection, 100 directions in all parameters", 4.8),
+    "projected/inputs_100": ("OrthogonalProjection, 100 directions of each layer's inputs", 1.7),
+    "merge/qr": ("orthonormal basis of 220 directions, by QR", None),
+    "merge/merge": ("20 directions that join an orthonormal basis of 200", 0.2),
 }
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from benchmarks.harness.experiment import Record
 from benchmarks.speed.mitigators import mitigated, mitigated_on_images
 from benchmarks.speed.passes import estimates, fidelities, instruments
+from benchmarks.speed.projections import merges, projected
 from benchmarks.speed.steps import measured, steps
 from benchmarks.speed.timing import Times
 
@@ -23,6 +24,8 @@ GROUPS: dict[str, Callable[[Config], Times]] = {
     "measured": measured,
     "mitigated": mitigated,
     "images": mitigated_on_images,
+    "projected": projected,
+    "merge": merges,
 }
 
 
