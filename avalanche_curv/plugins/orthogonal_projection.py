@@ -35,6 +35,9 @@ class OrthogonalProjectionPlugin(SupervisedPlugin):
     `max_bytes` in all. With nothing protected, as in the first experience, training is exactly Naive's; with all
     protected, no parameter moves.
 
+    The step is what changes between `before_update` and this plugin's `after_update`: put it behind plugins that change
+    parameters there. It goes with penalties, replay and mitigators.
+
     What a projection cannot protect: new heads and rows that grow later are free, though they may change what the
     model says of old inputs (`growth/...` of `fidelity_metrics` shows it); running statistics of norm layers, and
     parameters of which no directions are known, hold still from the end of the first experience

@@ -84,11 +84,11 @@ class Watcher(SupervisedPlugin):
 
     def _parts(self, now: Values, start: Values) -> tuple[float, float]:
         """‖U Δ‖² and ‖Δ‖²."""
-        step = {name: value - start[name] for name, value in now.items()}
-        within = (block.layout.matrix(step) @ block.subspace.rows.double().T for block in self._blocks)
+        bases = [(block.layout, block.subspace.rows.double()) for block in self._blocks]
+        within = (layout.difference(now, start, rows) @ rows.T for layout, rows in bases)
         return (
             sum(float(part.square().sum()) for part in within),
-            sum(float(part.square().sum()) for part in step.values()),
+            sum(float((value - start[name]).square().sum()) for name, value in now.items()),
         )
 
 

@@ -405,8 +405,7 @@ def test_it_composes_with_penalties_replay_schedules_and_spectral_norms(last, ma
     assert len(others[0].storage_policy.buffer) == 40
 
 
-def test_what_other_plugins_do_after_the_update_is_taken_out_too(make, learner, train, digits):
-    """Of one that comes before it at once; of one that comes after it, with the next step."""
+def test_what_plugins_before_it_do_after_the_update_is_taken_out_too(make, learner, train, digits):
 
     class Pushing(SupervisedPlugin):
         def after_update(self, strategy, **kwargs):
@@ -423,9 +422,7 @@ def test_what_other_plugins_do_after_the_update_is_taken_out_too(make, learner, 
         return drift.leaks
 
     assert max(leaks("push", "own")) <= 1e-6
-    late = leaks("own", "push")
-    assert max(late) > 1e-4  # that of the last step
-    assert late[1] < 2 * late[0]  # which does not add up
+    assert min(leaks("own", "push")) > 1e-2  # of one that comes after it, nothing is seen
 
 
 def test_a_parameter_that_is_frozen_between_experiences_stays(protection, make, learner, train, digits):

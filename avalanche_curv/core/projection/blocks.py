@@ -39,16 +39,21 @@ class Layout:
         """r."""
         return self.space.shapes[0][0] if self.stacked else 1
 
-    def matrix(self, parts: Parts) -> Float[Tensor, "r d"]:
-        """X."""
-        return torch.cat([parts[name].reshape(self.height, -1) for name in self.space.names], dim=1)
+    def difference(self, moved: Parts, start: Parts | None, like: Tensor) -> Float[Tensor, "r d"]:
+        """X of `moved` − `start`, or of `moved` alone, in the type of `like`."""
+        matrix = like.new_empty(self.height, self.columns.size)
+        for name, view in self.parts(matrix).items():
+            if start is None:
+                view.copy_(moved[name])
+            else:
+                torch.sub(moved[name].to(like), start[name].to(like), out=view)
+        return matrix
 
     def parts(self, matrix: Float[Tensor, "r d"]) -> dict[str, Tensor]:
-        """X in the shapes of the parameters."""
-        widths = self.columns.sizes
+        """Views of X in the shapes of the parameters."""
         return {
-            name: part.reshape(shape)
-            for name, shape, part in zip(self.space.names, self.space.shapes, matrix.split(widths, dim=1))
+            name: part.view(shape)
+            for name, shape, part in zip(self.space.names, self.space.shapes, matrix.split(self.columns.sizes, dim=1))
         }
 
     def union(self, other: Layout) -> Layout:
@@ -84,8 +89,16 @@ class Block:
         layout = replace(self.layout, space=ParameterSpace(*zip(*kept)))
         return Block(layout, self.subspace.restricted(self.layout.columns.positions(layout.columns)))
 
-    def component(self, parts: Parts, by_task: bool = False) -> dict[str, Tensor]:
-        """The part of X in the subspace, as it is or as one task after another takes it away."""
-        vectors = self.layout.matrix(parts).to(self.subspace.rows)
-        within = self.subspace.component_by_task(vectors) if by_task else self.subspace.component(vectors)
-        return self.layout.parts(within)
+    def outside(self, moved: Parts, start: Parts | None, by_task: bool) -> dict[str, Tensor]:
+        """What is left of `moved` − `start` outside of the subspace, taken away as it is or one task after another."""
+        step = self.layout.difference(moved, start, self.subspace.rows)
+        if self.subspace.is_whole and not by_task:
+            return self.layout.parts(step.zero_())
+        inside = self.subspace.component_by_task(step) if by_task else self.subspace.component(step)
+        return self.layout.parts(step.sub_(inside))
+
+    def norms(self, moved: Parts, start: Parts) -> tuple[float, float]:
+        """‖X Uᵀ U‖ and ‖X‖ of `moved` − `start`."""
+        step = self.layout.difference(moved, start, self.subspace.rows)
+        inside = self.subspace.component(step)
+        return float(inside.double().norm()), float(step.double().norm())

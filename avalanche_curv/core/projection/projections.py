@@ -13,19 +13,25 @@ from torch import Tensor, nn
 from avalanche_curv.core.parameters import canonical_name
 from avalanche_curv.core.projection.protected import ProtectedSpace
 
-Saved = dict[str, Tensor]
+
+@dataclass(frozen=True)
+class Held:
+    """Protected parameters before a step, and by how much they are off since they were rounded after the last one."""
+
+    start: dict[str, Tensor]
+    rounding: dict[str, Tensor]
 
 
 class Projection(ABC):
     """How steps are kept out of a protected space."""
 
     @abstractmethod
-    def before_step(self, space: ProtectedSpace, model: nn.Module, saved: Saved | None) -> Saved | None:
+    def before_step(self, space: ProtectedSpace, model: nn.Module, held: Held | None) -> Held | None:
         """Between the backward pass and the step; gives what `after_step` needs, from what it gave at the step before,
         which is None at a task's first."""
 
     @abstractmethod
-    def after_step(self, space: ProtectedSpace, model: nn.Module, saved: Saved | None) -> None:
+    def after_step(self, space: ProtectedSpace, model: nn.Module, held: Held | None) -> None:
         """After the step."""
 
 
@@ -34,32 +40,34 @@ class Step(Projection):
     """Δ ← Δ − Δ Uᵀ U, with Δ what the optimiser has changed: exact for each of them, whatever momentum, weight decay,
     preconditioning or clipping made of the gradient.
 
-    Δ is taken from the task's first step on: what earlier steps changed lies outside of U, but for rounding, which does
-    not add up in this way.
+    What is lost where the parameters are rounded is made up for at the next step (Kahan 1965), so that it does not add
+    up: ‖Δ Uᵀ U‖ stays below the rounding of θ, for the drift from the task's start as for each step.
     """
 
-    def before_step(self, space: ProtectedSpace, model: nn.Module, saved: Saved | None) -> Saved:
-        return _copy(space, model) if saved is None else saved
+    def before_step(self, space: ProtectedSpace, model: nn.Module, held: Held | None) -> Held:
+        return _held(space, model, held)
 
-    def after_step(self, space: ProtectedSpace, model: nn.Module, saved: Saved | None) -> None:
-        space.withdraw(space.values(model), saved)
+    def after_step(self, space: ProtectedSpace, model: nn.Module, held: Held | None) -> None:
+        _correct(space, model, held, by_task=False)
 
 
 @dataclass(frozen=True)
 class Gradient(Projection):
     """g ← g − g Uᵀ U before the step, as in the papers: exact for plain SGD alone. Momentum from before the space grew,
-    weight decay and the preconditioning of Adam lead back into it. Kept for comparison."""
+    weight decay and the preconditioning of Adam lead back into it, also of parameters that should hold still. Kept for
+    comparison."""
 
-    def before_step(self, space: ProtectedSpace, model: nn.Module, saved: Saved | None) -> None:
+    def before_step(self, space: ProtectedSpace, model: nn.Module, held: Held | None) -> None:
         own = {canonical_name(name): parameter for name, parameter in model.named_parameters()}
-        gradients = {name: own[name].grad for name in space.space.names}
-        found = {name: torch.zeros_like(own[name]) if g is None else g for name, g in gradients.items()}
-        space.withdraw(dict(zip(space.space.names, space.space.cut(found))))
-        for name in found:
-            if gradients[name] is None and found[name].any():  # else the optimiser would decay what has no part in this
+        known = {name: own[name].grad for name in space.space.names}
+        found = {name: torch.zeros_like(own[name]) if g is None else g for name, g in known.items()}
+        protected = dict(zip(space.space.names, space.space.cut(found)))
+        for name, left in space.outside(protected).items():
+            protected[name].copy_(left)
+            if known[name] is None and left.any():  # else the optimiser would decay what has no part in this
                 own[name].grad = found[name]
 
-    def after_step(self, space: ProtectedSpace, model: nn.Module, saved: Saved | None) -> None:
+    def after_step(self, space: ProtectedSpace, model: nn.Module, held: Held | None) -> None:
         return None
 
 
@@ -68,11 +76,11 @@ class Sequential(Projection):
     """Δ ← Δ (I − V₁ᵀV₁) (I − V₂ᵀV₂) …: one task's complement after another. Where their subspaces are not orthogonal
     the later projections lead back into the earlier ones. Kept to be shown."""
 
-    def before_step(self, space: ProtectedSpace, model: nn.Module, saved: Saved | None) -> Saved:
-        return _copy(space, model)
+    def before_step(self, space: ProtectedSpace, model: nn.Module, held: Held | None) -> Held:
+        return _held(space, model, held)
 
-    def after_step(self, space: ProtectedSpace, model: nn.Module, saved: Saved | None) -> None:
-        space.withdraw(space.values(model), saved, by_task=True)
+    def after_step(self, space: ProtectedSpace, model: nn.Module, held: Held | None) -> None:
+        _correct(space, model, held, by_task=True)
 
 
 class Projector:
@@ -90,7 +98,7 @@ class Projector:
     def __init__(self, space: ProtectedSpace, projection: Projection) -> None:
         self.space, self.projection = space, projection
         self._within: tuple[frozenset[str], ProtectedSpace] = (frozenset(space.space.names), space)
-        self._saved: Saved | None = None
+        self._held: Held | None = None
 
     @contextmanager
     def around_step(self, model: nn.Module) -> Iterator[None]:
@@ -103,13 +111,13 @@ class Projector:
     def before_step(self, model: nn.Module) -> None:
         """Between the backward pass and the step."""
         if not self.space.is_empty:
-            self._saved = self.projection.before_step(self._movable(model), model, self._saved)
+            self._held = self.projection.before_step(self._movable(model), model, self._held)
 
     @torch.no_grad()
     def after_step(self, model: nn.Module) -> None:
         """After the step."""
         if not self.space.is_empty:
-            self.projection.after_step(self._within[1], model, self._saved)
+            self.projection.after_step(self._within[1], model, self._held)
 
     def _movable(self, model: nn.Module) -> ProtectedSpace:
         """The space among the parameters that training may move now."""
@@ -117,9 +125,27 @@ class Projector:
         trained = (canonical_name(name) for name, p in model.named_parameters() if p.requires_grad)
         names = frozenset(name for name in trained if name in own)
         if names != self._within[0]:
-            self._within, self._saved = (names, self.space.restricted(names)), None
+            self._within, self._held = (names, self.space.restricted(names)), None
         return self._within[1]
 
 
-def _copy(space: ProtectedSpace, model: nn.Module) -> Saved:
-    return {name: value.clone() for name, value in space.values(model).items()}
+def _held(space: ProtectedSpace, model: nn.Module, held: Held | None) -> Held:
+    values = space.values(model)
+    if held is None:
+        return Held({name: value.clone() for name, value in values.items()}, {})
+    for name, value in values.items():
+        held.start[name].copy_(value)
+    return held
+
+
+def _correct(space: ProtectedSpace, model: nn.Module, held: Held | None, *, by_task: bool) -> None:
+    """θ ← start + what of the step is allowed."""
+    if held is None:
+        return
+    moved = space.values(model)
+    for name, step in space.outside(moved, held.start, by_task=by_task).items():
+        if name in held.rounding:
+            step = step + held.rounding[name]
+        start = held.start[name].to(step)
+        moved[name].copy_(start + step)
+        held.rounding[name] = step - (moved[name].to(step) - start)

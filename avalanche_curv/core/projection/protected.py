@@ -116,36 +116,30 @@ class ProtectedSpace:
             whole = block.layout.space.union(whole)
         return whole
 
-    def withdraw(self, moved: Parts, start: Parts | None = None, *, by_task: bool = False) -> None:
-        """Takes out of `moved`, in place, the part of `moved` − `start` (`moved` itself without) that is protected.
-        Where nothing is free, the entries of `start` come back to the bit."""
+    def outside(self, moved: Parts, start: Parts | None = None, *, by_task: bool = False) -> dict[str, Tensor]:
+        """What is left of Δ = `moved` − `start` (`moved` alone without) outside of the protected space, for each
+        parameter that has a part in it: exactly zero where nothing is free."""
+        found = {name: moved[name].new_zeros(()).expand_as(moved[name]) for name in self.held.names}
         for block in self.blocks.values():
-            names = block.layout.space.names
-            if block.subspace.is_whole and not by_task:
-                _restore(moved, start, names)
-            elif block.subspace.rank:
-                for name, part in block.component(self._difference(block, moved, start), by_task).items():
-                    moved[name].sub_(part.to(moved[name].device))
-        _restore(moved, start, self.held.names)
+            if block.subspace.rank:
+                found |= block.outside(moved, start, by_task)
+        return found
 
     def leakage(self, moved: Parts, start: Parts) -> float:
         """‖Δ Uᵀ U‖ / ‖Δ‖ of Δ = `moved` − `start`: 0 where the protected space is left alone; NaN where Δ = 0."""
-        inside = total = 0.0
-        for block in self.blocks.values():
-            step = self._difference(block, moved, start)
-            inside += sum(float(part.double().square().sum()) for part in block.component(step).values())
-            total += sum(float(part.double().square().sum()) for part in step.values())
-        for name in self.held.names:
-            change = float((moved[name].double() - start[name].double()).square().sum())
-            inside, total = inside + change, total + change
-        return math.sqrt(inside / total) if total else math.nan
+        norms = [block.norms(moved, start) for block in self.blocks.values()]
+        held = [float((moved[name].double() - start[name].double()).norm()) for name in self.held.names]
+        inside, total = (math.hypot(*some, *held) for some in (zip(*norms) if norms else ((), ())))
+        return inside / total if total else math.nan
 
     def restricted(self, names: frozenset[str]) -> ProtectedSpace:
         """Where only these parameters move: the steps that leave all others at rest and the protected space alone."""
         if names >= {*self.space.names}:
             return self
         blocks = ((key, block.restricted(names)) for key, block in self.blocks.items())
-        return replace(self, blocks={key: block for key, block in blocks if block is not None})
+        kept = {key: block for key, block in blocks if block is not None}
+        held = {name: shape for name, shape in zip(self.held.names, self.held.shapes) if name in names}
+        return replace(self, blocks=kept, held=ParameterSpace(tuple(held), tuple(held.values())))
 
     def check(
         self, protection: Protection, space: ParameterSpace, itemsize: int, *, max_rank: int | None, max_bytes: int
@@ -165,25 +159,12 @@ class ProtectedSpace:
                 "them by max_rank=..., use PerLayer() or InputSpace(), or raise max_bytes=...."
             )
 
-    def _difference(self, block: Block, moved: Parts, start: Parts | None) -> Parts:
-        """Δ of a block, in the type of its basis."""
-        kind = block.subspace.rows.dtype
-        names = block.layout.space.names
-        if start is None:
-            return {name: moved[name].to(kind) for name in names}
-        return {name: moved[name].to(kind) - start[name].to(kind) for name in names}
-
 
 def _merged(held: Block | None, finding: Finding, like: Tensor, max_rank: int | None) -> Block:
     outer = finding.layout if held is None else held.layout.union(finding.layout)
     empty = Subspace.empty(like.new_empty(outer.columns.size))
     before = empty if held is None else held.within(outer).subspace
     return Block(outer, finding.joins(before, outer).limited(max_rank))
-
-
-def _restore(moved: Parts, start: Parts | None, names: tuple[str, ...]) -> None:
-    for name in names:
-        moved[name].zero_() if start is None else moved[name].copy_(start[name])
 
 
 def _with_statistics(model: nn.Module) -> tuple[str, ...]:
