@@ -89,15 +89,26 @@ class Subspace:
         """X Uᵀ U: the part of each row that lies in the subspace."""
         return _times_rows(_coordinates(vectors, self.rows), self.rows)
 
-    def component_by_task(self, vectors: Float[Tensor, "r d"]) -> Float[Tensor, "r d"]:
-        """X − X (I − V₁ᵀV₁) (I − V₂ᵀV₂) …: what is taken away where the share of one task after another is projected
-        out. Where they are not orthogonal, what is left has a part in the earlier ones again."""
-        before = _coordinates(vectors, self.rows)
-        after = before
+    def withdraw(self, target: Float[Tensor, "r d"], vectors: Float[Tensor, "r d"], *, by_task: bool = False) -> Tensor:
+        """`target` less the component of `vectors`, in place.
+
+        With `by_task` less X − X (I − V₁ᵀV₁) (I − V₂ᵀV₂) … instead: what is taken away where the share of one task
+        after another is projected out. Where they are not orthogonal, that leaves a part in the earlier ones again.
+        """
+        inside = _coordinates(vectors, self.rows)
+        if by_task:
+            inside = inside - self._left_by_tasks(inside)
+        if len(target) == 1:
+            target[0].addmv_(self.rows.T, inside[0], alpha=-1)
+        else:
+            target.addmm_(inside, self.rows, alpha=-1)
+        return target
+
+    def _left_by_tasks(self, coordinates: Float[Tensor, "r k"]) -> Float[Tensor, "r k"]:
         for share in self.shares:
-            own = share.coordinates.to(before)
-            after = after - (after @ own.T) @ own
-        return _times_rows(before - after, self.rows)
+            own = share.coordinates.to(coordinates)
+            coordinates = coordinates - (coordinates @ own.T) @ own
+        return coordinates
 
     def joined(self, rows: Float[Tensor, "m d"]) -> Subspace:
         """The span of both, without a share for `rows`. What lies within U already adds nothing."""

@@ -26,9 +26,8 @@ def run(config: Subspaces, seed: int) -> Iterator[Record]:
         held = merged(frames)
         yield {"metric": "used", "value": held.rank, "step": tasks}
         given = steps.float()
-        ways = {"global": held.component(given), "sequential": held.component_by_task(given)}
-        for way, taken in ways.items():
-            left = (given - taken).double()
+        for way in ("global", "sequential"):
+            left = held.withdraw(given.clone(), given, by_task=way == "sequential").double()
             yield {"metric": f"{way}/first", "value": leakage(left, frames[0]), "step": tasks}
             yield {"metric": f"{way}/union", "value": leakage(left, union), "step": tasks}
         closed = expected(config.cosine, tasks, config.rank, config.dimension)

@@ -89,13 +89,25 @@ class Block:
         layout = replace(self.layout, space=ParameterSpace(*zip(*kept)))
         return Block(layout, self.subspace.restricted(self.layout.columns.positions(layout.columns)))
 
-    def outside(self, moved: Parts, start: Parts | None, by_task: bool) -> dict[str, Tensor]:
-        """What is left of `moved` − `start` outside of the subspace, taken away as it is or one task after another."""
-        step = self.layout.difference(moved, start, self.subspace.rows)
+    def outside(self, vectors: Parts) -> dict[str, Tensor]:
+        """What is left of X outside of the subspace: exactly zero where nothing is free."""
+        matrix = self.layout.difference(vectors, None, self.subspace.rows)
+        left = matrix.zero_() if self.subspace.is_whole else self.subspace.withdraw(matrix, matrix)
+        return self.layout.parts(left)
+
+    def correct(self, moved: Parts, start: Parts, rest: Float[Tensor, "r d"] | None, *, by_task: bool) -> None:
+        """`moved` ← `start` + what is left of `moved` − `start` outside of the subspace + `rest`; `rest` ← what is lost
+        in rounding (None lets it go), and `start` is used up."""
         if self.subspace.is_whole and not by_task:
-            return self.layout.parts(step.zero_())
-        inside = self.subspace.component_by_task(step) if by_task else self.subspace.component(step)
-        return self.layout.parts(step.sub_(inside))
+            for name in self.layout.space.names:
+                moved[name].copy_(start[name])
+            return
+        step = self.layout.difference(moved, start, self.subspace.rows)
+        allowed = self.subspace.withdraw(step if rest is None else rest.add_(step), step, by_task=by_task)
+        for name, part in self.layout.parts(allowed).items():
+            torch.add(start[name], part, out=moved[name])
+            if rest is not None:
+                part.sub_(torch.sub(moved[name], start[name], out=start[name]))
 
     def norms(self, moved: Parts, start: Parts) -> tuple[float, float]:
         """‖X Uᵀ U‖ and ‖X‖ of `moved` − `start`."""

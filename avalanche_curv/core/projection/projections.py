@@ -16,10 +16,11 @@ from avalanche_curv.core.projection.protected import ProtectedSpace
 
 @dataclass(frozen=True)
 class Held:
-    """Protected parameters before a step, and by how much they are off since they were rounded after the last one."""
+    """Protected parameters before a step, and by block how much they are off since they were rounded after the last
+    one."""
 
     start: dict[str, Tensor]
-    rounding: dict[str, Tensor]
+    rest: dict[str, Tensor]
 
 
 class Projection(ABC):
@@ -40,15 +41,16 @@ class Step(Projection):
     """Δ ← Δ − Δ Uᵀ U, with Δ what the optimiser has changed: exact for each of them, whatever momentum, weight decay,
     preconditioning or clipping made of the gradient.
 
-    What is lost where the parameters are rounded is made up for at the next step (Kahan 1965), so that it does not add
-    up: ‖Δ Uᵀ U‖ stays below the rounding of θ, for the drift from the task's start as for each step.
+    What is left in U is the rounding of θ. In `InputSpace`, which closes rank · outputs dimensions of a layer, it is
+    made up for at the next step (Kahan 1965), so that it does not add up over a task.
     """
 
     def before_step(self, space: ProtectedSpace, model: nn.Module, held: Held | None) -> Held:
         return _held(space, model, held)
 
     def after_step(self, space: ProtectedSpace, model: nn.Module, held: Held | None) -> None:
-        _correct(space, model, held, by_task=False)
+        if held is not None:
+            space.correct(space.values(model), held.start, held.rest)
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,8 @@ class Sequential(Projection):
         return _held(space, model, held)
 
     def after_step(self, space: ProtectedSpace, model: nn.Module, held: Held | None) -> None:
-        _correct(space, model, held, by_task=True)
+        if held is not None:
+            space.correct(space.values(model), held.start, held.rest, by_task=True)
 
 
 class Projector:
@@ -132,20 +135,11 @@ class Projector:
 def _held(space: ProtectedSpace, model: nn.Module, held: Held | None) -> Held:
     values = space.values(model)
     if held is None:
-        return Held({name: value.clone() for name, value in values.items()}, {})
+        return Held({name: value.to(_wide(value.dtype), copy=True) for name, value in values.items()}, {})
     for name, value in values.items():
         held.start[name].copy_(value)
     return held
 
 
-def _correct(space: ProtectedSpace, model: nn.Module, held: Held | None, *, by_task: bool) -> None:
-    """θ ← start + what of the step is allowed."""
-    if held is None:
-        return
-    moved = space.values(model)
-    for name, step in space.outside(moved, held.start, by_task=by_task).items():
-        if name in held.rounding:
-            step = step + held.rounding[name]
-        start = held.start[name].to(step)
-        moved[name].copy_(start + step)
-        held.rounding[name] = step - (moved[name].to(step) - start)
+def _wide(kind: torch.dtype) -> torch.dtype:
+    return torch.promote_types(kind, torch.float32)

@@ -116,14 +116,29 @@ class ProtectedSpace:
             whole = block.layout.space.union(whole)
         return whole
 
-    def outside(self, moved: Parts, start: Parts | None = None, *, by_task: bool = False) -> dict[str, Tensor]:
-        """What is left of Δ = `moved` − `start` (`moved` alone without) outside of the protected space, for each
-        parameter that has a part in it: exactly zero where nothing is free."""
-        found = {name: moved[name].new_zeros(()).expand_as(moved[name]) for name in self.held.names}
+    def outside(self, vectors: Parts) -> dict[str, Tensor]:
+        """What is left of a vector outside of the protected space, for each parameter that has a part in it: exactly
+        zero where nothing is free."""
+        found = {name: torch.zeros_like(vectors[name]) for name in self.held.names}
         for block in self.blocks.values():
             if block.subspace.rank:
-                found |= block.outside(moved, start, by_task)
+                found |= block.outside(vectors)
         return found
+
+    def correct(self, moved: Parts, start: Parts, rest: dict[str, Tensor], *, by_task: bool = False) -> None:
+        """`moved` ← `start` + what is left of `moved` − `start` outside of the protected space, in place: `start` to
+        the bit where nothing is free. With `by_task`, one task's complement after another.
+
+        `rest` holds by block what is lost in rounding, to be added the next time: of stacked blocks, where as many
+        dimensions are closed as make it count. `start`, in at least single precision, is used up.
+        """
+        for key, block in self.blocks.items():
+            if block.layout.stacked and key not in rest:
+                rest[key] = block.subspace.rows.new_zeros(block.layout.height, block.subspace.dimension)
+            if block.subspace.rank:
+                block.correct(moved, start, rest.get(key), by_task=by_task)
+        for name in self.held.names:
+            moved[name].copy_(start[name])
 
     def leakage(self, moved: Parts, start: Parts) -> float:
         """‖Δ Uᵀ U‖ / ‖Δ‖ of Δ = `moved` − `start`: 0 where the protected space is left alone; NaN where Δ = 0."""
