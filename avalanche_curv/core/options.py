@@ -28,6 +28,22 @@ def check_count(name: str, value: object) -> None:
         raise ValueError(f"{name} must be an integer of at least 1; got {value!r}.")
 
 
+def check_kind(name: str, value: object, kind: type, example: str) -> None:
+    """Raises TypeError unless `value` is one of a kind of options.
+
+    >>> from avalanche_curv import Step, Projection
+    >>> check_kind("projection", Step, Projection, "Step()")
+    Traceback (most recent call last):
+    TypeError: projection must be a Projection; got <class 'avalanche_curv.core.projection.projections.Step'>. \
+Call it: Step().
+    """
+    if not isinstance(value, kind):
+        hint = f"Give a value such as {example}."
+        if isinstance(value, type):
+            hint = f"Call it: {example if example.startswith(value.__name__) else value.__name__ + '()'}."
+        raise TypeError(f"{name} must be a {kind.__name__}; got {value!r}. {hint}")
+
+
 def is_number(value: object) -> bool:
     """Whether `value` is a finite number, and no truth value.
 

@@ -26,7 +26,8 @@ class Share:
 
     @property
     def energy(self) -> float:
-        """The part of the trace that lies in U: Σ_i λ_i ‖κ_i‖² / tr C."""
+        """The part of the trace that these directions hold in U: Σ_i λ_i ‖κ_i‖² / tr C. What other tasks' directions
+        hold of it besides does not count."""
         return float(self.values @ self.coordinates.square().sum(1)) / self.trace if self.trace else math.nan
 
     def padded(self, count: int) -> Share:
@@ -80,7 +81,7 @@ class Subspace:
 
     @property
     def energy(self) -> float:
-        """The part of all tasks' curvature that lies in U, of those whose trace is known."""
+        """The part of all tasks' curvature that their own directions hold in U, of those whose trace is known."""
         known = [share for share in self.shares if math.isfinite(share.trace)]
         total = sum(share.trace for share in known)
         return sum(share.energy * share.trace for share in known if share.trace) / total if total else math.nan

@@ -29,8 +29,8 @@ def projection_metrics(*, every: int = 1) -> list[ScalarMetric]:
       `Sequential()` leak. Rounding is that of the parameters: of a step of norm 1e-3 some 1e-5 in float32, which does
       not add up in the drift. Δ is of the protected parameters, in the shapes they had at the end of the last task;
     - `projection/used` and `projection/free`, dimensions of the trainable parameters that are closed and open to steps;
-      `projection/energy`, the part of past curvature in U; `projection/bytes`, memory of the bases: as they were when
-      the experience began.
+      `projection/energy`, the part of past tasks' curvature that their own directions hold; `projection/bytes`, memory
+      of the bases: as they were when the experience began.
 
     At the end of each experience, with what it needs itself, `projection_experience/{used,free,energy,bytes}`, and
     between its directions and those of all earlier ones (`/experience_k`: of the k-th, from 0) the principal angles

@@ -14,7 +14,7 @@ from avalanche.training.plugins import SupervisedPlugin
 from avalanche_curv.core.curvature import Curvature, Fisher, Hessian
 from avalanche_curv.core.estimate import NonFiniteCurvatureError, check_pair
 from avalanche_curv.core.frozen import unwrapped
-from avalanche_curv.core.options import is_count, is_number
+from avalanche_curv.core.options import check_kind, is_count, is_number
 from avalanche_curv.core.penalty import Penalty
 from avalanche_curv.core.policies import Accumulate, Past, Policy, RevisingPolicy
 from avalanche_curv.core.stability import Guard, Guarded, Warn
@@ -146,14 +146,9 @@ def _check_options(
         raise ValueError(f"batch_size must be at least 1; got {batch_size}.")
     if guard is not None and not isinstance(guard, Guard):
         raise TypeError(f"guard must be Warn(), Rescale(), Stop() or None; got {guard!r}.")
-    for name, value, expected, example in (
-        ("curvature", curvature, Curvature, "Fisher()"),
-        ("structure", structure, Structure, "Diagonal()"),
-        ("policy", policy, Policy, "Accumulate()"),
-    ):
-        if not isinstance(value, expected):
-            hint = f"Call it: {value.__name__}()." if isinstance(value, type) else f"Give a value such as {example}."
-            raise TypeError(f"{name} must be a {expected.__name__}; got {value!r}. {hint}")
+    check_kind("curvature", curvature, Curvature, "Fisher()")
+    check_kind("structure", structure, Structure, "Diagonal()")
+    check_kind("policy", policy, Policy, "Accumulate()")
     if isinstance(curvature, Curvature) and isinstance(structure, Structure):
         check_pair(curvature, structure)
     if isinstance(curvature, Hessian) and curvature.psd is None:

@@ -9,7 +9,7 @@ from avalanche.training.plugins import SupervisedPlugin
 from torch import nn
 
 from avalanche_curv.core.estimate import NonFiniteCurvatureError
-from avalanche_curv.core.options import check_count
+from avalanche_curv.core.options import check_count, check_kind
 from avalanche_curv.core.projection import (
     Eigenspace,
     Freeze,
@@ -117,14 +117,9 @@ class OrthogonalProjectionPlugin(SupervisedPlugin):
 
 
 def _check_options(protect: object, projection: object, uncovered: object, max_rank: int | None) -> None:
-    for name, value, expected, example in (
-        ("protect", protect, Protection, "Eigenspace(Fisher(), Rank(20))"),
-        ("projection", projection, Projection, "Step()"),
-        ("uncovered", uncovered, Uncovered, "Freeze()"),
-    ):
-        if not isinstance(value, expected):
-            hint = f"Call it: {value.__name__}()." if isinstance(value, type) else f"Give a value such as {example}."
-            raise TypeError(f"{name} must be a {expected.__name__}; got {value!r}. {hint}")
+    check_kind("protect", protect, Protection, "Eigenspace(Fisher(), Rank(20))")
+    check_kind("projection", projection, Projection, "Step()")
+    check_kind("uncovered", uncovered, Uncovered, "Freeze()")
     if max_rank is not None:
         check_count("max_rank", max_rank)
         if isinstance(projection, Sequential):

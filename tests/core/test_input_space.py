@@ -311,8 +311,8 @@ def test_a_weight_that_is_not_finite_is_refused_also_where_outputs_are(make_mode
     ("options", "error", "remedy"),
     [
         ({"cuts": ()}, ValueError, r"at least one cut, such as Energy\(0.97\)"),
-        ({"cuts": Energy}, TypeError, r"Call it: Energy\(...\)"),
-        ({"cuts": 0.97}, TypeError, r"Rank\(k\) or Energy\(fraction\); got 0.97"),
+        ({"cuts": Energy}, TypeError, r"Call it: Energy\(0.97\)"),
+        ({"cuts": 0.97}, TypeError, r"got 0.97. Give a value such as Energy\(0.97\)"),
         ({"cuts": (Rank(2), "all")}, TypeError, "got 'all'"),
         ({"examples": 0}, ValueError, "at least 1; got 0"),
         ({"seed": 1.5}, ValueError, "seed"),

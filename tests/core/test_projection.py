@@ -679,10 +679,10 @@ def test_memory_is_stated_and_checked_before_it_is_taken(make_model):
 @pytest.mark.parametrize(
     ("options", "error", "remedy"),
     [
-        ({"cut": Rank}, TypeError, r"Call it: Rank\(...\)"),
-        ({"cut": 20}, TypeError, r"Rank\(k\) or Energy\(fraction\); got 20"),
-        ({"curvature": Fisher}, TypeError, r"Eigenspace takes a Curvature such as Fisher\(\)"),
-        ({"per": "layer"}, TypeError, r"PerLayer\(\).*got 'layer'"),
+        ({"cut": Rank}, TypeError, r"Call it: Rank\(20\)"),
+        ({"cut": 20}, TypeError, r"got 20. Give a value such as Rank\(20\)"),
+        ({"curvature": Fisher}, TypeError, r"curvature must be a Curvature.*Call it: Fisher\(\)"),
+        ({"per": "layer"}, TypeError, r"got 'layer'.*PerLayer\(\)"),
         ({"examples": 0}, ValueError, "at least 1; got 0"),
         ({"seed": None}, ValueError, "seed"),
         ({"curvature": Hessian(), "cut": Energy(0.9)}, TypeError, "trace|Energy"),

@@ -458,7 +458,7 @@ def test_the_strategy_takes_the_options_of_the_plugin(make):
 @pytest.mark.parametrize(
     ("options", "error", "remedy"),
     [
-        ({"protect": Eigenspace}, TypeError, r"protect must be a Protection; got .*Call it: Eigenspace\(\)"),
+        ({"protect": Eigenspace}, TypeError, r"protect must be a Protection; got .*Call it: Eigenspace\(Fisher"),
         ({"protect": "gpm"}, TypeError, r"got 'gpm'. Give a value such as Eigenspace\(Fisher\(\), Rank\(20\)\)"),
         ({"projection": Step}, TypeError, r"Call it: Step\(\)"),
         ({"projection": None}, TypeError, r"projection must be a Projection; got None.*Step\(\)"),

@@ -12,10 +12,10 @@ from torch import Tensor
 from avalanche_curv.core.curvature import Curvature, Fisher, Hessian, check_loss
 from avalanche_curv.core.estimate import check_pair, estimate, has_rule
 from avalanche_curv.core.losses import ExampleLoss
-from avalanche_curv.core.options import check_count, check_seed
+from avalanche_curv.core.options import check_count, check_kind, check_seed
 from avalanche_curv.core.parameters import ParameterSpace
 from avalanche_curv.core.projection.blocks import Layout
-from avalanche_curv.core.projection.protection import Demand, Finding, Found, Protection, check_cut, some_of
+from avalanche_curv.core.projection.protection import Demand, Finding, Found, Protection, some_of
 from avalanche_curv.core.risk import EmpiricalRisk
 from avalanche_curv.core.structures import BlockDiagonal, BlockDiagonalMatrix, Diagonal, LowRank, LowRankMatrix
 from avalanche_curv.core.structures.block_diagonal import Flat, Grouping
@@ -31,8 +31,8 @@ class Eigenspace(Protection):
 
     C is that of `examples` of the task, drawn by `seed` (None takes all). `per` says whether there is one basis over
     all parameters, `Flat()`, in memory k P, or one for each layer from the diagonal blocks of C, `PerLayer()`, in
-    memory Σ k_l P_l, which holds all curvature within layers and none between them. Directions without curvature stay
-    free, but for a `Rank(k)` of at least as many directions as there are: that closes the block altogether.
+    memory Σ k_l P_l, for whose choice curvature between layers does not count. Directions without curvature stay free,
+    but for a `Rank(k)` of at least as many directions as there are: that closes the block altogether.
 
     With `OutputGradient()` and a rank of as many directions as there are examples it is orthogonal gradient descent
     (Farajtabar et al. 2020): the span of the gradients of each example's true output.
@@ -45,12 +45,10 @@ class Eigenspace(Protection):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_cut("Eigenspace", self.cut)
+        check_kind("cut", self.cut, Cut, "Rank(20)")
         check_seed(self.seed)
-        if not isinstance(self.curvature, Curvature):
-            raise TypeError(f"Eigenspace takes a Curvature such as Fisher(); got {self.curvature!r}.")
-        if not isinstance(self.per, Grouping):
-            raise TypeError(f"Eigenspace(per=...) takes Flat(), PerLayer() or PerParameter(); got {self.per!r}.")
+        check_kind("curvature", self.curvature, Curvature, "Fisher()")
+        check_kind("per", self.per, Grouping, "Flat() or PerLayer()")
         if self.examples is not None:
             check_count("Eigenspace(examples=...)", self.examples)
         check_pair(self.curvature, self._structure)

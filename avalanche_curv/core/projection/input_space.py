@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from avalanche_curv.core.layers import Layers
-from avalanche_curv.core.options import check_count, check_seed
+from avalanche_curv.core.options import check_count, check_kind, check_seed
 from avalanche_curv.core.parameters import ParameterSpace
 from avalanche_curv.core.projection.inputs import Inputs, input_roots, layout_of
-from avalanche_curv.core.projection.protection import Demand, Found, Protection, check_cut, some_of
+from avalanche_curv.core.projection.protection import Demand, Found, Protection, some_of
 from avalanche_curv.core.risk import EmpiricalRisk
 from avalanche_curv.core.structures.cuts import Cut, Energy
 
@@ -24,7 +24,8 @@ class InputSpace(Protection):
 
     With `Energy(e)` the top eigenvectors of M = mean (a, 1)(a, 1)ᵀ outside of what is held already join it, as few as
     hold e of tr M together with that (the paper's eq. 9); with `Rank(k)` those of M itself. Several `cuts` are for the
-    layers in order, the last one for all that follow. M is of `examples`, drawn by `seed` (None takes all).
+    trainable layers in the order of the model, the last one for all that follow. M is of `examples`, drawn by `seed`
+    (None takes all).
 
     Parameters of other layers, of layers that are called more than once, share their weights or are bypassed, have no
     input space here: see `ProtectedSpace` for what happens to them. Eigenvectors take m³ operations for m rows or
@@ -41,7 +42,7 @@ class InputSpace(Protection):
         if not self._cuts:
             raise ValueError("InputSpace needs at least one cut, such as Energy(0.97); got none.")
         for cut in self._cuts:
-            check_cut("InputSpace", cut)
+            check_kind("each of cuts", cut, Cut, "Energy(0.97)")
         check_seed(self.seed)
         if self.examples is not None:
             check_count("InputSpace(examples=...)", self.examples)
@@ -63,7 +64,7 @@ class InputSpace(Protection):
         for name, shape in zip(space.names, space.shapes):
             if len(shape) > 1:
                 d = shape[1:].numel() + 1
-                found[name.rpartition(".")[0]] = Demand(d, min(d, self._cut(len(found)).most()))
+                found[name.rpartition(".")[0]] = Demand(d, min(d, max(cut.most() for cut in self._cuts)))
         return found
 
     @property

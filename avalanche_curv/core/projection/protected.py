@@ -28,9 +28,10 @@ class ProtectedSpace:
     """One orthonormal basis for each block of parameters, of the union of what each past task needs.
 
     A step Δ becomes Δ − Δ Uᵀ U in each block: one projection on the complement of the union. Parameters and rows that
-    came after a task are free of what that task needs. What directions cannot say holds still altogether, or is left
-    alone (`Freeze()`, `Leave()`): `held` are the parameters of which no directions are known, `statistics` the modules
-    that keep running statistics. A later `absorb` gives a new space.
+    are new in a task are free in it, and so are those that were frozen (`requires_grad=False`) in all tasks before.
+    What directions cannot say holds still altogether, or is left alone (`Freeze()`, `Leave()`): `held` are the
+    parameters of which no directions are known, `statistics` the modules that keep running statistics. A later `absorb`
+    gives a new space.
     """
 
     blocks: Mapping[str, Block] = field(default_factory=dict)
@@ -78,7 +79,7 @@ class ProtectedSpace:
 
     @property
     def energy(self) -> float:
-        """The part of the past tasks' curvature that lies in the bases, where its trace is known; NaN elsewhere."""
+        """The part of past tasks' curvature that their own directions hold, where its trace is known; NaN elsewhere."""
         subspaces = [block.subspace for block in self.blocks.values()]
         traces = [sum(share.trace for share in s.shares if math.isfinite(share.trace)) for s in subspaces]
         inside = sum(s.energy * trace for s, trace in zip(subspaces, traces) if trace)

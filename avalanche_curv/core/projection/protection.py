@@ -12,7 +12,6 @@ from avalanche_curv.core.parameters import ParameterSpace
 from avalanche_curv.core.policies import part_seed
 from avalanche_curv.core.projection.blocks import Layout
 from avalanche_curv.core.risk import EmpiricalRisk
-from avalanche_curv.core.structures.cuts import Cut
 from avalanche_curv.core.subspace import Subspace
 
 
@@ -67,10 +66,3 @@ def some_of(risk: EmpiricalRisk, count: int | None, seed: int, experience: int) 
     if count is None or count >= risk.examples:
         return risk
     return risk.select(random_part(risk.examples, count / risk.examples, part_seed(seed, experience)))
-
-
-def check_cut(name: str, cut: object) -> None:
-    """Raises TypeError for what is no cut."""
-    if not isinstance(cut, Cut):
-        hint = f" Call it: {cut.__name__}(...)." if isinstance(cut, type) else ""
-        raise TypeError(f"{name} takes Rank(k) or Energy(fraction); got {cut!r}.{hint}")
