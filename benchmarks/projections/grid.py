@@ -29,7 +29,7 @@ REPLAYED = 1000  # examples in the memory of replay
 MOMENTUM = 0.9
 PIXELS = 784
 RANK = {MAIN: 20, WIDE: 100, TUNE: 20}
-STRENGTHS = {EWC: 100.0, CURVATURE_EWC: 10.0}  # `run projections --part tune`
+STRENGTHS = {EWC: 30.0, CURVATURE_EWC: 3.0}  # `run projections --part tune --tasks 5 --epochs 1`
 GRIDS = {EWC: (10.0, 30.0, 100.0, 300.0, 1000.0), CURVATURE_EWC: (1.0, 3.0, 10.0, 30.0, 100.0)}
 FIRST_TUNING_SEED = 1000
 
