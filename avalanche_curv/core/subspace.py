@@ -146,12 +146,6 @@ class Subspace:
         rows = rows - (rows @ rows.T - torch.eye(rank).to(rows)) @ rows / 2  # (I + E)^(-1/2) rows, against rounding
         return Subspace(rows, tuple(share.rotated(turned) for share in self.shares))
 
-    def embedded(self, at: Int[Tensor, "d"], dimension: int) -> Subspace:
-        """In a larger space, whose coordinates `at` are those of this one."""
-        rows = self.rows.new_zeros(self.rank, dimension)
-        rows[:, at.to(rows.device)] = self.rows
-        return replace(self, rows=rows)
-
     def restricted(self, at: Int[Tensor, "e"]) -> Subspace:
         """What some coordinates alone have to avoid, where all others stay zero: the span of their columns of U."""
         columns = self.rows[:, at.to(self.rows.device)]

@@ -31,15 +31,17 @@ class OrthogonalProjectionPlugin(SupervisedPlugin):
     At the end of an experience `protect` finds its directions, and they join one orthonormal basis U of the union of
     all (`protected`, a `ProtectedSpace`): Δ ← Δ − U Uᵀ Δ. The step itself is projected, so that the parameters stay in
     the complement under any optimiser; `Gradient()` and `Sequential()` are there to be compared. `max_rank` bounds the
-    rank of each basis and keeps the directions along which past curvature is largest; a basis may take up to
-    `max_bytes` in all. With nothing protected, as in the first experience, training is exactly Naive's; with all
-    protected, no parameter moves.
+    rank of each basis and keeps the directions along which past curvature is largest. A basis of k rows takes k P
+    numbers, and j k in double precision for the j directions of each task; all bases together up to `max_bytes`. With
+    nothing protected, as in the first experience, training is exactly Naive's; with all protected, no parameter moves.
 
     The step is what changes between `before_update` and this plugin's `after_update`: put it behind plugins that change
-    parameters there. It goes with penalties, replay and mitigators.
+    parameters there. It goes with penalties, replay and mitigators, but what these do between two tasks is not
+    projected. `batch_size` is how many examples are loaded at once.
 
     What a projection cannot protect: new heads and rows that grow later are free, though they may change what the
-    model says of old inputs (`growth/...` of `fidelity_metrics` shows it); running statistics of norm layers, and
+    model says of old inputs (`growth/...` of `fidelity_metrics` shows it), and so are parameters that were frozen
+    (`requires_grad=False`) until now; running statistics of norm layers, and
     parameters of which no directions are known, hold still from the end of the first experience
     (`uncovered=Freeze()`), norm layers in eval mode, or go on as they are (`uncovered=Leave()`). Other buffers are not
     looked at.
@@ -131,8 +133,9 @@ def _check_options(protect: object, projection: object, uncovered: object, max_r
 
 def _check_optimizer(optimizer: Any) -> None:
     """Raises TypeError where a step takes several evaluations of the loss."""
-    closure = inspect.signature(optimizer.step).parameters.get("closure")
-    if closure is not None and closure.default is inspect.Parameter.empty:
+    accepted = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    _, *given = inspect.signature(type(optimizer).step).parameters.values()  # without self
+    if any(p.kind in accepted and p.default is inspect.Parameter.empty for p in given):
         raise TypeError(
             f"{type(optimizer).__name__} needs a closure: it moves the parameters several times in one step, and what "
             "it learns of the loss on the way does not fit a projected step. Use SGD, Adam, AdamW or the like."

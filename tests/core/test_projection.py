@@ -664,16 +664,18 @@ def test_memory_is_stated_and_checked_before_it_is_taken(make_model):
     own = space.blocks[""].subspace
     assert own.rows.nbytes == 10 * 195 * 8
     assert space.nbytes == own.rows.nbytes + (10 * 10 + 10) * 8
-    needed = 2 * 10 * 195 * 8
+    needed = 20 * 195 * 8 + 2 * (10 * 20 + 10) * 8  # two tasks of 10 directions, in a basis of 20
     options = {"max_rank": None, "max_bytes": needed}
     ProtectedSpace().check(protection, risk.space, 8, **options)
-    with pytest.raises(MemoryError, match=r"may need 31.3 KiB, over .* 30.5 KiB; they hold 16.1 KiB now.*max_rank"):
-        space.check(protection, risk.space, 8, **options)
+    space.check(protection, risk.space, 8, **options)
+    assert space.absorb(risk_of(model, draws(20, 8, seed=1)), protection).nbytes == needed
+    with pytest.raises(MemoryError, match=r"may need 33.8 KiB, over .* 33.7 KiB; they hold 16.1 KiB now.*max_rank"):
+        space.check(protection, risk.space, 8, max_rank=None, max_bytes=needed - 1 - 20)
     space.check(protection, risk.space, 8, max_rank=12, max_bytes=needed)
     inputs = InputSpace(Rank(5))
-    with pytest.raises(MemoryError, match=r"may need 1.0 KiB, over .* 1000.0 B"):  # 5 · (9 + 17) numbers
+    with pytest.raises(MemoryError, match=r"may need 1.5 KiB, over .* 1000.0 B"):  # 5 · (9 + 17 + 12) numbers
         ProtectedSpace().check(inputs, risk.space, 8, max_rank=None, max_bytes=1000)
-    ProtectedSpace().check(inputs, risk.space, 8, max_rank=None, max_bytes=5 * 26 * 8)
+    ProtectedSpace().check(inputs, risk.space, 8, max_rank=None, max_bytes=5 * 38 * 8)
 
 
 @pytest.mark.parametrize(
@@ -703,3 +705,60 @@ def test_a_rank_is_a_count(bad):
 def test_an_energy_is_a_fraction(bad):
     with pytest.raises(ValueError, match=r"in \(0, 1\]; got"):
         Eigenspace(cut=Energy(bad))
+
+
+def test_rows_are_zero_in_columns_that_have_grown():
+    """A weight [2, 2] in one of [2, 3]: the row (a, b, c, d) becomes (a, b, 0, c, d, 0)."""
+    small, large = (Layout(ParameterSpace(("w",), (torch.Size(shape),))) for shape in ((2, 2), (2, 3)))
+    rows = torch.arange(1.0, 9.0).view(2, 4)
+    expected = torch.tensor([[1.0, 2.0, 0.0, 3.0, 4.0, 0.0], [5.0, 6.0, 0.0, 7.0, 8.0, 0.0]])
+    assert torch.equal(small.widened(rows, large), expected)
+    assert small.widened(rows, small) is rows
+
+
+def test_parameters_and_norm_layers_of_other_tasks_are_not_held():
+    """Of raw parameters and norm layers by task, only those of the task that was learned."""
+
+    class Tasks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norms = nn.ModuleList([nn.BatchNorm1d(4), nn.BatchNorm1d(4)])
+            self.heads = nn.ParameterList([torch.ones(3, 4), torch.ones(3, 4)])
+            self.task = 0
+
+        def forward(self, x):
+            return self.norms[self.task](x) @ self.heads[self.task].T
+
+    space = ProtectedSpace().absorb(risk_of(Tasks().double(), draws(20, 4)), InputSpace())
+    assert space.statistics == ("norms.0",)
+    assert {*space.held.names} == {"norms.0.weight", "norms.0.bias", "heads.0"}
+
+
+def test_directions_of_another_recipe_are_refused(make_model):
+    risk = risk_of(make_model(mlp), draws(20, 8))
+    flat = ProtectedSpace().absorb(risk, FAMILY["flat"])
+    for other in ("per layer", "inputs"):
+        with pytest.raises(ValueError, match="Protect all tasks in the same way"):
+            flat.absorb(risk, FAMILY[other])
+    with pytest.raises(ValueError, match="max_rank must be an integer of at least 1; got 0"):
+        flat.absorb(risk, FAMILY["flat"], max_rank=0)
+    with pytest.raises(TypeError, match=r"projection must be a Projection.*Call it: Step\(\)"):
+        Projector(flat, Step)
+
+
+def test_a_step_that_raises_is_taken_out_as_far_as_it_came(make_model):
+    model = make_model(mlp)
+    space = ProtectedSpace().absorb(risk_of(model, draws(20, 8)), FAMILY["flat"])
+    start, projector = values_of(space, model), Projector(space, Step())
+
+
+    def half_way():
+        with torch.no_grad():
+            model[0].weight += 1
+        raise RuntimeError("half way")
+
+    with pytest.raises(RuntimeError, match="half way"), projector.around_step(model):
+        half_way()
+    assert space.leakage(values_of(space, model), start) < 1e-12
+    with pytest.raises(RuntimeError, match="around_step"):
+        projector.after_step(model)

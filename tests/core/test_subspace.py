@@ -235,16 +235,6 @@ def test_a_component_is_the_projection():
     assert not empty(12).component(vectors).any()
 
 
-def test_an_embedded_subspace_is_zero_on_new_coordinates():
-    subspace = merged([unit_rows(2, 3), unit_rows(1, 3, seed=4)])
-    at = torch.tensor([4, 0, 2])
-    larger = subspace.embedded(at, 6)
-    assert larger.dimension == 6
-    torch.testing.assert_close(larger.rows[:, at], subspace.rows)
-    assert not larger.rows[:, [1, 3, 5]].any()
-    assert larger.energy == subspace.energy
-
-
 def test_a_restricted_subspace_forbids_just_the_steps_that_leave_it_alone():
     """Steps of some coordinates, others at rest: y is allowed if and only if (y, 0) is orthogonal to the whole."""
     subspace = merged([unit_rows(2, 8), unit_rows(2, 8, seed=1)])

@@ -526,9 +526,9 @@ def test_an_empty_experience_is_refused_before_training(net, learner, train, pla
 
 
 def test_a_basis_over_its_limit_is_refused_before_the_experience_and_the_past_is_kept(net, learner, train, plane):
-    """27 parameters: 20 directions of float32 take 2.1 KiB; two tasks 27 · 27 · 4 bytes at most, and their shares."""
+    """27 parameters: 20 directions of float32 take 2.1 KiB, and their share 3.3 KiB."""
     refused = OrthogonalProjectionPlugin(max_bytes=2000)
-    remedy = r"may need 2.1 KiB, over their limit of 2.0 KiB; they hold 0.0 B now. .*max_rank=.*or raise max_bytes"
+    remedy = r"may need 5.4 KiB, over their limit of 2.0 KiB; they hold 0.0 B now. .*max_rank=.*or raise max_bytes"
     assert_refused_untrained(MemoryError, remedy, learner(net, refused), train, plane.train_stream)
     plugin = OrthogonalProjectionPlugin(Eigenspace(cut=Rank(10)), max_bytes=2200)
     strategy = learner(net, plugin)

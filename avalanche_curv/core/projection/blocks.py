@@ -56,6 +56,15 @@ class Layout:
             for name, shape, part in zip(self.space.names, self.space.shapes, matrix.split(self.columns.sizes, dim=1))
         }
 
+    def widened(self, matrix: Float[Tensor, "m d"], outer: Layout) -> Float[Tensor, "m e"]:
+        """Rows over the columns of `outer`, which holds this layout; zero in those that are new."""
+        own, whole = self.columns, outer.columns
+        if own == whole:
+            return matrix
+        wide = matrix.new_zeros(len(matrix), whole.size)
+        wide[:, whole.positions(own).to(matrix.device)] = matrix
+        return wide
+
     def union(self, other: Layout) -> Layout:
         """The smallest layout that holds both."""
         return replace(self, space=self.space.union(other.space))
@@ -75,11 +84,7 @@ class Block:
 
     def within(self, outer: Layout) -> Block:
         """The same of parameters that have grown."""
-        if outer == self.layout:
-            return self
-        inner, whole = self.layout.columns, outer.columns
-        subspace = self.subspace if inner == whole else self.subspace.embedded(whole.positions(inner), whole.size)
-        return Block(outer, subspace)
+        return Block(outer, replace(self.subspace, rows=self.layout.widened(self.subspace.rows, outer)))
 
     def restricted(self, names: frozenset[str]) -> Block | None:
         """Where only these parameters move, if any of the block does."""
@@ -95,19 +100,18 @@ class Block:
         left = matrix.zero_() if self.subspace.is_whole else self.subspace.withdraw(matrix, matrix)
         return self.layout.parts(left)
 
-    def correct(self, moved: Parts, start: Parts, rest: Float[Tensor, "r d"] | None, *, by_task: bool) -> None:
+    def correct(self, moved: Parts, start: Parts, rest: Float[Tensor, "r d"], *, by_task: bool) -> None:
         """`moved` ← `start` + what is left of `moved` − `start` outside of the subspace + `rest`; `rest` ← what is lost
-        in rounding (None lets it go), and `start` is used up."""
+        in rounding, and `start` is used up."""
         if self.subspace.is_whole and not by_task:
             for name in self.layout.space.names:
                 moved[name].copy_(start[name])
             return
         step = self.layout.difference(moved, start, self.subspace.rows)
-        allowed = self.subspace.withdraw(step if rest is None else rest.add_(step), step, by_task=by_task)
-        for name, part in self.layout.parts(allowed).items():
+        self.subspace.withdraw(rest.add_(step), step, by_task=by_task)
+        for name, part in self.layout.parts(rest).items():
             torch.add(start[name], part, out=moved[name])
-            if rest is not None:
-                part.sub_(torch.sub(moved[name], start[name], out=start[name]))
+            part.sub_(torch.sub(moved[name], start[name], out=start[name]))
 
     def norms(self, moved: Parts, start: Parts) -> tuple[float, float]:
         """‖X Uᵀ U‖ and ‖X‖ of `moved` − `start`."""

@@ -31,11 +31,12 @@ class Eigenspace(Protection):
 
     C is that of `examples` of the task, drawn by `seed` (None takes all). `per` says whether there is one basis over
     all parameters, `Flat()`, in memory k P, or one for each layer from the diagonal blocks of C, `PerLayer()`, in
-    memory Σ k_l P_l, for whose choice curvature between layers does not count. Directions without curvature stay free,
-    but for a `Rank(k)` of at least as many directions as there are: that closes the block altogether.
+    memory Σ k_l P_l, for whose choice curvature between layers does not count. Directions whose curvature is below 1e-5
+    of the largest (in float32; 3e-5 where a Gram matrix is decomposed) count as none and stay free, but for a `Rank(k)`
+    of at least as many directions as there are: that closes the block altogether.
 
     With `OutputGradient()` and a rank of as many directions as there are examples it is orthogonal gradient descent
-    (Farajtabar et al. 2020): the span of the gradients of each example's true output.
+    (Farajtabar et al. 2020): the span, to that accuracy, of the gradients of each example's true output.
     """
 
     curvature: Curvature = Fisher()  # noqa: RUF009  a frozen value
@@ -110,9 +111,4 @@ class Eigenvectors(Finding):
     experience: int
 
     def joins(self, subspace: Subspace, outer: Layout) -> Subspace:
-        own, whole = self.layout.columns, outer.columns
-        rows = self.rows
-        if own != whole:
-            rows = rows.new_zeros(len(rows), whole.size)
-            rows[:, whole.positions(own).to(rows.device)] = self.rows
-        return subspace.plus(rows, self.values, self.trace, self.experience)
+        return subspace.plus(self.layout.widened(self.rows, outer), self.values, self.trace, self.experience)

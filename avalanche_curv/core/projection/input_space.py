@@ -27,6 +27,9 @@ class InputSpace(Protection):
     trainable layers in the order of the model, the last one for all that follow. M is of `examples`, drawn by `seed`
     (None takes all).
 
+    `Energy(1.0)` keeps all but rounding. Outputs that have grown are closed, from the end of their first task on, to
+    the inputs of all tasks.
+
     Parameters of other layers, of layers that are called more than once, share their weights or are bypassed, have no
     input space here: see `ProtectedSpace` for what happens to them. Eigenvectors take m³ operations for m rows or
     columns, whichever are fewer: seconds up to 1,000 of them, minutes beyond 4,000 (convolutions of 512 channels).

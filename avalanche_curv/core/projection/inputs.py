@@ -35,30 +35,25 @@ class Inputs(Finding):
     experience: int
 
     def joins(self, subspace: Subspace, outer: Layout) -> Subspace:
-        root = self._within(outer).to(subspace.rows.device)
-        joined = subspace.joined(self._new(subspace, root).to(subspace.rows))
-        values, vectors = _falling(root @ joined.rows.double().T, subspace.rows.dtype)
-        own = self.cut.count(values, float(values.sum()))
-        return joined.with_share(Share(vectors[:own], values[:own], float(root.square().sum()), self.experience))
-
-    def _new(self, subspace: Subspace, root: Root) -> Float[Tensor, "l d"]:
-        """What joins the span of earlier inputs."""
+        root = self.layout.widened(self.root, outer).to(subspace.rows.device)
         trace = float(root.square().sum())
+        joined = subspace.joined(self._new(subspace, root, trace).to(subspace.rows))
+        values, vectors = _falling(root @ joined.rows.double().T, subspace.rows.dtype)
+        reached = trace if not isinstance(self.cut, Energy) else min(trace, float(values.sum()) / self.cut.fraction)
+        own = self.cut.count(values, reached)
+        return joined.with_share(Share(vectors[:own], values[:own], trace, self.experience))
+
+    def _new(self, subspace: Subspace, root: Root, trace: float) -> Float[Tensor, "l d"]:
+        """What joins the span of earlier inputs."""
         if not isinstance(self.cut, Energy):
             values, vectors = _falling(root, subspace.rows.dtype)
             return vectors[: self.cut.count(values, trace)]
         rows = subspace.rows.double()
         values, vectors = _falling(root - (root @ rows.T) @ rows, subspace.rows.dtype)
-        held = (trace - values.sum()).clamp(min=0)
-        return vectors[: max(0, self.cut.count(torch.cat([held[None], values]), trace) - 1)]
-
-    def _within(self, outer: Layout) -> Root:
-        own, whole = self.layout.columns, outer.columns
-        if own == whole:
-            return self.root
-        root = self.root.new_zeros(len(self.root), whole.size)
-        root[:, whole.positions(own).to(root.device)] = self.root
-        return root
+        if self.cut.fraction == 1:
+            return vectors[: self.cut.most_pairs]
+        missing = float(values.sum()) - (1 - self.cut.fraction) * trace
+        return vectors[: self.cut.count(values, missing / self.cut.fraction)] if missing > 0 else vectors[:0]
 
 
 @dataclass

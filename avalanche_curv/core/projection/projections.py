@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from avalanche_curv.core.options import check_kind
 from avalanche_curv.core.parameters import canonical_name
 from avalanche_curv.core.projection.protected import ProtectedSpace
 
@@ -41,8 +42,7 @@ class Step(Projection):
     """Δ ← Δ − Δ Uᵀ U, with Δ what the optimiser has changed: exact for each of them, whatever momentum, weight decay,
     preconditioning or clipping made of the gradient.
 
-    What is left in U is the rounding of θ. In `InputSpace`, which closes rank · outputs dimensions of a layer, it is
-    made up for at the next step (Kahan 1965), so that it does not add up over a task.
+    What is left in U is the rounding of θ, made up for at the next step (Kahan 1965), so that it does not add up.
     """
 
     def before_step(self, space: ProtectedSpace, model: nn.Module, held: Held | None) -> Held:
@@ -95,30 +95,41 @@ class Projector:
         with projector.around_step(model):
             optimizer.step()
 
-    Parameters that are frozen (`requires_grad=False`) stay where they are: the step is projected within the others.
+    Parameters that are frozen (`requires_grad=False`) stay where they are: the step is projected within the others. It
+    is not for optimisers that evaluate the loss several times in one step, such as LBFGS. Raises TypeError for what is
+    no space or no projection, RuntimeError where `after_step` comes without `before_step`.
     """
 
     def __init__(self, space: ProtectedSpace, projection: Projection) -> None:
+        check_kind("space", space, ProtectedSpace, "ProtectedSpace().absorb(risk, Eigenspace())")
+        check_kind("projection", projection, Projection, "Step()")
         self.space, self.projection = space, projection
         self._within: tuple[frozenset[str], ProtectedSpace] = (frozenset(space.space.names), space)
         self._held: Held | None = None
+        self._stepping = False
 
     @contextmanager
     def around_step(self, model: nn.Module) -> Iterator[None]:
-        """The step that is taken within is projected."""
+        """The step that is taken within is projected, as far as it came if it raises."""
         self.before_step(model)
-        yield
-        self.after_step(model)
+        try:
+            yield
+        finally:
+            self.after_step(model)
 
     @torch.no_grad()
     def before_step(self, model: nn.Module) -> None:
         """Between the backward pass and the step."""
+        self._stepping = True
         if not self.space.is_empty:
             self._held = self.projection.before_step(self._movable(model), model, self._held)
 
     @torch.no_grad()
     def after_step(self, model: nn.Module) -> None:
         """After the step."""
+        if not self._stepping:
+            raise RuntimeError("after_step() goes with a before_step() just before the step. Use around_step().")
+        self._stepping = False
         if not self.space.is_empty:
             self.projection.after_step(self._within[1], model, self._held)
 

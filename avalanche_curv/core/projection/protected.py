@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -12,10 +12,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from avalanche_curv.core.frozen import unwrapped
+from avalanche_curv.core.options import check_count, check_kind
 from avalanche_curv.core.parameters import ParameterSpace
 from avalanche_curv.core.projection.blocks import Block, Parts
 from avalanche_curv.core.projection.protection import Finding, Protection
 from avalanche_curv.core.projection.uncovered import Freeze, Uncovered
+from avalanche_curv.core.projection.usage import parts_in_use
 from avalanche_curv.core.risk import EmpiricalRisk
 from avalanche_curv.core.structures.base import human_bytes
 from avalanche_curv.core.subspace import Subspace, orthonormal, principal_angles
@@ -47,19 +49,27 @@ class ProtectedSpace:
         uncovered: Uncovered = Freeze(),  # noqa: B008  a frozen value
         max_rank: int | None = None,
     ) -> ProtectedSpace:
-        """With what the task of `risk` needs, frozen at the end of its training; each basis is cut to `max_rank`."""
+        """With what the task of `risk` needs, frozen at the end of its training; each basis is cut to `max_rank`.
+
+        Raises ValueError for directions of a kind that does not go with those that are held, and
+        NonFiniteCurvatureError where the model or its inputs hold NaN or infinity.
+        """
+        check_kind("protection", protection, Protection, "Eigenspace(Fisher(), Rank(20))")
+        check_kind("uncovered", uncovered, Uncovered, "Freeze()")
+        if max_rank is not None:
+            check_count("max_rank", max_rank)
         found = protection.find(risk, self.experiences)
+        self._check_blocks(found.findings, protection)
+        used, statistics = parts_in_use(risk)
         shapes = dict(zip(risk.space.names, risk.space.shapes))
-        names = uncovered.held(found.uncovered)
-        held = ParameterSpace(tuple(names), tuple(shapes[name] for name in names))
+        names = uncovered.held(tuple(name for name in found.uncovered if name in used))
+        held = self.held.union(ParameterSpace(names, tuple(shapes[name] for name in names)))
         merged = {f.key: _merged(self.blocks.get(f.key), f, risk.anchor, max_rank) for f in found.findings}
-        statistics = uncovered.held(_with_statistics(risk.base))
         whole = ProtectedSpace(
             {**self.blocks, **merged},
-            statistics=tuple(dict.fromkeys((*self.statistics, *statistics))),
+            statistics=tuple(dict.fromkeys((*self.statistics, *uncovered.held(statistics)))),
             experiences=self.experiences + 1,
         )
-        held = self.held.union(held)
         return replace(whole.restricted(frozenset(whole.space.names) - {*held.names}), held=held)
 
     @property
@@ -92,7 +102,7 @@ class ProtectedSpace:
 
     def angles(self, first: int, second: int) -> Float[Tensor, "n"]:
         """The principal angles between what two tasks put in, as far as it is still held, over all blocks, in radians,
-        smallest first."""
+        smallest first; none for a task that has put in nothing."""
         found = []
         for block in self.blocks.values():
             shares = {share.task: share.coordinates for share in block.subspace.shares}
@@ -130,14 +140,14 @@ class ProtectedSpace:
         """`moved` ← `start` + what is left of `moved` − `start` outside of the protected space, in place: `start` to
         the bit where nothing is free. With `by_task`, one task's complement after another.
 
-        `rest` holds by block what is lost in rounding, to be added the next time: of stacked blocks, where as many
-        dimensions are closed as make it count. `start`, in at least single precision, is used up.
+        `rest` holds by block what is lost in rounding, to be added the next time; `start`, in at least single
+        precision, is used up.
         """
         for key, block in self.blocks.items():
-            if block.layout.stacked and key not in rest:
-                rest[key] = block.subspace.rows.new_zeros(block.layout.height, block.subspace.dimension)
             if block.subspace.rank:
-                block.correct(moved, start, rest.get(key), by_task=by_task)
+                if key not in rest:
+                    rest[key] = block.subspace.rows.new_zeros(block.layout.height, block.subspace.dimension)
+                block.correct(moved, start, rest[key], by_task=by_task)
         for name in self.held.names:
             moved[name].copy_(start[name])
 
@@ -167,7 +177,8 @@ class ProtectedSpace:
             held = self.blocks[key].subspace if key in self.blocks else None
             rank = min(demand.dimension, demand.most + (held.rank if held else 0))
             rank = rank if max_rank is None else min(rank, max_rank)
-            needed += itemsize * demand.dimension * rank - (held.rows.nbytes if held else 0)
+            shares = demand.most + sum(len(share.values) for share in held.shares) if held else demand.most
+            needed += itemsize * demand.dimension * rank + 8 * shares * (rank + 1) - (held.nbytes if held else 0)
         if needed > max_bytes:
             raise MemoryError(
                 f"After this experience the bases of {protection} may need {human_bytes(needed)}, over their limit of "
@@ -175,14 +186,21 @@ class ProtectedSpace:
                 "them by max_rank=..., use PerLayer() or InputSpace(), or raise max_bytes=...."
             )
 
+    def _check_blocks(self, findings: Sequence[Finding], protection: Protection) -> None:
+        """Raises ValueError where a finding shares parameters with a block that it does not join."""
+        home = {name: key for key, block in self.blocks.items() for name in block.layout.space.names}
+        for finding in findings:
+            held = self.blocks.get(finding.key)
+            strange = any(home.get(name, finding.key) != finding.key for name in finding.layout.space.names)
+            if strange or (held is not None and held.layout.stacked != finding.layout.stacked):
+                raise ValueError(
+                    f"{protection} has other blocks of parameters than what is held of the {self.experiences} tasks "
+                    "before. Protect all tasks in the same way, or start with a new ProtectedSpace()."
+                )
+
 
 def _merged(held: Block | None, finding: Finding, like: Tensor, max_rank: int | None) -> Block:
     outer = finding.layout if held is None else held.layout.union(finding.layout)
     empty = Subspace.empty(like.new_empty(outer.columns.size))
     before = empty if held is None else held.within(outer).subspace
     return Block(outer, finding.joins(before, outer).limited(max_rank))
-
-
-def _with_statistics(model: nn.Module) -> tuple[str, ...]:
-    """The modules that change running statistics in training."""
-    return tuple(name for name, m in unwrapped(model).named_modules() if getattr(m, "running_mean", None) is not None)

@@ -62,7 +62,9 @@ class Protection(ABC):
 
 
 def some_of(risk: EmpiricalRisk, count: int | None, seed: int, experience: int) -> EmpiricalRisk:
-    """The risk of `count` of its examples, drawn for each experience by `seed`; of all of them where they are fewer."""
+    """The risk of `count` of its examples, drawn for each experience by `seed`, in batches of the same size; of all of
+    them where they are fewer."""
     if count is None or count >= risk.examples:
         return risk
-    return risk.select(random_part(risk.examples, count / risk.examples, part_seed(seed, experience)))
+    chosen = risk.select(random_part(risk.examples, count / risk.examples, part_seed(seed, experience)))
+    return chosen.rebatched(len(next(iter(risk))[1]))
