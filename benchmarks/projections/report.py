@@ -25,7 +25,7 @@ has a permutation, the first too. *multitask* learns all tasks at once.
 
 *backward transfer* is the mean over tasks of the final accuracy less the accuracy just after learning; *accuracy when
 learned* is the mean of the latter. *used* is the part of all dimensions that is closed at the end, *energy* the part of
-all tasks' curvature (or squared inputs) that lies in the bases; *leak* the part of the changes during the last task
+each task's curvature (or squared inputs) that its own directions hold; *leak* the part of the changes during the last task
 that lay in what was protected before it. *as published* are accuracies in % from Table 1 of Saha et al. 2021, quoted:
 their own runs, 5 seeds, with strengths and memories of their own (A-GEM there: 83.56; GPM's backward transfer: −0.03).
 Mean ± standard deviation over n seeds."""
@@ -60,15 +60,17 @@ def _table(results: Results) -> str:
         accuracy = results.final("average_accuracy", label)
         values = [results.final(name, label) for name in ("backward_transfer", "learned", "used", "energy")]
         rows.append([
-            label, accuracy, _published(label), *values,
+            label, accuracy, _published(label, results), *values,
             _scaled(results.final("basis_bytes", label), 2**20), _leak(results.final("leakage", label)),
             _scaled(results.final("seconds", label), 60), accuracy.n if accuracy else 0,
         ])
     return table(columns, rows)
 
 
-def _published(label: str) -> str:
-    """Of the row, or of the rows of any rank."""
+def _published(label: str, results: Results) -> str:
+    """Of the row, or of the rows of any rank; nothing beside other images."""
+    if results.config(label).get("setting", {}).get("images") != "mnist":
+        return ""
     name, _, rest = label.partition(", ")
     return PUBLISHED.get(name, "") if not rest or rest.isdigit() else ""
 

@@ -25,7 +25,7 @@ batches' accuracy within tasks, from the second on, and *of sampling* what drawi
 moves, √(p (1 − p) / b · (N − b) / (N − 1)) for batches of b among N examples: equal where the model is frozen. *past*
 is the mean test accuracy on all tasks but the last at the end; *present* that on each task but the first just after it
 was trained; *average* that on all at the end. *bent* is along how many of the directions kept of the first task its
-loss bends at all (eigenvalues above 1e-7 of the largest). Directions along which it does not, but for rounding, stay
+loss bends at all (eigenvalues above 1e-7 of the largest). Directions with less than 1e-5 of the largest eigenvalue stay
 free, so that cuts beyond them are the same; but a cut of as many directions as there are parameters closes them all.
 Mean ± standard deviation over n seeds."""
 
