@@ -25,9 +25,10 @@ has a permutation, the first too. *multitask* learns all tasks at once.
 
 *backward transfer* is the mean over tasks of the final accuracy less the accuracy just after learning; *accuracy when
 learned* is the mean of the latter. *used* is the part of all dimensions that is closed at the end, *energy* the part of
-each task's curvature (or squared inputs) that its own directions hold; *leak* the part of the changes during the last task
-that lay in what was protected before it. *as published* are accuracies in % from Table 1 of Saha et al. 2021, quoted:
-their own runs, 5 seeds, with strengths and memories of their own (A-GEM there: 83.56; GPM's backward transfer: −0.03).
+each task's curvature (or squared inputs) that its own directions hold; *leak* the part of the changes during the last
+task that lay in what was protected before it. *as published* are accuracies in % from Table 1 of Saha et al. 2021,
+quoted: their own runs, 5 seeds, with strengths and memories of their own (A-GEM there: 83.56; GPM's backward transfer:
+−0.03).
 Mean ± standard deviation over n seeds."""
 
 
