@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.harness.plots import Curves, plot_curves
 from benchmarks.harness.summary import Summary
 from benchmarks.harness.tables import Column, table
+from benchmarks.projections import Setting
 
 if TYPE_CHECKING:
     from benchmarks.harness.results import Results
@@ -69,8 +70,9 @@ def _table(results: Results) -> str:
 
 
 def _published(label: str, results: Results) -> str:
-    """Of the row, or of the rows of any rank; nothing beside other images."""
-    if results.config(label).get("setting", {}).get("images") != "mnist":
+    """Of the row, or of the rows of any rank; nothing beside a setting that is not the paper's."""
+    setting, paper = results.config(label).get("setting", {}), Setting()
+    if any(setting.get(name) != getattr(paper, name) for name in ("images", "tasks", "examples", "epochs")):
         return ""
     name, _, rest = label.partition(", ")
     return PUBLISHED.get(name, "") if not rest or rest.isdigit() else ""
