@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -25,10 +25,10 @@ class Share:
     task: int
 
     @property
-    def energy(self) -> float:
-        """The part of the trace that these directions hold in U: Σ_i λ_i ‖κ_i‖² / tr C. What other tasks' directions
-        hold of it besides does not count."""
-        return float(self.values @ self.coordinates.square().sum(1)) / self.trace if self.trace else math.nan
+    def inside(self) -> float:
+        """What these directions hold of the trace in U, Σ_i λ_i ‖κ_i‖². What those of other tasks hold besides does not
+        count."""
+        return float(self.values @ self.coordinates.square().sum(1))
 
     def padded(self, count: int) -> Share:
         """In a subspace with so many further directions."""
@@ -82,9 +82,7 @@ class Subspace:
     @property
     def energy(self) -> float:
         """The part of all tasks' curvature that their own directions hold in U, of those whose trace is known."""
-        known = [share for share in self.shares if math.isfinite(share.trace)]
-        total = sum(share.trace for share in known)
-        return sum(share.energy * share.trace for share in known if share.trace) / total if total else math.nan
+        return energy(self.shares)
 
     def component(self, vectors: Float[Tensor, "r d"]) -> Float[Tensor, "r d"]:
         """X Uᵀ U: the part of each row that lies in the subspace."""
@@ -153,6 +151,13 @@ class Subspace:
         turn = (columns @ rows.T).double()
         shares = (share.rotated(turn) for share in self.shares)
         return Subspace(rows, tuple(replace(share, coordinates=_isometry(share.coordinates)) for share in shares))
+
+
+def energy(shares: Iterable[Share]) -> float:
+    """Σ inside / Σ tr C of the shares whose trace is known; NaN where none has one."""
+    known = [share for share in shares if math.isfinite(share.trace)]
+    total = sum(share.trace for share in known)
+    return sum(share.inside for share in known) / total if total else math.nan
 
 
 def remainder(rows: Float[Tensor, "m d"], basis: Float[Tensor, "k d"]) -> Float[Tensor, "l d"]:

@@ -20,7 +20,7 @@ from avalanche_curv.core.projection.uncovered import Freeze, Uncovered
 from avalanche_curv.core.projection.usage import parts_in_use
 from avalanche_curv.core.risk import EmpiricalRisk
 from avalanche_curv.core.structures.base import human_bytes
-from avalanche_curv.core.subspace import Subspace, orthonormal, principal_angles
+from avalanche_curv.core.subspace import Subspace, energy, orthonormal, principal_angles
 
 NOTHING = ParameterSpace((), ())
 
@@ -90,10 +90,7 @@ class ProtectedSpace:
     @property
     def energy(self) -> float:
         """The part of past tasks' curvature that their own directions hold, where its trace is known; NaN elsewhere."""
-        subspaces = [block.subspace for block in self.blocks.values()]
-        traces = [sum(share.trace for share in s.shares if math.isfinite(share.trace)) for s in subspaces]
-        inside = sum(s.energy * trace for s, trace in zip(subspaces, traces) if trace)
-        return inside / sum(traces) if sum(traces) else math.nan
+        return energy(share for block in self.blocks.values() for share in block.subspace.shares)
 
     @property
     def tasks(self) -> tuple[int, ...]:
