@@ -70,6 +70,15 @@ class Experiment(ABC):
         """A suffix of the results folder, for options that ask a different question (such as the stream)."""
         return ""
 
+    def prerequisite(self, options: Any) -> "tuple[Experiment, Options] | None":
+        """An experiment to run first, in a folder of its own beside this one's, such as the tuning of the methods that
+        this one reports on."""
+        return None
+
+    def settled(self, options: Any, results: "Results") -> Any:
+        """The options with what the results of the prerequisite decide."""
+        return options
+
     @abstractmethod
     def configs(self, options: Any) -> Sequence[Config]:
         """The grid, in the order of the tables; with `options.quick` a grid of seconds. Raise `UsageError` here for
