@@ -1,0 +1,95 @@
+"""The processes that share a job: the few things they tell each other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, distributed
+
+T = TypeVar("T")
+
+START = (
+    "Launch the script by torchrun and call torch.distributed.init_process_group() first; for a single process, "
+    "init_process_group('gloo', init_method='file:///tmp/some_new_file', rank=0, world_size=1) will do."
+)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes of one group of torch.distributed; without a group, all of them.
+
+    Every method talks to the other ranks: all must call it, in the same order. RuntimeError says that no process group
+    has been initialised.
+    """
+
+    group: Any = None
+
+    @property
+    def size(self) -> int:
+        """R, the number of ranks."""
+        group = self._started()
+        return distributed.get_world_size(group)
+
+    @property
+    def rank(self) -> int:
+        """Which of them this process is, from 0."""
+        group = self._started()
+        return distributed.get_rank(group)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Σ_r of the ranks' tensors of one shape, the same bits on all of them, in new memory."""
+        self.check_device(tensor.device)
+        total = tensor.detach().clone(memory_format=torch.contiguous_format)
+        distributed.all_reduce(total, group=self.group)
+        return total
+
+    def gather(self, value: T) -> list[T]:
+        """What each rank gives, by rank: something small that can be pickled."""
+        group, found = self._started(), [value] * self.size
+        distributed.all_gather_object(found, value, group=group)
+        return found
+
+    def together(self, function: Callable[[], T]) -> T:
+        """What `function` gives here, once it has succeeded on all ranks. Where it fails on one, all raise: that rank
+        its own error, the others RuntimeError, so that none waits for ever."""
+        failure: Exception | None = None
+        try:
+            result = function()
+        except Exception as error:
+            failure = error
+        messages = self.gather(None if failure is None else f"{type(failure).__name__}: {failure}")
+        if failure is not None:
+            raise failure
+        for rank, message in enumerate(messages):
+            if message is not None:
+                raise RuntimeError(f"Rank {rank} failed, and the others stop with it. {message}")
+        return result
+
+    def agree(self, facts: Mapping[str, str]) -> None:
+        """Raises ValueError on all ranks where one has another of the named facts than rank 0."""
+        every = self.gather(dict(facts))
+        for rank, theirs in enumerate(every):
+            for name, value in every[0].items():
+                if theirs.get(name) != value:
+                    raise ValueError(
+                        f"The ranks do not agree on the {name}: {value} on rank 0, {theirs.get(name)} on rank {rank}. "
+                        "Run the same code on all ranks, with models of the same parameters; only the examples differ."
+                    )
+
+    def check_device(self, device: torch.device) -> None:
+        """Raises RuntimeError for tensors on a device that the group's backend cannot send from."""
+        group = self._started()
+        backends = distributed.get_backend_config(group)
+        if device.type not in backends:
+            raise RuntimeError(
+                f"The process group sends by {backends}, but the tensors are on '{device}'. Move the model to a device "
+                "that it sends from, or initialise the group with 'cpu:gloo,cuda:nccl'."
+            )
+
+    def _started(self) -> Any:
+        if not (distributed.is_available() and distributed.is_initialized()):
+            raise RuntimeError(f"No process group of torch.distributed has been initialised. {START}")
+        return self.group

@@ -1,0 +1,125 @@
+"""The empirical risk of examples that are spread over ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from avalanche_curv.core.batches import Batches, without_drawing
+from avalanche_curv.core.distributed.ranks import Ranks
+from avalanche_curv.core.risk import EmpiricalRisk
+
+AGREEMENT = 1e-5  # relative: copies of one model may differ by rounding
+
+
+@dataclass(frozen=True)
+class ShardedRisk:
+    """L(θ) = (1/N) Σ_r Σ_{i on r} ℓ(f_θ(x_i), y_i): every rank holds a copy of the model and examples of its own.
+
+    It is the risk of one process that sees the examples of rank 0 first, then those of rank 1, and so on. The numbers
+    `counts` of examples may differ, and may be zero: such a rank has borrowed an example, which does not count. Make it
+    with `ShardedRisk.snapshot`; all methods are to be called on all ranks.
+    """
+
+    own: EmpiricalRisk
+    counts: tuple[int, ...]
+    ranks: Ranks
+
+    @classmethod
+    def snapshot(
+        cls,
+        model: nn.Module,
+        criterion: object,
+        batches: Batches,
+        *,
+        ranks: Ranks = Ranks(),  # noqa: B008  a frozen value
+        adapter: Callable[[nn.Module], nn.Module] | None = None,
+    ) -> ShardedRisk:
+        """`EmpiricalRisk.snapshot` of this rank's `batches`, which may be none. It raises what that raises, on all
+        ranks; ValueError too where ranks hold other models, or none has an example."""
+        kept = tuple(batches) if iter(batches) is batches else batches
+        first, spare = borrowed(kept, ranks)
+        own = ranks.together(
+            lambda: EmpiricalRisk.snapshot(model, criterion, kept if first else (spare,), adapter=adapter)
+        )
+        risk = cls(own, tuple(ranks.gather(own.examples if first else 0)), ranks)
+        risk._check()
+        return risk
+
+    @property
+    def examples(self) -> int:
+        """N, of all ranks."""
+        return sum(self.counts)
+
+    @property
+    def before(self) -> int:
+        """The number of examples on the ranks before this one."""
+        return sum(self.counts[: self.ranks.rank])
+
+    @property
+    def share(self) -> float:
+        """N_r / N of this rank."""
+        return self.counts[self.ranks.rank] / self.examples
+
+    @cached_property
+    def is_finite(self) -> bool:
+        """Whether parameters and first outputs are, on every rank."""
+        finite = self.own.anchor.isfinite().all() and self.own.one_output.isfinite().all()
+        return all(self.ranks.gather(bool(finite)))
+
+    def value(self) -> float:
+        """L at the frozen parameters."""
+        own = torch.tensor(self.own.value(), dtype=torch.float64, device=self.own.anchor.device)
+        return float(self.mean(own))
+
+    def gradient(self) -> Float[Tensor, "P"]:
+        """∇L at the frozen parameters."""
+        return self.mean(self.own.gradient())
+
+    def mean(self, of_own: Tensor) -> Tensor:
+        """(1/N) Σ_i from the mean over this rank's own examples."""
+        return self.ranks.sum(of_own * self.share)
+
+    def select(self, indices: Int[Tensor, "n"]) -> ShardedRisk:
+        """The risk of the examples at sorted `indices` from 0 to N − 1, which count through the ranks."""
+        ends = torch.tensor(self.counts).cumsum(0)
+        rank_of = torch.bucketize(indices, ends, right=True)
+        counts = torch.bincount(rank_of, minlength=len(self.counts))
+        here = indices[rank_of == self.ranks.rank] - self.before
+        own = self.own.select(here if len(here) else torch.tensor([0]))
+        return replace(self, own=own, counts=tuple(counts.tolist()))
+
+    def _check(self) -> None:
+        anchor, space = self.own.anchor, self.own.space
+        self.ranks.check_device(anchor.device)
+        self.ranks.agree({
+            "parameters": ", ".join(f"{name} {tuple(shape)}" for name, shape in zip(space.names, space.shapes)),
+            "type of the parameters": str(anchor.dtype),
+            "criterion": type(self.own.loss).__name__,
+        })
+        sizes = torch.tensor(self.ranks.gather([float(anchor.double().norm()), float(anchor.double().sum())]))
+        if ((sizes - sizes[0]).abs() > AGREEMENT * sizes[0, 0]).any():
+            raise ValueError(
+                f"The ranks hold models of different values: the norms of their parameters are {sizes[:, 0].tolist()}. "
+                "Give each a copy of one model: wrap it in DistributedDataParallel, or draw it from one seed."
+            )
+
+
+def borrowed(batches: Batches, ranks: Ranks) -> tuple[bool, Any]:
+    """Whether this rank has examples, and one of the first rank that has some, as a batch on the CPU; None where every
+    rank has. Raises ValueError where none has."""
+    own = ranks.together(lambda: next((batch for batch in without_drawing(batches) if len(batch[-1])), None))
+    known = ranks.gather(own is not None)
+    if not any(known):
+        raise ValueError("The risk of no examples is not defined: no rank has any. Give one or more to some rank.")
+    if all(known):
+        return True, None
+    lender = known.index(True)
+    lent = None if own is None or ranks.rank != lender else tuple(part[:1].detach().cpu() for part in own)
+    return own is not None, ranks.gather(lent)[lender]

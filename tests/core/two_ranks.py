@@ -1,0 +1,241 @@
+"""What two processes compute together for `test_distributed`, which starts this file once for each rank."""
+
+import copy
+import sys
+import warnings
+from datetime import timedelta
+
+import torch
+from torch import distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from avalanche_curv.core import (
+    EKFAC,
+    GGN,
+    BatchedEmpiricalFisher,
+    BlockDiagonal,
+    Clip,
+    Dense,
+    Diagonal,
+    EmpiricalFisher,
+    Energy,
+    Fisher,
+    FlatSpectrum,
+    Hessian,
+    Kronecker,
+    LowRank,
+    MatrixFree,
+    PerLayer,
+    Rank,
+)
+from avalanche_curv.core.distributed import (
+    LocalShards,
+    Ranks,
+    ShardedQuadratic,
+    ShardedRisk,
+    estimate_fully_sharded,
+    estimate_sharded,
+)
+
+EXAMPLES, CLASSES, BATCH, STRENGTH = 13, 3, 4, 0.7
+SHARDS = {"uneven": (9, 4), "empty": (13, 0), "late": (0, 13)}  # how many examples each rank has
+SAMPLED = Fisher(samples=2, seed=5)
+BY_SUMS = [
+    (Fisher(), Diagonal()), (SAMPLED, Diagonal()), (EmpiricalFisher(), Diagonal()), (Hessian(Clip()), Diagonal()),
+    (GGN(), Dense()), (BatchedEmpiricalFisher(3), Dense()), (Hessian(Clip()), BlockDiagonal(PerLayer())),
+    (Fisher(), Kronecker()), (SAMPLED, Kronecker()), (EmpiricalFisher(), Kronecker()),
+]
+BY_PRODUCTS = [
+    (GGN(), LowRank(Rank(4), residual=Diagonal())), (SAMPLED, LowRank(Energy(0.9))),
+    (Hessian(Clip()), FlatSpectrum(LowRank(Rank(3)))), (Fisher(), BlockDiagonal(PerLayer(), LowRank(Rank(2)))),
+    (SAMPLED, MatrixFree()), (EmpiricalFisher(), MatrixFree(fraction=0.4, seed=2)),
+]
+PAIRS = [*BY_SUMS, *BY_PRODUCTS]
+
+
+def perceptron():
+    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, CLASSES))
+
+
+def convolutional():
+    """With a norm layer, beside the Kronecker factors, and a bare parameter that no layer explains."""
+    return nn.Sequential(
+        nn.Unflatten(1, (1, 2, 2)), nn.Conv2d(1, 3, 2, padding=1), Scale(), nn.Flatten(), nn.LayerNorm(27),
+        nn.Linear(27, CLASSES),
+    )
+
+
+class Scale(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.factor = nn.Parameter(torch.ones(3, 1, 1))
+
+    def forward(self, x):
+        return torch.tanh(self.factor * x)
+
+
+def wide():
+    """Of more than the 1,000 parameters up to which matrices are decomposed whole."""
+    return nn.Sequential(nn.Linear(4, 150), nn.Tanh(), nn.Linear(150, CLASSES))
+
+
+def layered():
+    """What `fully_shard` is applied to: rows that two ranks do not share evenly, and more rows than one."""
+    return nn.Sequential(
+        nn.Unflatten(1, (1, 2, 2)), nn.Conv2d(1, 3, 2, padding=1), nn.Tanh(), nn.Flatten(), nn.LayerNorm(27),
+        nn.Linear(27, 5), nn.Tanh(), nn.Linear(5, CLASSES),
+    )
+
+
+def made(constructor, dtype=torch.float64):
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        return constructor().to(dtype)
+
+
+def data(dtype=torch.float64):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(EXAMPLES, 4, generator=generator, dtype=torch.float64)
+    return x.to(dtype), torch.randint(CLASSES, (EXAMPLES,), generator=generator)
+
+
+def batches(begin, end, dtype=torch.float64):
+    x, y = data(dtype)
+    return list(zip(x[begin:end].split(BATCH), y[begin:end].split(BATCH))) if end > begin else []
+
+
+def mine(shards, rank, dtype=torch.float64):
+    return batches(sum(SHARDS[shards][:rank]), sum(SHARDS[shards][: rank + 1]), dtype)
+
+
+def moved(model, seed):
+    """A copy of the model somewhere else."""
+    generator = torch.Generator().manual_seed(seed)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in other.parameters():
+            p += 0.3 * torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p)
+    return other
+
+
+def raised(function):
+    try:
+        function()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+def gradients(model):
+    return torch.cat([(p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad).reshape(-1)
+                      for p in model.parameters()])
+
+
+def estimates(rank):
+    criterion, found = nn.CrossEntropyLoss(), {}
+    for shards in SHARDS:
+        risk = ShardedRisk.snapshot(made(perceptron), criterion, mine(shards, rank))
+        for number, pair in enumerate(PAIRS if shards == "uneven" else BY_SUMS):
+            past = estimate_sharded(*pair, risk, gradient=True)
+            found[shards, number] = past.curvature.dense()
+            found[shards, "slope"], found[shards, "value"] = past.gradient, torch.tensor(risk.value())
+        single = ShardedRisk.snapshot(
+            made(perceptron, torch.float32), criterion, mine(shards, rank, torch.float32)
+        )
+        found[shards, "float32"] = estimate_sharded(SAMPLED, Kronecker(), single).curvature.dense()
+    risk = ShardedRisk.snapshot(made(convolutional), criterion, mine("uneven", rank))
+    found["convolutional"] = estimate_sharded(SAMPLED, Kronecker(), risk).curvature.dense()
+    risk = ShardedRisk.snapshot(made(wide), nn.MSELoss(), [
+        (x, torch.nn.functional.one_hot(y, CLASSES).double()) for x, y in mine("uneven", rank)
+    ])
+    found["wide"] = estimate_sharded(GGN(), LowRank(Rank(5), residual=Diagonal()), risk).curvature.dense()
+    return found
+
+
+def refusals(rank):
+    criterion, model = nn.CrossEntropyLoss(), made(perceptron)
+    own = mine("uneven", rank)
+    risk = ShardedRisk.snapshot(model, criterion, own)
+    spoilt = [(x * torch.nan if rank == 1 else x, y) for x, y in own]
+    broken = ShardedRisk.snapshot(model, criterion, spoilt)
+    return {
+        "EKFAC": raised(lambda: estimate_sharded(Fisher(), EKFAC(), risk)),
+        "kind": raised(lambda: estimate_sharded(Fisher() if rank else GGN(), Diagonal(), risk)),
+        "structure": raised(lambda: estimate_sharded(GGN(), LowRank(Rank(2 + rank)), risk)),
+        "mini-batches": raised(lambda: estimate_sharded(BatchedEmpiricalFisher(4), Diagonal(), risk)),
+        "NaN": raised(lambda: estimate_sharded(GGN(), Kronecker(), broken)),
+        "model": raised(lambda: ShardedRisk.snapshot(made(wide) if rank else model, criterion, own)),
+        "values": raised(lambda: ShardedRisk.snapshot(moved(model, 1) if rank else model, criterion, own)),
+        "data": raised(lambda: ShardedRisk.snapshot(model, criterion, [(x, y, y) for x, y in own] if rank else own)),
+        "nothing": raised(lambda: ShardedRisk.snapshot(model, criterion, [])),
+        "structure of shares": raised(lambda: ShardedQuadratic.of(estimate_sharded(GGN(), Dense(), risk))),
+        "unsharded": raised(lambda: estimate_fully_sharded(GGN(), model, criterion, own)),
+    }
+
+
+def penalties(rank):
+    """Value and gradient of the task's loss and a penalty of two experiences, after ranks have averaged gradients."""
+    criterion, found = nn.CrossEntropyLoss(), {}
+    for number, structure in enumerate((Diagonal(), LowRank(Rank(4), residual=Diagonal()))):
+        model, kept = made(perceptron), []
+        for seed in (1, 2):
+            risk = ShardedRisk.snapshot(moved(model, seed), criterion, mine("uneven", rank))
+            kept.append(ShardedQuadratic.of(estimate_sharded(SAMPLED, structure, risk, gradient=seed == 2)))
+        past = (kept[0] + kept[1]).scaled(STRENGTH)
+        ddp = DistributedDataParallel(model)
+        x, y = data()
+        loss = criterion(ddp(x[rank::2][:6]), y[rank::2][:6]) + past.penalty(ddp)
+        loss.backward()
+        found[number] = gradients(ddp), past.penalty(ddp).detach(), past(ddp), past.nbytes
+    return found
+
+
+def fully_sharded(rank):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    criterion, found = nn.CrossEntropyLoss(), {}
+    model, mesh = made(layered), init_device_mesh("cpu", (2,))
+    for layer in (model[1], model[5]):
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    share = LocalShards.of_model(model)
+    for number, kind in enumerate((Fisher(), SAMPLED, EmpiricalFisher())):
+        for shards in SHARDS:
+            kept = estimate_fully_sharded(kind, model, criterion, mine(shards, rank))
+            found[number, shards] = kept.curvature.diagonal, share.ranges
+    found["untouched"] = model.training and all(p.grad is None for p in model.parameters())
+    anchored = share.of(torch.cat([p.detach().reshape(-1) for p in made(layered).parameters()]))
+    found["anchor"] = torch.equal(kept.anchor, anchored)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.25)
+    x, y = data()
+    past = (kept + kept).scaled(STRENGTH)
+    loss = past.penalty(model) + criterion(model(x[rank::2][:6]), y[rank::2][:6])
+    found["too late"] = raised(lambda: past.penalty(model))
+    loss.backward()
+    found["gradient"], found["penalty"] = gradients(model), past(model)
+    tied = nn.Sequential(layer := made(lambda: nn.Linear(4, 4)), nn.Tanh(), layer)
+    fully_shard(tied, mesh=mesh)
+    found["twice"] = raised(lambda: estimate_fully_sharded(Fisher(), tied, criterion, mine("uneven", rank)))
+    found["kind"] = raised(lambda: estimate_fully_sharded(Hessian(), model, criterion, mine("uneven", rank)))
+    return found
+
+
+def main(rank, folder):
+    warnings.simplefilter("ignore")
+    found = {"early": raised(lambda: Ranks().size)}
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2, timeout=timedelta(seconds=60)
+    )
+    state = torch.get_rng_state()
+    for part in (estimates, refusals, penalties, fully_sharded):
+        found[part.__name__] = part(rank)
+    found["randomness"] = torch.equal(state, torch.get_rng_state())
+    torch.save(found, f"{folder}/{rank}.pt")
+    distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2])
