@@ -176,12 +176,12 @@ class EmpiricalRisk:
     def _check(self) -> None:
         _ = self.space
         first: Any = next(without_drawing(self.batches), None)
-        if first is None or not len(first[1]):
-            raise ValueError("The risk of no examples is not defined: got no batch, or an empty one. Give one or more.")
-        if len(first) != 2 or not all(isinstance(part, Tensor) for part in first):
+        if first is not None and (len(first) != 2 or not all(isinstance(part, Tensor) for part in first)):
             raise ValueError(
                 f"Each batch must be a pair of tensors (inputs, targets); got {[type(p).__name__ for p in first]}."
             )
+        if first is None or not len(first[1]):
+            raise ValueError("The risk of no examples is not defined: got no batch, or an empty one. Give one or more.")
         check_function(self.model, like(first[0][:2], self.anchor).clone())
         whole = isinstance(self.batches, (tuple, list))  # what has to be loaded is checked as it comes
         for _ in self if whole else islice(self, 1):
