@@ -53,7 +53,7 @@ class Cost(Experiment):
     name = "cost"
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        parser.set_defaults(seeds=1, workers=1)  # each seed repeats the measurement; a second worker would disturb it
+        parser.set_defaults(seeds=1, jobs=1)  # each seed repeats the measurement; a second worker would disturb it
 
     def configs(self, options: Options) -> Sequence[Config]:
         from benchmarks.cost.grid import grid

@@ -26,10 +26,11 @@ class Manifest:
     """The content of ``manifest.json``, written anew after each unit.
 
     ``units`` lists the whole grid in its order, with seconds and peak memory of the finished ones (others null).
-    ``seconds`` is the time on the clock of the last run, ``unit_seconds`` that of all finished units together.
+    ``jobs`` is how many units ran side by side, null where a cluster decided that. ``seconds`` is the time on the clock
+    of the last run, ``unit_seconds`` that of all finished units together.
     """
 
-    def __init__(self, store: Store, units: Sequence[Unit], options: Options, command: str, workers: int) -> None:
+    def __init__(self, store: Store, units: Sequence[Unit], options: Options, command: str, jobs: int | None) -> None:
         self._store = store
         self._entries = {unit.digest: _entry(unit, store) for unit in units}
         self._content: dict[str, Any] = {
@@ -38,7 +39,7 @@ class Manifest:
             "grid": digest(sorted(self._entries)),
             "options": describe(options),
             "command": command,
-            "workers": workers,
+            "jobs": jobs,
             "threads_per_worker": 1,
             **environment(),
         }

@@ -1,23 +1,25 @@
-"""A report between two markers of a document, where a later command can put a newer one.
-
-The markers are lines of their own, ``<!-- NAME:begin -->`` and ``<!-- NAME:end -->``.
-"""
+"""Places in a document that a command fills: between lines ``<!-- NAME:begin -->`` and ``<!-- NAME:end -->``."""
 
 import re
 from pathlib import Path
 
 from benchmarks.harness.errors import UsageError
-from benchmarks.harness.results import Results
-from benchmarks.harness.store import write_atomically
+
+MARKER = re.compile(r"^\s*<!-- (?P<name>\S(?:.*\S)?):(?:begin|end) -->\s*$", re.MULTILINE)
 
 
-def insert(path: Path, name: str, text: str) -> None:
-    """Put `text` between the markers of `name` in a file. Raises UsageError for markers missing or out of order."""
-    write_atomically(path, replaced(path.read_text(encoding="utf-8"), name, text, path))
+def marked(document: str) -> list[str]:
+    """The names of all markers, in their order.
+
+    >>> marked("a\\n<!-- x/y:begin -->\\nold\\n<!-- x/y:end -->\\n`<!-- z:begin -->` in a line is none")
+    ['x/y']
+    """
+    return list(dict.fromkeys(match["name"] for match in MARKER.finditer(document)))
 
 
 def replaced(document: str, name: str, text: str, path: Path) -> str:
-    """The document with `text` between its markers, an empty line around it.
+    """The document with `text` between its markers, an empty line around it. Raises UsageError for markers missing or
+    out of order.
 
     >>> print(replaced("a\\n<!-- x:begin -->\\nold\\n<!-- x:end -->\\nb", "x", "new", Path("README.md")))
     a
@@ -38,32 +40,3 @@ def replaced(document: str, name: str, text: str, path: Path) -> str:
         )
     (first,), (last,) = places
     return "".join([*lines[: first + 1], f"\n{text.strip()}\n\n", *lines[last:]])
-
-
-def excerpt(markdown: str, results: Results) -> str:
-    """A report for the middle of a document: its source instead of its title, lower headings, and no figures.
-
-    >>> manifest = {"command": "python -m benchmarks run x"}
-    >>> print(excerpt("# Title\\n\\n## Part\\n\\nText", Results((), (), ({"commit": "0123456789-dirty"},), manifest)))
-    `python -m benchmarks run x` at commit 0123456-dirty.
-    <BLANKLINE>
-    #### Part
-    <BLANKLINE>
-    Text
-    """
-    commits = sorted({_short(header.get("commit")) for header in results.headers})
-    source = f"`{results.manifest['command']}` at commit {', '.join(commits)}."
-    if results.missing:
-        source += f" {results.missing} of {len(results.manifest['units'])} units are missing."
-    body = re.sub(r"\A# .*\n", "", markdown.strip())
-    body = re.sub(r"^!\[.*\]\(.*\)\n*", "", body, flags=re.MULTILINE)
-    body = re.sub(r"^(#+ )", r"##\1", body, flags=re.MULTILINE)
-    return f"{source}\n\n{body.strip()}"
-
-
-def _short(commit: str | None) -> str:
-    """Seven digits, and whether the checkout had changes."""
-    if not commit:
-        return "unknown"
-    digits, _, changed = commit.partition("-")
-    return digits[:7] + (f"-{changed}" if changed else "")

@@ -3,7 +3,7 @@
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.harness.styles import MUTED, Style, styles
 from benchmarks.harness.summary import Summary
@@ -50,7 +50,9 @@ def plot_curves(path: Path, panels: Sequence[Curves], *, xlabel: str, labels: Se
     for axes, panel in zip(all_axes, panels):
         _draw_curves(axes, panel, chosen)
     all_axes[-1].set_xlabel(xlabel)
-    _legend(figure, chosen, used)
+    if all(float(step).is_integer() for panel in panels for curve in panel.series.values() for step, _ in curve):
+        all_axes[-1].xaxis.get_major_locator().set_params(integer=True)
+    legend(figure, chosen, used)
     return saved(figure, path)
 
 
@@ -128,11 +130,12 @@ def tidy(axes: "Axes", title: str) -> None:
     axes.tick_params(color=MUTED, labelsize=9)
 
 
-def _legend(figure: "Figure", chosen: Mapping[str, Style], used: Collection[str]) -> None:
-    """The labels in use, in the order of the grid."""
+def legend(figure: "Figure", chosen: Mapping[str, Style], used: Collection[str], **look: Any) -> None:
+    """The labels in use, in the order of the grid; `look` replaces parts of their style."""
     from matplotlib.lines import Line2D
 
-    lines = [Line2D([], [], linewidth=1.7, label=label, **chosen[label].line) for label in chosen if label in used]
+    shown = [label for label in chosen if label in used]
+    lines = [Line2D([], [], linewidth=1.7, label=label, **{**chosen[label].line, **look}) for label in shown]
     figure.legend(handles=lines, loc="outside right upper", frameon=False, fontsize=9, handlelength=2.8)
 
 

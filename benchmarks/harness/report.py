@@ -1,26 +1,56 @@
-"""``report.md``: what the experiment says of its results, and where the numbers come from."""
+"""``report.md`` and ``report.html``: what the experiment says of its results, and where the numbers come from."""
 
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks.harness.errors import UsageError
 from benchmarks.harness.experiment import Experiment
+from benchmarks.harness.html import Part, page, pages
 from benchmarks.harness.manifest import PACKAGES
-from benchmarks.harness.results import Results
+from benchmarks.harness.results import Results, load
 from benchmarks.harness.store import Store, write_atomically
 
 SELECTED = 40  # so many runs TensorBoard selects when it opens
 
 
 def write_report(experiment: Experiment, results: Results, store: Store) -> str:
-    """Write the report, and return the experiment's part of it."""
+    """Write the report, as Markdown and as one page, and return the experiment's part of it."""
     for old in store.root.glob("*.png"):
         old.unlink()
     markdown = experiment.report(results, store.root).strip()
     notice = f"> {_incomplete(results)}\n\n" if results.missing else ""
-    write_atomically(store.report, f"{notice}{markdown}\n\n{provenance(results)}\n")
+    text = f"{notice}{markdown}\n\n{provenance(results)}\n"
+    write_atomically(store.report, text)
+    write_atomically(store.page, page(Part(store.root.name, text, store.root)))
     return markdown
+
+
+def write_reports(out: Path, experiment: Callable[[str], Experiment]) -> tuple[list[Path], list[str]]:
+    """Write each report below a folder again, and one page of all of them, ``report.html``.
+
+    Returns the folders, and why others could not be reported on. Raises UsageError where there is none.
+    """
+    folders = sorted(path.parent for path in out.glob("*/manifest.json"))
+    parts, problems = [], []
+    for folder in folders:
+        store = Store(folder)
+        try:
+            manifest = json.loads(store.manifest.read_text(encoding="utf-8"))
+            write_report(experiment(manifest["experiment"]), load(store, manifest["command"]), store)
+            parts.append(Part(folder.name, store.report.read_text(encoding="utf-8"), folder))
+        except Exception as error:  # what is wrong with one folder must not cost the page of the others
+            problems.append(f"{folder}: {error if isinstance(error, UsageError) else repr(error)}")
+    if not parts:
+        found = "; ".join(problems) or "there are no results in it."
+        raise UsageError(f"nothing to report on in {out}: {found} Run something first: python -m benchmarks run NAME")
+    write_atomically(out / "report.html", pages(f"Results in {out.resolve().name}", parts))
+    return [part.figures for part in parts], problems
 
 
 def where(store: Store) -> str:
     """Where the report and its figures are, and how to open the curves."""
-    lines = [f"Report: {store.report}"]
+    lines = [f"Report: {store.report}", f"Page: {store.page}"]
     lines += [f"Figure: {path}" for path in sorted(store.root.glob("*.png"))]
     runs = sum(1 for _ in (store.root / "tensorboard").glob("*/*"))
     if runs:

@@ -3,6 +3,7 @@
 import json
 from collections import defaultdict
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from benchmarks.harness.errors import UsageError
@@ -43,18 +44,25 @@ class Results:
 
     def select(self, metric: str | None = None, label: str | None = None, **where: Any) -> list[Row]:
         """The rows of a metric and a label; further keywords select by any other key of the records."""
-        wanted = {"metric": metric, "label": label}
-        wanted = {key: value for key, value in wanted.items() if value is not None} | where
-        return [row for row in self.rows if all(row.get(key) == value for key, value in wanted.items())]
+        if metric is not None and label is not None:
+            found = self._places.get((metric, label), [])
+        else:
+            found = [row for row in self.rows if metric in (None, row["metric"]) and label in (None, row["label"])]
+        return [row for row in found if all(row.get(key) == value for key, value in where.items())]
 
-    def final(self, metric: str, label: str, **where: Any) -> Summary | None:
-        """Over seeds: the value at the last step of each. None without rows; n is the number of seeds."""
+    def finals(self, metric: str, label: str, **where: Any) -> dict[int, float]:
+        """By seed: the value at the last step, what a comparison seed by seed takes."""
         last: dict[int, Row] = {}
         for row in self.select(metric, label, **where):
             known = last.get(row["seed"])
-            if known is None or _step(row) >= _step(known):
+            if known is None or last_step(row) >= last_step(known):
                 last[row["seed"]] = row
-        return summarise(row["value"] for row in last.values()) if last else None
+        return {seed: row["value"] for seed, row in last.items()}
+
+    def final(self, metric: str, label: str, **where: Any) -> Summary | None:
+        """Over seeds: the value at the last step of each. None without rows; n is the number of seeds."""
+        values = self.finals(metric, label, **where)
+        return summarise(values.values()) if values else None
 
     def curve(self, metric: str, label: str, **where: Any) -> list[tuple[float, Summary]]:
         """Over seeds: the value at each step that all seeds of the label have, so that no seed enters half-way."""
@@ -65,6 +73,14 @@ class Results:
         seeds = {seed for at_step in values.values() for seed in at_step}
         shared = sorted(step for step, at_step in values.items() if len(at_step) == len(seeds))
         return [(float(step), summarise(values[step].values())) for step in shared]
+
+    @cached_property
+    def _places(self) -> dict[tuple[str, str], list[Row]]:
+        """The rows by metric and label, since reports ask for hundreds of such pairs."""
+        places: dict[tuple[str, str], list[Row]] = defaultdict(list)
+        for row in self.rows:
+            places[row["metric"], row["label"]].append(row)
+        return dict(places)
 
 
 def load(store: Store, command: str) -> Results:
@@ -86,5 +102,6 @@ def load(store: Store, command: str) -> Results:
     return Results(labels, tuple(rows), tuple(headers), manifest)
 
 
-def _step(row: Row) -> float:
+def last_step(row: Row) -> float:
+    """The step of a row, by which rows are ordered; one without a step comes before all."""
     return float("-inf") if row["step"] is None else row["step"]

@@ -5,29 +5,49 @@ import time
 from contextlib import closing
 
 from benchmarks.harness.board import columns
+from benchmarks.harness.command import folder_name
+from benchmarks.harness.errors import telling_of_a_full_disk
 from benchmarks.harness.experiment import Experiment, Options
 from benchmarks.harness.grid import Unit, grid, in_running_order
-from benchmarks.harness.manifest import Manifest, cpus
-from benchmarks.harness.pool import run_units, use_one_thread
+from benchmarks.harness.manifest import Manifest
+from benchmarks.harness.pool import Engine, run_units
 from benchmarks.harness.progress import Progress
 from benchmarks.harness.report import where, write_report
 from benchmarks.harness.results import load
 from benchmarks.harness.store import Store
-from benchmarks.harness.unit_run import Job, Outcome
+from benchmarks.harness.unit_run import Job, Outcome, use_one_thread
 
 
-def run(experiment: Experiment, options: Options, store: Store, workers: int | None, command: str) -> int:
-    """Run the units that have not finished, then report on all. Returns the exit status."""
+def run(experiment: Experiment, options: Options, store: Store, engine: Engine, command: str) -> int:
+    """Run the prerequisite of the experiment, then the units that have not finished, and report on all. Returns the
+    exit status."""
     use_one_thread()
+    with telling_of_a_full_disk(store.root):
+        before = experiment.prerequisite(options)
+        if before is not None:
+            first, its_options = before
+            its_store = Store(store.root.parent / folder_name(first, its_options))
+            _say(f"'{experiment.name}' needs the results of '{first.name}', in {its_store.root}.")
+            status = run(first, its_options, its_store, engine, command)
+            if status:
+                _say(f"'{experiment.name}' has not begun, because '{first.name}' has not finished.")
+                return status
+            options = experiment.settled(options, load(its_store, command))
+        return run_grid(experiment, options, store, engine, command)
+
+
+def run_grid(experiment: Experiment, options: Options, store: Store, engine: Engine, command: str) -> int:
+    """The units of the experiment alone, and the report. Returns the exit status."""
     units = grid(experiment, options)
     missing = in_running_order([unit for unit in units if not store.finished(unit.digest)])
     if len(missing) < len(units):
         _say(f"{len(units) - len(missing)} of {len(units)} units already finished.")
-    count = min(workers or cpus(), max(1, len(missing)))
-    manifest = Manifest(store, units, options, command, count)
+    if missing:
+        engine.check()
+    manifest = Manifest(store, units, options, command, engine.jobs)
     job = Job(experiment, store, options.dataset_root, manifest.commit, columns(units))
     try:
-        failed = run_missing(job, manifest, units, missing, count)
+        failed = run_missing(job, manifest, units, missing, engine)
     except KeyboardInterrupt:
         done = sum(store.finished(unit.digest) for unit in units)
         _say(f"\nStopped with {done} of {len(units)} units finished. The same command resumes: {command}")
@@ -40,22 +60,21 @@ def run(experiment: Experiment, options: Options, store: Store, workers: int | N
     return 1 if failed else 0
 
 
-def run_missing(job: Job, manifest: Manifest, units: list[Unit], missing: list[Unit], workers: int) -> list[Outcome]:
+def run_missing(job: Job, manifest: Manifest, units: list[Unit], missing: list[Unit], engine: Engine) -> list[Outcome]:
     """Run the missing units; the outcomes of those that failed."""
     begin = time.perf_counter()
     failed = []
     manifest.write(0.0)
-    progress = Progress(len(units), len(units) - len(missing))
-    try:
-        with closing(run_units(job, missing, workers, progress.tick)) as outcomes:  # closing it ends the workers
-            for outcome in outcomes:
-                manifest.finished(outcome.unit)
-                manifest.write(time.perf_counter() - begin)
-                if outcome.error:
-                    failed.append(outcome)
-                progress.advance(f"{outcome.unit.label} seed {outcome.unit.seed}{' FAILED' if outcome.error else ''}")
-    finally:
-        progress.close()
+    with (
+        Progress(len(units), len(units) - len(missing)) as progress,
+        closing(run_units(job, missing, engine)) as outcomes,  # closing it ends the workers
+    ):
+        for outcome in outcomes:
+            manifest.finished(outcome.unit)
+            manifest.write(time.perf_counter() - begin)
+            if outcome.error:
+                failed.append(outcome)
+            progress.advance(f"{outcome.unit.label} seed {outcome.unit.seed}{' FAILED' if outcome.error else ''}")
     return failed
 
 

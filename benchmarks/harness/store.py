@@ -1,11 +1,11 @@
 """Where results lie on disk, written so that a file is either complete or absent.
 
 ``<out>/<experiment>/``
-    ``units/<digest>.jsonl``      a finished unit: a header line, then one line per record
+    ``units/<digest>.jsonl``      a finished unit: a header line, then one line per record, the timings marked as such
     ``units/<digest>.error.txt``  the traceback of a unit that failed
     ``tensorboard/<label>/seed<k>``  event files: what the run logged, and its row and charts (``*.results``)
     ``manifest.json``             the grid of the last run and what it ran on
-    ``report.md``, ``*.png``
+    ``report.md``, ``report.html``, ``*.png``
 """
 
 import json
@@ -39,6 +39,10 @@ class Store:
     def report(self) -> Path:
         return self.root / "report.md"
 
+    @property
+    def page(self) -> Path:
+        return self.root / "report.html"
+
     def finished(self, digest: str) -> bool:
         return self.unit(digest).exists()
 
@@ -63,8 +67,12 @@ def write_atomically(path: Path, text: str) -> None:
     """Write a temporary file beside it, bring it to the disk, and rename it: a kill leaves the old file or the new."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:  # such as a full disk, to which the temporary file would be left
+        temporary.unlink(missing_ok=True)
+        raise

@@ -5,20 +5,25 @@ import json
 import os
 import random
 import shutil
+import threading
 import time
 import traceback
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from benchmarks.harness.board import Options, publish
+from benchmarks.harness.errors import raise_if_the_disk_is_full
 from benchmarks.harness.experiment import Context, Experiment, Record
 from benchmarks.harness.grid import Unit, describe
 from benchmarks.harness.memory import PeakMemory
 from benchmarks.harness.store import Store, write_atomically
+from benchmarks.harness.timings import is_timing
+
+ONE_AT_A_TIME = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,11 @@ class Job:
     columns: Options
     """Every option of any unit: the columns of TensorBoard's table of runs."""
 
+    def absolute(self) -> "Job":
+        """The job for a process with another working folder."""
+        data = self.dataset_root.resolve() if self.dataset_root else None
+        return replace(self, store=Store(self.store.root.resolve()), dataset_root=data)
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -41,36 +51,59 @@ class Outcome:
     error: str | None = None
 
 
+def run_in_worker(job: Job, unit: Unit) -> Outcome:
+    """`run_unit` for a process that is not the parent.
+
+    One unit at a time, since they seed the random states of the process; none that has finished, since a scheduler asks
+    again when the worker dies that holds the outcome.
+    """
+    with ONE_AT_A_TIME:
+        use_one_thread()
+        return Outcome(unit) if job.store.finished(unit.digest) else run_unit(job, unit)
+
+
 def run_unit(job: Job, unit: Unit) -> Outcome:
-    """Run a unit and write its file, or its traceback. The file comes last, so whatever is interrupted is run again."""
+    """Run a unit and write its file, or its traceback. The file comes last, so whatever is interrupted is run again.
+
+    Raises `UsageError` where the disk is full, since all other units would fail as well.
+    """
+    try:
+        _run_and_write(job, unit)
+    except Exception as error:
+        raise_if_the_disk_is_full(error, job.store.root)
+        write_atomically(job.store.error(unit.digest), traceback.format_exc())
+        return Outcome(unit, traceback.format_exception_only(error)[-1].strip())
+    return Outcome(unit)
+
+
+def _run_and_write(job: Job, unit: Unit) -> None:
     store = job.store
     tensorboard = store.tensorboard(unit.label, unit.seed)
     shutil.rmtree(tensorboard, ignore_errors=True)
     context = Context(unit.seed, unit.quick, job.dataset_root, tensorboard)
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")
     begin = time.perf_counter()
+    _seed(unit.seed)
+    gc.freeze()  # what was there before the unit, which would make the collection below take a second
     try:
-        _seed(unit.seed)
         with PeakMemory() as memory:
             records = _checked(job.experiment.run(unit.config, unit.seed, context))
         seconds = time.perf_counter() - begin
         gc.collect()  # closes Avalanche's loggers, so that the events of a finished unit are on disk
-        publish(tensorboard, unit, job.columns, records)
-        header = {
-            "label": unit.label,
-            "seed": unit.seed,
-            "quick": unit.quick,
-            "config": describe(unit.config),
-            "seconds": round(seconds, 3),
-            "peak_memory": memory.peak,
-            "started": started,
-            "commit": job.commit,
-        }
-        store.write_unit(unit.digest, header, records)
-    except Exception as error:
-        write_atomically(store.error(unit.digest), traceback.format_exc())
-        return Outcome(unit, traceback.format_exception_only(error)[-1].strip())
-    return Outcome(unit)
+    finally:
+        gc.unfreeze()
+    publish(tensorboard, unit, job.columns, records)
+    header = {
+        "label": unit.label,
+        "seed": unit.seed,
+        "quick": unit.quick,
+        "config": describe(unit.config),
+        "seconds": round(seconds, 3),
+        "peak_memory": memory.peak,
+        "started": started,
+        "commit": job.commit,
+    }
+    store.write_unit(unit.digest, header, records)
 
 
 def use_one_thread() -> None:
@@ -94,13 +127,16 @@ def _seed(seed: int) -> None:
 
 
 def _checked(records: Iterable[Record]) -> list[dict[str, Any]]:
-    """The records with float values and integer steps; raises for any that JSON or a table could not hold."""
+    """The records with float values and integer steps, and the timings among them marked; raises for any that JSON or
+    a table could not hold."""
     checked = []
     for record in records:
         metric, value, step = record.get("metric"), record.get("value"), record.get("step")
         if not isinstance(metric, str) or value is None:
             raise ValueError(f'A record is {{"metric": str, "value": float, "step": int | None, ...}}, got {record!r}.')
         plain = {**record, "value": float(value), "step": None if step is None else int(step)}
+        if is_timing(metric):
+            plain["timing"] = True
         json.dumps(plain)
         checked.append(plain)
     return checked

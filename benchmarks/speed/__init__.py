@@ -80,6 +80,9 @@ TITLES = {
     "projected/inputs_100": ("OrthogonalProjection, 100 directions of each layer's inputs", 1.7),
     "merge/qr": ("orthonormal basis of 220 directions, by QR", None),
     "merge/merge": ("20 directions that join an orthonormal basis of 200", 0.2),
+    "suite/training": ("training of six runs of some ten seconds each", None),
+    "suite/one_job": ("the whole command that runs them one after the other: records, event files, reports", 1.03),
+    "suite/two_jobs": ("the same with --jobs 2 on two cores, the start of the processes included", 0.64),
 }
 
 
@@ -89,7 +92,7 @@ class Speed(Experiment):
     name = "speed"
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        parser.set_defaults(seeds=1, workers=1)  # each seed repeats the measurement; a second worker would disturb it
+        parser.set_defaults(seeds=1, jobs=1)  # each seed repeats the measurement; a second job would disturb it
 
     def configs(self, options: Options) -> Sequence[Config]:
         few = {"examples": 256, "experiences": 3, "rounds": 2, "steps": 3, "period": 4, "images": 2}

@@ -11,6 +11,7 @@ from benchmarks.speed.mitigators import mitigated, mitigated_on_images
 from benchmarks.speed.passes import estimates, fidelities, instruments
 from benchmarks.speed.projections import merges, projected
 from benchmarks.speed.steps import measured, steps
+from benchmarks.speed.suite import suite
 from benchmarks.speed.timing import Times
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ GROUPS: dict[str, Callable[[Config], Times]] = {
     "images": mitigated_on_images,
     "projected": projected,
     "merge": merges,
+    "suite": suite,
 }
 
 
@@ -39,7 +41,7 @@ def run(config: Config) -> list[Record]:
             ratio = statistics.median(value / reference for value, reference in zip(values, base))
             records += [
                 {"metric": f"{group}/{name}/milliseconds", "value": 1e3 * statistics.median(values)},
-                {"metric": f"{group}/{name}/ratio", "value": ratio},
+                {"metric": f"{group}/{name}/ratio", "value": ratio, "timing": True},
             ]
     return records
 

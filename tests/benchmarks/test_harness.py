@@ -1,5 +1,6 @@
 """The harness keeps what has finished, recognises it, and reports it exactly."""
 
+import errno
 import json
 import os
 import signal
@@ -11,19 +12,24 @@ from pathlib import Path
 
 import psutil
 import pytest
+from joblib.externals.loky import get_reusable_executor
 
 from benchmarks import registry
 from benchmarks.harness.command import main
 from benchmarks.harness.grid import Unit, digest
+from benchmarks.harness.pool import Engine, Lost, run_units
 from benchmarks.harness.registered import Registered
 from benchmarks.harness.results import Results
-from benchmarks.harness.unit_run import _checked
+from benchmarks.harness.store import Store
+from benchmarks.harness.unit_run import Job, Outcome, _checked
 
 HERE = Path(__file__).parent
 EXPERIMENTS = {
     "tiny": Registered("tiny_experiment:experiment", "a tiny experiment"),
     "titan": Registered("nowhere:experiment", "another"),
+    "staged": Registered("tiny_experiment:staged", "one that needs the tiny one"),
 }
+CHOICES = "Choices: staged, tiny, titan."
 COMMAND = """
 import signal
 import sys
@@ -43,9 +49,13 @@ def tiny(tmp_path, monkeypatch):
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         monkeypatch.setenv(name, "1")
 
-    def command(*words, out="out", workers=1):
-        extra = ["--workers", str(workers)] if words[0] == "run" else []
-        return main([words[0], "tiny", *words[1:], "--out", str(tmp_path / out), *extra], EXPERIMENTS)
+    def command(*words, out="out", jobs=1):
+        extra = ["--jobs", str(jobs)] if words[0] == "run" else []
+        status = main([words[0], "tiny", *words[1:], "--out", str(tmp_path / out), *extra], EXPERIMENTS)
+
+        if jobs > 1:  # so that the next run starts processes that know its environment
+            get_reusable_executor(reuse=True).shutdown(kill_workers=True)
+        return status
 
     command.out = tmp_path / "out" / "tiny"
     command.started = lambda: (tmp_path / "log").read_text().split()
@@ -74,8 +84,9 @@ def contents(folder):
 
 
 def records(folder):
-    """The records of each unit, without the header that holds times."""
-    return {path.name: path.read_text().splitlines()[1:] for path in folder.glob("*.jsonl")}
+    """The bytes of each unit, without the lines that hold times: the header and the timings."""
+    units = {name: content.splitlines(keepends=True)[1:] for name, content in contents(folder).items()}
+    return {name: [line for line in lines if b'"timing": true' not in line] for name, lines in units.items()}
 
 
 @dataclass(frozen=True)
@@ -134,7 +145,7 @@ def test_a_run_resumes_with_the_missing_units_only(tiny, capsys):
 
 
 def test_a_killed_run_keeps_what_finished_and_its_rerun_gives_the_numbers_of_a_fresh_run(tiny, tmp_path):
-    process = begin(tmp_path, "run", "tiny", "--seeds", "2", "--workers", "2")
+    process = begin(tmp_path, "run", "tiny", "--seeds", "2", "--jobs", "2")
     wait_until(lambda: len(contents(tiny.out / "units")) == 3 and "b1" in tiny.started())
     workers = psutil.Process(process.pid).children(recursive=True)
     process.kill()
@@ -147,12 +158,13 @@ def test_a_killed_run_keeps_what_finished_and_its_rerun_gives_the_numbers_of_a_f
     assert tiny("run", "--seeds", "2", out="fresh") == 0
     assert kept.items() <= contents(tiny.out / "units").items()
     assert records(tiny.out / "units") == records(tmp_path / "fresh" / "tiny" / "units")
+    assert [len(lines) for lines in records(tiny.out / "units").values()] == [3] * 4
     assert len(list((tiny.out / "tensorboard" / "b" / "seed1").iterdir())) == 1
 
 
 @pytest.mark.slow
 def test_ctrl_c_ends_the_workers_and_says_how_to_resume(tiny, tmp_path):
-    process = begin(tmp_path, "run", "tiny", "--seeds", "2", "--workers", "2")
+    process = begin(tmp_path, "run", "tiny", "--seeds", "2", "--jobs", "2")
     wait_until(lambda: len(contents(tiny.out / "units")) == 3)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=15)
@@ -178,11 +190,101 @@ def test_a_unit_that_raises_does_not_lose_the_others(tiny, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_a_worker_that_dies_is_replaced_and_loses_its_own_unit_only(tiny, monkeypatch, capsys):
+def test_a_unit_whose_process_dies_runs_again_alone_and_fails_if_that_dies_too(tiny, monkeypatch, capsys):
     monkeypatch.setenv("TINY_FAULT", "die")
-    assert tiny("run", "--seeds", "3", workers=2) == 1
-    assert "b seed 1: the worker process died, exit code -9" in capsys.readouterr().err
+    assert tiny("run", "--seeds", "3", jobs=2) == 1
+    said = "b seed 1: the worker process died twice, the second time with no other unit beside it (exit code SIGKILL"
+    assert said in capsys.readouterr().err
     assert len(contents(tiny.out / "units")) == 5
+    assert tiny.started().count("b1") == 2
+
+
+@pytest.mark.slow
+def test_a_worker_killed_once_costs_no_unit(tiny, monkeypatch, tmp_path):
+    monkeypatch.setenv("TINY_FAULT", "die once")
+    assert tiny("run", "--seeds", "2", jobs=2) == 0
+    assert tiny("run", "--seeds", "2", out="fresh") == 0
+    assert records(tiny.out / "units") == records(tmp_path / "fresh" / "tiny" / "units")
+
+
+class Breaking(Engine):
+    """Loses the units that are running beside a culprit, as a pool does that breaks."""
+
+    jobs = 2
+
+    def __init__(self, *culprits):
+        self.culprits = culprits
+        self.alone = []
+
+    def ends(self, job, units):
+        first, rest = units[:2], units[2:]
+        if any(unit.config.label in self.culprits for unit in first):
+            yield from (Lost(unit, "killed") for unit in first)
+            return
+        if len(units) == 1:
+            self.alone.append(units[0].config.label)
+        yield from (Outcome(unit) for unit in first)
+        if rest:
+            yield from self.ends(job, rest)
+
+
+def test_only_the_unit_that_dies_alone_fails_and_each_ends_once(tmp_path):
+    units = [Unit("tiny", 1, Config(label, Merge(0.9)), 0, False) for label in "abcdefg"]
+    engine = Breaking("c", "f")
+    ended = list(run_units(Job(None, Store(tmp_path), None, None, {}), units, engine))
+    assert sorted(end.unit.config.label for end in ended) == list("abcdefg")
+    assert {end.unit.config.label for end in ended if end.error} == {"c", "f"}
+    assert engine.alone == ["g", "d", "e"]  # g was left over; d and e ran beside a culprit
+
+
+@pytest.mark.parametrize("jobs", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_full_disk_ends_the_run_with_one_message_and_the_same_command_resumes(tiny, monkeypatch, capsys, jobs):
+    monkeypatch.setenv("TINY_FAULT", "full")
+    assert tiny("run", "--seeds", "2", jobs=jobs) == 2
+    folder = tiny.out
+    expected = f"error: no space is left on the disk of {folder}. What has finished is kept: make space, and the same"
+    assert expected in capsys.readouterr().err
+    kept = contents(folder / "units")
+    assert not list(folder.glob("units/*.error.txt"))
+    assert len(kept) >= 2 if jobs == 1 else kept
+
+    monkeypatch.delenv("TINY_FAULT")
+    assert tiny("run", "--seeds", "2", jobs=jobs) == 0
+    assert kept.items() <= contents(folder / "units").items()
+    assert len(contents(folder / "units")) == 4
+
+
+@pytest.mark.parametrize("write", [2, 3, 6], ids=["a unit", "the manifest", "the report"])
+def test_wherever_the_disk_is_full_no_half_file_is_left(tiny, monkeypatch, capsys, write):
+    calls = iter(range(1, 100))
+    sync = os.fsync
+
+    def fsync(file):
+        if next(calls) >= write:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        sync(file)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    assert tiny("run", "--seeds", "1") == 2
+    assert f"error: no space is left on the disk of {tiny.out}." in capsys.readouterr().err
+    assert not list(tiny.out.rglob("*.tmp"))
+    for content in contents(tiny.out / "units").values():
+        assert [json.loads(line) for line in content.decode().splitlines()]
+
+
+def test_a_prerequisite_runs_first_and_decides_the_options(tiny, tmp_path, monkeypatch, capsys):
+    words = ["run", "staged", "--jobs", "1", "--seeds", "1", "--out", str(tmp_path / "out")]
+    monkeypatch.setenv("TINY_FAULT", "raise")
+    assert main(words, EXPERIMENTS) == 1
+    assert "'staged' has not begun, because 'tiny' has not finished." in capsys.readouterr().err
+    assert not (tmp_path / "out" / "staged" / "units").exists()
+    monkeypatch.delenv("TINY_FAULT")
+    assert main(words, EXPERIMENTS) == 0
+    manifest = json.loads((tmp_path / "out" / "staged" / "manifest.json").read_text())
+    assert [unit["label"] for unit in manifest["units"]] == ["slope2_"]  # the better of the two in the prerequisite
+    assert tiny.started() == ["a0", "b0", "a1", "b1", "b1", "slope2_0"]
+    assert main([*words, "--seeds", "1"], EXPERIMENTS) == 0
+    assert len(tiny.started()) == 6
 
 
 def test_report_from_files_equals_the_report_of_the_run(tiny, capsys):
@@ -233,14 +335,18 @@ def test_quick_runs_and_variants_have_folders_of_their_own(tiny):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["run", "tinny"], "argument NAME: unknown experiment 'tinny'; did you mean 'tiny'? Choices: tiny, titan."),
-        (["run", "xyz"], "argument NAME: unknown experiment 'xyz'. Choices: tiny, titan."),
+        (["run", "tinny"], f"argument NAME: unknown experiment 'tinny'; did you mean 'tiny'? {CHOICES}"),
+        (["run", "xyz"], f"argument NAME: unknown experiment 'xyz'. {CHOICES}"),
         (
             ["run", "tiny", "--stream", "sin"],
             "argument --stream: unknown stream 'sin'; did you mean 'sine'? Choices: digits, sine.",
         ),
         (["run", "tiny", "--seeds", "0"], "argument --seeds: expected a whole number of at least 1, got '0'."),
-        (["run", "tiny", "--workers", "two"], "argument --workers: expected a whole number of at least 1, got 'two'."),
+        (["run", "tiny", "--jobs", "two"], "argument --jobs: expected a whole number of at least 1, got 'two'."),
+        (
+            ["run", "tiny", "--jobs", "2", "--scheduler", "tcp://10.0.0.1:8786"],
+            "argument --scheduler: not allowed with argument --jobs. See python -m benchmarks run --help.",
+        ),
         (["run", "tiny", "--out", __file__], f"argument --out: expected a folder, but '{__file__}' is a file."),
     ],
 )
@@ -256,6 +362,11 @@ def test_list_imports_neither_torch_nor_matplotlib():
     lines = done.stdout.splitlines()
     assert [line.split()[0] for line in lines[:-1]] == sorted(registry.EXPERIMENTS)
     assert lines[-1] == "set()"
+
+
+def test_timings_are_marked_among_the_records():
+    given = [{"metric": name, "value": 1.0} for name in ("accuracy", "metric_seconds")]
+    assert [record.get("timing") for record in _checked(given)] == [None, True]
 
 
 @pytest.mark.parametrize("record", [{"metric": "loss"}, {"value": 1.0}, {"metric": 1, "value": 1.0}])

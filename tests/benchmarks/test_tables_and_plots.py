@@ -4,8 +4,11 @@ import math
 
 import pytest
 
+from benchmarks.harness import Results
+from benchmarks.harness.matrices import accuracy_matrices, accuracy_matrix, forgetting_curve, plot_matrices
 from benchmarks.harness.plots import Curves, Dots, plot_curves, plot_dots
 from benchmarks.harness.report import where
+from benchmarks.harness.scatter import Points, plot_scatter
 from benchmarks.harness.store import Store
 from benchmarks.harness.styles import styles
 from benchmarks.harness.summary import Summary, summarise
@@ -80,3 +83,50 @@ def test_a_report_tells_when_tensorboard_will_select_no_run(tmp_path, runs, told
     written = where(Store(tmp_path))
     assert ("Curves: tensorboard" in written) == (runs > 0)
     assert (f"{runs} runs: TensorBoard shows none of more than 40 at first" in written) == told
+
+
+def course(*matrices):
+    """Results with the accuracies a[t][j] of seeds 0, 1, ..., experiences ending every 10 steps."""
+    return Results(("a",), tuple(
+        {"label": "a", "seed": seed, "metric": f"accuracy/experience_{j}", "step": 10 * (t + 1), "value": value}
+        for seed, matrix in enumerate(matrices) for t, row in enumerate(matrix) for j, value in enumerate(row)
+    ))  # fmt: skip
+
+
+ONE = [[0.9, 0.1, 0.2], [0.6, 0.8, 0.3], [0.5, 0.7, 1.0]]
+TWO = [[0.7, 0.3, 0.4], [0.8, 0.6, 0.1], [0.3, 0.5, 0.8]]
+
+
+def test_an_accuracy_matrix_is_read_back_below_its_diagonal():
+    assert accuracy_matrices(course(ONE), "a") == {0: [[0.9, None, None], [0.6, 0.8, None], [0.5, 0.7, 1.0]]}
+    matrix = accuracy_matrix(course(ONE, TWO), "a")
+    assert matrix[0] == [Summary(pytest.approx(0.8), pytest.approx(math.sqrt(0.02)), 2), None, None]
+    assert matrix[2][1].mean == pytest.approx(0.6)
+    assert accuracy_matrix(Results(("a",), ()), "a") == []
+
+
+def test_a_seed_of_which_an_experience_is_missing_is_left_out():
+    assert list(accuracy_matrices(course(ONE, TWO[:2]), "a")) == [0]
+
+
+def test_forgetting_of_an_experience_is_what_it_lost_since_it_was_learned():
+    (first, lost), (second, later) = forgetting_curve(course(ONE, TWO), "a")  # 0.4 and 0.4; 0.1 and 0.1
+    assert (first, second) == (1.0, 2.0)
+    assert (lost.mean, later.mean) == (pytest.approx(0.4), pytest.approx(0.1))
+
+
+def test_finals_by_seed_take_the_last_step():
+    assert course(ONE, TWO).finals("accuracy/experience_1", "a") == {0: 0.7, 1: 0.5}
+
+
+def test_matrices_and_points_are_drawn_whatever_is_missing(tmp_path):
+    one, two = Summary(0.5, None, 1), Summary(0.0, 0.1, 3)
+    labels = ["a", "b", "a label of so many words that it takes more than one line above its panel"]
+    points = Points({"a": (one, two), "b": (one, None)}, "x", "y", log_x=True, log_y=True)
+    paths = [
+        plot_matrices(tmp_path / "m.png", {"a": accuracy_matrix(course(ONE), "a"), labels[2]: [[1.0]], "b": []}),
+        plot_scatter(tmp_path / "s.png", [points], labels=labels),
+    ]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
+    with pytest.raises(ValueError, match="no matrix to draw"):
+        plot_matrices(tmp_path / "m.png", {"a": []})

@@ -52,7 +52,7 @@ def board(tmp_path_factory):
         for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
             patch.setenv(name, "1")
         for seeds in ("1", "2"):
-            assert main(["run", "drawn", "--seeds", seeds, "--workers", "1", "--out", str(out)], experiments) == 0
+            assert main(["run", "drawn", "--seeds", seeds, "--jobs", "1", "--out", str(out)], experiments) == 0
     return out / "drawn" / "tensorboard"
 
 

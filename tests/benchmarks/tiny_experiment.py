@@ -1,13 +1,13 @@
 """An experiment of milliseconds for the tests of the harness: value = a random number + slope · step.
 
-The environment variable TINY_FAULT makes label "b" with seed 1 raise, die or hang, without being part of its digest;
-TINY_LOG names a file that gets one line per unit as it starts.
+The environment variable TINY_FAULT makes label "b" with seed 1 raise, die, hang, hang the first time only, or find the
+disk full, without being part of its digest; TINY_LOG names a file that gets one line per unit as it starts.
 """
 
 import os
 import signal
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks.harness import Experiment, Options, one_of
@@ -53,10 +53,11 @@ class Tiny(Experiment):
         with log.open("a") as file:
             file.write(f"{config.label}{seed}\n")
         if (config.label, seed) == ("b", 1):
-            fail(os.environ.get("TINY_FAULT"))
+            fail(os.environ.get("TINY_FAULT"), log.read_text().split().count("b1"))
         start = torch.rand(()).item()
         for step in range(3):
             yield {"metric": "accuracy", "value": start + config.slope.value * step, "step": step}
+        yield {"metric": "seconds", "value": time.perf_counter()}
 
     def report(self, results, out):
         curves = {label: results.curve("accuracy", label) for label in results.labels}
@@ -66,13 +67,34 @@ class Tiny(Experiment):
         return table([Column("config"), Column("accuracy", best=max), Column("n")], rows)
 
 
-def fail(fault):
+def fail(fault, times):
     if fault == "raise":
         raise ArithmeticError("the loss is not finite")
-    if fault == "die":
+    if fault == "die" or (fault == "die once" and times == 1):
         os.kill(os.getpid(), signal.SIGKILL)
-    if fault == "hang":
+    if fault == "hang" or (fault == "hang once" and times == 1):
         time.sleep(60)
+    if fault == "full":
+        with Path("/dev/full").open("w") as file:
+            file.write("an event")
+
+
+class Staged(Tiny):
+    """Runs the slope that did best in the tiny experiment."""
+
+    name = "staged"
+
+    def prerequisite(self, options):
+        return experiment, replace(options, seeds=2)
+
+    def settled(self, options, results):
+        best = max(results.labels, key=lambda label: results.final("accuracy", label).mean)
+        return replace(options, stream=best)
+
+    def configs(self, options):
+        value = {"a": 1.0, "b": 2.0}[options.stream]
+        return [TinyConfig(f"slope{value:g}_", Slope(value))]
 
 
 experiment = Tiny()
+staged = Staged()

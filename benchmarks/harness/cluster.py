@@ -1,0 +1,143 @@
+"""Units run by the workers of a Dask scheduler, through joblib."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import CancelledError, Future
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from joblib import Parallel, delayed, parallel_config
+from joblib._dask import DaskDistributedBackend
+
+from benchmarks.harness.errors import UsageError
+from benchmarks.harness.grid import Unit
+from benchmarks.harness.pool import Ends, Engine, Lost
+from benchmarks.harness.store import Store
+from benchmarks.harness.unit_run import Job, Outcome, run_in_worker
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+CONNECT = 10.0
+VISIBLE = 30.0
+WEEK = 7 * 24 * 3600.0
+
+
+@dataclass(frozen=True)
+class Cluster(Engine):
+    """The workers of the Dask scheduler at an address, with one thread each, as many as there are at any time.
+
+    The scheduler gives the unit of a worker that died to another one, and gives it up when several have died under it.
+    What a worker is running when the engine is closed it still ends, since a thread cannot be killed.
+    """
+
+    address: str
+
+    @property
+    def jobs(self) -> None:
+        return None
+
+    def check(self) -> None:
+        with self._client() as client:
+            threads = client.nthreads()
+        wide = [f"{worker} has {count}" for worker, count in threads.items() if count > 1]
+        if wide:
+            raise UsageError(
+                "units seed the random states of their process, so a worker has to run them one at a time, in a single "
+                f"thread, but {wide[0]}. Start workers with `dask worker ADDRESS --nthreads 1 --nworkers N`."
+            )
+        if not threads:
+            print(f"no worker has joined {self.address} yet; the units wait for the first", file=sys.stderr)
+
+    def ends(self, job: Job, units: Sequence[Unit]) -> Ends:
+        job = job.absolute()  # a worker has a working folder of its own
+        with self._client() as client:
+            backend = _PatientBackend(client=client, wait_for_workers_timeout=WEEK)
+            with parallel_config(backend, n_jobs=-1):
+                pool = Parallel(batch_size=1, pre_dispatch="all", return_as="generator_unordered")
+            with closing(pool(delayed(_run_if_shared)(job, unit) for unit in units)) as ends:
+                for end in ends:
+                    if isinstance(end, Outcome):
+                        _wait_until_visible(job.store, end)
+                    yield end
+
+    @contextmanager
+    def _client(self) -> Iterator[Client]:
+        try:
+            from distributed import Client
+        except ImportError:
+            raise UsageError("--scheduler needs Dask: python -m pip install -e '.[cluster]'.") from None
+        try:
+            client = Client(self.address, timeout=CONNECT, set_as_default=False)
+        except (OSError, ValueError) as error:  # ValueError: no address at all
+            raise UsageError(
+                f"no Dask scheduler answers at '{self.address}' ({type(error).__name__}). Start one with "
+                "`dask scheduler`, and give the address that it prints, such as tcp://10.0.0.1:8786."
+            ) from None
+        with client:
+            yield client
+
+
+class _PatientBackend(DaskDistributedBackend):
+    """joblib's, which (1.6) waits for ever for a task that the scheduler gives up: the result is then a `Lost`."""
+
+    def configure(self, n_jobs: int = 1, parallel: Any = None, **options: Any) -> int:
+        return max(2, super().configure(n_jobs, parallel, **options))  # with one, joblib would not ask the scheduler
+
+    def submit(self, func: Any, callback: Callable[[Any], None]) -> Future:
+        ((_, (_, unit), _),) = func.items
+        future = super().submit(func, callback)
+
+        def tell(done: Future) -> None:
+            error = done.exception()
+            if error is not None:
+                callback([_explained(unit, error)])
+
+        future.add_done_callback(tell)
+        return future
+
+    def retrieve_result_callback(self, out: Any) -> Any:
+        """What the call returned; raises what it raised."""
+        if isinstance(out, list) and isinstance(out[0], BaseException):
+            raise out[0]
+        if isinstance(out, CancelledError):
+            raise UsageError("the connection to the scheduler was lost. The same command runs the missing units.")
+        return super().retrieve_result_callback(out)
+
+
+def _explained(unit: Unit, error: BaseException) -> Lost | UsageError:
+    """What the scheduler's error about a task means."""
+    from distributed import KilledWorker
+
+    if isinstance(error, KilledWorker):
+        return Lost(unit, f"workers lost: {error.allowed_failures + 1}, the last {error.last_worker.address}")
+    return UsageError(
+        f"a worker could not load a unit ({type(error).__name__}: {error}). Start the workers in the same Python "
+        "environment, with the checkout's folder as their working folder or in PYTHONPATH, and again when code changes."
+    )
+
+
+def _run_if_shared(job: Job, unit: Unit) -> Outcome:
+    if not job.store.manifest.exists():
+        raise _unshared(job.store)
+    return run_in_worker(job, unit)
+
+
+def _wait_until_visible(store: Store, outcome: Outcome) -> None:
+    """A network file system may show a file to other machines a little late."""
+    end = time.monotonic() + VISIBLE
+    while outcome.error is None and not store.finished(outcome.unit.digest):
+        if time.monotonic() > end:
+            raise _unshared(store)
+        time.sleep(0.2)
+
+
+def _unshared(store: Store) -> UsageError:
+    return UsageError(
+        f"the workers and this process do not see the same files in {store.root}. "
+        "Choose a folder on a file system that all machines share: --out DIR."
+    )

@@ -1,0 +1,120 @@
+"""The page of a report: one file, which a browser opens from disk without a network."""
+
+import re
+import shutil
+
+import pytest
+
+from benchmarks.harness.command import main
+from benchmarks.harness.html import Part, page
+from benchmarks.harness.report import write_report
+from benchmarks.harness.results import load
+from benchmarks.harness.store import Store
+
+VALUES = {"a": {0: 0.1, 1: 0.2}, "b": {0: 0.5, 1: 0.75}, "c": {0: 0.3, 1: 0.3}}
+FROM_ELSEWHERE = re.compile(r"""(?:src|href)\s*=\s*["'](?!data:|\#)|url\(|@import|<link(?![^>]*"data:)""")
+ARGUMENTS = [
+    "headless", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", "no-first-run", "disable-background-networking",
+    "disable-component-update", "disable-sync", "window-size=1400,1000",
+]  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path, stored, experiment):
+    """A results folder with its report."""
+    store = Store(stored(tmp_path / "out" / "stored", VALUES))
+    write_report(experiment, load(store, "run"), store)
+    return store.root
+
+
+def part(markdown, folder):
+    return page(Part("A title", markdown, folder))
+
+
+def test_the_page_refers_to_nothing_outside_itself(folder):
+    html = (folder / "report.html").read_text()
+    assert not FROM_ELSEWHERE.findall(html)
+    assert html.count("data:image/png;base64,") == 1
+    assert '<figcaption>Accuracy by label</figcaption>' in html
+    assert '<a href="#accuracy">Accuracy</a>' in html
+    assert '<h2 id="accuracy">' in html
+
+
+def test_html_in_a_report_is_text(folder, tmp_path):
+    assert "&lt;div&gt;a block&lt;/div&gt;" in part("<div>a block</div>", tmp_path)
+    html = (folder / "report.html").read_text()
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in html
+    assert html.count("<script>") == 1  # the page's own
+
+
+def test_a_figure_that_is_absent_is_told_and_not_asked_for(tmp_path):
+    html = part("![A figure](gone.png)", tmp_path)
+    assert "<img" not in html
+    assert "A figure (the figure gone.png is absent)" in html
+
+
+def test_tables_scroll_in_a_frame_and_keep_their_bars(tmp_path):
+    html = part("| a | b |\n| :-- | --: |\n| \\|κ\\| | **1.0** |", tmp_path)
+    assert re.search(r'<div class="table" tabindex="0">\s*<table>', html)
+    assert "<td style=\"text-align: left;\">|κ|</td>" in html
+    assert "<strong>1.0</strong>" in html
+
+
+def test_one_page_holds_all_reports_of_a_folder_each_with_places_of_its_own(folder, capsys, stored, experiments):
+    out = folder.parent
+    stored(out / "again", {"a": {0: 0.5}})
+    stored(out / "broken", {"a": {0: None}})
+    assert main(["report", "--out", str(out)], experiments) == 1  # for the broken one
+    printed = capsys.readouterr()
+    assert "broken: none of the 1 units" in printed.err
+    assert f"2 reports on one page: {out / 'report.html'}" in printed.out
+    html = (out / "report.html").read_text()
+    assert html.count("<details") == 2
+    places = re.findall(r'\bid="([^"]+)"', html)
+    assert len(places) == len(set(places))
+    assert set(re.findall(r'href="#([^"]+)"', html)) <= set(places)
+    assert (out / "again" / "report.html").exists()
+
+
+def test_nothing_to_report_on_says_what_to_run(tmp_path, capsys):
+    assert main(["report", "--out", str(tmp_path)]) == 2
+    assert "Run something first: python -m benchmarks run NAME" in capsys.readouterr().err
+
+
+@pytest.fixture
+def browser(tmp_path):
+    """A headless Chromium that reaches no network."""
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is missing: pip install -e '.[test]'")
+    names = ("chromium", "chromium-browser", "google-chrome")
+    chromium, driver = next(filter(None, map(shutil.which, names)), None), shutil.which("chromedriver")
+    if not (chromium and driver):
+        pytest.skip("a browser is missing: apt-get install chromium chromium-driver")
+    chosen = webdriver.ChromeOptions()
+    chosen.binary_location = chromium
+    chosen.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    for argument in [*ARGUMENTS, f"user-data-dir={tmp_path / 'profile'}", "host-resolver-rules=MAP * ~NOTFOUND"]:
+        chosen.add_argument(f"--{argument}")
+    opened = webdriver.Chrome(options=chosen, service=webdriver.ChromeService(driver))
+    yield opened
+    opened.quit()
+
+
+@pytest.mark.slow
+def test_a_browser_opens_the_page_from_disk_and_sorts_its_table(folder, browser):
+    browser.get((folder / "report.html").as_uri())
+    widths = browser.execute_async_script(
+        "const images = [...document.images]; images.forEach(image => (image.loading = 'eager'));"
+        "Promise.all(images.map(image => image.decode())).then(() => arguments[0](images.map(i => i.naturalWidth)))"
+    )
+    assert len(widths) == 1
+    assert widths[0] > 100
+    assert len(browser.find_elements("css selector", ".table table")) == 1
+    names = "return [...document.querySelectorAll('tbody tr')].map(row => row.cells[0].textContent)"
+    assert browser.execute_script(names) == ["a¹", "b", "c"]
+    browser.find_elements("css selector", "thead th")[1].click()
+    assert browser.execute_script(names) == ["b", "c", "a¹"]  # 0.625, 0.300, 0.150
+    browser.find_elements("css selector", "thead th")[1].click()
+    assert browser.execute_script(names) == ["a¹", "c", "b"]
+    requests = "return performance.getEntriesByType('resource').filter(e => !e.name.startsWith('data:')).length"
+    assert browser.execute_script(requests) == 0
+    assert browser.get_log("browser") == []
