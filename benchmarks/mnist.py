@@ -8,22 +8,30 @@ from typing import Any
 
 import torch
 from avalanche.benchmarks.datasets.external_datasets.mnist import get_mnist_dataset
+from jaxtyping import Float, UInt8
+from torch import Tensor
 
 from avalanche_curv.streams._benchmark import Examples, benchmark
 from benchmarks.training import Data
 
 MEAN, DEVIATION = 0.1307, 0.3081  # Avalanche's normalisation
 PIXELS, CLASSES = 784, 10
+BLACK = torch.zeros(1).sub(MEAN).div(DEVIATION).item()
+"""A pixel of 0, normalised."""
 
 
 @lru_cache(maxsize=1)
 def mnist(dataset_root: Path | None) -> tuple[Data, Data]:
     """(inputs, targets) for training and for testing, normalised, [N, 784]."""
     train, test = (
-        ((part.data.flatten(1).float() / 255 - MEAN) / DEVIATION, part.targets)
-        for part in get_mnist_dataset(dataset_root)
+        (normalised(part.data.flatten(1), MEAN, DEVIATION), part.targets) for part in get_mnist_dataset(dataset_root)
     )
     return train, test
+
+
+def normalised(images: UInt8[Tensor, "..."], mean: float, deviation: float) -> Float[Tensor, "..."]:
+    """What torchvision's `ToTensor` and `Normalize` make of them."""
+    return images.float().div_(255).sub_(mean).div_(deviation)
 
 
 def split_mnist(experiences: int, seed: int, dataset_root: Path | None, domain: bool = False) -> Any:

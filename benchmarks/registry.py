@@ -14,6 +14,10 @@ EXPERIMENTS = {
         "benchmarks.compare:experiment",
         "Accuracy and forgetting of the strategies of this package and of Avalanche, on one stream",
     ),
+    "tune_compare": Registered(
+        "benchmarks.compare.tuning:experiment",
+        "Strengths for compare, on held-out examples and seeds that it never reports",
+    ),
     "ewc_hessian": Registered(
         "benchmarks.ewc_hessian:experiment",
         "The Hessian's diagonal against squared gradients in EWC, each at its own strength, on permuted MNIST",
@@ -49,6 +53,14 @@ EXPERIMENTS = {
     "projections": Registered(
         "benchmarks.projections:experiment",
         "Gradient projection memory and its family on ten permuted MNIST tasks, beside EWC and the multitask bound",
+    ),
+    "ewc_permuted_mnist": Registered(
+        "benchmarks.ewc_permuted_mnist:experiment",
+        "EWC on ten permuted MNIST tasks: from Avalanche's setting to the paper's 0.94, a factor at a time",
+    ),
+    "fisher_estimators": Registered(
+        "benchmarks.fisher_estimators:experiment",
+        "Five ways to compute the Fisher information, each across strengths that differ by orders of magnitude",
     ),
     "sac": Registered(
         "benchmarks.sac:experiment",

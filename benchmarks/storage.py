@@ -10,13 +10,18 @@ import torch
 from avalanche.benchmarks.utils import AvalancheDataset
 from avalanche.training.plugins import EvaluationPlugin
 from avalanche.training.plugins.clock import Clock
+from torch import nn
 
 IGNORED = (EvaluationPlugin, Clock, torch.optim.Optimizer, str, bytes, type)
+OWN = ("dataset", "storage_policy")  # what Cumulative and DER hold themselves
 
 
 def stored_bytes(strategy: Any) -> int:
-    """The tensors and stored examples that a strategy's plugins (or Cumulative itself) hold; each storage once."""
-    held = dict(_reachable([*strategy.plugins, getattr(strategy, "dataset", None)], set()))
+    """The tensors and stored examples that a strategy and its plugins hold; each storage once. Joint training holds the
+    examples of all experiences."""
+    roots = [*strategy.plugins, *(getattr(strategy, name, None) for name in OWN)]
+    roots += [experience.dataset for experience in getattr(strategy, "_experiences", ())]
+    held = dict(_reachable(roots, set()))
     own = {p.untyped_storage().data_ptr() for p in (*strategy.model.parameters(), *strategy.model.buffers())}
     return sum(size for place, size in held.items() if place not in own)
 
@@ -30,8 +35,7 @@ def _reachable(value: Any, seen: set[int]) -> Iterator[tuple[int, int]]:
         yield value.untyped_storage().data_ptr(), value.untyped_storage().nbytes()
     elif isinstance(value, AvalancheDataset):
         if len(value):
-            inputs = value[0][0]
-            yield id(value), len(value) * (inputs.nbytes if isinstance(inputs, torch.Tensor) else 0)
+            yield id(value), len(value) * sum(part.nbytes for part in value[0] if isinstance(part, torch.Tensor))
     else:
         for part in _parts(value):
             yield from _reachable(part, seen)
@@ -42,6 +46,7 @@ def _parts(value: Any) -> Iterable[Any]:
         return list(value.values())
     if isinstance(value, (list, tuple, set)):
         return list(value)
-    if is_dataclass(value) or type(value).__module__.startswith(("avalanche", "torch.nn", "benchmarks.")):
+    known = is_dataclass(value) or isinstance(value, nn.Module)
+    if known or type(value).__module__.startswith(("avalanche", "benchmarks.")):
         return list(getattr(value, "__dict__", {}).values())
     return []

@@ -8,11 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks import compare, ewc_hessian, refresh, trust_region
+from benchmarks import ewc_hessian, refresh, trust_region
 from benchmarks.harness import Experiment, Options, one_of
 from benchmarks.harness.experiment import Context, Record
 from benchmarks.harness.tables import Column, table
-from benchmarks.streams import STREAMS
 
 if TYPE_CHECKING:
     from benchmarks.harness.results import Results
@@ -24,12 +23,11 @@ TRUST_REGION_GRID = (0.1, 1.0, 10.0, 100.0, 1000.0)
 TRUST_REGION_EWC_GRID = (10.0, 100.0, 1000.0, 1e4, 1e5, 1e6, 1e7)
 FIRST_SEED = 1000
 TUNED: dict[type, tuple[Experiment, str]] = {
-    compare.Config: (compare.experiment, "average_accuracy"),
     refresh.Config: (refresh.experiment, "final/accumulate/all_accuracy"),
     ewc_hessian.Config: (ewc_hessian.experiment, "average_accuracy"),
     trust_region.Config: (trust_region.experiment, "average_accuracy"),
 }
-TARGETS = ("compare", "refresh", "ewc_hessian", "trust_region")
+TARGETS = ("refresh", "ewc_hessian", "trust_region")
 
 
 @dataclass(frozen=True)
@@ -44,10 +42,9 @@ class Config:
 
 @dataclass(frozen=True)
 class TuneOptions(Options):
-    """`target` is the experiment to tune; `compare` is tuned on a stream."""
+    """`target` is the experiment to tune."""
 
-    target: str = "compare"
-    stream: str = compare.DEFAULT_STREAM
+    target: str = "refresh"
 
 
 class Tune(Experiment):
@@ -57,14 +54,13 @@ class Tune(Experiment):
     options_type = TuneOptions
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--target", type=one_of("experiment", TARGETS), default="compare")
-        parser.add_argument("--stream", type=one_of("stream", STREAMS), default=compare.DEFAULT_STREAM)
+        parser.add_argument("--target", type=one_of("experiment", TARGETS), default="refresh")
 
     def variant(self, options: TuneOptions) -> str:
-        return options.stream if options.target == "compare" else options.target
+        return options.target
 
     def configs(self, options: TuneOptions) -> Sequence[Config]:
-        makers = {"compare": _compare, "refresh": _refresh, "ewc_hessian": _ewc_hessian, "trust_region": _trust_region}
+        makers = {"refresh": _refresh, "ewc_hessian": _ewc_hessian, "trust_region": _trust_region}
         return [
             Config(f"{name} at {strength:g}", name, strength, make(strength))
             for name, (grid, make) in makers[options.target](options).items()
@@ -90,22 +86,6 @@ class Tune(Experiment):
 
 Maker = tuple[Sequence[float], Callable[[float], Any]]
 """The strengths to try, and the configuration at one of them."""
-
-
-def _compare(options: TuneOptions) -> dict[str, Maker]:
-    from benchmarks.compare.grid import EQUAL_TO_FISHER, methods
-
-    chosen = compare.CompareOptions(options.seeds, options.quick, options.dataset_root, options.stream)
-    setting = replace(compare.setting_for(chosen), every=10**6)  # fidelity costs time and is not needed here
-
-    def maker(label: str, method: Any) -> Maker:
-        return GRID, lambda strength: compare.Config(label, replace(method, strength=strength), setting)
-
-    return {
-        label: maker(label, method)
-        for label, method in methods().items()
-        if hasattr(method, "strength") and not any(f" {kind}," in label for kind in EQUAL_TO_FISHER)
-    }
 
 
 def _refresh(options: TuneOptions) -> dict[str, Maker]:

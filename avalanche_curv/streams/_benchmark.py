@@ -66,14 +66,18 @@ class Examples:
 
 
 def benchmark(splits: Iterable[tuple[Labelled, Labelled]], task_labels: Sequence[int], n_classes: int) -> CLScenario:
-    """The benchmark whose experience t is the t-th (train, test) of `splits` and carries the t-th task label.
+    """The benchmark whose experience t is the t-th (train, test) of `splits` and carries the t-th task label."""
+    train, test = zip(*splits)
+    return assembled(_datasets(train, task_labels), _datasets(test, task_labels), n_classes)
+
+
+def assembled(train: Sequence[Any], test: Sequence[Any], n_classes: int) -> CLScenario:
+    """The benchmark of Avalanche datasets, one for each experience.
 
     Experiences know their classes, as sorted lists: Avalanche's `with_classes_timeline` gives sets, which a masked
     multi-head cannot index with.
     """
-    train, test = zip(*splits)
-    scenario = benchmark_from_datasets(train=_datasets(train, task_labels), test=_datasets(test, task_labels))
-    scenario = with_classes_timeline(with_task_labels(scenario))
+    scenario = with_classes_timeline(with_task_labels(benchmark_from_datasets(train=train, test=test)))
     scenario.n_classes = n_classes
     for stream in scenario.streams.values():
         stream.benchmark = scenario

@@ -1,4 +1,4 @@
-"""The main comparison: CurvatureEWC in each kind and policy beside Avalanche's own strategies, on one stream."""
+"""The main comparison: the strategies of this package beside Avalanche's own, on one stream in one scenario."""
 
 from __future__ import annotations
 
@@ -8,26 +8,38 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.harness import Experiment, Options, one_of, positive
+from benchmarks.harness import Experiment, Options, UsageError, one_of, positive
 from benchmarks.harness.experiment import Context, Record
-from benchmarks.streams import STREAMS
+from benchmarks.streams import SCENARIOS, STREAMS
 
 if TYPE_CHECKING:
     from benchmarks.harness.results import Results
     from benchmarks.methods import Method
 
+DEFAULT_STREAM = "permuted_digits"
+MEASUREMENTS = 6  # of fidelity in each experience
+STREAM, FIRST = PROTOCOLS = ("stream", "first")
+BASELINE = "Naive"
+
 
 @dataclass(frozen=True)
 class Setting:
-    """What all methods of a comparison share."""
+    """What all methods of a comparison share.
+
+    `memory` is the part of the training examples that methods with a memory store, and that fidelity looks at;
+    `validation` the part that is held out of them and tested on in place of the test stream, in tuning.
+    """
 
     stream: str
+    scenario: str
     experiences: int
     steps: int
-    batch: int = 64
-    rate: float = 3e-3
-    every: int = 10
-    test_limit: int = 1000
+    batch: int
+    rate: float
+    every: int
+    memory: float = 0.1
+    test_limit: int | None = None
+    validation: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -41,40 +53,62 @@ class Config:
 
 @dataclass(frozen=True)
 class CompareOptions(Options):
-    """`stream` is one of `benchmarks.streams`; fidelity is measured every `every` steps."""
+    """What `add_arguments` says of each; None is what the stream has. `strengths` are what tuning has found."""
 
-    stream: str = "permuted_digits"
-    every: int = 10
+    stream: str = DEFAULT_STREAM
+    scenario: str | None = None
+    strategy: Sequence[str] | None = None
+    steps: int | None = None
+    every: int | None = None
+    tune: str | None = None
+    first: int = 3
+    tuning_seeds: int = 1
+    baseline: str = BASELINE
+    strengths: Sequence[tuple[str, float]] = ()
     seeds: int = 2
-
-
-QUICK_ON_LARGE = ("Naive", "CurvatureEWC Fisher, refresh")
-DEFAULT_STREAM = "permuted_digits"
-STEPS = {"sine": 100, "permuted_mnist": 300, "split_mnist": 300}
 
 
 class Compare(Experiment):
     """Average accuracy, forgetting, seconds and stored bytes of each method, with fidelity along each trajectory."""
 
     name = "compare"
+    version = 2  # since Adam is fused and accuracy is that of `strategy.eval`
     options_type = CompareOptions
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        add_stream_arguments(parser)
+        parser.set_defaults(seeds=2, strengths=())  # two seeds, so that the first look takes minutes
+        parser.add_argument("--every", type=positive, metavar="N", help="measure fidelity every N steps")
         parser.add_argument(
-            "--stream", type=one_of("stream", STREAMS), default=DEFAULT_STREAM, help=f"one of {', '.join(STREAMS)}"
+            "--tune", type=one_of("protocol", PROTOCOLS),
+            help="choose each strength first, on validation parts with seeds from 1000 on: on the whole stream, or on "
+            "its first experiences only (Chaudhry et al. 2019)",
         )
-        parser.set_defaults(seeds=2)  # so that the first look takes minutes
-        parser.add_argument("--every", type=positive, default=10, help="measure fidelity every so many steps")
+        parser.add_argument("--first", type=positive, default=3, help="experiences for --tune first (default 3)")
+        parser.add_argument("--tuning-seeds", type=positive, default=1, metavar="N", help="for --tune (default 1)")
+        parser.add_argument("--baseline", default=BASELINE, help="what differences are tested against (default Naive)")
 
     def variant(self, options: CompareOptions) -> str:
-        return "" if options.stream == DEFAULT_STREAM else options.stream
+        count = options.first if options.tune == FIRST else ""
+        return variant(options, f"tuned-{options.tune}{count}" if options.tune else "")
+
+    def prerequisite(self, options: CompareOptions) -> tuple[Experiment, Options] | None:
+        from benchmarks.compare.tuning import experiment, tuning_for
+
+        return (experiment, tuning_for(options)) if options.tune else None
+
+    def settled(self, options: CompareOptions, results: Results) -> CompareOptions:
+        from benchmarks.compare.tuning import best_strengths
+
+        return replace(options, strengths=tuple(best_strengths(results).items()))
 
     def configs(self, options: CompareOptions) -> Sequence[Config]:
         from benchmarks.compare.grid import methods
 
         setting = setting_for(options)
-        large = options.quick and STREAMS[options.stream].downloads  # loading takes minutes for each method
-        chosen = {label: method for label, method in methods().items() if not large or label in QUICK_ON_LARGE}
+        chosen = methods(setting, options.strategy, dict(options.strengths))
+        if options.baseline not in chosen:
+            raise UsageError(f"the baseline '{options.baseline}' is not among the strategies: {', '.join(chosen)}.")
         return [Config(label, method, setting) for label, method in chosen.items()]
 
     def run(self, config: Config, seed: int, context: Context) -> Sequence[Record]:
@@ -88,12 +122,46 @@ class Compare(Experiment):
         return report(results, out)
 
 
+def add_stream_arguments(parser: argparse.ArgumentParser) -> None:
+    """What compare and its tuning share."""
+    names = ", ".join(STREAMS)
+    parser.add_argument("--stream", type=one_of("stream", STREAMS), default=DEFAULT_STREAM, help=f"one of {names}")
+    parser.add_argument(
+        "--scenario", type=one_of("scenario", SCENARIOS),
+        help="task-, domain- or class-incremental; default: the stream's first",
+    )
+    parser.add_argument(
+        "--strategy", action="append", metavar="NAME",
+        help="one strategy, by its name in the table; repeatable (default: all)",
+    )
+    parser.add_argument("--steps", type=positive, metavar="N", help="of an experience; default: the literature's")
+
+
+def variant(options: Any, suffix: str = "") -> str:
+    """A folder's suffix for stream, scenario and steps where they are not the default."""
+    scenario = options.scenario or STREAMS[options.stream].scenarios[0]
+    parts = [
+        "" if options.stream == DEFAULT_STREAM else options.stream,
+        "" if scenario == STREAMS[options.stream].scenarios[0] else scenario,
+        f"{options.steps}steps" if options.steps else "",
+        suffix,
+    ]
+    return "-".join(part for part in parts if part)
+
+
 def setting_for(options: Any) -> Setting:
-    """The setting of a stream; with `quick`, three experiences of a few steps."""
+    """The setting of a stream; with `quick`, two experiences of a few steps. Raises UsageError where data are absent
+    or the stream has not that scenario."""
     stream = STREAMS[options.stream]
-    stream.check(options.stream, options.dataset_root)
-    setting = Setting(options.stream, stream.experiences, STEPS.get(options.stream, 60), every=options.every)
-    return replace(setting, experiences=2, steps=6, test_limit=100) if options.quick else setting
+    scenario = options.scenario or stream.scenarios[0]
+    stream.check(options.stream, options.dataset_root, scenario)
+    recipe = stream.recipe
+    steps = options.steps or recipe.steps
+    setting = Setting(
+        options.stream, scenario, stream.experiences, steps, recipe.batch, recipe.rate,
+        every=getattr(options, "every", None) or max(1, steps // MEASUREMENTS), memory=recipe.memory,
+    )
+    return replace(setting, experiences=2, steps=6, every=2, test_limit=100) if options.quick else setting
 
 
 experiment = Compare()

@@ -1,86 +1,54 @@
-"""The methods of the comparison, each with a strength tuned on seeds that are never reported.
-
-Strengths are the best of a grid of decades on `permuted_digits` (`python -m benchmarks run tune --seeds 2`), for
-Avalanche's methods and ours alike. Other streams use the same ones.
-"""
+"""The methods of a comparison, each at its strength."""
 
 from __future__ import annotations
 
-from avalanche_curv import (
-    GGN,
-    Absolute,
-    Accumulate,
-    AdaptiveRefresh,
-    BatchedEmpiricalFisher,
-    Curvature,
-    Diagonal,
-    EmpiricalFisher,
-    Fisher,
-    Hessian,
-    Kronecker,
-    Merge,
-    Policy,
-    Refresh,
-)
-from benchmarks.compare.run import MEMORY
-from benchmarks.methods import MAS, SI, AvalancheEWC, Joint, LwF, Method, Ours, Plain, Rehearsal
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-KINDS: dict[str, Curvature] = {
-    "Hessian": Hessian(psd=Absolute()),
-    "GGN": GGN(),
-    "Fisher": Fisher(),
-    "Fisher MC": Fisher(samples=1, seed=0),
-    "empirical Fisher": EmpiricalFisher(),
-    "batched emp. Fisher": BatchedEmpiricalFisher(batch_size=64),
-}
-EQUAL_TO_FISHER = ("Hessian", "GGN")  # their diagonals, on a ReLU network with cross-entropy
-POLICIES: dict[str, Policy] = {"accumulate": Accumulate(), "merge": Merge(), "refresh": Refresh(fraction=MEMORY)}
+from benchmarks.harness import UsageError
+from benchmarks.methods import Method, Named, named, strategies
+
+if TYPE_CHECKING:
+    from benchmarks.compare import Setting
+
+TUNED = Path(__file__).with_name("strengths.json")  # what `run tune_compare` has found, by stream and scenario
 
 
-STRENGTHS = {
-    "EWC": 1000.0,
-    "EWC online": 1000.0,
-    "SI": 0.1,
-    "MAS": 0.1,
-    "LwF": 1.0,
-    "Hessian": 10.0,
-    "GGN": 10.0,
-    "Fisher": 10.0,
-    "Fisher MC": 10.0,
-    "empirical Fisher": 10.0,
-    "batched emp. Fisher": 1000.0,
-}
+def methods(setting: Setting, names: Sequence[str] | None, strengths: Mapping[str, float]) -> dict[str, Method]:
+    """The methods of those names, or all that run in the scenario, by label.
 
-
-def methods() -> dict[str, Method]:
-    """The rows of the table."""
-    return {**baselines(), **ours()}
-
-
-def baselines() -> dict[str, Method]:
-    """Avalanche's own strategies."""
+    A strength is that of `strengths`, else the one that was tuned for this stream and scenario, else the default.
+    """
+    found = {**tuned(setting), **strengths}
     return {
-        "Naive": Plain(),
-        "Cumulative": Joint(),
-        "Replay": Rehearsal(MEMORY),
-        "EWC": AvalancheEWC(STRENGTHS["EWC"]),
-        "EWC online": AvalancheEWC(STRENGTHS["EWC online"], decay=0.9),
-        "SI": SI(STRENGTHS["SI"]),
-        "MAS": MAS(STRENGTHS["MAS"]),
-        "LwF": LwF(STRENGTHS["LwF"]),
+        name: entry.method.with_strength(found[name]) if entry.grid and name in found else entry.method
+        for name, entry in chosen(setting, names).items()
     }
 
 
-def ours() -> dict[str, Method]:
-    """CurvatureEWC with each kind and policy, diagonal; kinds that equal the Fisher here with the first policy only.
-    Adaptive refresh needs no tuning: at strength 1 it adds what the loss of the stored examples would."""
-    rows: dict[str, Method] = {
-        f"CurvatureEWC {name}, {policy}": Ours(STRENGTHS[name], kind, Diagonal(), chosen)
-        for name, kind in KINDS.items()
-        for policy, chosen in POLICIES.items()
-        if name not in EQUAL_TO_FISHER or policy == "accumulate"
+def strengths_to_try(setting: Setting, names: Sequence[str] | None) -> dict[str, dict[float, Method]]:
+    """For each method that has a grid: its strengths, each with the method there."""
+    return {
+        name: {strength: entry.method.with_strength(strength) for strength in entry.grid}
+        for name, entry in chosen(setting, names).items()
+        if entry.grid
     }
-    adaptive = AdaptiveRefresh(fraction=MEMORY)
-    rows["CurvatureEWC Fisher, adaptive"] = Ours(1.0, Fisher(), Diagonal(), adaptive)
-    rows["CurvatureEWC Fisher, Kronecker, adaptive"] = Ours(1.0, Fisher(), Kronecker(), adaptive)
-    return rows
+
+
+def chosen(setting: Setting, names: Sequence[str] | None) -> dict[str, Named]:
+    """Raises UsageError for a name that is unknown, and for one that does not run in the scenario."""
+    known = strategies(setting.memory)
+    if names is None:
+        return {name: entry for name, entry in known.items() if setting.scenario in entry.scenarios}
+    for name in names:
+        reason = named(name).unfit.get(setting.scenario)
+        if reason:
+            raise UsageError(f"strategy '{name}' does not run {setting.scenario}-incrementally: {reason}")
+    return {name: known[name] for name in names}
+
+
+def tuned(setting: Setting) -> dict[str, float]:
+    """The strengths that were tuned for the stream and the scenario; empty where none were."""
+    return json.loads(TUNED.read_text(encoding="utf-8")).get(f"{setting.stream}/{setting.scenario}", {})

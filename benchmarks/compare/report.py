@@ -1,104 +1,138 @@
-"""The table and the figures of the comparison."""
+"""The tables and the figures of the comparison."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from benchmarks.harness.plots import Curves, Dots, plot_curves, plot_dots
-from benchmarks.harness.tables import Column, table
+from benchmarks.compare.figures import draw
+from benchmarks.compare.grid import TUNED
+from benchmarks.harness.significance import compared, holm
+from benchmarks.harness.tables import Cell, Column, table
+from benchmarks.methods import STRATEGIES
 
 if TYPE_CHECKING:
     from benchmarks.harness.results import Results
 
-KNOWN_FAULTS = {
-    "SI": "Its stored weights alias the live ones on a CPU (Avalanche 0.6), so its penalty is zero: equal to Naive.",
-    "MAS": "Avalanche 0.6 computes its importance in train mode; without dropout or BatchNorm that changes nothing.",
-}
 FISHER = "CurvatureEWC Fisher, accumulate"
-SHOWN = ("Naive", "Cumulative", "Replay", "EWC", "LwF", "MAS", "CurvatureEWC Fisher, accumulate",
-         "CurvatureEWC Fisher, merge", "CurvatureEWC Fisher, refresh", "CurvatureEWC Fisher, Kronecker, adaptive")
+ACCURACY = "average_accuracy"
 
 
 def report(results: Results, out: Path) -> str:
     """Markdown, with figures in `out`."""
-    setting: dict = next((results.config(label)["setting"] for label in results.labels if results.config(label)), {})
+    config = next((results.config(label) for label in results.labels if results.config(label)), {})
+    setting = config.get("setting", {})
+    every = setting.get("every")
     lines = [
-        f"# Comparison on {setting.get('stream', '?')}",
+        f"# Comparison on {setting.get('stream', '?')}, {setting.get('scenario', '?')}-incremental",
         f"{setting.get('experiences')} experiences of {setting.get('steps')} steps with batches of "
-        f"{setting.get('batch')}, Adam at {setting.get('rate')}; mean ± standard deviation over n seeds. CurvatureEWC "
-        "keeps the diagonal where a row does not say otherwise. κ is the mean absolute error of the quadratic picture "
-        "on stored examples, averaged over the trajectory: for each experience kept at its own anchor (accumulate) or "
-        "moved to the newest (refresh). Training time is without metrics, whose time is beside it.",
-        _table(results),
-        "![Average accuracy of seen tasks and error of the picture](compare.png)",
-        "![Final accuracy and forgetting](final.png)",
+        f"{setting.get('batch')}, Adam at {setting.get('rate')}; methods with a memory store "
+        f"{setting.get('memory'):.3g} of the training examples. Mean ± standard deviation over n seeds. Accuracy is "
+        "the mean over all experiences at the end, as the strategy itself evaluates; forgetting the mean drop since "
+        "each was learned. "
+        f"{_on_strengths(results, setting)}",
+        _accuracies(results),
+        "κ is the mean absolute error of the quadratic picture on stored examples, averaged over the trajectory, with "
+        f"a measurement every {every} steps: for each experience kept at its own anchor (accumulate) or moved to the "
+        "newest (refresh). CurvatureEWC keeps the diagonal where a row does not say otherwise. Training time is "
+        "without metrics, whose time is beside it.",
+        _prices(results),
+        _not_run(setting.get("scenario", "")),
+        draw(results, out),
     ]
-    _figures(results, out)
-    return "\n\n".join(lines)
+    return "\n\n".join(line for line in lines if line)
 
 
-def _table(results: Results) -> str:
+def _accuracies(results: Results) -> str:
+    baseline = results.manifest["options"]["baseline"]
     columns = [
-        Column("strategy"), Column("accuracy", 3, max), Column("forgetting", 3), Column("κ accumulate", 3),
-        Column("κ refresh", 3), Column("λ"), Column("train s", 2), Column("metrics s", 2), Column("stored KiB", 0),
-        Column("n"),
+        Column("strategy"), Column("accuracy", 3, max), Column("forgetting", 3), Column("when learned", 3),
+        Column(f"less {baseline}", 3), Column("p (Holm)", 4), Column("verdict"), Column("λ"), Column("n"),
     ]
-    rows = [[label, *_cells(results, label)] for label in results.labels]
-    return table(columns, rows, footnotes=_notes(results))
-
-
-def _cells(results: Results, label: str) -> list:
-    names = ("average_accuracy", "forgetting", "fidelity_trajectory/accumulate/kappa_abs",
-             "fidelity_trajectory/refresh/kappa_abs")
-    values = [results.final(name, label) for name in names]
-    strength = results.config(label).get("method", {}).get("strength")
-    prices = ("seconds", "metric_seconds", "stored_bytes")
-    seconds, measuring, stored = (results.final(name, label) for name in prices)
-    return [
-        *values,
-        "" if strength is None else f"{strength:g}",
-        seconds and seconds.mean,
-        measuring and measuring.mean,
-        stored and stored.mean / 1024,
-        values[0].n if values[0] else 0,
-    ]
-
-
-def _notes(results: Results) -> dict[str, str]:
-    """Known upstream faults, each checked against the runs, and rows that are equal to Naive for whatever reason."""
-    naive = {row["seed"]: row["value"] for row in results.select("weights", "Naive")}
-    fisher = {row["seed"]: row["value"] for row in results.select("weights", FISHER)}
-    notes = {}
+    rows: list[list[Cell]] = []
+    tests = _tests(results, baseline)
     for label in results.labels:
-        own = {row["seed"]: row["value"] for row in results.select("weights", label)}
+        accuracy, forgetting, learned = (results.final(name, label) for name in (ACCURACY, "forgetting", "learned"))
+        strength = results.config(label).get("method", {}).get("strength")
+        written = "" if strength is None else f"{strength:g}"
+        n = accuracy.n if accuracy else 0
+        rows.append([label, accuracy, forgetting, learned, *tests.get(label, ("", "", "")), written, n])
+    test = (
+        f"*less {baseline}* is the difference seed by seed, p that of the two-sided paired t-test, after Holm's "
+        "correction for the number of rows; the verdict is at 5 %."
+    )
+    return f"{table(columns, rows, footnotes=notes(results))}\n\n{test}"
+
+
+def _tests(results: Results, baseline: str) -> dict[str, list[Cell]]:
+    """For each row but the baseline's: its difference from the baseline, p and the verdict."""
+    values = {label: {row["seed"]: row["value"] for row in results.select(ACCURACY, label)} for label in results.labels}
+    found = {label: compared(values[baseline], own) for label, own in values.items() if own and label != baseline}
+    tested = {label: test.p for label, test in found.items() if test.p is not None}
+    corrected = dict(zip(tested, holm(list(tested.values()))))
+    return {
+        label: [test.difference, corrected.get(label), test.verdict(corrected.get(label))]
+        for label, test in found.items()
+    }
+
+
+def _prices(results: Results) -> str:
+    columns = [
+        Column("strategy"), Column("κ accumulate", 3), Column("κ refresh", 3), Column("train s", 2),
+        Column("metrics s", 2), Column("stored KiB", 0),
+    ]
+    rows: list[list[Cell]] = []
+    for label in results.labels:
+        kappas = [results.final(f"fidelity_trajectory/{p}/kappa_abs", label) for p in ("accumulate", "refresh")]
+        seconds, measuring, stored = (
+            results.final(name, label) for name in ("seconds", "metric_seconds", "stored_bytes")
+        )
+        rows.append([
+            label, *kappas, seconds and seconds.mean, measuring and measuring.mean, stored and stored.mean / 1024
+        ])
+    return table(columns, rows)
+
+
+def _on_strengths(results: Results, setting: Mapping[str, Any]) -> str:
+    """Where the strengths come from, in words."""
+    options = results.manifest["options"]
+    if options["tune"]:
+        part = "the whole stream" if options["tune"] == "stream" else f"its first {options['first']} experiences"
+        return (
+            f"Strengths λ were chosen on {part}, by the accuracy on a tenth of the training examples that was held "
+            f"out, on {options['tuning_seeds']} seeds from 1000 on."
+        )
+    tuned = f"{setting.get('stream')}/{setting.get('scenario')}" in json.loads(TUNED.read_text(encoding="utf-8"))
+    where = "for this stream and scenario" if tuned else "on permuted digits, not on this stream: `--tune stream` does"
+    return f"Strengths λ were tuned before, {where}, on seeds from 1000 on."
+
+
+def _not_run(scenario: str) -> str:
+    """The strategies that cannot be in the table, and why."""
+    reasons = {name: entry.unfit[scenario] for name, entry in STRATEGIES.items() if scenario in entry.unfit}
+    lines = [f"- {name}: {reason}" for name, reason in reasons.items()]
+    return "\n".join(["Not in the table:", "", *lines]) if lines else ""
+
+
+def notes(results: Results) -> dict[str, str]:
+    """Known upstream faults, and rows that are equal to another for whatever reason."""
+    weights = {
+        label: {row["seed"]: row["value"] for row in results.select("weights", label)} for label in results.labels
+    }
+    notes = {}
+    for label, own in weights.items():
+        fault = STRATEGIES[label].fault if label in STRATEGIES else ""
+        naive = weights.get("Naive", {})
         shared = own.keys() & naive.keys()
-        equal = bool(shared) and all(own[seed] == naive[seed] for seed in shared)
-        if label in KNOWN_FAULTS and (label != "SI" or equal):
-            notes[label] = KNOWN_FAULTS[label]
-        elif equal and label != "Naive":
+        if fault:
+            notes[label] = fault
+        elif label != "Naive" and shared and all(own[seed] == naive[seed] for seed in shared):
             notes[label] = "Ends with exactly the weights of Naive in every seed: it had no effect here."
-        elif own and label != FISHER and own == fisher:
+        elif own and label != FISHER and own == weights.get(FISHER):
             notes[label] = (
                 "Ends with the weights of the Fisher in every seed: on a ReLU network with cross-entropy the diagonals "
                 "of Hessian, GGN and Fisher are equal, so one policy stands for all."
             )
     return notes
-
-
-def _figures(results: Results, out: Path) -> None:
-    shown = [label for label in SHOWN if label in results.labels]
-    accuracy = {label: results.curve("accuracy/seen", label) for label in shown}
-    kappa = {label: results.curve("fidelity/accumulate/kappa_abs", label) for label in shown}
-    fresh = {label: results.curve("fidelity/refresh/kappa_abs", label) for label in shown}
-    panels = [
-        Curves(accuracy, "accuracy on seen tasks", "Accuracy after each experience"),
-        Curves(kappa, "mean |κ|", "Error of the picture kept at each experience's own anchor", log=True),
-        Curves(fresh, "mean |κ|", "Error of the picture moved to the newest anchor", log=True),
-    ]
-    plot_curves(out / "compare.png", panels, xlabel="training iteration", labels=results.labels)
-    dots = [
-        Dots({label: results.final("average_accuracy", label) for label in results.labels}, "average accuracy"),
-        Dots({label: results.final("forgetting", label) for label in results.labels}, "forgetting"),
-    ]
-    plot_dots(out / "final.png", dots, labels=results.labels)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from avalanche.evaluation.metrics import accuracy_metrics
 from avalanche.logging import TensorboardLogger
+from torch import nn
 
 from avalanche_curv import Fisher, fidelity_metrics
+from benchmarks.compare.data import benchmark_for, classes
 from benchmarks.harness.experiment import Context, Record
-from benchmarks.methods import Method
+from benchmarks.methods import Learner, Method
 from benchmarks.storage import stored_bytes
 from benchmarks.streams import STREAMS
-from benchmarks.training import TimedEvaluation, Trainer, learner, logged, summary, test_sets
+from benchmarks.training import Steps, TimedEvaluation, logged, mean, summary
 
 if TYPE_CHECKING:
     from benchmarks.compare import Setting
@@ -24,32 +29,83 @@ CURVES = [
     for measure in ("kappa", "kappa_abs", "gamma", "alpha", "rho_pooled")
 ] + ["penalty/raw", "penalty/weighted", "accuracy/stored", "accuracy/current_task", "accuracy/past_tasks"]
 
-MEMORY = 0.1  # of each experience's examples: what fidelity looks at, and what Refresh and Replay store
-
 
 def run(method: Method, setting: Setting, seed: int, context: Context) -> list[Record]:
-    """Train on all experiences; accuracy on each test set after each of them."""
-    stream = STREAMS[setting.stream]
-    benchmark = stream.make(stream.experiences, seed, context.dataset_root)
-    experiences = list(benchmark.train_stream)[: setting.experiences]
-    examples = sum(len(experience.dataset) for experience in experiences)
+    """Train on all experiences; accuracy on the test set of each one seen after each of them."""
+    benchmark = benchmark_for(setting, seed, context.dataset_root)
     torch.manual_seed(seed)  # the stream may have drawn: every method starts from the same weights
-    strategy, evaluation = build(method, setting, benchmark, examples, context)
-    trainer, tests = Trainer(strategy, evaluation), test_sets(benchmark, setting.test_limit)[: setting.experiences]
-    records = [record for found in trainer.course(experiences, tests) for record in found]
-    scalars = summary(trainer.rows) | {"seconds": trainer.seconds, "stored_bytes": float(stored_bytes(strategy))}
+    strategy, evaluation = build(method, setting, benchmark, context)
+    course = Course(strategy, evaluation)
+    records = course.joint(benchmark) if method.joint else course.sequence(benchmark)
+    scalars = summary(course.rows) | {"seconds": course.seconds, "stored_bytes": float(stored_bytes(strategy))}
     scalars["metric_seconds"] = evaluation.seconds
-    scalars["weights"] = float(sum(p.double().sum() for p in strategy.model.parameters()))  # tells equal runs
+    scalars["weights"] = float(sum(p.detach().double().sum() for p in strategy.model.parameters()))  # tells equal runs
     records += [{"metric": name, "value": value} for name, value in scalars.items()]
     return records + logged(evaluation, CURVES)
 
 
-def build(method: Method, setting: Setting, benchmark: Any, examples: int, context: Context) -> tuple[Any, Any]:
+def build(method: Method, setting: Setting, benchmark: Any, context: Context) -> tuple[Any, TimedEvaluation]:
     """The strategy of a method and its evaluation, with metrics that draw nothing and TensorBoard files."""
-    model = STREAMS[setting.stream].model()
-    evaluation = TimedEvaluation(
-        *fidelity_metrics(curvature=Fisher(), every=setting.every, fraction=MEMORY, stream=benchmark.test_stream),
-        loggers=[TensorboardLogger(context.tensorboard_dir)],
+    model = STREAMS[setting.stream].model(setting.scenario)
+    metrics: Sequence[Any] = accuracy_metrics(experience=True)
+    if setting.every and method.pictured:
+        fidelity = fidelity_metrics(
+            curvature=Fisher(), every=setting.every, fraction=setting.memory, stream=benchmark.test_stream
+        )
+        metrics = [*metrics, *fidelity]
+    evaluation = TimedEvaluation(*metrics, loggers=[TensorboardLogger(context.tensorboard_dir)])
+    datasets = [experience.dataset for experience in benchmark.train_stream]
+    learner = Learner(
+        model=model,
+        optimizer=torch.optim.Adam(model.parameters(), lr=setting.rate, fused=True),
+        criterion=nn.CrossEntropyLoss(),
+        batch=setting.batch,
+        epochs=setting.steps,  # at least one step each: `Steps` ends the experience
+        examples=sum(map(len, datasets)),
+        classes=classes(datasets),
+        plugins=(Steps(setting.steps * (len(datasets) if method.joint else 1)),),
+        evaluator=evaluation,
     )
-    strategy = learner(model, setting, method.plugins(examples), evaluation, kind=method.strategy)
-    return strategy, evaluation
+    return method.build(learner), evaluation
+
+
+class Course:
+    """Trains a strategy, and knows seconds and the accuracies a[t][j] on experience j after experience t, j ≤ t."""
+
+    def __init__(self, strategy: Any, evaluation: TimedEvaluation) -> None:
+        self.strategy, self.evaluation = strategy, evaluation
+        self.seconds = 0.0
+        self.rows: list[list[float]] = []
+
+    def sequence(self, benchmark: Any) -> list[Record]:
+        """One experience after another."""
+        records: list[Record] = []
+        for number, experience in enumerate(benchmark.train_stream):
+            self._train(experience)
+            records += self._measure(benchmark.test_stream[: number + 1])
+        return records
+
+    def joint(self, benchmark: Any) -> list[Record]:
+        """All experiences at once."""
+        self._train(benchmark.train_stream)
+        return self._measure(benchmark.test_stream)
+
+    def _train(self, experiences: Any) -> None:
+        """`seconds` grows by the time of training alone, without metrics and loggers."""
+        before, start = self.evaluation.seconds, time.perf_counter()
+        self.strategy.train(experiences, eval_streams=[])
+        self.seconds += time.perf_counter() - start - (self.evaluation.seconds - before)
+
+    def _measure(self, tests: Any) -> list[Record]:
+        """Accuracy as the strategy itself evaluates, which matters to methods that predict in a way of their own."""
+        found = self.strategy.eval(tests)
+        values = {
+            int(name.rpartition("Exp")[2]): float(value) for name, value in found.items() if "Top1_Acc_Exp" in name
+        }
+        row = [values[number] for number in range(len(tests))]
+        self.rows.append(row)
+        step = self.strategy.clock.train_iterations
+        records: list[Record] = [
+            {"metric": f"accuracy/experience_{k}", "value": value, "step": step} for k, value in enumerate(row)
+        ]
+        return [*records, {"metric": "accuracy/seen", "value": mean(row), "step": step}]

@@ -7,42 +7,11 @@ from pathlib import Path
 
 from benchmarks.harness import UsageError
 from benchmarks.plasticity.networks import Mlp, Network, ResNet18, VitTiny
+from benchmarks.streams.sources import SOURCES
 
 RANDOM, PIXELS, FLIP, GROWING = CHANGES = ("random_labels", "pixel_permutation", "label_flip", "class_incremental")
 MLP, RESNET = Mlp(), ResNet18()
 NETWORKS: dict[str, Network] = {"mlp": MLP, "resnet18": RESNET, "vit_tiny": VitTiny()}
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where the images of a data set lie below --dataset-root, what they are, which files these are, and how many
-    classes they have."""
-
-    place: str
-    what: str
-    files: tuple[str, ...]
-    classes: int
-    channels: int = 1
-
-
-KINDS = ("images-idx3-ubyte", "labels-idx1-ubyte")
-IDX = tuple(f"{part}-{kind}" for part in ("train", "t10k") for kind in KINDS)
-BALANCED = tuple(f"emnist-balanced-{part}-{kind}" for part in ("train", "test") for kind in KINDS)
-BATCHES = (*(f"data_batch_{number}" for number in range(1, 6)), "test_batch", "batches.meta")
-SVHN = ("train_32x32.mat", "test_32x32.mat")
-TINY = ("wnids.txt", "train", "val/images", "val/val_annotations.txt")
-SOURCES = {
-    "digits": Source(".", "", (), 10),
-    "mnist": Source("MNIST/raw", "the four IDX files of MNIST, unpacked", IDX, 10),
-    "fashion": Source("FashionMNIST/raw", "the four IDX files of Fashion-MNIST, unpacked", IDX, 10),
-    "emnist": Source("EMNIST/raw", f"the IDX files {', '.join(BALANCED)}", BALANCED, 47),
-    "cifar10": Source("cifar-10-batches-py", "CIFAR-10, the version for Python, unpacked", BATCHES, 10, 3),
-    "cifar100": Source(
-        "cifar-100-python", "CIFAR-100, the version for Python, unpacked", ("train", "test", "meta"), 100, 3
-    ),
-    "svhn": Source(".", f"{' and '.join(SVHN)}, the cropped digits of SVHN", SVHN, 10, 3),
-    "tiny_imagenet": Source("tiny-imagenet-200", "tiny-imagenet-200.zip, unpacked", TINY, 200, 3),
-}
 
 
 @dataclass(frozen=True)
@@ -101,28 +70,16 @@ class Setting:
 
 def has(images: str, dataset_root: Path | None) -> bool:
     """Whether the files of a data set are there."""
-    return not SOURCES[images].files if dataset_root is None else not _missing(images, dataset_root)
+    source = SOURCES[images]
+    return not source.files if dataset_root is None else not source.missing(dataset_root)
 
 
 def check(images: str, dataset_root: Path | None) -> None:
     """Raises UsageError where a file of a data set is not there, or empty."""
     source = SOURCES[images]
-    if has(images, dataset_root):
-        return
-    if dataset_root is None:
+    if dataset_root is not None:
+        source.check(dataset_root)
+    elif source.files:
         raise UsageError(
             f"{images} is read from files: give --dataset-root DIR, with {source.what} in DIR/{source.place}."
         )
-    raise UsageError(
-        f"{_missing(images, dataset_root)[0]} is not there, or empty. Put into {dataset_root / source.place} "
-        f"{source.what}; see --dataset-root."
-    )
-
-
-def _missing(images: str, dataset_root: Path) -> list[Path]:
-    paths = [dataset_root / SOURCES[images].place / name for name in SOURCES[images].files]
-    return [path for path in paths if not (any(path.iterdir()) if path.is_dir() else _has_content(path))]
-
-
-def _has_content(path: Path) -> bool:
-    return path.is_file() and path.stat().st_size > 0

@@ -18,9 +18,9 @@ from avalanche_curv import (
     Rank,
     Step,
 )
-from benchmarks.methods import AvalancheEWC, Method, Ours, Plain, Rehearsal
+from benchmarks.methods import AvalancheEWC, Method, Ours, Plain, Projected, Rehearsal
 from benchmarks.projections import MAIN, TUNE, WIDE, Config, Setting
-from benchmarks.projections.methods import Multitask, Projected
+from benchmarks.projections.methods import Multitask
 
 NAIVE, MULTITASK, GPM = "Naive", "multitask", "GPM"
 EWC, CURVATURE_EWC = "Avalanche's EWC", "CurvatureEWC"

@@ -158,7 +158,13 @@ def test_a_risk_of_no_examples_is_refused(batches, net):
 
 
 @pytest.mark.parametrize(
-    "batch", [(torch.zeros(2, 4), torch.zeros(2), torch.zeros(2)), (torch.zeros(2, 4), [0, 1]), ([[0.0] * 4], [0])]
+    "batch",
+    [
+        (torch.zeros(2, 4),),
+        (torch.zeros(2, 4), torch.zeros(2), torch.zeros(2)),
+        (torch.zeros(2, 4), [0, 1]),
+        ([[0.0] * 4], [0]),
+    ],
 )
 def test_a_batch_must_be_a_pair_of_tensors(batch, net):
     with pytest.raises(ValueError, match=r"pair of tensors \(inputs, targets\); got \['"):

@@ -1,0 +1,87 @@
+"""One run: a method on ten permutations, in one setting."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import nan
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from avalanche_curv.core import NonFiniteCurvatureError
+from avalanche_curv.streams._benchmark import benchmark
+from benchmarks.ewc_permuted_mnist import Config, Setting
+from benchmarks.harness.experiment import Context, Record
+from benchmarks.mnist import CLASSES
+from benchmarks.plasticity.data import Images, read
+from benchmarks.projections.data import Permuted, Stream, WholeBatches
+from benchmarks.projections.methods import Multitask
+from benchmarks.training import Steps, TimedEvaluation, Trainer, mean, summary
+
+EXAMPLES = 60_000  # all training images
+
+
+def run(config: Config, seed: int, context: Context) -> Iterator[Record]:
+    """Learn one task after another; the number of tasks learned is the step of a record. Weights that diverge end the
+    run, without an accuracy."""
+    setting, joint = config.setting, isinstance(config.method, Multitask)
+    found = stream(setting, seed, context.dataset_root, at_once=joint)
+    torch.manual_seed(seed)  # every row of one size starts from the same weights
+    trainer = build(config, found, setting.steps * (setting.tasks if joint else 1))
+    rows: list[list[float]] = []
+    for experience in found.benchmark.train_stream:
+        try:
+            trainer.train(experience)
+        except NonFiniteCurvatureError:
+            yield {"metric": "average_accuracy", "value": nan}
+            return
+        learned = setting.tasks if joint else len(rows) + 1
+        rows.append(trainer.accuracies(test.all() for test in found.tests[:learned]))
+        yield {"metric": "accuracy/seen", "value": mean(rows[-1]), "step": learned}
+        yield from (
+            {"metric": f"accuracy/experience_{task}", "value": value, "step": learned}
+            for task, value in enumerate(rows[-1])
+        )
+    scalars = {"average_accuracy": mean(rows[-1])} if joint else summary(rows)
+    yield from ({"metric": name, "value": value} for name, value in {**scalars, "seconds": trainer.seconds}.items())
+
+
+def stream(setting: Setting, seed: int, dataset_root: Path | None, *, at_once: bool) -> Stream:
+    """A permutation of the pixels for each task, also for the first: an experience each, or all in one."""
+    train, test = (_scaled(part, setting) for part in read(setting.images, EXAMPLES, 0, dataset_root))
+    state = np.random.RandomState(seed)  # the generator that Avalanche draws its permutations from
+    orders = torch.stack([torch.from_numpy(state.permutation(train[0].shape[1])) for _ in range(setting.tasks)])
+    parts = tuple(Permuted(*train, some) for some in ([orders] if at_once else orders.split(1)))
+    tests = tuple(Permuted(*test, order) for order in orders.split(1))
+    return Stream(benchmark(list(zip(parts, tests)), [0] * len(parts), CLASSES), parts, tests)
+
+
+def _scaled(images: Images, setting: Setting) -> tuple[Tensor, Tensor]:
+    pixels = images.scaled(torch.arange(len(images.targets))).flatten(1)
+    return pixels.sub_(setting.mean).div_(setting.deviation), images.targets
+
+
+def build(config: Config, found: Stream, steps: int) -> Trainer:
+    """So many steps in each experience, and nothing measured while it trains."""
+    setting, evaluation = config.setting, TimedEvaluation(loggers=[])
+    model = network(found.parts[0].pixels.shape[1], setting.hidden)
+    strategy = config.method.strategy(
+        model=model,
+        optimizer=setting.optimiser.of(model),
+        criterion=nn.CrossEntropyLoss(),
+        train_mb_size=setting.batch,
+        train_epochs=steps,  # at least one step each: `Steps` ends the experience
+        plugins=[WholeBatches(found.parts), *config.method.plugins(sum(map(len, found.parts))), Steps(steps)],
+        evaluator=evaluation,
+    )
+    strategy.plugins.remove(evaluation)  # without metrics it would still be asked 24 times a step
+    return Trainer(strategy, evaluation)
+
+
+def network(inputs: int, hidden: int) -> nn.Sequential:
+    """Two hidden layers, drawn from torch's current random state."""
+    return nn.Sequential(
+        nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, CLASSES)
+    )

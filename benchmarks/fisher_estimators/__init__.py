@@ -1,0 +1,107 @@
+"""Five ways to compute the Fisher information, each across strengths: the best λ differ by orders of magnitude.
+
+The comparison of van de Ven, "On the computation of the Fisher information in continual learning" (2025), on split
+MNIST with task labels.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.harness import Experiment, Options, one_of
+from benchmarks.harness.experiment import Context, Record
+from benchmarks.plasticity.presets import check
+
+if TYPE_CHECKING:
+    from avalanche_curv import Curvature
+    from benchmarks.harness.results import Results
+
+MAIN, TUNE = PARTS = ("main", "tune")
+EXACT = "exact"
+FIRST_TUNING_SEED = 1000
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all estimators share: two digits a task, told apart by a head of their own, `steps` steps of Adam at `rate`
+    a task, on a ReLU network with two hidden layers of `hidden`."""
+
+    images: str = "mnist"
+    tasks: int = 5
+    hidden: int = 400
+    steps: int = 2000
+    batch: int = 128
+    rate: float = 1e-3
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """A kind of curvature, of so many random `examples` of each task; None for all."""
+
+    curvature: Curvature
+    examples: int | None = None
+
+
+@dataclass(frozen=True)
+class Config:
+    """One estimator at a strength, with the strength that tuning chose for it; Naive has none of them."""
+
+    label: str
+    name: str
+    setting: Setting
+    estimator: Estimator | None = None
+    strength: float | None = None
+    chosen: float | None = None
+    first_seed: int = 0
+
+
+@dataclass(frozen=True)
+class FisherOptions(Options):
+    part: str = MAIN
+
+
+class FisherEstimators(Experiment):
+    """Average accuracy of online EWC for each estimator at each strength."""
+
+    name = "fisher_estimators"
+    options_type = FisherOptions
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        parser.add_argument(
+            "--part", type=one_of("part", PARTS), default=MAIN,
+            help="main (default), or tune: the same grid on seeds from 1000 on, which chooses the strengths",
+        )
+        parser.set_defaults(seeds=3)
+
+    def variant(self, options: FisherOptions) -> str:
+        return "" if options.part == MAIN else options.part
+
+    def configs(self, options: FisherOptions) -> Sequence[Config]:
+        from benchmarks.fisher_estimators.grid import rows
+
+        return rows(setting_for(options), options.part, options.quick)
+
+    def run(self, config: Config, seed: int, context: Context) -> Iterable[Record]:
+        from benchmarks.fisher_estimators.run import run
+
+        return run(config, config.first_seed + seed, context)
+
+    def report(self, results: Results, out: Path) -> str:
+        from benchmarks.fisher_estimators.report import report
+
+        return report(results, out)
+
+
+def setting_for(options: Any) -> Setting:
+    """With `quick`, a few steps on two pairs of digits that need no download. Raises UsageError where MNIST is
+    absent."""
+    setting = Setting("digits", tasks=2, hidden=20, steps=30) if options.quick else Setting()
+    check(setting.images, options.dataset_root)
+    return setting
+
+
+experiment = FisherEstimators()

@@ -1,0 +1,170 @@
+"""The table and the figure of the estimators of the Fisher."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from math import log10
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from benchmarks.fisher_estimators import EXACT
+from benchmarks.harness.plots import new_figure, saved, tidy
+from benchmarks.harness.styles import MUTED, styles
+from benchmarks.harness.summary import Summary
+from benchmarks.harness.tables import Cell, Column, table
+
+if TYPE_CHECKING:
+    from benchmarks.harness.results import Results
+
+TITLE = "# Five ways to compute the Fisher information"
+WITHIN = 0.01
+EXPLANATION = """\
+After van de Ven, "On the computation of the Fisher information in continual learning" (2025). Online EWC: the newest
+anchor, and the sum of the diagonals of all tasks (γ = 1). Penalty λ ½ Σ_i F_i δ_i², with F of the *mean* loss of a
+task; code that sums over the N ≈ 12,000 examples of a task instead has our λ / N.
+
+- *exact*: the expectation over the model's own labels in closed form, on all examples or on 500 random ones.
+- *one sampled label*: a label drawn from the model for each example.
+- *empirical*: the observed label of each example.
+- *batches of 128*: the squares of the mean gradients of mini-batches, what common code calls EWC.
+
+*best λ* is chosen on seeds from 1000 on (`--part tune`), *accuracy* is there, and *at the exact one's* at the best λ of
+the exact Fisher. *works from* and *to* are the ends of the range of λ over which the mean accuracy stays within one
+point of the best of the same seeds (the first or the last λ tried, where the range reaches it), *λ ratio* is *works
+from* over that of the exact Fisher. *trace* is that of the Fisher of the first task, and *trace ratio* the exact one's
+over it: a penalty as stiff needs that many times the strength. *seconds* is the time of the first estimate. Mean ±
+standard deviation over n seeds.
+
+*Naive* is not quite the limit of weak strengths: a penalty, however weak, gives the heads of past tasks a gradient, so
+that Adam takes a few more steps with what is left of their momentum, which it does not without."""
+WHY = """\
+Why the ratios are so large: the network is sure of nearly all examples it was trained on. With p the probability of the
+wrong label, the exact Fisher of an example is p (1 − p) ‖∇f‖², the gradient at the observed label, which is the right
+one, gives p² ‖∇f‖². The sampled label gives the exact Fisher in expectation only: nearly all of that lies in labels
+that are too rare to be drawn, so that what is drawn is nearly always the empirical Fisher. Squares of means over
+batches of b are smaller by another factor of about b, where the gradients of the examples point in different
+directions."""
+
+
+def report(results: Results, out: Path) -> str:
+    """Markdown with one figure, from whatever has finished."""
+    found = curves(results)
+    _figure(results, found, out)
+    figure = "![Accuracy against strength](fisher_estimators.png)"
+    return "\n\n".join([TITLE, _setting(results), EXPLANATION, _table(results, found), WHY, figure])
+
+
+Curve = dict[float, Summary]
+"""Average accuracy by strength."""
+
+
+def curves(results: Results) -> dict[str, Curve]:
+    """That of each estimator, at the strengths that have finished."""
+    found: dict[str, Curve] = {}
+    for label in results.labels:
+        config, accuracy = results.config(label), results.final("average_accuracy", label)
+        if accuracy and config["strength"] is not None:
+            found.setdefault(config["name"], {})[config["strength"]] = accuracy
+    return found
+
+
+def works(curve: Curve, margin: float = WITHIN) -> tuple[float, float]:
+    """The smallest and the largest strength of the connected range around the best at which the mean is at most
+    `margin` below the best, interpolated on the logarithmic axis; a range that ends with the grid ends there.
+
+    >>> at = {1.0: 0.90, 10.0: 0.95, 100.0: 0.93}
+    >>> low, high = works({strength: Summary(mean, None, 1) for strength, mean in at.items()})
+    >>> round(low, 2), round(high, 2)  # 10 ** 0.8 and 10 ** 1.5
+    (6.31, 31.62)
+    """
+    points = sorted((log10(strength), summary.mean) for strength, summary in curve.items())
+    means = [mean for _, mean in points]
+    best = means.index(max(means))
+    floor = means[best] - margin
+    left = -_reach([(-place, mean) for place, mean in reversed(points[: best + 1])], floor)
+    return 10**left, 10 ** _reach(points[best:], floor)
+
+
+def _reach(points: list[tuple[float, float]], floor: float) -> float:
+    """Where a curve that starts above `floor` first falls below it, or ends."""
+    for (place, mean), (following, lower) in pairwise(points):
+        if lower < floor:
+            return place + (following - place) * (mean - floor) / (mean - lower)
+    return points[-1][0]
+
+
+def _setting(results: Results) -> str:
+    setting: dict = next((results.config(label)["setting"] for label in results.labels if results.config(label)), {})
+    h = setting["hidden"]
+    naive = results.final("average_accuracy", "Naive")
+    without = f" Without a penalty: {_written(naive)}." if naive else ""
+    return (
+        f"{setting['tasks']} tasks on {setting['images']}, two digits each, with task labels; a ReLU network with two "
+        f"hidden layers of {h} and a head for each task, Adam at {setting['rate']:g}, batches of {setting['batch']}, "
+        f"{setting['steps']:,} steps a task.{without}"
+    )
+
+
+def _table(results: Results, found: dict[str, Curve]) -> str:
+    columns = [
+        Column("estimator"), Column("best λ"), Column("accuracy", 4, max), Column("at the exact one's", 4),
+        Column("works from"), Column("to"), Column("λ ratio"), Column("trace"), Column("trace ratio"),
+        Column("seconds", 2, min), Column("n"),
+    ]
+    reference, exact = _chosen(results, EXACT), found.get(EXACT)
+    trace = _first(results, "trace", EXACT)
+    rows: list[list[Cell]] = []
+    for name, curve in found.items():
+        best, own, (low, high) = _chosen(results, name), _first(results, "trace", name), works(curve)
+        accuracy, seconds = curve.get(best or 0.0), _first(results, "estimate_seconds", name)
+        rows.append([
+            name, _power(best), accuracy, curve.get(reference or 0.0),
+            _power(low), _power(high), _power(low / works(exact)[0] if exact else None),
+            _power(own), _power(trace / own if trace and own else None), seconds, accuracy.n if accuracy else 0,
+        ])
+    return table(columns, rows)
+
+
+def _chosen(results: Results, name: str) -> float | None:
+    """The strength that tuning chose."""
+    configs = (results.config(label) for label in results.labels)
+    return next((config["chosen"] for config in configs if config and config["name"] == name), None)
+
+
+def _first(results: Results, metric: str, name: str) -> float | None:
+    """The mean over seeds of what is measured after the first task, where no strength has acted yet."""
+    found = (results.final(metric, label) for label in results.labels if results.config(label).get("name") == name)
+    known = next((summary for summary in found if summary), None)
+    return known.mean if known else None
+
+
+def _power(value: float | None) -> str | None:
+    """With two digits, as a power of ten where it is far from 1."""
+    if value is None:
+        return None
+    return f"{value:.2g}" if 0.1 <= value < 1000 else f"{value:.1e}".replace("e+0", "e").replace("e-0", "e-")
+
+
+def _written(summary: Summary) -> str:
+    spread = "" if summary.std is None else f" ± {summary.std:.4f}"
+    return f"{summary.mean:.4f}{spread}"
+
+
+def _figure(results: Results, found: dict[str, Curve], out: Path) -> None:
+    figure = new_figure(8.6, 4.0)
+    axes, naive = figure.subplots(), results.final("average_accuracy", "Naive")
+    if naive:
+        axes.axhline(naive.mean, color=MUTED, linestyle="--", linewidth=1.2, label="Naive")
+    for name, style in styles(list(found)).items():
+        points = sorted(found[name].items())
+        strengths, means = [strength for strength, _ in points], [summary.mean for _, summary in points]
+        spreads = [summary.std or 0.0 for _, summary in points]
+        axes.plot(strengths, means, linewidth=1.7, label=name, **style.line)
+        low, high = ([mean + sign * s for mean, s in zip(means, spreads)] for sign in (-1, 1))
+        axes.fill_between(strengths, low, high, color=style.colour, alpha=0.15, linewidth=0)
+    axes.set_xscale("log")
+    axes.set_xlabel("strength λ")
+    axes.set_ylabel("average accuracy")
+    tidy(axes, "Each estimator works at strengths of its own")
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    saved(figure, out / "fisher_estimators.png")

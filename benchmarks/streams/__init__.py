@@ -1,0 +1,62 @@
+"""The streams that experiments train on, by name, with the networks and the recipes of the literature.
+
+A stream has scenarios (`TASK`, `DOMAIN`, `CLASS`), the first of them its default. Splits, class orders, permutations
+and angles are Avalanche's for the same seed. Importing this imports neither torch nor Avalanche.
+
+References: Kirkpatrick et al. 2017 (EWC); Lopez-Paz & Ranzato 2017 (GEM); Hsu et al. 2018 (Re-evaluating continual
+learning scenarios); van de Ven & Tolias 2019 (Three scenarios for continual learning); Buzzega et al. 2020 (DER);
+van de Ven, Tuytelaars & Tolias 2022 (Three types of incremental learning); Mai et al. 2022 (Online continual learning
+in image classification).
+"""
+
+from benchmarks.streams.digits import permuted_digits, rotated_digits, sine, split_digits
+from benchmarks.streams.mnist import permuted_mnist, rotated_mnist, split_fashion_mnist, split_mnist
+from benchmarks.streams.networks import Mlp, ResNet18
+from benchmarks.streams.photographs import core50, split_cifar10, split_cifar100, split_tiny_imagenet
+from benchmarks.streams.scenario import CLASS, DOMAIN, SCENARIOS, TASK
+from benchmarks.streams.sources import SOURCES
+from benchmarks.streams.stream import Recipe, Stream
+
+__all__ = ["CLASS", "DOMAIN", "SCENARIOS", "STREAMS", "TASK", "Recipe", "Stream"]
+
+SMALL = Recipe(60, 64, 3e-3, memory=0.1, source="chosen here, so that a run takes seconds")
+TWO_THOUSAND = Recipe(2_000, 128, 1e-3, memory=2_000 / 60_000, source="van de Ven & Tolias 2019, split MNIST")
+FIVE_THOUSAND = Recipe(5_000, 256, 1e-4, memory=2_000 / 600_000, source="van de Ven & Tolias 2019, permuted MNIST")
+CIFAR = Recipe(5_000, 256, 1e-4, memory=2_000 / 50_000, source="van de Ven, Tuytelaars & Tolias 2022, split CIFAR-100")
+HUNDRED_EPOCHS = Recipe(31_250, 32, 1e-3, memory=5_120 / 100_000, source="Buzzega et al. 2020; they use SGD at 0.03")
+ONE_PASS = Recipe(1_500, 10, 1e-3, memory=2_000 / 120_000, source="Mai et al. 2022: one pass; they use SGD at 0.1")
+
+DIGITS, PLANE = Mlp(64, (100,)), Mlp(2, (100,))
+HSU = Mlp(784, (400, 400))  # Hsu et al. 2018, van de Ven & Tolias 2019
+WIDE = Mlp(784, (1000, 1000))  # van de Ven & Tolias 2019
+SLIM, FULL = ResNet18(20), ResNet18(64)  # Lopez-Paz & Ranzato 2017; Buzzega et al. 2020
+
+
+def _split(classes: int, experiences: int) -> dict[str, int]:
+    """The outputs of a head where each experience has classes of its own."""
+    return {CLASS: classes, DOMAIN: classes // experiences, TASK: classes // experiences}
+
+
+def _repeated(classes: int, experiences: int) -> dict[str, int]:
+    """The outputs of a head where all experiences have the same classes, told apart by what the inputs look like."""
+    return {DOMAIN: classes, TASK: classes, CLASS: classes * experiences}
+
+
+MNIST, FASHION = SOURCES["mnist"], SOURCES["fashion"]
+
+STREAMS = {
+    "permuted_digits": Stream(permuted_digits, 5, _repeated(10, 5), DIGITS, SMALL),
+    "rotated_digits": Stream(rotated_digits, 5, _repeated(10, 5), DIGITS, SMALL),
+    "split_digits": Stream(split_digits, 5, _split(10, 5), DIGITS, SMALL),
+    "sine": Stream(sine, 9, {DOMAIN: 2}, PLANE, Recipe(100, 64, 3e-3, memory=0.1, source=SMALL.source)),
+    "split_mnist": Stream(split_mnist, 5, _split(10, 5), HSU, TWO_THOUSAND, MNIST),
+    "permuted_mnist": Stream(permuted_mnist, 10, _repeated(10, 10), WIDE, FIVE_THOUSAND, MNIST),
+    "rotated_mnist": Stream(rotated_mnist, 10, _repeated(10, 10), HSU, TWO_THOUSAND, MNIST),
+    "split_fashion_mnist": Stream(split_fashion_mnist, 5, _split(10, 5), HSU, TWO_THOUSAND, FASHION),
+    "split_cifar10": Stream(split_cifar10, 5, _split(10, 5), SLIM, CIFAR, SOURCES["cifar10"]),
+    "split_cifar100": Stream(split_cifar100, 10, _split(100, 10), SLIM, CIFAR, SOURCES["cifar100"]),
+    "split_tiny_imagenet": Stream(
+        split_tiny_imagenet, 10, _split(200, 10), FULL, HUNDRED_EPOCHS, SOURCES["tiny_imagenet"]
+    ),
+    "core50": Stream(core50, 9, {CLASS: 50, DOMAIN: 50}, SLIM, ONE_PASS, SOURCES["core50"]),
+}

@@ -1,0 +1,136 @@
+"""The comparison: what it trains and tests on, how it tunes, and what it says."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks.compare import CompareOptions, Setting, experiment
+from benchmarks.compare.tuning import FIRST_SEED, Tuning, TuningOptions, best_strengths
+from benchmarks.harness import Results, UsageError
+from benchmarks.harness.command import main
+from benchmarks.harness.experiment import Context
+from benchmarks.harness.timings import is_timing
+
+SETTING = Setting("split_digits", "class", experiences=3, steps=4, batch=32, rate=3e-3, every=0, test_limit=60)
+
+
+def pixels(dataset):
+    """The examples of a dataset as a set, each as the bytes of its pixels."""
+    return {item[0].numpy().tobytes() for item in dataset}
+
+
+def context(seed, folder):
+    return Context(seed, False, None, folder)
+
+
+def test_tuning_trains_and_tests_on_disjoint_parts_of_the_training_examples():
+    from benchmarks.compare.data import benchmark_for
+
+    whole, held = (benchmark_for(replace(SETTING, test_limit=None, validation=part), 3, None) for part in (0.0, 0.2))
+    for number in range(3):
+        train, valid = (pixels(stream[number].dataset) for stream in (held.train_stream, held.test_stream))
+        assert train | valid == pixels(whole.train_stream[number].dataset)
+        assert not train & valid
+        assert not valid & pixels(whole.test_stream[number].dataset)
+        counts = torch.bincount(torch.tensor([item[1] for item in held.test_stream[number].dataset]))
+        wholes = torch.bincount(torch.tensor([item[1] for item in whole.train_stream[number].dataset]))
+        assert counts[counts > 0].tolist() == (0.2 * wholes[wholes > 0]).int().tolist()
+
+
+def test_the_first_k_protocol_sees_no_later_experience():
+    (config,) = Tuning().configs(
+        TuningOptions(stream="split_digits", strategy=["EWC"], protocol="first", first=2, quick=True)
+    )
+    from benchmarks.compare.data import benchmark_for
+
+    assert len(benchmark_for(config.setting, FIRST_SEED, None).train_stream) == 2
+
+
+@pytest.mark.parametrize("scenario", ["task", "domain", "class"])
+def test_accuracies_equal_a_count_over_the_test_examples(scenario, tmp_path):
+    from avalanche.models import avalanche_forward
+
+    from benchmarks.compare.data import benchmark_for
+    from benchmarks.compare.run import Course, build
+    from benchmarks.methods import Plain
+
+    setting = replace(SETTING, scenario=scenario)
+    benchmark = benchmark_for(setting, 0, None)
+    torch.manual_seed(0)
+    course = Course(*build(Plain(), setting, benchmark, context(0, tmp_path)))
+    course.sequence(benchmark)
+    counted = []
+    model = course.strategy.model.eval()
+    for experience in benchmark.test_stream:
+        inputs, targets, labels = (torch.stack([torch.as_tensor(i) for i in part]) for part in zip(*experience.dataset))
+        with torch.no_grad():
+            outputs = avalanche_forward(model, inputs, labels)
+        counted.append((outputs.argmax(1) == targets).double().mean().item())
+    assert [len(row) for row in course.rows] == [1, 2, 3]
+    assert course.rows[-1] == pytest.approx(counted, abs=1e-6)
+
+
+def test_joint_training_is_measured_once_on_all(tmp_path):
+    from benchmarks.compare.run import run
+    from benchmarks.methods import AllAtOnce
+
+    records = run(AllAtOnce(), SETTING, 0, context(0, tmp_path))
+    measured = [record["metric"] for record in records if "experience" in record["metric"]]
+    assert measured == [f"accuracy/experience_{number}" for number in range(3)]
+
+
+def test_two_runs_of_a_unit_with_one_seed_give_the_same_records(tmp_path):
+    from benchmarks.compare.grid import methods
+    from benchmarks.compare.run import run
+
+    setting = replace(SETTING, every=2)
+    for method in methods(setting, ["CurvatureEWC Fisher MC, refresh", "DER++", "GEM"], {}).values():
+        first, second = (
+            json.dumps([r for r in run(method, setting, 5, context(5, tmp_path)) if not is_timing(r["metric"])])
+            for _ in range(2)
+        )
+        assert first == second
+
+
+def row(name, strength, seed, value):
+    label = f"{name} at {strength:g}"
+    header = {"label": label, "seed": seed, "config": {"name": name, "strength": strength}}
+    return header, {"metric": "average_accuracy", "value": value, "step": None, "label": label, "seed": seed}
+
+
+def test_the_best_mean_is_chosen_and_of_equal_ones_the_smallest_strength():
+    found = [
+        row("A", 1.0, 0, 0.5), row("A", 1.0, 1, 0.7), row("A", 10.0, 0, 0.9), row("A", 10.0, 1, 0.2),
+        row("B", 1.0, 0, 0.3), row("B", 10.0, 0, 0.3), row("B", 100.0, 0, float("nan")),
+    ]
+    headers, rows = zip(*found)
+    results = Results(tuple(dict.fromkeys(h["label"] for h in headers)), rows, headers)
+    assert best_strengths(results) == {"A": 1.0, "B": 1.0}
+
+
+def test_one_command_tunes_on_other_seeds_and_reports_at_the_strengths_it_found(tmp_path, capsys):
+    words = ["run", "compare", "--stream", "split_digits", "--scenario", "domain", "--tune", "stream", "--quick"]
+    chosen = ["--strategy", "EWC", "--strategy", "Naive", "--baseline", "EWC", "--seeds", "2", "--jobs", "1"]
+    assert main([*words, *chosen, "--out", str(tmp_path)]) == 0
+    strengths = json.loads((tmp_path / "tune_compare-split_digits-domain-quick" / "strengths.json").read_text())
+    manifest = json.loads((tmp_path / "compare-split_digits-domain-tuned-stream-quick" / "manifest.json").read_text())
+    assert manifest["options"]["strengths"] == [list(pair) for pair in strengths.items()] == [["EWC", 1.0]]
+    written = capsys.readouterr().out
+    assert "less EWC" in written
+    assert "held out" in written
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"strategy": ["EWC onlin", "Naive"]}, "did you mean 'EWC online'"),
+        ({"strategy": ["Naive", "iCaRL"], "scenario": "task"}, "'iCaRL' does not run task-incrementally"),
+        ({"strategy": ["EWC"]}, "the baseline 'Naive' is not among the strategies: EWC"),
+        ({"stream": "sine", "scenario": "class"}, "has no scenario 'class'. It has: domain"),
+    ],
+)
+def test_requests_that_cannot_be_met_name_the_remedy(options, message):
+    with pytest.raises(UsageError, match=message):
+        experiment.configs(CompareOptions(**{"stream": "split_digits", **options}))

@@ -1,0 +1,144 @@
+"""The path changes a factor at a time, what its rows stand for, and the report."""
+
+import math
+from dataclasses import fields, replace
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import ewc_permuted_mnist
+from benchmarks.ewc_permuted_mnist import Adam, EwcOptions, Setting, Sgd
+from benchmarks.harness.experiment import Context
+from benchmarks.harness.grid import describe
+from benchmarks.harness.results import Results
+
+SMALL = Setting(Sgd(0.05), "digits", tasks=2, hidden=10, steps=50, batch=32)
+
+
+@pytest.fixture(scope="module")
+def grid():
+    from benchmarks.ewc_permuted_mnist import grid
+
+    return grid
+
+
+@pytest.fixture(scope="module")
+def run():
+    from benchmarks.ewc_permuted_mnist import run
+
+    return run
+
+
+def records(run, config, tmp_path):
+    context = Context(0, True, None, tmp_path)
+    return [{"step": None, **r, "value": float(r["value"])} for r in run.run(config, 0, context)]
+
+
+def test_each_row_of_the_path_changes_one_thing_beside_its_strength(grid):
+    def changes(one, other):
+        of_setting = {f.name for f in fields(Setting) if getattr(one.setting, f.name) != getattr(other.setting, f.name)}
+        pixels = {"mean", "deviation"}
+        of_row = {name for name in ("curvature", "structure") if getattr(one, name) != getattr(other, name)}
+        return (of_setting - pixels) | ({"pixels"} if of_setting & pixels else set()) | of_row
+
+    found = [changes(above, row) for above, row in zip(grid.PATH, grid.PATH[1:])]
+    assert found == [{"optimiser"}, set(), {"curvature"}, {"pixels"}, {"optimiser"}, {"structure"}]
+    above = next(row for row in grid.PATH if row.label == "6 optimiser")
+    assert [changes(above, row) for row in grid.ASIDE] == [{"hidden"}, {"steps"}]
+    for row in grid.PATH:
+        assert not row.tried or row.strength in row.tried
+
+
+def test_the_first_row_is_what_avalanche_does(grid, run):
+    """The squares of mini-batch gradients, at twice the strength for the ½."""
+    from benchmarks.ewc_permuted_mnist import Config
+    from benchmarks.methods import AvalancheEWC
+
+    ours = grid.PATH[0].at(500 * grid.PATH[0].strength, "ours").method
+    kind = replace(ours.curvature, batch_size=SMALL.batch)
+    ours = replace(ours, curvature=kind, policy=replace(ours.policy, fraction=1.0))
+    found = []
+    for method in (ours, AvalancheEWC(500.0), AvalancheEWC(0.0)):
+        stream = run.stream(SMALL, 0, None, at_once=False)
+        torch.manual_seed(5)
+        trainer = run.build(Config("one", method, SMALL), stream, SMALL.steps)
+        for task, experience in enumerate(stream.benchmark.train_stream):
+            torch.manual_seed(task)  # the loader of Avalanche's own estimate draws from the global state
+            trainer.train(experience)
+        found.append(torch.cat([p.detach().flatten() for p in trainer.strategy.model.parameters()]))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-4)
+    assert (found[1] - found[2]).abs().max() > 1e-2
+
+
+def test_adam_in_one_kernel_steps_as_adam_does():
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(64, 5, generator=generator)
+    ends = []
+    for make in (Adam(1e-2).of, lambda model: torch.optim.Adam(model.parameters(), lr=1e-2, fused=False)):
+        model = nn.Linear(5, 1)
+        nn.init.ones_(model.weight)
+        nn.init.zeros_(model.bias)
+        optimizer = make(model)
+        for _ in range(50):
+            optimizer.zero_grad()
+            model(inputs).square().mean().backward()
+            optimizer.step()
+        ends.append(model.weight.detach())
+    torch.testing.assert_close(*ends)
+
+
+def test_pixels_lie_between_0_and_1_or_are_shifted_and_scaled(run):
+    plain, shifted = (
+        run.stream(replace(SMALL, mean=mean, deviation=deviation), 0, None, at_once=False).parts[0].pixels
+        for mean, deviation in ((0.0, 1.0), (0.5, 0.25))
+    )
+    assert (plain.min(), plain.max()) == (0, 1)
+    torch.testing.assert_close(shifted, (plain - 0.5) * 4)
+
+
+def test_weights_that_diverge_end_the_run_without_an_accuracy(grid, run, tmp_path):
+    row = replace(grid.PATH[3], setting=replace(SMALL, optimiser=Sgd(1e30), tasks=3))
+    found = records(run, row.at(1e6, "too fast"), tmp_path)
+    assert [r["metric"] for r in found] == ["average_accuracy"]
+    assert math.isnan(found[0]["value"])
+
+
+def test_multitask_has_the_steps_and_the_images_of_all_tasks(grid, run, tmp_path):
+    from benchmarks.projections.methods import Multitask
+
+    config = ewc_permuted_mnist.Config("multitask", Multitask(), SMALL)
+    joint, apart = (run.stream(SMALL, 0, None, at_once=at_once) for at_once in (True, False))
+    (whole,), parts = joint.parts, apart.parts
+    assert len(whole) == sum(map(len, parts))
+    assert all(torch.equal(whole[len(parts[0]) + i][0], parts[1][i][0]) for i in range(3))
+    trainer = run.build(config, joint, SMALL.steps * SMALL.tasks)
+    trainer.train(joint.benchmark.train_stream[0])
+    assert trainer.strategy.clock.train_iterations == SMALL.steps * SMALL.tasks
+    found = records(run, config, tmp_path)
+    assert [r["step"] for r in found if r["metric"] == "accuracy/seen"] == [SMALL.tasks]
+
+
+@pytest.mark.parametrize("part", ewc_permuted_mnist.PARTS)
+def test_every_part_has_a_quick_form_without_data_and_tunes_on_seeds_of_its_own(part):
+    configs = ewc_permuted_mnist.experiment.configs(EwcOptions(quick=True, part=part))
+    assert {config.setting.images for config in configs} == {"digits"}
+    assert {config.first_seed for config in configs} == {1000 if part == "tune" else 0}
+    assert len({str(describe(replace(config, label=""))) for config in configs}) == len(configs)
+
+
+def test_the_report_says_what_each_row_changes_and_which_reach_the_paper(run, tmp_path):
+    chosen = ewc_permuted_mnist.experiment.configs(
+        EwcOptions(quick=True, row=["1 Avalanche's recipe", "7 Kronecker", "multitask, as row 7"])
+    )
+    rows = [
+        {**record, "label": config.label, "seed": 0} for config in chosen for record in records(run, config, tmp_path)
+    ]
+    final = [row for row in rows if row["metric"] == "average_accuracy" and row["label"] == "7 Kronecker"]
+    final[0]["value"] = 0.951
+    headers = tuple({"label": config.label, "seed": 0, "config": describe(config)} for config in chosen)
+    results = Results(tuple(config.label for config in chosen), tuple(rows), headers)
+    written = ewc_permuted_mnist.experiment.report(results, tmp_path)
+    assert "KFAC for the diagonal" in written
+    assert "At or above 0.94: 7 Kronecker (0.9510)." in written
+    assert {path.name for path in tmp_path.glob("*.png")} == {"ewc_permuted_mnist.png", "ewc_permuted_mnist_rows.png"}
