@@ -33,13 +33,16 @@ def report(results: Results, out: Path) -> str:
         "the mean over all experiences at the end, as the strategy itself evaluates; forgetting the mean drop since "
         "each was learned. "
         f"{_on_strengths(results, setting)}",
+        "## Accuracy",
         _accuracies(results),
+        _not_run(setting.get("scenario", "")),
+        "## Fidelity and cost",
         "κ is the mean absolute error of the quadratic picture on stored examples, averaged over the trajectory, with "
         f"a measurement every {every} steps: for each experience kept at its own anchor (accumulate) or moved to the "
         "newest (refresh). CurvatureEWC keeps the diagonal where a row does not say otherwise. Training time is "
         "without metrics, whose time is beside it.",
         _prices(results),
-        _not_run(setting.get("scenario", "")),
+        "## Figures",
         draw(results, out),
     ]
     return "\n\n".join(line for line in lines if line)

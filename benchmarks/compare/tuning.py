@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.compare import (
     FIRST,
@@ -102,14 +102,25 @@ class Tuning(Experiment):
             [name, *(results.final("average_accuracy", f"{name} at {s:g}") for s in strengths), f"{best:g}"]
             for name, best in chosen.items()
         ]
+        edges = [name for name, best in chosen.items() if best in _ends(tried.values(), name)]
         columns = [Column("strategy"), *(Column(f"{s:g}") for s in strengths), Column("chosen")]
         setting = next(iter(tried.values()))["setting"]
         return (
             f"# Strengths on {setting['stream']}, {setting['scenario']}-incremental\n\n"
             f"Average accuracy after {setting['experiences']} experiences of {setting['steps']} steps on the "
             f"{100 * setting['validation']:g} % of the training examples that were held out, seeds from {FIRST_SEED} "
-            "on, by strength.\n\n" + table(columns, rows)
+            "on, by strength.\n\n" + table(columns, rows) + _on_edges(edges)
         )
+
+
+def _ends(configs: Iterable[dict[str, Any]], name: str) -> tuple[float, float]:
+    """The least and the largest strength that was tried of a method."""
+    strengths = [config["strength"] for config in configs if config["name"] == name]
+    return min(strengths), max(strengths)
+
+
+def _on_edges(names: Sequence[str]) -> str:
+    return f"\n\nChosen at an end of the grid, so perhaps better beyond it: {', '.join(names)}." if names else ""
 
 
 def best_strengths(results: Results) -> dict[str, float]:

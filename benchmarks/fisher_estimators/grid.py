@@ -20,7 +20,7 @@ EXPONENTS = {  # of ten: each one where accuracy rises, fewer where it is flat a
     "empirical": (5, 7, 8, 9, 10, 14),
     "batches of 128": (7, 9, 10, 11, 12, 16),
 }
-STRENGTHS = {  # the best of `run fisher_estimators --part tune`
+STRENGTHS = {  # of shorter runs on seed 1000: three tasks, 700 steps from the second on; a few strengths of each
     EXACT: 1e6,
     "exact, 500 examples": 1e6,
     "one sampled label": 1e10,
