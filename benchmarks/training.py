@@ -131,10 +131,10 @@ class Trainer:
 def summary(rows: list[list[float]]) -> dict[str, float]:
     """Average accuracy A = mean_j a_{T,j} and forgetting F = mean_{j<T} (a_{j,j} − a_{T,j}) of the accuracy a_{t,j}
     on task j after experience t (Chaudhry et al. 2018, with the accuracy just after learning as the reference), and
-    mean_j a_{j,j}, what was learned."""
+    mean_j a_{j,j}, what was learned; of a single row, which has learned all at once, its mean."""
     last = rows[-1]
     drops = [rows[j][j] - last[j] for j in range(len(rows) - 1)]
-    learned = mean([row[k] for k, row in enumerate(rows)])
+    learned = mean([row[k] for k, row in enumerate(rows)] if len(rows) > 1 else last)
     return {"average_accuracy": mean(last), "forgetting": mean(drops) if drops else 0.0, "learned": learned}
 
 

@@ -64,8 +64,7 @@ def _scatter(results: Results, path: Path) -> None:
     panels = []
     for picture, title in titles.items():
         metric = f"fidelity_trajectory/{picture}/kappa_abs"
-        points = {
-            label: (results.final(metric, label), results.final("average_accuracy", label)) for label in results.labels
-        }
+        shown = [label for label in SHOWN if label in results.labels]
+        points = {label: (results.final(metric, label), results.final("average_accuracy", label)) for label in shown}
         panels.append(Points(points, "mean |κ| over the trajectory", "average accuracy", title, log_x=True))
     plot_scatter(path, panels, labels=results.labels)
