@@ -28,13 +28,13 @@ task; code that sums over the N ≈ 12,000 examples of a task instead has our λ
 - *empirical*: the observed label of each example.
 - *batches of 128*: the squares of the mean gradients of mini-batches, what common code calls EWC.
 
-*chosen λ* was chosen before, in shorter runs on seed 1000 (three tasks, 700 steps from the second on; a few strengths of
-each): the smallest that came close to the best. *accuracy* is there, and *at the exact one's* at the λ chosen for the
-exact Fisher. *works from* and *to* are the ends of the range of λ over which the mean accuracy stays within one
+*chosen λ* was chosen before, in shorter runs on seed 1000 (three tasks, 700 steps from the second on; a few strengths
+of each): the smallest that came close to the best. *accuracy* is there, and *at the exact one's* at the λ chosen for
+the exact Fisher. *works from* and *to* are the ends of the range of λ over which the mean accuracy stays within one
 point of the best of the same seeds (the first or the last λ tried, where the range reaches it), *λ ratio* is *works
-from* over that of the exact Fisher. *trace* is that of the Fisher of the first task, and *trace ratio* the exact one's
-over it: a penalty as stiff needs that many times the strength. *seconds* is the time of the first estimate. Mean ±
-standard deviation over n seeds.
+from* over that of the exact Fisher. *trace* is that of the Fisher of the first task, and *trace ratio* the exact
+one's over it: a penalty as stiff needs that many times the strength. *seconds* is the time of the first estimate.
+Mean ± standard deviation over n seeds.
 
 *Naive* is not quite the limit of weak strengths: a penalty, however weak, gives the heads of past tasks a gradient, so
 that Adam takes a few more steps with what is left of their momentum, which it does not without."""
