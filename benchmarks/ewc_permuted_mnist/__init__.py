@@ -62,7 +62,11 @@ class Adam(Optimiser):
 @dataclass(frozen=True)
 class Setting:
     """How is trained: `steps` steps a task with batches of `batch`, on a ReLU network with two hidden layers of
-    `hidden`; pixels in [0, 1], or with Avalanche's mean taken off and its deviation divided by."""
+    `hidden`; pixels in [0, 1], or with Avalanche's mean taken off and its deviation divided by.
+
+    `validation` is the part of the training images that is held out of each task and tested on in place of the test
+    images, in tuning.
+    """
 
     optimiser: Optimiser
     images: str = "mnist"
@@ -72,6 +76,7 @@ class Setting:
     batch: int = 128
     mean: float = 0.0
     deviation: float = 1.0
+    validation: float = 0.0
 
     @property
     def milliseconds(self) -> float:
@@ -114,7 +119,7 @@ class EwcPermutedMnist(Experiment):
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             "--part", type=one_of("part", PARTS), default=MAIN,
-            help="main (default); tune: strengths, on seeds from 1000 on; original: Avalanche's setting as it is",
+            help="main (default); tune: strengths, on held-out images and seeds from 1000 on; original: Avalanche's",
         )
         parser.add_argument("--tasks", type=positive, metavar="N", help="default: 10")
         parser.add_argument("--row", action="append", metavar="LABEL", help="one row, by its label; repeatable")

@@ -20,6 +20,7 @@ from benchmarks.methods import Ours, Plain
 from benchmarks.mnist import DEVIATION, MEAN
 from benchmarks.projections.methods import Multitask
 
+VALIDATION = 0.1  # of the training images, in tuning
 PART = 0.1  # of the examples of a task, on which its curvature is estimated
 THEIRS = 2.0  # our strength where Avalanche's EWC has ewc_lambda = 1, since it leaves out the ½
 KRONECKER = Kronecker(sums=PiWeighted())
@@ -59,11 +60,11 @@ PATH = (  # strengths: the best of `run ewc_permuted_mnist --part tune`
     Row("4 per-example Fisher", "exact Fisher, λ tuned", FAST, Fisher(), 3.0, (1.0, 3.0, 10.0)),
     Row("5 pixels", "in [0, 1], λ tuned", UNSHIFTED, Fisher(), 3.0, (1.0, 3.0, 10.0)),
     DIAGONAL,
-    Row("7 Kronecker", "KFAC for the diagonal, λ tuned", ADAM, Fisher(), 10.0, (3.0, 10.0), KRONECKER),
+    Row("7 Kronecker", "KFAC for the diagonal, λ tuned", ADAM, Fisher(), 10.0, (3.0, 10.0, 30.0), KRONECKER),
 )
 ASIDE = (
-    replace(DIAGONAL, label="6 wide", changed="row 6 with 1,000 units", setting=replace(ADAM, hidden=1000)),
-    replace(DIAGONAL, label="6 long", changed="row 6 with twice the steps", setting=replace(ADAM, steps=1000)),
+    replace(DIAGONAL, label="6 wide", changed="row 6, 1,000 units, at its λ", setting=replace(ADAM, hidden=1000)),
+    replace(DIAGONAL, label="6 long", changed="row 6, twice the steps, at its λ", setting=replace(ADAM, steps=1000)),
 )
 
 
@@ -72,8 +73,8 @@ def rows(part: str) -> list[Config]:
     if part == TUNE:
         return list(_tuned())
     if part == ORIGINAL:
-        theirs = replace(PATH[0], setting=ORIGINALLY, curvature=BatchedEmpiricalFisher(batch_size=256))
-        return [theirs.at(THEIRS, "Avalanche's setting"), Config("Naive in it", Plain(), ORIGINALLY)]
+        theirs = Ours(THEIRS, BatchedEmpiricalFisher(batch_size=256), Diagonal(), Accumulate())
+        return [Config("Avalanche's setting", theirs, ORIGINALLY), Config("Naive in it", Plain(), ORIGINALLY)]
     return [
         Config("Naive, as row 1", Plain(), SLOW),
         *(row.at(row.strength, row.label) for row in (*PATH, *ASIDE)),
@@ -84,5 +85,6 @@ def rows(part: str) -> list[Config]:
 
 def _tuned() -> Iterator[Config]:
     for row in PATH:
+        tuned = replace(row, setting=replace(row.setting, validation=VALIDATION))
         for strength in row.tried:
-            yield row.at(strength, f"{row.label} at {strength:g}", FIRST_TUNING_SEED)
+            yield tuned.at(strength, f"{row.label} at {strength:g}", FIRST_TUNING_SEED)

@@ -18,7 +18,7 @@ from benchmarks.mnist import CLASSES
 from benchmarks.plasticity.data import Images, read
 from benchmarks.projections.data import Permuted, Stream, WholeBatches
 from benchmarks.projections.methods import Multitask
-from benchmarks.training import Steps, TimedEvaluation, Trainer, mean, summary
+from benchmarks.training import Data, Steps, TimedEvaluation, Trainer, mean, summary
 
 EXAMPLES = 60_000  # all training images
 
@@ -51,11 +51,20 @@ def run(config: Config, seed: int, context: Context) -> Iterator[Record]:
 def stream(setting: Setting, seed: int, dataset_root: Path | None, *, at_once: bool) -> Stream:
     """A permutation of the pixels for each task, also for the first: an experience each, or all in one."""
     train, test = (_scaled(part, setting) for part in read(setting.images, EXAMPLES, 0, dataset_root))
+    if setting.validation:
+        train, test = held_out(train, setting.validation, seed)
     state = np.random.RandomState(seed)  # the generator that Avalanche draws its permutations from
     orders = torch.stack([torch.from_numpy(state.permutation(train[0].shape[1])) for _ in range(setting.tasks)])
     parts = tuple(Permuted(*train, some) for some in ([orders] if at_once else orders.split(1)))
     tests = tuple(Permuted(*test, order) for order in orders.split(1))
     return Stream(benchmark(list(zip(parts, tests)), [0] * len(parts), CLASSES), parts, tests)
+
+
+def held_out(train: Data, part: float, seed: int) -> tuple[Data, Data]:
+    """Training images without a random part of them, and that part."""
+    order = torch.randperm(len(train[1]), generator=torch.Generator().manual_seed(seed))
+    kept, held = order.tensor_split([len(order) - round(part * len(order))])
+    return (train[0][kept], train[1][kept]), (train[0][held], train[1][held])
 
 
 def _scaled(images: Images, setting: Setting) -> tuple[Tensor, Tensor]:

@@ -142,3 +142,17 @@ def test_the_report_says_what_each_row_changes_and_which_reach_the_paper(run, tm
     assert "KFAC for the diagonal" in written
     assert "At or above 0.94: 7 Kronecker (0.9510)." in written
     assert {path.name for path in tmp_path.glob("*.png")} == {"ewc_permuted_mnist.png", "ewc_permuted_mnist_rows.png"}
+
+
+def test_tuning_tests_on_training_images_that_it_does_not_train_on(grid, run):
+    (config,) = (c for c in grid.rows("tune") if c.label == "4 per-example Fisher at 3")
+    setting = replace(config.setting, images="digits", tasks=2)
+    found = run.stream(setting, 1000, None, at_once=False)
+    whole = run.stream(replace(setting, validation=0.0), 1000, None, at_once=False)
+
+    def images(part):
+        return sorted(row.numpy().tobytes() for row in part.pixels)
+
+    assert images(found.parts[0]) != images(whole.parts[0])
+    assert sorted(images(found.parts[0]) + images(found.tests[0])) == images(whole.parts[0])
+    assert len(found.tests[0]) == round(0.1 * len(whole.parts[0]))
