@@ -6,13 +6,12 @@ MNIST with task labels.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.harness import Experiment, Options, one_of
+from benchmarks.harness import Experiment, Options
 from benchmarks.harness.experiment import Context, Record
 from benchmarks.plasticity.presets import check
 
@@ -20,9 +19,8 @@ if TYPE_CHECKING:
     from avalanche_curv import Curvature
     from benchmarks.harness.results import Results
 
-MAIN, TUNE = PARTS = ("main", "tune")
 EXACT = "exact"
-FIRST_TUNING_SEED = 1000
+COMMON = 1e6  # a strength at which every estimator is tried
 
 
 @dataclass(frozen=True)
@@ -48,47 +46,29 @@ class Estimator:
 
 @dataclass(frozen=True)
 class Config:
-    """One estimator at a strength, with the strength that tuning chose for it; Naive has none of them."""
+    """One estimator at a strength; Naive has neither."""
 
     label: str
     name: str
     setting: Setting
     estimator: Estimator | None = None
     strength: float | None = None
-    chosen: float | None = None
-    first_seed: int = 0
-
-
-@dataclass(frozen=True)
-class FisherOptions(Options):
-    part: str = MAIN
 
 
 class FisherEstimators(Experiment):
     """Average accuracy of online EWC for each estimator at each strength."""
 
     name = "fisher_estimators"
-    options_type = FisherOptions
 
-    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        parser.add_argument(
-            "--part", type=one_of("part", PARTS), default=MAIN,
-            help="main (default), or tune: the same grid on seeds from 1000 on, which chooses the strengths",
-        )
-        parser.set_defaults(seeds=3)
-
-    def variant(self, options: FisherOptions) -> str:
-        return "" if options.part == MAIN else options.part
-
-    def configs(self, options: FisherOptions) -> Sequence[Config]:
+    def configs(self, options: Options) -> Sequence[Config]:
         from benchmarks.fisher_estimators.grid import rows
 
-        return rows(setting_for(options), options.part, options.quick)
+        return rows(setting_for(options), options.quick)
 
     def run(self, config: Config, seed: int, context: Context) -> Iterable[Record]:
         from benchmarks.fisher_estimators.run import run
 
-        return run(config, config.first_seed + seed, context)
+        return run(config, seed, context)
 
     def report(self, results: Results, out: Path) -> str:
         from benchmarks.fisher_estimators.report import report

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,10 +13,10 @@ from avalanche.training import Naive
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from avalanche_curv import CurvatureEWCPlugin
+from avalanche_curv import CurvatureEWCPlugin, Fisher
 from avalanche_curv.core import Curvature, EmpiricalRisk, Merge, Past, Policy, Structure
 from avalanche_curv.core.batches import random_part
-from benchmarks.fisher_estimators import Config, Estimator
+from benchmarks.fisher_estimators import Config
 from benchmarks.fisher_estimators.data import Stream, stream
 from benchmarks.harness.experiment import Context, Record
 from benchmarks.projections.data import WholeBatches
@@ -66,7 +67,7 @@ class Watched(Policy):
         return {"trace": self.traces[0], "estimate_seconds": self.seconds[0]} if self.traces else {}
 
 
-def build(config: Config, found: Stream, policy: Policy) -> Trainer:
+def build(config: Config, found: Stream, policy: Watched) -> Trainer:
     """Adam, and nothing measured while it trains."""
     setting, evaluation = config.setting, TimedEvaluation(loggers=[])
     model = Network(found.parts[0].inputs.shape[1], setting.hidden)
@@ -77,18 +78,24 @@ def build(config: Config, found: Stream, policy: Policy) -> Trainer:
         criterion=nn.CrossEntropyLoss(),
         train_mb_size=setting.batch,
         train_epochs=setting.steps,  # at least one step each: `Steps` ends the experience
-        plugins=[WholeBatches(parts), *penalties(config.estimator, config.strength, policy), Steps(setting.steps)],
+        plugins=[WholeBatches(parts), *penalties(config, policy), Steps(setting.steps)],
         evaluator=evaluation,
     )
     strategy.plugins.remove(evaluation)  # without metrics it would still be asked 24 times a step
     return Trainer(strategy, evaluation)
 
 
-def penalties(estimator: Estimator | None, strength: float | None, policy: Policy) -> list[CurvatureEWCPlugin]:
+def penalties(config: Config, policy: Watched) -> list[CurvatureEWCPlugin]:
     """None for Naive."""
-    if estimator is None or strength is None:
+    if config.estimator is None or config.strength is None:
         return []
-    return [CurvatureEWCPlugin(strength, curvature=estimator.curvature, policy=policy)]
+    curvature = drawn_by(config.estimator.curvature, policy.seed)
+    return [CurvatureEWCPlugin(config.strength, curvature=curvature, policy=policy)]
+
+
+def drawn_by(curvature: Curvature, seed: int) -> Curvature:
+    """The same estimator; its sampled labels, if any, are drawn by the seed of the run."""
+    return replace(curvature, seed=seed) if isinstance(curvature, Fisher) and curvature.samples else curvature
 
 
 class Network(MultiTaskModule):
