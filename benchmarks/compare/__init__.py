@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.harness import Experiment, Options, UsageError, one_of, positive
+from benchmarks.harness import Experiment, Options, one_of, positive
 from benchmarks.harness.experiment import Context, Record
 from benchmarks.streams import SCENARIOS, STREAMS
 
@@ -44,11 +44,12 @@ class Setting:
 
 @dataclass(frozen=True)
 class Config:
-    """One method in one setting."""
+    """One method in one setting; `tuned_on` says where its strength was chosen, if it has one."""
 
     label: str
     method: Method
     setting: Setting
+    tuned_on: str | None = None
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,7 @@ class Compare(Experiment):
     def prerequisite(self, options: CompareOptions) -> tuple[Experiment, Options] | None:
         from benchmarks.compare.tuning import experiment, tuning_for
 
+        self.configs(options)  # what cannot be met is said before the tuning
         return (experiment, tuning_for(options)) if options.tune else None
 
     def settled(self, options: CompareOptions, results: Results) -> CompareOptions:
@@ -103,13 +105,9 @@ class Compare(Experiment):
         return replace(options, strengths=tuple(best_strengths(results).items()))
 
     def configs(self, options: CompareOptions) -> Sequence[Config]:
-        from benchmarks.compare.grid import methods
+        from benchmarks.compare.grid import configs
 
-        setting = setting_for(options)
-        chosen = methods(setting, options.strategy, dict(options.strengths))
-        if options.baseline not in chosen:
-            raise UsageError(f"the baseline '{options.baseline}' is not among the strategies: {', '.join(chosen)}.")
-        return [Config(label, method, setting) for label, method in chosen.items()]
+        return configs(setting_for(options), strategies_of(options), dict(options.strengths), options.baseline)
 
     def run(self, config: Config, seed: int, context: Context) -> Sequence[Record]:
         from benchmarks.compare.run import run
@@ -137,6 +135,11 @@ def add_stream_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=positive, metavar="N", help="of an experience; default: the literature's")
 
 
+def strategies_of(options: CompareOptions) -> Sequence[str] | None:
+    """The names that were asked for, and the baseline with them; None for all."""
+    return None if options.strategy is None else list(dict.fromkeys([*options.strategy, options.baseline]))
+
+
 def variant(options: Any, suffix: str = "") -> str:
     """A folder's suffix for stream, scenario and steps where they are not the default."""
     scenario = options.scenario or STREAMS[options.stream].scenarios[0]
@@ -158,7 +161,7 @@ def setting_for(options: Any) -> Setting:
     recipe = stream.recipe
     steps = options.steps or recipe.steps
     setting = Setting(
-        options.stream, scenario, stream.experiences, steps, recipe.batch, recipe.rate,
+        options.stream, scenario, stream.length(scenario), steps, recipe.batch, recipe.rate,
         every=getattr(options, "every", None) or max(1, steps // MEASUREMENTS), memory=recipe.memory,
     )
     return replace(setting, experiences=2, steps=6, every=2, test_limit=100) if options.quick else setting

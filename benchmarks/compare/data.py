@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +17,19 @@ if TYPE_CHECKING:
     from benchmarks.compare import Setting
 
 
-def benchmark_for(setting: Setting, seed: int, dataset_root: Path | None) -> Any:
+@dataclass(frozen=True)
+class Data:
+    """An Avalanche benchmark, and the number of training examples of the whole stream, of which it may be the start."""
+
+    benchmark: Any
+    examples: int
+
+
+def data_for(setting: Setting, seed: int, dataset_root: Path | None) -> Data:
     """The first experiences of the stream; in tuning their test stream is what was held out of training, the same part
     of each class."""
     found = STREAMS[setting.stream].make(seed, dataset_root, setting.scenario)
+    examples = sum(len(experience.dataset) for experience in found.train_stream)
     train, test = (_datasets(stream, setting.experiences) for stream in (found.train_stream, found.test_stream))
     if setting.validation:
         torch.manual_seed(seed)
@@ -27,7 +37,7 @@ def benchmark_for(setting: Setting, seed: int, dataset_root: Path | None) -> Any
         train, test = (list(part) for part in zip(*pairs))
     if setting.test_limit is not None:
         test = [_at_most(setting.test_limit, dataset) for dataset in test]
-    return assembled(train, test, classes(train))
+    return Data(assembled(train, test, classes(train)), round(examples * (1 - setting.validation)))
 
 
 def classes(datasets: Sequence[Any]) -> int:

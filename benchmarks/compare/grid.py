@@ -7,25 +7,39 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from benchmarks.compare import DEFAULT_STREAM, Config
 from benchmarks.harness import UsageError
 from benchmarks.methods import Method, Named, named, strategies
+from benchmarks.streams import STREAMS
 
 if TYPE_CHECKING:
     from benchmarks.compare import Setting
 
 TUNED = Path(__file__).with_name("strengths.json")  # what `run tune_compare` has found, by stream and scenario
+ELSEWHERE = f"{DEFAULT_STREAM}/{STREAMS[DEFAULT_STREAM].scenarios[0]}"
+HERE = "this stream"
 
 
-def methods(setting: Setting, names: Sequence[str] | None, strengths: Mapping[str, float]) -> dict[str, Method]:
-    """The methods of those names, or all that run in the scenario, by label.
+def configs(
+    setting: Setting, names: Sequence[str] | None, strengths: Mapping[str, float], baseline: str
+) -> list[Config]:
+    """The methods of those names, or all that run in the scenario.
 
-    A strength is that of `strengths`, else the one that was tuned for this stream and scenario, else the default.
+    A strength is that of `strengths`, else the one that was tuned before for this stream and scenario, else for the
+    default stream. Raises UsageError as `chosen` does, also for the baseline.
     """
-    found = {**tuned(setting), **strengths}
-    return {
-        name: entry.method.with_strength(found[name]) if entry.grid and name in found else entry.method
-        for name, entry in chosen(setting, names).items()
-    }
+    chosen(setting, [baseline])
+    place = f"{setting.stream}/{setting.scenario}"
+    known: dict[str, dict[str, float]] = json.loads(TUNED.read_text(encoding="utf-8"))
+    before = place if place in known else ELSEWHERE
+    found = {**{name: (value, before) for name, value in known.get(before, {}).items()},
+             **{name: (value, HERE) for name, value in strengths.items()}}
+    made = []
+    for name, entry in chosen(setting, names).items():
+        strength, source = found.get(name, (None, None)) if entry.grid else (None, None)
+        method = entry.method if strength is None else entry.method.with_strength(strength)
+        made.append(Config(name, method, setting, source))
+    return made
 
 
 def strengths_to_try(setting: Setting, names: Sequence[str] | None) -> dict[str, dict[float, Method]]:
@@ -47,8 +61,3 @@ def chosen(setting: Setting, names: Sequence[str] | None) -> dict[str, Named]:
         if reason:
             raise UsageError(f"strategy '{name}' does not run {setting.scenario}-incrementally: {reason}")
     return {name: known[name] for name in names}
-
-
-def tuned(setting: Setting) -> dict[str, float]:
-    """The strengths that were tuned for the stream and the scenario; empty where none were."""
-    return json.loads(TUNED.read_text(encoding="utf-8")).get(f"{setting.stream}/{setting.scenario}", {})

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from benchmarks.compare.figures import draw
-from benchmarks.compare.grid import TUNED
 from benchmarks.harness.significance import compared, holm
 from benchmarks.harness.tables import Cell, Column, table
 from benchmarks.methods import STRATEGIES
@@ -18,6 +15,7 @@ if TYPE_CHECKING:
 
 FISHER = "CurvatureEWC Fisher, accumulate"
 ACCURACY = "average_accuracy"
+FEW = 5
 
 
 def report(results: Results, out: Path) -> str:
@@ -32,7 +30,7 @@ def report(results: Results, out: Path) -> str:
         f"{setting.get('memory'):.3g} of the training examples. Mean ± standard deviation over n seeds. Accuracy is "
         "the mean over all experiences at the end, as the strategy itself evaluates; forgetting the mean drop since "
         "each was learned. "
-        f"{_on_strengths(results, setting)}",
+        f"{_on_strengths(results)}",
         "## Accuracy",
         _accuracies(results),
         _not_run(setting.get("scenario", "")),
@@ -66,12 +64,16 @@ def _accuracies(results: Results) -> str:
         f"*less {baseline}* is the difference seed by seed, p that of the two-sided paired t-test, after Holm's "
         "correction for the number of rows; the verdict is at 5 %."
     )
-    return f"{table(columns, rows, footnotes=notes(results))}\n\n{test}"
+    few = len({header["seed"] for header in results.headers}) < FEW
+    look = " Fewer than five seeds are a first look, not a result." if few else ""
+    return f"{table(columns, rows, footnotes=notes(results))}\n\n{test}{look}"
 
 
 def _tests(results: Results, baseline: str) -> dict[str, list[Cell]]:
     """For each row but the baseline's: its difference from the baseline, p and the verdict."""
-    values = {label: {row["seed"]: row["value"] for row in results.select(ACCURACY, label)} for label in results.labels}
+    values = {label: results.finals(ACCURACY, label) for label in results.labels}
+    if not values.get(baseline):
+        return {}
     found = {label: compared(values[baseline], own) for label, own in values.items() if own and label != baseline}
     tested = {label: test.p for label, test in found.items() if test.p is not None}
     corrected = dict(zip(tested, holm(list(tested.values()))))
@@ -98,7 +100,7 @@ def _prices(results: Results) -> str:
     return table(columns, rows)
 
 
-def _on_strengths(results: Results, setting: Mapping[str, Any]) -> str:
+def _on_strengths(results: Results) -> str:
     """Where the strengths come from, in words."""
     options = results.manifest["options"]
     if options["tune"]:
@@ -107,9 +109,9 @@ def _on_strengths(results: Results, setting: Mapping[str, Any]) -> str:
             f"Strengths λ were chosen on {part}, by the accuracy on a tenth of the training examples that was held "
             f"out, on {options['tuning_seeds']} seeds from 1000 on."
         )
-    tuned = f"{setting.get('stream')}/{setting.get('scenario')}" in json.loads(TUNED.read_text(encoding="utf-8"))
-    where = "for this stream and scenario" if tuned else "on permuted digits, not on this stream: `--tune stream` does"
-    return f"Strengths λ were tuned before, {where}, on seeds from 1000 on."
+    places = {str(place) for label in results.labels if (place := results.config(label).get("tuned_on"))}
+    where = f" on {', '.join(sorted(places))}, by held-out examples and seeds from 1000 on" if places else " nowhere"
+    return f"Strengths λ were tuned before{where}; `--tune` tunes them on the stream itself."
 
 
 def _not_run(scenario: str) -> str:
@@ -124,18 +126,18 @@ def notes(results: Results) -> dict[str, str]:
     weights = {
         label: {row["seed"]: row["value"] for row in results.select("weights", label)} for label in results.labels
     }
+    naive, fisher = weights.get("Naive", {}), weights.get(FISHER)
     notes = {}
     for label, own in weights.items():
-        fault = STRATEGIES[label].fault if label in STRATEGIES else ""
-        naive = weights.get("Naive", {})
+        said = [STRATEGIES[label].fault] if label in STRATEGIES and STRATEGIES[label].fault else []
         shared = own.keys() & naive.keys()
-        if fault:
-            notes[label] = fault
-        elif label != "Naive" and shared and all(own[seed] == naive[seed] for seed in shared):
-            notes[label] = "Ends with exactly the weights of Naive in every seed: it had no effect here."
-        elif own and label != FISHER and own == weights.get(FISHER):
-            notes[label] = (
+        if label != "Naive" and shared and all(own[seed] == naive[seed] for seed in shared):
+            said.append("Ends with exactly the weights of Naive in every seed: it had no effect here.")
+        elif own and label != FISHER and own == fisher:
+            said.append(
                 "Ends with the weights of the Fisher in every seed: on a ReLU network with cross-entropy the diagonals "
                 "of Hessian, GGN and Fisher are equal, so one policy stands for all."
             )
+        if said:
+            notes[label] = " ".join(said)
     return notes

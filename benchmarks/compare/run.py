@@ -12,7 +12,7 @@ from avalanche.logging import TensorboardLogger
 from torch import nn
 
 from avalanche_curv import Fisher, fidelity_metrics
-from benchmarks.compare.data import benchmark_for, classes
+from benchmarks.compare.data import Data, classes, data_for
 from benchmarks.harness.experiment import Context, Record
 from benchmarks.methods import Learner, Method
 from benchmarks.storage import stored_bytes
@@ -32,11 +32,11 @@ CURVES = [
 
 def run(method: Method, setting: Setting, seed: int, context: Context) -> list[Record]:
     """Train on all experiences; accuracy on the test set of each one seen after each of them."""
-    benchmark = benchmark_for(setting, seed, context.dataset_root)
+    data = data_for(setting, seed, context.dataset_root)
     torch.manual_seed(seed)  # the stream may have drawn: every method starts from the same weights
-    strategy, evaluation = build(method, setting, benchmark, context)
+    strategy, evaluation = build(method, setting, data, context)
     course = Course(strategy, evaluation)
-    records = course.joint(benchmark) if method.joint else course.sequence(benchmark)
+    records = course.joint(data.benchmark) if method.joint else course.sequence(data.benchmark)
     scalars = summary(course.rows) | {"seconds": course.seconds, "stored_bytes": float(stored_bytes(strategy))}
     scalars["metric_seconds"] = evaluation.seconds
     scalars["weights"] = float(sum(p.detach().double().sum() for p in strategy.model.parameters()))  # tells equal runs
@@ -44,24 +44,24 @@ def run(method: Method, setting: Setting, seed: int, context: Context) -> list[R
     return records + logged(evaluation, CURVES)
 
 
-def build(method: Method, setting: Setting, benchmark: Any, context: Context) -> tuple[Any, TimedEvaluation]:
+def build(method: Method, setting: Setting, data: Data, context: Context) -> tuple[Any, TimedEvaluation]:
     """The strategy of a method and its evaluation, with metrics that draw nothing and TensorBoard files."""
     model = STREAMS[setting.stream].model(setting.scenario)
     metrics: Sequence[Any] = accuracy_metrics(experience=True)
     if setting.every and method.pictured:
         fidelity = fidelity_metrics(
-            curvature=Fisher(), every=setting.every, fraction=setting.memory, stream=benchmark.test_stream
+            curvature=Fisher(), every=setting.every, fraction=setting.memory, stream=data.benchmark.test_stream
         )
         metrics = [*metrics, *fidelity]
     evaluation = TimedEvaluation(*metrics, loggers=[TensorboardLogger(context.tensorboard_dir)])
-    datasets = [experience.dataset for experience in benchmark.train_stream]
+    datasets = [experience.dataset for experience in data.benchmark.train_stream]
     learner = Learner(
         model=model,
         optimizer=torch.optim.Adam(model.parameters(), lr=setting.rate, fused=True),
         criterion=nn.CrossEntropyLoss(),
         batch=setting.batch,
         epochs=setting.steps,  # at least one step each: `Steps` ends the experience
-        examples=sum(map(len, datasets)),
+        examples=data.examples,
         classes=classes(datasets),
         plugins=(Steps(setting.steps * (len(datasets) if method.joint else 1)),),
         evaluator=evaluation,

@@ -6,6 +6,7 @@ import argparse
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from math import isfinite, nan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +18,10 @@ from benchmarks.compare import (
     Setting,
     add_stream_arguments,
     setting_for,
+    strategies_of,
     variant,
 )
-from benchmarks.harness import Experiment, Options, one_of, positive
+from benchmarks.harness import Experiment, Options, UsageError, one_of, positive
 from benchmarks.harness.experiment import Context, Record
 from benchmarks.harness.tables import Column, table
 
@@ -88,9 +90,13 @@ class Tuning(Experiment):
         ]
 
     def run(self, config: Strength, seed: int, context: Context) -> Sequence[Record]:
+        from avalanche_curv.core import NonFiniteCurvatureError
         from benchmarks.compare.run import run
 
-        records = run(config.method, config.setting, FIRST_SEED + seed, context)
+        try:
+            records = run(config.method, config.setting, FIRST_SEED + seed, context)
+        except NonFiniteCurvatureError:  # the strength is too large
+            return [{"metric": "average_accuracy", "value": nan}]
         return [record for record in records if record["metric"] in ("average_accuracy", "forgetting", "seconds")]
 
     def report(self, results: Results, out: Path) -> str:
@@ -124,24 +130,26 @@ def _on_edges(names: Sequence[str]) -> str:
 
 
 def best_strengths(results: Results) -> dict[str, float]:
-    """The strength of the best mean accuracy for each method; among equal ones the smallest."""
-    found: dict[str, tuple[float, float]] = {}
+    """The strength of the best mean accuracy for each method; among equal ones the smallest. Raises UsageError for a
+    method that has no accuracy at any strength."""
+    found: dict[str, list[tuple[float, float]]] = {}
     for label in results.labels:
         accuracy, config = results.final("average_accuracy", label), results.config(label)
-        if accuracy is None or accuracy.mean != accuracy.mean:
-            continue
-        known = found.get(config["name"])
-        candidate = (accuracy.mean, -config["strength"])
-        if known is None or candidate > known:
-            found[config["name"]] = candidate
-    return {name: -negative for name, (_, negative) in found.items()}
+        if accuracy is not None:
+            known = found.setdefault(config["name"], [])
+            if isfinite(accuracy.mean):
+                known.append((accuracy.mean, -config["strength"]))
+    for name, known in found.items():
+        if not known:
+            raise UsageError(f"'{name}' diverged at every strength that was tried. Leave it out, by --strategy.")
+    return {name: -max(known)[1] for name, known in found.items()}
 
 
 def tuning_for(options: CompareOptions) -> TuningOptions:
     """The tuning that a comparison asks for."""
     return TuningOptions(
         seeds=options.tuning_seeds, quick=options.quick, dataset_root=options.dataset_root, stream=options.stream,
-        scenario=options.scenario, strategy=options.strategy, steps=options.steps,
+        scenario=options.scenario, strategy=strategies_of(options), steps=options.steps,
         protocol=options.tune or STREAM, first=options.first,
     )
 

@@ -123,7 +123,6 @@ class EwcPermutedMnist(Experiment):
         )
         parser.add_argument("--tasks", type=positive, metavar="N", help="default: 10")
         parser.add_argument("--row", action="append", metavar="LABEL", help="one row, by its label; repeatable")
-        parser.set_defaults(seeds=3)
 
     def variant(self, options: EwcOptions) -> str:
         return "" if options.part == MAIN else options.part

@@ -1,7 +1,6 @@
 """The strategies by the name that users type, each with the strengths to tune over and what is wrong with it upstream.
 
-Strengths are the best of a grid of decades on `permuted_digits` (`python -m benchmarks run tune --seeds 2`), for
-Avalanche's methods and ours alike; `Named.grid` is what tuning on another stream tries.
+A method stands here at a strength to start from; `Named.grid` is what tuning tries (`benchmarks.compare.tuning`).
 """
 
 from __future__ import annotations

@@ -58,5 +58,5 @@ STREAMS = {
     "split_tiny_imagenet": Stream(
         split_tiny_imagenet, 10, _split(200, 10), FULL, HUNDRED_EPOCHS, SOURCES["tiny_imagenet"]
     ),
-    "core50": Stream(core50, 9, {CLASS: 50, DOMAIN: 50}, SLIM, ONE_PASS, SOURCES["core50"]),
+    "core50": Stream(core50, 9, {CLASS: 50, DOMAIN: 50}, SLIM, ONE_PASS, SOURCES["core50"], {DOMAIN: 8}),
 }

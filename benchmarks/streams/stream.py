@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +35,7 @@ class Recipe:
 
 @dataclass(frozen=True, eq=False)
 class Stream:
-    """A benchmark of `experiences` experiences (CORe50: of at most as many).
+    """A benchmark of `experiences` experiences (fewer in some scenarios, as `lengths` says).
 
     `outputs` names its scenarios, the default one first, and how many logits a head has in each.
     """
@@ -46,10 +46,16 @@ class Stream:
     network: Network
     recipe: Recipe
     source: Source | None = None
+    lengths: Mapping[str, int] = field(default_factory=dict)
+    """Scenarios that have fewer experiences."""
 
     @property
     def scenarios(self) -> tuple[str, ...]:
         return tuple(self.outputs)
+
+    def length(self, scenario: str) -> int:
+        """How many experiences there are in a scenario."""
+        return self.lengths.get(scenario, self.experiences)
 
     def check(self, name: str, dataset_root: Path | None, scenario: str | None = None) -> None:
         """Raises UsageError for a scenario that the stream has not, and for data that cannot be had: absent below

@@ -26,9 +26,11 @@ def context(seed, folder):
 
 
 def test_tuning_trains_and_tests_on_disjoint_parts_of_the_training_examples():
-    from benchmarks.compare.data import benchmark_for
+    from benchmarks.compare.data import data_for
 
-    whole, held = (benchmark_for(replace(SETTING, test_limit=None, validation=part), 3, None) for part in (0.0, 0.2))
+    whole, held = (
+        data_for(replace(SETTING, test_limit=None, validation=part), 3, None).benchmark for part in (0.0, 0.2)
+    )
     for number in range(3):
         train, valid = (pixels(stream[number].dataset) for stream in (held.train_stream, held.test_stream))
         assert train | valid == pixels(whole.train_stream[number].dataset)
@@ -43,27 +45,30 @@ def test_the_first_k_protocol_sees_no_later_experience():
     (config,) = Tuning().configs(
         TuningOptions(stream="split_digits", strategy=["EWC"], protocol="first", first=2, quick=True)
     )
-    from benchmarks.compare.data import benchmark_for
+    from benchmarks.compare.data import data_for
 
-    assert len(benchmark_for(config.setting, FIRST_SEED, None).train_stream) == 2
+    found = data_for(config.setting, FIRST_SEED, None)
+    assert len(found.benchmark.train_stream) == 2
+    whole = data_for(replace(config.setting, experiences=5), FIRST_SEED, None)
+    assert found.examples == whole.examples  # so that memories are as large as those that will be reported
 
 
 @pytest.mark.parametrize("scenario", ["task", "domain", "class"])
 def test_accuracies_equal_a_count_over_the_test_examples(scenario, tmp_path):
     from avalanche.models import avalanche_forward
 
-    from benchmarks.compare.data import benchmark_for
+    from benchmarks.compare.data import data_for
     from benchmarks.compare.run import Course, build
     from benchmarks.methods import Plain
 
     setting = replace(SETTING, scenario=scenario)
-    benchmark = benchmark_for(setting, 0, None)
+    data = data_for(setting, 0, None)
     torch.manual_seed(0)
-    course = Course(*build(Plain(), setting, benchmark, context(0, tmp_path)))
-    course.sequence(benchmark)
+    course = Course(*build(Plain(), setting, data, context(0, tmp_path)))
+    course.sequence(data.benchmark)
     counted = []
     model = course.strategy.model.eval()
-    for experience in benchmark.test_stream:
+    for experience in data.benchmark.test_stream:
         inputs, targets, labels = (torch.stack([torch.as_tensor(i) for i in part]) for part in zip(*experience.dataset))
         with torch.no_grad():
             outputs = avalanche_forward(model, inputs, labels)
@@ -82,13 +87,13 @@ def test_joint_training_is_measured_once_on_all(tmp_path):
 
 
 def test_two_runs_of_a_unit_with_one_seed_give_the_same_records(tmp_path):
-    from benchmarks.compare.grid import methods
+    from benchmarks.compare.grid import configs
     from benchmarks.compare.run import run
 
     setting = replace(SETTING, every=2)
-    for method in methods(setting, ["CurvatureEWC Fisher MC, refresh", "DER++", "GEM"], {}).values():
+    for config in configs(setting, ["CurvatureEWC Fisher MC, refresh", "DER++", "GEM"], {}, "Naive"):
         first, second = (
-            json.dumps([r for r in run(method, setting, 5, context(5, tmp_path)) if not is_timing(r["metric"])])
+            json.dumps([r for r in run(config.method, setting, 5, context(5, tmp_path)) if not is_timing(r["metric"])])
             for _ in range(2)
         )
         assert first == second
@@ -110,6 +115,17 @@ def test_the_best_mean_is_chosen_and_of_equal_ones_the_smallest_strength():
     assert best_strengths(results) == {"A": 1.0, "B": 1.0}
 
 
+def test_a_method_that_diverges_at_every_strength_is_named():
+    header, record = row("A", 1.0, 0, float("nan"))
+    with pytest.raises(UsageError, match="'A' diverged at every strength that was tried"):
+        best_strengths(Results((header["label"],), (record,), (header,)))
+
+
+def test_the_baseline_joins_the_strategies_that_are_asked_for():
+    found = experiment.configs(CompareOptions(stream="split_digits", strategy=["EWC"], baseline="Cumulative"))
+    assert [config.label for config in found] == ["EWC", "Cumulative"]
+
+
 def test_one_command_tunes_on_other_seeds_and_reports_at_the_strengths_it_found(tmp_path, capsys):
     words = ["run", "compare", "--stream", "split_digits", "--scenario", "domain", "--tune", "stream", "--quick"]
     chosen = ["--strategy", "EWC", "--strategy", "Naive", "--baseline", "EWC", "--seeds", "2", "--jobs", "1"]
@@ -127,7 +143,7 @@ def test_one_command_tunes_on_other_seeds_and_reports_at_the_strengths_it_found(
     [
         ({"strategy": ["EWC onlin", "Naive"]}, "did you mean 'EWC online'"),
         ({"strategy": ["Naive", "iCaRL"], "scenario": "task"}, "'iCaRL' does not run task-incrementally"),
-        ({"strategy": ["EWC"]}, "the baseline 'Naive' is not among the strategies: EWC"),
+        ({"baseline": "Nave"}, "did you mean 'Naive'"),
         ({"stream": "sine", "scenario": "class"}, "has no scenario 'class'. It has: domain"),
     ],
 )
