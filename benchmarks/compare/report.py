@@ -62,7 +62,7 @@ def _accuracies(results: Results) -> str:
         rows.append([label, accuracy, forgetting, learned, *tests.get(label, ("", "", "")), written, n])
     test = (
         f"*less {baseline}* is the difference seed by seed, p that of the two-sided paired t-test, after Holm's "
-        "correction for the number of rows; the verdict is at 5 %."
+        "correction for the number of rows, none below three seeds; the verdict is at 5 %."
     )
     few = len({header["seed"] for header in results.headers}) < FEW
     look = " Fewer than five seeds are a first look, not a result." if few else ""

@@ -69,11 +69,13 @@ class Cluster(Engine):
     def _client(self) -> Iterator[Client]:
         try:
             from distributed import Client
+            from distributed.comm.addressing import resolve_address
         except ImportError:
             raise UsageError("--scheduler needs Dask: python -m pip install -e '.[cluster]'.") from None
         try:
+            resolve_address(self.address)  # a client of what is no address would never close
             client = Client(self.address, timeout=CONNECT, set_as_default=False)
-        except (OSError, ValueError) as error:  # ValueError: no address at all
+        except (OSError, ValueError) as error:  # ValueError: not tcp://HOST:PORT or the like
             raise UsageError(
                 f"no Dask scheduler answers at '{self.address}' ({type(error).__name__}). Start one with "
                 "`dask scheduler`, and give the address that it prints, such as tcp://10.0.0.1:8786."

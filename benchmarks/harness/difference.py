@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 from benchmarks.harness.errors import UsageError, unknown
 from benchmarks.harness.published import read_results
@@ -107,11 +107,12 @@ def _of_units(a: Results, b: Results) -> dict[Series, list[Change]]:
 
 def _section(title: str, changes: dict[Series, list[Change]]) -> str:
     """The changes of some series, corrected together: Holm over all their tests."""
-    known = [change.comparison.p for found in changes.values() for change in found if _known(change.comparison.p)]
+    tested = [change.comparison.p for found in changes.values() for change in found]
+    known = [p for p in tested if p is not None]
     corrected = iter(holm(known))
     blocks, verdicts, equal = [], [], []
     for series, found in changes.items():
-        adjusted = [next(corrected) if _known(change.comparison.p) else None for change in found]
+        adjusted = [None if change.comparison.p is None else next(corrected) for change in found]
         told = [change.comparison.verdict(p) for change, p in zip(found, adjusted)]
         verdicts += told
         if set(told) == {IDENTICAL}:
@@ -131,9 +132,10 @@ def _method(tests: int, verdicts: Sequence[str]) -> str:
     told = ", ".join(f"{count} {name.strip('*')}" for name, count in counts.items())
     return (
         f"{len(verdicts)} comparisons: {told}. Mean ± standard deviation over seeds. Tests: the paired t-test over "
-        "shared seeds, Welch's where fewer than two are shared; p is corrected for the "
-        f"{tests} tests of this section (Holm 1979) and beyond noise below {LEVEL}. Effect: the difference in standard "
-        "deviations, of the differences (paired) or of the root mean of both variances (Welch)."
+        "shared seeds, Welch's where fewer than two are shared, none of fewer than three seeds or of a difference "
+        f"that is the same in all; p is corrected for the {tests} tests of this section (Holm 1979) and beyond noise "
+        f"below {LEVEL}. Effect: the difference in standard deviations, of the differences (paired) or of the root "
+        "mean of both variances (Welch)."
     )
 
 
@@ -154,10 +156,6 @@ def _row(change: Change, adjusted: float | None, verdict: str) -> list[Cell]:
     test = n if found.p is None else f"{found.name}, {n}"
     written = ["–" if p is None else f"{p:.2g}" for p in (found.p, adjusted)]
     return [change.label, found.a, found.b, f"{found.difference:+.3g}", found.effect, test, *written, verdict]
-
-
-def _known(p: float | None) -> TypeGuard[float]:
-    return p is not None and p == p
 
 
 def _name(series: Series) -> str:

@@ -16,31 +16,37 @@ def unknown(what: str, given: str, choices: Iterable[str]) -> str:
 
     >>> unknown("experiment", "refrsh", ["compare", "refresh"])
     "unknown experiment 'refrsh'; did you mean 'refresh'? Choices: compare, refresh."
+    >>> unknown("strategy", "EWC", ["SI", "CurvatureEWC Fisher, merge"])
+    "unknown strategy 'EWC'. Choices: CurvatureEWC Fisher, merge; SI."
     """
     names = sorted(choices)
     nearest = difflib.get_close_matches(given, names, n=1)
     guess = f"; did you mean '{nearest[0]}'?" if nearest else "."
-    return f"unknown {what} '{given}'{guess} Choices: {', '.join(names)}."
+    between = "; " if any("," in name for name in names) else ", "
+    return f"unknown {what} '{given}'{guess} Choices: {between.join(names)}."
 
 
-def raise_if_the_disk_is_full(error: BaseException, folder: Path) -> None:
-    """Raise `UsageError` where an error, or the one that it comes from, says that there was no space left to write."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
-            place = Path(cause.filename).parent if cause.filename else folder
-            raise UsageError(
+def full_disk(error: BaseException | None, folder: Path) -> UsageError | None:
+    """What to tell where an error, or the one that it comes from, says that there was no space left to write; without
+    a file's name it was in the folder."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            place = Path(error.filename).parent if error.filename else folder
+            return UsageError(
                 f"no space is left on the disk of {place}. What has finished is kept: make space, and the same command "
                 "runs the rest."
-            ) from error
-        cause = cause.__cause__ or cause.__context__
+            )
+        error = error.__cause__ or error.__context__
+    return None
 
 
 @contextmanager
 def telling_of_a_full_disk(folder: Path) -> Iterator[None]:
-    """`UsageError` for the error of a write that found no space left; without a file's name it was in the folder."""
+    """`UsageError` for the error of a write that found no space left."""
     try:
         yield
     except OSError as error:
-        raise_if_the_disk_is_full(error, folder)
-        raise
+        full = full_disk(error, folder)
+        if full is None:
+            raise
+        raise full from error

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from benchmarks.harness.errors import UsageError
 from benchmarks.harness.experiment import Experiment
@@ -15,14 +16,23 @@ SELECTED = 40  # so many runs TensorBoard selects when it opens
 
 
 def write_report(experiment: Experiment, results: Results, store: Store) -> str:
-    """Write the report, as Markdown and as one page, and return the experiment's part of it."""
-    for old in store.root.glob("*.png"):
-        old.unlink()
-    markdown = experiment.report(results, store.root).strip()
-    notice = f"> {_incomplete(results)}\n\n" if results.missing else ""
-    text = f"{notice}{markdown}\n\n{provenance(results)}\n"
-    write_atomically(store.report, text)
-    write_atomically(store.page, page(Part(store.root.name, text, store.root)))
+    """Write the report, as Markdown and as one page, and return the experiment's part of it.
+
+    It takes the place of the last one as a whole, so that a report which fails leaves that as it was.
+    """
+    with TemporaryDirectory(dir=store.root, prefix=".report-") as folder:
+        new = Store(Path(folder))
+        markdown = experiment.report(results, new.root).strip()
+        notice = f"> {_incomplete(results)}\n\n" if results.missing else ""
+        text = f"{notice}{markdown}\n\n{provenance(results)}\n"
+        write_atomically(new.report, text)
+        write_atomically(new.page, page(Part(store.root.name, text, new.root)))
+        written = {file.name for file in new.root.iterdir()}
+        for name in written:
+            (new.root / name).replace(store.root / name)
+    for figure in store.root.glob("*.png"):
+        if figure.name not in written:
+            figure.unlink()
     return markdown
 
 

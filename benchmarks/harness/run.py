@@ -9,6 +9,7 @@ from benchmarks.harness.command import folder_name
 from benchmarks.harness.errors import telling_of_a_full_disk
 from benchmarks.harness.experiment import Experiment, Options
 from benchmarks.harness.grid import Unit, grid, in_running_order
+from benchmarks.harness.lock import only_run_in
 from benchmarks.harness.manifest import Manifest
 from benchmarks.harness.pool import Engine, run_units
 from benchmarks.harness.progress import Progress
@@ -22,18 +23,24 @@ def run(experiment: Experiment, options: Options, store: Store, engine: Engine, 
     """Run the prerequisite of the experiment, then the units that have not finished, and report on all. Returns the
     exit status."""
     use_one_thread()
-    with telling_of_a_full_disk(store.root):
-        before = experiment.prerequisite(options)
-        if before is not None:
-            first, its_options = before
-            its_store = Store(store.root.parent / folder_name(first, its_options))
-            _say(f"'{experiment.name}' needs the results of '{first.name}', in {its_store.root}.")
-            status = run(first, its_options, its_store, engine, command)
+    with telling_of_a_full_disk(store.root), only_run_in(store.root):
+        return run_stages(experiment, options, store, engine, command)
+
+
+def run_stages(experiment: Experiment, options: Options, store: Store, engine: Engine, command: str) -> int:
+    """The same in a folder that no other run is in. That of the prerequisite is kept until its results are read."""
+    before = experiment.prerequisite(options)
+    if before is not None:
+        first, its_options = before
+        its_store = Store(store.root.parent / folder_name(first, its_options))
+        _say(f"'{experiment.name}' needs the results of '{first.name}', in {its_store.root}.")
+        with only_run_in(its_store.root):
+            status = run_stages(first, its_options, its_store, engine, command)
             if status:
                 _say(f"'{experiment.name}' has not begun, because '{first.name}' has not finished.")
                 return status
             options = experiment.settled(options, load(its_store, command))
-        return run_grid(experiment, options, store, engine, command)
+    return run_grid(experiment, options, store, engine, command)
 
 
 def run_grid(experiment: Experiment, options: Options, store: Store, engine: Engine, command: str) -> int:

@@ -6,6 +6,7 @@
     ``tensorboard/<label>/seed<k>``  event files: what the run logged, and its row and charts (``*.results``)
     ``manifest.json``             the grid of the last run and what it ran on
     ``report.md``, ``report.html``, ``*.png``
+    ``.lock``                     what a run that is at work holds
 """
 
 import json

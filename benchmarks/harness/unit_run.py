@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness.board import Options, publish
-from benchmarks.harness.errors import raise_if_the_disk_is_full
+from benchmarks.harness.errors import UsageError, full_disk
 from benchmarks.harness.experiment import Context, Experiment, Record
 from benchmarks.harness.grid import Unit, describe
 from benchmarks.harness.memory import PeakMemory
+from benchmarks.harness.overheard import overhearing_a_full_disk
 from benchmarks.harness.store import Store, write_atomically
 from benchmarks.harness.timings import is_timing
 
@@ -67,16 +68,31 @@ def run_unit(job: Job, unit: Unit) -> Outcome:
 
     Raises `UsageError` where the disk is full, since all other units would fail as well.
     """
+    with overhearing_a_full_disk(job.store.root) as met:
+        outcome = _attempt(job, unit, met)
+        if outcome.error:
+            gc.collect()  # closes its loggers, which would have the last word on the screen if they closed at exit
+    if met:
+        raise met[0]
+    return outcome
+
+
+def _attempt(job: Job, unit: Unit, met: list[UsageError]) -> Outcome:
     try:
-        _run_and_write(job, unit)
+        _run_and_write(job, unit, met)
     except Exception as error:
-        raise_if_the_disk_is_full(error, job.store.root)
-        write_atomically(job.store.error(unit.digest), traceback.format_exc())
+        full = full_disk(error, job.store.root)
+        if full is None:
+            write_atomically(job.store.error(unit.digest), traceback.format_exc())
+        else:
+            met.append(full)
+            error.__traceback__ = None  # TensorBoard's thread keeps the error, and so would keep the logger
         return Outcome(unit, traceback.format_exception_only(error)[-1].strip())
     return Outcome(unit)
 
 
-def _run_and_write(job: Job, unit: Unit) -> None:
+def _run_and_write(job: Job, unit: Unit, met: list[UsageError]) -> None:
+    """Run a unit, and write its file unless its events met a full disk."""
     store = job.store
     tensorboard = store.tensorboard(unit.label, unit.seed)
     shutil.rmtree(tensorboard, ignore_errors=True)
@@ -103,7 +119,8 @@ def _run_and_write(job: Job, unit: Unit) -> None:
         "started": started,
         "commit": job.commit,
     }
-    store.write_unit(unit.digest, header, records)
+    if not met:
+        store.write_unit(unit.digest, header, records)
 
 
 def use_one_thread() -> None:

@@ -65,9 +65,11 @@ def test_workers_with_several_threads_are_refused_before_any_unit_runs(tiny, cap
     assert tiny.started() == []
 
 
-@pytest.mark.parametrize("address", ["tcp://127.0.0.1:9", "nowhere"])
+@pytest.mark.parametrize("address", ["tcp://127.0.0.1:9", "nowhere", "tcp://127.0.0.1", "no://127.0.0.1:80"])
 def test_an_address_without_a_scheduler_says_how_to_start_one(tiny, capsys, monkeypatch, address):
     monkeypatch.setattr(cluster, "CONNECT", 0.5)
+    if not address.endswith(":9"):
+        monkeypatch.setattr(distributed, "Client", None)  # the client of what is no address takes 20 s to close
     assert tiny("out", "--scheduler", address) == 2
     error = capsys.readouterr().err
     assert f"error: no Dask scheduler answers at '{address}'" in error

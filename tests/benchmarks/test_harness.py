@@ -16,7 +16,9 @@ from joblib.externals.loky import get_reusable_executor
 
 from benchmarks import registry
 from benchmarks.harness.command import main
+from benchmarks.harness.errors import UsageError
 from benchmarks.harness.grid import Unit, digest
+from benchmarks.harness.lock import only_run_in
 from benchmarks.harness.pool import Engine, Lost, run_units
 from benchmarks.harness.registered import Registered
 from benchmarks.harness.results import Results
@@ -254,6 +256,19 @@ def test_a_full_disk_ends_the_run_with_one_message_and_the_same_command_resumes(
     assert len(contents(folder / "units")) == 4
 
 
+@pytest.mark.parametrize("where", ["in a thread", "when a logger closes", "while logging"])
+def test_a_unit_whose_events_met_a_full_disk_unseen_has_not_finished(tiny, monkeypatch, capsys, where):
+    monkeypatch.setenv("TINY_FAULT", f"full, {where}")
+    assert tiny("run", "--seeds", "2") == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith(f"error: no space is left on the disk of {tiny.out}.")
+    assert len(contents(tiny.out / "units")) == 3
+    assert tiny.started()[4:] == ["closed"] * (where != "in a thread")  # and not when Python exits, after the message
+    assert not list(tiny.out.glob("units/*.error.txt"))
+    monkeypatch.delenv("TINY_FAULT")
+    assert tiny("run", "--seeds", "2") == 0
+
+
 @pytest.mark.parametrize("write", [2, 3, 6], ids=["a unit", "the manifest", "the report"])
 def test_wherever_the_disk_is_full_no_half_file_is_left(tiny, monkeypatch, capsys, write):
     calls = iter(range(1, 100))
@@ -285,6 +300,92 @@ def test_a_prerequisite_runs_first_and_decides_the_options(tiny, tmp_path, monke
     assert tiny.started() == ["a0", "b0", "a1", "b1", "b1", "slope2_0"]
     assert main([*words, "--seeds", "1"], EXPERIMENTS) == 0
     assert len(tiny.started()) == 6
+
+
+def test_a_folder_is_one_runs_at_a_time(tiny, tmp_path, capsys):
+    with only_run_in(tiny.out):
+        assert tiny("run", "--seeds", "1") == 2
+    said = f"error: another run is at work in {tiny.out}: wait for it, or choose another --out.\n"
+    assert capsys.readouterr().err == said
+    assert not (tmp_path / "log").exists()
+    assert tiny("run", "--seeds", "1") == 0
+
+
+def test_a_run_and_its_prerequisite_keep_their_folders_while_they_work(tiny, tmp_path, monkeypatch):
+    kept = []
+
+    def attempt(folder):
+        with pytest.raises(UsageError, match="another run is at work"), only_run_in(tmp_path / "out" / folder):
+            pass
+        kept.append(folder)
+
+    from tiny_experiment import Staged
+
+    class Watched(Staged):
+        def settled(self, options, results):
+            attempt("tiny")  # its results have just been read
+            return super().settled(options, results)
+
+        def report(self, results, out):
+            attempt("staged")
+            with only_run_in(tmp_path / "out" / "tiny"):
+                return super().report(results, out)
+
+    monkeypatch.setattr("tiny_experiment.staged", Watched())
+    words = ["run", "staged", "--jobs", "1", "--seeds", "1", "--out", str(tmp_path / "out")]
+    assert main(words, EXPERIMENTS) == 0
+    assert kept == ["tiny", "staged"]
+
+
+def test_the_folder_of_a_killed_run_is_free(tmp_path):
+    code = f"""
+import pathlib
+from benchmarks.harness.lock import only_run_in
+with only_run_in(pathlib.Path({str(tmp_path)!r})):
+    print("in", flush=True)
+    input()
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=HERE.parents[1], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "in\n"
+    with pytest.raises(UsageError, match="another run is at work"), only_run_in(tmp_path):
+        pass
+    process.kill()
+    process.communicate()
+    with only_run_in(tmp_path):
+        pass
+
+
+def test_a_folder_that_cannot_be_written_is_named_before_any_unit_runs(tiny, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert tiny("run", "--seeds", "1", out="file/out") == 2
+    folder = tmp_path / "file" / "out" / "tiny"
+    said = f"error: results cannot be written in {folder} (Not a directory): choose another folder with --out DIR.\n"
+    assert capsys.readouterr().err == said
+    assert not (tmp_path / "log").exists()
+
+
+def test_a_report_that_fails_leaves_the_last_one_as_it_was(tiny, monkeypatch):
+    tiny("run", "--seeds", "1")
+    names = ("accuracy.png", "report.md", "report.html", "old.png")
+    (tiny.out / "old.png").write_bytes(b"a figure that no report has now")
+    before = {name: (tiny.out / name).read_bytes() for name in names}
+
+    from tiny_experiment import Tiny
+
+    def report(self, results, out):
+        (out / "accuracy.png").write_bytes(b"half a figure")
+        raise UsageError("a unit is missing")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Tiny, "report", report)
+        assert tiny("report") == 2
+    assert {name: (tiny.out / name).read_bytes() for name in names} == before
+    listed = {path.name for path in tiny.out.iterdir()}
+    assert listed == {*names, "units", "tensorboard", "manifest.json", ".lock"}
+    assert tiny("report") == 0
+    assert {path.name for path in tiny.out.iterdir()} == listed - {"old.png"}
 
 
 def test_report_from_files_equals_the_report_of_the_run(tiny, capsys):

@@ -1,12 +1,16 @@
 """An experiment of milliseconds for the tests of the harness: value = a random number + slope · step.
 
 The environment variable TINY_FAULT makes label "b" with seed 1 raise, die, hang, hang the first time only, or find the
-disk full, without being part of its digest; TINY_LOG names a file that gets one line per unit as it starts.
+disk full (itself, or where nobody sees it: `lose`), without being part of its digest; TINY_LOG names a file that gets
+one line per unit as it starts.
 """
 
+import errno
 import os
 import signal
+import threading
 import time
+import weakref
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -77,6 +81,37 @@ def fail(fault, times):
     if fault == "full":
         with Path("/dev/full").open("w") as file:
             file.write("an event")
+    if fault and fault.startswith("full, "):
+        lose(fault, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), Path(os.environ["TINY_LOG"]))
+
+
+class Logger:
+    """Loses its events when it is collected, as TensorBoard's writer under Avalanche's logger does."""
+
+    def __init__(self, error, log):
+        self.strategy = self  # a cycle, as there
+        weakref.finalize(self, Logger.close, error, log)  # keeps the error, which may keep the logger
+
+    @staticmethod
+    def close(error, log):
+        with log.open("a") as file:
+            file.write("closed\n")
+        raise error
+
+
+def lose(where, error, log):
+    if where == "full, in a thread":
+
+        def write():
+            raise error
+
+        thread = threading.Thread(target=write)
+        thread.start()
+        thread.join()
+        return
+    logger = Logger(error, log)  # noqa: F841 - lives as long as the frame
+    if where == "full, while logging":
+        raise error
 
 
 class Staged(Tiny):

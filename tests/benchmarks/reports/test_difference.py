@@ -43,14 +43,25 @@ def test_seeds_that_are_not_shared_are_compared_by_welch():
     assert found.effect == pytest.approx(found.difference / math.sqrt(sum(variances) / 2))
 
 
-def test_a_difference_that_is_the_same_in_every_seed_is_beyond_noise():
-    found = compared({0: 1.0, 1: 2.0}, {0: 1.5, 1: 2.5})
-    assert found.p == 0.0
-    assert found.verdict(0.0) == "**beyond noise**"
+def test_a_difference_without_spread_is_named_and_not_tested():
+    values = {0: 0.1, 1: 0.45, 2: 0.8}
+    shifted = compared(values, {seed: value + 0.7 for seed, value in values.items()})  # constant up to rounding
+    apart = compared(dict.fromkeys(range(4), 0.3), dict.fromkeys(range(10, 14), 1.0))
+    for found in (shifted, apart):
+        assert (found.p, found.effect) == (None, None)
+        assert found.difference == pytest.approx(0.7)
+        assert found.verdict(None) == "constant difference"
+    assert compared(A, {**A, 9: 0.0}).verdict(None) == "identical"  # in the seeds that both have
+
+
+@pytest.mark.parametrize("b", [{0: 2.0}, {0: 1.5, 1: 2.5}, {0: 1.5, 1: 2.6}, {5: 1.5, 6: 2.5}, {0: 1.5, 6: 2.5}])
+def test_fewer_than_three_seeds_are_not_tested(b):
+    found = compared({0: 1.0, 1: 2.0}, b)
+    assert found.p is None
+    assert found.verdict(None) == "too few seeds"
 
 
 def test_what_cannot_be_tested_says_so():
-    assert compared({0: 1.0}, {0: 2.0}).verdict(None) == "too few seeds"
     assert compared({0: 1.0, 1: 2.0}, {0: math.nan, 1: 2.0}).verdict(None) == "undefined"
     assert compared({0: math.nan, 1: 2.0}, {0: math.nan, 1: 2.0}).verdict(None) == "identical"
 
@@ -59,6 +70,17 @@ def test_holm_multiplies_the_smallest_by_the_number_of_tests_and_keeps_the_order
     assert holm([0.04, 0.005, 0.03, 0.01]) == pytest.approx([0.06, 0.02, 0.06, 0.03])
     assert holm([0.9, 0.6]) == [1.0, 1.0]
     assert holm([]) == []
+    assert holm([0.04, math.nan, 0.03]) == pytest.approx([0.06, math.nan, 0.06], nan_ok=True)
+
+
+def test_a_section_counts_the_tests_that_were_made(tmp_path, stored):
+    a = stored(tmp_path / "a", {"x": A, "shifted": A, "lost": A})
+    b = stored(tmp_path / "b", {"x": B, "shifted": {s: v + 1 for s, v in A.items()}, "lost": {**A, 0: math.nan}})
+    written = difference(a, b)
+    x, shifted = (row(written, "accuracy", label) for label in ("x", "shifted"))
+    assert x[6] == x[7]  # a single test is not corrected
+    assert shifted[5:] == ["n = 4", "–", "–", "constant difference"]
+    assert "3 comparisons: 1 beyond noise, 1 constant difference, 1 undefined." in written
 
 
 def test_the_table_corrects_over_all_tests_of_the_section(tmp_path, stored):
