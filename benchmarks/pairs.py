@@ -29,7 +29,7 @@ class Pair:
         if not isfinite(self.difference.mean):
             return "undefined"
         if self.p is None:
-            return "identical" if self.difference.mean == 0 else "beyond noise"
+            return "identical" if self.difference.mean == 0 else "constant difference"
         return "beyond noise" if self.p < LEVEL else "within noise"
 
 
