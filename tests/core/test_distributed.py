@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import distributed, nn
 
-from avalanche_curv.core import GGN, Diagonal, EmpiricalRisk, Kronecker, LowRank, Rank, estimate
+from avalanche_curv.core import GGN, Diagonal, EmpiricalRisk, Fisher, Kronecker, LowRank, Rank, estimate
 from avalanche_curv.core.distributed import ShardedRisk
 
 pytestmark = pytest.mark.skipif(not distributed.is_available(), reason="this torch has no torch.distributed")
@@ -29,7 +29,11 @@ def ranks(tmp_path_factory):
         subprocess.Popen([sys.executable, SCRIPT, str(rank), folder], stderr=subprocess.PIPE, text=True)
         for rank in range(2)
     ]
-    errors = [process.communicate(timeout=120)[1] for process in started]
+    try:
+        errors = [process.communicate(timeout=120)[1] for process in started]
+    finally:
+        for process in started:  # one that waits for the other for ever
+            process.kill()
     assert [process.returncode for process in started] == [0, 0], "\n".join(errors)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
@@ -145,6 +149,8 @@ REFUSED = {
     "nothing": "ValueError.*no rank has any",
     "structure of shares": "TypeError.*DenseMatrix is not kept in shares",
     "unsharded": "TypeError.*'0.weight' is not sharded.*fully_shard",
+    "buffers": r"ValueError.*buffers.*'1.running_mean' are \[.*torch.distributed.broadcast\(buffer, 0\).*SyncBatchNorm",
+    "other buffers": r"ValueError.*do not agree on the buffers:  on rank 0, mask \(2,\) on rank 1",
 }
 
 
@@ -155,6 +161,8 @@ def test_what_is_not_possible_ends_on_all_ranks_with_a_remedy(ranks, case):
 
 
 def test_a_failure_on_one_rank_is_raised_on_the_others_too(ranks):
+    assert ranks[0]["refusals"]["lent"].startswith("AttributeError")
+    assert ranks[1]["refusals"]["lent"].startswith("RuntimeError: Rank 0 failed")
     assert ranks[1]["refusals"]["data"].startswith("ValueError: Each batch must be a pair of tensors")
     assert ranks[0]["refusals"]["data"].startswith("RuntimeError: Rank 1 failed")
     for rank in ranks:
@@ -163,6 +171,41 @@ def test_a_failure_on_one_rank_is_raised_on_the_others_too(ranks):
         assert "called 2 times" in rank["fully_sharded"]["twice"]
         assert rank["fully_sharded"]["kind"].startswith("TypeError")
         assert "Put the penalty first" in rank["fully_sharded"]["too late"]
+
+
+PASSES = {"sums": 4, "products": 6, "free": 4, "part": 4, "value": 4}  # at least
+
+
+@pytest.mark.parametrize("part", PASSES)
+def test_a_rank_that_fails_in_any_pass_stops_the_others_at_once(ranks, part):
+    for words, rank in zip(("RuntimeError: Rank 1 failed.*OSError: the disk", "OSError: the disk"), ranks):
+        found = rank["later_passes"][part]
+        assert len(found) >= PASSES[part]
+        assert all(re.match(words, raised) for raised in found), found
+
+
+def test_so_does_one_that_fails_between_the_layers_of_a_sharded_model(ranks):
+    for words, rank in zip(("RuntimeError: Rank 1 failed", ""), ranks):
+        found = rank["fully_sharded"]
+        assert len(found["failures"]) == 3  # for one to lend, to be counted, and to be read
+        assert all(re.match(f"{words}.*OSError: the disk", raised) for raised in found["failures"])
+        assert re.match(f"{words}.*RuntimeError.*Class values", found["labels"])
+
+
+def test_a_failure_leaves_the_ranks_in_step(ranks):
+    expected = estimate(GGN(), Diagonal(), alone(there["perceptron"])).curvature.dense()
+    for rank in ranks:
+        torch.testing.assert_close(rank["later_passes"]["afterwards"], expected, **EXACT)
+
+
+def test_running_statistics_that_differ_are_refused_and_right_once_they_are_sent_to_all(ranks):
+    _, model = ranks[0]["statistics"]
+    risk = EmpiricalRisk.snapshot(model, nn.CrossEntropyLoss(), there["batches"](0, 13))
+    for rank in ranks:
+        assert re.search(REFUSED["buffers"], rank["fully_sharded"]["buffers"])
+        torch.testing.assert_close(
+            rank["statistics"][0], estimate(Fisher(), Diagonal(), risk).curvature.dense(), **EXACT
+        )
 
 
 def test_without_a_process_group_the_error_says_how_to_make_one():

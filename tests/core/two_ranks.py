@@ -4,6 +4,7 @@ import copy
 import sys
 import warnings
 from datetime import timedelta
+from itertools import count, takewhile
 
 import torch
 from torch import distributed, nn
@@ -87,6 +88,23 @@ def layered():
     )
 
 
+def normed():
+    """With running statistics."""
+    return nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, CLASSES))
+
+
+def trained_in_copies(rank):
+    """What DistributedDataParallel leaves of it after steps in training: equal parameters, other running statistics."""
+    ddp = DistributedDataParallel(made(normed))
+    optimiser = torch.optim.SGD(ddp.parameters(), lr=0.1)
+    x, y = data()
+    for _ in range(3):
+        optimiser.zero_grad()
+        nn.functional.cross_entropy(ddp(x[rank::2][:6]), y[rank::2][:6]).backward()
+        optimiser.step()
+    return ddp.module
+
+
 def made(constructor, dtype=torch.float64):
     with torch.random.fork_rng():
         torch.manual_seed(3)
@@ -116,6 +134,26 @@ def moved(model, seed):
         for p in other.parameters():
             p += 0.3 * torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p)
     return other
+
+
+class Failing:
+    """Batches that cannot be read in the pass of this number."""
+
+    def __init__(self, batches, number):
+        self.batches, self.left = batches, number
+
+    def __iter__(self):
+        self.left -= 1
+        if not self.left:
+            raise OSError("the disk is gone")
+        yield from self.batches
+
+
+def failures(rank, function):
+    """What is raised where rank 1 fails in the first pass over its batches, in the second, ..., up to the last."""
+    own = mine("uneven", rank)
+    found = (raised(lambda n=n: function(Failing(own, n if rank else 0))) for n in count(1))
+    return list(takewhile(lambda words: words != "nothing", found))
 
 
 def raised(function):
@@ -170,7 +208,48 @@ def refusals(rank):
         "nothing": raised(lambda: ShardedRisk.snapshot(model, criterion, [])),
         "structure of shares": raised(lambda: ShardedQuadratic.of(estimate_sharded(GGN(), Dense(), risk))),
         "unsharded": raised(lambda: estimate_fully_sharded(GGN(), model, criterion, own)),
+        "buffers": raised(lambda: ShardedRisk.snapshot(trained_in_copies(rank), criterion, own)),
+        "other buffers": raised(lambda: ShardedRisk.snapshot(buffered(rank), criterion, own)),
+        "lent": raised(lambda: ShardedRisk.snapshot(model, criterion, [] if rank else [(x, [*y]) for x, y in own])),
     }
+
+
+def buffered(rank):
+    """A copy with one more buffer on rank 1."""
+    model = made(perceptron)
+    if rank:
+        model.register_buffer("mask", torch.ones(2))
+    return model
+
+
+def later_passes(rank):
+    """Failures of one rank in all passes of an estimate, and an estimate after these."""
+    criterion = nn.CrossEntropyLoss()
+
+    def risk_of(own):
+        return ShardedRisk.snapshot(made(perceptron), criterion, own)
+
+    def product(past):
+        return past.curvature.product(past.anchor)
+
+    return {
+        "sums": failures(rank, lambda own: estimate_sharded(SAMPLED, Kronecker(), risk_of(own), gradient=True)),
+        "products": failures(rank, lambda own: estimate_sharded(GGN(), BlockDiagonal(PerLayer(), LowRank(Rank(2))),
+                                                                risk_of(own))),
+        "free": failures(rank, lambda own: product(estimate_sharded(Fisher(), MatrixFree(), risk_of(own)))),
+        "part": failures(rank, lambda own: estimate_sharded(GGN(), MatrixFree(fraction=0.4), risk_of(own))),
+        "value": failures(rank, lambda own: risk_of(own).value()),
+        "afterwards": estimate_sharded(GGN(), Diagonal(), risk_of(mine("uneven", rank))).curvature.dense(),
+    }
+
+
+def statistics(rank):
+    """The curvature of a model whose running statistics differed, by the remedy that the error gives."""
+    model = trained_in_copies(rank)
+    for buffer in model.buffers():
+        distributed.broadcast(buffer, 0)
+    risk = ShardedRisk.snapshot(model, nn.CrossEntropyLoss(), mine("uneven", rank))
+    return estimate_sharded(Fisher(), Diagonal(), risk).curvature.dense(), model
 
 
 def penalties(rank):
@@ -200,6 +279,9 @@ def fully_sharded(rank):
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
     share = LocalShards.of_model(model)
+    found["failures"] = failures(rank, lambda own: estimate_fully_sharded(Fisher(), model, criterion, own))
+    wrong = [(x, y + 5 * rank) for x, y in mine("uneven", rank)]
+    found["labels"] = raised(lambda: estimate_fully_sharded(EmpiricalFisher(), model, criterion, wrong))
     for number, kind in enumerate((Fisher(), SAMPLED, EmpiricalFisher())):
         for shards in SHARDS:
             kept = estimate_fully_sharded(kind, model, criterion, mine(shards, rank))
@@ -219,6 +301,9 @@ def fully_sharded(rank):
     tied = nn.Sequential(layer := made(lambda: nn.Linear(4, 4)), nn.Tanh(), layer)
     fully_shard(tied, mesh=mesh)
     found["twice"] = raised(lambda: estimate_fully_sharded(Fisher(), tied, criterion, mine("uneven", rank)))
+    other = trained_in_copies(rank)
+    fully_shard(other, mesh=mesh)
+    found["buffers"] = raised(lambda: estimate_fully_sharded(Fisher(), other, criterion, mine("uneven", rank)))
     found["kind"] = raised(lambda: estimate_fully_sharded(Hessian(), model, criterion, mine("uneven", rank)))
     return found
 
@@ -230,7 +315,7 @@ def main(rank, folder):
         "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2, timeout=timedelta(seconds=60)
     )
     state = torch.get_rng_state()
-    for part in (estimates, refusals, penalties, fully_sharded):
+    for part in (estimates, refusals, later_passes, statistics, penalties, fully_sharded):
         found[part.__name__] = part(rank)
     found["randomness"] = torch.equal(state, torch.get_rng_state())
     torch.save(found, f"{folder}/{rank}.pt")

@@ -116,8 +116,8 @@ def _is_linear(structure: Structure) -> bool:
 
 def _summed(curvature: Curvature, structure: Structure, risk: ShardedRisk) -> Matrix:
     """Each stored number is the weighted sum of those of the ranks."""
-    kind, weight = _of_rank(curvature, risk), _weight(curvature, risk)
-    matrix = risk.ranks.together(lambda: structured(kind, structure, risk.own))
+    weight = _weight(curvature, risk)
+    matrix = risk.ranks.together(lambda: structured(_of_rank(curvature, risk), structure, risk.own))
     risk.ranks.agree({f"numbers of {structure}": str([tuple(t.shape) for t in matrix.tensors()])})
     for tensor in matrix.tensors():  # which are new
         tensor.copy_(risk.ranks.sum(tensor * weight))
@@ -141,15 +141,15 @@ def _low_rank(curvature: Curvature, structure: LowRank, risk: ShardedRisk) -> Lo
 def _matrix_free(curvature: Curvature, structure: MatrixFree, risk: ShardedRisk) -> MatrixFreeMatrix:
     if structure.fraction < 1:
         risk = risk.select(random_part(risk.examples, structure.fraction, structure.seed))
-    every, kind = replace(structure, fraction=1.0), _of_rank(curvature, risk)
-    own = risk.ranks.together(lambda: structured(kind, every, risk.own))
+    every = replace(structure, fraction=1.0)
+    own = risk.ranks.together(lambda: structured(_of_rank(curvature, risk), every, risk.own))
     operator = _Summed(_Products(own), risk, _weight(curvature, risk))
     return MatrixFreeMatrix(own.size, risk.own.anchor.new_empty(0), (Term(operator),))
 
 
 def _operator(curvature: Curvature, risk: ShardedRisk) -> Operator:
-    kind = _of_rank(curvature, risk)
-    return _Summed(risk.ranks.together(lambda: kind.operator(risk.own)), risk, _weight(curvature, risk))
+    own = risk.ranks.together(lambda: _of_rank(curvature, risk).operator(risk.own))
+    return _Summed(own, risk, _weight(curvature, risk))
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ class _Summed:
         return self.own.size
 
     def matmat(self, matrix: Float[Tensor, "P k"]) -> Float[Tensor, "P k"]:
-        return self.risk.ranks.sum(self.own.matmat(matrix) * self.weight)
+        return self.risk.ranks.sum_of(lambda: self.own.matmat(matrix) * self.weight, matrix)
 
 
 @dataclass(frozen=True)

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from avalanche_curv.core import layer_kinds
 from avalanche_curv.core.batches import Batches, like, without_drawing
 from avalanche_curv.core.curvature import OutputCurvature
+from avalanche_curv.core.distributed.copies import check_buffers
 from avalanche_curv.core.distributed.draws import with_draws_after
 from avalanche_curv.core.distributed.penalty import ShardedQuadratic, diagonal_columns
 from avalanche_curv.core.distributed.risk import borrowed
 from avalanche_curv.core.distributed.shares import LocalShards, local_shards, mesh_of
 from avalanche_curv.core.estimate import NonFiniteCurvatureError
 from avalanche_curv.core.layers import Tap, gradients
-from avalanche_curv.core.losses import example_loss
+from avalanche_curv.core.losses import ExampleLoss, example_loss
 from avalanche_curv.core.parameters import canonical_name
 from avalanche_curv.core.risk import as_matrix
 
@@ -36,24 +39,23 @@ def estimate_fully_sharded(
     gradients and buffers stay as they are. It must be a function of single examples.
 
     Raises TypeError for a kind that is no OutputCurvature, a model that is not sharded by rows over one mesh, and for
-    trainable parameters outside layers of a known kind that are called once; ValueError where no rank has an example;
-    NonFiniteCurvatureError for NaN or infinity.
+    trainable parameters outside layers of a known kind that are called once; ValueError where no rank has an example,
+    or ranks hold other buffers; NonFiniteCurvatureError for NaN or infinity. What fails on one rank is raised on all,
+    but not within the model, whose layers wait for every rank until the process group's timeout.
     """
     if not isinstance(curvature, OutputCurvature):
         raise TypeError(f"{curvature} has no S of each example. Use Fisher(), GGN() or EmpiricalFisher().")
     share, layers, loss = LocalShards.of_model(model), _known_layers(model), example_loss(criterion)
     total = {name: torch.zeros_like(part).detach() for name, part in local_shards(model).items()}
     reader = _Reader(share, batches, next(iter(total.values())))
+    check_buffers(model, share.ranks)
     shapes, mesh = dict(zip(share.space.names, share.space.shapes)), mesh_of(model)
-    generator: torch.Generator | None = None
+    factors = _Factors(curvature, loss, reader.before, layers)
     with _evaluating(model), torch.enable_grad():
         for x, y, counts in reader:
             with _tapped(layers) as taps:
                 outputs = as_matrix(model(x))
-            _check_calls(layers, taps, len(y))
-            if generator is None:
-                generator = with_draws_after(curvature, reader.before, loss, outputs, y).generator()
-            factor = curvature.factor(loss, outputs.detach(), y, generator) * counts
+            factor = counts * share.ranks.together(partial(factors.of, outputs.detach(), y, taps))
             for name, part in _squares(outputs, factor, taps, layers):
                 total[name] += _rows_of_sum(part.view(shapes[name]), mesh)
     values = torch.cat([total[name].reshape(-1) for name in share.space.names]).detach() / reader.examples
@@ -68,23 +70,44 @@ class _Reader:
     def __init__(self, share: LocalShards, batches: Batches, place: Tensor) -> None:
         self.ranks, self.place = share.ranks, place
         self.batches = tuple(batches) if iter(batches) is batches else batches
+        self.batch: tuple[Tensor, Tensor] | None = None
         _, self.spare = borrowed(self.batches, self.ranks)
-        counts = self.ranks.gather(sum(len(y) for _, y in self._own()))
+        counts = self.ranks.gather_of(lambda: sum(len(y) for _, y in self._own()))
         self.examples, self.before = sum(counts), sum(counts[: self.ranks.rank])
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, float]]:
         """Inputs, targets, and 1, or 0 where they do not count."""
-        iterator, spare = self._own(), self.spare
-        while True:
-            batch = next(iterator, None)
-            if not any(self.ranks.gather(batch is not None)):
-                return
-            inputs, targets = spare if batch is None else batch
-            spare = spare or (inputs[:1], targets[:1])
-            yield like(inputs, self.place), like(targets, self.place), float(batch is not None)
+        iterator = self._own()
+        while any(self.ranks.gather_of(lambda: self._reads(iterator))):
+            inputs, targets = self.batch or self.spare
+            self.spare = self.spare or (inputs[:1], targets[:1])
+            yield like(inputs, self.place), like(targets, self.place), float(self.batch is not None)
+
+    def _reads(self, iterator: Iterator[tuple[Tensor, Tensor]]) -> bool:
+        """Whether there is one more, which is then at hand."""
+        self.batch = next(iterator, None)
+        return self.batch is not None
 
     def _own(self) -> Iterator[tuple[Tensor, Tensor]]:
         return (batch for batch in without_drawing(self.batches) if len(batch[1]))
+
+
+class _Factors:
+    """S of one batch of this rank after the other, whose draws follow those of the ranks before."""
+
+    def __init__(
+        self, curvature: OutputCurvature, loss: ExampleLoss, before: int, layers: dict[nn.Module, str]
+    ) -> None:
+        self.curvature, self.loss, self.before, self.layers = curvature, loss, before, layers
+        self.generator: torch.Generator | None = None
+
+    def of(self, outputs: Float[Tensor, "N C"], targets: Tensor, taps: list[Tap]) -> Float[Tensor, "N C r"]:
+        """Raises TypeError for layers whose squares do not follow from their taps."""
+        _check_calls(self.layers, taps, len(targets))
+        if self.generator is None:
+            later = with_draws_after(self.curvature, self.before, self.loss, outputs, targets)
+            self.generator = later.generator()
+        return self.curvature.factor(self.loss, outputs, targets, self.generator)
 
 
 def _known_layers(model: nn.Module) -> dict[nn.Module, str]:

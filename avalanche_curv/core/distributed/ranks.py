@@ -41,10 +41,18 @@ class Ranks:
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Σ_r of the ranks' tensors of one shape, the same bits on all of them, in new memory."""
-        self.check_device(tensor.device)
-        total = tensor.detach().clone(memory_format=torch.contiguous_format)
-        distributed.all_reduce(total, group=self.group)
-        return total
+        return self._summed(tensor.detach().clone(memory_format=torch.contiguous_format))
+
+    def sum_of(self, function: Callable[[], Tensor], like: Tensor) -> Tensor:
+        """Σ_r of what `function` gives on each rank, of the shape and type of `like`. A failure goes with the sum as
+        one more number, and all raise as in `together`."""
+        own, failure = _attempt(function)
+        numbers = own.detach() if failure is None else torch.zeros_like(like)
+        failures = like.new_tensor([float(failure is not None)])
+        told = self._summed(torch.cat([numbers.reshape(-1), failures]))
+        if told[-1]:
+            _raise(self.gather(_words(failure)), failure)
+        return told[:-1].view(like.shape)
 
     def gather(self, value: T) -> list[T]:
         """What each rank gives, by rank: something small that can be pickled."""
@@ -52,20 +60,19 @@ class Ranks:
         distributed.all_gather_object(found, value, group=group)
         return found
 
+    def gather_of(self, function: Callable[[], T]) -> list[T]:
+        """What `function` gives on each rank, by rank: something small that can be pickled. Where it fails on one, all
+        raise as in `together`."""
+        value, failure = _attempt(function)
+        told = self.gather((value, _words(failure)))
+        _raise([words for _, words in told], failure)
+        return [value for value, _ in told]
+
     def together(self, function: Callable[[], T]) -> T:
-        """What `function` gives here, once it has succeeded on all ranks. Where it fails on one, all raise: that rank
-        its own error, the others RuntimeError, so that none waits for ever."""
-        failure: Exception | None = None
-        try:
-            result = function()
-        except Exception as error:
-            failure = error
-        messages = self.gather(None if failure is None else f"{type(failure).__name__}: {failure}")
-        if failure is not None:
-            raise failure
-        for rank, message in enumerate(messages):
-            if message is not None:
-                raise RuntimeError(f"Rank {rank} failed, and the others stop with it. {message}")
+        """What `function` gives here, once it has succeeded on all ranks; it talks to none. Where it fails on one, all
+        raise: that rank its own error, the others RuntimeError, so that none waits for ever."""
+        result, failure = _attempt(function)
+        _raise(self.gather(_words(failure)), failure)
         return result
 
     def agree(self, facts: Mapping[str, str]) -> None:
@@ -89,7 +96,35 @@ class Ranks:
                 "that it sends from, or initialise the group with 'cpu:gloo,cuda:nccl'."
             )
 
+    def _summed(self, tensor: Tensor) -> Tensor:
+        """The sum over ranks, written into a tensor that is nobody else's."""
+        self.check_device(tensor.device)
+        distributed.all_reduce(tensor, group=self.group)
+        return tensor
+
     def _started(self) -> Any:
         if not (distributed.is_available() and distributed.is_initialized()):
             raise RuntimeError(f"No process group of torch.distributed has been initialised. {START}")
         return self.group
+
+
+def _attempt(function: Callable[[], Any]) -> tuple[Any, Exception | None]:
+    """What it gives, or how it failed."""
+    try:
+        return function(), None
+    except Exception as error:
+        return None, error
+
+
+def _words(failure: Exception | None) -> str | None:
+    """A failure as the other ranks hear of it."""
+    return None if failure is None else f"{type(failure).__name__}: {failure}"
+
+
+def _raise(words: list[str | None], failure: Exception | None) -> None:
+    """Raises where a rank failed, given what each says: its own failure on that rank, RuntimeError on the others."""
+    if failure is not None:
+        raise failure
+    for rank, message in enumerate(words):
+        if message is not None:
+            raise RuntimeError(f"Rank {rank} failed, and the others stop with it. {message}")

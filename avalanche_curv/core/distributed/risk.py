@@ -12,10 +12,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from avalanche_curv.core.batches import Batches, without_drawing
+from avalanche_curv.core.distributed.copies import check_buffers, check_parameters
 from avalanche_curv.core.distributed.ranks import Ranks
 from avalanche_curv.core.risk import EmpiricalRisk
-
-AGREEMENT = 1e-5  # relative: copies of one model may differ by rounding
 
 
 @dataclass(frozen=True)
@@ -42,13 +41,13 @@ class ShardedRisk:
         adapter: Callable[[nn.Module], nn.Module] | None = None,
     ) -> ShardedRisk:
         """`EmpiricalRisk.snapshot` of this rank's `batches`, which may be none. It raises what that raises, on all
-        ranks; ValueError too where ranks hold other models, or none has an example."""
+        ranks; ValueError too where ranks hold models of other parameters or buffers, or none has an example."""
         kept = tuple(batches) if iter(batches) is batches else batches
         first, spare = borrowed(kept, ranks)
         own = ranks.together(
             lambda: EmpiricalRisk.snapshot(model, criterion, kept if first else (spare,), adapter=adapter)
         )
-        risk = cls(own, tuple(ranks.gather(own.examples if first else 0)), ranks)
+        risk = cls(own, tuple(ranks.gather_of(lambda: own.examples if first else 0)), ranks)
         risk._check()
         return risk
 
@@ -70,21 +69,17 @@ class ShardedRisk:
     @cached_property
     def is_finite(self) -> bool:
         """Whether parameters and first outputs are, on every rank."""
-        finite = self.own.anchor.isfinite().all() and self.own.one_output.isfinite().all()
-        return all(self.ranks.gather(bool(finite)))
+        own = self.own
+        return all(self.ranks.gather_of(lambda: bool(own.anchor.isfinite().all() and own.one_output.isfinite().all())))
 
     def value(self) -> float:
         """L at the frozen parameters."""
-        own = torch.tensor(self.own.value(), dtype=torch.float64, device=self.own.anchor.device)
-        return float(self.mean(own))
+        like = torch.zeros((), dtype=torch.float64, device=self.own.anchor.device)
+        return float(self.ranks.sum_of(lambda: like + self.own.value() * self.share, like))
 
     def gradient(self) -> Float[Tensor, "P"]:
         """∇L at the frozen parameters."""
-        return self.mean(self.own.gradient())
-
-    def mean(self, of_own: Tensor) -> Tensor:
-        """(1/N) Σ_i from the mean over this rank's own examples."""
-        return self.ranks.sum(of_own * self.share)
+        return self.ranks.sum_of(lambda: self.own.gradient() * self.share, self.own.anchor)
 
     def select(self, indices: Int[Tensor, "n"]) -> ShardedRisk:
         """The risk of the examples at sorted `indices` from 0 to N − 1, which count through the ranks."""
@@ -92,7 +87,7 @@ class ShardedRisk:
         rank_of = torch.bucketize(indices, ends, right=True)
         counts = torch.bincount(rank_of, minlength=len(self.counts))
         here = indices[rank_of == self.ranks.rank] - self.before
-        own = self.own.select(here if len(here) else torch.tensor([0]))
+        own = self.ranks.together(lambda: self.own.select(here if len(here) else torch.tensor([0])))
         return replace(self, own=own, counts=tuple(counts.tolist()))
 
     def _check(self) -> None:
@@ -103,12 +98,8 @@ class ShardedRisk:
             "type of the parameters": str(anchor.dtype),
             "criterion": type(self.own.loss).__name__,
         })
-        sizes = torch.tensor(self.ranks.gather([float(anchor.double().norm()), float(anchor.double().sum())]))
-        if ((sizes - sizes[0]).abs() > AGREEMENT * sizes[0, 0]).any():
-            raise ValueError(
-                f"The ranks hold models of different values: the norms of their parameters are {sizes[:, 0].tolist()}. "
-                "Give each a copy of one model: wrap it in DistributedDataParallel, or draw it from one seed."
-            )
+        check_parameters(anchor, self.ranks)
+        check_buffers(self.own.base, self.ranks)
 
 
 def borrowed(batches: Batches, ranks: Ranks) -> tuple[bool, Any]:
@@ -121,5 +112,6 @@ def borrowed(batches: Batches, ranks: Ranks) -> tuple[bool, Any]:
     if all(known):
         return True, None
     lender = known.index(True)
-    lent = None if own is None or ranks.rank != lender else tuple(part[:1].detach().cpu() for part in own)
-    return own is not None, ranks.gather(lent)[lender]
+    kept = None if ranks.rank != lender else own
+    lent = ranks.gather_of(lambda: kept and tuple(part[:1].detach().cpu() for part in kept))[lender]
+    return own is not None, lent
