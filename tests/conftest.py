@@ -6,9 +6,13 @@ import random
 import numpy as np
 import pytest
 import torch
+from threadpoolctl import threadpool_limits
 from torch import nn
 
 EXPERIENCES = 3
+
+torch.set_num_threads(1)  # tests run in two processes, whose threads would fight for the cores
+threadpool_limits(limits=1)
 
 
 def seed_everything(seed):
