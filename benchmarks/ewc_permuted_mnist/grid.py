@@ -56,7 +56,7 @@ DIAGONAL = Row("6 optimiser", "Adam at 0.001, λ tuned", ADAM, Fisher(), 30.0, (
 PATH = (  # strengths: the best of `run ewc_permuted_mnist --part tune`
     Row("1 Avalanche's recipe", "", SLOW, BATCHES, THEIRS),
     Row("2 learning rate", "SGD at 0.1 instead of 0.001", FAST, BATCHES, THEIRS),
-    Row("3 strength", "λ tuned", FAST, BATCHES, 1000.0, (100.0, 300.0, 1000.0)),
+    Row("3 strength", "λ tuned", FAST, BATCHES, 300.0, (100.0, 300.0, 1000.0)),
     Row("4 per-example Fisher", "exact Fisher, λ tuned", FAST, Fisher(), 3.0, (1.0, 3.0, 10.0)),
     Row("5 pixels", "in [0, 1], λ tuned", UNSHIFTED, Fisher(), 3.0, (1.0, 3.0, 10.0)),
     DIAGONAL,
