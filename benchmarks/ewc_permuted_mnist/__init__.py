@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.harness import Experiment, Options, UsageError, one_of, positive
-from benchmarks.harness.errors import unknown
+from benchmarks.harness import Experiment, Options, one_of, positive
+from benchmarks.harness.errors import selected
 from benchmarks.harness.experiment import Context, Record
 from benchmarks.plasticity.presets import check
 
@@ -131,10 +131,7 @@ class EwcPermutedMnist(Experiment):
         from benchmarks.ewc_permuted_mnist.grid import rows
 
         known = {config.label: config for config in rows(options.part)}
-        for label in options.row or ():
-            if label not in known:
-                raise UsageError(unknown("row", label, known))
-        chosen = [config for label, config in known.items() if options.row is None or label in options.row]
+        chosen = selected("row", known, options.row)
         return [replace(config, setting=adapted(config.setting, options)) for config in chosen]
 
     def run(self, config: Config, seed: int, context: Context) -> Iterable[Record]:

@@ -2,9 +2,12 @@
 
 import difflib
 import errno
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 class UsageError(Exception):
@@ -24,6 +27,18 @@ def unknown(what: str, given: str, choices: Iterable[str]) -> str:
     guess = f"; did you mean '{nearest[0]}'?" if nearest else "."
     between = "; " if any("," in name for name in names) else ", "
     return f"unknown {what} '{given}'{guess} Choices: {between.join(names)}."
+
+
+def selected(what: str, choices: Mapping[str, T], names: Sequence[str] | None) -> list[T]:
+    """The choices of those names, in their own order, or all without names. Raises UsageError for an unknown name.
+
+    >>> selected("row", {"a": 1, "b": 2}, ["b", "a"]), selected("row", {"a": 1, "b": 2}, None)
+    ([1, 2], [1, 2])
+    """
+    for name in names or ():
+        if name not in choices:
+            raise UsageError(unknown(what, name, choices))
+    return [choice for name, choice in choices.items() if names is None or name in names]
 
 
 def full_disk(error: BaseException | None, folder: Path) -> UsageError | None:

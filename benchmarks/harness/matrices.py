@@ -54,21 +54,6 @@ def accuracy_matrix(results: Results, label: str, metric: str = METRIC) -> list[
     return [[_summarised([matrix[t][j] for matrix in matrices]) for j in range(size)] for t in range(size)]
 
 
-def forgetting_curve(results: Results, label: str, metric: str = METRIC) -> list[tuple[float, Summary]]:
-    """Of each experience j but the last: a[j][j] − a[T][j], what was lost since it was learned, over seeds.
-
-    (Chaudhry et al. 2018, with the accuracy just after learning as the reference.) Draw it with `plot_curves`; the mean
-    over j is the forgetting of the tables.
-    """
-    lost: dict[int, list[float]] = {}
-    for matrix in accuracy_matrices(results, label, metric).values():
-        for j in range(len(matrix) - 1):
-            learned, last = matrix[j][j], matrix[-1][j]
-            if learned is not None and last is not None:
-                lost.setdefault(j, []).append(learned - last)
-    return [(float(j + 1), summarise(values)) for j, values in lost.items()]
-
-
 def plot_matrices(path: Path, matrices: Mapping[str, Matrix], *, title: str = "accuracy") -> Path:
     """One heat map for each label, a common scale from 0 to 1, numbers in the cells of up to twelve experiences.
 

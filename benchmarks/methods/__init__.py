@@ -7,14 +7,12 @@ from benchmarks.methods.ours import Ours, Projected, Spectral
 from benchmarks.methods.path_integral import PathIntegral
 from benchmarks.methods.penalties import MAS, SI, AvalancheEWC, FixedSI, LwF, RWalk
 from benchmarks.methods.rehearsal import DarkReplay, GDumb, MemoryReplay, NearestMean, Rehearsal
-from benchmarks.methods.strategies import EQUAL_TO_FISHER, MEMORY, STRATEGIES, Named, named, strategies
+from benchmarks.methods.strategies import STRATEGIES, Named, named, strategies
 
 __all__ = [
     "AGEM",
-    "EQUAL_TO_FISHER",
     "GEM",
     "MAS",
-    "MEMORY",
     "SI",
     "STRATEGIES",
     "AllAtOnce",

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.harness import Experiment, Options, UsageError, one_of, positive
-from benchmarks.harness.errors import unknown
+from benchmarks.harness.errors import selected
 from benchmarks.harness.experiment import Context, Record
 from benchmarks.plasticity.networks import Mlp
 from benchmarks.plasticity.presets import CHANGES, NETWORKS, PRESETS, RANDOM, SOURCES, Preset, Setting, check, has
@@ -76,10 +76,7 @@ class Plasticity(Experiment):
         parts = (options.part,) if options.part else PARTS
         strength = PRESETS[options.preset].strength
         known = {row[0]: Config(*row) for row in rows(setting_for(options), strength, parts, options.quick)}
-        for label in options.method or ():
-            if label not in known:
-                raise UsageError(unknown("method", label, known))
-        return [config for label, config in known.items() if options.method is None or label in options.method]
+        return selected("method", known, options.method)
 
     def run(self, config: Config, seed: int, context: Context) -> Iterable[Record]:
         from benchmarks.plasticity.run import run

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.harness import Experiment, Options, UsageError, one_of, positive
-from benchmarks.harness.errors import unknown
+from benchmarks.harness import Experiment, Options, one_of, positive
+from benchmarks.harness.errors import selected
 from benchmarks.harness.experiment import Context, Record
 from benchmarks.plasticity.presets import check
 
@@ -93,10 +93,7 @@ class Projections(Experiment):
         from benchmarks.projections.grid import rows
 
         known = {config.label: config for config in rows(setting_for(options), options.part, options.rank)}
-        for label in options.method or ():
-            if label not in known:
-                raise UsageError(unknown("method", label, known))
-        return [config for label, config in known.items() if options.method is None or label in options.method]
+        return selected("method", known, options.method)
 
     def run(self, config: Config, seed: int, context: Context) -> Iterable[Record]:
         from benchmarks.projections.run import run

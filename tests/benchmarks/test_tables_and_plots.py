@@ -5,7 +5,7 @@ import math
 import pytest
 
 from benchmarks.harness import Results
-from benchmarks.harness.matrices import accuracy_matrices, accuracy_matrix, forgetting_curve, plot_matrices
+from benchmarks.harness.matrices import accuracy_matrices, accuracy_matrix, plot_matrices
 from benchmarks.harness.plots import Curves, Dots, plot_curves, plot_dots
 from benchmarks.harness.report import where
 from benchmarks.harness.scatter import Points, plot_scatter
@@ -107,12 +107,6 @@ def test_an_accuracy_matrix_is_read_back_below_its_diagonal():
 
 def test_a_seed_of_which_an_experience_is_missing_is_left_out():
     assert list(accuracy_matrices(course(ONE, TWO[:2]), "a")) == [0]
-
-
-def test_forgetting_of_an_experience_is_what_it_lost_since_it_was_learned():
-    (first, lost), (second, later) = forgetting_curve(course(ONE, TWO), "a")  # 0.4 and 0.4; 0.1 and 0.1
-    assert (first, second) == (1.0, 2.0)
-    assert (lost.mean, later.mean) == (pytest.approx(0.4), pytest.approx(0.1))
 
 
 def test_finals_by_seed_take_the_last_step():
