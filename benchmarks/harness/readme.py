@@ -5,6 +5,7 @@ The marker ``NAME`` stands for the whole report of ``benchmarks/published/NAME.j
 """
 
 import re
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -65,7 +66,8 @@ def excerpt(markdown: str, results: Results, part: str = "") -> str:
     ['| a |', '| - |']
     """
     commits = sorted({_short(header.get("commit")) for header in results.headers})
-    source = f"`{results.manifest['command']}` at commit{'s' if len(commits) > 1 else ''} {', '.join(commits)}."
+    command = abbreviated(results.manifest["command"])
+    source = f"`{command}` at commit{'s' if len(commits) > 1 else ''} {', '.join(commits)}."
     if results.missing:
         source += f" {results.missing} of {len(results.manifest['units'])} units are missing."
     body = re.sub(r"\A# .*\n", "", markdown.strip())
@@ -73,6 +75,27 @@ def excerpt(markdown: str, results: Results, part: str = "") -> str:
     body = _tables(body) if part == TABLES else _section(body, part) if part else body
     body = re.sub(r"^(#+ )", r"##\1", body, flags=re.MULTILINE)
     return f"{source}\n\n{body.strip()}"
+
+
+def abbreviated(command: str, most: int = 3) -> str:
+    """The command with an option that is given more than `most` times written once, without its value.
+
+    >>> abbreviated("run x --row a --row 'b c' --seeds 5 --row d --row e")
+    'run x --row … --seeds 5'
+    """
+    options = re.compile(r" (--[\w-]+)[ =](?:'[^']*'|\S+)")
+    counts = Counter(options.findall(command))
+    seen: set[str] = set()
+
+    def once(found: re.Match[str]) -> str:
+        option = found[1]
+        if counts[option] <= most:
+            return found[0]
+        first = option not in seen
+        seen.add(option)
+        return f" {option} …" if first else ""
+
+    return options.sub(once, command)
 
 
 def _tables(body: str) -> str:
