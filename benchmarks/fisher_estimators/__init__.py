@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from avalanche_curv import Curvature
     from benchmarks.harness.results import Results
 
-EXACT = "exact"
-COMMON = 1e6  # a strength at which every estimator is tried
+EXACT, NAIVE = "exact", "Naive"
+COMMON = 1e4  # a strength at which every estimator is tried
 
 
 @dataclass(frozen=True)
