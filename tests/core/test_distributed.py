@@ -109,6 +109,15 @@ def test_a_penalty_in_shares_has_the_value_and_the_averaged_gradient_of_the_whol
         assert nbytes < 0.55 * whole
 
 
+@pytest.mark.parametrize("first", [False, True])
+def test_a_penalty_reaches_the_heads_of_past_tasks_that_the_loss_does_not(ranks, first):
+    past = estimate(SAMPLED, Diagonal(), alone(lambda: there["Headed"](used=0), shift=1)).scaled(there["STRENGTH"])
+    model, (x, y) = there["made"](there["Headed"]), there["data"]()
+    (nn.functional.cross_entropy(model(x[:12]), y[:12]) + past.penalty(model)).backward()
+    for rank in ranks:
+        torch.testing.assert_close(rank["penalties"]["heads"][first], there["gradients"](model), **EXACT)
+
+
 @pytest.mark.parametrize("shards", SHARDS)
 @pytest.mark.parametrize("number", range(3), ids=["Fisher", "sampled", "empirical"])
 def test_the_diagonal_of_a_model_that_no_rank_holds_is_that_of_one_that_is_held(ranks, shards, number):

@@ -66,6 +66,18 @@ def convolutional():
     )
 
 
+class Headed(nn.Module):
+    """A trunk and two heads, of which one is in use."""
+
+    def __init__(self, used=1):
+        super().__init__()
+        self.trunk, self.heads = nn.Linear(4, 5), nn.ModuleList(nn.Linear(5, CLASSES) for _ in range(2))
+        self.used = used
+
+    def forward(self, x):
+        return self.heads[self.used](torch.tanh(self.trunk(x)))
+
+
 class Scale(nn.Module):
     def __init__(self):
         super().__init__()
@@ -266,7 +278,24 @@ def penalties(rank):
         loss = criterion(ddp(x[rank::2][:6]), y[rank::2][:6]) + past.penalty(ddp)
         loss.backward()
         found[number] = gradients(ddp), past.penalty(ddp).detach(), past(ddp), past.nbytes
+    found["heads"] = [headed(rank, first) for first in (False, True)]
     return found
+
+
+def headed(rank, first):
+    """The gradient of a loss that does not reach a past head, and of a penalty that does, evaluated first or last; of a
+    second step, in which DistributedDataParallel knows what the first one left unused."""
+    past_model, model = made(lambda: Headed(used=0)), made(Headed)
+    risk = ShardedRisk.snapshot(moved(past_model, 1), nn.CrossEntropyLoss(), mine("uneven", rank))
+    past = ShardedQuadratic.of(estimate_sharded(SAMPLED, Diagonal(), risk)).scaled(STRENGTH)
+    ddp = DistributedDataParallel(model)
+    x, y = data()
+    for _ in range(2):
+        ddp.zero_grad()
+        penalty = past.penalty(ddp) if first else 0.0
+        loss = nn.functional.cross_entropy(ddp(x[rank::2][:6]), y[rank::2][:6])
+        (loss + (penalty if first else past.penalty(ddp))).backward()
+    return gradients(ddp)
 
 
 def fully_sharded(rank):

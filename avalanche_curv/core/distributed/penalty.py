@@ -50,11 +50,12 @@ class ShardedQuadratic:
 
         Its gradient lies on this rank's share. For a model with copies on all ranks it is R (g + C δ) there and zero
         elsewhere: gradients that are averaged over ranks afterwards, as DistributedDataParallel does, are exact without
-        another message. For a model sharded by `fully_shard` it is g + C δ on the rows that the rank holds; evaluate
-        the penalty before the model then, whose outermost parameters are whole between forward and backward pass.
+        another message. No parameter counts as unused then, not even the heads of past tasks that the task's loss does
+        not reach: leave `find_unused_parameters` off. For a model sharded by `fully_shard` it is g + C δ on the rows
+        that the rank holds; evaluate the penalty before the model then, whose outermost parameters are whole between
+        forward and backward pass.
         """
-        kept = zip(self.share.tensors(model), self.share.ranges)
-        return _Penalty.apply(self, *(tensor for tensor, (start, stop) in kept if stop > start))
+        return _Penalty.apply(self, *self.share.tensors(model))
 
     def evaluate(self, displacement: Float[Tensor, "p"]) -> tuple[Tensor, Float[Tensor, "p"]]:
         """q(a + δ), and g + C δ in this rank's coordinates, from its part of δ."""
