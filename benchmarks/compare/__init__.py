@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.harness import Experiment, Options, one_of, positive
+from benchmarks.harness import Experiment, Options, UsageError, one_of, positive
 from benchmarks.harness.experiment import Context, Record
 from benchmarks.streams import SCENARIOS, STREAMS
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 DEFAULT_STREAM = "permuted_digits"
 MEASUREMENTS = 6  # of fidelity in each experience
 STREAM, FIRST = PROTOCOLS = ("stream", "first")
+EXPERIENCES = 3  # that tuning on the first ones sees
 BASELINE = "Naive"
 
 
@@ -62,8 +63,8 @@ class CompareOptions(Options):
     steps: int | None = None
     every: int | None = None
     tune: str | None = None
-    first: int = 3
-    tuning_seeds: int = 1
+    first: int | None = None
+    tuning_seeds: int | None = None
     baseline: str = BASELINE
     strengths: Sequence[tuple[str, float]] = ()
     seeds: int = 2
@@ -85,19 +86,23 @@ class Compare(Experiment):
             help="choose each strength first, on validation parts with seeds from 1000 on: on the whole stream, or on "
             "its first experiences only (Chaudhry et al. 2019)",
         )
-        parser.add_argument("--first", type=positive, default=3, help="experiences for --tune first (default 3)")
-        parser.add_argument("--tuning-seeds", type=positive, default=1, metavar="N", help="for --tune (default 1)")
+        add_first_argument(parser, "--tune first")
+        parser.add_argument("--tuning-seeds", type=positive, metavar="N", help="for --tune (default 1)")
         parser.add_argument("--baseline", default=BASELINE, help="what differences are tested against (default Naive)")
 
     def variant(self, options: CompareOptions) -> str:
-        count = options.first if options.tune == FIRST else ""
+        count = options.first or EXPERIENCES if options.tune == FIRST else ""
         return variant(options, f"tuned-{options.tune}{count}" if options.tune else "")
 
     def prerequisite(self, options: CompareOptions) -> tuple[Experiment, Options] | None:
         from benchmarks.compare.tuning import experiment, tuning_for
+        from benchmarks.methods import STRATEGIES
 
-        self.configs(options)  # what cannot be met is said before the tuning
-        return (experiment, tuning_for(options)) if options.tune else None
+        configs = self.configs(options)  # what cannot be met is said before the tuning
+        if not options.tune and (options.first or options.tuning_seeds):
+            raise UsageError("--first and --tuning-seeds are for tuning: add --tune stream or --tune first.")
+        tuned = options.tune and any(STRATEGIES[config.label].grid for config in configs)
+        return (experiment, tuning_for(options)) if tuned else None
 
     def settled(self, options: CompareOptions, results: Results) -> CompareOptions:
         from benchmarks.compare.tuning import best_strengths
@@ -135,6 +140,12 @@ def add_stream_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=positive, metavar="N", help="of an experience; default: the literature's")
 
 
+def add_first_argument(parser: argparse.ArgumentParser, protocol: str) -> None:
+    parser.add_argument(
+        "--first", type=positive, metavar="K", help=f"experiences for {protocol} (default {EXPERIENCES})"
+    )
+
+
 def strategies_of(options: CompareOptions) -> Sequence[str] | None:
     """The names that were asked for, and the baseline with them; None for all."""
     return None if options.strategy is None else list(dict.fromkeys([*options.strategy, options.baseline]))
@@ -153,8 +164,10 @@ def variant(options: Any, suffix: str = "") -> str:
 
 
 def setting_for(options: Any) -> Setting:
-    """The setting of a stream; with `quick`, two experiences of a few steps. Raises UsageError where data are absent
-    or the stream has not that scenario."""
+    """The setting of a stream; with `quick`, two experiences of a few steps. Raises UsageError where data are absent,
+    where the stream has not that scenario, and for a number of steps beside `quick`."""
+    if options.quick and options.steps:
+        raise UsageError("--quick takes six steps an experience: leave --quick out, or --steps.")
     stream = STREAMS[options.stream]
     scenario = options.scenario or stream.scenarios[0]
     stream.check(options.stream, options.dataset_root, scenario)

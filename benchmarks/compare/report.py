@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from benchmarks.compare import EXPERIENCES, STREAM
 from benchmarks.compare.figures import draw
 from benchmarks.harness.significance import compared, holm
 from benchmarks.harness.tables import Cell, Column, table
@@ -104,14 +105,25 @@ def _on_strengths(results: Results) -> str:
     """Where the strengths come from, in words."""
     options = results.manifest["options"]
     if options["tune"]:
-        part = "the whole stream" if options["tune"] == "stream" else f"its first {options['first']} experiences"
+        first = options["first"] or EXPERIENCES
+        part = "the whole stream" if options["tune"] == STREAM else f"its first {first} experiences"
         return (
             f"Strengths λ were chosen on {part}, by the accuracy on a tenth of the training examples that was held "
-            f"out, on {options['tuning_seeds']} seeds from 1000 on."
+            f"out, {options['tuning_seeds'] or 1} of the seeds from 1000 on.{_on_edges(results)}"
         )
     places = {str(place) for label in results.labels if (place := results.config(label).get("tuned_on"))}
     where = f" on {', '.join(sorted(places))}, by held-out examples and seeds from 1000 on" if places else " nowhere"
-    return f"Strengths λ were tuned before{where}; `--tune` tunes them on the stream itself."
+    return f"Strengths λ were tuned before{where}; `--tune` tunes them on the stream itself.{_on_edges(results)}"
+
+
+def _on_edges(results: Results) -> str:
+    """The methods whose strength, chosen by tuning, is the least or the largest that was tried."""
+    edges = []
+    for label in results.labels:
+        config, grid = results.config(label), STRATEGIES[label].grid
+        if config.get("tuned_on") and grid and config["method"]["strength"] in (min(grid), max(grid)):
+            edges.append(label)
+    return f" At an end of what was tried, so perhaps better beyond it: {'; '.join(edges)}." if edges else ""
 
 
 def _not_run(scenario: str) -> str:

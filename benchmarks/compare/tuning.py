@@ -6,24 +6,27 @@ import argparse
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from math import isfinite, nan
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.compare import (
+    EXPERIENCES,
     FIRST,
     PROTOCOLS,
     STREAM,
     CompareOptions,
     Setting,
+    add_first_argument,
     add_stream_arguments,
     setting_for,
     strategies_of,
     variant,
 )
-from benchmarks.harness import Experiment, Options, UsageError, one_of, positive
+from benchmarks.harness import Experiment, Options, UsageError, one_of
 from benchmarks.harness.experiment import Context, Record
 from benchmarks.harness.tables import Column, table
+from benchmarks.streams import STREAMS
 
 if TYPE_CHECKING:
     from benchmarks.harness.results import Results
@@ -53,7 +56,7 @@ class TuningOptions(Options):
     strategy: Sequence[str] | None = None
     steps: int | None = None
     protocol: str = STREAM
-    first: int = CompareOptions.first
+    first: int | None = None
     seeds: int = 1
 
 
@@ -72,31 +75,32 @@ class Tuning(Experiment):
         add_stream_arguments(parser)
         parser.set_defaults(seeds=1)
         parser.add_argument("--protocol", type=one_of("protocol", PROTOCOLS), default=STREAM, help="stream or first")
-        parser.add_argument("--first", type=positive, default=3, help="experiences for --protocol first (default 3)")
+        add_first_argument(parser, "--protocol first")
 
     def variant(self, options: TuningOptions) -> str:
-        return variant(options, f"{FIRST}{options.first}" if options.protocol == FIRST else "")
+        return variant(options, f"{FIRST}{options.first or EXPERIENCES}" if options.protocol == FIRST else "")
 
     def configs(self, options: TuningOptions) -> Sequence[Strength]:
         from benchmarks.compare.grid import strengths_to_try
 
         setting = replace(setting_for(options), validation=VALIDATION, every=0)  # fidelity costs time
         if options.protocol == FIRST:
-            setting = replace(setting, experiences=min(options.first, setting.experiences))
+            setting = replace(setting, experiences=min(_first(options), setting.experiences))
+        elif options.first:
+            raise UsageError("--first is for the protocol 'first', on the stream's first experiences.")
+        to_try = strengths_to_try(setting, options.strategy)
+        if not to_try:
+            raise UsageError(f"{', '.join(options.strategy or ())}: without a strength, there is nothing to tune.")
         return [
             Strength(f"{name} at {strength:g}", name, strength, method, setting)
-            for name, tried in strengths_to_try(setting, options.strategy).items()
+            for name, tried in to_try.items()
             for strength, method in (list(tried.items())[:1] if options.quick else tried.items())
         ]
 
     def run(self, config: Strength, seed: int, context: Context) -> Sequence[Record]:
-        from avalanche_curv.core import NonFiniteCurvatureError
         from benchmarks.compare.run import run
 
-        try:
-            records = run(config.method, config.setting, FIRST_SEED + seed, context)
-        except NonFiniteCurvatureError:  # the strength is too large
-            return [{"metric": "average_accuracy", "value": nan}]
+        records = run(config.method, config.setting, FIRST_SEED + seed, context)
         return [record for record in records if record["metric"] in ("average_accuracy", "forgetting", "seconds")]
 
     def report(self, results: Results, out: Path) -> str:
@@ -117,6 +121,17 @@ class Tuning(Experiment):
             f"{100 * setting['validation']:g} % of the training examples that were held out, seeds from {FIRST_SEED} "
             "on, by strength.\n\n" + table(columns, rows) + _on_edges(edges)
         )
+
+
+def _first(options: TuningOptions) -> int:
+    """How many experiences tuning sees; after a single one no strength has acted. Raises UsageError for other numbers
+    than two up to the stream's."""
+    stream = STREAMS[options.stream]
+    length = stream.length(options.scenario or stream.scenarios[0])
+    first = options.first or min(EXPERIENCES, length)
+    if not 2 <= first <= length:
+        raise UsageError(f"--first {first}: '{options.stream}' can be tuned on its first 2 to {length} experiences.")
+    return first
 
 
 def _ends(configs: Iterable[dict[str, Any]], name: str) -> tuple[float, float]:
@@ -148,7 +163,7 @@ def best_strengths(results: Results) -> dict[str, float]:
 def tuning_for(options: CompareOptions) -> TuningOptions:
     """The tuning that a comparison asks for."""
     return TuningOptions(
-        seeds=options.tuning_seeds, quick=options.quick, dataset_root=options.dataset_root, stream=options.stream,
+        seeds=options.tuning_seeds or 1, quick=options.quick, dataset_root=options.dataset_root, stream=options.stream,
         scenario=options.scenario, strategy=strategies_of(options), steps=options.steps,
         protocol=options.tune or STREAM, first=options.first,
     )

@@ -29,6 +29,7 @@ SLOW = Setting(Sgd(1e-3), mean=MEAN, deviation=DEVIATION)
 FAST = replace(SLOW, optimiser=Sgd(0.1))
 UNSHIFTED = replace(FAST, mean=0.0, deviation=1.0)
 ADAM = replace(UNSHIFTED, optimiser=Adam(1e-3))
+NORMALISED = replace(FAST, optimiser=Adam(1e-3))
 ORIGINALLY = replace(SLOW, hidden=1000, steps=2350, batch=256)  # ten epochs
 
 
@@ -62,9 +63,11 @@ PATH = (  # strengths: the best of `run ewc_permuted_mnist --part tune`
     DIAGONAL,
     Row("7 Kronecker", "KFAC for the diagonal, λ tuned", ADAM, Fisher(), 10.0, (3.0, 10.0, 30.0), KRONECKER),
 )
+AS_SIX = replace(DIAGONAL, tried=())
 ASIDE = (
-    replace(DIAGONAL, label="6 wide", changed="row 6, 1,000 units, at its λ", setting=replace(ADAM, hidden=1000)),
-    replace(DIAGONAL, label="6 long", changed="row 6, twice the steps, at its λ", setting=replace(ADAM, steps=1000)),
+    Row("6 normalised", "row 6, pixels as in row 4, λ tuned", NORMALISED, Fisher(), 30.0, (10.0, 30.0, 100.0)),
+    replace(AS_SIX, label="6 wide", changed="row 6, 1,000 units, at its λ", setting=replace(ADAM, hidden=1000)),
+    replace(AS_SIX, label="6 long", changed="row 6, twice the steps, at its λ", setting=replace(ADAM, steps=1000)),
 )
 
 
@@ -84,7 +87,7 @@ def rows(part: str) -> list[Config]:
 
 
 def _tuned() -> Iterator[Config]:
-    for row in PATH:
+    for row in (*PATH, *ASIDE):
         tuned = replace(row, setting=replace(row.setting, validation=VALIDATION))
         for strength in row.tried:
             yield tuned.at(strength, f"{row.label} at {strength:g}", FIRST_TUNING_SEED)

@@ -22,13 +22,14 @@ the paper (Kirkpatrick et al. 2017). Their setting: 2 × 1,000 units, ten epochs
 Each numbered row changes one thing of the row above it and keeps the rest, in a smaller setting that affords the
 whole path: 2 × 400 units unless said, every training image in batches of 128, each task's curvature estimated on a
 random tenth of its images at its end (`Accumulate`). Where a row says *tuned*, λ is the best of those tried on seeds
-from 1000 on (`--part tune`), by the accuracy on a tenth of the training images, held out. *6 wide* and *6 long* stand
-beside the path: row 6 with one more change. All rows of a seed see the same permutations, and those of one size start
-from the same weights. `--part original` is Avalanche's setting as it is.
+from 1000 on (`--part tune`), by the accuracy on a tenth of the training images, held out. *6 normalised*, *6 wide* and
+*6 long* stand beside the path: row 6 with one more change. Row 1 sees a tenth of their examples, too few for its
+learning rate, which row 2 repairs first; `--part original` is their setting as it is. All rows of a seed see the same
+permutations, and those of one size start from the same weights.
 
 *average accuracy* is over all tasks after the last, *when learned* over tasks just after each, *forgetting* the mean
-loss since. *multitask* learns all tasks at once with as many steps in all. A run whose weights diverged has no accuracy
-(nan). Mean ± standard deviation over n seeds."""
+loss since. *multitask*, for reference, learns all tasks at once with as many steps in all. A run whose weights diverged
+has no accuracy (nan). Mean ± standard deviation over n seeds."""
 
 
 def report(results: Results, out: Path) -> str:

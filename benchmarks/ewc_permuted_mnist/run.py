@@ -6,17 +6,15 @@ from collections.abc import Iterator
 from math import nan
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from avalanche_curv.core import NonFiniteCurvatureError
-from avalanche_curv.streams._benchmark import benchmark
 from benchmarks.ewc_permuted_mnist import Config, Setting
 from benchmarks.harness.experiment import Context, Record
 from benchmarks.mnist import CLASSES
 from benchmarks.plasticity.data import Images, read
-from benchmarks.projections.data import Permuted, Stream, WholeBatches
+from benchmarks.projections.data import Stream, WholeBatches, permuted
 from benchmarks.projections.methods import Multitask
 from benchmarks.training import Data, Steps, TimedEvaluation, Trainer, mean, summary
 
@@ -49,15 +47,11 @@ def run(config: Config, seed: int, context: Context) -> Iterator[Record]:
 
 
 def stream(setting: Setting, seed: int, dataset_root: Path | None, *, at_once: bool) -> Stream:
-    """A permutation of the pixels for each task, also for the first: an experience each, or all in one."""
+    """Permutations of MNIST, or of what is left of its training images and what is held out of them."""
     train, test = (_scaled(part, setting) for part in read(setting.images, EXAMPLES, 0, dataset_root))
     if setting.validation:
         train, test = held_out(train, setting.validation, seed)
-    state = np.random.RandomState(seed)  # the generator that Avalanche draws its permutations from
-    orders = torch.stack([torch.from_numpy(state.permutation(train[0].shape[1])) for _ in range(setting.tasks)])
-    parts = tuple(Permuted(*train, some) for some in ([orders] if at_once else orders.split(1)))
-    tests = tuple(Permuted(*test, order) for order in orders.split(1))
-    return Stream(benchmark(list(zip(parts, tests)), [0] * len(parts), CLASSES), parts, tests)
+    return permuted(train, test, setting.tasks, seed, at_once=at_once)
 
 
 def held_out(train: Data, part: float, seed: int) -> tuple[Data, Data]:

@@ -15,6 +15,7 @@ from benchmarks.harness.tables import Cell, Column, table
 from benchmarks.harness.timings import is_timing
 
 RESULTS = "Results"
+FINGERPRINT = "weights"  # a sum over all weights, by which runs that are equal are known: no result to be tested
 NAMES = ("metric", "value", "step", "label", "seed", "timing")
 
 Series = tuple[str, tuple[tuple[str, Any], ...]]
@@ -32,7 +33,8 @@ class Change:
 def difference(a: Path, b: Path, metrics: Sequence[str] = ()) -> str:
     """Markdown that compares two results folders (or published files), each label with itself.
 
-    `metrics` are those to compare, by their final values; by default all without steps, or all where there are none.
+    `metrics` are those to compare, by their final values; by default all without steps, or all where there are none,
+    but for the fingerprint of the weights.
     Raises UsageError where a folder holds no results, and for a metric that neither has.
     """
     before, after = read_results(a), read_results(b)
@@ -65,7 +67,7 @@ def _told(results: Results) -> str:
 
 def _default(a: Results, b: Results) -> list[str]:
     rows = [*a.rows, *b.rows]
-    plain = dict.fromkeys(row["metric"] for row in rows if row["step"] is None)
+    plain = dict.fromkeys(row["metric"] for row in rows if row["step"] is None and row["metric"] != FINGERPRINT)
     return list(plain or dict.fromkeys(row["metric"] for row in rows))
 
 

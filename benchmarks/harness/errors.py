@@ -15,18 +15,38 @@ class UsageError(Exception):
 
 
 def unknown(what: str, given: str, choices: Iterable[str]) -> str:
-    """The message for a name that is not among the choices, with the nearest one.
+    """The message for a name that is not among the choices, with the nearest ones.
 
     >>> unknown("experiment", "refrsh", ["compare", "refresh"])
     "unknown experiment 'refrsh'; did you mean 'refresh'? Choices: compare, refresh."
-    >>> unknown("strategy", "EWC", ["SI", "CurvatureEWC Fisher, merge"])
-    "unknown strategy 'EWC'. Choices: CurvatureEWC Fisher, merge; SI."
+    >>> unknown("strategy", "ewc", ["EWC", "CurvatureEWC Fisher, merge"])
+    "unknown strategy 'ewc'; did you mean 'EWC'? Choices: CurvatureEWC Fisher, merge; EWC."
     """
     names = sorted(choices)
-    nearest = difflib.get_close_matches(given, names, n=1)
-    guess = f"; did you mean '{nearest[0]}'?" if nearest else "."
+    nearest = _nearest(given, names)
+    guess = f"; did you mean {' or '.join(map(repr, nearest))}?" if nearest else "."
     between = "; " if any("," in name for name in names) else ", "
     return f"unknown {what} '{given}'{guess} Choices: {between.join(names)}."
+
+
+def _nearest(given: str, names: Sequence[str], most: int = 3) -> list[str]:
+    """The same name but for case, spaces and dashes, else those that begin or end with it, else the one spelt most like
+    it.
+
+    >>> known = ["EWC", "EWC online", "JointTraining", "split_mnist"]
+    >>> [_nearest(given, known) for given in ("SplitMNIST", "joint", "online EWC", "ewcs", "?")]
+    [['split_mnist'], ['JointTraining'], ['EWC online'], ['EWC'], []]
+    """
+    plain = {name: _plain(name) for name in names}
+    asked = _plain(given)
+    same = [name for name in names if plain[name] == asked]
+    longer = [name for name in names if asked and (plain[name].startswith(asked) or plain[name].endswith(asked))]
+    alike = difflib.get_close_matches(asked, plain.values(), n=1)
+    return same or longer[:most] or [name for name in names if plain[name] in alike]
+
+
+def _plain(name: str) -> str:
+    return "".join(filter(str.isalnum, name)).casefold()
 
 
 def selected(what: str, choices: Mapping[str, T], names: Sequence[str] | None) -> list[T]:

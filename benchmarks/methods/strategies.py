@@ -51,8 +51,8 @@ def decades(first: int, last: int) -> tuple[float, ...]:
 
 
 SQUARED_MEANS = decades(0, 6)  # importances from gradients of mini-batch means are small
-MARGINS = (0.0, 0.1, 0.5, 1.0)  # GEM's γ (Lopez-Paz & Ranzato 2017 use 0.5)
-REPLAY_WEIGHTS = (0.1, 0.3, 1.0, 3.0)
+MARGINS = (0.0, 0.1, 0.5, 1.0, 2.0, 5.0)  # GEM's γ (Lopez-Paz & Ranzato 2017 use 0.5)
+REPLAY_WEIGHTS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 
 
 @dataclass(frozen=True)

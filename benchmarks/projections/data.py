@@ -96,8 +96,13 @@ def stream(setting: Setting, seed: int, dataset_root: Path | None, *, at_once: b
     """The permutations of Avalanche's `PermutedMNIST(seed=seed)`, of which also the first is one, an experience each or
     all in one."""
     train, test = (_scaled(part) for part in read(setting.images, setting.examples, 0, dataset_root))
+    return permuted(train, test, setting.tasks, seed, at_once=at_once)
+
+
+def permuted(train: Data, test: Data, tasks: int, seed: int, *, at_once: bool) -> Stream:
+    """The same of any images: a permutation of the pixels for each task, also for the first."""
     state = np.random.RandomState(seed)  # the generator that Avalanche draws its permutations from
-    orders = torch.stack([torch.from_numpy(state.permutation(train[0].shape[1])) for _ in range(setting.tasks)])
+    orders = torch.stack([torch.from_numpy(state.permutation(train[0].shape[1])) for _ in range(tasks)])
     parts = tuple(Permuted(*train, some) for some in ([orders] if at_once else orders.split(1)))
     tests = tuple(Permuted(*test, order) for order in orders.split(1))
     splits = list(zip(parts, tests))

@@ -9,6 +9,8 @@ van de Ven, Tuytelaars & Tolias 2022 (Three types of incremental learning); Mai 
 in image classification).
 """
 
+from dataclasses import replace
+
 from benchmarks.streams.digits import permuted_digits, rotated_digits, sine, split_digits
 from benchmarks.streams.mnist import permuted_mnist, rotated_mnist, split_fashion_mnist, split_mnist
 from benchmarks.streams.networks import Mlp, ResNet18
@@ -24,7 +26,8 @@ TWO_THOUSAND = Recipe(2_000, 128, 1e-3, memory=2_000 / 60_000, source="van de Ve
 FIVE_THOUSAND = Recipe(5_000, 256, 1e-4, memory=2_000 / 600_000, source="van de Ven & Tolias 2019, permuted MNIST")
 CIFAR = Recipe(5_000, 256, 1e-4, memory=2_000 / 50_000, source="van de Ven, Tuytelaars & Tolias 2022, split CIFAR-100")
 HUNDRED_EPOCHS = Recipe(31_250, 32, 1e-3, memory=5_120 / 100_000, source="Buzzega et al. 2020; they use SGD at 0.03")
-ONE_PASS = Recipe(1_500, 10, 1e-3, memory=2_000 / 120_000, source="Mai et al. 2022: one pass; they use SGD at 0.1")
+ONE_PASS = Recipe(1_500, 10, 1e-3, memory=2_000 / 120_000, source="Mai et al. 2022, about a pass; they use SGD at 0.1")
+ROTATED = replace(TWO_THOUSAND, memory=FIVE_THOUSAND.memory, source="van de Ven & Tolias 2019: split MNIST's steps")
 
 DIGITS, PLANE = Mlp(64, (100,)), Mlp(2, (100,))
 HSU = Mlp(784, (400, 400))  # Hsu et al. 2018, van de Ven & Tolias 2019
@@ -51,7 +54,7 @@ STREAMS = {
     "sine": Stream(sine, 9, {DOMAIN: 2}, PLANE, Recipe(100, 64, 3e-3, memory=0.1, source=SMALL.source)),
     "split_mnist": Stream(split_mnist, 5, _split(10, 5), HSU, TWO_THOUSAND, MNIST),
     "permuted_mnist": Stream(permuted_mnist, 10, _repeated(10, 10), WIDE, FIVE_THOUSAND, MNIST),
-    "rotated_mnist": Stream(rotated_mnist, 10, _repeated(10, 10), HSU, TWO_THOUSAND, MNIST),
+    "rotated_mnist": Stream(rotated_mnist, 10, _repeated(10, 10), HSU, ROTATED, MNIST),
     "split_fashion_mnist": Stream(split_fashion_mnist, 5, _split(10, 5), HSU, TWO_THOUSAND, FASHION),
     "split_cifar10": Stream(split_cifar10, 5, _split(10, 5), SLIM, CIFAR, SOURCES["cifar10"]),
     "split_cifar100": Stream(split_cifar100, 10, _split(100, 10), SLIM, CIFAR, SOURCES["cifar100"]),

@@ -1,6 +1,7 @@
 """The comparison: what it trains and tests on, how it tunes, and what it says."""
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -84,6 +85,16 @@ def test_joint_training_is_measured_once_on_all(tmp_path):
     records = run(AllAtOnce(), SETTING, 0, context(0, tmp_path))
     measured = [record["metric"] for record in records if "experience" in record["metric"]]
     assert measured == [f"accuracy/experience_{number}" for number in range(3)]
+    assert not {"forgetting", "learned"} & {record["metric"] for record in records}
+
+
+@pytest.mark.parametrize("name", ["EWC", "CurvatureEWC Fisher, accumulate"])
+def test_weights_that_diverge_have_no_accuracy(name, tmp_path):
+    from benchmarks.compare.run import run
+    from benchmarks.methods import STRATEGIES
+
+    records = run(STRATEGIES[name].method.with_strength(1e42), SETTING, 0, context(0, tmp_path))
+    assert [math.isnan(r["value"]) for r in records if r["metric"] == "average_accuracy"] == [True]
 
 
 def test_two_runs_of_a_unit_with_one_seed_give_the_same_records(tmp_path):
@@ -138,11 +149,49 @@ def test_one_command_tunes_on_other_seeds_and_reports_at_the_strengths_it_found(
     assert "held out" in written
 
 
+def test_a_strength_at_an_end_of_its_grid_is_told(tmp_path):
+    from benchmarks.compare.report import _on_edges
+
+    def one(label, strength, tuned_on):
+        return {"label": label, "seed": 0, "config": {"method": {"strength": strength}, "tuned_on": tuned_on}}
+
+    headers = (one("EWC", 1.0, "this stream"), one("EWC online", 10.0, "this stream"), one("SI fixed", 1.0, None))
+    found = _on_edges(Results(tuple(header["label"] for header in headers), (), headers))
+    assert found.endswith("perhaps better beyond it: EWC.")
+
+
+def test_tuning_what_has_no_strength_is_left_out(tmp_path):
+    assert experiment.prerequisite(CompareOptions(strategy=["Replay", "GPM"], tune="stream")) is None
+    with pytest.raises(UsageError, match="Replay, GPM: without a strength, there is nothing to tune"):
+        Tuning().configs(TuningOptions(strategy=["Replay", "GPM"]))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tune": "first", "first": 1}, "'split_digits' can be tuned on its first 2 to 5 experiences"),
+        ({"tune": "first", "first": 6}, "first 2 to 5 experiences"),
+        ({"tune": "stream", "first": 2}, "for the protocol 'first'"),
+        ({"first": 2}, "are for tuning: add --tune"),
+        ({"tuning_seeds": 2}, "are for tuning: add --tune"),
+        ({"quick": True, "steps": 9}, "leave --quick out, or --steps"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(options, message):
+    def tuned():
+        tuning, chosen = experiment.prerequisite(CompareOptions(**{"stream": "split_digits", **options}))
+        return tuning.configs(chosen)
+
+    with pytest.raises(UsageError, match=message):
+        tuned()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"strategy": ["EWC onlin", "Naive"]}, "did you mean 'EWC online'"),
         ({"strategy": ["Naive", "iCaRL"], "scenario": "task"}, "'iCaRL' does not run task-incrementally"),
+        ({"strategy": ["ewc ONLINE"]}, "did you mean 'EWC online'"),
         ({"baseline": "Nave"}, "did you mean 'Naive'"),
         ({"stream": "sine", "scenario": "class"}, "has no scenario 'class'. It has: domain"),
     ],

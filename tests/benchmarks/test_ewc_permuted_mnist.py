@@ -45,7 +45,7 @@ def test_each_row_of_the_path_changes_one_thing_beside_its_strength(grid):
     found = [changes(above, row) for above, row in zip(grid.PATH, grid.PATH[1:])]
     assert found == [{"optimiser"}, set(), {"curvature"}, {"pixels"}, {"optimiser"}, {"structure"}]
     above = next(row for row in grid.PATH if row.label == "6 optimiser")
-    assert [changes(above, row) for row in grid.ASIDE] == [{"hidden"}, {"steps"}]
+    assert [changes(above, row) for row in grid.ASIDE] == [{"pixels"}, {"hidden"}, {"steps"}]
     for row in grid.PATH:
         assert not row.tried or row.strength in row.tried
 
