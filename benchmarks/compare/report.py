@@ -51,7 +51,7 @@ def _accuracies(results: Results) -> str:
     baseline = results.manifest["options"]["baseline"]
     columns = [
         Column("strategy"), Column("accuracy", 3, max), Column("forgetting", 3), Column("when learned", 3),
-        Column(f"less {baseline}", 3), Column("p (Holm)", 4), Column("verdict"), Column("λ"), Column("n"),
+        Column(f"less {baseline}", 3), Column("p (Holm)"), Column("verdict"), Column("λ"), Column("n"),
     ]
     rows: list[list[Cell]] = []
     tests = _tests(results, baseline)
@@ -79,9 +79,13 @@ def _tests(results: Results, baseline: str) -> dict[str, list[Cell]]:
     tested = {label: test.p for label, test in found.items() if test.p is not None}
     corrected = dict(zip(tested, holm(list(tested.values()))))
     return {
-        label: [test.difference, corrected.get(label), test.verdict(corrected.get(label))]
+        label: [test.difference, _p(corrected.get(label)), test.verdict(corrected.get(label))]
         for label, test in found.items()
     }
+
+
+def _p(value: float | None) -> str | None:
+    return None if value is None else f"{value:.2g}"
 
 
 def _prices(results: Results) -> str:

@@ -6,7 +6,8 @@ the records that are left, one line for each metric with its values over the uni
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,17 @@ LARGEST = 200_000
 DIGITS = 6
 UNIT_KEYS = ("label", "seed", "seconds", "peak_memory", "started", "commit")
 NAMES = ("label", "seed", "metric", "value")
+
+
+@dataclass(frozen=True)
+class Watched(Results):
+    """Results that know which metrics were asked for."""
+
+    asked: set[str] = field(default_factory=set)
+
+    def select(self, metric: str | None = None, label: str | None = None, **where: Any) -> list[Row]:
+        self.asked.update(self.metrics if metric is None else [metric])
+        return super().select(metric, label, **where)
 
 
 def read_results(path: Path) -> Results:
@@ -39,16 +51,21 @@ def read_results(path: Path) -> Results:
 def publish(results: Results, name: str, render: Callable[[Results], str], folder: Path) -> tuple[Path, str]:
     """Write the shortest form of the results that renders as all of them do; returns the file and what it drops.
 
-    Tried are in turn: the last record of each series rounded to six significant digits, the same exactly, all records
-    rounded. Raises UsageError where none both renders the same and stays below 200 kB.
+    Tried are in turn: of the metrics that the report asks for, the last record of each series rounded to six
+    significant digits, the same exactly, all records rounded; then all records of all metrics, rounded. Raises
+    UsageError where none both renders the same and stays below 200 kB.
     """
-    expected = render(results)
-    finals = last_records(results)
-    rounded = f"numbers rounded to {DIGITS} significant digits"
+    watched = Watched(results.labels, results.rows, results.headers, results.manifest)
+    expected = render(watched)
+    asked = _of_metrics(results, watched.asked)
+    finals = last_records(asked)
+    others = ["metrics that no table takes"] if len(asked.rows) < len(results.rows) else []
+    earlier, rounded = "records before the last of each series", f"numbers rounded to {DIGITS} significant digits"
     forms = [
-        (_rounded(finals), f"records before the last of each series, {rounded}"),
-        (finals, "records before the last of each series"),
-        (_rounded(results), rounded),
+        (_rounded(finals), [*others, earlier, rounded]),
+        (finals, [*others, earlier]),
+        (_rounded(asked), [*others, rounded]),
+        (_rounded(results), [rounded]),
     ]
     sizes = []
     for form, dropped in forms:
@@ -57,7 +74,8 @@ def publish(results: Results, name: str, render: Callable[[Results], str], folde
         if sizes[-1] < LARGEST and render(parsed(text)) == expected:
             path = folder / f"{name}.json"
             write_atomically(path, text)
-            return path, f"{dropped}; {sizes[-1] / 1000:.0f} kB, {len(form.rows)} of {len(results.rows)} records"
+            kept = f"{sizes[-1] / 1000:.0f} kB, {len(form.rows)} of {len(results.rows)} records"
+            return path, f"{', '.join(dropped)}; {kept}"
     raise UsageError(
         f"no short form of '{name}' gives the tables that all records give below {LARGEST // 1000} kB; tried "
         f"{', '.join(f'{size // 1000} kB' for size in sizes)}. Let the report take its tables from final values."
@@ -146,6 +164,11 @@ def _columns(results: Results) -> list[dict[str, Any]]:
 def _key(row: Row, names: Iterable[str]) -> str:
     kept = {key: value for key, value in row.items() if key in names or key not in NAMES}
     return json.dumps(kept, sort_keys=True)
+
+
+def _of_metrics(results: Results, metrics: Container[str]) -> Results:
+    rows = tuple(row for row in results.rows if row["metric"] in metrics)
+    return Results(results.labels, rows, results.headers, results.manifest)
 
 
 def _rounded(results: Results) -> Results:

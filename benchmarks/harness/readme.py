@@ -17,6 +17,7 @@ from benchmarks.harness.published import read
 from benchmarks.harness.results import Results
 
 TABLES = "tables"
+FIGURE = re.compile(r"^!\[.*\]\(.*\)\n*", re.MULTILINE)
 NOTES = "⁰¹²³⁴⁵⁶⁷⁸⁹"
 Load = Callable[[str], Experiment]
 
@@ -45,14 +46,14 @@ def filled(path: Path, load: Load, folder: Path) -> tuple[str, list[str]]:
 
 
 def rendered(results: Results, load: Load) -> str:
-    """The experiment's report over some results; its figures are thrown away."""
+    """The experiment's report over some results, without its figures."""
     experiment = load(results.manifest.get("experiment", ""))
     with TemporaryDirectory() as nowhere:
-        return experiment.report(results, Path(nowhere)).strip()
+        return FIGURE.sub("", experiment.report(results, Path(nowhere))).strip()
 
 
 def excerpt(markdown: str, results: Results, part: str = "") -> str:
-    """A report for the middle of a document: its source instead of its title, lower headings, and no figures.
+    """A report for the middle of a document: its source instead of its title, and lower headings.
 
     >>> manifest = {"command": "python -m benchmarks run x"}
     >>> results = Results((), (), ({"commit": "0123456789-dirty"},), manifest)
@@ -71,7 +72,6 @@ def excerpt(markdown: str, results: Results, part: str = "") -> str:
     if results.missing:
         source += f" {results.missing} of {len(results.manifest['units'])} units are missing."
     body = re.sub(r"\A# .*\n", "", markdown.strip())
-    body = re.sub(r"^!\[.*\]\(.*\)\n*", "", body, flags=re.MULTILINE)
     body = _tables(body) if part == TABLES else _section(body, part) if part else body
     body = re.sub(r"^(#+ )", r"##\1", body, flags=re.MULTILINE)
     return f"{source}\n\n{body.strip()}"

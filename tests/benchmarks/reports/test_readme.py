@@ -110,11 +110,21 @@ def test_steps_before_the_last_are_dropped_unless_the_report_needs_them(tmp_path
     assert len(read(path).rows) == 4
 
 
+def test_metrics_that_the_report_does_not_ask_for_are_dropped_unless_it_needs_them(tmp_path, stored):
+    records = [{"metric": name, "value": 1.0, "step": None} for name in ("loss", "time")]
+    results = read_results(stored(tmp_path / "results", {"a": {0: records}}))
+    path, dropped = publish(results, "loss", lambda some: str(some.final("loss", "a")), tmp_path)
+    assert read(path).metrics == ("loss",)
+    assert dropped.startswith("metrics that no table takes")
+    path, _ = publish(results, "both", lambda some: str(some.metrics), tmp_path)
+    assert read(path).metrics == ("loss", "time")
+
+
 def test_results_that_stay_large_are_refused(tmp_path, stored):
     records = [{"metric": f"metric {k}", "value": 1.0, "step": None} for k in range(LARGEST // 40)]
     results = read_results(stored(tmp_path / "results", {"a": {0: records}}))
     with pytest.raises(UsageError, match="no short form of 'a' gives the tables that all records give below 200 kB"):
-        publish(results, "a", lambda some: "", tmp_path)
+        publish(results, "a", lambda some: str([some.final(name, "a") for name in some.metrics]), tmp_path)
     assert not (tmp_path / "a.json").exists()
 
 
