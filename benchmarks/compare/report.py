@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from benchmarks.compare import EXPERIENCES, STREAM
 from benchmarks.compare.figures import draw
+from benchmarks.compare.tuning import FIRST_SEED
 from benchmarks.harness.significance import compared, holm
 from benchmarks.harness.tables import Cell, Column, table
 from benchmarks.methods import STRATEGIES
@@ -113,11 +114,17 @@ def _on_strengths(results: Results) -> str:
         part = "the whole stream" if options["tune"] == STREAM else f"its first {first} experiences"
         return (
             f"Strengths λ were chosen on {part}, by the accuracy on a tenth of the training examples that was held "
-            f"out, {options['tuning_seeds'] or 1} of the seeds from 1000 on.{_on_edges(results)}"
+            f"out, on seed{_range(options['tuning_seeds'] or 1)}.{_on_edges(results)}"
         )
     places = {str(place) for label in results.labels if (place := results.config(label).get("tuned_on"))}
     where = f" on {', '.join(sorted(places))}, by held-out examples and seeds from 1000 on" if places else " nowhere"
     return f"Strengths λ were tuned before{where}; `--tune` tunes them on the stream itself.{_on_edges(results)}"
+
+
+def _range(seeds: int) -> str:
+    """Those of the tuning, after the word seed."""
+    first, last = FIRST_SEED, FIRST_SEED + seeds - 1
+    return f" {first}" if seeds == 1 else f"s {first} to {last}"
 
 
 def _on_edges(results: Results) -> str:

@@ -10,6 +10,7 @@ from benchmarks.harness.summary import Summary
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 DPI = 150
@@ -108,6 +109,7 @@ def _draw_dots(axes: "Axes", panel: Dots, shown: Sequence[str], chosen: Mapping[
     axes.tick_params(axis="y", length=0)
     if panel.log:
         axes.set_xscale("log", nonpositive="clip")
+        plain_numbers(axes.xaxis)
 
 
 def new_figure(width: float, height: float) -> "Figure":
@@ -128,6 +130,17 @@ def tidy(axes: "Axes", title: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(MUTED)
     axes.tick_params(color=MUTED, labelsize=9)
+
+
+def plain_numbers(axis: "Axis") -> None:
+    """0.3 rather than 3 × 10⁻¹, where a logarithmic axis spans about a decade."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    low, high = axis.get_view_interval()
+    if low > 0 and high / low < 30:
+        axis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set_minor_formatter(NullFormatter())
 
 
 def legend(figure: "Figure", chosen: Mapping[str, Style], used: Collection[str], **look: Any) -> None:

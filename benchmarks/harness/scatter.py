@@ -5,13 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.harness.plots import legend, new_figure, saved, tidy
+from benchmarks.harness.plots import legend, new_figure, plain_numbers, saved, tidy
 from benchmarks.harness.styles import Style, styles
 from benchmarks.harness.summary import Summary
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.axis import Axis
 
 
 @dataclass(frozen=True)
@@ -58,18 +57,7 @@ def _draw(axes: "Axes", panel: Points, chosen: Mapping[str, Style]) -> None:
     tidy(axes, panel.title)
     if panel.log_x:
         axes.set_xscale("log", nonpositive="clip")
-        _plain_numbers(axes.xaxis)
+        plain_numbers(axes.xaxis)
     if panel.log_y:
         axes.set_yscale("log", nonpositive="clip")
-        _plain_numbers(axes.yaxis)
-
-
-def _plain_numbers(axis: "Axis") -> None:
-    """0.3 rather than 3 × 10⁻¹, where a logarithmic axis spans about a decade."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    low, high = axis.get_view_interval()
-    if low > 0 and high / low < 30:
-        axis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axis.set_minor_formatter(NullFormatter())
+        plain_numbers(axes.yaxis)
