@@ -68,7 +68,7 @@ def _accuracies(results: Results) -> str:
     )
     few = len({header["seed"] for header in results.headers}) < FEW
     look = " Fewer than five seeds are a first look, not a result." if few else ""
-    return f"{table(columns, rows, footnotes=notes(results))}\n\n{test}{look}"
+    return f"{table(columns, rows, footnotes=notes(results))}\n\n{test}{look}{_on_edges(results)}"
 
 
 def _tests(results: Results, baseline: str) -> dict[str, list[Cell]]:
@@ -114,11 +114,11 @@ def _on_strengths(results: Results) -> str:
         part = "the whole stream" if options["tune"] == STREAM else f"its first {first} experiences"
         return (
             f"Strengths λ were chosen on {part}, by the accuracy on a tenth of the training examples that was held "
-            f"out, on seed{_range(options['tuning_seeds'] or 1)}.{_on_edges(results)}"
+            f"out, on seed{_range(options['tuning_seeds'] or 1)}."
         )
     places = {str(place) for label in results.labels if (place := results.config(label).get("tuned_on"))}
     where = f" on {', '.join(sorted(places))}, by held-out examples and seeds from 1000 on" if places else " nowhere"
-    return f"Strengths λ were tuned before{where}; `--tune` tunes them on the stream itself.{_on_edges(results)}"
+    return f"Strengths λ were tuned before{where}; `--tune` tunes them on the stream itself."
 
 
 def _range(seeds: int) -> str:
@@ -131,10 +131,10 @@ def _on_edges(results: Results) -> str:
     """The methods whose strength, chosen by tuning, is the least or the largest that was tried."""
     edges = []
     for label in results.labels:
-        config, grid = results.config(label), STRATEGIES[label].grid
+        config, grid = results.config(label), STRATEGIES[label].grid if label in STRATEGIES else ()
         if config.get("tuned_on") and grid and config["method"]["strength"] in (min(grid), max(grid)):
             edges.append(label)
-    return f" At an end of what was tried, so perhaps better beyond it: {'; '.join(edges)}." if edges else ""
+    return f" λ at an end of what was tried, so perhaps better beyond it: {'; '.join(edges)}." if edges else ""
 
 
 def _not_run(scenario: str) -> str:

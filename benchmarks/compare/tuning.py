@@ -128,7 +128,7 @@ def _first(options: TuningOptions) -> int:
     than two up to the stream's."""
     stream = STREAMS[options.stream]
     length = stream.length(options.scenario or stream.scenarios[0])
-    first = options.first or min(EXPERIENCES, length)
+    first = options.first or EXPERIENCES
     if not 2 <= first <= length:
         raise UsageError(f"--first {first}: '{options.stream}' can be tuned on its first 2 to {length} experiences.")
     return first
