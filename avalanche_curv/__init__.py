@@ -8,8 +8,9 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from avalanche_curv import core
+from avalanche_curv import core, plasticity
 from avalanche_curv.core import *  # noqa: F403
+from avalanche_curv.plasticity import *  # noqa: F403
 
 if TYPE_CHECKING:
     from avalanche_curv.checkpointing import load_checkpoint, save_checkpoint
@@ -76,7 +77,7 @@ _LAZY = {
     "write_layout": "tensorboard",
 }
 
-__all__ = [*core.__all__, *_LAZY]
+__all__ = [*core.__all__, *plasticity.__all__, *_LAZY]
 
 
 def __getattr__(name: str) -> Any:

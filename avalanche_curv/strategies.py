@@ -10,12 +10,13 @@ from avalanche.training.templates import SupervisedTemplate
 from torch import nn
 from torch.optim import Optimizer
 
-from avalanche_curv.core.curvature import Curvature, Fisher
-from avalanche_curv.core.mitigators.selection import Kept
-from avalanche_curv.core.policies import Accumulate, Policy
-from avalanche_curv.core.projection import Eigenspace, Projection, Protection, Step
-from avalanche_curv.core.stability import Guard, Warn
+from avalanche_curv.core.curvature.base import Curvature
+from avalanche_curv.core.curvature.fisher import Fisher
+from avalanche_curv.core.projection import Eigenspace, Projection, Protection, StepProjection
+from avalanche_curv.core.quadratic.policies import Accumulate, Policy
+from avalanche_curv.core.quadratic.stability import Guard, WarnIfUnstable
 from avalanche_curv.core.structures import Diagonal, Structure
+from avalanche_curv.plasticity.mitigators.selection import ParameterSelector
 from avalanche_curv.plugins import CurvatureEWCPlugin, OrthogonalProjectionPlugin, SpectralRegPlugin
 
 
@@ -49,7 +50,7 @@ class CurvatureEWC(_WithPlugin):
         curvature: Curvature = Fisher(),  # noqa: B008  a frozen value
         structure: Structure = Diagonal(),  # noqa: B008
         policy: Policy = Accumulate(),  # noqa: B008
-        guard: Guard | None = Warn(),  # noqa: B008
+        guard: Guard | None = WarnIfUnstable(),  # noqa: B008
         **training: Any,
     ) -> None:
         self.ewc = CurvatureEWCPlugin(
@@ -72,7 +73,7 @@ class OrthogonalProjection(_WithPlugin):
         model: nn.Module,
         optimizer: Optimizer,
         protect: Protection = Eigenspace(),  # noqa: B008
-        projection: Projection = Step(),  # noqa: B008
+        projection: Projection = StepProjection(),  # noqa: B008
         max_rank: int | None = None,
         **training: Any,
     ) -> None:
@@ -95,8 +96,8 @@ class SpectralReg(_WithPlugin):
         strength: float,
         exponent: float = 2,
         every: int = 1,
-        include: Iterable[Kept] = (),
-        exclude: Iterable[Kept] = (),
+        include: Iterable[ParameterSelector] = (),
+        exclude: Iterable[ParameterSelector] = (),
         seed: int = 0,
         **training: Any,
     ) -> None:

@@ -178,3 +178,26 @@ def recorder():
             self.ends.append(copy.deepcopy(strategy.model).eval())
 
     return Recorder()
+
+
+def seeded(make, seed=0):
+    """A module in float64 whose initial values do not depend on the tests before it."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return make().double()
+
+
+@pytest.fixture(scope="session")
+def make_model():
+    """make_model(constructor, seed): in float64, from a seed of its own."""
+    return seeded
+
+
+def equal_to_rounding(actual, expected, tolerance=1e-10):
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+@pytest.fixture(scope="session")
+def close():
+    """Equality to 1e-10."""
+    return equal_to_rounding

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import numpy as np
 import scipy.linalg
@@ -12,8 +11,7 @@ from jaxtyping import Float
 from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from avalanche_curv.core.curvature import Operator
+from avalanche_curv.core.curvature.operators import Operator
 
 WHOLE = 1000  # matrices up to this size are decomposed whole
 COARSE = 8  # vectors that the search for λ_max alone holds

@@ -32,10 +32,10 @@ def check_kind(name: str, value: object, kind: type, example: str) -> None:
     """Raises TypeError unless `value` is one of a kind of options.
 
     >>> from avalanche_curv import Step, Projection
-    >>> check_kind("projection", Step, Projection, "Step()")
+    >>> check_kind("projection", Step, Projection, "StepProjection()")
     Traceback (most recent call last):
     TypeError: projection must be a Projection; got <class 'avalanche_curv.core.projection.projections.Step'>. \
-Call it: Step().
+Call it: StepProjection().
     """
     if not isinstance(value, kind):
         hint = f"Give a value such as {example}."

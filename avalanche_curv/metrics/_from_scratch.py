@@ -17,8 +17,8 @@ from avalanche.training.plugins import EvaluationPlugin, SupervisedPlugin
 from torch import nn
 from torch.optim import Optimizer
 
-from avalanche_curv.core.frozen import unwrapped
-from avalanche_curv.core.policies import part_seed
+from avalanche_curv.core.quadratic.policies import part_seed
+from avalanche_curv.core.risk.frozen import unwrapped
 from avalanche_curv.plugins import _bridge
 
 Trained = list[tuple[Any, int]]

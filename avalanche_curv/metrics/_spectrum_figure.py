@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from avalanche_curv.core.landscape import Landscape
-from avalanche_curv.core.spectrum import Density
+from avalanche_curv.core.landscape.landscape import Landscape
+from avalanche_curv.core.landscape.spectrum import Density
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -8,8 +8,8 @@ from typing import Any
 from avalanche.evaluation.metric_results import MetricValue
 from torch import Tensor
 
-from avalanche_curv.core.batches import random_part
-from avalanche_curv.core.policies import part_seed
+from avalanche_curv.core.quadratic.policies import part_seed
+from avalanche_curv.core.risk.batches import random_part
 from avalanche_curv.metrics._published import ScalarMetric
 from avalanche_curv.plugins import _bridge
 

@@ -10,10 +10,12 @@ from typing import Any
 from avalanche.evaluation.metric_results import MetricValue
 from avalanche.logging import TensorboardLogger, WandBLogger
 
-from avalanche_curv.core.curvature import Curvature, Fisher, Hessian
-from avalanche_curv.core.monitor import PastPictures
+from avalanche_curv.core.curvature.base import Curvature
+from avalanche_curv.core.curvature.fisher import Fisher
+from avalanche_curv.core.curvature.hessian import Hessian
+from avalanche_curv.core.fidelity.monitor import PastModels
 from avalanche_curv.core.options import is_number
-from avalanche_curv.core.policies import Policy, part_of
+from avalanche_curv.core.quadratic.policies import Policy, part_of
 from avalanche_curv.metrics._distance_figure import DistanceCurves
 from avalanche_curv.metrics._published import ScalarMetric
 from avalanche_curv.metrics.accuracy import TaskAccuracyMetric
@@ -87,7 +89,7 @@ class FidelityMetric(ScalarMetric):
         if not (is_number(fraction) and 0 < fraction <= 1):
             raise ValueError(f"fraction must lie in (0, 1]; got {fraction}. 0.1 stores one example in ten.")
         self.fraction, self.seed = fraction, seed
-        self.pictures = PastPictures(curvature)
+        self.pictures = PastModels(curvature)
         self._task_ends = _bridge.TaskEnds()
         self.trajectory: defaultdict[str, _Mean] = defaultdict(_Mean)
         self._curves = DistanceCurves()

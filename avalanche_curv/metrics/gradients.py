@@ -10,7 +10,7 @@ from avalanche.evaluation.metric_results import MetricValue
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from avalanche_curv.core.parameters import ParameterSpace, canonical_name
+from avalanche_curv.core.risk.parameters import ParameterSpace, canonical_name
 from avalanche_curv.metrics._published import ScalarMetric
 from avalanche_curv.plugins import CurvatureEWCPlugin, _bridge
 

@@ -11,14 +11,14 @@ from avalanche.evaluation.metric_results import MetricValue
 from avalanche.logging import TensorboardLogger, WandBLogger
 from torch import Tensor
 
-from avalanche_curv.core.alignment import alignment, curvature_drift
-from avalanche_curv.core.curvature import Curvature, Fisher
-from avalanche_curv.core.estimate import NonFiniteCurvatureError
-from avalanche_curv.core.landscape import WAYS, Landscape, check_options, landscape, moved
+from avalanche_curv.core.curvature.base import Curvature, NonFiniteCurvatureError
+from avalanche_curv.core.curvature.fisher import Fisher
+from avalanche_curv.core.landscape.alignment import alignment, curvature_drift
+from avalanche_curv.core.landscape.landscape import WAYS, Landscape, check_options, landscape, moved
+from avalanche_curv.core.landscape.spectrum import SpectrumMethod
 from avalanche_curv.core.options import in_short, is_number
-from avalanche_curv.core.policies import part_of
-from avalanche_curv.core.risk import EmpiricalRisk
-from avalanche_curv.core.spectrum import Way
+from avalanche_curv.core.quadratic.policies import part_of
+from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.metrics._published import ScalarMetric
 from avalanche_curv.metrics._spectrum_figure import logarithms, spectrum_figure
 from avalanche_curv.metrics.gradients import GradientMetric
@@ -33,7 +33,7 @@ def landscape_metrics(
     every: int = 100,
     k: int = 10,
     epsilon: float = 1e-2,
-    ways: Sequence[Way] = WAYS,
+    ways: Sequence[SpectrumMethod] = WAYS,
 ) -> list[ScalarMetric]:
     """Sharpness and the like of the loss along training, how steps and drift lie to it, and the size of both gradients.
 
@@ -68,7 +68,14 @@ class LandscapeMetric(ScalarMetric):
     """See `landscape_metrics`."""
 
     def __init__(
-        self, every: int, curvature: Curvature, fraction: float, seed: int, k: int, epsilon: float, ways: Sequence[Way]
+        self,
+        every: int,
+        curvature: Curvature,
+        fraction: float,
+        seed: int,
+        k: int,
+        epsilon: float,
+        ways: Sequence[SpectrumMethod],
     ) -> None:
         super().__init__(every)
         if not (is_number(fraction) and 0 < fraction <= 1):

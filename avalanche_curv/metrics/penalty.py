@@ -6,7 +6,7 @@ from typing import Any
 
 from avalanche.evaluation.metric_results import MetricValue
 
-from avalanche_curv.core.policies import Refreshed, RevisingPolicy
+from avalanche_curv.core.quadratic.policies import RefreshEvent, RevisingPolicy
 from avalanche_curv.metrics._published import ScalarMetric
 from avalanche_curv.plugins import CurvatureEWCPlugin
 
@@ -41,7 +41,7 @@ class PenaltyMetric(ScalarMetric):
                 values |= self._refreshed(strategy, plugin.past.refreshes, group)
         return self.publish(strategy, values)
 
-    def _refreshed(self, strategy: Any, events: tuple[Refreshed, ...], group: str) -> dict[str, float]:
+    def _refreshed(self, strategy: Any, events: tuple[RefreshEvent, ...], group: str) -> dict[str, float]:
         values = {f"{group}/refreshes": float(len(events))} if self.due(strategy) else {}
         if len(events) > self._events.get(group, 0):
             self._events[group] = len(events)

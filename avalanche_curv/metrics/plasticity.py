@@ -8,10 +8,15 @@ from typing import Any
 
 from avalanche.evaluation.metric_results import MetricValue
 
-from avalanche_curv.core.batches import random_part
-from avalanche_curv.core.curvature import EmpiricalFisher
+from avalanche_curv.core.curvature.empirical_fisher import EmpiricalFisher
 from avalanche_curv.core.options import is_count
-from avalanche_curv.core.plasticity import (
+from avalanche_curv.core.quadratic.policies import part_seed
+from avalanche_curv.core.risk.batches import random_part
+from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
+from avalanche_curv.metrics._from_scratch import FromScratch
+from avalanche_curv.metrics._published import ScalarMetric
+from avalanche_curv.metrics._task_accuracy import TrainingAccuracyMetric
+from avalanche_curv.plasticity.measures import (
     gradient_diversity,
     hidden_activations,
     parameter_norm,
@@ -19,12 +24,7 @@ from avalanche_curv.core.plasticity import (
     representation_change,
     weight_spectra,
 )
-from avalanche_curv.core.plasticity.activations import Activations
-from avalanche_curv.core.policies import part_seed
-from avalanche_curv.core.risk import EmpiricalRisk
-from avalanche_curv.metrics._from_scratch import FromScratch
-from avalanche_curv.metrics._published import ScalarMetric
-from avalanche_curv.metrics._task_accuracy import TrainingAccuracyMetric
+from avalanche_curv.plasticity.measures.activations import Activations
 from avalanche_curv.plugins import _bridge
 
 WEIGHTS = ("spectral_norm", "frobenius_norm", "stable_rank", "effective_rank", "condition_number")

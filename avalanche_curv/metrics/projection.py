@@ -11,8 +11,8 @@ from avalanche.evaluation.metric_results import MetricValue
 from jaxtyping import Float
 from torch import Tensor
 
-from avalanche_curv.core.parameters import ParameterSpace
 from avalanche_curv.core.projection import ProtectedSpace
+from avalanche_curv.core.risk.parameters import ParameterSpace
 from avalanche_curv.metrics._published import ScalarMetric
 from avalanche_curv.plugins import OrthogonalProjectionPlugin, _bridge
 
@@ -25,9 +25,10 @@ def projection_metrics(*, every: int = 1) -> list[ScalarMetric]:
     Every n iterations of an experience in which something is protected, by U in all blocks together:
 
     - `projection/step_leakage` = ‖Δ Uᵀ U‖ / ‖Δ‖ of the step Δ, as corrected, and `projection/drift_leakage`, the same
-      of the drift θ − a from where the experience began: 0 but for rounding under `Step()`, whereas `Gradient()` and
-      `Sequential()` leak. Rounding is that of the parameters: of a step of norm 1e-3 some 1e-5 in float32, which does
-      not add up in the drift. Δ is of the protected parameters, in the shapes they had at the end of the last task;
+      of the drift θ − a from where the experience began: 0 but for rounding under `StepProjection()`, whereas
+      `GradientProjection()` and `SequentialProjection()` leak. Rounding is that of the parameters: of a step of norm
+      1e-3 some 1e-5 in float32, which does not add up in the drift. Δ is of the protected parameters, in the shapes
+      they had at the end of the last task;
     - `projection/used` and `projection/free`, dimensions of the trainable parameters that are closed and open to steps;
       `projection/energy`, the part of past tasks' curvature that their own directions hold; `projection/bytes`, memory
       of the bases: as they were when the experience began.

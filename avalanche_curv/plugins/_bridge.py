@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from avalanche_curv.core.curvature import Curvature, check_loss
-from avalanche_curv.core.frozen import unwrapped
-from avalanche_curv.core.losses import ExampleLoss, example_loss
-from avalanche_curv.core.parameters import ParameterSpace
-from avalanche_curv.core.risk import EmpiricalRisk
+from avalanche_curv.core.curvature.base import Curvature
+from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
+from avalanche_curv.core.risk.frozen import unwrapped
+from avalanche_curv.core.risk.losses import ExampleLoss, example_loss
+from avalanche_curv.core.risk.parameters import ParameterSpace
 
 IN_MEMORY_BYTES = 2**30  # data sets up to this size are loaded once, larger ones at every pass
 
@@ -97,7 +97,7 @@ def tells_tasks(strategy: Any) -> bool:
 
 def check_criterion(strategy: Any, curvature: Curvature) -> None:
     """Raises TypeError for a criterion without a per-example form, ValueError for one that the curvature is not of."""
-    check_loss(curvature, loss_of(strategy))
+    curvature.check_loss(loss_of(strategy))
 
 
 def loss_of(strategy: Any) -> ExampleLoss:

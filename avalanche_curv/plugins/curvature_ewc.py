@@ -11,14 +11,16 @@ from typing import Any
 import torch
 from avalanche.training.plugins import SupervisedPlugin
 
-from avalanche_curv.core.curvature import Curvature, Fisher, Hessian
-from avalanche_curv.core.estimate import NonFiniteCurvatureError, check_pair
-from avalanche_curv.core.frozen import unwrapped
+from avalanche_curv.core.curvature.base import Curvature, NonFiniteCurvatureError
+from avalanche_curv.core.curvature.fisher import Fisher
+from avalanche_curv.core.curvature.hessian import Hessian
 from avalanche_curv.core.options import check_kind, is_count, is_number
-from avalanche_curv.core.penalty import Penalty
-from avalanche_curv.core.policies import Accumulate, Past, Policy, RevisingPolicy
-from avalanche_curv.core.stability import Guard, Guarded, Warn
+from avalanche_curv.core.quadratic.penalty import Penalty
+from avalanche_curv.core.quadratic.policies import Accumulate, Past, Policy, RevisingPolicy
+from avalanche_curv.core.quadratic.stability import Guard, Guarded, WarnIfUnstable
+from avalanche_curv.core.risk.frozen import unwrapped
 from avalanche_curv.core.structures import Diagonal, Structure
+from avalanche_curv.core.structures.rules import check_pair
 from avalanche_curv.plugins import _bridge
 
 LOG = logging.getLogger("avalanche_curv")
@@ -35,11 +37,11 @@ class CurvatureEWCPlugin(SupervisedPlugin):
     `curvature=BatchedEmpiricalFisher(batch_size=train_mb_size)`. Strength 0 trains exactly as without the plugin.
 
     `guard` looks at each new model of the past under SGD: where lr · strength · λ_max(C) says that the penalty alone
-    diverges, it warns (`Warn()`), lowers the strength for as long as that model is in use (`Rescale()`), or raises
-    (`Stop()`); None does not look. It looks again where the learning rate changes, and at each plugin by itself:
-    several penalties add up. `batch_size` is how many examples are loaded at once; results do not depend on it.
-    `past` holds the quadratic model, what the policy stores and, of `AdaptiveRefresh`, every refresh with its reason,
-    which are also logged to the logger `avalanche_curv`.
+    diverges, it warns (`WarnIfUnstable()`), lowers the strength for as long as that model is in use
+    (`RescaleIfUnstable()`), or raises (`StopIfUnstable()`); None does not look. It looks again where the learning rate
+    changes, and at each plugin by itself: several penalties add up. `batch_size` is how many examples are loaded at
+    once; results do not depend on it. `past` holds the quadratic model, what the policy stores and, of
+    `AdaptiveRefresh`, every refresh with its reason, which are also logged to the logger `avalanche_curv`.
 
     Raises TypeError or ValueError for unusable options when it is made; before training for a criterion without
     per-example form, an empty experience, several tasks in one experience of a multi-task model, a model without
@@ -54,7 +56,7 @@ class CurvatureEWCPlugin(SupervisedPlugin):
         curvature: Curvature = Fisher(),  # noqa: B008  a frozen value
         structure: Structure = Diagonal(),  # noqa: B008
         policy: Policy = Accumulate(),  # noqa: B008
-        guard: Guard | None = Warn(),  # noqa: B008
+        guard: Guard | None = WarnIfUnstable(),  # noqa: B008
         batch_size: int = 256,
     ) -> None:
         super().__init__()
@@ -145,7 +147,9 @@ def _check_options(
     if not is_count(batch_size):
         raise ValueError(f"batch_size must be at least 1; got {batch_size}.")
     if guard is not None and not isinstance(guard, Guard):
-        raise TypeError(f"guard must be Warn(), Rescale(), Stop() or None; got {guard!r}.")
+        raise TypeError(
+            f"guard must be WarnIfUnstable(), RescaleIfUnstable(), StopIfUnstable() or None; got {guard!r}."
+        )
     check_kind("curvature", curvature, Curvature, "Fisher()")
     check_kind("structure", structure, Structure, "Diagonal()")
     check_kind("policy", policy, Policy, "Accumulate()")

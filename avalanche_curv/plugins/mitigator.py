@@ -6,7 +6,7 @@ from typing import Any
 
 from avalanche.training.plugins import SupervisedPlugin
 
-from avalanche_curv.core.mitigators.base import Mitigator
+from avalanche_curv.plasticity.mitigators.base import Mitigator
 from avalanche_curv.plugins import _bridge
 
 

@@ -8,17 +8,17 @@ from typing import Any
 from avalanche.training.plugins import SupervisedPlugin
 from torch import nn
 
-from avalanche_curv.core.estimate import NonFiniteCurvatureError
+from avalanche_curv.core.curvature.base import NonFiniteCurvatureError
 from avalanche_curv.core.options import check_count, check_kind
 from avalanche_curv.core.projection import (
     Eigenspace,
-    Freeze,
+    FreezeUncovered,
     Projection,
     Projector,
     ProtectedSpace,
     Protection,
-    Sequential,
-    Step,
+    SequentialProjection,
+    StepProjection,
     Uncovered,
 )
 from avalanche_curv.core.structures.base import check_limit
@@ -30,21 +30,21 @@ class OrthogonalProjectionPlugin(SupervisedPlugin):
 
     At the end of an experience `protect` finds its directions, and they join one orthonormal basis U of the union of
     all (`protected`, a `ProtectedSpace`): Δ ← Δ − U Uᵀ Δ. The step itself is projected, so that the parameters stay in
-    the complement under any optimiser; `Gradient()` and `Sequential()` are there to be compared. `max_rank` bounds the
-    rank of each basis and keeps the directions along which past curvature is largest. A basis of k rows takes k P
-    numbers, and j k in double precision for the j directions of each task; all bases together up to `max_bytes`. With
-    nothing protected, as in the first experience, training is exactly Naive's; with all protected, no parameter moves.
+    the complement under any optimiser; `GradientProjection()` and `SequentialProjection()` are there to be compared.
+    `max_rank` bounds the rank of each basis and keeps the directions along which past curvature is largest. A basis of
+    k rows takes k P numbers, and j k in double precision for the j directions of each task; all bases together up to
+    `max_bytes`. With nothing protected, as in the first experience, training is exactly Naive's; with all protected, no
+    parameter moves.
 
     The step is what changes between `before_update` and this plugin's `after_update`: put it behind plugins that change
     parameters there. It goes with penalties, replay and mitigators, but what these do between two tasks is not
     projected. `batch_size` is how many examples are loaded at once.
 
-    What a projection cannot protect: new heads and rows that grow later are free, though they may change what the
-    model says of old inputs (`growth/...` of `fidelity_metrics` shows it), and so are parameters that were frozen
-    (`requires_grad=False`) until now; running statistics of norm layers, and
-    parameters of which no directions are known, hold still from the end of the first experience
-    (`uncovered=Freeze()`), norm layers in eval mode, or go on as they are (`uncovered=Leave()`). Other buffers are not
-    looked at.
+    What a projection cannot protect: new heads and rows that grow later are free, though they may change what the model
+    says of old inputs (`growth/...` of `fidelity_metrics` shows it), and so are parameters that were frozen
+    (`requires_grad=False`) until now; running statistics of norm layers, and parameters of which no directions are
+    known, hold still from the end of the first experience (`uncovered=FreezeUncovered()`), norm layers in eval mode, or
+    go on as they are (`uncovered=LeaveUncovered()`). Other buffers are not looked at.
 
     Raises TypeError or ValueError for unusable options when it is made; before training TypeError for an optimiser
     that needs a closure, for a criterion without a per-example form, ValueError for an empty experience; MemoryError
@@ -56,8 +56,8 @@ class OrthogonalProjectionPlugin(SupervisedPlugin):
         self,
         protect: Protection = Eigenspace(),  # noqa: B008  a frozen value
         *,
-        projection: Projection = Step(),  # noqa: B008
-        uncovered: Uncovered = Freeze(),  # noqa: B008
+        projection: Projection = StepProjection(),  # noqa: B008
+        uncovered: Uncovered = FreezeUncovered(),  # noqa: B008
         max_rank: int | None = None,
         max_bytes: int = 4 * 2**30,
         batch_size: int = 256,
@@ -120,14 +120,14 @@ class OrthogonalProjectionPlugin(SupervisedPlugin):
 
 def _check_options(protect: object, projection: object, uncovered: object, max_rank: int | None) -> None:
     check_kind("protect", protect, Protection, "Eigenspace(Fisher(), Rank(20))")
-    check_kind("projection", projection, Projection, "Step()")
-    check_kind("uncovered", uncovered, Uncovered, "Freeze()")
+    check_kind("projection", projection, Projection, "StepProjection()")
+    check_kind("uncovered", uncovered, Uncovered, "FreezeUncovered()")
     if max_rank is not None:
         check_count("max_rank", max_rank)
-        if isinstance(projection, Sequential):
+        if isinstance(projection, SequentialProjection):
             raise ValueError(
-                "Sequential() projects on the whole of each task's subspace, of which max_rank keeps a part. Leave "
-                "max_rank out, or use Step()."
+                "SequentialProjection() projects on the whole of each task's subspace, of which max_rank keeps a part. "
+                "Leave max_rank out, or use StepProjection()."
             )
 
 

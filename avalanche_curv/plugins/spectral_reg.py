@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from avalanche_curv.core.mitigators.selection import Kept
-from avalanche_curv.core.mitigators.spectral import SpectralRegularizer
+from avalanche_curv.plasticity.mitigators.selection import ParameterSelector
+from avalanche_curv.plasticity.mitigators.spectral import SpectralRegularizer
 from avalanche_curv.plugins.mitigator import MitigatorPlugin
 
 
@@ -22,8 +22,8 @@ class SpectralRegPlugin(MitigatorPlugin):
         *,
         exponent: float = 2,
         every: int = 1,
-        include: Iterable[Kept] = (),
-        exclude: Iterable[Kept] = (),
+        include: Iterable[ParameterSelector] = (),
+        exclude: Iterable[ParameterSelector] = (),
         seed: int = 0,
     ) -> None:
         super().__init__(

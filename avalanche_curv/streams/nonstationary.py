@@ -15,12 +15,12 @@ from jaxtyping import Int, Shaped
 from torch import Tensor
 from torch.utils.data import Subset, TensorDataset
 
-from avalanche_curv.core.changes import Change, PixelOrder, Variant
 from avalanche_curv.streams._benchmark import Examples, benchmark, check_length
+from avalanche_curv.streams.changes import PixelOrder, TaskChange, TaskVariant
 
 
 def NonStationary(
-    train: Any, change: Change, *, n_experiences: int, test: Any | None = None, seed: int | None = None
+    train: Any, change: TaskChange, *, n_experiences: int, test: Any | None = None, seed: int | None = None
 ) -> CLScenario:
     """One data set, changed anew in each experience: `RandomLabels()`, `ShuffledLabels()`, `PixelPermutation()`,
     `LabelFlip()` or `GrowingClasses()`.
@@ -72,7 +72,7 @@ def NonStationary(
 class Changed:
     """The examples (x, class) of one task: the inputs are shared by all tasks and read when asked for."""
 
-    def __init__(self, inputs: Inputs, variant: Variant) -> None:
+    def __init__(self, inputs: Inputs, variant: TaskVariant) -> None:
         self.inputs = inputs
         self.targets = _compact(variant.targets)
         self._places: Sequence[int] = range(len(inputs)) if variant.indices is None else _compact(variant.indices)
@@ -168,7 +168,7 @@ def _classes(targets: Any) -> Int[Tensor, "N"]:
 
 
 def _check_change(change: Any, test: Any) -> None:
-    if not isinstance(change, Change):
+    if not isinstance(change, TaskChange):
         hint = f"Call it: {change.__name__}()." if isinstance(change, type) else "Give RandomLabels(), say."
         raise TypeError(f"NonStationary needs a change; got {change!r}. {hint}")
     if change.memorised and test is not None:
@@ -183,7 +183,7 @@ def _check_seed(seed: Any) -> None:
         raise ValueError(f"seed must be an integer of at least 0, or None for another stream each time; got {seed!r}.")
 
 
-def _check_end(change: Change, classes: Int[Tensor, "K"], n_experiences: int) -> None:
+def _check_end(change: TaskChange, classes: Int[Tensor, "K"], n_experiences: int) -> None:
     longest = change.longest(classes)
     if longest is not None and n_experiences > longest:
         raise ValueError(

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from avalanche_curv import Diagonal, EmpiricalRisk, estimate
-from avalanche_curv.core.curvature import Hessian
+from avalanche_curv.core.curvature.hessian import Hessian
 from benchmarks.ewc_hessian.data import Data, permuted_digits, permuted_mnist
 from benchmarks.harness.experiment import Context, Record
 from benchmarks.training import TimedEvaluation, Trainer, learner, summary

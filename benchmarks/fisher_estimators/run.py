@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from avalanche_curv import CurvatureEWCPlugin, Fisher
 from avalanche_curv.core import Curvature, EmpiricalRisk, Merge, Past, Policy, Structure
-from avalanche_curv.core.batches import random_part
+from avalanche_curv.core.risk.batches import random_part
 from benchmarks.fisher_estimators import Config
 from benchmarks.fisher_estimators.data import Stream, stream
 from benchmarks.harness.experiment import Context, Record

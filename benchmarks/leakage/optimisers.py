@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from avalanche.training.plugins import SupervisedPlugin
 
-from avalanche_curv import Gradient, Sequential, Step
+from avalanche_curv import GradientProjection, SequentialProjection, StepProjection
 
-PROJECTIONS = {"step": Step(), "gradient": Gradient(), "sequential": Sequential()}
+PROJECTIONS = {"step": StepProjection(), "gradient": GradientProjection(), "sequential": SequentialProjection()}
 
 
 class ClipValues(SupervisedPlugin):

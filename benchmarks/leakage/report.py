@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from benchmarks.harness.results import Results
 
-KINDS = {"step": "Step()", "gradient": "Gradient()", "sequential": "Sequential()"}
+KINDS = {"step": "StepProjection()", "gradient": "GradientProjection()", "sequential": "SequentialProjection()"}
 FIRST_TRIALS = {"momentum, stale": "4e-02", "SGD, weight decay": "2e-02", "Adam": "0.3 to 0.4"}
 TITLES = {"first": "into the first task's subspace", "union": "into the union of all"}
 RANDOM = """## Random steps, subspaces at prescribed angles
@@ -31,14 +31,14 @@ TRAINED = """## Training, by optimiser
 
 Permuted digits, three tasks of {steps} steps with batches of {batch}, MLP 64-100-10, the {rank} top directions of each
 task's Fisher (of {examples} examples) protected. What leaks in the third task into the span of the first two: ‖U Δ‖ /
-‖Δ‖ of the drift Δ since the task's start, measured in float64 beside float32 training. Expected of *Gradient()*:
-rounding for SGD, also with a clipped norm, which only scales; a leak wherever the optimiser adds to a gradient or bends
-it. A buffer is *stale* when it was filled before the space grew, *fresh* when it is cleared at each task's start.
-Avalanche keeps one optimiser across experiences, and its state with it for parameters that stay the same objects, as
-here (those that grow lose it), so stale is what happens by default; Adam, AdamW and RMSprop are stale but for *Adam,
-fresh*. Entries are clipped after the gradient is projected; norms as well."""
-SINGLE = """The same of single steps, √(Σ‖U Δ‖² / Σ‖Δ‖²) over the task. `Step()` corrects the drift since the task's
-start, whose rounding is larger beside one step than beside the drift itself."""
+‖Δ‖ of the drift Δ since the task's start, measured in float64 beside float32 training. Expected of
+*GradientProjection()*: rounding for SGD, also with a clipped norm, which only scales; a leak wherever the optimiser
+adds to a gradient or bends it. A buffer is *stale* when it was filled before the space grew, *fresh* when it is cleared
+at each task's start. Avalanche keeps one optimiser across experiences, and its state with it for parameters that stay
+the same objects, as here (those that grow lose it), so stale is what happens by default; Adam, AdamW and RMSprop are
+stale but for *Adam, fresh*. Entries are clipped after the gradient is projected; norms as well."""
+SINGLE = """The same of single steps, √(Σ‖U Δ‖² / Σ‖Δ‖²) over the task. `StepProjection()` corrects the drift since the
+task's start, whose rounding is larger beside one step than beside the drift itself."""
 
 
 def report(results: Results, out: Path) -> str:
@@ -122,7 +122,7 @@ def _trained_table(results: Results, labels: list[str], metric: str = "drift") -
         rows.append([name, *(small(cell) for cell in found), *trial, count])
     columns = [Column("optimiser"), *(Column(title) for title in KINDS.values())]
     if metric == "drift":
-        columns.append(Column("Gradient() in first trials"))
+        columns.append(Column("GradientProjection() in first trials"))
     return table([*columns, Column("n")], rows)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from avalanche_curv.core.subspace import Subspace
+from avalanche_curv.core.projection.subspace import Subspace
 from benchmarks.harness.experiment import Record
 from benchmarks.leakage.closed_form import expected
 

@@ -12,7 +12,7 @@ from avalanche_curv import (
     Projection,
     Protection,
     SpectralRegPlugin,
-    Step,
+    StepProjection,
 )
 from avalanche_curv.core import Curvature, Policy, Structure
 from benchmarks.methods.base import Method
@@ -50,7 +50,7 @@ class Projected(Method):
     """OrthogonalProjection: steps that stay out of what past experiences need."""
 
     protect: Protection
-    projection: Projection = Step()  # noqa: RUF009  a frozen value
+    projection: Projection = StepProjection()  # noqa: RUF009  a frozen value
 
     def plugins(self, examples: int) -> list[SupervisedPlugin]:
         return [OrthogonalProjectionPlugin(self.protect, projection=self.projection)]

@@ -11,8 +11,8 @@ from avalanche.training import DER, ICaRL
 from avalanche.training.plugins import GDumbPlugin, ReplayPlugin, SupervisedPlugin
 from torch import Tensor, nn
 
-from avalanche_curv.core.batches import random_part
-from avalanche_curv.core.policies import part_seed
+from avalanche_curv.core.quadratic.policies import part_seed
+from avalanche_curv.core.risk.batches import random_part
 from benchmarks.methods.base import Learner, Method, common
 
 

@@ -14,12 +14,19 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from avalanche_curv.core.changes import Change, GrowingClasses, LabelFlip, PixelPermutation, RandomLabels, Variant
+from avalanche_curv.streams.changes import (
+    GrowingClasses,
+    LabelFlip,
+    PixelPermutation,
+    RandomLabels,
+    TaskChange,
+    TaskVariant,
+)
 from benchmarks.harness import UsageError
 from benchmarks.plasticity.presets import CHANGES, SOURCES, Setting, check
 
 DAMAGED = (RuntimeError, OSError, ValueError, EOFError, LookupError, PickleError, AssertionError)  # as readers raise
-MADE: dict[str, Change] = dict(zip(CHANGES, (RandomLabels(), PixelPermutation(), LabelFlip(), GrowingClasses())))
+MADE: dict[str, TaskChange] = dict(zip(CHANGES, (RandomLabels(), PixelPermutation(), LabelFlip(), GrowingClasses())))
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +51,7 @@ class Task:
     """Images as a change shows them; without a copy."""
 
     images: Images
-    variant: Variant
+    variant: TaskVariant
 
     def __len__(self) -> int:
         return len(self.variant.targets)

@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
-from avalanche_curv.core.mitigators.l2 import L2, L2Init
-from avalanche_curv.core.mitigators.spectral import SpectralRegularizer
-from avalanche_curv.core.mitigators.streaming_ewc import StreamingEWC
-from avalanche_curv.core.mitigators.wasserstein import Wasserstein
+from avalanche_curv.plasticity.mitigators.l2 import L2, L2Init
+from avalanche_curv.plasticity.mitigators.spectral import SpectralRegularizer
+from avalanche_curv.plasticity.mitigators.streaming_ewc import StreamingEWC
+from avalanche_curv.plasticity.mitigators.wasserstein import Wasserstein
 from benchmarks.plasticity.methods import (
     Concatenated,
     FromScratch,

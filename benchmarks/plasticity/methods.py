@@ -7,12 +7,11 @@ from typing import ClassVar
 
 from torch import nn
 
-from avalanche_curv.core.mitigators import Mitigator, Regularizer
-from avalanche_curv.core.mitigators.crelu import CReLU
-from avalanche_curv.core.mitigators.parseval import Parseval
-from avalanche_curv.core.mitigators.redo import ReDO
-from avalanche_curv.core.mitigators.schedule import AfterTask
-from avalanche_curv.core.mitigators.shrink_perturb import ShrinkAndPerturb
+from avalanche_curv.plasticity.mitigators import Mitigator, Regularizer
+from avalanche_curv.plasticity.mitigators.crelu import CReLU
+from avalanche_curv.plasticity.mitigators.parseval import Parseval
+from avalanche_curv.plasticity.mitigators.redo import ReDO
+from avalanche_curv.plasticity.mitigators.shrink_perturb import AfterTask, ShrinkAndPerturb
 from benchmarks.plasticity.presets import Setting
 
 

@@ -13,8 +13,7 @@ from torch.optim import Adam, Optimizer
 from torch.utils.tensorboard import SummaryWriter
 
 from avalanche_curv import EmpiricalRisk
-from avalanche_curv.core.mitigators.base import Mitigator
-from avalanche_curv.core.plasticity import (
+from avalanche_curv.plasticity.measures import (
     gradient_diversity,
     hidden_activations,
     parameter_norm,
@@ -22,6 +21,7 @@ from avalanche_curv.core.plasticity import (
     representation_change,
     weight_spectra,
 )
+from avalanche_curv.plasticity.mitigators.base import Mitigator
 from benchmarks.harness.experiment import Context, Record
 from benchmarks.plasticity import Config
 from benchmarks.plasticity.comparisons import ACCURACY, TEST_ACCURACY

@@ -10,13 +10,13 @@ from avalanche_curv import (
     Eigenspace,
     Energy,
     Fisher,
-    Gradient,
+    GradientProjection,
     InputSpace,
     OutputGradient,
     PerLayer,
     Projection,
     Rank,
-    Step,
+    StepProjection,
 )
 from benchmarks.methods import AvalancheEWC, Method, Ours, Plain, Projected, Rehearsal
 from benchmarks.projections import MAIN, TUNE, WIDE, Config, Setting
@@ -57,13 +57,13 @@ def rows(setting: Setting, part: str, rank: int | None) -> list[Config]:
         *flat,
         *(Config(name, penalised(name, strength), setting, 1.0) for name, strength in STRENGTHS.items()),
         Config(f"replay, {REPLAYED}", Rehearsal(REPLAYED / (setting.tasks * setting.examples)), setting, 1.4),
-        Config(GRADIENT, gpm(Gradient()), moving, 2.5),
+        Config(GRADIENT, gpm(GradientProjection()), moving, 2.5),
         Config(STEP, gpm(), moving, 2.5),
         Config(MULTITASK, Multitask(), setting),
     ]
 
 
-def gpm(projection: Projection = Step()) -> Projected:  # noqa: B008  a frozen value
+def gpm(projection: Projection = StepProjection()) -> Projected:  # noqa: B008  a frozen value
     """Gradient projection memory with the paper's thresholds, 0.95 for the first layer and 0.99 for the others, and 300
     examples of each task."""
     return Projected(InputSpace((Energy(0.95, PIXELS), Energy(0.99, PIXELS)), examples=300), projection)

@@ -11,9 +11,9 @@ from benchmarks.harness.tables import Cell, Column, table
 if TYPE_CHECKING:
     from benchmarks.harness.results import Results
 
-TEXT = """Sine stream of {experiences} tasks, MLP 2-100-2 (502 parameters), `Eigenspace(Fisher(), Rank(k), Flat())` of
-all examples of each task, the step projected; Adam {rate}, decay {weight_decay}, cosine per task, {steps} steps a task,
-batch {batch}.
+TEXT = """Sine stream of {experiences} tasks, MLP 2-100-2 (502 parameters), `Eigenspace(Fisher(), Rank(k),
+WholeModel())` of all examples of each task, the step projected; Adam {rate}, decay {weight_decay}, cosine per task,
+{steps} steps a task, batch {batch}.
 
 The research log (section 7.1) cuts at k = 1000, beyond the number of parameters: the model should be frozen, the
 accuracy of training batches fluctuates all the same, and the distance from the task's start is below 1e-7. Expected

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 
-from avalanche_curv.core.plasticity import weight_spectra
+from avalanche_curv.plasticity.measures import weight_spectra
 from benchmarks.harness.experiment import Context, Record
 from benchmarks.sac import Config
 from benchmarks.sac.agent import build, regularise, reset

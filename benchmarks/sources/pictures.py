@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.func import hessian, vmap
 
 from avalanche_curv import BatchedEmpiricalFisher, Curvature, EmpiricalRisk, Hessian, OutputCurvature
-from avalanche_curv.core.examples import curvature_rows
-from avalanche_curv.core.quadratic import half
+from avalanche_curv.core.per_example.gram import curvature_rows
+from avalanche_curv.core.quadratic.model import half
 
 
 @dataclass(frozen=True)

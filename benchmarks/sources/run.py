@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from avalanche_curv import Curvature, CurvatureEWCPlugin, EmpiricalRisk, Past, Policy, SineBoundary, Structure
-from avalanche_curv.core.policies import RevisingPolicy, part_of
+from avalanche_curv.core.quadratic.policies import RevisingPolicy, part_of
 from benchmarks.harness.experiment import Context, Record
 from benchmarks.methods import MemoryReplay
 from benchmarks.sources import Config

@@ -10,9 +10,9 @@ from avalanche.training.plugins import SupervisedPlugin
 from torch import Tensor, nn
 
 from avalanche_curv import Accumulate, CurvatureEWCPlugin, EmpiricalRisk, Past, Policy
-from avalanche_curv.core.adaptive import predicted_loss
-from avalanche_curv.core.policies import RevisingPolicy, part_of
-from avalanche_curv.core.risk import frozen_together
+from avalanche_curv.core.quadratic.adaptive import predicted_loss
+from avalanche_curv.core.quadratic.policies import RevisingPolicy, part_of
+from avalanche_curv.core.risk.empirical_risk import frozen_together
 from benchmarks.sources import Picture
 from benchmarks.sources.grid import BATCH
 from benchmarks.sources.pictures import Derivatives, derivatives, has_kappa, losses_at, unit_of

@@ -11,7 +11,7 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from avalanche_curv.core.mitigators import (
+from avalanche_curv.plasticity.mitigators import (
     L2,
     L2Init,
     Mitigator,
@@ -23,7 +23,7 @@ from avalanche_curv.core.mitigators import (
     StreamingEWC,
     Wasserstein,
 )
-from avalanche_curv.core.mitigators.roles import Adds, Multiplies, roles
+from avalanche_curv.plasticity.mitigators.roles import Adds, Multiplies, roles
 from benchmarks.speed.timing import Times, examples, interleaved
 
 if TYPE_CHECKING:

@@ -21,8 +21,8 @@ from avalanche_curv import (
     estimate,
     landscape,
 )
-from avalanche_curv.core.adaptive import memory_loss
-from avalanche_curv.core.monitor import PastPictures
+from avalanche_curv.core.fidelity.monitor import PastModels
+from avalanche_curv.core.quadratic.adaptive import memory_loss
 from benchmarks.speed.timing import Times, clocked, examples, gradient_passes, interleaved, network, perturb, stream
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def estimates(config: Config) -> Times:
 def fidelities(config: Config) -> Times:
     """All fidelity values of ten past experiences' stored examples, one picture at a time."""
     model, criterion = network(config), nn.CrossEntropyLoss()
-    pictures = PastPictures(Fisher())
+    pictures = PastModels(Fisher())
     past = min(10, config.experiences)
     for number in range(past):
         x, y = examples(config.stored, seed=number)

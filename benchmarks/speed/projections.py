@@ -11,9 +11,9 @@ from avalanche.training.plugins import EvaluationPlugin
 from torch import Tensor, nn
 
 from avalanche_curv import OrthogonalProjectionPlugin, ProtectedSpace
-from avalanche_curv.core.parameters import ParameterSpace
 from avalanche_curv.core.projection.blocks import Block, Layout
-from avalanche_curv.core.subspace import Subspace
+from avalanche_curv.core.projection.subspace import Subspace
+from avalanche_curv.core.risk.parameters import ParameterSpace
 from benchmarks.speed.timing import Stopwatch, Times, clocked, interleaved, network, stream
 
 if TYPE_CHECKING:

@@ -77,7 +77,7 @@ def test_a_sure_network_has_an_empirical_fisher_smaller_by_the_probability_of_th
 
 def test_fishers_are_summed_at_the_newest_anchor_each_of_so_many_examples(run):
     from avalanche_curv.core import Diagonal, EmpiricalRisk, Fisher, Past, estimate
-    from avalanche_curv.core.batches import random_part
+    from avalanche_curv.core.risk.batches import random_part
 
     generator = torch.Generator().manual_seed(0)
     data = [(torch.randn(20, 3, generator=generator), torch.randint(2, (20,), generator=generator)) for _ in range(2)]

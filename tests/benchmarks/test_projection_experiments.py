@@ -116,9 +116,9 @@ def test_what_leaks_in_training_leaks_where_it_is_expected(trained):
 
 
 def test_the_drift_of_a_known_walk_is_measured_as_on_paper():
-    from avalanche_curv.core.parameters import ParameterSpace
     from avalanche_curv.core.projection.blocks import Block, Layout
-    from avalanche_curv.core.subspace import Subspace
+    from avalanche_curv.core.projection.subspace import Subspace
+    from avalanche_curv.core.risk.parameters import ParameterSpace
     from benchmarks.leakage.training import Watcher
 
     model = nn.Linear(2, 1, bias=False)
@@ -213,9 +213,9 @@ def test_the_report_of_the_cuts_says_that_nothing_moved(cuts, tmp_path):
 
 def test_soft_and_hard_see_the_same_examples():
     from avalanche_curv import PermutedDigits
-    from avalanche_curv.core.policies import part_of
     from avalanche_curv.core.projection.protection import some_of
-    from avalanche_curv.core.risk import EmpiricalRisk
+    from avalanche_curv.core.quadratic.policies import part_of
+    from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
     from benchmarks.soft_hard.run import plugins
 
     (hard,), (soft,) = (

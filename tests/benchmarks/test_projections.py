@@ -32,8 +32,8 @@ def config(label, **options):
 
 def test_gpm_is_algorithm_1_of_the_paper(parts):
     """Saha et al. 2021 in plain torch, by singular value decompositions of representation matrices (their eqs. 5 to 9),
-    against `InputSpace` and `Gradient()`: the same spans and the same weights."""
-    from avalanche_curv import EmpiricalRisk, Energy, Gradient, InputSpace, ProtectedSpace
+    against `InputSpace` and `GradientProjection()`: the same spans and the same weights."""
+    from avalanche_curv import EmpiricalRisk, Energy, GradientProjection, InputSpace, ProtectedSpace
     from avalanche_curv.core.projection import Projector
 
     cuts = tuple(Energy(fraction, most_pairs=64) for fraction in THRESHOLDS)
@@ -41,7 +41,7 @@ def test_gpm_is_algorithm_1_of_the_paper(parts):
     for part in parts.parts:
         inputs, targets = part.all()
         inputs = inputs.double()
-        projector = Projector(space, Gradient())
+        projector = Projector(space, GradientProjection())
         for x, y in zip(inputs.split(10), targets.split(10)):
             step(ours, x, y, projector.before_step)
             step(theirs, x, y, partial(project_gradients, bases=bases))

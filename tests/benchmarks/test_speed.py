@@ -2,7 +2,7 @@
 
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from avalanche_curv.core.mitigators.spectral import STIR
+from avalanche_curv.plasticity.mitigators.spectral import STIR
 from benchmarks.harness import Options
 from benchmarks.speed import Config, experiment, mitigators
 from benchmarks.speed.mitigators import EXACT_STEPS, MITIGATORS, ROUNDS, mitigated

@@ -234,12 +234,6 @@ def likelihood(request) -> str:
     return request.param
 
 
-@pytest.fixture(scope="session")
-def make_model():
-    """make_model(constructor, seed): in float64, from a seed of its own."""
-    return seeded
-
-
 @pytest.fixture
 def net() -> nn.Module:
     """A multilayer perceptron 4-5-3 of this test's own."""
@@ -272,16 +266,6 @@ def random_quadratic(request):
         return QuadraticModel(space, anchor, random_matrix(request.param, space, generator), slope, 0.7 * seed)
 
     return make
-
-
-def equal_to_rounding(actual: Tensor, expected: Tensor, tolerance: float = 1e-10) -> None:
-    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance, equal_nan=True)
-
-
-@pytest.fixture(scope="session")
-def close():
-    """Equality to 1e-10."""
-    return equal_to_rounding
 
 
 @pytest.fixture(scope="session")

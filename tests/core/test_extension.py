@@ -31,7 +31,7 @@ from avalanche_curv import (
     example_loss,
     rule,
 )
-from avalanche_curv.core.monitor import pictures_of
+from avalanche_curv.core.fidelity.monitor import example_models
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ class SmoothL1(nn.Module):
 @pytest.fixture
 def registered():
     """Registrations of this test only."""
-    rules = import_module("avalanche_curv.core.estimate")._RULES
+    rules = import_module("avalanche_curv.core.structures.rules")._RULES
     before = dict(rules)
     yield
     rules.clear()
@@ -198,7 +198,7 @@ def test_a_curvature_with_only_a_factor_works_with_every_structure_and_in_pictur
     if structure == Dense():
         close(found, exact)
     theta = known.risk.anchor + 0.1
-    increase = pictures_of(Margin(), known.risk).compare(theta).quadratic.increase
+    increase = example_models(Margin(), known.risk).compare(theta).quadratic.increase
     close(increase, 0.5 * (J @ (theta - known.risk.anchor)).square().sum(1))
 
 

@@ -3,8 +3,8 @@ import torch
 from avalanche.models import avalanche_forward
 
 from avalanche_curv import fidelity_metrics
-from avalanche_curv.core.batches import random_part
-from avalanche_curv.core.policies import part_seed
+from avalanche_curv.core.quadratic.policies import part_seed
+from avalanche_curv.core.risk.batches import random_part
 from avalanche_curv.metrics.accuracy import TaskAccuracyMetric
 
 

@@ -29,8 +29,8 @@ from avalanche_curv import (
     estimate,
     fidelity_metrics,
 )
-from avalanche_curv.core.batches import random_part
-from avalanche_curv.core.policies import part_seed
+from avalanche_curv.core.quadratic.policies import part_seed
+from avalanche_curv.core.risk.batches import random_part
 
 PICTURES = ("accumulate", "accumulate_linear", "refresh", "refresh_linear")
 MEASURES = ("kappa", "kappa_abs", "gamma", "alpha", "rho", "rho_pooled")

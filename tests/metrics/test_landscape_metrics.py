@@ -35,8 +35,8 @@ from avalanche_curv import (
     fidelity_metrics,
     landscape_metrics,
 )
-from avalanche_curv.core.batches import random_part
-from avalanche_curv.core.policies import part_seed
+from avalanche_curv.core.quadratic.policies import part_seed
+from avalanche_curv.core.risk.batches import random_part
 
 NUMBERS = ("sharpness", "trace", "numerical_rank", "effective_rank", "energy", "exact")
 MOTION = ("alignment", "leakage")

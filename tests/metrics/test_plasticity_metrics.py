@@ -17,8 +17,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from avalanche_curv import SineBoundary
-from avalanche_curv.core.batches import random_part
-from avalanche_curv.core.policies import part_seed
+from avalanche_curv.core.quadratic.policies import part_seed
+from avalanche_curv.core.risk.batches import random_part
 from avalanche_curv.metrics.plasticity import FromScratch, ProbeMetric, plasticity_metrics
 from avalanche_curv.tensorboard import CHARTS
 

@@ -14,32 +14,32 @@ from avalanche_curv import (
     Eigenspace,
     EmpiricalRisk,
     Fisher,
-    Flat,
-    Freeze,
-    Gradient,
+    FreezeUncovered,
+    GradientProjection,
     Hessian,
     InputSpace,
-    Leave,
+    LeaveUncovered,
     OrthogonalProjection,
     OrthogonalProjectionPlugin,
     PerLayer,
     Protection,
     Rank,
-    Sequential,
-    Step,
+    SequentialProjection,
+    StepProjection,
+    WholeModel,
     estimate,
     load_checkpoint,
     projection_metrics,
     save_checkpoint,
 )
-from avalanche_curv.core.estimate import NonFiniteCurvatureError
-from avalanche_curv.core.projection.protection import Found
+from avalanche_curv.core.curvature.base import NonFiniteCurvatureError
+from avalanche_curv.core.projection.protection import TaskFindings
 from avalanche_curv.tensorboard import CHARTS
 
 SIZES = ("used", "free", "energy", "bytes")
 ANGLES = ("smallest_angle", "largest_angle", "overlap")
 RANK = 3
-PARTS = [(Flat(), [slice(0, 27)]), (PerLayer(), [slice(0, 15), slice(15, 27)])]  # of the net 2-5-2
+PARTS = [(WholeModel(), [slice(0, 27)]), (PerLayer(), [slice(0, 15), slice(15, 27)])]  # of the net 2-5-2
 
 
 def published(strategy):
@@ -118,7 +118,7 @@ def net64(net, double):
 # --- values on paper ---
 
 
-@pytest.mark.parametrize("projection", [Step(), Gradient(), Sequential()])
+@pytest.mark.parametrize("projection", [StepProjection(), GradientProjection(), SequentialProjection()])
 @pytest.mark.parametrize(("per", "parts"), PARTS)
 def test_values_are_those_of_the_matrices_written_out(per, parts, projection, net64, learner, train, examples, plane,
                                                       recorder):
@@ -141,7 +141,7 @@ def test_values_are_those_of_the_matrices_written_out(per, parts, projection, ne
     for name, values in expected.items():
         assert names[f"projection/{name}"][0] == at
         assert names[f"projection/{name}"][1] == pytest.approx(values, rel=1e-5, abs=1e-10)
-    leaks = {"Step": False, "Gradient": True, "Sequential": True}[type(projection).__name__]
+    leaks = {"StepProjection": False, "GradientProjection": True, "SequentialProjection": True}[type(projection).__name__]
     assert (max(expected["step_leakage"]) > 1e-3) == (max(expected["drift_leakage"]) > 1e-3) == leaks
 
     for group, counts in (("projection", [step // 6 for step in at]), ("projection_experience", [1, 2, 3])):
@@ -190,7 +190,7 @@ def test_input_spaces_count_each_output_and_leak_by_rows(make, double, learner, 
     """Of one linear layer: rows (w, b) against the two largest principal axes of (a, 1), for each of two outputs."""
     model = make(lambda: nn.Linear(3, 2)).double()
     starts = Starts()
-    plugin = OrthogonalProjectionPlugin(InputSpace(Rank(2)), projection=Gradient())
+    plugin = OrthogonalProjectionPlugin(InputSpace(Rank(2)), projection=GradientProjection())
     heavy = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.5)
     strategy = train(
         learner(model, starts, plugin, recorder, metrics=projection_metrics(), optimizer=heavy,
@@ -242,7 +242,7 @@ class Some(Protection):
         self.tasks, self.own = tasks, Eigenspace(cut=Rank(RANK))
 
     def find(self, risk, experience):
-        return self.own.find(risk, experience) if experience in self.tasks else Found([])
+        return self.own.find(risk, experience) if experience in self.tasks else TaskFindings([])
 
     def demands(self, space):
         return self.own.demands(space)
@@ -289,7 +289,7 @@ def test_the_ready_strategy_is_measured(net, learner, train, plane):
 
 def test_several_plugins_are_numbered(net, learner, train, plane):
     two, five = (Eigenspace(cut=Rank(n)) for n in (2, 5))
-    plugins = OrthogonalProjectionPlugin(two), OrthogonalProjectionPlugin(five, projection=Gradient())
+    plugins = OrthogonalProjectionPlugin(two), OrthogonalProjectionPlugin(five, projection=GradientProjection())
     strategy = train(learner(net, *plugins, metrics=projection_metrics()), plane.train_stream[:2])
     last = strategy.evaluator.get_last_metrics()
     assert (last["projection/used"], last["projection_1/used"]) == (2, 5)
@@ -309,7 +309,7 @@ def test_every_must_be_at_least_one():
 def test_of_a_model_that_grows_the_past_part_leaks_and_what_is_new_is_free(growing, double, learner, train, recorder):
     model, benchmark = growing(torch.float64)
     starts, spaces = Starts(), []
-    plugin = OrthogonalProjectionPlugin(Eigenspace(cut=Rank(RANK)), projection=Gradient())
+    plugin = OrthogonalProjectionPlugin(Eigenspace(cut=Rank(RANK)), projection=GradientProjection())
 
     class Spaces(SupervisedPlugin):
         def before_training_exp(self, strategy, **kwargs):
@@ -349,7 +349,7 @@ def test_used_and_free_are_of_what_may_move(make, learner, train, plane):
     plugins = (
         OrthogonalProjectionPlugin(Eigenspace(cut=Rank(4))),
         OrthogonalProjectionPlugin(InputSpace(Rank(2))),
-        OrthogonalProjectionPlugin(InputSpace(Rank(2)), uncovered=Leave()),
+        OrthogonalProjectionPlugin(InputSpace(Rank(2)), uncovered=LeaveUncovered()),
     )
     strategy = train(learner(model, *plugins, metrics=projection_metrics()), plane.train_stream[:1])
     last = strategy.evaluator.get_last_metrics()
@@ -368,7 +368,7 @@ def test_used_and_free_are_of_what_may_move(make, learner, train, plane):
 
 def test_in_an_online_stream_the_drift_is_from_the_start_of_the_task(net64, learner, train, plane, recorder):
     parts = list(split_online_stream(plane.train_stream, 16, access_task_boundaries=True, seed=0))
-    starts, plugin = Starts(), OrthogonalProjectionPlugin(Eigenspace(cut=Rank(RANK)), projection=Gradient())
+    starts, plugin = Starts(), OrthogonalProjectionPlugin(Eigenspace(cut=Rank(RANK)), projection=GradientProjection())
     strategy = learner(net64, starts, plugin, recorder, metrics=projection_metrics(), train_mb_size=8)
     train(strategy, parts[:3])  # three parts a task, of two iterations
     basis = next(iter(plugin.protected.blocks.values())).subspace.rows.numpy().T
@@ -395,7 +395,7 @@ def test_an_online_stream_without_boundaries_is_measured_part_by_part(net, learn
 
 def test_a_diverging_run_publishes_what_is_defined_and_the_next_drift_starts_anew(net, learner, train, plane):
     whole = copy.deepcopy(net.state_dict())
-    plugin = OrthogonalProjectionPlugin(Eigenspace(cut=Rank(RANK)), projection=Gradient())
+    plugin = OrthogonalProjectionPlugin(Eigenspace(cut=Rank(RANK)), projection=GradientProjection())
     strategy = train(learner(net, plugin, metrics=projection_metrics()), plane.train_stream[:1])
     strategy.optimizer.param_groups[0]["lr"] = math.inf
     with pytest.raises(NonFiniteCurvatureError):
@@ -413,13 +413,13 @@ def test_a_diverging_run_publishes_what_is_defined_and_the_next_drift_starts_ane
 # --- no trace ---
 
 
-@pytest.mark.parametrize("projection", [Step(), Gradient(), Sequential()])
+@pytest.mark.parametrize("projection", [StepProjection(), GradientProjection(), SequentialProjection()])
 def test_measuring_leaves_training_bit_identical(projection, make, learner, train, plane):
     def run(metrics):
         model = make(
             lambda: nn.Sequential(nn.Linear(2, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Dropout(0.3), nn.Linear(6, 2))
         )
-        plugin = OrthogonalProjectionPlugin(projection=projection, uncovered=Freeze())
+        plugin = OrthogonalProjectionPlugin(projection=projection, uncovered=FreezeUncovered())
         adam = torch.optim.Adam(model.parameters(), lr=0.05)
         strategy = train(learner(model, plugin, metrics=metrics, optimizer=adam), plane.train_stream)
         return [
@@ -441,7 +441,7 @@ def test_a_resumed_run_measures_what_an_uninterrupted_one_does(online, saved, ne
     stream = list(plane.train_stream)
     if online:
         stream = list(split_online_stream(plane.train_stream, 16, access_task_boundaries=True, seed=0))
-    plugin = OrthogonalProjectionPlugin(Eigenspace(cut=Rank(RANK)), projection=Gradient())
+    plugin = OrthogonalProjectionPlugin(Eigenspace(cut=Rank(RANK)), projection=GradientProjection())
     metrics = projection_metrics(every=2)
     strategy = train(learner(net, plugin, metrics=metrics, train_mb_size=8), stream[:saved])
     assert bool(metrics[0]._starts) == online  # it holds a copy of the model where the drift goes on alone

@@ -22,15 +22,15 @@ from avalanche_curv import (
     NonFiniteCurvatureError,
     Rank,
     RelativeError,
-    Rescale,
-    Stop,
+    RescaleIfUnstable,
+    StopIfUnstable,
     Tikhonov,
     UnstablePenaltyError,
     estimate,
     landscape_metrics,
     penalty_metrics,
 )
-from avalanche_curv.core.adaptive import memory_loss, predicted_loss
+from avalanche_curv.core.quadratic.adaptive import memory_loss, predicted_loss
 
 
 def adaptive(strength=1.0, trust=RelativeError(2e-3), structure=Dense(), **options):  # noqa: B008
@@ -125,7 +125,7 @@ def flat(tensors):
 
 def test_the_gradients_that_are_measured_are_those_of_the_rescaled_penalty(make, learner, train, plane):
     model = make(lambda: nn.Sequential(nn.Linear(2, 5), nn.Tanh(), nn.Linear(5, 2)))
-    ewc = CurvatureEWCPlugin(1000.0, curvature=GGN(), structure=Dense(), guard=Rescale(0.1))
+    ewc = CurvatureEWCPlugin(1000.0, curvature=GGN(), structure=Dense(), guard=RescaleIfUnstable(0.1))
     norms = []
 
     class Spy(SupervisedPlugin):
@@ -154,7 +154,7 @@ def test_a_rate_that_rises_later_is_seen_by_the_guard(net, learner, train, plane
             late = strategy.clock.train_exp_iterations >= 2
             strategy.optimizer.param_groups[0]["lr"] = 0.1 if late else 1e-5
 
-    ewc = CurvatureEWCPlugin(1000.0, curvature=GGN(), structure=Dense(), guard=Stop())
+    ewc = CurvatureEWCPlugin(1000.0, curvature=GGN(), structure=Dense(), guard=StopIfUnstable())
     strategy = train(learner(net, ewc, WarmUp()), plane.train_stream[:1])
     with pytest.raises(UnstablePenaltyError):
         strategy.train(plane.train_stream[1])
@@ -202,19 +202,19 @@ def test_guards_act_before_the_first_step_that_would_diverge(make, learner, trai
         learned = learner(model, ewc, metrics=penalty_metrics(), train_epochs=20)
         return ewc, model, train(learned, plane.train_stream[:2])
 
-    ewc, model, strategy = trained(Rescale(0.5))
+    ewc, model, strategy = trained(RescaleIfUnstable(0.5))
     assert ewc.strength == 1000
     assert ewc.weight < 100
     assert all(p.isfinite().all() and p.abs().max() < 100 for p in model.parameters())
     metrics = strategy.evaluator.get_last_metrics()
     assert metrics["penalty/weighted"] == pytest.approx(ewc.weight * metrics["penalty/raw"])
     with pytest.raises(UnstablePenaltyError, match="strength 1e\\+03"):
-        trained(Stop())
+        trained(StopIfUnstable())
     warned = pytest.warns(UserWarning, match="descent on the penalty alone diverges")
     with warned, pytest.raises(NonFiniteCurvatureError, match="Look for diverged weights"):
         trained(CurvatureEWCPlugin(1.0).guard)
 
 
 def test_a_guard_is_an_object():
-    with pytest.raises(TypeError, match=r"guard must be Warn\(\), Rescale\(\), Stop\(\) or None; got 'warn'"):
+    with pytest.raises(TypeError, match=r"guard must be WarnIfUnstable\(\), RescaleIfUnstable\(\), StopIfUnstable\(\) or None; got 'warn'"):
         CurvatureEWCPlugin(1.0, guard="warn")

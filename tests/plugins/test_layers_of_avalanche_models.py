@@ -6,7 +6,7 @@ from avalanche.models import IncrementalClassifier, MTSimpleMLP, SlimResNet18
 from torch import nn
 
 from avalanche_curv import GGN, Diagonal, EmpiricalFisher, EmpiricalRisk, Kronecker, estimate
-from avalanche_curv.core.layers import Layers
+from avalanche_curv.core.per_example.layers import Layers
 
 
 def masked_head():

@@ -5,13 +5,12 @@ import torch
 from torch import nn
 
 from avalanche_curv import CurvatureEWCPlugin, load_checkpoint, save_checkpoint
-from avalanche_curv.core.mitigators.l2 import L2, L2Init
-from avalanche_curv.core.mitigators.parseval import Parseval
-from avalanche_curv.core.mitigators.redo import ReDO
-from avalanche_curv.core.mitigators.schedule import AfterTask, EverySteps
-from avalanche_curv.core.mitigators.shrink_perturb import ShrinkAndPerturb
-from avalanche_curv.core.mitigators.streaming_ewc import StreamingEWC
-from avalanche_curv.core.mitigators.wasserstein import Wasserstein
+from avalanche_curv.plasticity.mitigators.l2 import L2, L2Init
+from avalanche_curv.plasticity.mitigators.parseval import Parseval
+from avalanche_curv.plasticity.mitigators.redo import ReDO
+from avalanche_curv.plasticity.mitigators.shrink_perturb import AfterTask, EverySteps, ShrinkAndPerturb
+from avalanche_curv.plasticity.mitigators.streaming_ewc import StreamingEWC
+from avalanche_curv.plasticity.mitigators.wasserstein import Wasserstein
 from avalanche_curv.plugins.mitigator import MitigatorPlugin
 
 WEAK = {

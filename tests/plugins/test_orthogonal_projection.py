@@ -16,11 +16,11 @@ from avalanche_curv import (
     EmpiricalRisk,
     Energy,
     Fisher,
-    Freeze,
-    Gradient,
+    FreezeUncovered,
+    GradientProjection,
     Hessian,
     InputSpace,
-    Leave,
+    LeaveUncovered,
     NonFiniteCurvatureError,
     OrthogonalProjection,
     OrthogonalProjectionPlugin,
@@ -29,14 +29,14 @@ from avalanche_curv import (
     Projector,
     ProtectedSpace,
     Rank,
-    Sequential,
+    SequentialProjection,
     SpectralRegPlugin,
-    Step,
+    StepProjection,
     load_checkpoint,
     save_checkpoint,
 )
 from avalanche_curv.core.projection import Protection
-from avalanche_curv.core.projection.protection import Found
+from avalanche_curv.core.projection.protection import TaskFindings
 
 FAMILY = {
     "flat": Eigenspace(Fisher(), Rank(10)),
@@ -111,7 +111,7 @@ def test_training_stays_out_of_what_past_experiences_need(protection, make, lear
     assert plugin.protected.experiences == 3
 
 
-@pytest.mark.parametrize("projection", [Gradient(), Sequential()])
+@pytest.mark.parametrize("projection", [GradientProjection(), SequentialProjection()])
 def test_the_two_other_ways_leak(projection, make, learner, train, digits):
     model = make(network)
     plugin = OrthogonalProjectionPlugin(FAMILY["flat"], projection=projection)
@@ -133,7 +133,8 @@ def test_it_keeps_more_of_the_past(make, learner, train, digits, examples):
 
 
 @pytest.mark.parametrize(
-    ("recipe", "projection"), [*((name, Step()) for name in FAMILY), ("flat", Gradient()), ("flat", Sequential())]
+    ("recipe", "projection"),
+    [*((name, StepProjection()) for name in FAMILY), ("flat", GradientProjection()), ("flat", SequentialProjection())],
 )
 def test_the_first_experience_is_that_of_naive_to_the_bit(recipe, projection, make, learner, train, digits):
     stream = digits().train_stream[:1]
@@ -163,13 +164,13 @@ def test_with_an_empty_basis_all_training_is_that_of_naive(make, learner, train,
 
     class Nothing(Protection):
         def find(self, risk, experience):
-            return Found([])
+            return TaskFindings([])
 
         def demands(self, space):
             return {}
 
     models = [make(network) for _ in range(2)]
-    plugin = OrthogonalProjectionPlugin(Nothing(), uncovered=Leave())
+    plugin = OrthogonalProjectionPlugin(Nothing(), uncovered=LeaveUncovered())
     train(learner(models[0], optimizer=adam(models[0])), digits().train_stream)
     train(learner(models[1], plugin, optimizer=adam(models[1])), digits().train_stream)
     assert same(state(models[0]), state(models[1]))
@@ -205,7 +206,7 @@ def test_running_statistics_and_uncovered_parameters_hold_still_or_go_on(make, l
         def after_training_exp(self, strategy, **kwargs):
             ends.append(state(strategy.model[1]))
 
-    for uncovered, rests in ((Freeze(), True), (Leave(), False)):
+    for uncovered, rests in ((FreezeUncovered(), True), (LeaveUncovered(), False)):
         ends = []
         model = make(network)
         plugin = OrthogonalProjectionPlugin(InputSpace(), uncovered=uncovered)
@@ -303,17 +304,19 @@ def test_heads_that_a_task_does_not_call_stay_as_they_are(make, learner, train, 
         assert same(head, state(model.classifier.classifiers["0"]))
 
 
-def growing_learner(make, protect, projection=Step()):  # noqa: B008
+def growing_learner(make, protect, projection=StepProjection()):  # noqa: B008
     model = make(lambda: nn.Sequential(
         nn.Linear(64, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Dropout(0.3), IncrementalClassifier(8)
     ))  # fmt: skip
     return OrthogonalProjection(
         model=model, optimizer=torch.optim.Adam(model.parameters(), 0.02), protect=protect, projection=projection,
-        max_rank=None if isinstance(projection, Sequential) else 25, train_mb_size=16,
+        max_rank=None if isinstance(projection, SequentialProjection) else 25, train_mb_size=16,
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(("recipe", "projection"), [*((name, Step()) for name in FAMILY), ("flat", Sequential())])
+@pytest.mark.parametrize(
+    ("recipe", "projection"), [*((name, StepProjection()) for name in FAMILY), ("flat", SequentialProjection())]
+)
 def test_a_resumed_run_ends_bit_identically(recipe, projection, tmp_path, digits, make):
     stream = digits()
     whole = growing_learner(make, FAMILY[recipe], projection)
@@ -376,7 +379,7 @@ def test_it_is_what_a_loop_of_ones_own_does(protection, make, learner, train, di
     train(learner(one, OrthogonalProjectionPlugin(protection), Listing(), optimizer=adam(one)), stream)
     optimizer, space = adam(other), ProtectedSpace()
     for experience, task in zip(stream, batches):
-        projector = Projector(space, Step())
+        projector = Projector(space, StepProjection())
         for x, y in task:
             optimizer.zero_grad()
             nn.functional.cross_entropy(other(x), y).backward()
@@ -445,9 +448,10 @@ def test_a_parameter_that_is_frozen_between_experiences_stays(protection, make, 
 def test_the_strategy_takes_the_options_of_the_plugin(make):
     model = make(network)
     strategy = OrthogonalProjection(
-        model=model, optimizer=adam(model), protect=InputSpace(), projection=Gradient(), max_rank=7, train_epochs=3
+        model=model, optimizer=adam(model), protect=InputSpace(), projection=GradientProjection(), max_rank=7,
+        train_epochs=3,
     )
-    assert (strategy.projection.protect, strategy.projection.projection) == (InputSpace(), Gradient())
+    assert (strategy.projection.protect, strategy.projection.projection) == (InputSpace(), GradientProjection())
     assert (strategy.projection.max_rank, strategy.train_epochs) == (7, 3)
     assert strategy.projection in strategy.plugins
 
@@ -460,13 +464,13 @@ def test_the_strategy_takes_the_options_of_the_plugin(make):
     [
         ({"protect": Eigenspace}, TypeError, r"protect must be a Protection; got .*Call it: Eigenspace\(Fisher"),
         ({"protect": "gpm"}, TypeError, r"got 'gpm'. Give a value such as Eigenspace\(Fisher\(\), Rank\(20\)\)"),
-        ({"projection": Step}, TypeError, r"Call it: Step\(\)"),
-        ({"projection": None}, TypeError, r"projection must be a Projection; got None.*Step\(\)"),
-        ({"uncovered": Freeze}, TypeError, r"Call it: Freeze\(\)"),
-        ({"uncovered": Step()}, TypeError, r"uncovered must be a Uncovered; got Step\(\)"),
+        ({"projection": StepProjection}, TypeError, r"Call it: StepProjection\(\)"),
+        ({"projection": None}, TypeError, r"projection must be a Projection; got None.*StepProjection\(\)"),
+        ({"uncovered": FreezeUncovered}, TypeError, r"Call it: FreezeUncovered\(\)"),
+        ({"uncovered": StepProjection()}, TypeError, r"uncovered must be a Uncovered; got StepProjection\(\)"),
         ({"max_rank": 0}, ValueError, "max_rank must be an integer of at least 1; got 0"),
         ({"max_rank": 2.5}, ValueError, "max_rank"),
-        ({"projection": Sequential(), "max_rank": 5}, ValueError, r"Leave max_rank out, or use Step\(\)"),
+        ({"projection": SequentialProjection(), "max_rank": 5}, ValueError, r"Leave max_rank out, or use StepProjection\(\)"),
         ({"max_bytes": 0}, ValueError, "max_bytes"),
         ({"batch_size": 0}, ValueError, "batch_size must be an integer of at least 1; got 0"),
     ],

@@ -17,7 +17,7 @@ from avalanche_curv import (
     load_checkpoint,
     save_checkpoint,
 )
-from avalanche_curv.core.mitigators.roles import matrices
+from avalanche_curv.plasticity.mitigators.roles import matrices
 
 
 def network():

@@ -18,15 +18,15 @@ from avalanche_curv.core.distributed.fully_sharded import estimate_fully_sharded
 from avalanche_curv.core.distributed.penalty import ShardedQuadratic
 from avalanche_curv.core.distributed.ranks import Ranks
 from avalanche_curv.core.distributed.risk import ShardedRisk
-from avalanche_curv.core.distributed.shares import EvenShare, LocalShards, Share
+from avalanche_curv.core.distributed.shares import EvenShare, LocalShards, ParameterShare
 
 __all__ = [
     "EvenShare",
     "LocalShards",
+    "ParameterShare",
     "Ranks",
     "ShardedQuadratic",
     "ShardedRisk",
-    "Share",
     "estimate_fully_sharded",
     "estimate_sharded",
 ]

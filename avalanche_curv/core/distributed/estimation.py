@@ -8,36 +8,25 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from avalanche_curv.core.batches import random_part
-from avalanche_curv.core.curvature import (
-    BatchedEmpiricalFisher,
-    Curvature,
-    Hessian,
-    Operator,
-    OutputCurvature,
-    PositivePart,
-)
-from avalanche_curv.core.distributed.draws import with_draws_after
+from avalanche_curv.core.curvature.base import Curvature, NonFiniteCurvatureError, OutputCurvature
+from avalanche_curv.core.curvature.empirical_fisher import BatchedEmpiricalFisher
+from avalanche_curv.core.curvature.hessian import Hessian, PositivePart
+from avalanche_curv.core.curvature.operators import Operator
 from avalanche_curv.core.distributed.risk import ShardedRisk
 from avalanche_curv.core.eigen import WHOLE, Pairs, top_of_matrix, top_of_operator
-from avalanche_curv.core.estimate import NonFiniteCurvatureError, check_pair, structured
-from avalanche_curv.core.quadratic import QuadraticModel
-from avalanche_curv.core.risk import as_matrix
-from avalanche_curv.core.structures import (
-    EKFAC,
-    BlockDiagonal,
-    Dense,
-    Diagonal,
-    FlatSpectrum,
-    Kronecker,
-    LowRank,
-    LowRankMatrix,
-    Matrix,
-    MatrixFree,
-    Structure,
-)
-from avalanche_curv.core.structures.flat_spectrum import flattened
-from avalanche_curv.core.structures.matrix_free import MatrixFreeMatrix, Term
+from avalanche_curv.core.quadratic.model import QuadraticModel
+from avalanche_curv.core.risk.batches import random_part
+from avalanche_curv.core.risk.empirical_risk import as_matrix
+from avalanche_curv.core.risk.losses import ExampleLoss
+from avalanche_curv.core.structures.base import Matrix, Structure
+from avalanche_curv.core.structures.block_diagonal import BlockDiagonal
+from avalanche_curv.core.structures.dense import Dense
+from avalanche_curv.core.structures.diagonal import Diagonal
+from avalanche_curv.core.structures.flat_spectrum import FlatSpectrum, flattened
+from avalanche_curv.core.structures.kronecker import EKFAC, Kronecker
+from avalanche_curv.core.structures.low_rank import LowRank, LowRankMatrix
+from avalanche_curv.core.structures.matrix_free import MatrixFree, MatrixFreeMatrix, OperatorTerm
+from avalanche_curv.core.structures.rules import check_pair, structured
 
 
 def estimate_sharded(
@@ -144,7 +133,7 @@ def _matrix_free(curvature: Curvature, structure: MatrixFree, risk: ShardedRisk)
     every = replace(structure, fraction=1.0)
     own = risk.ranks.together(lambda: structured(_of_rank(curvature, risk), every, risk.own))
     operator = _Summed(_Products(own), risk, _weight(curvature, risk))
-    return MatrixFreeMatrix(own.size, risk.own.anchor.new_empty(0), (Term(operator),))
+    return MatrixFreeMatrix(own.size, risk.own.anchor.new_empty(0), (OperatorTerm(operator),))
 
 
 def _operator(curvature: Curvature, risk: ShardedRisk) -> Operator:
@@ -206,3 +195,45 @@ def _mending(curvature: Curvature, matrix: Matrix) -> PositivePart | None:
 def _written(option: object) -> str:
     """An option as ranks compare it: an object that does not say its values would show its address."""
     return repr(option) if is_dataclass(option) else type(option).__qualname__
+
+CHUNK = 4096  # examples whose draws are skipped at once
+
+
+def with_draws_after(
+    curvature: OutputCurvature, examples: int, loss: ExampleLoss, outputs: Float[Tensor, "N C"], targets: Tensor
+) -> OutputCurvature:
+    """The kind with its draws as they are after a number of examples of the shape of the given ones; itself if it
+    draws none. Draws of a kind come one example after another, so that they do not depend on the batch size."""
+    later = _Later(curvature, examples, loss, outputs[:1].detach(), targets[:1])
+    return later if examples and later.draws else curvature
+
+
+@dataclass(frozen=True)
+class _Later(OutputCurvature):
+    curvature: OutputCurvature
+    skipped: int
+    loss: ExampleLoss
+    outputs: Float[Tensor, "1 C"]
+    targets: Tensor
+
+    def factor(self, loss: ExampleLoss, outputs: Tensor, targets: Tensor, generator: torch.Generator) -> Tensor:
+        return self.curvature.factor(loss, outputs, targets, generator)
+
+    def generator(self) -> torch.Generator:
+        generator = self.curvature.generator()
+        for start in range(0, self.skipped, CHUNK):
+            self._skip(min(CHUNK, self.skipped - start), generator)
+        return generator
+
+    @property
+    def draws(self) -> bool:
+        """Whether S takes anything from the generator."""
+        generator = self.curvature.generator()
+        before = generator.get_state()
+        self._skip(1, generator)
+        return not torch.equal(before, generator.get_state())
+
+    def _skip(self, examples: int, generator: torch.Generator) -> None:
+        outputs, targets = (t.expand(examples, *t.shape[1:]) for t in (self.outputs, self.targets))
+        with torch.no_grad():
+            self.curvature.factor(self.loss, outputs, targets, generator)

@@ -12,19 +12,17 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from avalanche_curv.core import layer_kinds
-from avalanche_curv.core.batches import Batches, like, without_drawing
-from avalanche_curv.core.curvature import OutputCurvature
-from avalanche_curv.core.distributed.copies import check_buffers
-from avalanche_curv.core.distributed.draws import with_draws_after
+from avalanche_curv.core.curvature.base import NonFiniteCurvatureError, OutputCurvature
+from avalanche_curv.core.distributed.estimation import with_draws_after
 from avalanche_curv.core.distributed.penalty import ShardedQuadratic, diagonal_columns
-from avalanche_curv.core.distributed.risk import borrowed
+from avalanche_curv.core.distributed.risk import borrowed, check_buffers
 from avalanche_curv.core.distributed.shares import LocalShards, local_shards, mesh_of
-from avalanche_curv.core.estimate import NonFiniteCurvatureError
-from avalanche_curv.core.layers import Tap, gradients
-from avalanche_curv.core.losses import ExampleLoss, example_loss
-from avalanche_curv.core.parameters import canonical_name
-from avalanche_curv.core.risk import as_matrix
+from avalanche_curv.core.per_example import layer_kinds
+from avalanche_curv.core.per_example.layers import Tap, gradients
+from avalanche_curv.core.risk.batches import Batches, like, without_drawing
+from avalanche_curv.core.risk.empirical_risk import as_matrix
+from avalanche_curv.core.risk.losses import ExampleLoss, example_loss
+from avalanche_curv.core.risk.parameters import canonical_name
 
 
 def estimate_fully_sharded(

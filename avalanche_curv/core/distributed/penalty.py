@@ -10,9 +10,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from avalanche_curv.core.distributed.ranks import Ranks
-from avalanche_curv.core.distributed.shares import EvenShare, Share
-from avalanche_curv.core.quadratic import QuadraticModel, check_first_order, half, times
-from avalanche_curv.core.structures import DiagonalMatrix, LowRankMatrix, Matrix
+from avalanche_curv.core.distributed.shares import EvenShare, ParameterShare
+from avalanche_curv.core.quadratic.model import QuadraticModel, check_first_order, half, times
+from avalanche_curv.core.structures.base import Matrix
+from avalanche_curv.core.structures.diagonal import DiagonalMatrix
+from avalanche_curv.core.structures.low_rank import LowRankMatrix
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class ShardedQuadratic:
     be called on all ranks.
     """
 
-    share: Share
+    share: ParameterShare
     anchor: Float[Tensor, "p"]
     curvature: LowRankMatrix
     gradient: Float[Tensor, "p"]
@@ -98,7 +100,7 @@ def diagonal_columns(values: Float[Tensor, "p"]) -> LowRankMatrix:
     return LowRankMatrix(values.new_zeros(0, len(values)), values.new_zeros(0), values)
 
 
-def _columns(matrix: Matrix, share: Share) -> LowRankMatrix:
+def _columns(matrix: Matrix, share: ParameterShare) -> LowRankMatrix:
     if isinstance(matrix, DiagonalMatrix):
         return diagonal_columns(share.of(matrix.values))
     if not isinstance(matrix, LowRankMatrix) or matrix.max_rank is not None:

@@ -11,11 +11,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from avalanche_curv.core.distributed.ranks import Ranks
-from avalanche_curv.core.parameters import ParameterSpace, canonical_name
+from avalanche_curv.core.risk.parameters import ParameterSpace, canonical_name
 
 
 @dataclass(frozen=True)
-class Share(ABC):
+class ParameterShare(ABC):
     """The part of one rank: of the entries of each parameter, in row-major order, a range [start, stop). The parts of
     all `ranks` together are the whole `space`."""
 
@@ -52,7 +52,7 @@ class Share(ABC):
 
 
 @dataclass(frozen=True)
-class EvenShare(Share):
+class EvenShare(ParameterShare):
     """One of R equal runs of the coordinates, for a model of which every rank holds a copy (DistributedDataParallel).
     The model may have grown since: it is read through the space."""
 
@@ -78,7 +78,7 @@ class EvenShare(Share):
 
 
 @dataclass(frozen=True)
-class LocalShards(Share):
+class LocalShards(ParameterShare):
     """The rows that a rank holds of a model sharded by `fully_shard` (FSDP2). Its gradients stay where they are."""
 
     @classmethod

@@ -2,22 +2,30 @@
 
 from avalanche_curv.core.projection.eigenspace import Eigenspace
 from avalanche_curv.core.projection.input_space import InputSpace
-from avalanche_curv.core.projection.projections import Gradient, Projection, Projector, Sequential, Step
-from avalanche_curv.core.projection.protected import ProtectedSpace
+from avalanche_curv.core.projection.projections import (
+    GradientProjection,
+    Projection,
+    Projector,
+    SequentialProjection,
+    StepProjection,
+)
+from avalanche_curv.core.projection.protected import FreezeUncovered, LeaveUncovered, ProtectedSpace, Uncovered
 from avalanche_curv.core.projection.protection import Protection
-from avalanche_curv.core.projection.uncovered import Freeze, Leave, Uncovered
+from avalanche_curv.core.projection.subspace import Subspace, principal_angles
 
 __all__ = [
     "Eigenspace",
-    "Freeze",
-    "Gradient",
+    "FreezeUncovered",
+    "GradientProjection",
     "InputSpace",
-    "Leave",
+    "LeaveUncovered",
     "Projection",
     "Projector",
     "ProtectedSpace",
     "Protection",
-    "Sequential",
-    "Step",
+    "SequentialProjection",
+    "StepProjection",
+    "Subspace",
     "Uncovered",
+    "principal_angles",
 ]

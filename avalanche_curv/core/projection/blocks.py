@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from avalanche_curv.core.parameters import ParameterSpace
-from avalanche_curv.core.subspace import Subspace
+from avalanche_curv.core.projection.subspace import Subspace
+from avalanche_curv.core.risk.parameters import ParameterSpace
 
 Parts = Mapping[str, Tensor]
 """Tensors by parameter name."""

@@ -9,18 +9,22 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from avalanche_curv.core.curvature import Curvature, Fisher, Hessian, check_loss
-from avalanche_curv.core.estimate import check_pair, estimate, has_rule
-from avalanche_curv.core.losses import ExampleLoss
+from avalanche_curv.core.curvature.base import Curvature
+from avalanche_curv.core.curvature.fisher import Fisher
+from avalanche_curv.core.curvature.hessian import Hessian
 from avalanche_curv.core.options import check_count, check_kind, check_seed
-from avalanche_curv.core.parameters import ParameterSpace
 from avalanche_curv.core.projection.blocks import Layout
-from avalanche_curv.core.projection.protection import Demand, Finding, Found, Protection, some_of
-from avalanche_curv.core.risk import EmpiricalRisk
-from avalanche_curv.core.structures import BlockDiagonal, BlockDiagonalMatrix, Diagonal, LowRank, LowRankMatrix
-from avalanche_curv.core.structures.block_diagonal import Flat, Grouping
+from avalanche_curv.core.projection.protection import BasisBound, Finding, Protection, TaskFindings, some_of
+from avalanche_curv.core.projection.subspace import Subspace, remainder
+from avalanche_curv.core.quadratic.estimate import estimate
+from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
+from avalanche_curv.core.risk.losses import ExampleLoss
+from avalanche_curv.core.risk.parameters import ParameterSpace
+from avalanche_curv.core.structures.block_diagonal import BlockDiagonal, BlockDiagonalMatrix, Grouping, WholeModel
 from avalanche_curv.core.structures.cuts import Cut, Rank
-from avalanche_curv.core.subspace import Subspace, remainder
+from avalanche_curv.core.structures.diagonal import Diagonal
+from avalanche_curv.core.structures.low_rank import LowRank, LowRankMatrix
+from avalanche_curv.core.structures.rules import check_pair, has_rule
 
 UNBOUNDED = 2**62  # bytes: `ProtectedSpace.check` has a limit for the union, before the task is trained
 
@@ -30,7 +34,7 @@ class Eigenspace(Protection):
     """The top eigenspace of a curvature, `Rank(k)` or `Energy(e)` of its trace: where the past loss bends most.
 
     C is that of `examples` of the task, drawn by `seed` (None takes all). `per` says whether there is one basis over
-    all parameters, `Flat()`, in memory k P, or one for each layer from the diagonal blocks of C, `PerLayer()`, in
+    all parameters, `WholeModel()`, in memory k P, or one for each layer from the diagonal blocks of C, `PerLayer()`, in
     memory Σ k_l P_l, for whose choice curvature between layers does not count. Directions whose curvature is below 1e-5
     of the largest (in float32; 3e-5 where a Gram matrix is decomposed) count as none and stay free, but for a `Rank(k)`
     of at least as many directions as there are: that closes the block altogether.
@@ -41,7 +45,7 @@ class Eigenspace(Protection):
 
     curvature: Curvature = Fisher()  # noqa: RUF009  a frozen value
     cut: Cut = Rank(20)  # noqa: RUF009
-    per: Grouping = Flat()  # noqa: RUF009
+    per: Grouping = WholeModel()  # noqa: RUF009
     examples: int | None = 300
     seed: int = 0
 
@@ -49,12 +53,12 @@ class Eigenspace(Protection):
         check_kind("cut", self.cut, Cut, "Rank(20)")
         check_seed(self.seed)
         check_kind("curvature", self.curvature, Curvature, "Fisher()")
-        check_kind("per", self.per, Grouping, "Flat() or PerLayer()")
+        check_kind("per", self.per, Grouping, "WholeModel() or PerLayer()")
         if self.examples is not None:
             check_count("Eigenspace(examples=...)", self.examples)
         check_pair(self.curvature, self._structure)
 
-    def find(self, risk: EmpiricalRisk, experience: int) -> Found:
+    def find(self, risk: EmpiricalRisk, experience: int) -> TaskFindings:
         part = some_of(risk, self.examples, self.seed, experience)
         found = estimate(self.curvature, self._structure, part).curvature
         diagonal = self._diagonal(part)
@@ -62,7 +66,7 @@ class Eigenspace(Protection):
             blocks = [(block.space, block.matrix) for block in found.blocks]
         else:
             blocks = [(part.space, found)]
-        return Found([
+        return TaskFindings([
             Eigenvectors(
                 self.per.key(space.names[0]), Layout(space), *self._kept(matrix),
                 math.nan if diagonal is None else float(diagonal[part.space.positions(space)].sum()), experience,
@@ -79,18 +83,18 @@ class Eigenspace(Protection):
         return torch.cat([matrix.vectors, others]), torch.cat([matrix.values, matrix.values.new_zeros(len(others))])
 
     def check_loss(self, loss: ExampleLoss) -> None:
-        check_loss(self.curvature, loss)
+        self.curvature.check_loss(loss)
 
-    def demands(self, space: ParameterSpace) -> dict[str, Demand]:
+    def demands(self, space: ParameterSpace) -> dict[str, BasisBound]:
         return {
-            self.per.key(part.names[0]): Demand(part.size, min(part.size, self.cut.most()))
+            self.per.key(part.names[0]): BasisBound(part.size, min(part.size, self.cut.most()))
             for part in self.per.spaces(space)
         }
 
     @property
     def _structure(self) -> LowRank | BlockDiagonal:
         whole = LowRank(self.cut, max_bytes=UNBOUNDED)
-        return whole if isinstance(self.per, Flat) else BlockDiagonal(self.per, whole, UNBOUNDED)
+        return whole if isinstance(self.per, WholeModel) else BlockDiagonal(self.per, whole, UNBOUNDED)
 
     def _diagonal(self, risk: EmpiricalRisk) -> Float[Tensor, "P"] | None:
         """The exact diagonal in float64, for the trace; None where it would take P products, or may be indefinite."""

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from avalanche_curv.core.layers import Layers
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from avalanche_curv.core.curvature.base import NonFiniteCurvatureError
+from avalanche_curv.core.eigen import spectrum
 from avalanche_curv.core.options import check_count, check_kind, check_seed
-from avalanche_curv.core.parameters import ParameterSpace
-from avalanche_curv.core.projection.inputs import Inputs, input_roots, layout_of
-from avalanche_curv.core.projection.protection import Demand, Found, Protection, some_of
-from avalanche_curv.core.risk import EmpiricalRisk
+from avalanche_curv.core.per_example import layer_kinds
+from avalanche_curv.core.per_example.layers import Layers, Tap
+from avalanche_curv.core.projection.blocks import Layout
+from avalanche_curv.core.projection.protection import BasisBound, Finding, Protection, TaskFindings, some_of
+from avalanche_curv.core.projection.subspace import Subspace, TaskShare, gram, tolerance
+from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
+from avalanche_curv.core.risk.parameters import ParameterSpace
 from avalanche_curv.core.structures.cuts import Cut, Energy
 
 
@@ -50,7 +59,7 @@ class InputSpace(Protection):
         if self.examples is not None:
             check_count("InputSpace(examples=...)", self.examples)
 
-    def find(self, risk: EmpiricalRisk, experience: int) -> Found:
+    def find(self, risk: EmpiricalRisk, experience: int) -> TaskFindings:
         part = some_of(risk, self.examples, self.seed, experience)
         layers = Layers.of(part)
         roots, called = input_roots(part, layers)
@@ -59,15 +68,15 @@ class InputSpace(Protection):
             for number, (layer, root) in enumerate(roots.items())
         ]
         others = [layer for layer in layers.names if layer in called - roots.keys()]
-        return Found(findings, (*(name for layer in others for name in layers.trainable(layer)), *layers.rest))
+        return TaskFindings(findings, (*(name for layer in others for name in layers.trainable(layer)), *layers.rest))
 
-    def demands(self, space: ParameterSpace) -> dict[str, Demand]:
+    def demands(self, space: ParameterSpace) -> dict[str, BasisBound]:
         """Of every layer that may have an input space: whether it has is known when it is called."""
-        found: dict[str, Demand] = {}
+        found: dict[str, BasisBound] = {}
         for name, shape in zip(space.names, space.shapes):
             if len(shape) > 1:
                 d = shape[1:].numel() + 1
-                found[name.rpartition(".")[0]] = Demand(d, min(d, max(cut.most() for cut in self._cuts)))
+                found[name.rpartition(".")[0]] = BasisBound(d, min(d, max(cut.most() for cut in self._cuts)))
         return found
 
     @property
@@ -76,3 +85,115 @@ class InputSpace(Protection):
 
     def _cut(self, number: int) -> Cut:
         return self._cuts[min(number, len(self._cuts) - 1)]
+
+Root = Float[Tensor, "m d"]
+"""R with RᵀR = M, the mean of (a, 1)(a, 1)ᵀ over what enters a layer."""
+
+
+@dataclass(frozen=True)
+class Inputs(Finding):
+    """What enters one layer, and how much of it is to be kept."""
+
+    key: str
+    layout: Layout
+    root: Root
+    cut: Cut
+    experience: int
+
+    def joins(self, subspace: Subspace, outer: Layout) -> Subspace:
+        root = self.layout.widened(self.root, outer).to(subspace.rows.device)
+        trace = float(root.square().sum())
+        joined = subspace.joined(self._new(subspace, root, trace).to(subspace.rows))
+        values, vectors = _falling(root @ joined.rows.double().T, subspace.rows.dtype)
+        reached = trace if not isinstance(self.cut, Energy) else min(trace, float(values.sum()) / self.cut.fraction)
+        own = self.cut.count(values, reached)
+        return joined.with_share(TaskShare(vectors[:own], values[:own], trace, self.experience))
+
+    def _new(self, subspace: Subspace, root: Root, trace: float) -> Float[Tensor, "l d"]:
+        """What joins the span of earlier inputs."""
+        if not isinstance(self.cut, Energy):
+            values, vectors = _falling(root, subspace.rows.dtype)
+            return vectors[: self.cut.count(values, trace)]
+        rows = subspace.rows.double()
+        values, vectors = _falling(root - (root @ rows.T) @ rows, subspace.rows.dtype)
+        if self.cut.fraction == 1:
+            return vectors[: self.cut.most_pairs]
+        missing = float(values.sum()) - (1 - self.cut.fraction) * trace
+        return vectors[: self.cut.count(values, missing / self.cut.fraction)] if missing > 0 else vectors[:0]
+
+
+@dataclass
+class _Seen:
+    """Inputs as rows while these are fewer than their entries, as Σ (a, 1)(a, 1)ᵀ after that."""
+
+    rows: list[Tensor] = field(default_factory=list)
+    moment: Float[Tensor, "d d"] | None = None
+
+    def add(self, rows: Float[Tensor, "n d"]) -> None:
+        self.rows.append(rows)
+        if self.moment is not None or sum(len(part) for part in self.rows) > rows.shape[1]:
+            for part in self.rows:
+                own = gram(part.T)
+                self.moment = own if self.moment is None else self.moment + own
+            self.rows = []
+
+    def root(self) -> Root:
+        if self.moment is None:
+            return torch.cat(self.rows).double()
+        values, vectors = spectrum(self.moment)
+        return (vectors * values.clamp(min=0).sqrt()).T
+
+
+def input_roots(risk: EmpiricalRisk, layers: Layers) -> tuple[dict[nn.Module, Root], set[nn.Module]]:
+    """R in float64 of each linear and convolutional layer, over examples and positions, in the order of the model; and
+    all layers that are called. Raises NonFiniteCurvatureError for a model or inputs that hold NaN or infinity."""
+    seen: dict[nn.Module, _Seen] = {}
+    called: set[nn.Module] = set()
+    finite = bool(risk.anchor.isfinite().all())
+    for inputs, _ in risk:
+        with torch.no_grad(), layers.tapped() as taps:
+            outputs = risk.outputs(inputs)
+        finite = finite and bool(outputs.isfinite().all())  # no layer explains NaN, or is tapped then
+        called |= {tap.layer for tap in taps}
+        for tap in taps:
+            if isinstance(tap.layer, nn.Linear | _ConvNd):
+                rows = _rows(layers, tap, len(inputs))
+                seen.setdefault(tap.layer, _Seen()).add(rows * (len(inputs) / len(rows) / risk.examples) ** 0.5)
+    roots = {layer: seen[layer].root() for layer in layers.names if layer in seen}
+    if not (finite and all(root.isfinite().all() for root in roots.values())):
+        raise NonFiniteCurvatureError(
+            f"What {risk.examples} examples give in the layers holds NaN or infinity, so the model or its inputs do. "
+            "Look for diverged weights (lower the learning rate) and for NaN in the data."
+        )
+    return roots, called
+
+
+def layout_of(layers: Layers, layer: nn.Module) -> Layout:
+    """(W | b) of a layer, of what is trainable."""
+    shapes = dict(zip(layers.space.names, layers.space.shapes))
+    places = layers.places(layer)
+    names = tuple(places[short] for short in ("weight", "bias") if short in places)
+    return Layout(ParameterSpace(names, tuple(shapes[name] for name in names)), stacked=True)
+
+
+def _rows(layers: Layers, tap: Tap, examples: int) -> Float[Tensor, "n d"]:
+    """(a, 1) for each example and position, and each group of a convolution; of what multiplies trainable parameters.
+    """
+    inputs = layer_kinds.surely_prepared(tap.layer, tap.inputs, examples)
+    groups = getattr(tap.layer, "groups", 1)
+    rows = inputs.unflatten(1, (groups, -1)).transpose(2, 3).flatten(0, 2)
+    places = layers.places(tap.layer)
+    parts = [rows] if "weight" in places else []
+    if "bias" in places:
+        parts.append(torch.ones_like(rows[:, :1]))
+    return torch.cat(parts, dim=1)
+
+
+def _falling(root: Root, kind: torch.dtype) -> tuple[Float[Tensor, "n"], Float[Tensor, "n d"]]:
+    """The eigenvalues of RᵀR that are more than the rounding of inputs of this type, largest first, and eigenvectors as
+    rows; from the smaller of RᵀR and RRᵀ."""
+    wide = root.shape[1] > len(root)
+    values, vectors = spectrum(root @ root.T if wide else root.T @ root)
+    kept = values > tolerance(kind) ** 2 * values.max() if len(values) else values > 0
+    values, rows = values[kept].flip(0), vectors[:, kept].flip(1).T
+    return values, rows @ root / values.sqrt()[:, None] if wide else rows

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from avalanche_curv.core.options import check_kind
-from avalanche_curv.core.parameters import canonical_name
 from avalanche_curv.core.projection.protected import ProtectedSpace
+from avalanche_curv.core.risk.parameters import canonical_name
 
 
 @dataclass(frozen=True)
-class Held:
+class StepMemory:
     """Protected parameters before a step, and by block how much they are off since they were rounded after the last
     one."""
 
@@ -28,38 +28,38 @@ class Projection(ABC):
     """How steps are kept out of a protected space."""
 
     @abstractmethod
-    def before_step(self, space: ProtectedSpace, model: nn.Module, held: Held | None) -> Held | None:
+    def before_step(self, space: ProtectedSpace, model: nn.Module, held: StepMemory | None) -> StepMemory | None:
         """Between the backward pass and the step; gives what `after_step` needs, from what it gave at the step before,
         which is None at a task's first."""
 
     @abstractmethod
-    def after_step(self, space: ProtectedSpace, model: nn.Module, held: Held | None) -> None:
+    def after_step(self, space: ProtectedSpace, model: nn.Module, held: StepMemory | None) -> None:
         """After the step."""
 
 
 @dataclass(frozen=True)
-class Step(Projection):
+class StepProjection(Projection):
     """Δ ← Δ − Δ Uᵀ U, with Δ what the optimiser has changed: exact for each of them, whatever momentum, weight decay,
     preconditioning or clipping made of the gradient.
 
     What is left in U is the rounding of θ, made up for at the next step (Kahan 1965), so that it does not add up.
     """
 
-    def before_step(self, space: ProtectedSpace, model: nn.Module, held: Held | None) -> Held:
+    def before_step(self, space: ProtectedSpace, model: nn.Module, held: StepMemory | None) -> StepMemory:
         return _held(space, model, held)
 
-    def after_step(self, space: ProtectedSpace, model: nn.Module, held: Held | None) -> None:
+    def after_step(self, space: ProtectedSpace, model: nn.Module, held: StepMemory | None) -> None:
         if held is not None:
             space.correct(space.values(model), held.start, held.rest)
 
 
 @dataclass(frozen=True)
-class Gradient(Projection):
+class GradientProjection(Projection):
     """g ← g − g Uᵀ U before the step, as in the papers: exact for plain SGD alone. Momentum from before the space grew,
     weight decay and the preconditioning of Adam lead back into it, also of parameters that should hold still. Kept for
     comparison."""
 
-    def before_step(self, space: ProtectedSpace, model: nn.Module, held: Held | None) -> None:
+    def before_step(self, space: ProtectedSpace, model: nn.Module, held: StepMemory | None) -> None:
         own = {canonical_name(name): parameter for name, parameter in model.named_parameters()}
         known = {name: own[name].grad for name in space.space.names}
         found = {name: torch.zeros_like(own[name]) if g is None else g for name, g in known.items()}
@@ -69,19 +69,19 @@ class Gradient(Projection):
             if known[name] is None and left.any():  # else the optimiser would decay what has no part in this
                 own[name].grad = found[name]
 
-    def after_step(self, space: ProtectedSpace, model: nn.Module, held: Held | None) -> None:
+    def after_step(self, space: ProtectedSpace, model: nn.Module, held: StepMemory | None) -> None:
         return None
 
 
 @dataclass(frozen=True)
-class Sequential(Projection):
+class SequentialProjection(Projection):
     """Δ ← Δ (I − V₁ᵀV₁) (I − V₂ᵀV₂) …: one task's complement after another. Where their subspaces are not orthogonal
     the later projections lead back into the earlier ones. Kept to be shown."""
 
-    def before_step(self, space: ProtectedSpace, model: nn.Module, held: Held | None) -> Held:
+    def before_step(self, space: ProtectedSpace, model: nn.Module, held: StepMemory | None) -> StepMemory:
         return _held(space, model, held)
 
-    def after_step(self, space: ProtectedSpace, model: nn.Module, held: Held | None) -> None:
+    def after_step(self, space: ProtectedSpace, model: nn.Module, held: StepMemory | None) -> None:
         if held is not None:
             space.correct(space.values(model), held.start, held.rest, by_task=True)
 
@@ -91,7 +91,7 @@ class Projector:
 
     In a training loop of your own, after `space = space.absorb(risk, Eigenspace())` at the end of a task:
 
-        projector = Projector(space, Step())
+        projector = Projector(space, StepProjection())
         with projector.around_step(model):
             optimizer.step()
 
@@ -102,10 +102,10 @@ class Projector:
 
     def __init__(self, space: ProtectedSpace, projection: Projection) -> None:
         check_kind("space", space, ProtectedSpace, "ProtectedSpace().absorb(risk, Eigenspace())")
-        check_kind("projection", projection, Projection, "Step()")
+        check_kind("projection", projection, Projection, "StepProjection()")
         self.space, self.projection = space, projection
         self._within: tuple[frozenset[str], ProtectedSpace] = (frozenset(space.space.names), space)
-        self._held: Held | None = None
+        self._held: StepMemory | None = None
         self._stepping = False
 
     @contextmanager
@@ -143,10 +143,10 @@ class Projector:
         return self._within[1]
 
 
-def _held(space: ProtectedSpace, model: nn.Module, held: Held | None) -> Held:
+def _held(space: ProtectedSpace, model: nn.Module, held: StepMemory | None) -> StepMemory:
     values = space.values(model)
     if held is None:
-        return Held({name: value.to(_wide(value.dtype), copy=True) for name, value in values.items()}, {})
+        return StepMemory({name: value.to(_wide(value.dtype), copy=True) for name, value in values.items()}, {})
     for name, value in values.items():
         held.start[name].copy_(value)
     return held

@@ -3,26 +3,50 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from avalanche_curv.core.frozen import unwrapped
 from avalanche_curv.core.options import check_count, check_kind
-from avalanche_curv.core.parameters import ParameterSpace
 from avalanche_curv.core.projection.blocks import Block, Parts
 from avalanche_curv.core.projection.protection import Finding, Protection
-from avalanche_curv.core.projection.uncovered import Freeze, Uncovered
-from avalanche_curv.core.projection.usage import parts_in_use
-from avalanche_curv.core.risk import EmpiricalRisk
+from avalanche_curv.core.projection.subspace import Subspace, energy, orthonormal, principal_angles
+from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
+from avalanche_curv.core.risk.frozen import unwrapped
+from avalanche_curv.core.risk.parameters import ParameterSpace
 from avalanche_curv.core.structures.base import human_bytes
-from avalanche_curv.core.subspace import Subspace, energy, orthonormal, principal_angles
 
 NOTHING = ParameterSpace((), ())
+
+
+class Uncovered(ABC):
+    """Parameters of which a basis knows no directions, and running statistics of norm layers."""
+
+    @abstractmethod
+    def held(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        """Which of them hold still."""
+
+
+@dataclass(frozen=True)
+class FreezeUncovered(Uncovered):
+    """They hold still from the end of the first task that uses them: nothing of the past is lost, and less is free."""
+
+    def held(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        return names
+
+
+@dataclass(frozen=True)
+class LeaveUncovered(Uncovered):
+    """They go on as in plain training, and the past is lost as far as it hangs on them."""
+
+    def held(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        return ()
 
 
 @dataclass(frozen=True)
@@ -31,9 +55,9 @@ class ProtectedSpace:
 
     A step Δ becomes Δ − Δ Uᵀ U in each block: one projection on the complement of the union. Parameters and rows that
     are new in a task are free in it, and so are those that were frozen (`requires_grad=False`) in all tasks before.
-    What directions cannot say holds still altogether, or is left alone (`Freeze()`, `Leave()`): `held` are the
-    parameters of which no directions are known, `statistics` the modules that keep running statistics. A later `absorb`
-    gives a new space.
+    What directions cannot say holds still altogether, or is left alone (`FreezeUncovered()`, `LeaveUncovered()`):
+    `held` are the parameters of which no directions are known, `statistics` the modules that keep running statistics. A
+    later `absorb` gives a new space.
     """
 
     blocks: Mapping[str, Block] = field(default_factory=dict)
@@ -46,7 +70,7 @@ class ProtectedSpace:
         risk: EmpiricalRisk,
         protection: Protection,
         *,
-        uncovered: Uncovered = Freeze(),  # noqa: B008  a frozen value
+        uncovered: Uncovered = FreezeUncovered(),
         max_rank: int | None = None,
     ) -> ProtectedSpace:
         """With what the task of `risk` needs, frozen at the end of its training; each basis is cut to `max_rank`.
@@ -55,7 +79,7 @@ class ProtectedSpace:
         NonFiniteCurvatureError where the model or its inputs hold NaN or infinity.
         """
         check_kind("protection", protection, Protection, "Eigenspace(Fisher(), Rank(20))")
-        check_kind("uncovered", uncovered, Uncovered, "Freeze()")
+        check_kind("uncovered", uncovered, Uncovered, "FreezeUncovered()")
         if max_rank is not None:
             check_count("max_rank", max_rank)
         found = protection.find(risk, self.experiences)
@@ -201,3 +225,25 @@ def _merged(held: Block | None, finding: Finding, like: Tensor, max_rank: int | 
     empty = Subspace.empty(like.new_empty(outer.columns.size))
     before = empty if held is None else held.within(outer).subspace
     return Block(outer, finding.joins(before, outer).limited(max_rank))
+
+
+@torch.enable_grad()
+def parts_in_use(risk: EmpiricalRisk) -> tuple[frozenset[str], tuple[str, ...]]:
+    """The names of the trainable parameters that the outputs depend on, and of the modules called that keep running
+    statistics; seen on two examples."""
+    inputs, _ = next(iter(risk))
+    called: set[nn.Module] = set()
+
+    def note(module: nn.Module, *_: Any) -> None:
+        called.add(module)
+
+    keeping = {n: m for n, m in risk.base.named_modules() if getattr(m, "running_mean", None) is not None}
+    hooks = [module.register_forward_hook(note) for module in keeping.values()]
+    try:
+        outputs = risk.outputs(inputs[:2])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    gradients = torch.autograd.grad(outputs.sum(), risk.parameters, allow_unused=True)
+    used = frozenset(name for name, gradient in zip(risk.space.names, gradients) if gradient is not None)
+    return used, tuple(name for name, module in keeping.items() if module in called)

@@ -6,13 +6,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from avalanche_curv.core.batches import random_part
-from avalanche_curv.core.losses import ExampleLoss
-from avalanche_curv.core.parameters import ParameterSpace
-from avalanche_curv.core.policies import part_seed
 from avalanche_curv.core.projection.blocks import Layout
-from avalanche_curv.core.risk import EmpiricalRisk
-from avalanche_curv.core.subspace import Subspace
+from avalanche_curv.core.projection.subspace import Subspace
+from avalanche_curv.core.quadratic.policies import part_seed
+from avalanche_curv.core.risk.batches import random_part
+from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
+from avalanche_curv.core.risk.losses import ExampleLoss
+from avalanche_curv.core.risk.parameters import ParameterSpace
 
 
 class Finding(ABC):
@@ -27,7 +27,7 @@ class Finding(ABC):
 
 
 @dataclass(frozen=True)
-class Found:
+class TaskFindings:
     """What matters to one task: its findings, and the names of parameters that matter but of which no directions are
     known."""
 
@@ -36,7 +36,7 @@ class Found:
 
 
 @dataclass(frozen=True)
-class Demand:
+class BasisBound:
     """How much of a block a recipe may add: up to `most` directions of `dimension` numbers."""
 
     dimension: int
@@ -50,14 +50,14 @@ class Protection(ABC):
     """
 
     @abstractmethod
-    def find(self, risk: EmpiricalRisk, experience: int) -> Found:
+    def find(self, risk: EmpiricalRisk, experience: int) -> TaskFindings:
         """What matters to the task whose risk, frozen at the end of its training, is given; tasks count from 0."""
 
     def check_loss(self, loss: ExampleLoss) -> None:  # noqa: B027  most need no more of a loss than that it is known
         """Raises ValueError for a loss that the directions cannot be had of."""
 
     @abstractmethod
-    def demands(self, space: ParameterSpace) -> dict[str, Demand]:
+    def demands(self, space: ParameterSpace) -> dict[str, BasisBound]:
         """By the keys of `find`, how much one task of a model with these parameters may add."""
 
 

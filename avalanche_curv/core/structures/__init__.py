@@ -4,19 +4,19 @@ from avalanche_curv.core.structures.base import Matrix, Structure
 from avalanche_curv.core.structures.block_diagonal import (
     BlockDiagonal,
     BlockDiagonalMatrix,
-    Flat,
     PerLayer,
     PerParameter,
+    WholeModel,
 )
 from avalanche_curv.core.structures.cuts import Energy, Rank
 from avalanche_curv.core.structures.dense import Dense, DenseMatrix
 from avalanche_curv.core.structures.diagonal import Diagonal, DiagonalMatrix
 from avalanche_curv.core.structures.flat_spectrum import FlatSpectrum
 from avalanche_curv.core.structures.kronecker import EKFAC, Kronecker
-from avalanche_curv.core.structures.kronecker_matrix import KroneckerMatrix
-from avalanche_curv.core.structures.kronecker_terms import KeepTerms, PiWeighted
+from avalanche_curv.core.structures.kronecker_matrix import KeepTerms, KroneckerMatrix, PiWeighted
 from avalanche_curv.core.structures.low_rank import LowRank, LowRankMatrix
 from avalanche_curv.core.structures.matrix_free import MatrixFree, MatrixFreeMatrix
+from avalanche_curv.core.structures.rules import refusal, rule
 
 __all__ = [
     "EKFAC",
@@ -27,7 +27,6 @@ __all__ = [
     "Diagonal",
     "DiagonalMatrix",
     "Energy",
-    "Flat",
     "FlatSpectrum",
     "KeepTerms",
     "Kronecker",
@@ -42,4 +41,7 @@ __all__ = [
     "PiWeighted",
     "Rank",
     "Structure",
+    "WholeModel",
+    "refusal",
+    "rule",
 ]

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from avalanche_curv.core.curvature.operators import Operator
 from avalanche_curv.core.eigen import Pairs, top_of_products
 from avalanche_curv.core.options import is_count
-from avalanche_curv.core.parameters import ParameterSpace
-from avalanche_curv.core.structures.columns import identity_columns
-
-if TYPE_CHECKING:
-    from avalanche_curv.core.curvature import Operator
-    from avalanche_curv.core.risk import EmpiricalRisk
+from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
+from avalanche_curv.core.risk.parameters import ParameterSpace
 
 
 class Structure(ABC):
@@ -72,6 +70,16 @@ class Matrix(ABC):
     @abstractmethod
     def map_spectrum(self, function: Callable[[Tensor], Tensor]) -> Matrix:
         """`function` applied to the eigenvalues. Raises TypeError where they are not at hand."""
+
+    def damped(self, tau: float) -> Matrix:
+        """C + τI, in the same structure where that has room for it.
+
+        >>> from avalanche_curv.core.structures import DiagonalMatrix
+        >>> DiagonalMatrix(torch.tensor([1.0, 0.0])).damped(0.5).values
+        tensor([1.5000, 0.5000])
+        """
+        like = self.tensors()[0]
+        return DampedMatrix(self, torch.full((self.size,), tau, dtype=like.dtype, device=like.device))
 
     @abstractmethod
     def dense(self) -> Float[Tensor, "P P"]:
@@ -151,3 +159,76 @@ def spectral_function(matrix: Float[Tensor, "n n"], function: Callable[[Tensor],
     """V f(Λ) Vᵀ for the symmetric matrix V Λ Vᵀ, in float64."""
     eigenvalues, vectors = torch.linalg.eigh(matrix.double())
     return ((vectors * function(eigenvalues)) @ vectors.T).to(matrix)
+
+CHUNK = 32
+
+
+def identity_columns(size: int, like: Tensor) -> Iterator[tuple[int, Float[Tensor, "P k"]]]:
+    """Pairs (start, E) where E holds the unit vectors start, ..., start + k - 1, of the type and device of `like`."""
+    for start in range(0, size, CHUNK):
+        stop = min(start + CHUNK, size)
+        columns = like.new_zeros(size, stop - start)
+        columns[torch.arange(start, stop), torch.arange(stop - start)] = 1
+        yield start, columns
+
+
+@dataclass(frozen=True)
+class DampedMatrix(Matrix):
+    """C + diag(d). d is a number for each coordinate, so that those of a model that grows later have none."""
+
+    matrix: Matrix
+    diagonal: Float[Tensor, "P"]
+
+    @property
+    def size(self) -> int:
+        return self.matrix.size
+
+    def product(self, vector: Tensor) -> Tensor:
+        return torch.addcmul(self.matrix.product(vector), self.diagonal, vector)
+
+    def products(self, vector: Tensor, space: ParameterSpace) -> list[Tensor]:
+        parts = self.matrix.products(vector, space)
+        for part, diagonal, own in zip(parts, space.split(self.diagonal), space.split(vector)):
+            part.addcmul_(diagonal, own)
+        return parts
+
+    def plus(self, other: Matrix) -> DampedMatrix:
+        if isinstance(other, DampedMatrix):
+            return DampedMatrix(self.matrix.plus(other.matrix), self.diagonal + other.diagonal)
+        return DampedMatrix(self.matrix.plus(other), self.diagonal)
+
+    def compressed(self) -> DampedMatrix:
+        return DampedMatrix(self.matrix.compressed(), self.diagonal)
+
+    def scaled(self, factor: float) -> DampedMatrix:
+        return DampedMatrix(self.matrix.scaled(factor), self.diagonal * factor)
+
+    def embedded(self, inner: ParameterSpace, outer: ParameterSpace) -> DampedMatrix:
+        diagonal = self.diagonal.new_zeros(outer.size)
+        diagonal[outer.positions(inner).to(diagonal.device)] = self.diagonal
+        return DampedMatrix(self.matrix.embedded(inner, outer), diagonal)
+
+    def map_spectrum(self, function: Callable[[Tensor], Tensor]) -> Matrix:
+        raise TypeError("The spectrum of a damped matrix is not mended: map that of the matrix, and then damp it.")
+
+    def dense(self) -> Tensor:
+        return self.matrix.dense() + self.diagonal.diag()
+
+    def trace(self) -> float:
+        return self.matrix.trace() + float(self.diagonal.double().sum())
+
+    def top(self, count: int) -> Pairs:
+        values, vectors = self.matrix.top(count)
+        if len(values) == count and (values >= 0).all() and (self.diagonal == self.diagonal[0]).all():
+            return values + self.diagonal[0], vectors  # the same order: every eigenvalue is τ larger
+        return super().top(count)
+
+    def is_finite(self) -> bool:
+        return self.matrix.is_finite() and bool(self.diagonal.isfinite().all())
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (*self.matrix.tensors(), self.diagonal)
+
+    @property
+    def nbytes(self) -> int:
+        return self.matrix.nbytes + self.diagonal.nbytes

@@ -6,20 +6,25 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from avalanche_curv.core.curvature.base import Curvature, OutputCurvature
+from avalanche_curv.core.curvature.empirical_fisher import BatchedEmpiricalFisher
+from avalanche_curv.core.curvature.operators import Operator
 from avalanche_curv.core.eigen import Pairs
-from avalanche_curv.core.parameters import ParameterSpace
+from avalanche_curv.core.per_example.gram import curvature_rows, top_pairs
+from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
+from avalanche_curv.core.risk.parameters import ParameterSpace
 from avalanche_curv.core.structures.base import Matrix, Structure, check_limit, check_memory
-from avalanche_curv.core.structures.dense import Dense
-
-if TYPE_CHECKING:
-    from avalanche_curv.core.curvature import Operator
-    from avalanche_curv.core.risk import EmpiricalRisk
+from avalanche_curv.core.structures.dense import Dense, DenseMatrix, Rows
+from avalanche_curv.core.structures.diagonal import Diagonal
+from avalanche_curv.core.structures.kronecker import Factorised
+from avalanche_curv.core.structures.low_rank import LowRank, _rows
+from avalanche_curv.core.structures.matrix_free import MatrixFree
+from avalanche_curv.core.structures.rules import by_products, check_pair, refusal, rule, structured
 
 
 class Grouping(ABC):
@@ -38,7 +43,7 @@ class Grouping(ABC):
 
 
 @dataclass(frozen=True)
-class Flat(Grouping):
+class WholeModel(Grouping):
     """One block of all parameters."""
 
     def key(self, name: str) -> str:
@@ -73,7 +78,7 @@ class BlockDiagonal(Structure):
     def __post_init__(self) -> None:
         check_limit("BlockDiagonal", self.max_bytes)
         if not isinstance(self.per, Grouping):
-            raise TypeError(f"BlockDiagonal takes PerParameter(), PerLayer() or Flat(); got {self.per!r}.")
+            raise TypeError(f"BlockDiagonal takes PerParameter(), PerLayer() or WholeModel(); got {self.per!r}.")
         if not isinstance(self.block, Structure):
             raise TypeError(f"BlockDiagonal takes blocks such as Dense() or LowRank(Rank(10)); got {self.block!r}.")
 
@@ -214,3 +219,54 @@ class BlockDiagonalMatrix(Matrix):
 def _range(at: Int[Tensor, "p"]) -> slice | Tensor:
     first, last = int(at[0]), int(at[-1])
     return slice(first, last + 1) if torch.equal(at, torch.arange(first, last + 1, device=at.device)) else at
+
+
+def blocks_from_rows(curvature: OutputCurvature, structure: BlockDiagonal, risk: EmpiricalRisk) -> Matrix:
+    """Σ GᵀG within each block, which is dense."""
+    return _blocks(structure, curvature_rows(curvature, risk), risk)
+
+
+@rule(BatchedEmpiricalFisher, BlockDiagonal)
+def blocks_of_batches(curvature: BatchedEmpiricalFisher, structure: BlockDiagonal, risk: EmpiricalRisk) -> Matrix:
+    """GᵀG of the mini-batch gradients within each block, where blocks are dense."""
+    if not isinstance(structure.block, Dense):
+        return by_products(curvature, structure, risk)
+    return _blocks(structure, curvature.gradients(risk), risk)
+
+
+def _blocks(structure: BlockDiagonal, rows: Rows, risk: EmpiricalRisk) -> BlockDiagonalMatrix:
+    zeros = structure.matrix(risk, lambda _, space: DenseMatrix(risk.anchor.new_zeros(space.size, space.size)))
+    for part in rows:
+        for at, matrix in zeros.placed:
+            block = part[:, at]
+            matrix.tensors()[0].addmm_(block.T, block)
+    return zeros
+
+
+@rule(OutputCurvature, BlockDiagonal)
+def blocks_of_low_rank(curvature: OutputCurvature, structure: BlockDiagonal, risk: EmpiricalRisk) -> Matrix:
+    """Each block by the Gram matrix of its own columns, where the rows fit; dense blocks from rows."""
+    if isinstance(structure.block, Dense):
+        return blocks_from_rows(curvature, structure, risk)
+    rows = _rows(curvature, risk) if isinstance(structure.block, LowRank) else None
+    if not isinstance(structure.block, LowRank) or rows is None:
+        return by_products(curvature, structure, risk)
+    recipe = structure.block
+    whole = structured(curvature, Diagonal(), risk).tensors()[0] if recipe.needs_diagonal else None
+
+    def block(at: Tensor, space: ParameterSpace) -> Matrix:
+        own = [part for part in (some.only(space.names) for some in rows) if part is not None]
+        diagonal = None if whole is None else whole[at]
+        nothing = risk.anchor.new_zeros(0), risk.anchor.new_zeros(0, space.size)  # a layer that is not called
+        return recipe.matrix(lambda count: top_pairs(own, space, count) if own else nothing, space.size, diagonal)
+
+    return structure.matrix(risk, block)
+
+
+@refusal(Curvature, BlockDiagonal)
+def blocks_without_factors(curvature: Curvature, structure: BlockDiagonal) -> str | None:
+    """Blocks need a structure that can be read out of products, and that goes with the kind."""
+    if isinstance(structure.block, (Factorised, MatrixFree, BlockDiagonal)):
+        return f"BlockDiagonal takes blocks of Dense, Diagonal, LowRank or FlatSpectrum; got {structure.block}."
+    check_pair(curvature, structure.block)
+    return None

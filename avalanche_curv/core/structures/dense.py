@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from avalanche_curv.core.curvature.base import OutputCurvature
+from avalanche_curv.core.curvature.empirical_fisher import BatchedEmpiricalFisher
+from avalanche_curv.core.curvature.operators import Operator
 from avalanche_curv.core.eigen import Pairs, top_of_matrix
-from avalanche_curv.core.parameters import ParameterSpace
+from avalanche_curv.core.per_example.gram import curvature_rows
+from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
+from avalanche_curv.core.risk.parameters import ParameterSpace
 from avalanche_curv.core.structures.base import (
     Matrix,
     Structure,
     check_limit,
     check_memory,
+    identity_columns,
     spectral_function,
     symmetrised,
 )
-from avalanche_curv.core.structures.columns import identity_columns
-
-if TYPE_CHECKING:
-    from avalanche_curv.core.curvature import Operator
-    from avalanche_curv.core.risk import EmpiricalRisk
+from avalanche_curv.core.structures.rules import rule
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,9 @@ class DenseMatrix(Matrix):
     def map_spectrum(self, function: Callable[[Tensor], Tensor]) -> DenseMatrix:
         return DenseMatrix(spectral_function(self.values, function))
 
+    def damped(self, tau: float) -> DenseMatrix:
+        return DenseMatrix(self.values + tau * torch.eye(self.size).to(self.values))
+
     def dense(self) -> Tensor:
         return self.values
 
@@ -89,3 +93,24 @@ class DenseMatrix(Matrix):
 
     def tensors(self) -> tuple[Tensor, ...]:
         return (self.values,)
+
+Rows = Iterable[Float[Tensor, "n P"]]
+
+
+@rule(OutputCurvature, Dense)
+def dense_from_rows(curvature: OutputCurvature, structure: Structure, risk: EmpiricalRisk) -> DenseMatrix:
+    """Σ GᵀG over per-example rows."""
+    return _dense(curvature_rows(curvature, risk), risk)
+
+
+@rule(BatchedEmpiricalFisher, Dense)
+def dense_of_batches(curvature: BatchedEmpiricalFisher, structure: Structure, risk: EmpiricalRisk) -> DenseMatrix:
+    """GᵀG of the mini-batch gradients."""
+    return _dense(curvature.gradients(risk), risk)
+
+
+def _dense(rows: Rows, risk: EmpiricalRisk) -> DenseMatrix:
+    total = risk.anchor.new_zeros(risk.space.size, risk.space.size)
+    for part in rows:
+        total.addmm_(part.T, part)
+    return DenseMatrix(total)

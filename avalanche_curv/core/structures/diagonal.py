@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
+from avalanche_curv.core.curvature.base import OutputCurvature
+from avalanche_curv.core.curvature.empirical_fisher import BatchedEmpiricalFisher
+from avalanche_curv.core.curvature.ggn import GGN
+from avalanche_curv.core.curvature.hessian import Hessian
+from avalanche_curv.core.curvature.operators import Operator
 from avalanche_curv.core.eigen import Pairs
-from avalanche_curv.core.parameters import ParameterSpace
-from avalanche_curv.core.structures.base import Matrix, Structure
-from avalanche_curv.core.structures.columns import identity_columns
-
-if TYPE_CHECKING:
-    from avalanche_curv.core.curvature import Operator
-    from avalanche_curv.core.risk import EmpiricalRisk
+from avalanche_curv.core.per_example.gram import curvature_rows
+from avalanche_curv.core.per_example.layers import Layers, linear_layers
+from avalanche_curv.core.per_example.passes import layer_passes
+from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
+from avalanche_curv.core.risk.parameters import ParameterSpace
+from avalanche_curv.core.structures.base import Matrix, Structure, identity_columns
+from avalanche_curv.core.structures.rules import by_products, rule
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,9 @@ class DiagonalMatrix(Matrix):
     def map_spectrum(self, function: Callable[[Tensor], Tensor]) -> DiagonalMatrix:
         return DiagonalMatrix(function(self.values))
 
+    def damped(self, tau: float) -> DiagonalMatrix:
+        return DiagonalMatrix(self.values + tau)
+
     def dense(self) -> Tensor:
         return self.values.diag()
 
@@ -84,3 +91,136 @@ class DiagonalMatrix(Matrix):
 
     def tensors(self) -> tuple[Tensor, ...]:
         return (self.values,)
+
+
+@rule(OutputCurvature, Diagonal)
+def diagonal_of_squares(curvature: OutputCurvature, structure: Structure, risk: EmpiricalRisk) -> DiagonalMatrix:
+    """Σ_i Σ_r (J_iᵀ s_ir)² / N over examples i and columns r of S."""
+    layers = Layers.of(risk)
+    total = torch.zeros_like(risk.anchor)
+    views = dict(zip(risk.space.names, risk.space.split(total)))
+    for piece in layer_passes(curvature, layers, risk):
+        for columns in piece.columns:
+            for tap, of_tap in zip(piece.taps, zip(*columns)):
+                for name, part in layers.squares(tap, of_tap, piece.examples).items():
+                    views[name] += part.view_as(views[name])
+    total /= risk.examples
+    add_squares_of_rows(views, curvature, risk, layers.rest)
+    return DiagonalMatrix(total)
+
+
+@rule(BatchedEmpiricalFisher, Diagonal)
+def diagonal_of_batches(curvature: BatchedEmpiricalFisher, structure: Structure, risk: EmpiricalRisk) -> DiagonalMatrix:
+    """Squares of the mini-batch gradients."""
+    total = torch.zeros_like(risk.anchor)
+    for row in curvature.gradients(risk):
+        total += row.square().sum(0)
+    return DiagonalMatrix(total)
+
+
+PIECEWISE_LINEAR = (nn.Linear, nn.ReLU, nn.LeakyReLU, nn.Hardtanh, nn.ReLU6, nn.Identity, nn.Flatten, nn.Dropout)
+
+
+@rule(Hessian, Diagonal)
+def diagonal_of_hessian(curvature: Hessian, structure: Diagonal, risk: EmpiricalRisk) -> Matrix:
+    """The diagonal of the GGN on chains of linear and piecewise linear layers, unit by unit on other chains with all
+    parameters in linear layers, by products elsewhere.
+
+    In the first each output is piecewise linear in any single weight while the others are held, so that the model
+    curvature Σ_c (∂ℓ/∂f_c) ∂²f_c/∂w² of the Hessian's diagonal is zero; off the diagonal it is not.
+    """
+    if _is_piecewise_linear_chain(risk.model) and linear_layers(risk) is not None:
+        return diagonal_of_squares(GGN(), structure, risk)
+    by_units = diagonal_by_units(risk)
+    return by_products(curvature, structure, risk) if by_units is None else by_units
+
+
+def add_squares_of_rows(
+    views: dict[str, Tensor], curvature: OutputCurvature, risk: EmpiricalRisk, names: Collection[str]
+) -> None:
+    """Adds the squares of per-example rows to the views of some parameters."""
+    if not names:
+        return
+    sizes = [views[name].numel() for name in names]
+    for part in curvature_rows(curvature, risk, names):
+        for name, squares in zip(names, part.square_().sum(0).split(sizes)):
+            views[name] += squares.view_as(views[name])
+
+
+def _is_piecewise_linear_chain(model: nn.Module) -> bool:
+    """Whether the model is known to be a composition of such layers: nested `nn.Sequential`s of them."""
+    if type(model) is nn.Sequential:
+        return all(_is_piecewise_linear_chain(part) for part in model)
+    return type(model) in PIECEWISE_LINEAR
+
+CHUNK = 1000  # examples at once
+
+
+def diagonal_by_units(risk: EmpiricalRisk) -> DiagonalMatrix | None:
+    """(1/N) Σ_i of the second derivatives of ℓ_i in each weight and bias of an `nn.Sequential` whose parameters all lie
+    in linear layers on vectors; None for any other model.
+
+    Such a layer z = W x + b meets the loss of an example through z alone and linearly, so that
+    ∂²ℓ/∂W_ij² = x_j² ∂²ℓ/∂z_i² and ∂²ℓ/∂b_i² = ∂²ℓ/∂z_i². That takes one backward pass for each unit, through what
+    follows it, where products of the Hessian take one for each weight.
+    """
+    chain = _chain(risk)
+    if chain is None:
+        return None
+    total = torch.zeros_like(risk.anchor)
+    views = dict(zip(risk.space.names, risk.space.split(total)))
+    for x, y in risk.rebatched(CHUNK):
+        for name, inputs, curved in _layers(chain, risk, x, y):
+            parts = {f"{name}.weight": curved.T @ inputs.square(), f"{name}.bias": curved.sum(0)}
+            for parameter, part in parts.items():
+                if parameter in views:
+                    views[parameter] += part
+    return DiagonalMatrix(total / risk.examples)
+
+
+def _chain(risk: EmpiricalRisk) -> nn.Sequential | None:
+    """The model, if it is such a chain and each of its weights is used once."""
+    model = risk.model
+    if type(model) is not nn.Sequential:
+        return None
+    owners = [module for module in model for _ in module.parameters()]
+    if len(owners) > len([*model.parameters()]) or not all(type(module) is nn.Linear for module in owners):
+        return None
+    signal, _ = next(iter(risk))
+    with torch.no_grad():
+        for module in model:
+            if isinstance(module, nn.Linear) and signal.ndim != 2:
+                return None
+            signal = module(signal[:1])
+    return model
+
+
+def _layers(chain: nn.Sequential, risk: EmpiricalRisk, x: Tensor, y: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """For each linear layer its name, its inputs [N, in] and ∂²ℓ_i/∂z_i² [N, out]."""
+    signal = x
+    for place, module in enumerate(chain):
+        with torch.no_grad():
+            inputs, signal = signal, module(signal)
+        if isinstance(module, nn.Linear):
+            yield str(place), inputs, unmixed(_following(chain[place + 1 :], risk, y), signal)
+
+
+def _following(rest: nn.Module, risk: EmpiricalRisk, y: Tensor) -> Callable[[Tensor], Tensor]:
+    """The losses of examples from what enters the rest of the chain."""
+    return lambda signal: risk.loss.per_example(rest(signal), y)
+
+
+@torch.enable_grad()
+def unmixed(function: Callable[[Tensor], Tensor], places: Float[Tensor, "N n"]) -> Float[Tensor, "N n"]:
+    """∂²f_i/∂z_ij² of a function that treats each row z_i by itself.
+
+    >>> unmixed(lambda z: z.pow(3).sum(1), torch.tensor([[1.0, 2.0]]))
+    tensor([[ 6., 12.]])
+    """
+    places = places.detach().requires_grad_()
+    (slope,) = torch.autograd.grad(function(places).sum(), places, create_graph=True)
+    columns = [
+        torch.autograd.grad(part.sum(), places, retain_graph=True)[0][:, unit]
+        for unit, part in enumerate(slope.unbind(1))
+    ]
+    return torch.stack(columns, dim=1)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
-from avalanche_curv.core.parameters import ParameterSpace
+from avalanche_curv.core.curvature.base import Curvature
+from avalanche_curv.core.curvature.hessian import Hessian
+from avalanche_curv.core.curvature.operators import Operator
+from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
+from avalanche_curv.core.risk.parameters import ParameterSpace
 from avalanche_curv.core.structures.base import Structure
-from avalanche_curv.core.structures.low_rank import LowRank, LowRankMatrix
-
-if TYPE_CHECKING:
-    from avalanche_curv.core.curvature import Operator
-    from avalanche_curv.core.risk import EmpiricalRisk
+from avalanche_curv.core.structures.low_rank import LowRank, LowRankMatrix, low_rank, no_energy_of_indefinite
+from avalanche_curv.core.structures.rules import refusal, rule
 
 
 @dataclass(frozen=True)
@@ -44,3 +44,17 @@ def flattened(matrix: LowRankMatrix) -> LowRankMatrix:
     """Every eigenvalue λ as large as the largest, its sign kept; those that are zero up to rounding are left out."""
     kept = matrix.nonzero()
     return replace(kept, values=kept.values.sign() * kept.values.abs().max()) if len(kept.values) else kept
+
+
+@refusal(Hessian, FlatSpectrum)
+def no_energy_of_indefinite_basis(curvature: Hessian, structure: FlatSpectrum) -> str | None:
+    """The same of the basis."""
+    return no_energy_of_indefinite(curvature, structure.basis)
+
+
+@rule(Curvature, FlatSpectrum)
+def flat_spectrum(curvature: Curvature, structure: FlatSpectrum, risk: EmpiricalRisk) -> LowRankMatrix:
+    """The low rank matrix with one eigenvalue for all."""
+    matrix = low_rank(curvature, structure.basis, risk)
+    psd = curvature.psd if isinstance(curvature, Hessian) else None
+    return flattened(matrix if psd is None or not matrix.is_finite() else matrix.map_spectrum(psd))

@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
+from jaxtyping import Float
+from torch import Tensor, nn
 
-from avalanche_curv.core.parameters import ParameterSpace
+from avalanche_curv.core.curvature.base import Curvature, OutputCurvature
+from avalanche_curv.core.curvature.operators import Operator
+from avalanche_curv.core.per_example import layer_kinds
+from avalanche_curv.core.per_example.layers import Layers, Tap
+from avalanche_curv.core.per_example.passes import layer_passes
+from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
+from avalanche_curv.core.risk.parameters import ParameterSpace
 from avalanche_curv.core.structures.base import Matrix, Structure, check_limit, check_memory
-from avalanche_curv.core.structures.kronecker_terms import KeepTerms, Sum
-
-if TYPE_CHECKING:
-    from avalanche_curv.core.curvature import Operator
-    from avalanche_curv.core.risk import EmpiricalRisk
+from avalanche_curv.core.structures.diagonal import add_squares_of_rows
+from avalanche_curv.core.structures.kronecker_matrix import (
+    Corrected,
+    FactoredLayer,
+    Factors,
+    KeepTerms,
+    KroneckerMatrix,
+    KroneckerSum,
+)
+from avalanche_curv.core.structures.rules import has_rule, refusal, rule
 
 
 class Factorised(Structure):
@@ -25,7 +39,7 @@ class Factorised(Structure):
     if TYPE_CHECKING:
 
         @property
-        def sums(self) -> Sum:
+        def sums(self) -> KroneckerSum:
             """How two matrices are added."""
             ...
 
@@ -75,14 +89,14 @@ class Kronecker(Factorised):
     Sums keep a list of terms and are exact; `sums=PiWeighted()` merges them into one.
     """
 
-    sums: Sum = KeepTerms()  # noqa: RUF009  a frozen value
+    sums: KroneckerSum = KeepTerms()  # noqa: RUF009  a frozen value
     max_bytes: int = 4 * 2**30
 
     corrections: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
         check_limit("Kronecker", self.max_bytes)
-        if not isinstance(self.sums, Sum):
+        if not isinstance(self.sums, KroneckerSum):
             raise TypeError(f"Kronecker takes KeepTerms() or PiWeighted(); got {self.sums!r}.")
 
 
@@ -100,9 +114,163 @@ class EKFAC(Factorised):
         check_limit("EKFAC", self.max_bytes)
 
     @property
-    def sums(self) -> Sum:
+    def sums(self) -> KroneckerSum:
         return KeepTerms()
 
 
 def _bias(weight: str) -> str:
     return weight.removesuffix("weight") + "bias"
+
+BLOCK = 128  # columns of a Gram matrix at once: what lies above the diagonal is not computed
+
+
+@refusal(Curvature, Factorised)
+def factors_need_examples(curvature: Curvature, structure: Factorised) -> str | None:
+    """A kind without S of each example has no factors, unless somebody registers them."""
+    if has_rule(curvature, structure):
+        return None
+    return (
+        f"No {type(structure).__name__} factorisation is known for {curvature}. Use Fisher(), GGN(), EmpiricalFisher() "
+        "or a subclass of OutputCurvature; or use Diagonal, LowRank or MatrixFree; or register one with "
+        f"@rule({type(curvature).__name__}, {type(structure).__name__})."
+    )
+
+
+@rule(OutputCurvature, Kronecker)
+def kronecker(curvature: OutputCurvature, structure: Factorised, risk: EmpiricalRisk) -> KroneckerMatrix:
+    """Factors of every layer that has one weight matrix, and the exact diagonal of the others."""
+    layers = Layers.of(risk)
+    factors = {layer: _Sums.of(layers, layer, risk.anchor) for layer in layers.names if layer_kinds.is_outer(layer)}
+    if not factors:
+        raise TypeError(
+            f"No layer of {type(risk.base).__name__} can be factorised: Kronecker factors are known of linear layers "
+            f"and of convolutions without groups that are called once and share no weight. Its parameters are "
+            f"{', '.join(risk.space.names[:5])}{', ...' if len(risk.space.names) > 5 else ''}. Use LowRank or Diagonal."
+        )
+    _check_memory(structure, factors, risk)
+    diagonal = torch.zeros_like(risk.anchor)
+    views = dict(zip(risk.space.names, risk.space.split(diagonal)))
+    for piece in layer_passes(curvature, layers, risk):
+        for tap in piece.taps:
+            if tap.layer in factors:
+                factors[tap.layer].add_inputs(tap, piece.examples)
+        for columns in piece.columns:
+            for tap, of_tap in zip(piece.taps, zip(*columns)):
+                if tap.layer in factors:
+                    factors[tap.layer].add_sensitivities(of_tap, piece.examples)
+                else:
+                    for name, part in layers.squares(tap, of_tap, piece.examples).items():
+                        views[name] += part
+    diagonal /= risk.examples
+    add_squares_of_rows(views, curvature, risk, layers.rest)
+    found = tuple(sums.layer(risk.examples) for sums in factors.values())
+    return KroneckerMatrix(risk.space, found, diagonal, structure.sums)
+
+
+@rule(OutputCurvature, EKFAC)
+def ekfac(curvature: OutputCurvature, structure: EKFAC, risk: EmpiricalRisk) -> KroneckerMatrix:
+    """A second pass projects per-example gradients on the factors' eigenvectors, b aᵀ ↦ (Q_Gᵀ b) (Q_Aᵀ a)ᵀ."""
+    matrix = kronecker(curvature, structure, risk)
+    layers = Layers.of(risk)
+    places = {(place.weight, place.bias): place for place in matrix.layers}
+    bases: dict[nn.Module, _Basis] = {}
+    for layer in layers.names:
+        if layer_kinds.is_outer(layer):
+            names = _names(layers, layer)
+            bases[layer] = _Basis(names, *places[names].terms[0].eigen()[1:])
+    for piece in layer_passes(curvature, layers, risk):
+        for columns in piece.columns:
+            for tap, of_tap in zip(piece.taps, zip(*columns)):
+                if tap.layer in bases:
+                    bases[tap.layer].add(tap, of_tap, piece.examples)
+    found = tuple(basis.layer_of(risk.examples) for basis in bases.values())
+    return KroneckerMatrix(risk.space, found, matrix.diagonal, structure.sums)
+
+
+class _Sums:
+    """Σ_n (1/T) Σ_t a aᵀ and Σ b bᵀ of one layer, while the data pass by."""
+
+    def __init__(self, layer: nn.Module, names: tuple[str | None, str | None], inputs: int, out: int, like: Tensor):
+        self.kind, self.names = layer, names
+        self.a, self.g = like.new_zeros(inputs, inputs), like.new_zeros(out, out)
+
+    @classmethod
+    def of(cls, layers: Layers, layer: nn.Module, like: Tensor) -> _Sums:
+        names = _names(layers, layer)
+        shapes = dict(zip(layers.space.names, layers.space.shapes))
+        held = [shapes[name] for name in names if name is not None]
+        return cls(layer, names, sum(shape[1:].numel() for shape in held), held[0][0], like)
+
+    def add_inputs(self, tap: Tap, examples: int) -> None:
+        weight, bias = self.names
+        ready = layer_kinds.surely_prepared(self.kind, tap.inputs, examples)
+        count = ready.shape[2]
+        if weight is not None:
+            rows = ready.mT.reshape(-1, ready.shape[1])
+            add_gram(self.a[: rows.shape[1], : rows.shape[1]], rows, 1 / count)
+            if bias is not None:
+                self.a[-1, :-1] += rows.sum(0) / count
+        if bias is not None:
+            self.a[-1, -1] += examples
+
+    def add_sensitivities(self, columns: Sequence[Tensor], examples: int) -> None:
+        for column in columns:
+            b = layer_kinds.positions(self.kind, column, examples)
+            add_gram(self.g, b.mT.reshape(-1, b.shape[1]), 1.0)
+
+    def layer(self, examples: int) -> FactoredLayer:
+        a, g = (_from_lower(part) / examples for part in (self.a, self.g))
+        return FactoredLayer(*self.names, (Factors(a, g),))
+
+
+class _Basis:
+    """Σ (Q_Gᵀ ∇s Q_A)² of one layer, while the data pass by."""
+
+    def __init__(self, names: tuple[str | None, str | None], g: Tensor, a: Tensor) -> None:
+        self.names, self.g, self.a = names, g, a
+        self.values = g.new_zeros(g.shape[1], a.shape[1])
+
+    def add(self, tap: Tap, columns: Sequence[Tensor], examples: int) -> None:
+        ready = layer_kinds.surely_prepared(tap.layer, tap.inputs, examples)
+        weight, bias = self.names
+        one = ready.new_ones(examples, 1, ready.shape[2])
+        a = torch.cat([*([ready] if weight else []), *([one] if bias else [])], dim=1)
+        size = max(1, layer_kinds.CACHED // self.values.numel())
+        b = [layer_kinds.positions(tap.layer, column, examples) for column in columns]
+        if ready.shape[2] == 1:
+            squares = torch.stack([(part[:, :, 0] @ self.g).square() for part in b]).sum(0)
+            self.values += squares.T @ (a[:, :, 0] @ self.a).square()
+            return
+        for some_a, *some_b in zip(*(part.split(size) for part in (a, *b))):
+            turned = self.a.T @ some_a
+            for part in some_b:
+                self.values += ((self.g.T @ part) @ turned.mT).square_().sum(0)
+
+    def layer_of(self, examples: int) -> FactoredLayer:
+        return FactoredLayer(*self.names, (Corrected(self.values / examples, self.g, self.a),))
+
+
+def add_gram(total: Float[Tensor, "d d"], rows: Float[Tensor, "n d"], factor: float) -> None:
+    """Adds factor · RᵀR to the blocks of `total` on and below the diagonal."""
+    width = rows.shape[1]
+    for start in range(0, width, BLOCK):
+        stop = min(start + BLOCK, width)
+        total[start:, start:stop].addmm_(rows[:, start:].T, rows[:, start:stop], alpha=factor)
+
+
+def _from_lower(matrix: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
+    """Symmetric, from what lies on and below the diagonal."""
+    lower = matrix.tril()
+    return lower + lower.tril(-1).T
+
+
+def _names(layers: Layers, layer: nn.Module) -> tuple[str | None, str | None]:
+    found = layers.places(layer)
+    return found.get("weight"), found.get("bias")
+
+
+def _check_memory(structure: Factorised, factors: dict[nn.Module, _Sums], risk: EmpiricalRisk) -> None:
+    numbers = sum(
+        s.a.numel() + s.g.numel() + structure.corrections * len(s.a) * len(s.g) for s in factors.values()
+    )
+    structure.check_bytes((numbers + risk.space.size) * risk.anchor.element_size())

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from avalanche_curv.core.eigen import Pairs, top_of_operator
+from avalanche_curv.core.curvature.base import Curvature, OutputCurvature
+from avalanche_curv.core.curvature.empirical_fisher import BatchedEmpiricalFisher
+from avalanche_curv.core.curvature.hessian import Hessian
+from avalanche_curv.core.curvature.operators import Operator
+from avalanche_curv.core.eigen import WHOLE, Pairs, top_of_matrix, top_of_operator
 from avalanche_curv.core.options import is_count
-from avalanche_curv.core.parameters import ParameterSpace
+from avalanche_curv.core.per_example.gram import PlainRows, Rows, plain_size, rows_of, top_pairs
+from avalanche_curv.core.per_example.layers import Layers
+from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
+from avalanche_curv.core.risk.parameters import ParameterSpace
 from avalanche_curv.core.structures.base import Matrix, Structure, check_limit, check_memory
 from avalanche_curv.core.structures.cuts import Cut, Energy, Rank
+from avalanche_curv.core.structures.dense import Dense
 from avalanche_curv.core.structures.diagonal import Diagonal
-
-if TYPE_CHECKING:
-    from avalanche_curv.core.curvature import Operator
-    from avalanche_curv.core.risk import EmpiricalRisk
+from avalanche_curv.core.structures.rules import refusal, rule, structured
 
 
 @dataclass(frozen=True)
@@ -183,3 +187,67 @@ class LowRankMatrix(Matrix):
         if diagonal is not None:
             diagonal = diagonal + torch.einsum("k,kp,kp->p", values[rank:], vectors[rank:], vectors[rank:])
         return replace(self, vectors=vectors[:rank].contiguous(), values=values[:rank], diagonal=diagonal)
+
+GRAM_ROWS = 3000  # the largest Gram matrix that is decomposed
+GRAM_BYTES = 2**30  # of rows that are held at once for it
+
+
+@rule(Curvature, LowRank)
+def low_rank(curvature: Curvature, structure: LowRank, risk: EmpiricalRisk) -> LowRankMatrix:
+    """From the fastest way to the top pairs; trace and residual from the exact diagonal."""
+    size = risk.space.size
+    top = _of_whole(curvature, risk) if size <= WHOLE else _of_rows(curvature, risk) or _of_products(curvature, risk)
+    diagonal = structured(curvature, Diagonal(), risk).tensors()[0] if structure.needs_diagonal else None
+    return structure.matrix(top, size, diagonal)
+
+
+@refusal(Hessian, LowRank)
+def no_energy_of_indefinite(curvature: Hessian, structure: LowRank) -> str | None:
+    """Where eigenvalues cancel, a part of the trace means nothing."""
+    if not isinstance(structure.cut, Energy):
+        return None
+    return f"{structure.cut} needs a positive semi-definite curvature, and {curvature} may be indefinite. Use Rank(k)."
+
+
+Top = Callable[[int], Pairs]
+
+
+def _of_whole(curvature: Curvature, risk: EmpiricalRisk) -> Top:
+    whole = structured(curvature, Dense(), risk).dense()
+    return lambda count: top_of_matrix(whole, count)
+
+
+def _of_rows(curvature: Curvature, risk: EmpiricalRisk) -> Top | None:
+    rows = _rows(curvature, risk)
+    return None if rows is None else lambda count: top_pairs(rows, risk.space, count)
+
+
+def _rows(curvature: Curvature, risk: EmpiricalRisk) -> list[Rows] | None:
+    """The rows of G, where they are known, few, and fit."""
+    if isinstance(curvature, BatchedEmpiricalFisher):
+        if not _fits(-(-risk.examples // curvature.batch_size), risk.space.size, risk):
+            return None
+        sizes = dict(zip(risk.space.names, risk.space.sizes))
+        return [PlainRows(sizes, torch.cat(list(curvature.gradients(risk))))]
+    if isinstance(curvature, OutputCurvature):
+        layers = Layers.of(risk)
+        if _fits(risk.examples * _columns(curvature, risk), plain_size(layers), risk):
+            return rows_of(curvature, risk, layers)
+    return None
+
+
+def _of_products(curvature: Curvature, risk: EmpiricalRisk) -> Top:
+    operator = curvature.operator(risk)
+    return lambda count: top_of_operator(operator, risk.anchor, count)
+
+
+def _fits(rows: int, formed: int, risk: EmpiricalRisk) -> bool:
+    return rows <= GRAM_ROWS and rows * formed * risk.anchor.element_size() <= GRAM_BYTES
+
+
+def _columns(curvature: OutputCurvature, risk: EmpiricalRisk) -> int:
+    """R, the number of columns of S."""
+    x, y = next(iter(risk))
+    with torch.no_grad():
+        outputs = risk.outputs(x[:1])
+    return curvature.factor(risk.loss, outputs, y[:1], curvature.generator()).shape[2]

@@ -5,20 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from numbers import Integral
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from avalanche_curv.core.curvature.base import Curvature, OutputCurvature
+from avalanche_curv.core.curvature.hessian import Hessian
+from avalanche_curv.core.curvature.operators import Operator
+from avalanche_curv.core.curvature.products import Linearised, LinearisedHessian
 from avalanche_curv.core.options import is_number
-from avalanche_curv.core.parameters import ParameterSpace
-from avalanche_curv.core.structures.base import Matrix, Structure, symmetrised
-from avalanche_curv.core.structures.columns import identity_columns
-
-if TYPE_CHECKING:
-    from avalanche_curv.core.curvature import Operator
-    from avalanche_curv.core.risk import EmpiricalRisk
+from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
+from avalanche_curv.core.risk.parameters import ParameterSpace
+from avalanche_curv.core.structures.base import Matrix, Structure, identity_columns, symmetrised
+from avalanche_curv.core.structures.diagonal import Diagonal
+from avalanche_curv.core.structures.rules import refusal, rule, structured
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class MatrixFree(Structure):
             raise ValueError(f"MatrixFree needs an integer seed; got {self.seed!r}.")
 
     def from_operator(self, operator: Operator, risk: EmpiricalRisk) -> MatrixFreeMatrix:
-        return MatrixFreeMatrix(operator.size, risk.anchor.new_empty(0), (Term(operator),))
+        return MatrixFreeMatrix(operator.size, risk.anchor.new_empty(0), (OperatorTerm(operator),))
 
     def bytes(self, space: ParameterSpace, itemsize: int) -> int:
         """The frozen model; examples and activations, which come on top, are not known from the parameters."""
@@ -51,7 +52,7 @@ class MatrixFree(Structure):
 
 
 @dataclass(frozen=True)
-class Term:
+class OperatorTerm:
     """factor · E C Eᵀ, with C an operator and E its embedding at `where` in a larger space."""
 
     operator: Operator
@@ -79,7 +80,7 @@ class MatrixFreeMatrix(Matrix):
 
     size: int
     like: Float[Tensor, "0"]
-    terms: tuple[Term, ...]
+    terms: tuple[OperatorTerm, ...]
 
     def product(self, vector: Tensor) -> Tensor:
         return sum((term.product(vector) for term in self.terms[1:]), self.terms[0].product(vector))
@@ -123,3 +124,47 @@ class MatrixFreeMatrix(Matrix):
     def nbytes(self) -> int:
         """What the operators say of themselves: examples and a frozen model, without activations."""
         return sum(int(getattr(term.operator, "nbytes", 0)) for term in self.terms)
+
+
+BATCH = 256  # examples of one graph
+
+
+@rule(Curvature, MatrixFree)
+def by_operator(curvature: Curvature, structure: MatrixFree, risk: EmpiricalRisk) -> MatrixFreeMatrix:
+    """The kind's own operator, on the chosen examples."""
+    return structure.from_operator(curvature.operator(_chosen(structure, risk)), risk)
+
+
+class TracedLinearised(Linearised):
+    """A linearisation that knows its trace."""
+
+    def trace(self) -> float:
+        """tr C, from the exact diagonal."""
+        return structured(self.curvature, Diagonal(), self.risk).trace()
+
+
+@rule(OutputCurvature, MatrixFree)
+def linearised(curvature: OutputCurvature, structure: MatrixFree, risk: EmpiricalRisk) -> MatrixFreeMatrix:
+    """J and Jᵀ from graphs that are kept."""
+    return structure.from_operator(TracedLinearised(curvature, _chosen(structure, risk).rebatched(BATCH)), risk)
+
+
+@rule(Hessian, MatrixFree)
+def linearised_hessian(curvature: Hessian, structure: MatrixFree, risk: EmpiricalRisk) -> MatrixFreeMatrix:
+    """The derivative of the gradient, whose graph is kept."""
+    return structure.from_operator(LinearisedHessian(_chosen(structure, risk).rebatched(BATCH)), risk)
+
+
+@refusal(Hessian, MatrixFree)
+def no_spectrum_to_mend(curvature: Hessian, structure: MatrixFree) -> str | None:
+    """psd needs eigenvalues."""
+    if curvature.psd is None:
+        return None
+    return (
+        f"{curvature} cannot be mended where only products are known. Use Hessian() or GGN() with MatrixFree, or "
+        f"{curvature} with LowRank, BlockDiagonal, Diagonal or Dense."
+    )
+
+
+def _chosen(structure: MatrixFree, risk: EmpiricalRisk) -> EmpiricalRisk:
+    return risk if structure.fraction == 1 else risk.subset(structure.fraction, structure.seed)

@@ -1,0 +1,47 @@
+"""Outer products of gradients at observed labels: of single examples, and of mini-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from avalanche_curv.core.curvature.base import Curvature, OutputCurvature
+from avalanche_curv.core.curvature.operators import GramOperator, Operator
+from avalanche_curv.core.options import is_count
+from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
+from avalanche_curv.core.risk.losses import ExampleLoss
+
+
+@dataclass(frozen=True)
+class EmpiricalFisher(OutputCurvature):
+    """(1/N) Σ_i g_i g_iᵀ, with g_i the gradient of example i at its observed label. It is not the Fisher."""
+
+    def factor(self, loss: ExampleLoss, outputs: Tensor, targets: Tensor, generator: torch.Generator) -> Tensor:
+        return loss.gradient(outputs, targets)[:, :, None]
+
+
+@dataclass(frozen=True)
+class BatchedEmpiricalFisher(Curvature):
+    """(1/B) Σ_b ḡ_b ḡ_bᵀ, with ḡ_b the mean gradient of mini-batch b: what common code calls EWC.
+
+    It shrinks as `batch_size` grows and is kept for comparison; with batch_size=1 it is the `EmpiricalFisher`.
+    """
+
+    batch_size: int
+
+    def __post_init__(self) -> None:
+        if not is_count(self.batch_size):
+            raise ValueError(f"BatchedEmpiricalFisher needs a batch_size of at least 1; got {self.batch_size}.")
+
+    def operator(self, risk: EmpiricalRisk) -> Operator:
+        return GramOperator(torch.cat(list(self.gradients(risk))))
+
+    def gradients(self, risk: EmpiricalRisk) -> Iterator[Float[Tensor, "1 P"]]:
+        """ḡ_b / √B, one row at a time."""
+        batches = -(-risk.examples // self.batch_size)
+        for x, y in risk.rebatched(self.batch_size):
+            yield risk.summed_gradient(x, y)[None] / (len(y) * batches**0.5)

@@ -1,0 +1,46 @@
+"""The Fisher information, exact or by Monte Carlo."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from numbers import Integral
+
+import torch
+from torch import Tensor
+
+from avalanche_curv.core.curvature.base import OutputCurvature
+from avalanche_curv.core.options import is_count
+from avalanche_curv.core.risk.losses import ExampleLoss
+
+
+@dataclass(frozen=True)
+class Fisher(OutputCurvature):
+    """The Fisher information (1/N) Σ_i E_{y ~ p(y | x_i)} [∇ log p ∇ log pᵀ]: labels come from the model.
+
+    Exact by default (type 2: the expectation in closed form; equal to the GGN for softmax cross-entropy and squared
+    error). `Fisher(samples=m, seed=s)` is its unbiased Monte-Carlo estimate with m labels an example, whose draws do
+    not depend on the batch size. Observed labels are not used: with them it would be `EmpiricalFisher`
+    (Kunstner et al. 2019). Raises ValueError for a loss that is no log-likelihood (class weights).
+    """
+
+    samples: int | None = None
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.samples is None and self.seed is not None:
+            raise ValueError("Fisher(seed=...) draws nothing without samples: give samples=m, or drop the seed.")
+        if self.seed is not None and not isinstance(self.seed, Integral):
+            raise ValueError(f"Fisher needs an integer seed; got {self.seed!r}.")
+        if self.samples is not None and not is_count(self.samples):
+            raise ValueError(f"Fisher needs at least 1 sample; got {self.samples}. Leave it out for the exact Fisher.")
+
+    def check_loss(self, loss: ExampleLoss) -> None:
+        loss.check_likelihood()
+
+    def factor(self, loss: ExampleLoss, outputs: Tensor, targets: Tensor, generator: torch.Generator) -> Tensor:
+        loss.check_likelihood()
+        if self.samples is None:
+            return loss.hessian_factor(outputs, targets)
+        count, width = outputs.shape
+        uniform = torch.rand(count, self.samples, width, generator=generator, dtype=torch.float64)
+        return loss.sample_gradients(outputs, uniform.to(outputs)) / self.samples**0.5

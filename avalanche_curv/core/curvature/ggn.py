@@ -1,0 +1,19 @@
+"""The generalised Gauss-Newton matrix."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from avalanche_curv.core.curvature.base import OutputCurvature
+from avalanche_curv.core.risk.losses import ExampleLoss
+
+
+@dataclass(frozen=True)
+class GGN(OutputCurvature):
+    """The generalised Gauss-Newton matrix (1/N) Σ_i J_iᵀ (∇²_f ℓ_i) J_i (Schraudolph 2002)."""
+
+    def factor(self, loss: ExampleLoss, outputs: Tensor, targets: Tensor, generator: torch.Generator) -> Tensor:
+        return loss.hessian_factor(outputs, targets)

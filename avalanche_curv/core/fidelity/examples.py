@@ -1,0 +1,124 @@
+"""Quadratic pictures of single examples around one anchor, by Jacobian-vector products instead of loops."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.func import grad, jvp, vmap
+
+from avalanche_curv.core.curvature.base import Curvature, OutputCurvature
+from avalanche_curv.core.curvature.hessian import Hessian
+from avalanche_curv.core.fidelity.measures import Comparison, GradientProducts, concatenated
+from avalanche_curv.core.quadratic.model import half
+from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
+from avalanche_curv.core.risk.jacobians import chunk_size, outputs_of, parameters_of, pulled_back
+
+
+class ExampleModels(ABC):
+    """For each example x of a risk: increase(x) = g_xᵀδ + ½ δᵀ C_x δ around the frozen parameters."""
+
+    risk: EmpiricalRisk
+
+    @abstractmethod
+    def compare(self, parameters: Float[Tensor, "P"]) -> Comparison:
+        """Pictures against the truth of the frozen past function at other parameters."""
+
+
+def check_per_example(curvature: Curvature) -> None:
+    """Raises TypeError for a kind whose curvature of a single example is not known."""
+    if isinstance(curvature, OutputCurvature) or (isinstance(curvature, Hessian) and curvature.psd is None):
+        return
+    raise TypeError(
+        f"Fidelity compares single examples with their own curvature, which {curvature} does not define. "
+        "Use GGN(), Fisher(), EmpiricalFisher(), Hessian() without psd, or a subclass of OutputCurvature."
+    )
+
+
+class OutputModels(ExampleModels):
+    """For C_x = Jᵀ S Sᵀ J on any model: u = J δ by one forward-mode product, then ½ ‖Sᵀu‖² and Jᵀ S Sᵀ u."""
+
+    def __init__(self, curvature: OutputCurvature, risk: EmpiricalRisk) -> None:
+        self.curvature, self.risk = curvature, risk
+
+    def compare(self, parameters: Float[Tensor, "P"]) -> Comparison:
+        generator = self.curvature.generator()
+        here, there = parameters_of(self.risk), parameters_of(self.risk, parameters)
+        step = parameters_of(self.risk, parameters - self.risk.anchor)
+        parts = []
+        with torch.no_grad():
+            for x, y in self.risk:
+                factor = self.curvature.factor(self.risk.loss, self.risk.outputs(x), y, generator)
+                size = chunk_size(self.risk, 3)
+                for piece in zip(x.split(size), y.split(size), factor.split(size)):
+                    parts.append(self._chunk(here, there, step, *piece))
+        return joined(parts)
+
+    def _chunk(self, here: dict, there: dict, step: dict, x: Tensor, y: Tensor, factor: Tensor) -> Comparison:
+        outputs, loss = outputs_of(self.risk), self.risk.loss
+        now = outputs(there, x)
+        then, change = jvp(lambda p: outputs(p, x), (here,), (step,))[:2]
+        residual = loss.gradient(then, y)
+        curved, linear, quadratic = output_increase(factor, residual, change)
+        true = pulled_back(self.risk, there, x, loss.gradient(now, y)[:, :, None])[:, 0]
+        bends, slopes = pulled_back(self.risk, here, x, torch.stack([curved, residual], dim=2)).unbind(1)
+        products = GradientProducts.of(true, torch.stack([bends, bends + slopes]))
+        actual = loss.per_example(now, y) - loss.per_example(then, y)
+        return Comparison.of(products, actual, torch.stack([quadratic, quadratic + linear]))
+
+
+class HessianModels(ExampleModels):
+    """For C_x = ∇²ℓ(x, ·): H_x δ as the forward derivative of the per-example gradient."""
+
+    def __init__(self, risk: EmpiricalRisk) -> None:
+        self.risk = risk
+
+    def compare(self, parameters: Float[Tensor, "P"]) -> Comparison:
+        here, there = parameters_of(self.risk), parameters_of(self.risk, parameters)
+        step = parameters_of(self.risk, parameters - self.risk.anchor)
+        size = chunk_size(self.risk, 3)
+        pieces = (piece for x, y in self.risk for piece in zip(x.split(size), y.split(size)))
+        with torch.no_grad():
+            return joined([self._chunk(here, there, step, x, y) for x, y in pieces])
+
+    def _chunk(self, here: dict, there: dict, step: dict, x: Tensor, y: Tensor) -> Comparison:
+        outputs, loss = outputs_of(self.risk), self.risk.loss
+
+        def one(p: dict, x: Tensor, y: Tensor) -> Tensor:
+            return loss.per_example(outputs(p, x[None]), y[None])[0]
+
+        def bend(x: Tensor, y: Tensor) -> Any:
+            return jvp(lambda p: grad(one)(p, x, y), (here,), (step,))
+
+        slopes, products = (_rows(part) for part in vmap(bend)(x, y))
+        true = _rows(vmap(grad(one), in_dims=(None, 0, 0))(there, x, y))
+        displacement = torch.cat([part.reshape(-1) for part in step.values()])
+        quadratic, linear = half_product(products, displacement), slopes @ displacement
+        actual = loss.per_example(outputs(there, x), y) - loss.per_example(outputs(here, x), y)
+        gradients = GradientProducts.of(true, torch.stack([products, products + slopes]))
+        return Comparison.of(gradients, actual, torch.stack([quadratic, quadratic + linear]))
+
+
+def output_increase(
+    factor: Float[Tensor, "N C R"], residual: Float[Tensor, "N C"], change: Float[Tensor, "N C"]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """S Sᵀu, the linear increase (∇_f ℓ)ᵀu and the quadratic increase ½ ‖Sᵀu‖², for the output change u = J δ."""
+    curved = torch.einsum("ncr,nr->nc", factor, torch.einsum("ncr,nc->nr", factor, change))
+    return curved, (residual * change).sum(1), half_product(curved, change)
+
+
+def half_product(products: Float[Tensor, "N k"], direction: Tensor) -> Float[Tensor, "N"]:
+    """½ vᵀ(C v) for each row, the increase of a purely quadratic picture."""
+    return half((products * direction).sum(1))
+
+
+def joined(parts: list[Comparison]) -> Comparison:
+    """The comparison of all examples from those of its pieces."""
+    return Comparison(concatenated([p.quadratic for p in parts]), concatenated([p.linear for p in parts]))
+
+
+def _rows(parts: dict[str, Tensor]) -> Float[Tensor, "N P"]:
+    return torch.cat([part.reshape(len(part), -1) for part in parts.values()], dim=1)

@@ -1,0 +1,216 @@
+"""The curvature of the mean loss over examples of several past functions at the same parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import reduce
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from avalanche_curv.core.curvature.base import Curvature, NonFiniteCurvatureError, OutputCurvature
+from avalanche_curv.core.curvature.empirical_fisher import BatchedEmpiricalFisher
+from avalanche_curv.core.curvature.hessian import Hessian
+from avalanche_curv.core.per_example.gram import OuterRows, PlainRows, Rows, plain_size, rows_of
+from avalanche_curv.core.per_example.layers import Layers
+from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk, joined_risk
+from avalanche_curv.core.risk.parameters import ParameterSpace
+from avalanche_curv.core.structures.base import Matrix
+from avalanche_curv.core.structures.dense import Dense
+from avalanche_curv.core.structures.diagonal import Diagonal
+from avalanche_curv.core.structures.low_rank import GRAM_BYTES
+from avalanche_curv.core.structures.matrix_free import MatrixFree
+from avalanche_curv.core.structures.rules import has_rule, structured
+
+
+@dataclass(frozen=True)
+class AveragedCurvature:
+    """C = Σ_f (N_f / N) C_f over functions f, such as the heads of a model for several tasks, of one set of parameters.
+
+    Risks of the same function are joined: `functions` holds one risk each.
+    """
+
+    curvature: Curvature
+    functions: tuple[EmpiricalRisk, ...]
+
+    @classmethod
+    def of(cls, curvature: Curvature, risks: Sequence[EmpiricalRisk]) -> AveragedCurvature:
+        """Of all examples of `risks`, which share their frozen model; see `landscape` for what it raises."""
+        _check(curvature, risks)
+        by_function: dict[object, list[EmpiricalRisk]] = {}
+        for risk in risks:
+            by_function.setdefault(risk.adapter, []).append(risk)
+        return cls(curvature, tuple(joined_risk(same) for same in by_function.values()))
+
+    @property
+    def space(self) -> ParameterSpace:
+        """The parameters of all functions."""
+        return self.functions[0].space
+
+    @property
+    def like(self) -> Float[Tensor, "P"]:
+        """A vector of the space, for its size, type and device: the parameters themselves."""
+        return self.functions[0].anchor
+
+    @property
+    def examples(self) -> int:
+        """N."""
+        return sum(risk.examples for risk in self.functions)
+
+    @property
+    def weights(self) -> list[float]:
+        """N_f / N."""
+        return [risk.examples / self.examples for risk in self.functions]
+
+    @property
+    def is_semidefinite(self) -> bool:
+        """Whether no eigenvalue can be negative, as far as the kind says."""
+        return isinstance(self.curvature, (OutputCurvature, BatchedEmpiricalFisher))
+
+    def whole(self) -> Float[Tensor, "P P"]:
+        """C, in float64."""
+        return self.checked(self._sum(Dense()).dense().double())
+
+    def product(self) -> Callable[[Float[Tensor, "P"]], Float[Tensor, "P"]]:
+        """v ↦ C v, through graphs that are kept as long as the function is."""
+        return self._sum(MatrixFree()).product
+
+    def exact_trace(self) -> float | None:
+        """tr C from the exact diagonal, where the kind has a rule for it that is cheap."""
+        if isinstance(self.curvature, Hessian) or not has_rule(self.curvature, Diagonal()):
+            return None
+        traces = (structured(self.curvature, Diagonal(), risk).tensors()[0].double().sum() for risk in self.functions)
+        return sum(weight * float(trace) for weight, trace in zip(self.weights, traces))
+
+    def checked(self, tensor: Tensor) -> Tensor:
+        """The tensor, if it is finite. Raises NonFiniteCurvatureError."""
+        if tensor.isfinite().all():
+            return tensor
+        raise NonFiniteCurvatureError(
+            f"{self.curvature} of {self.examples} examples holds NaN or infinity, so the model or its inputs do. "
+            "Look for diverged weights (lower the learning rate or the strength) and for NaN in the data."
+        )
+
+    def _sum(self, structure: Dense | MatrixFree) -> Matrix:
+        parts = (structured(self.curvature, structure, risk) for risk in self.functions)
+        weighted = (part.scaled(weight) for part, weight in zip(parts, self.weights))
+        return reduce(lambda total, part: total.plus(part), weighted)
+
+
+def _check(curvature: Curvature, risks: Sequence[EmpiricalRisk]) -> None:
+    if not risks:
+        raise ValueError("A landscape needs the risk of some examples; got none. Give one or more.")
+    for risk in risks:
+        curvature.check_loss(risk.loss)
+        if risk.base is not risks[0].base:
+            raise ValueError(
+                "Several risks have one landscape where they are frozen at the same parameters, but these hold models "
+                "of their own. Freeze them alike: landscape(curvature, *(risk.at(newest) for risk in risks))."
+            )
+
+
+def rows_of_all(averaged: AveragedCurvature, most: int) -> list[Rows] | None:
+    """G with C = GᵀG, layer by layer; None where the kind has no rows, or where they are more than `most` or do not
+    fit."""
+    if isinstance(averaged.curvature, BatchedEmpiricalFisher):
+        return _rows_of_batches(averaged, averaged.curvature, most)
+    if not isinstance(averaged.curvature, OutputCurvature):
+        return None
+    columns = [_columns(averaged.curvature, risk) for risk in averaged.functions]
+    rows = sum(n * risk.examples for n, risk in zip(columns, averaged.functions))
+    if rows > most or len(set(columns)) > 1:
+        return None
+    layers = [Layers.of(risk) for risk in averaged.functions]
+    if not _fits(rows, max(plain_size(own) for own in layers), averaged):
+        return None
+    parts = [
+        _Part(rows_of(averaged.curvature, risk, own), risk.examples, columns[0], weight**0.5)
+        for risk, own, weight in zip(averaged.functions, layers, averaged.weights)
+    ]
+    return joined(parts)
+
+
+def lifted_rows(rows: Sequence[Rows], space: ParameterSpace, u: Float[Tensor, "k M"]) -> Float[Tensor, "k P"]:
+    """Gᵀu / ‖Gᵀu‖ for each row u: eigenvectors of GᵀG from those of GGᵀ."""
+    parts = {name: part for some in rows for name, part in some.lifted(u.T).items()}
+    missing = u.new_zeros(len(u), 1)
+    v = torch.cat([parts.get(name, missing.expand(-1, n)) for name, n in zip(space.names, space.sizes)], dim=1)
+    return v / v.norm(dim=1, keepdim=True)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The rows of one function, and their weight in the mean over all: √(N_f / N)."""
+
+    rows: list[Rows]
+    examples: int
+    columns: int
+    scale: float
+
+
+def joined(parts: list[_Part]) -> list[Rows] | None:
+    """The rows of all functions. A layer that a function does not use has rows of zeros there. None where a parameter
+    lies in a layer of one form for one function, and of another for another."""
+    if len(parts) == 1:
+        return parts[0].rows
+    outer: dict[tuple[str, ...], dict[int, OuterRows]] = {}
+    plain: dict[tuple[str, ...], dict[int, PlainRows]] = {}
+    for number, part in enumerate(parts):
+        for some in part.rows:
+            if isinstance(some, OuterRows):
+                outer.setdefault(tuple(some.names.values()), {})[number] = some
+            elif isinstance(some, PlainRows):
+                plain.setdefault(tuple(some.sizes), {})[number] = some
+    names = [name for layer in (*outer, *plain) for name in layer]
+    if len(set(names)) < len(names):
+        return None
+    return [*(_below(own, parts) for own in outer.values()), *(_plain_below(own, parts) for own in plain.values())]
+
+
+def _below(own: dict[int, OuterRows], parts: list[_Part]) -> OuterRows:
+    """The rows of one layer, by the number of the function that they are of."""
+    known = next(iter(own.values()))
+    a, b = known.inputs, known.sensitivities
+    inputs = [own[i].inputs if i in own else a.new_zeros(part.examples, a.shape[1]) for i, part in enumerate(parts)]
+    sensitivities = [
+        part.scale * own[i].sensitivities if i in own else b.new_zeros(part.examples, *b.shape[1:])
+        for i, part in enumerate(parts)
+    ]
+    return OuterRows(known.names, torch.cat(inputs), torch.cat(sensitivities))
+
+
+def _plain_below(own: dict[int, PlainRows], parts: list[_Part]) -> PlainRows:
+    known = next(iter(own.values()))
+    g = known.rows
+    rows = [
+        part.scale * own[i].rows if i in own else g.new_zeros(part.examples * part.columns, g.shape[1])
+        for i, part in enumerate(parts)
+    ]
+    return PlainRows(known.sizes, torch.cat(rows))
+
+
+def _rows_of_batches(averaged: AveragedCurvature, curvature: BatchedEmpiricalFisher, most: int) -> list[Rows] | None:
+    """The mini-batch gradients of each function."""
+    space = averaged.space
+    rows = sum(-(-risk.examples // curvature.batch_size) for risk in averaged.functions)
+    if rows > most or not _fits(rows, space.size, averaged):
+        return None
+    parts = [
+        weight**0.5 * torch.cat(list(curvature.gradients(risk)))
+        for risk, weight in zip(averaged.functions, averaged.weights)
+    ]
+    return [PlainRows(dict(zip(space.names, space.sizes)), torch.cat(parts))]
+
+
+def _fits(rows: int, formed: int, averaged: AveragedCurvature) -> bool:
+    return rows * formed * averaged.like.element_size() <= GRAM_BYTES
+
+
+def _columns(curvature: OutputCurvature, risk: EmpiricalRisk) -> int:
+    """R, the number of columns of S."""
+    x, y = next(iter(risk))
+    with torch.no_grad():
+        outputs = risk.outputs(x[:1])
+    return curvature.factor(risk.loss, outputs, y[:1], curvature.generator()).shape[2]

@@ -1,0 +1,168 @@
+"""The spectrum of a matrix known by its products: top eigenpairs, stochastic Lanczos quadrature, XTrace."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from numbers import Integral
+
+import numpy as np
+import scipy.linalg
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from avalanche_curv.core.curvature._curvlinops import trace_from_products
+from avalanche_curv.core.eigen import TOLERANCE, Pairs, top_of_products
+from avalanche_curv.core.landscape.averaged import AveragedCurvature
+from avalanche_curv.core.landscape.spectrum import Density, Spectrum, SpectrumMethod, without_zeros
+from avalanche_curv.core.options import is_count
+
+Product = Callable[[Float[Tensor, "P"]], Float[Tensor, "P"]]
+
+
+@dataclass(frozen=True)
+class Lanczos(SpectrumMethod):
+    """By products alone, at any size.
+
+    The top k are exact to a residual of 1e-5. What lies below is a quadrature of `probes` random starts of `steps`
+    Lanczos steps each (Golub & Welsch 1969; Ghorbani et al. 2019, algorithm 1) on the complement of the top k: a sum
+    Σ f(λ_i) over it is unbiased up to the quadrature of f, and its deviation falls as 1/√probes. Where zero lies amid
+    the spectrum, as of a Hessian, |λ| bends there: effective rank and energy then want `steps` of 100.
+
+    The trace comes from the exact diagonal where that is cheap, and otherwise from XTrace with `trace_products`
+    products on that complement (Epperly et al. 2024). All draws come from `seed`.
+    """
+
+    probes: int = 4
+    steps: int = 40
+    trace_products: int = 30
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("probes", "steps", "trace_products"):
+            if not is_count(getattr(self, name)):
+                raise ValueError(f"Lanczos({name}=...) needs an integer of at least 1; got {getattr(self, name)!r}.")
+        if self.trace_products % 2:
+            raise ValueError(f"Lanczos(trace_products=...) must be even, as XTrace is; got {self.trace_products}.")
+        if not isinstance(self.seed, Integral):
+            raise ValueError(f"Lanczos needs an integer seed; got {self.seed!r}.")
+
+    def spectrum(self, averaged: AveragedCurvature, k: int) -> Spectrum:
+        product, size, like = averaged.product(), averaged.space.size, averaged.like
+        found = top_of_products(product, like, min(k, size))
+        averaged.checked(found[0])
+        top = without_zeros(found, size)
+        density = self._density(product, like, top)
+        trace = averaged.exact_trace()
+        diagonal = trace is not None
+        if trace is None:
+            trace = float(top[0].double().sum()) + xtrace(_below(product, top), like, self.trace_products, self.seed)
+        known = diagonal and averaged.is_semidefinite
+        magnitude = trace if known else density.magnitude()
+        sharpness = _largest(product, like, found[0])
+        return Spectrum(density, top, sharpness, trace, magnitude, False, self._ways(diagonal, known))
+
+    def _density(self, product: Product, like: Tensor, top: Pairs) -> Density:
+        """The top pairs, and a quadrature of what is left."""
+        values, vectors = top
+        generator = torch.Generator().manual_seed(int(self.seed))
+        left = len(like) - len(values)
+        nodes, counts = [values.double().cpu()], [torch.ones(len(values), dtype=torch.float64)]
+        for _ in range(self.probes if left else 0):
+            start = torch.randn(len(like), generator=generator, dtype=torch.float64).to(like)
+            some, weights = quadrature(product, start, min(self.steps, left), vectors)
+            nodes.append(some)
+            counts.append(weights * left / self.probes)
+        return Density(torch.cat(nodes), torch.cat(counts))
+
+    def _ways(self, diagonal: bool, known: bool) -> dict[str, str]:
+        pairs = f"Lanczos iteration to a residual of {TOLERANCE:g}"
+        below = f"stochastic Lanczos quadrature, {self.probes} probes of {self.steps} steps"
+        return {
+            "sharpness": pairs,
+            "trace": "exact diagonal" if diagonal else f"XTrace, {self.trace_products} products",
+            "numerical_rank": below,
+            "effective_rank": below,
+            "energy": f"{pairs}, over the exact trace" if known else below,
+            "density": below,
+            "top": pairs,
+        }
+
+
+def quadrature(
+    product: Product, start: Float[Tensor, "P"], steps: int, outside: Float[Tensor, "k P"]
+) -> tuple[Float[Tensor, "m"], Float[Tensor, "m"]]:
+    """Nodes and weights with vᵀf(C)v = Σ_j w_j f(t_j) for polynomials f of degree below 2m, v = start / ‖start‖ without
+    its part in the orthonormal rows `outside`, which C leaves invariant.
+
+    The nodes are the eigenvalues of the m × m tridiagonal matrix of Lanczos iteration with full reorthogonalisation,
+    the weights the squared first entries of its eigenvectors (Golub & Welsch 1969). m < steps where the space is
+    exhausted.
+
+    >>> nodes, weights = quadrature(lambda v: torch.tensor([1.0, 3.0]) * v, torch.ones(2), 2, torch.empty(0, 2))
+    >>> nodes.round(decimals=5).tolist(), weights.round(decimals=5).tolist()
+    ([1.0, 3.0], [0.5, 0.5])
+    """
+    basis = start.new_empty(len(outside) + steps, len(start))
+    basis[: len(outside)] = outside
+    diagonal: list[float] = []
+    off: list[float] = []
+    direction = _orthogonal(start, outside)
+    direction = direction / direction.norm()
+    for step in range(len(outside), len(basis)):
+        basis[step] = direction
+        turned = product(direction)
+        diagonal.append(float(turned @ direction))
+        rest = _orthogonal(turned, basis[: step + 1])
+        length = float(rest.norm())
+        if length <= 10 * torch.finfo(start.dtype).eps * max(map(abs, (*diagonal, *off))):
+            break
+        off.append(length)
+        direction = rest / length
+    values, vectors = scipy.linalg.eigh_tridiagonal(np.array(diagonal), np.array(off[: len(diagonal) - 1]))
+    return torch.as_tensor(values), torch.as_tensor(vectors[0] ** 2)
+
+
+def xtrace(product: Product, like: Float[Tensor, "P"], products: int, seed: int) -> float:
+    """tr C by XTrace from that many products; from all P of them where these are no more.
+
+    >>> xtrace(lambda v: torch.arange(4.0) * v, torch.zeros(4), products=30, seed=0)
+    6.0
+    """
+
+    def matmat(matrix: Tensor) -> Tensor:
+        columns = [product(column.to(like)).to(matrix) for column in matrix.T]
+        return torch.stack(columns, dim=1)
+
+    size = len(like)
+    if size <= products:
+        return float(matmat(torch.eye(size, dtype=torch.float64)).trace())
+    try:
+        return trace_from_products(matmat, size, products, int(seed))
+    except torch.linalg.LinAlgError:  # the rank is so low that half of the products span the range of C
+        start = torch.randn(size, products // 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        q = torch.linalg.qr(matmat(start)).Q
+        return float((q * matmat(q)).sum())
+
+
+def _largest(product: Product, like: Tensor, top: Float[Tensor, "k"]) -> float:
+    """The largest eigenvalue: the first positive one of those largest in magnitude, in falling order; if all of them
+    are negative, from that of C − λ_min I, which has no negative ones."""
+    if top.max() > 0 or not top.any():
+        return float(top.max())
+    lowest = float(top.min())
+    return float(top_of_products(lambda v: product(v) - lowest * v, like, 1)[0]) + lowest
+
+
+def _below(product: Product, top: Pairs) -> Product:
+    """C − V Λ Vᵀ: without the top pairs a random trace deviates less."""
+    values, vectors = top
+    return lambda v: product(v) - (values * (vectors @ v)) @ vectors
+
+
+def _orthogonal(vector: Tensor, rows: Float[Tensor, "k P"]) -> Tensor:
+    """The part outside the span of orthonormal rows, projected twice for rounding."""
+    for _ in range(2):
+        vector = vector - (rows @ vector) @ rows
+    return vector

@@ -1,0 +1,167 @@
+"""Per-example derivatives for any model, a chunk of examples at a time."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import scipy.linalg
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from avalanche_curv.core.curvature.base import OutputCurvature
+from avalanche_curv.core.eigen import Pairs
+from avalanche_curv.core.per_example.layers import Layers, Tap
+from avalanche_curv.core.per_example.passes import layer_passes
+from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
+from avalanche_curv.core.risk.jacobians import chunk_size, parameters_of, pulled_back
+from avalanche_curv.core.risk.parameters import ParameterSpace
+
+
+def curvature_rows(
+    curvature: OutputCurvature, risk: EmpiricalRisk, names: Collection[str] | None = None
+) -> Iterator[Float[Tensor, "n P"]]:
+    """Rows G, chunk after chunk, with Σ GᵀG the curvature of the mean: J_iᵀ S_i / √N. Of some parameters by `names`."""
+    parameters, generator = parameters_of(risk), curvature.generator()
+    width = sum(parameters[name].numel() for name in names or parameters)
+    with torch.no_grad():
+        for x, y in risk:
+            factor = curvature.factor(risk.loss, risk.outputs(x), y, generator) / risk.examples**0.5
+            size = chunk_size(risk, factor.shape[2], width)
+            for part_x, part_factor in zip(x.split(size), factor.split(size)):
+                yield pulled_back(risk, parameters, part_x, part_factor, names).flatten(0, 1)
+
+
+class Rows(ABC):
+    """The columns of G that belong to one layer, or to the parameters that no layer explains."""
+
+    @abstractmethod
+    def gram(self) -> Float[Tensor, "M M"]:
+        """Their part of GGᵀ."""
+
+    @abstractmethod
+    def lifted(self, weights: Float[Tensor, "M k"]) -> dict[str, Float[Tensor, "k p"]]:
+        """Their part of (Gᵀ W)ᵀ, by parameter."""
+
+    @abstractmethod
+    def only(self, names: Collection[str]) -> Rows | None:
+        """The columns of some parameters, if there are any."""
+
+
+@dataclass(frozen=True)
+class PlainRows(Rows):
+    """The columns themselves, side by side."""
+
+    sizes: dict[str, int]
+    rows: Float[Tensor, "M p"]
+
+    def gram(self) -> Tensor:
+        return self.rows @ self.rows.T
+
+    def lifted(self, weights: Tensor) -> dict[str, Tensor]:
+        return dict(zip(self.sizes, (weights.T @ self.rows).split(list(self.sizes.values()), dim=1)))
+
+    def only(self, names: Collection[str]) -> PlainRows | None:
+        parts = zip(self.sizes, self.rows.split(list(self.sizes.values()), dim=1))
+        kept = {name: part for name, part in parts if name in names}
+        sizes = {name: part.shape[1] for name, part in kept.items()}
+        return PlainRows(sizes, torch.cat(list(kept.values()), dim=1)) if kept else None
+
+
+@dataclass(frozen=True)
+class OuterRows(Rows):
+    """Rows b_nr a_nᵀ of the weight of a linear layer on matrices, and b_nr of its bias: never formed."""
+
+    names: dict[str, str]
+    inputs: Float[Tensor, "N in"]
+    sensitivities: Float[Tensor, "N R out"]
+
+    def gram(self) -> Tensor:
+        examples, columns, _ = self.sensitivities.shape
+        b = self.sensitivities.flatten(0, 1)
+        a = self.inputs @ self.inputs.T if "weight" in self.names else b.new_zeros(examples, examples)
+        a = a + 1 if "bias" in self.names else a
+        return (b @ b.T).mul_(a.repeat_interleave(columns, 0).repeat_interleave(columns, 1))
+
+    def lifted(self, weights: Tensor) -> dict[str, Tensor]:
+        examples, columns, _ = self.sensitivities.shape
+        mixed = torch.einsum("nrk,nro->kno", weights.view(examples, columns, -1), self.sensitivities)
+        parts = {}
+        if "weight" in self.names:
+            parts[self.names["weight"]] = (mixed.mT @ self.inputs).flatten(1)
+        if "bias" in self.names:
+            parts[self.names["bias"]] = mixed.sum(1)
+        return parts
+
+    def only(self, names: Collection[str]) -> OuterRows | None:
+        kept = {short: name for short, name in self.names.items() if name in names}
+        return replace(self, names=kept) if kept else None
+
+
+def plain_size(layers: Layers) -> int:
+    """The number of parameters whose rows have to be formed."""
+    flat = {name for layer in layers.flat for name in layers.trainable(layer)}
+    return sum(size for name, size in zip(layers.space.names, layers.space.sizes) if name not in flat)
+
+
+def rows_of(curvature: OutputCurvature, risk: EmpiricalRisk, layers: Layers) -> list[Rows]:
+    """All of G, its rows in the order of examples, then of the columns of S."""
+    collected: dict[nn.Module, list[tuple[Tensor, ...]]] = {}
+    for piece in layer_passes(curvature, layers, risk):
+        columns = [column for some in piece.columns for column in some]
+        for tap, of_tap in zip(piece.taps, zip(*columns)):
+            part = _inputs_and_sensitivities if tap.layer in layers.flat else _rows_in_order
+            collected.setdefault(tap.layer, []).append(part(layers, tap, of_tap, piece.examples))
+    scale = risk.examples**-0.5
+    found: list[Rows] = []
+    for layer, parts in collected.items():
+        names = layers.places(layer)
+        joined = [torch.cat(tensors) for tensors in zip(*parts)]
+        joined[-1] *= scale
+        if layer in layers.flat:
+            found.append(OuterRows(names, joined[0], joined[1]))
+        else:
+            found.append(PlainRows(_sizes(layers, names.values()), joined[0]))
+    if layers.rest:
+        rest = torch.cat(list(curvature_rows(curvature, risk, layers.rest)))
+        found.append(PlainRows(_sizes(layers, layers.rest), rest))
+    return found
+
+
+def top_pairs(rows: Sequence[Rows], space: ParameterSpace, count: int) -> Pairs:
+    """The top eigenpairs of GᵀG, with λ = ‖Gᵀu‖² summed in float64; fewer where the rank of G is smaller."""
+    grams = [part.gram() for part in rows]
+    gram = sum((part.double() for part in grams[1:]), grams[0].double()).cpu().numpy()
+    size = len(gram)
+    if not np.isfinite(gram).all():
+        return grams[0].new_full((1,), torch.nan), grams[0].new_full((1, space.size), torch.nan)
+    first = max(0, size - count)
+    values, vectors = scipy.linalg.eigh(gram, subset_by_index=[first, size - 1])
+    kept = values > size * torch.finfo(grams[0].dtype).eps * max(values[-1], 0)
+    weights = torch.as_tensor(vectors[:, kept][:, ::-1].copy()).to(grams[0])
+    lifted = {name: part for some in rows for name, part in some.lifted(weights).items()}
+    missing = grams[0].new_zeros(weights.shape[1], 1)
+    pairs = zip(space.names, space.sizes)
+    v = torch.cat([lifted.get(name, missing.expand(-1, size)) for name, size in pairs], dim=1)
+    squares = v.double().square().sum(1)
+    order = squares.argsort(descending=True)
+    return squares[order].to(v), (v / squares.sqrt().to(v)[:, None])[order]
+
+
+def _inputs_and_sensitivities(layers: Layers, tap: Tap, columns: Sequence[Tensor], examples: int) -> tuple[Tensor, ...]:
+    return tap.inputs, torch.stack(list(columns), dim=1)
+
+
+def _rows_in_order(layers: Layers, tap: Tap, columns: Sequence[Tensor], examples: int) -> tuple[Tensor, ...]:
+    of_column = [layers.rows(tap, b, examples) for b in columns]
+    names = layers.trainable(tap.layer)
+    rows = [torch.cat([parts[name].flatten(1) for name in names], dim=1) for parts in of_column]
+    return (torch.stack(rows, dim=1).flatten(0, 1),)
+
+
+def _sizes(layers: Layers, names: Iterable[str]) -> dict[str, int]:
+    known = dict(zip(layers.space.names, layers.space.sizes))
+    return {name: known[name] for name in names}

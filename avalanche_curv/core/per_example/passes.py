@@ -1,0 +1,59 @@
+"""Passes over the data of a risk, a piece at a time, with the sensitivities of each layer to the columns of S."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from avalanche_curv.core.curvature.base import OutputCurvature
+from avalanche_curv.core.per_example.layers import Layers, Tap, gradients
+from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
+
+CHUNK = 512  # examples that go through the model at once, fewer where they are large
+CHUNK_BYTES = 32 * 2**20  # of what leaves the layers, for these examples and for the columns of S at once
+
+
+@dataclass(frozen=True)
+class LayerPass:
+    """Some examples after a forward pass."""
+
+    examples: int
+    taps: list[Tap]
+    outputs: Float[Tensor, "n C"]
+    factor: Float[Tensor, "n C R"]
+
+    @property
+    def columns(self) -> Iterator[list[Sequence[Tensor]]]:
+        """For each column s_r of S, ∂(Σ_i s_irᵀ f_i)/∂Z of each tap; some columns at a time where these are large."""
+        ends = [tap.outputs for tap in self.taps]
+        width = max(1, CHUNK_BYTES // max(1, sum(end.nbytes for end in ends)))
+        for some in self.factor.split(width, dim=2):
+            yield [gradients(self.outputs, ends, column) for column in some.unbind(2)]
+
+
+def layer_passes(curvature: OutputCurvature, layers: Layers, risk: EmpiricalRisk) -> Iterator[LayerPass]:
+    """All examples of `risk` in order, with S of `curvature`; none where there are no layers."""
+    generator = curvature.generator()
+    size = min(CHUNK, max(1, CHUNK_BYTES // max(1, layers.bytes_an_example)))
+    for x, y in risk.rebatched(size) if layers.names else ():
+        with torch.enable_grad(), layers.tapped() as taps:
+            outputs = risk.outputs(x)
+        _check_calls(layers, taps, len(x))
+        factor = curvature.factor(risk.loss, outputs.detach(), y, generator)
+        yield LayerPass(len(x), taps, outputs, factor)
+
+
+def _check_calls(layers: Layers, taps: list[Tap], examples: int) -> None:
+    """Raises ValueError where a layer does not see every example in the way of the first ones."""
+    called = [tap.layer for tap in taps]
+    for tap in taps:
+        rows = tuple(n * examples for n in layers.folded.get(tap.layer, ()))
+        if called.count(tap.layer) > 1 or rows != (len(tap.inputs), len(tap.outputs)):
+            raise ValueError(
+                f"Layer '{layers.names[tap.layer]}' does not see every example once, as it does the first ones: "
+                "per-example gradients do not follow from it. Use MatrixFree(), or let all examples take the same path."
+            )

@@ -1,0 +1,46 @@
+"""The quadratic model of past loss: estimated, kept up to date by a policy, and added to training as a penalty."""
+
+from avalanche_curv.core.quadratic.adaptive import (
+    AbsoluteError,
+    AdaptiveRefresh,
+    Damping,
+    RatioBand,
+    RelativeError,
+    StepBound,
+    Tikhonov,
+    Trust,
+)
+from avalanche_curv.core.quadratic.estimate import estimate
+from avalanche_curv.core.quadratic.model import QuadraticModel
+from avalanche_curv.core.quadratic.policies import Accumulate, Merge, Past, Policy, Refresh, RefreshEvent
+from avalanche_curv.core.quadratic.stability import (
+    Guard,
+    RescaleIfUnstable,
+    StopIfUnstable,
+    UnstablePenaltyError,
+    WarnIfUnstable,
+)
+
+__all__ = [
+    "AbsoluteError",
+    "Accumulate",
+    "AdaptiveRefresh",
+    "Damping",
+    "Guard",
+    "Merge",
+    "Past",
+    "Policy",
+    "QuadraticModel",
+    "RatioBand",
+    "Refresh",
+    "RefreshEvent",
+    "RelativeError",
+    "RescaleIfUnstable",
+    "StepBound",
+    "StopIfUnstable",
+    "Tikhonov",
+    "Trust",
+    "UnstablePenaltyError",
+    "WarnIfUnstable",
+    "estimate",
+]

@@ -1,0 +1,277 @@
+"""A trust region for the quadratic model of past loss: where it is believed, how it stays bounded, when it is made
+anew."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from avalanche_curv.core.curvature.base import Curvature
+from avalanche_curv.core.options import is_count, is_number
+from avalanche_curv.core.quadratic.estimate import estimate
+from avalanche_curv.core.quadratic.model import QuadraticModel, half
+from avalanche_curv.core.quadratic.policies import Past, RefreshEvent, RevisingPolicy, check_fraction, part_of
+from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk, frozen_together
+from avalanche_curv.core.structures.base import Structure
+
+
+@dataclass(frozen=True)
+class TrustCheck:
+    """The loss L of stored examples against its picture q, at the anchor a and at the current parameters θ.
+
+    `start` = L(a) = q(a), `actual` = L(θ), `predicted` = q(θ).
+
+    >>> check = Check(start=1.0, actual=2.0, predicted=1.5)
+    >>> check.error, check.ratio
+    (0.5, 2.0)
+    """
+
+    start: float
+    actual: float
+    predicted: float
+
+    @property
+    def error(self) -> float:
+        """|L(θ) − q(θ)|."""
+        return abs(self.actual - self.predicted)
+
+    @property
+    def ratio(self) -> float:
+        """ρ = (L(θ) − L(a)) / (q(θ) − q(a)), NaN where nothing is predicted."""
+        change = self.predicted - self.start
+        return (self.actual - self.start) / change if change else float("nan")
+
+
+class Trust(ABC):
+    """The region in which a picture is believed."""
+
+    @abstractmethod
+    def broken(self, check: TrustCheck) -> str | None:
+        """Why the picture is not believed at these parameters, with its numbers; None where it is."""
+
+
+@dataclass(frozen=True)
+class AbsoluteError(Trust):
+    """|L(θ) − q(θ)| ≤ tolerance, in units of the loss summed over past experiences."""
+
+    tolerance: float
+
+    def __post_init__(self) -> None:
+        _check_positive("AbsoluteError", self.tolerance)
+
+    def broken(self, check: TrustCheck) -> str | None:
+        if check.error <= self.tolerance:
+            return None
+        return f"error {check.error:.3g} above the tolerance {self.tolerance:g}"
+
+
+@dataclass(frozen=True)
+class RelativeError(Trust):
+    """|L(θ) − q(θ)| ≤ tolerance · max(L(θ), L(a)): a share of the loss of the stored examples."""
+
+    tolerance: float
+
+    def __post_init__(self) -> None:
+        _check_positive("RelativeError", self.tolerance)
+
+    def broken(self, check: TrustCheck) -> str | None:
+        loss = max(check.actual, check.start)
+        if check.error <= self.tolerance * loss:
+            return None
+        return f"error {check.error:.3g} above {self.tolerance:g} times the loss {loss:.3g}"
+
+
+@dataclass(frozen=True)
+class RatioBand(Trust):
+    """low ≤ ρ ≤ high for the ratio ρ of the actual to the predicted change (Conn et al. 2000, section 6.1).
+
+    Changes that are both below `floor` · L(a) are not judged: their ratio is noise.
+    """
+
+    low: float = 0.5
+    high: float = 2.0
+    floor: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not (is_number(self.low) and is_number(self.high) and self.low < 1 < self.high):
+            raise ValueError(
+                f"RatioBand needs low < 1 < high; got low={self.low!r}, high={self.high!r}. 1 is a perfect picture; "
+                "RatioBand(0.5, 2.0) allows a factor of two either way."
+            )
+        if not (is_number(self.floor) and self.floor >= 0):
+            raise ValueError(f"RatioBand needs a floor of at least 0; got {self.floor!r}. 0 judges every change.")
+
+    def broken(self, check: TrustCheck) -> str | None:
+        actual, predicted = check.actual - check.start, check.predicted - check.start
+        if max(abs(actual), abs(predicted)) <= self.floor * check.start or self.low <= check.ratio <= self.high:
+            return None
+        return f"ratio {check.ratio:.3g} of actual to predicted change outside [{self.low:g}, {self.high:g}]"
+
+
+def _check_positive(name: str, tolerance: object) -> None:
+    if not (is_number(tolerance) and tolerance > 0):  # type: ignore[operator]
+        raise ValueError(
+            f"{name} needs a finite tolerance above 0; got {tolerance!r}. Smaller refreshes more often; infinity is "
+            "Refresh()."
+        )
+
+
+class Damping(ABC):
+    """How much of τ ‖δ‖² / 2 a quadratic model with the slope g gets.
+
+    With positive semi-definite C and τ > 0 the model q + ½ τ ‖δ‖² is bounded below, also where g leaves the range of C.
+    """
+
+    @abstractmethod
+    def amount(self, model: QuadraticModel) -> float:
+        """τ."""
+
+
+def damped(model: QuadraticModel, tau: float) -> QuadraticModel:
+    """q + ½ τ ‖δ‖²."""
+    return replace(model, curvature=model.curvature.damped(tau)) if tau else model
+
+
+@dataclass(frozen=True)
+class Tikhonov(Damping):
+    """A fixed τ ≥ 0, in units of curvature."""
+
+    tau: float
+
+    def __post_init__(self) -> None:
+        if not (is_number(self.tau) and self.tau >= 0):
+            raise ValueError(f"Tikhonov needs a finite τ of at least 0; got {self.tau!r}. 0 leaves q as it is.")
+
+    def amount(self, model: QuadraticModel) -> float:
+        return self.tau
+
+
+@dataclass(frozen=True)
+class StepBound(Damping):
+    """τ = ‖g‖ / (radius · ‖a‖): the minimum of q then lies within `radius` times the length of its anchor a.
+
+    For ‖(C + τI)⁻¹ g‖ ≤ ‖g‖ / τ = radius · ‖a‖ whatever the positive semi-definite C. At a minimum of past loss, where
+    g = 0, nothing is added.
+    """
+
+    radius: float = 10.0
+
+    def __post_init__(self) -> None:
+        if not (is_number(self.radius) and self.radius > 0):
+            raise ValueError(
+                f"StepBound needs a finite radius above 0, in lengths of the anchor; got {self.radius!r}. 10 keeps the "
+                "minimum of q within ten times the norm of the parameters."
+            )
+
+    def amount(self, model: QuadraticModel) -> float:
+        if model.gradient is None:
+            return 0.0
+        length = float(model.anchor.norm()) or 1.0  # all parameters zero: the radius counts in their own units
+        return float(model.gradient.norm()) / (self.radius * length)
+
+
+@dataclass(frozen=True)
+class AdaptiveRefresh(RevisingPolicy):
+    """Stores a random part of each experience's examples and keeps the quadratic model of their loss within its region.
+
+    With L(θ) = Σ_t L_t(θ) the loss of the stored examples, the mean over each past experience, the model is its
+    expansion at the newest anchor a,
+
+        q(θ) = L(a) + gᵀδ + ½ δᵀ C δ,   δ = θ − a,   g = ∇L(a),   C = Σ_t C_t(a).
+
+    Every `every` iterations L(θ) is measured, one forward pass over the stored examples. Where it leaves the region in
+    which `trust` believes q, the anchor moves to θ and g and C are estimated anew, at most `max_refreshes` times an
+    experience; at the end of each experience always. Before the first iteration L is that of the model as it has grown:
+    where new outputs or unmasked units change it beyond `trust`, the picture is drawn anew too. Each refresh and its
+    reason are in `Past.refreshes`. The penalty is q − L(a) + ½ τ ‖δ‖², with τ from `damping`: it stays bounded below
+    where g leaves the range of C.
+
+    `fraction` of an experience's examples are kept, drawn by `seed`. The idea of a region in which a quadratic model is
+    trusted is that of Levenberg (1944) and of Conn et al. (2000).
+    """
+
+    trust: Trust = RelativeError(0.1)
+    every: int = 5
+    max_refreshes: int | None = 10
+    damping: Damping = StepBound()
+    fraction: float = 0.1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_fraction("AdaptiveRefresh", self.fraction)
+        for name, value, expected, example in (
+            ("trust", self.trust, Trust, "RelativeError(0.1), AbsoluteError(0.1) or RatioBand(0.5, 2.0)"),
+            ("damping", self.damping, Damping, "StepBound(10.0) or Tikhonov(0.0)"),
+        ):
+            if not isinstance(value, expected):
+                raise TypeError(f"AdaptiveRefresh({name}=...) takes {example}; got {value!r}.")
+        if not is_count(self.every):
+            raise ValueError(f"AdaptiveRefresh needs every to be at least 1 iteration; got {self.every!r}.")
+        if self.max_refreshes is not None and not (is_count(self.max_refreshes) or self.max_refreshes == 0):
+            raise ValueError(
+                f"AdaptiveRefresh needs max_refreshes of at least 0, or None for no limit; got {self.max_refreshes!r}."
+            )
+
+    def absorb(self, past: Past, risk: EmpiricalRisk, curvature: Curvature, structure: Structure) -> Past:
+        newest = part_of(risk, self.fraction, self.seed, past.experiences)
+        stored = (*(old.at(risk) for old in past.stored), newest)
+        return replace(past, **self._drawn(stored, curvature, structure), experiences=past.experiences + 1)
+
+    def revise(
+        self, past: Past, model: nn.Module, iteration: int, curvature: Curvature, structure: Structure
+    ) -> Past:
+        if past.model is None or iteration % self.every or self._left(past) <= 0:
+            return past
+        predicted, frozen = predicted_loss(past, model), memory_loss(past.stored, model)
+        grown = () if iteration else frozen_together(past.stored, model)
+        actual = sum(risk.value() for risk in grown) if grown else frozen
+        reason = self.trust.broken(TrustCheck(past.loss, actual, predicted))
+        if reason is None:
+            return past
+        if actual != frozen:
+            reason = f"growth changed the loss from {frozen:.3g} to {actual:.3g}: {reason}"
+        if self._left(past) == 1:
+            reason = f"{reason}; the last of {self.max_refreshes}"
+        event = RefreshEvent(past.experiences, iteration, reason, actual, predicted)
+        drawn = self._drawn(grown or frozen_together(past.stored, model), curvature, structure)
+        return replace(past, **drawn, refreshes=(*past.refreshes, event))
+
+    def _left(self, past: Past) -> float:
+        """How many refreshes this experience may still have."""
+        done = sum(event.experience == past.experiences for event in past.refreshes)
+        return math.inf if self.max_refreshes is None else self.max_refreshes - done
+
+    def _drawn(self, stored: tuple[EmpiricalRisk, ...], curvature: Curvature, structure: Structure) -> dict:
+        """The picture of the stored examples at the parameters where they are frozen."""
+        models = [estimate(curvature, structure, risk, gradient=True) for risk in stored]
+        total, loss = sum_at_one_anchor(models), sum(risk.value() for risk in stored)
+        tau = self.damping.amount(total)
+        return {"model": damped(total, tau), "loss": loss, "damping": tau, "stored": stored}
+
+
+def predicted_loss(past: Past, model: nn.Module) -> float:
+    """q(θ) without its damping: the Taylor picture of the loss of the stored examples."""
+    if past.model is None:
+        return 0.0
+    displacement = past.model.displacement(model)
+    increase = past.model.increase(displacement) - half(past.damping * (displacement @ displacement))
+    return past.loss + float(increase)
+
+
+def memory_loss(stored: tuple[EmpiricalRisk, ...], model: nn.Module) -> float:
+    """L = Σ_t L_t of stored examples at the parameters of `model`, on their frozen past functions."""
+    return sum(risk.value_at(risk.space.vector(model)) for risk in stored)
+
+
+def sum_at_one_anchor(models: list[QuadraticModel]) -> QuadraticModel:
+    """The sum of models of one space and anchor. Unlike their `+`, which keeps the minimum, it keeps the slope where a
+    structure cuts the sum of curvatures."""
+    first, *others = models
+    matrix, slope = first.curvature, first.gradient
+    for model in others:
+        matrix = matrix.plus(model.curvature)
+        slope = slope + model.gradient if slope is not None and model.gradient is not None else None
+    return replace(first, curvature=matrix.compressed(), gradient=slope)

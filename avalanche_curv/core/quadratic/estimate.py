@@ -1,0 +1,40 @@
+"""From a curvature kind, a structure and a risk to a quadratic model, by the fastest known exact way."""
+
+from __future__ import annotations
+
+from avalanche_curv.core.curvature.base import Curvature, NonFiniteCurvatureError
+from avalanche_curv.core.quadratic.model import QuadraticModel
+from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
+from avalanche_curv.core.structures.base import Structure
+from avalanche_curv.core.structures.rules import check_pair, curvature_matrix
+
+
+def estimate(
+    curvature: Curvature, structure: Structure, risk: EmpiricalRisk, *, gradient: bool = False
+) -> QuadraticModel:
+    """The quadratic model of how `risk` increases around its frozen parameters.
+
+    C is `curvature` in the form of `structure`; g = ∇L(a) with `gradient=True`, and zero otherwise, which takes the
+    anchor for a minimum. Raises TypeError for a pair that does not go together, MemoryError before computing a matrix
+    over the structure's limit, and NonFiniteCurvatureError for NaN or infinity in the result, its anchor included.
+
+    >>> import torch
+    >>> from avalanche_curv import GGN, Diagonal
+    >>> x = torch.tensor([[1.0], [3.0]])
+    >>> model = torch.nn.Linear(1, 1, bias=False)
+    >>> risk = EmpiricalRisk.snapshot(model, torch.nn.MSELoss(), [(x, x)])
+    >>> estimate(GGN(), Diagonal(), risk).curvature.dense().round()   # 2 · mean(x²)
+    tensor([[10.]])
+    """
+    check_pair(curvature, structure)
+    structure.check(risk.space, risk.anchor.element_size())
+    matrix = slope = None
+    if risk.anchor.isfinite().all() and risk.one_output.isfinite().all():
+        matrix = curvature_matrix(curvature, structure, risk)
+        slope = risk.gradient() if gradient else None
+    if matrix is None or not matrix.is_finite() or (slope is not None and not slope.isfinite().all()):
+        raise NonFiniteCurvatureError(
+            f"{curvature} of {risk.examples} examples holds NaN or infinity, so the model or its inputs do. "
+            "Look for diverged weights (lower the learning rate or the strength) and for NaN in the data."
+        )
+    return QuadraticModel(risk.space, risk.anchor, matrix, slope)

@@ -1,0 +1,211 @@
+"""The quadratic model of past loss: its value, gradient, re-anchoring, exact sums, and the penalty it adds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from avalanche_curv.core.risk.parameters import ParameterSpace
+from avalanche_curv.core.structures.base import Matrix
+
+
+@dataclass(frozen=True)
+class QuadraticModel:
+    """q(θ) = c + gᵀδ + ½ δᵀ C δ with displacement δ = θ − a, over a parameter space of size P.
+
+    Fresh from `estimate`, q is the predicted *increase* of past loss since the anchor: c = 0, and g is zero unless it
+    was asked for. Sums and re-anchoring are exact and may give c and g values. θ may be a grown model: it is read
+    through `space`, and coordinates that came later do not count.
+
+    >>> from avalanche_curv.core.structures import DiagonalMatrix
+    >>> model = nn.Linear(1, 1, bias=False)
+    >>> past = QuadraticModel(ParameterSpace.of(model), torch.tensor([1.0]), DiagonalMatrix(torch.tensor([4.0])))
+    >>> _ = nn.init.constant_(model.weight, 3.0)
+    >>> past(model), past.gradient_at(past.displacement(model))
+    (tensor(8.), tensor([8.]))
+    """
+
+    space: ParameterSpace
+    anchor: Float[Tensor, "P"]
+    curvature: Matrix
+    gradient: Float[Tensor, "P"] | None = None
+    constant: float = 0.0
+
+    def displacement(self, model: nn.Module) -> Float[Tensor, "P"]:
+        """δ of `model`, detached."""
+        return self.space.vector(model).to(self.anchor) - self.anchor
+
+    def __call__(self, model: nn.Module) -> Tensor:
+        """q(θ), detached."""
+        return self.increase(self.displacement(model)) + self.constant
+
+    def increase(self, displacement: Float[Tensor, "P"]) -> Tensor:
+        """q(a + δ) − q(a) = gᵀδ + ½ δᵀ C δ."""
+        return quadratic_increase(displacement, self.curvature.product(displacement), self.gradient)
+
+    def gradient_at(self, displacement: Float[Tensor, "P"]) -> Float[Tensor, "P"]:
+        """∇q(a + δ) = g + C δ."""
+        product = self.curvature.product(displacement)
+        return product if self.gradient is None else product + self.gradient
+
+    def penalty(self, model: nn.Module) -> Tensor:
+        """q(θ) as a scalar whose gradient in the parameters of `model` is exactly g + C δ."""
+        return _Penalty.apply(self, *self.space.tensors(model))
+
+    def scaled(self, factor: float) -> QuadraticModel:
+        """factor · q."""
+        gradient = None if self.gradient is None else factor * self.gradient
+        return replace(
+            self, curvature=self.curvature.scaled(factor), gradient=gradient, constant=factor * self.constant
+        )
+
+    def reanchored(self, anchor: Float[Tensor, "P"]) -> QuadraticModel:
+        """The same function of θ, written around another anchor."""
+        if torch.equal(anchor, self.anchor):
+            return self
+        shift = anchor - self.anchor
+        product = self.curvature.product(shift)
+        constant = self.constant + float(quadratic_increase(shift.double(), product.double(), self.gradient))
+        gradient = product if self.gradient is None else product + self.gradient
+        return replace(self, anchor=anchor, gradient=gradient, constant=constant)
+
+    def __add__(self, newer: QuadraticModel) -> QuadraticModel:
+        """The sum as one quadratic model, anchored where `newer` is; a grown `newer` decides the space. It is exact
+        unless the structure bounds the size of its sums."""
+        space = newer.space.union(self.space)
+        old, new = self.reanchored(self.seen_from(newer)).embedded(space), newer.embedded(space)
+        anchor = old.anchor.clone()
+        anchor[space.positions(newer.space).to(anchor.device)] = newer.anchor
+        exact = QuadraticModel(
+            space,
+            anchor,
+            old.curvature.plus(new.curvature),
+            _sum_of_known(old.gradient, new.gradient),
+            old.constant + new.constant,
+        )
+        return exact.with_curvature(exact.curvature.compressed())
+
+    def with_curvature(self, curvature: Matrix) -> QuadraticModel:
+        """Another curvature around the minimum of this model, so that q stays bounded below where both are positive
+        semi-definite: the slope g at the anchor would leave the range of a smaller C."""
+        if curvature is self.curvature or self.gradient is None:
+            return replace(self, curvature=curvature)
+        step = minimiser(self.curvature.product, self.gradient)
+        lowest = self.constant + float(self.increase(step))
+        product = curvature.product(step)
+        return replace(
+            self, curvature=curvature, gradient=-product, constant=lowest + float(half(step @ product))
+        )
+
+    def seen_from(self, newer: QuadraticModel) -> Float[Tensor, "P"]:
+        """The anchor of `newer` in this model's coordinates; this model's own where `newer` has none."""
+        if newer.space == self.space:
+            return newer.anchor
+        space = newer.space.union(self.space)
+        anchor = _scattered(self.anchor, space.positions(self.space), space.size)
+        anchor[space.positions(newer.space).to(anchor.device)] = newer.anchor
+        return anchor[space.positions(self.space).to(anchor.device)]
+
+    def embedded(self, space: ParameterSpace) -> QuadraticModel:
+        """The same function over a larger space, whose further coordinates it ignores (and anchors at zero)."""
+        if space == self.space:
+            return self
+        where = space.positions(self.space)
+        return QuadraticModel(
+            space,
+            _scattered(self.anchor, where, space.size),
+            self.curvature.embedded(self.space, space),
+            None if self.gradient is None else _scattered(self.gradient, where, space.size),
+            self.constant,
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Memory held."""
+        extra = 0 if self.gradient is None else self.gradient.nbytes
+        return self.anchor.nbytes + self.curvature.nbytes + extra
+
+
+class _Penalty(torch.autograd.Function):
+    """Value and gradient of a quadratic model from one product; autograd through δᵀ(Cδ) would take two."""
+
+    @staticmethod
+    def forward(ctx: Any, past: QuadraticModel, *parameters: Tensor) -> Tensor:
+        displacement = past.space.flatten(list(parameters)).to(past.anchor).sub_(past.anchor)
+        product = past.curvature.product(displacement)
+        value = quadratic_increase(displacement, product, past.gradient) + past.constant
+        ctx.space, ctx.types = past.space, [p.dtype for p in parameters]
+        ctx.save_for_backward(product if past.gradient is None else product + past.gradient)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        check_first_order()
+        (gradient,) = ctx.saved_tensors
+        parts = ctx.space.split(times(gradient, grad_outputs[0]))
+        return None, *(part.to(dtype) for part, dtype in zip(parts, ctx.types))
+
+
+def times(gradient: Tensor, scale: Tensor) -> Tensor:
+    """The product, without touching the gradient where the scale is known to be one."""
+    return gradient if scale.device.type == "cpu" and scale.item() == 1 else gradient * scale
+
+
+def half(quadratic_form: Tensor) -> Tensor:
+    """½ δᵀ(Cδ) from δᵀ(Cδ): the ½ of every penalty and picture."""
+    return 0.5 * quadratic_form
+
+
+def check_first_order() -> None:
+    """Raises RuntimeError in a backward pass that is to be differentiated again, where C would be missing."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "The gradient of a penalty cannot be differentiated again (create_graph=True). Differentiate the task loss "
+            "alone, and add gradient_at(displacement) and curvature.product(v) of the QuadraticModel yourself."
+        )
+
+
+def minimiser(product: Callable[[Tensor], Tensor], gradient: Tensor, iterations: int = 200) -> Tensor:
+    """δ with C δ = −g for positive semi-definite C and g in its range, by conjugate gradients; directions that are flat
+    up to rounding are not followed.
+
+    >>> minimiser(lambda v: torch.tensor([2.0, 4.0]) * v, torch.tensor([2.0, -4.0])).round(decimals=3).tolist()
+    [-1.0, 1.0]
+    """
+    step, residual = torch.zeros_like(gradient), -gradient
+    direction, size = residual, residual @ residual
+    rounding = 100 * torch.finfo(gradient.dtype).eps
+    enough, sharpest = (rounding**2) * size, torch.zeros_like(size)
+    for _ in range(iterations):
+        turned = product(direction)
+        curved, length = direction @ turned, direction @ direction
+        sharpest = torch.maximum(sharpest, curved / length)
+        if size <= enough or curved <= rounding * sharpest * length:
+            break
+        far = size / curved
+        step, residual = step + far * direction, residual - far * turned
+        size, before = residual @ residual, size
+        direction = residual + size / before * direction
+    return step
+
+
+def quadratic_increase(displacement: Tensor, product: Tensor, gradient: Tensor | None = None) -> Tensor:
+    """gᵀδ + ½ δᵀ(Cδ)."""
+    quadratic = half(displacement @ product)
+    return quadratic if gradient is None else quadratic + displacement @ gradient.to(displacement)
+
+
+def _scattered(values: Tensor, where: Tensor, size: int) -> Tensor:
+    result = values.new_zeros(size)
+    result[where.to(values.device)] = values
+    return result
+
+
+def _sum_of_known(*terms: Tensor | None) -> Tensor | None:
+    known = [term for term in terms if term is not None]
+    return sum(known[1:], known[0]) if known else None

@@ -1,0 +1,87 @@
+"""The penalty as training adds it at every step: strength · q(θ) with its exact gradient, and little else to pay."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from avalanche_curv.core.quadratic.model import QuadraticModel, check_first_order, half, times
+from avalanche_curv.core.structures.block_diagonal import BlockDiagonalMatrix
+from avalanche_curv.core.structures.dense import DenseMatrix
+from avalanche_curv.core.structures.diagonal import DiagonalMatrix
+
+
+class Penalty:
+    """strength · q(θ) of one quadratic model, as a function of a model that can be called at every step.
+
+    Displacements share one piece of memory, since at the size of a model fresh memory costs more than arithmetic. Each
+    gradient is handed over to autograd in memory of its own, to which that of the loss is then added in place.
+    """
+
+    def __init__(self, past: QuadraticModel, strength: float) -> None:
+        past = _centre(past) or past
+        self.strength = strength
+        if not isinstance(past.curvature, (DenseMatrix, BlockDiagonalMatrix)):  # which would be held twice
+            self.strength, past = 1.0, past.scaled(strength)
+        self.past, self.space = past, past.space
+        self.anchors = past.space.split(past.anchor)
+        self.displacement = torch.empty_like(past.anchor)
+        self.displacements = past.space.split(self.displacement)
+
+    def __call__(self, model: nn.Module) -> Tensor:
+        """A scalar whose gradient in the parameters of `model` is exactly strength · (g + C δ)."""
+        return _Penalty.apply(self, *self.space.tensors(model))
+
+    def evaluate(self, parameters: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """strength · q(θ), and strength · (g + C δ) for each parameter."""
+        past = self.past
+        for parameter, anchor, displacement in zip(parameters, self.anchors, self.displacements):
+            torch.sub(parameter, anchor, out=displacement)
+        gradients = past.curvature.products(self.displacement, self.space)
+        products = zip(self.displacements, gradients)
+        value = half(torch.stack([d.reshape(-1) @ g.reshape(-1) for d, g in products]).sum()) + past.constant
+        if past.gradient is not None:
+            value = value + self.displacement @ past.gradient
+            gradients = [g.add_(slope) for g, slope in zip(gradients, self.space.split(past.gradient))]
+        if self.strength != 1:
+            value, gradients = self.strength * value, [g.mul_(self.strength) for g in gradients]
+        return value, gradients
+
+
+class _Penalty(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, penalty: Penalty, *parameters: Tensor) -> Tensor:
+        value, ctx.gradients = penalty.evaluate(parameters)
+        ctx.types = [parameter.dtype for parameter in parameters]
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        check_first_order()
+        if ctx.gradients is None:
+            raise RuntimeError(
+                "The penalty's gradient was handed over in an earlier backward pass. Evaluate the penalty before each "
+                "backward pass, or use QuadraticModel.penalty, which keeps its gradient."
+            )
+        gradients, ctx.gradients = ctx.gradients, None
+        return None, *(times(part, grad_outputs[0]).to(dtype) for part, dtype in zip(gradients, ctx.types))
+
+
+def _centre(past: QuadraticModel) -> QuadraticModel | None:
+    """The same function around its minimum, where its linear term is zero; None where C is no diagonal or has none."""
+    if not isinstance(past.curvature, DiagonalMatrix):
+        return None
+    if past.gradient is None:
+        return past
+    values = past.curvature.values
+    if ((values <= 0) & (past.gradient != 0)).any():
+        return None
+    step = torch.where(values > 0, past.gradient / values, torch.zeros_like(values))
+    if step.abs().max() > 2 * past.anchor.abs().max():
+        return None  # so far away that the value would cancel: no sum of quadratics, whose minimum is among anchors
+    anchor = past.anchor - step
+    return replace(past.reanchored(anchor), gradient=None)  # C (a* − a) + g is zero but for rounding

@@ -1,0 +1,148 @@
+"""What happens to the picture of the past at the end of an experience."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from functools import reduce
+from operator import add
+
+from torch import nn
+
+from avalanche_curv.core.curvature.base import Curvature
+from avalanche_curv.core.options import is_number
+from avalanche_curv.core.quadratic.estimate import estimate
+from avalanche_curv.core.quadratic.model import QuadraticModel
+from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
+from avalanche_curv.core.structures.base import Structure
+
+
+@dataclass(frozen=True)
+class Past:
+    """What is known of past experiences: their quadratic model, the examples that a policy stores of them, and when and
+    why the model was estimated anew during an experience. `loss` is that of the stored examples at the anchor, where
+    the policy measures it, and `damping` the part τI of the curvature that only keeps the model bounded below."""
+
+    model: QuadraticModel | None = None
+    stored: tuple[EmpiricalRisk, ...] = field(default=(), repr=False)
+    experiences: int = 0
+    refreshes: tuple[RefreshEvent, ...] = ()
+    loss: float = 0.0
+    damping: float = 0.0
+
+
+@dataclass(frozen=True)
+class RefreshEvent:
+    """A new anchor during an experience: after which iteration of which experience (counted from 0), and why.
+
+    `actual` and `predicted` are the loss of the stored examples and its picture there, before the refresh.
+    """
+
+    experience: int
+    iteration: int
+    reason: str
+    actual: float
+    predicted: float
+
+    @property
+    def error(self) -> float:
+        """|L − q|."""
+        return abs(self.actual - self.predicted)
+
+
+class Policy(ABC):
+    """How the quadratic model of the past takes in a new experience."""
+
+    @abstractmethod
+    def absorb(self, past: Past, risk: EmpiricalRisk, curvature: Curvature, structure: Structure) -> Past:
+        """The past including the experience whose risk, frozen at the end of its training, is given."""
+
+
+class RevisingPolicy(Policy):
+    """A policy that also looks at its quadratic model while an experience is trained."""
+
+    @abstractmethod
+    def revise(
+        self, past: Past, model: nn.Module, iteration: int, curvature: Curvature, structure: Structure
+    ) -> Past:
+        """The past after `iteration` updates of the current experience, of which `model` is the state; 0 is before the
+        first, when the model may just have grown. The same object where nothing is to be done."""
+
+
+@dataclass(frozen=True)
+class Accumulate(Policy):
+    """q = Σ_t ½ δ_tᵀ C_t δ_t: each experience keeps its own anchor (Kirkpatrick et al. 2017).
+
+    The sum is one quadratic model. Dense, diagonal and block-diagonal curvature folds exactly, so that memory and step
+    time do not grow with the number of experiences; other structures keep what each experience adds (see theirs).
+    With fraction < 1, C_t is estimated on that random part of the experience's examples, drawn by `seed`.
+    """
+
+    fraction: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_fraction("Accumulate", self.fraction)
+
+    def absorb(self, past: Past, risk: EmpiricalRisk, curvature: Curvature, structure: Structure) -> Past:
+        new = estimate(curvature, structure, part_of(risk, self.fraction, self.seed, past.experiences))
+        return Past(new if past.model is None else past.model + new, experiences=past.experiences + 1)
+
+
+@dataclass(frozen=True)
+class Merge(Policy):
+    """One anchor, the newest, and C ← decay · C + C_t (Huszár 2018); decay < 1 is online EWC (Schwarz et al. 2018)."""
+
+    decay: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (is_number(self.decay) and 0 <= self.decay <= 1):
+            raise ValueError(f"Merge needs a decay in [0, 1]; got {self.decay}. 1 keeps all of the past, 0 none of it.")
+
+    def absorb(self, past: Past, risk: EmpiricalRisk, curvature: Curvature, structure: Structure) -> Past:
+        new = estimate(curvature, structure, risk)
+        if past.model is not None:
+            old = past.model
+            new = QuadraticModel(old.space, old.seen_from(new), old.curvature.scaled(self.decay)) + new
+        return Past(new, experiences=past.experiences + 1)
+
+
+@dataclass(frozen=True)
+class Refresh(Policy):
+    """Stores a random part of each experience's examples and re-estimates all of the past at the newest anchor.
+
+    q = Σ_t ½ δᵀ C_t δ, with C_t of the stored examples of experience t at the newest parameters. `fraction` of an
+    experience's examples are kept, drawn by `seed`.
+
+    With `gradient=True`, q also carries Σ_t g_tᵀδ, the slope of past loss at the new anchor, which is no minimum of
+    it. Where that slope leaves the range of C, q has no lower bound and a large strength or a long experience diverges.
+    """
+
+    fraction: float = 0.1
+    seed: int = 0
+    gradient: bool = False
+
+    def __post_init__(self) -> None:
+        check_fraction("Refresh", self.fraction)
+
+    def absorb(self, past: Past, risk: EmpiricalRisk, curvature: Curvature, structure: Structure) -> Past:
+        newest = part_of(risk, self.fraction, self.seed, past.experiences)
+        stored = (*(old.at(risk) for old in past.stored), newest)
+        models = (estimate(curvature, structure, one, gradient=self.gradient) for one in stored)
+        return Past(reduce(add, models), stored, past.experiences + 1)
+
+
+def part_of(risk: EmpiricalRisk, fraction: float, seed: int, experience: int) -> EmpiricalRisk:
+    """The random part that is kept of an experience: the same for every policy and metric of the same seed."""
+    return risk if fraction == 1 else risk.subset(fraction, part_seed(seed, experience))
+
+
+def part_seed(seed: int, experience: int) -> int:
+    """The seed by which the kept part of an experience is drawn."""
+    return seed * 1_000_003 + experience
+
+
+def check_fraction(name: str, fraction: float) -> None:
+    """Raises ValueError for a share of the examples that is none."""
+    if not (is_number(fraction) and 0 < fraction <= 1):
+        raise ValueError(f"{name} needs a fraction in (0, 1]; got {fraction}. 0.1 keeps one example in ten.")

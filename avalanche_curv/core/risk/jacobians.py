@@ -1,0 +1,96 @@
+"""Per-example derivatives for any model, a chunk of examples at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.func import vjp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
+
+CHUNK_BYTES = 128 * 2**20
+
+Parameters = dict[str, Tensor]
+
+
+def outputs_of(risk: EmpiricalRisk) -> Callable[[Parameters, Tensor], Float[Tensor, "N C"]]:
+    """(parameters, inputs) ↦ outputs, for the frozen past function at any parameters of its shapes."""
+
+    def outputs(parameters: Parameters, inputs: Tensor) -> Tensor:
+        return risk.outputs_at(list(parameters.values()), inputs)
+
+    return outputs
+
+
+def parameters_of(risk: EmpiricalRisk, vector: Float[Tensor, "P"] | None = None) -> Parameters:
+    """The named parameters to call `outputs_of` with: those at the anchor, or `vector` in their shapes."""
+    return dict(zip(risk.space.names, risk.space.split(risk.anchor if vector is None else vector)))
+
+
+def pulled_back(
+    risk: EmpiricalRisk,
+    parameters: Parameters,
+    inputs: Tensor,
+    cotangents: Float[Tensor, "N C R"],
+    names: Collection[str] | None = None,
+) -> Float[Tensor, "N R P"]:
+    """J_iᵀ S_i for each example i, with J_i the Jacobian of the outputs at `parameters`; in some of them by `names`."""
+    way = _all_at_once if _can_vmap(risk) else _one_by_one
+    with sdpa_kernel(SDPBackend.MATH):  # `vmap` has no rule for the fused kernels of attention
+        return way(risk, parameters, inputs, cotangents, parameters if names is None else names)
+
+
+def _all_at_once(
+    risk: EmpiricalRisk, parameters: Parameters, inputs: Tensor, cotangents: Tensor, names: Collection[str]
+) -> Tensor:
+    outputs = outputs_of(risk)
+    moved = {name: parameters[name] for name in names}
+
+    def one(x: Tensor, s: Float[Tensor, "C R"]) -> Parameters:
+        pull: Any = vjp(lambda p: outputs({**parameters, **p}, x[None])[0], moved)[1]
+        return vmap(lambda column: pull(column)[0], in_dims=1)(s)
+
+    parts = vmap(one)(inputs, cotangents)
+    return torch.cat([part.reshape(*part.shape[:2], -1) for part in parts.values()], dim=2)
+
+
+@torch.enable_grad()
+def _one_by_one(
+    risk: EmpiricalRisk, parameters: Parameters, inputs: Tensor, cotangents: Tensor, names: Collection[str]
+) -> Tensor:
+    """For modules that `vmap` has no rule for, such as recurrent ones."""
+    held = {name: parameters[name].detach().requires_grad_() for name in names}
+    rows = []
+    for x, s in zip(inputs, cotangents):
+        outputs = outputs_of(risk)({**parameters, **held}, x[None])[0]
+        for column in s.unbind(1):
+            parts = torch.autograd.grad(
+                outputs, list(held.values()), column, retain_graph=True, allow_unused=True, materialize_grads=True
+            )
+            rows.append(torch.cat([part.reshape(-1) for part in parts]))
+    return torch.stack(rows).view(len(inputs), cotangents.shape[2], -1)
+
+
+def _can_vmap(risk: EmpiricalRisk) -> bool:
+    """Whether `vmap` knows all that the model does, tried once on two examples."""
+    if "_vmaps" not in risk.__dict__:
+        inputs, _ = next(iter(risk))
+        cotangents = torch.ones_like(risk.outputs(inputs[:2]).detach())[:, :, None]
+        with torch.no_grad():
+            try:
+                with sdpa_kernel(SDPBackend.MATH):
+                    _all_at_once(risk, parameters_of(risk), inputs[:2], cotangents, risk.space.names)
+                risk.__dict__["_vmaps"] = True
+            except (RuntimeError, NotImplementedError):
+                risk.__dict__["_vmaps"] = False
+    return risk.__dict__["_vmaps"]
+
+
+def chunk_size(risk: EmpiricalRisk, rows_an_example: int, width: int | None = None) -> int:
+    """How many examples may hold `rows_an_example` vectors of a size, P if it is not given, each at once."""
+    return max(1, CHUNK_BYTES // (rows_an_example * (width or risk.space.size) * risk.anchor.element_size()))

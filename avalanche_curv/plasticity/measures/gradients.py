@@ -1,0 +1,83 @@
+"""How many directions the gradients of single examples span."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import reduce
+from operator import add
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from avalanche_curv.core.curvature.empirical_fisher import EmpiricalFisher
+from avalanche_curv.core.per_example.gram import OuterRows, PlainRows, Rows, rows_of
+from avalanche_curv.core.per_example.layers import Layers
+from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
+from avalanche_curv.plasticity.measures.singular_values import condition_number, effective_rank, singular_values_of_gram
+
+ROW_BYTES = 256 * 2**20  # of gradients that are held at once, where layers do not spare it
+COLUMNS = 2**16  # that are summed at once in float64
+
+
+@dataclass(frozen=True)
+class GradientDiversity:
+    """Of the matrix G = [g_1 ... g_m] of the gradients g_i = ∇_θ ℓ_i of m examples, with singular values σ_i(G):
+
+    - effective_rank = exp(−Σ p_i log p_i), p_i = σ_i / Σ_j σ_j: m for orthogonal gradients of one length, 1 for
+      collinear ones (Lewandowski et al. 2024, section 3.3, whose formula lacks the exponential and the sign);
+    - condition_number = σ_1 / σ_m: infinite where gradients depend linearly on each other, or cannot be told from such
+      by GᵀG in float64: from (m ε)^−½ on, ε = 2.2e-16, which is 6e6 for 128 examples.
+    """
+
+    effective_rank: float
+    condition_number: float
+    examples: int
+
+
+def gradient_diversity(risk: EmpiricalRisk) -> GradientDiversity:
+    """The effective gradient diversity of the examples of `risk` at its frozen parameters, over the whole network.
+
+    From the eigenvalues σ² of the m × m Gram matrix GᵀG, summed in float64 from one forward and backward pass. Linear
+    layers on matrices never form G; others form it some parameters at a time, which takes a pass for each part that
+    fills 256 MiB. Both numbers are NaN where a gradient is not finite.
+    """
+    values = singular_values_of_gram(gradient_gram(risk))
+    return GradientDiversity(effective_rank(values), condition_number(values), len(values))
+
+
+def gradient_gram(risk: EmpiricalRisk) -> Float[Tensor, "m m"]:
+    """(1/m) g_iᵀg_j in float64, of the gradients at the observed targets."""
+    total = torch.zeros(risk.examples, risk.examples, dtype=torch.float64, device=risk.anchor.device)
+    for part in _parts(Layers.of(risk), risk):
+        for rows in rows_of(EmpiricalFisher(), risk, part):
+            total += _gram(rows)
+    return total
+
+
+def _parts(layers: Layers, risk: EmpiricalRisk) -> Iterator[Layers]:
+    """The same parameters, some at a time: rows that have to be formed fit in `ROW_BYTES`, or are one layer's."""
+    sizes = dict(zip(risk.space.names, risk.space.sizes))
+    most = ROW_BYTES // (risk.examples * risk.anchor.element_size())
+    alone = [replace(layers, names={layer: name}, rest=()) for layer, name in layers.names.items()]
+    alone += [replace(layers, names={}, rest=(name,)) for name in layers.rest]
+    size, part = 0, replace(layers, names={}, rest=())
+    for one in alone:
+        formed = [name for layer in one.names if layer not in layers.flat for name in layers.trainable(layer)]
+        more = sum(sizes[name] for name in (*formed, *one.rest))
+        if size and size + more > most:
+            yield part
+            size, part = 0, replace(layers, names={}, rest=())
+        size, part = size + more, replace(part, names=part.names | one.names, rest=part.rest + one.rest)
+    yield part
+
+
+def _gram(rows: Rows) -> Tensor:
+    """The Gram matrix of some columns, in float64 from the first product on."""
+    if isinstance(rows, OuterRows):
+        return replace(rows, inputs=rows.inputs.double(), sensitivities=rows.sensitivities.double()).gram()
+    if not isinstance(rows, PlainRows):
+        return rows.gram().double()
+    parts = (columns.double() for columns in rows.rows.split(COLUMNS, dim=1))
+    return reduce(add, (part @ part.T for part in parts))

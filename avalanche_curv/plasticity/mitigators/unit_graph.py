@@ -1,0 +1,246 @@
+"""Which layers read the units of which: hidden units that can be replaced, found by tracing the model."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from avalanche_curv.core.risk.frozen import unwrapped
+from avalanche_curv.plasticity.mitigators.roles import NORMS
+
+ACTIVATIONS = (
+    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish,
+    nn.Softplus, nn.Softsign, nn.Tanh, nn.Sigmoid, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid, nn.LogSigmoid,
+    nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout,
+)  # fmt: skip
+POOLING = (
+    nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d,
+    nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d,
+    nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d,
+)  # fmt: skip
+ENTRYWISE = {
+    "relu", "relu_", "relu6", "leaky_relu", "leaky_relu_", "prelu", "elu", "celu", "selu", "gelu", "silu", "mish",
+    "softplus", "softsign", "tanh", "sigmoid", "hardtanh", "hardswish", "hardsigmoid", "logsigmoid", "dropout",
+    "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "contiguous",
+}  # fmt: skip
+POOLED = {f"{kind}_pool{n}d" for kind in ("max", "avg", "adaptive_max", "adaptive_avg") for n in (1, 2, 3)}
+LAST_AXIS_NORMS = (nn.LayerNorm, nn.RMSNorm)
+MEASURES = {"size", "dim", "numel", "shape", "ndim", "dtype", "device"}  # of a tensor, not of its values
+
+
+@dataclass(frozen=True)
+class HiddenLayer:
+    """A layer by name whose output units only `readers` read, and the norm layers that its units pass on the way.
+
+    `batched` where one of those takes the second axis for the units: it is, in batches of vectors or of images only.
+    """
+
+    name: str
+    readers: tuple[str, ...]
+    norms: tuple[str, ...] = ()
+    batched: bool = False
+
+
+@dataclass(frozen=True)
+class UnitGraph:
+    """The hidden layers whose readers are known, and of the other linear and convolutional layers why they are not."""
+
+    hidden: tuple[HiddenLayer, ...]
+    others: dict[str, str]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> UnitGraph:
+        """Traces a copy of the model, with its own parameters. Raises ValueError where it cannot be traced.
+
+        From a linear layer or a convolution, units are followed through activations, dropout, normalisation and, of
+        convolutions, pooling and flattening, to the linear layers and convolutions that read them. A layer is left
+        out where a unit takes another way (into an addition, an attention, the outputs, a module that cannot be
+        traced), where a layer on its way is called several times or shares a parameter, where it has no weights, or is
+        a transposed convolution. Names are those inside of wrappers.
+
+        >>> graph = UnitGraph.of(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)))
+        >>> graph.hidden
+        (HiddenLayer(name='0', readers=('2',), norms=(), batched=False),)
+        >>> graph.others
+        {'2': 'its units are outputs of the model'}
+        """
+        model = unwrapped(model)
+        graph = _traced(model)
+        hidden: list[HiddenLayer] = []
+        others: dict[str, str] = {}
+        for name, layer in model.named_modules():
+            if isinstance(layer, (nn.Linear, _ConvNd)):
+                try:
+                    hidden.append(_Walk(model, graph, name).hidden_layer())
+                except _Left as reason:
+                    others[name] = str(reason)
+        return cls(tuple(hidden), others)
+
+    def without(self, layer: HiddenLayer, reason: str) -> UnitGraph:
+        """The graph with one hidden layer among the others."""
+        return UnitGraph(tuple(one for one in self.hidden if one != layer), {**self.others, layer.name: reason})
+
+
+class _Left(Exception):
+    """Why a layer's units cannot be replaced."""
+
+
+class _Walk:
+    """From one layer along its units to their readers."""
+
+    def __init__(self, model: nn.Module, graph: fx.Graph, name: str) -> None:
+        self.model, self.graph, self.name = model, graph, name
+        self.layer: Any = model.get_submodule(name)
+        self.readers: dict[str, None] = {}
+        self.norms: dict[str, None] = {}
+        self.batched = False
+
+    def hidden_layer(self) -> HiddenLayer:
+        calls = self._calls(self.name)
+        if len(calls) != 1:
+            raise _Left("it is called several times" if calls else "no step that could be traced calls it")
+        self._check_own(self.name)
+        if not self.layer.weight.numel():
+            raise _Left("it has no weights")
+        self._follow(calls[0], flat=not isinstance(self.layer, _ConvNd))
+        if not self.readers:
+            raise _Left("nothing reads its units")
+        return HiddenLayer(self.name, tuple(self.readers), tuple(self.norms), self.batched)
+
+    def _follow(self, node: fx.Node, flat: bool) -> None:
+        """`flat`: units are the last axis, in blocks of equal length; otherwise they are the channels."""
+        for user in node.users:
+            if _name_of(user) in MEASURES:
+                continue
+            if user.op == "output":
+                raise _Left("its units are outputs of the model")
+            module = self.model.get_submodule(str(user.target)) if user.op == "call_module" else None
+            if isinstance(module, (nn.Linear, _ConvNd)):
+                self._reads(str(user.target), module, flat)
+            else:
+                self._follow(user, self._passes(user, module, flat))
+
+    def _reads(self, name: str, reader: nn.Linear | _ConvNd, flat: bool) -> None:
+        self._check_own(name)
+        if len(self._calls(name)) != 1:
+            raise _Left(f"its reader '{name}' is called several times")
+        if isinstance(reader, nn.Linear):
+            blocks, rest = divmod(reader.in_features, units(self.layer))
+            fits = flat and rest == 0 and (blocks == 1 or isinstance(self.layer, _ConvNd))
+        else:
+            fits = not flat and reader.in_channels == units(self.layer) and reader.groups == 1
+        if not fits:
+            raise _Left(f"its reader '{name}' mixes or regroups units")
+        self.readers[name] = None
+
+    def _passes(self, user: fx.Node, module: nn.Module | None, flat: bool) -> bool:
+        """Whether units lie flat behind what is no reader. Raises where they do not pass as they are."""
+        images = isinstance(self.layer, _ConvNd)
+        called = _name_of(user)
+        if isinstance(module, NORMS) and self._normalises(module, flat):
+            self._norm(str(user.target), module)
+            return flat
+        if isinstance(module, ACTIVATIONS) or (module is None and called in ENTRYWISE):
+            return flat
+        if not flat and (isinstance(module, POOLING) or (module is None and called in POOLED)):
+            return flat
+        if _flattens(user, module) and images:
+            return True
+        raise _Left(f"its units go into {called!r}")
+
+    def _norm(self, name: str, norm: nn.Module) -> None:
+        self._check_own(name)
+        if len(self._calls(name)) != 1:
+            raise _Left(f"the norm layer '{name}' on its way is called several times")
+        self.norms[name] = None
+        self.batched |= not isinstance(norm, LAST_AXIS_NORMS)
+
+    def _normalises(self, norm: nn.Module, flat: bool) -> bool:
+        """Whether a norm layer sees each unit as one feature; batch and group norms do in batches."""
+        if isinstance(norm, LAST_AXIS_NORMS):
+            return flat and tuple(norm.normalized_shape) == (units(self.layer),)
+        if flat and isinstance(norm, _InstanceNorm):
+            return False  # of [n, units] it takes n for the features
+        return getattr(norm, "num_features", getattr(norm, "num_channels", None)) == units(self.layer)
+
+    def _calls(self, name: str) -> list[fx.Node]:
+        return [node for node in self.graph.nodes if node.op == "call_module" and node.target == name]
+
+    def _check_own(self, name: str) -> None:
+        """Raises where a weight is not a parameter of this layer alone, or lies otherwise."""
+        layer = self.model.get_submodule(name)
+        if isinstance(layer, _ConvTransposeNd):
+            raise _Left("a transposed convolution is on its way")
+        if "weight" not in layer._parameters:
+            raise _Left("a weight on its way is computed from other parameters")
+        holders = Counter(id(p) for module in self.model.modules() for p in module._parameters.values())
+        read = {str(node.target).rpartition(".")[0] for node in self.graph.nodes if node.op == "get_attr"}
+        if name in read or any(holders[id(p)] > 1 for p in layer._parameters.values() if p is not None):
+            raise _Left("a weight on its way is shared")
+
+
+def units(layer: Any) -> int:
+    """The number of output units of a linear layer or a convolution."""
+    return int(layer.out_channels if isinstance(layer, _ConvNd) else layer.out_features)
+
+
+def _name_of(node: fx.Node) -> str:
+    """What is called: the path of a module, the name of a function or a method, the attribute that is read."""
+    if node.op == "call_function":
+        return str(node.args[1]) if node.target is getattr else getattr(node.target, "__name__", str(node.target))
+    return str(node.target)
+
+
+def _flattens(node: fx.Node, module: nn.Module | None) -> bool:
+    """Whether all axes behind the batch's become one."""
+    if isinstance(module, nn.Flatten):
+        return (module.start_dim, module.end_dim) == (1, -1)
+    if node.op == "call_module":
+        return False
+    if _name_of(node) == "flatten":
+        options = dict(zip(("start_dim", "end_dim"), node.args[1:])) | node.kwargs
+        return options in ({"start_dim": 1}, {"start_dim": 1, "end_dim": -1})
+    shape: Any = node.args[1] if len(node.args) == 2 else node.args[1:]
+    of_two = _name_of(node) in ("view", "reshape") and isinstance(shape, (tuple, list)) and len(shape) == 2
+    return of_two and _is_batch_size(shape[0]) and shape[1] == -1
+
+
+def _is_batch_size(value: Any) -> bool:
+    """Whether it is x.size(0), x.shape[0] or x.size()[0]."""
+    if not isinstance(value, fx.Node) or len(value.args) != 2 or value.args[1] != 0:
+        return False
+    of_shape = isinstance(value.args[0], fx.Node) and _name_of(value.args[0]) in ("shape", "size")
+    return _name_of(value) == "size" or (_name_of(value) == "getitem" and of_shape)
+
+
+class _Tracer(fx.Tracer):
+    """Takes a submodule that cannot be traced, for its control flow say, as one step."""
+
+    def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        before = len(self.graph.nodes)
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except Exception:
+            for node in reversed([*self.graph.nodes][before:]):
+                self.graph.erase_node(node)
+            return self.create_proxy("call_module", self.path_of_module(m), args, kwargs)
+
+
+def _traced(model: nn.Module) -> fx.Graph:
+    shared = {id(parameter): parameter for parameter in model.parameters()}
+    with torch.random.fork_rng(devices=[]):
+        try:
+            return _Tracer().trace(copy.deepcopy(model, shared))  # tracing writes constants into the model
+        except Exception as error:
+            raise ValueError(
+                f"{type(model).__name__} cannot be traced by torch.fx to see which layers read which units: {error} "
+                "Move what depends on the values of inputs into a submodule, which is then taken as a whole, or use "
+                "another mitigator, such as ShrinkAndPerturb."
+            ) from error

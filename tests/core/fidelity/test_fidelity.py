@@ -1,0 +1,359 @@
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import nn
+
+from avalanche_curv import (
+    GGN,
+    BatchedEmpiricalFisher,
+    Clip,
+    EmpiricalFisher,
+    EmpiricalRisk,
+    ExampleLoss,
+    Fisher,
+    Hessian,
+)
+from avalanche_curv.core.fidelity.examples import HessianModels, OutputModels
+from avalanche_curv.core.fidelity.layerwise import LayerwiseModels
+from avalanche_curv.core.fidelity.measures import Comparison, Fidelity, GradientProducts
+from avalanche_curv.core.fidelity.monitor import PastModels, example_models
+from avalanche_curv.core.per_example.layers import linear_layers
+from avalanche_curv.core.risk import jacobians
+
+
+def nearby(risk, size=0.3, seed=0):
+    noise = torch.randn(risk.anchor.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return risk.anchor + size * noise
+
+
+def assert_measures(found, actual, increase, true, predicted, close):
+    """The definitions of kappa, gamma, alpha and rho, one example after the other."""
+    for i in range(len(actual)):
+        close(found.actual[i], actual[i])
+        close(found.kappa[i], actual[i] - increase[i])
+        close(found.gamma[i], (true[i] - predicted[i]).norm(), 1e-9)
+        close(found.alpha[i], true[i] @ predicted[i] / (true[i].norm() * predicted[i].norm()), 1e-9)
+        close(found.rho[i], actual[i] / increase[i], 1e-8)
+
+
+def assert_explicit(comparison, paper, matrices, theta, close):
+    delta = theta - paper.anchor
+    bends, slopes = matrices @ delta, paper.gradients
+    actual = paper.losses(theta) - paper.losses(paper.anchor)
+    true = paper.gradients_at(theta)
+    quadratic = 0.5 * bends @ delta
+    assert_measures(comparison.quadratic, actual, quadratic, true, bends, close)
+    assert_measures(comparison.linear, actual, quadratic + slopes @ delta, true, bends + slopes, close)
+
+
+MATRICES = {
+    "ggn": (GGN(), lambda paper: paper.ggns),
+    "empirical": (EmpiricalFisher(), lambda paper: paper.empirical_fishers),
+    "hessian": (Hessian(), lambda paper: paper.hessians),
+}
+
+
+@pytest.mark.parametrize("kind", MATRICES)
+def test_measures_are_those_of_explicit_jacobians(kind, architecture, loss_name, problem, close):
+    known, (curvature, matrices) = problem(architecture, loss_name), MATRICES[kind]
+    theta = nearby(known.risk)
+    comparison = example_models(curvature, known.risk).compare(theta)
+    assert_explicit(comparison, known.paper, matrices(known.paper), theta, close)
+
+
+def test_the_fastest_way_is_chosen_by_model_and_kind(problem):
+    linear, convolution = problem("mlp", "cross_entropy").risk, problem("conv", "cross_entropy").risk
+    assert type(example_models(GGN(), linear)) is LayerwiseModels
+    assert type(example_models(Fisher(samples=2, seed=0), linear)) is LayerwiseModels
+    assert type(example_models(GGN(), convolution)) is OutputModels
+    assert type(example_models(Hessian(), linear)) is HessianModels
+
+
+def test_the_exact_fisher_has_the_pictures_of_the_ggn(likelihood, problem, close):
+    risk = problem("mlp", likelihood).risk
+    theta = nearby(risk)
+    fisher, ggn = (example_models(kind, risk).compare(theta).quadratic for kind in (Fisher(), GGN()))
+    close(fisher.kappa, ggn.kappa)
+    close(fisher.gamma, ggn.gamma)
+
+
+@pytest.mark.parametrize("kind", [GGN(), EmpiricalFisher(), Hessian(), Fisher(samples=2, seed=1)])
+def test_chunks_and_batches_change_nothing(kind, architecture, problem, monkeypatch, close):
+    risk = problem(architecture, "cross_entropy").risk
+    theta = nearby(risk)
+    whole = example_models(kind, risk).compare(theta).linear
+    monkeypatch.setattr(jacobians, "CHUNK_BYTES", 1)
+    for other in (risk, risk.rebatched(1), risk.rebatched(7)):
+        found = example_models(kind, other).compare(theta).linear
+        close(found.kappa, whole.kappa)
+        close(found.gamma, whole.gamma)
+        close(found.alpha, whole.alpha)
+
+
+@pytest.mark.parametrize("kind", [GGN(), Hessian(), Fisher()])
+@pytest.mark.parametrize("name", ["mean_square", "summed_square"])
+@pytest.mark.parametrize("size", [1e-3, 1.0, 100.0])
+def test_a_quadratic_loss_is_predicted_exactly_anywhere(kind, name, size, new_problem, make_model):
+    known = new_problem(make_model(lambda: nn.Linear(4, 3)), name)
+    found = example_models(kind, known.risk).compare(nearby(known.risk, size)).linear
+    scale = found.actual.abs().max().item()
+    torch.testing.assert_close(found.kappa, torch.zeros(7).double(), atol=1e-12 * max(scale, 1), rtol=0)
+    torch.testing.assert_close(found.gamma, torch.zeros(7).double(), atol=1e-12 * max(scale, 1), rtol=0)
+    torch.testing.assert_close(found.alpha, torch.ones(7).double(), atol=1e-12, rtol=0)
+    torch.testing.assert_close(found.rho, torch.ones(7).double(), atol=1e-8, rtol=0)
+
+
+@pytest.mark.parametrize("kind", [GGN(), Hessian(), Fisher()])
+def test_a_quadratic_loss_is_predicted_exactly_at_its_minimum_without_the_linear_term(
+    kind, exact_problem, make_model, losses
+):
+    model = make_model(lambda: nn.Linear(4, 3))
+    inputs = torch.randn(7, 4, generator=torch.Generator().manual_seed(0)).double()
+    known = exact_problem(model, losses["mean_square"], inputs, model(inputs).detach())
+    found = example_models(kind, known.risk).compare(nearby(known.risk)).quadratic
+    torch.testing.assert_close(found.kappa, torch.zeros(7).double(), atol=1e-13, rtol=0)
+    torch.testing.assert_close(found.gamma, torch.zeros(7).double(), atol=1e-13, rtol=0)
+    torch.testing.assert_close(found.alpha, torch.ones(7).double(), atol=1e-13, rtol=0)
+    torch.testing.assert_close(found.rho, torch.ones(7).double(), atol=1e-10, rtol=0)
+    assert found.means() == pytest.approx(
+        {"kappa": 0, "kappa_abs": 0, "gamma": 0, "alpha": 1, "rho": 1, "rho_pooled": 1}, abs=1e-10
+    )
+
+
+def test_without_the_linear_term_a_quadratic_loss_off_its_minimum_is_missed_by_its_slope(
+    new_problem, make_model, close
+):
+    known = new_problem(make_model(lambda: nn.Linear(4, 3)), "mean_square")
+    theta = nearby(known.risk)
+    found = example_models(GGN(), known.risk).compare(theta).quadratic
+    close(found.kappa, known.paper.gradients @ (theta - known.risk.anchor))
+    close(found.gamma, known.paper.gradients.norm(dim=1))
+
+
+@dataclass(frozen=True)
+class Cubic(ExampleLoss):
+    """ℓ = f³, of outputs that are positive."""
+
+    def per_example(self, outputs, targets):
+        return outputs.pow(3).sum(1)
+
+    def gradient(self, outputs, targets):
+        return 3 * outputs.square()
+
+    def hessian_factor(self, outputs, targets):
+        return (6 * outputs).sqrt().diag_embed()
+
+    def sample_gradients(self, outputs, uniform):
+        raise TypeError("A cubic is no log-likelihood.")
+
+    check_likelihood = sample_gradients
+
+    def check(self, outputs, targets):
+        pass
+
+
+@pytest.mark.parametrize("kind", [GGN(), Hessian()])
+def test_a_cubic_loss_has_the_kappa_of_its_taylor_remainder(kind, make_model, close):
+    """f = w x: ℓ = x³ w³ = x³ (a³ + 3 a² δ + 3 a δ² + δ³)."""
+    model = make_model(lambda: nn.Linear(1, 1, bias=False))
+    nn.init.constant_(model.weight, 2.0)
+    x = torch.tensor([[0.5], [1.0], [2.0]]).double()
+    pictures = example_models(kind, EmpiricalRisk.snapshot(model, Cubic(), [(x, x)]))
+    delta = 0.7
+    comparison = pictures.compare(torch.tensor([2.0 + delta], dtype=torch.float64))
+    cubes = x[:, 0] ** 3
+    close(comparison.linear.kappa, cubes * delta**3)
+    close(comparison.linear.gamma, cubes * 3 * delta**2)
+    close(comparison.quadratic.kappa, cubes * (delta**3 + 3 * 4 * delta))
+    close(comparison.linear.alpha, torch.ones(3).double())
+
+
+@pytest.mark.parametrize("kind", [GGN(), EmpiricalFisher(), Hessian(), Fisher(samples=2, seed=0)])
+def test_at_the_anchor_nothing_happens_and_nothing_is_predicted(kind, architecture, problem, close):
+    known = problem(architecture, "cross_entropy")
+    comparison = example_models(kind, known.risk).compare(known.risk.anchor)
+    for found in (comparison.quadratic, comparison.linear):
+        assert found.actual.abs().max() == found.kappa.abs().max() == 0
+        assert found.rho.isnan().all()
+    assert comparison.quadratic.alpha.isnan().all()
+    close(comparison.quadratic.gamma, known.paper.gradients.norm(dim=1))
+    close(comparison.linear.alpha, torch.ones(7).double())
+    assert comparison.linear.gamma.abs().max() < 1e-12
+
+
+def test_the_linear_picture_errs_by_the_third_order_and_the_other_by_the_first(problem):
+    risk = problem("conv", "cross_entropy").risk
+    step = nearby(risk, 1.0) - risk.anchor
+    errors = [example_models(Hessian(), risk).compare(risk.anchor + t * step) for t in (1e-2, 1e-3)]
+    third = errors[0].linear.kappa.abs().sum() / errors[1].linear.kappa.abs().sum()
+    first = errors[0].quadratic.kappa.abs().sum() / errors[1].quadratic.kappa.abs().sum()
+    assert third.item() == pytest.approx(1000, rel=0.1)
+    assert first.item() == pytest.approx(10, rel=0.1)
+
+
+def test_means_leave_out_what_is_not_defined():
+    nan = float("nan")
+    found = Fidelity(
+        torch.tensor([1.0, 2.0, -3.0]), torch.tensor([2.0, 0.0, -1.0]), torch.tensor([1.0, 2.0, 6.0]),
+        torch.tensor([0.5, nan, -1.0]),
+    )
+    assert found.kappa.tolist() == [-1.0, 2.0, -2.0]
+    assert torch.equal(found.rho.isnan(), torch.tensor([False, True, False]))
+    means = found.means()
+    assert all(type(value) is float for value in means.values())
+    assert means == pytest.approx(
+        {"kappa": -1 / 3, "kappa_abs": 5 / 3, "gamma": 3, "alpha": -0.25, "rho": 1.75, "rho_pooled": 0.0}
+    )
+
+
+def test_measures_of_gradients_on_paper():
+    true = torch.tensor([[3.0, 4.0]])
+    predicted = torch.tensor([[[0.0, 2.0]], [[0.0, 0.0]]])
+    comparison = Comparison.of(
+        GradientProducts.of(true, predicted), torch.tensor([1.0]), torch.tensor([[0.5], [2.0]])
+    )
+    assert comparison.quadratic.gamma.item() == pytest.approx(13**0.5)
+    assert comparison.quadratic.alpha.item() == pytest.approx(0.8)
+    assert comparison.quadratic.rho.item() == 2
+    assert comparison.linear.gamma.item() == pytest.approx(5)
+    assert comparison.linear.alpha.isnan()
+
+
+def test_a_cosine_does_not_leave_its_interval():
+    products = GradientProducts(*(torch.tensor([[1.0], [1.0]]) for _ in range(2)), torch.tensor([[1.1], [-1.1]]),
+                                torch.zeros(2, 1))
+    comparison = Comparison.of(products, torch.ones(1), torch.ones(2, 1))
+    assert (comparison.quadratic.alpha.item(), comparison.linear.alpha.item()) == (1.0, -1.0)
+
+
+class Unreached(nn.Module):
+    """A linear layer that the loss never meets."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.spare, self.last = nn.Linear(4, 5), nn.Linear(5, 2), nn.Linear(5, 3)
+
+    def forward(self, inputs):
+        hidden = self.first(inputs).tanh()
+        self.spare(hidden)
+        return self.last(hidden)
+
+
+class Skipped(Unreached):
+    """A linear layer that is not even called."""
+
+    def forward(self, inputs):
+        return self.last(self.first(inputs).tanh())
+
+
+def frozen_below():
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 5), nn.ReLU(inplace=True), nn.Linear(5, 3))
+    model[0].requires_grad_(False)
+    return model
+
+
+def frozen_between():
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 3))
+    model[2].requires_grad_(False)
+    return model
+
+
+def frozen_bias():
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    model[0].bias.requires_grad_(False)
+    model[2].weight.requires_grad_(False)
+    return model
+
+
+PERCEPTRONS = {
+    "inplace": lambda: nn.Sequential(nn.Linear(4, 5), nn.ReLU(inplace=True), nn.Linear(5, 3)),
+    "no bias": lambda: nn.Sequential(nn.Linear(4, 5, bias=False), nn.Tanh(), nn.Linear(5, 3, bias=False)),
+    "one layer": lambda: nn.Linear(4, 3),
+    "deep": lambda: nn.Sequential(
+        nn.Linear(4, 5), nn.LeakyReLU(), nn.Dropout(0.3), nn.Linear(5, 4), nn.GELU(), nn.Linear(4, 3)
+    ),
+    "norm without parameters": lambda: nn.Sequential(
+        nn.Linear(4, 5), nn.BatchNorm1d(5, affine=False), nn.SiLU(), nn.Linear(5, 3)
+    ),
+    "frozen below": frozen_below,
+    "frozen between": frozen_between,
+    "frozen bias": frozen_bias,
+    "unreached": Unreached,
+    "skipped": Skipped,
+}
+
+
+@pytest.mark.parametrize("perceptron", PERCEPTRONS)
+@pytest.mark.parametrize("kind", [GGN(), EmpiricalFisher()])
+def test_pictures_by_layers_equal_those_on_any_model_and_on_paper(perceptron, kind, new_problem, make_model, close):
+    known = new_problem(make_model(PERCEPTRONS[perceptron]).eval(), "cross_entropy", examples=4)
+    layers = linear_layers(known.risk)
+    assert layers is not None
+    by_layers, general = LayerwiseModels(kind, (known.risk, layers)), OutputModels(kind, known.risk)
+    for seed in range(2):  # what is kept of the anchor serves more than once
+        theta = nearby(known.risk, seed=seed)
+        a, b = by_layers.compare(theta), general.compare(theta)
+        for one, other in ((a.quadratic, b.quadratic), (a.linear, b.linear)):
+            close(one.actual, other.actual)
+            close(one.increase, other.increase)
+            close(one.gamma, other.gamma)
+            close(one.alpha, other.alpha)
+    matrices = known.paper.ggns if kind == GGN() else known.paper.empirical_fishers
+    assert_explicit(a, known.paper, matrices, theta, close)
+
+
+def test_measures_carry_no_graph_and_work_under_no_grad(architecture, problem, close):
+    risk = problem(architecture, "cross_entropy").risk
+    theta = nearby(risk)
+    for kind in (GGN(), Hessian()):
+        expected = example_models(kind, risk).compare(theta).linear
+        with torch.no_grad():
+            found = example_models(kind, risk).compare(theta).linear
+        close(found.gamma, expected.gamma)
+        assert not any(t.requires_grad for t in (expected.kappa, expected.gamma, expected.alpha))
+
+
+@pytest.mark.parametrize("layers", [True, False])
+def test_the_distance_of_equal_gradients_does_not_cancel_in_single_precision(layers, make_model):
+    """‖g‖² − 2⟨g, p⟩ + ‖p‖² would leave a distance of √ε ‖g‖, a thousand times more."""
+    model = make_model(lambda: nn.Linear(4, 3)).float()
+    generator = torch.Generator().manual_seed(0)
+    batch = (torch.randn(7, 4, generator=generator), torch.randn(7, 3, generator=generator))
+    risk = EmpiricalRisk.snapshot(model, nn.MSELoss(), [batch])
+    pictures = LayerwiseModels(GGN(), (risk, linear_layers(risk))) if layers else OutputModels(GGN(), risk)
+    found = pictures.compare(nearby(risk).float()).linear
+    assert found.gamma.max() < 3e-6
+
+
+def test_past_pictures_measure_each_experience_at_its_own_and_at_the_newest_anchor(net, new_problem, close):
+    risks = []
+    for seed in range(3):
+        risks.append(new_problem(net, "cross_entropy", seed=seed, examples=5).risk)
+        with torch.no_grad():
+            for p in net.parameters():
+                p += 0.2 * torch.randn(p.shape, generator=torch.Generator().manual_seed(seed)).double()
+    past = PastModels(GGN())
+    for risk in risks:
+        past = past.with_experience(risk)
+    theta = risks[0].space.vector(net)
+    values = past.measure(net)
+    for t, risk in enumerate(risks):
+        own = example_models(GGN(), risk).compare(theta)
+        newest = example_models(GGN(), risk.at(risks[-1])).compare(theta)
+        for picture, fidelity in (
+            ("accumulate", own.quadratic), ("accumulate_linear", own.linear),
+            ("refresh", newest.quadratic), ("refresh_linear", newest.linear),
+        ):
+            for measure, value in fidelity.means().items():
+                assert values[f"{picture}/{measure}/experience_{t}"] == pytest.approx(value, rel=1e-9)
+    parts = [example_models(GGN(), risk).compare(theta).quadratic for risk in risks]
+    overall = sum(part.kappa.sum().item() for part in parts) / 15
+    assert values["accumulate/kappa"] == pytest.approx(overall, rel=1e-9)
+
+
+@pytest.mark.parametrize("kind", [BatchedEmpiricalFisher(2), Hessian(psd=Clip())])
+def test_kinds_without_a_per_example_form_are_refused(kind, problem):
+    for refused in (lambda: example_models(kind, problem("mlp", "cross_entropy").risk), lambda: PastModels(kind)):
+        with pytest.raises(TypeError, match=r"single examples.*does not define. Use GGN\(\)"):
+            refused()

@@ -1,0 +1,226 @@
+import pytest
+import torch
+from torch import nn
+
+from avalanche_curv import (
+    GGN,
+    Accumulate,
+    BlockDiagonal,
+    Dense,
+    Diagonal,
+    EmpiricalFisher,
+    EmpiricalRisk,
+    Merge,
+    Past,
+    Refresh,
+    estimate,
+)
+from avalanche_curv.core.quadratic.policies import part_of
+
+STRUCTURES = [Dense(), BlockDiagonal(), Diagonal()]
+
+
+@pytest.fixture
+def experiences(make_model):
+    """Three risks along a trajectory of one model whose head grows before the third."""
+    model = make_model(lambda: nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)))
+    generator = torch.Generator().manual_seed(0)
+    risks = []
+    for experience in range(3):
+        if experience == 2:
+            old, model[2] = model[2], make_model(lambda: nn.Linear(3, 4), seed=8)
+            with torch.no_grad():
+                model[2].weight[:2], model[2].bias[:2] = old.weight, old.bias
+        x = torch.randn(8, 4, generator=generator).double()
+        y = torch.randint(2, (8,), generator=generator) + (2 if experience == 2 else 0)
+        risks.append(EmpiricalRisk.snapshot(model, nn.CrossEntropyLoss(), list(zip(x.split(3), y.split(3)))))
+        with torch.no_grad():
+            for p in model.parameters():
+                p += 0.3 * torch.randn(p.shape, generator=generator)
+    return model, risks
+
+
+def absorbed(policy, risks, curvature, structure):
+    past = Past()
+    for risk in risks:
+        past = policy.absorb(past, risk, curvature, structure)
+    return past
+
+
+def widened(matrix, inner, outer):
+    where = outer.positions(inner)
+    wide = torch.zeros(outer.size, outer.size).double()
+    wide[where[:, None], where] = matrix
+    return wide
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_accumulate_is_the_sum_of_each_quadratic_at_its_own_anchor(structure, experiences, close):
+    model, risks = experiences
+    past = absorbed(Accumulate(), risks, GGN(), structure)
+    explicit = torch.zeros(()).double()
+    for risk in risks:
+        delta = torch.cat([t.reshape(-1) for t in risk.space.tensors(model)]) - risk.anchor
+        explicit = explicit + 0.5 * delta @ estimate(GGN(), structure, risk).curvature.dense() @ delta
+    assert past.experiences == 3
+    assert past.stored == ()
+    close(past.model(model), explicit.detach())
+    expected = torch.autograd.grad(explicit, list(model.parameters()))
+    for a, b in zip(torch.autograd.grad(past.model.penalty(model), list(model.parameters())), expected):
+        close(a, b)
+
+
+def test_accumulate_does_not_grow_with_the_experiences(experiences):
+    _, risks = experiences
+    past, sizes = Past(), []
+    for _ in range(5):
+        past = Accumulate().absorb(past, risks[0].at(risks[1]), GGN(), Diagonal())
+        past = Accumulate().absorb(past, risks[0], GGN(), Diagonal())
+        sizes.append(past.model.nbytes)
+    assert len(set(sizes)) == 1
+
+
+def test_accumulate_on_a_fraction_estimates_on_the_part_that_others_keep(experiences, close):
+    model, risks = experiences
+    policy = Accumulate(fraction=0.5, seed=3)
+    past = absorbed(policy, risks, GGN(), Diagonal())
+    parts = [part_of(risk, 0.5, 3, t) for t, risk in enumerate(risks)]
+    assert [part.examples for part in parts] == [4, 4, 4]
+    assert past.model(model).item() == pytest.approx(
+        sum(estimate(GGN(), Diagonal(), part)(model).item() for part in parts), rel=1e-10
+    )
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("decay", [1.0, 0.7])
+def test_merge_follows_its_recursion(structure, decay, experiences, close):
+    model, risks = experiences
+    past = absorbed(Merge(decay=decay), risks, GGN(), structure)
+    space = risks[-1].space
+    matrices = [widened(estimate(GGN(), structure, r).curvature.dense(), r.space, space) for r in risks]
+    expected = decay * (decay * matrices[0] + matrices[1]) + matrices[2]
+    close(past.model.curvature.dense(), expected)
+    assert torch.equal(past.model.anchor, risks[-1].anchor)
+    assert past.model.gradient is None
+    assert past.model.constant == 0
+    assert past.experiences == 3
+    delta = space.vector(model) - risks[-1].anchor
+    close(past.model(model), 0.5 * delta @ expected @ delta)
+
+
+def test_merge_without_decay_differs_from_accumulate_by_its_anchor_only(experiences, close):
+    _, risks = experiences
+    merged, summed = (absorbed(p, risks, GGN(), Diagonal()).model for p in (Merge(), Accumulate()))
+    close(merged.curvature.dense(), summed.curvature.dense())
+    assert summed.gradient.abs().max() > 0
+
+
+def test_merge_that_keeps_nothing_is_the_newest_alone(experiences, close):
+    _, risks = experiences
+    merged = absorbed(Merge(decay=0), risks, EmpiricalFisher(), Diagonal()).model
+    newest = estimate(EmpiricalFisher(), Diagonal(), risks[-1])
+    close(merged.curvature.dense(), newest.curvature.dense())
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("gradient", [True, False])
+def test_refresh_estimates_all_of_its_stored_past_at_the_newest_anchor(structure, gradient, experiences, close):
+    _, risks = experiences
+    past = absorbed(Refresh(fraction=0.5, seed=2, gradient=gradient), risks, GGN(), structure)
+    parts = [part_of(risk, 0.5, 2, t).at(risks[-1]) for t, risk in enumerate(risks)]
+    assert [stored.examples for stored in past.stored] == [4, 4, 4]
+    assert torch.equal(past.model.anchor, risks[-1].anchor)
+    matrices = [estimate(GGN(), structure, part).curvature.dense() for part in parts]
+    close(past.model.curvature.dense(), sum(matrices))
+    if gradient:
+        close(past.model.gradient, sum(part.gradient() for part in parts))
+    else:
+        assert past.model.gradient is None
+    assert past.experiences == 3
+
+
+def test_the_gradient_of_refresh_is_that_of_the_stored_past_loss(experiences, close):
+    """By autograd through the criterion at the newest parameters."""
+    model, risks = experiences
+    past = absorbed(Refresh(fraction=0.5, seed=2, gradient=True), risks, GGN(), Diagonal())
+    nn.utils.vector_to_parameters(risks[-1].anchor.clone(), model.parameters())
+    loss = sum(nn.CrossEntropyLoss()(model(x), y) for stored in past.stored for x, y in stored.batches)
+    expected = torch.autograd.grad(loss, list(model.parameters()))
+    for a, b in zip(torch.autograd.grad(past.model.penalty(model), list(model.parameters())), expected):
+        close(a, b)
+
+
+def test_refresh_of_a_linear_regression_predicts_the_past_loss_exactly(new_problem, make_model):
+    """The loss is quadratic, so that with all examples and the gradient q is the increase of Σ_t L_t anywhere."""
+    model = make_model(lambda: nn.Linear(4, 2))
+    risks = []
+    for seed in range(3):
+        risks.append(new_problem(model, "mean_square", seed=seed).risk)
+        nn.init.normal_(model.weight, generator=torch.Generator().manual_seed(seed))
+    past = absorbed(Refresh(fraction=1.0, gradient=True), risks, GGN(), Dense())
+    now = EmpiricalRisk.snapshot(model, nn.MSELoss(), risks[0].batches)
+    increase = sum(risk.at(now).value() - risk.at(risks[-1]).value() for risk in risks)
+    assert past.model(model).item() == pytest.approx(increase, rel=1e-10)
+
+
+def test_accumulate_of_a_linear_regression_at_its_minima_predicts_the_past_loss_exactly(make_model):
+    generator = torch.Generator().manual_seed(0)
+    model, risks = make_model(lambda: nn.Linear(4, 1)), []
+    for _ in range(3):
+        x, y = torch.randn(9, 4, generator=generator).double(), torch.randn(9, 1, generator=generator).double()
+        solution = torch.linalg.lstsq(torch.cat([x, torch.ones(9, 1)], 1), y).solution[:, 0]
+        nn.utils.vector_to_parameters(solution, model.parameters())
+        risks.append(EmpiricalRisk.snapshot(model, nn.MSELoss(), [(x, y)]))
+    past = absorbed(Accumulate(), risks, GGN(), Dense())
+    nn.init.normal_(model.weight, generator=generator)
+    now = EmpiricalRisk.snapshot(model, nn.MSELoss(), risks[0].batches)
+    increase = sum(risk.at(now).value() - risk.value() for risk in risks)
+    assert past.model(model).item() == pytest.approx(increase, rel=1e-10)
+
+
+def test_the_same_seed_stores_the_same_part_for_every_policy_and_curvature(experiences):
+    _, risks = experiences
+
+    def stored(seed, curvature):
+        past = absorbed(Refresh(fraction=0.25, seed=seed), risks, curvature, Diagonal())
+        return [next(iter(part))[0] for part in past.stored]
+
+    first, again, other = stored(1, GGN()), stored(1, EmpiricalFisher()), stored(2, GGN())
+    assert all(torch.equal(a, b) for a, b in zip(first, again))
+    assert not all(torch.equal(a, b) for a, b in zip(first, other))
+    kept = [next(iter(part_of(risk, 0.25, 1, t)))[0] for t, risk in enumerate(risks)]
+    assert all(torch.equal(a, b) for a, b in zip(first, kept))
+
+
+def test_each_experience_draws_a_part_of_its_own(experiences):
+    _, risks = experiences
+    parts = [next(iter(part_of(risks[0], 0.5, 0, t)))[0] for t in range(6)]
+    assert len({tuple(part.reshape(-1).tolist()) for part in parts}) > 1
+
+
+def test_a_whole_experience_is_not_copied(experiences):
+    _, risks = experiences
+    assert part_of(risks[0], 1, 0, 0) is risks[0]
+
+
+@pytest.mark.parametrize("policy", [Accumulate(), Merge(), Refresh(fraction=1.0)])
+def test_absorbing_returns_a_new_past(policy, experiences):
+    model, risks = experiences
+    first = policy.absorb(Past(), risks[0], GGN(), Diagonal())
+    before = first.model(model).item()
+    second = policy.absorb(first, risks[1], GGN(), Diagonal())
+    assert (first.experiences, second.experiences) == (1, 2)
+    assert first.model(model).item() == before
+
+
+@pytest.mark.parametrize("fraction", [0, -0.1, 1.1, float("nan")])
+@pytest.mark.parametrize("policy", [Accumulate, Refresh])
+def test_a_fraction_must_lie_between_zero_and_one(policy, fraction):
+    with pytest.raises(ValueError, match=rf"{policy.__name__} needs a fraction in \(0, 1\]; got .*one example in ten"):
+        policy(fraction=fraction)
+
+
+@pytest.mark.parametrize("decay", [-0.1, 1.1, float("nan")])
+def test_a_decay_must_lie_between_zero_and_one(decay):
+    with pytest.raises(ValueError, match=r"Merge needs a decay in \[0, 1\]; got .*1 keeps all of the past"):
+        Merge(decay=decay)

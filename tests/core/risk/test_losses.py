@@ -1,0 +1,179 @@
+import pytest
+import torch
+from torch import nn
+from torch.func import grad, hessian, vmap
+
+from avalanche_curv import GGN, Dense, EmpiricalRisk, ExampleLoss, estimate, example_loss
+from avalanche_curv.core.risk.losses import softmax_covariance_factor
+
+
+def outputs_and_targets(name, examples=6, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    f = 2 * torch.randn(examples, 3, generator=generator, dtype=torch.float64)
+    if "binary" in name:
+        return f, torch.rand(examples, 3, generator=generator, dtype=torch.float64)  # soft labels as well
+    if "square" in name:
+        return f, torch.randn(examples, 3, generator=generator, dtype=torch.float64)
+    return f, torch.randint(3, (examples,), generator=generator)
+
+
+def covariance(p):
+    return p.diag_embed() - p[:, :, None] * p[:, None, :]
+
+
+def test_the_loss_of_an_example_is_the_formula(loss_name, losses, close):
+    f, y = outputs_and_targets(loss_name)
+    on_paper = torch.stack([losses[loss_name].loss(f[i], y[i]) for i in range(len(f))])
+    close(example_loss(losses[loss_name].criterion).per_example(f, y), on_paper)
+
+
+def test_the_loss_of_an_example_is_the_criterion_of_a_batch_of_one(likelihood, losses, close):
+    f, y = outputs_and_targets(likelihood)
+    criterion = losses[likelihood].criterion
+    singles = torch.stack([criterion(f[i : i + 1], y[i : i + 1]) for i in range(len(f))])
+    close(example_loss(criterion).per_example(f, y), singles)
+
+
+def test_gradient_is_that_of_the_formula(loss_name, losses, close):
+    f, y = outputs_and_targets(loss_name)
+    on_paper = torch.stack([grad(losses[loss_name].loss)(f[i], y[i]) for i in range(len(f))])
+    close(example_loss(losses[loss_name].criterion).gradient(f, y), on_paper)
+
+
+def test_gradient_and_hessian_are_those_of_autograd(loss_name, losses, close):
+    f, y = outputs_and_targets(loss_name)
+    loss = example_loss(losses[loss_name].criterion)
+
+    def one(outputs, target):
+        return loss.per_example(outputs[None], target[None])[0]
+
+    close(loss.gradient(f, y), vmap(grad(one))(f, y))
+    factor = loss.hessian_factor(f, y)
+    close(factor @ factor.mT, torch.stack([hessian(one)(f[i], y[i]) for i in range(len(f))]))
+
+
+def test_targets_of_one_output_may_be_a_vector(losses, close):
+    f, y = torch.randn(5, 1).double(), torch.rand(5).double()
+    for name in ("mean_square", "binary"):
+        loss = example_loss(losses[name].criterion)
+        for part in (loss.per_example, loss.gradient, loss.hessian_factor):
+            close(part(f, y), part(f, y[:, None]))
+
+
+def test_sampled_gradients_have_mean_zero_and_the_hessian_as_covariance(likelihood, losses):
+    f, y = outputs_and_targets(likelihood, examples=3)
+    loss, draws = example_loss(losses[likelihood].criterion), 40_000
+    uniform = torch.rand(3, draws, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    g = loss.sample_gradients(f, uniform)
+    factor = loss.hessian_factor(f, y)
+    assert g.shape == (3, 3, draws)
+    torch.testing.assert_close(g.mean(2), torch.zeros(3, 3).double(), atol=0.03, rtol=0)
+    torch.testing.assert_close(g @ g.mT / draws, factor @ factor.mT, atol=0.04, rtol=0.04)
+
+
+@pytest.mark.parametrize("uniform", [0.0, 0.5, 1.0])
+def test_samples_at_the_ends_of_the_unit_interval_are_finite(uniform, likelihood, losses):
+    f, _ = outputs_and_targets(likelihood)
+    f = torch.cat([f, torch.tensor([[1000.0, -1000.0, 0.0]]).double()]).float()
+    drawn = example_loss(losses[likelihood].criterion).sample_gradients(f, torch.full((7, 1, 3), uniform))
+    assert drawn.isfinite().all()
+
+
+def test_a_label_is_drawn_where_the_uniform_number_falls(losses):
+    f = torch.tensor([[0.2, 0.3, 0.5]]).double().log()
+    uniform = torch.tensor([0.1, 0.3, 0.6]).double()[None, :, None].expand(1, 3, 3)
+    drawn = example_loss(losses["cross_entropy"].criterion).sample_gradients(f, uniform)
+    torch.testing.assert_close(drawn[0].T, f.exp() - torch.eye(3).double())
+
+
+def test_a_masked_class_is_never_drawn(losses):
+    f = torch.tensor([[-1000.0, 0.0, 0.0, -1000.0]])
+    uniform = torch.rand(1, 1000, 4, generator=torch.Generator().manual_seed(0))
+    drawn = example_loss(losses["cross_entropy"].criterion).sample_gradients(f, uniform)
+    assert drawn[0, [0, 3]].abs().max() == 0
+
+
+EXTREME = {
+    "ties": [0.0, 0.0, 0.0, 0.0],
+    "one certain": [1e3, 0.0, 0.0, 0.0],
+    "last certain": [0.0, 0.0, 0.0, 1e3],
+    "one impossible": [-1e3, 0.0, 1.0, 2.0],
+    "both ends": [1e3, -1e3, 1e3, 0.0],
+    "masked first": [-1000.0, -1000.0, 0.3, -0.2],
+    "masked last": [0.3, -0.2, -1000.0, -1000.0],
+    "masked between": [0.3, -1000.0, -1000.0, -0.2],
+    "all but one masked": [-1000.0, 5.0, -1000.0, -1000.0],
+    "nearly impossible": [0.0, -80.0, -90.0, -100.0],
+    "large ties": [1e3, 1e3, 1e3, 1e3],
+}
+
+
+@pytest.mark.parametrize("logits", EXTREME.values(), ids=EXTREME)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-14)])
+def test_the_softmax_covariance_is_factored_for_extreme_logits(logits, dtype, tolerance):
+    f = torch.tensor([logits], dtype=dtype)
+    factor = softmax_covariance_factor(f)
+    assert factor.shape == (1, 4, 3)
+    assert factor.isfinite().all()
+    torch.testing.assert_close(factor @ factor.mT, covariance(f.softmax(1)), atol=tolerance, rtol=0)
+
+
+def test_the_factor_is_lower_triangular_and_its_columns_sum_to_zero():
+    factor = softmax_covariance_factor(torch.randn(8, 10, generator=torch.Generator().manual_seed(0)).double())
+    assert torch.equal(factor, factor.tril())
+    torch.testing.assert_close(factor.sum(1), torch.zeros(8, 9).double(), atol=1e-14, rtol=0)
+
+
+def test_a_thousand_classes_in_single_precision():
+    f = 5 * torch.randn(2, 1000, generator=torch.Generator().manual_seed(0))
+    factor = softmax_covariance_factor(f)
+    torch.testing.assert_close(factor @ factor.mT, covariance(f.softmax(1)), atol=1e-6, rtol=0)
+
+
+def test_ggn_of_a_masked_head_is_finite(net, make_model):
+    masked = make_model(lambda: nn.Sequential(nn.Linear(4, 3))).float()
+    nn.init.constant_(masked[0].bias[2:], -1000.0)
+    risk = EmpiricalRisk.snapshot(masked, nn.CrossEntropyLoss(), [(torch.ones(2, 4), torch.tensor([0, 1]))])
+    matrix = estimate(GGN(), Dense(), risk).curvature.dense()
+    assert matrix.isfinite().all()
+    assert matrix[8:12].abs().max() == 0  # the masked row of the weight
+
+
+def test_an_unknown_criterion_is_told_how_to_register():
+    with pytest.raises(TypeError, match=r"criterion L1Loss.*@example_loss.register\(L1Loss\)"):
+        example_loss(nn.L1Loss())
+
+
+def test_an_example_loss_is_its_own_form(losses):
+    loss = example_loss(losses["smoothed"].criterion)
+    assert isinstance(loss, ExampleLoss)
+    assert example_loss(loss) is loss
+
+
+def test_weighted_outputs_of_binary_cross_entropy_are_refused():
+    with pytest.raises(ValueError, match="use pos_weight or drop it"):
+        example_loss(nn.BCEWithLogitsLoss(weight=torch.ones(3)))
+
+
+@pytest.mark.parametrize(
+    ("targets", "criterion", "message"),
+    [
+        (torch.tensor([0, 1, -100]), nn.CrossEntropyLoss(), "equal ignore_index=-100.*Drop these examples"),
+        (torch.tensor([0, 1, 2]), nn.CrossEntropyLoss(ignore_index=2), "equal ignore_index=2"),
+        (torch.tensor([0, 1, 3]), nn.CrossEntropyLoss(), r"lie in \[0, 3\].*has 3 logits.*one logit a class"),
+        (torch.tensor([0, 1, -1]), nn.CrossEntropyLoss(), r"lie in \[-1, 1\]"),
+        (torch.rand(3, 3), nn.CrossEntropyLoss(), "integer class targets.*register an ExampleLoss"),
+        (torch.rand(3, 2), nn.MSELoss(), r"MSELoss needs targets of the outputs' shape \(3, 3\); got \(3, 2\)"),
+        (torch.tensor([0, 1, 1]), nn.BCEWithLogitsLoss(), "BCEWithLogitsLoss needs targets of the outputs' shape"),
+    ],
+)
+def test_targets_that_the_loss_does_not_cover(targets, criterion, message, make_model):
+    with pytest.raises(ValueError, match=message):
+        EmpiricalRisk.snapshot(make_model(lambda: nn.Linear(2, 3)), criterion, [(torch.zeros(3, 2).double(), targets)])
+
+
+def test_cross_entropy_of_outputs_with_further_axes_is_refused(make_model):
+    model = make_model(lambda: nn.Sequential(nn.Linear(4, 6), nn.Unflatten(1, (3, 2))))
+    batch = (torch.zeros(2, 4).double(), torch.zeros(2, 2, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"logits of shape \[N, C\]; got \(2, 3, 2\)"):
+        EmpiricalRisk.snapshot(model, nn.CrossEntropyLoss(), [batch])

@@ -1,0 +1,601 @@
+"""Kronecker factors on paper, what EKFAC corrects, what stays diagonal, sums and growth."""
+
+import copy
+import sys
+from dataclasses import dataclass
+
+import pytest
+import torch
+from curvlinops import KFACLinearOperator
+from torch import Size, nn
+from torch.nn.functional import unfold
+from torchvision.models import VisionTransformer
+
+from avalanche_curv import (
+    EKFAC,
+    GGN,
+    BatchedEmpiricalFisher,
+    Clip,
+    Curvature,
+    Dense,
+    EmpiricalFisher,
+    EmpiricalRisk,
+    Fisher,
+    Hessian,
+    Kronecker,
+    OutputCurvature,
+    ParameterSpace,
+    PiWeighted,
+    estimate,
+    rule,
+)
+from avalanche_curv.core.per_example import layer_kinds
+from avalanche_curv.core.per_example import passes as pieces
+from avalanche_curv.core.structures import DiagonalMatrix, KroneckerMatrix
+from avalanche_curv.core.structures import kronecker as rules
+from avalanche_curv.core.structures.kronecker_matrix import FactoredLayer, Factors
+from avalanche_curv.core.structures.rules import check_pair
+
+EXAMPLES, BATCH, CLASSES = 7, 4, 3
+CRITERIA = {"cross_entropy": nn.CrossEntropyLoss(), "mean_square": nn.MSELoss()}
+KINDS = [EmpiricalFisher(), Fisher(), Fisher(samples=2, seed=1), GGN()]
+
+
+def perceptron():
+    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2, bias=False), nn.Tanh(), nn.Linear(2, CLASSES))
+
+
+def convolutional():
+    norm = nn.BatchNorm2d(2)
+    norm.running_mean, norm.running_var = torch.tensor([0.3, -0.2]), torch.tensor([0.5, 2.0])
+    nn.init.uniform_(norm.weight, 0.5, 1.5)
+    return nn.Sequential(
+        nn.Conv2d(2, 2, 2, padding=1), norm, nn.Tanh(), nn.Conv2d(2, 3, (3, 2), stride=(1, 2), bias=False),
+        nn.Tanh(), nn.Flatten(), nn.Linear(12, CLASSES),
+    )  # fmt: skip
+
+
+def tokens():
+    return nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3), nn.Tanh(), nn.Flatten(), nn.Linear(9, CLASSES))
+
+
+SHAPES = {perceptron: (4,), convolutional: (2, 3, 4), tokens: (3, 2)}
+
+
+@pytest.fixture(params=SHAPES, ids=lambda make: make.__name__)
+def constructor(request):
+    return request.param
+
+
+@dataclass
+class Case:
+    model: nn.Module
+    risk: EmpiricalRisk
+    inputs: torch.Tensor
+    targets: torch.Tensor
+
+    def columns(self, kind):
+        """S [N, C, R] of every example."""
+        with torch.no_grad():
+            return kind.factor(self.risk.loss, self.model(self.inputs), self.targets, kind.generator())
+
+
+@pytest.fixture
+def case(make_model):
+    """case(constructor, criterion, ...): a model and a few examples of random targets."""
+
+    def made(constructor, criterion="cross_entropy", examples=EXAMPLES, shape=None, batch=BATCH):
+        generator = torch.Generator().manual_seed(0)
+        model = make_model(constructor).eval()
+        inputs = torch.randn(examples, *(shape or SHAPES[constructor]), generator=generator, dtype=torch.float64)
+        if criterion == "cross_entropy":
+            targets = torch.randint(CLASSES, (examples,), generator=generator)
+        else:
+            targets = torch.randn(examples, CLASSES, generator=generator, dtype=torch.float64)
+        batches = list(zip(inputs.split(batch), targets.split(batch)))
+        return Case(model, EmpiricalRisk.snapshot(model, CRITERIA[criterion], batches), inputs, targets)
+
+    return made
+
+
+def seen(layer, inputs):
+    """What each position of a layer multiplies its weight with, [T, in], for one example."""
+    if isinstance(layer, nn.Conv2d):
+        return unfold(inputs, layer.kernel_size, padding=layer.padding, stride=layer.stride)[0].T
+    return inputs.reshape(-1, layer.in_features)
+
+
+def factors(layer, model, inputs, columns):
+    """A = (1/NT) Σ a aᵀ and G = (1/N) Σ b bᵀ, an example and a column at a time."""
+    a_sum, g_sum, kept = 0, 0, {}
+    handle = layer.register_forward_hook(lambda _, args, out: kept.update(a=args[0].detach(), z=out))
+    for x, s in zip(inputs, columns):
+        with torch.enable_grad():
+            f = model(x[None]).reshape(-1)
+        a = seen(layer, kept["a"])
+        if layer.bias is not None:
+            a = torch.cat([a, torch.ones(len(a), 1).double()], dim=1)
+        for column in s.T:
+            (b,) = torch.autograd.grad(f, kept["z"], column, retain_graph=True)
+            b = b[0].flatten(1).T if isinstance(layer, nn.Conv2d) else b.reshape(-1, layer.out_features)
+            assert len(a) == len(b)
+            g_sum = g_sum + b.T @ b
+        a_sum = a_sum + a.T @ a / len(a)
+    handle.remove()
+    return a_sum / len(inputs), g_sum / len(inputs)
+
+
+def factored(model):
+    """The layers that have one weight matrix, by name."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
+
+
+def coordinates(space, *names):
+    """[out, in]: where the weight and the bias of one layer stand in the whole vector, the bias as the last column."""
+    parts = dict(zip(space.names, space.split(torch.arange(space.size))))
+    found = [parts[name].flatten(1) if parts[name].ndim > 1 else parts[name][:, None] for name in names]
+    return torch.cat(found, dim=1).reshape(-1)
+
+
+def blocks(case, matrix):
+    """For each factored layer: its name, its coordinates, and its term."""
+    for layer in matrix.layers:
+        names = [name for name in (layer.weight, layer.bias) if name is not None]
+        yield names[0].rpartition(".")[0], coordinates(case.risk.space, *names), layer.terms[0]
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_factors_are_those_of_loops_over_examples(kind, criterion, constructor, case, close):
+    here = case(constructor, criterion)
+    matrix = estimate(kind, Kronecker(), here.risk).curvature
+    assert {name for name, _, _ in blocks(here, matrix)} == set(factored(here.model))
+    for name, where, term in blocks(here, matrix):
+        a, g = factors(factored(here.model)[name], here.model, here.inputs, here.columns(kind))
+        close(term.a, a)
+        close(term.g, g)
+        close(matrix.dense()[where[:, None], where], torch.kron(g, a))
+
+
+@pytest.mark.parametrize("structure", [Kronecker(), EKFAC()], ids=str)
+@pytest.mark.parametrize("kind", [GGN(), Fisher(samples=2, seed=1)], ids=str)
+def test_neither_batches_nor_pieces_matter(kind, structure, constructor, case, close, monkeypatch):
+    expected = estimate(kind, structure, case(constructor).risk).curvature.dense()
+    for module, attribute, value in (
+        (layer_kinds, "CACHED", 1), (pieces, "CHUNK", 3), (pieces, "CHUNK_BYTES", 1), (rules, "BLOCK", 2)
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, attribute, value)
+            close(estimate(kind, structure, case(constructor, batch=2).risk).curvature.dense(), expected, 1e-9)
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize(("kind", "fisher_type"), [(GGN(), "type-2"), (EmpiricalFisher(), "empirical")])
+def test_factors_agree_with_those_of_curvlinops(kind, fisher_type, criterion, case, close):
+    """Conventions: `expand`, weight and bias together, mean over examples. For a mean square over C outputs, curvlinops
+    3.0.1 takes the gradients of C independent losses, so that its empirical factors are C times those of the loss."""
+    def images():
+        return nn.Sequential(nn.Conv2d(2, 3, 2), nn.Tanh(), nn.Flatten(), nn.Linear(18, CLASSES))
+
+    for constructor in (perceptron, images):
+        here = case(constructor, criterion, shape=SHAPES.get(constructor, (2, 3, 4)))
+        model, size = copy.deepcopy(here.model), here.risk.space.size
+        operator = KFACLinearOperator(
+            model, CRITERIA[criterion], list(model.parameters()), list(here.risk.batches), check_deterministic=False,
+            fisher_type=fisher_type, kfac_approx="expand", separate_weight_and_bias=False,
+        )  # fmt: skip
+        theirs = operator @ torch.eye(size).double()
+        factor = CLASSES if (fisher_type, criterion) == ("empirical", "mean_square") else 1
+        close(factor * estimate(kind, Kronecker(), here.risk).curvature.dense(), theirs)
+
+
+@pytest.mark.parametrize("structure", [Kronecker(), EKFAC()], ids=str)
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_products_traces_and_tops_are_those_of_the_entries(kind, structure, constructor, case, close):
+    matrix = estimate(kind, structure, case(constructor).risk).curvature
+    whole = matrix.dense()
+    v = torch.linspace(-1, 1, matrix.size).double()
+    close(whole, whole.T)
+    close(matrix.product(v), whole @ v)
+    close(matrix.scaled(-2.5).dense(), -2.5 * whole)
+    assert matrix.trace() == pytest.approx(float(whole.trace()))
+    values, vectors = matrix.top(5)
+    exact = torch.linalg.eigvalsh(whole).flip(0)[:5]
+    close(values, exact, 1e-8)
+    close(vectors @ vectors.T, torch.eye(5).double(), 1e-8)
+    close(whole @ vectors.T, vectors.T * values, 1e-8)
+
+
+@pytest.mark.parametrize("structure", [Kronecker(), EKFAC()], ids=str)
+def test_the_top_of_a_sum_is_that_of_its_entries(structure, case):
+    one = estimate(GGN(), structure, case(perceptron).risk).curvature
+    total = one.plus(estimate(EmpiricalFisher(), structure, case(perceptron, "mean_square").risk).curvature)
+    values, _ = total.top(3)
+    torch.testing.assert_close(values, torch.linalg.eigvalsh(total.dense()).flip(0)[:3], rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("structure", [Kronecker(), EKFAC()], ids=str)
+def test_one_example_of_one_position_and_one_column_is_exact(structure, case, close):
+    """b aᵀ is a Kronecker product itself."""
+    here = case(perceptron, examples=1)
+    exact = estimate(EmpiricalFisher(), Dense(), here.risk).curvature.dense()
+    matrix = estimate(EmpiricalFisher(), structure, here.risk).curvature
+    for _, where, _ in blocks(here, matrix):
+        close(matrix.dense()[where[:, None], where], exact[where[:, None], where])
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_a_linear_model_with_squared_error_is_exact(criterion, case, close):
+    """There ∇²_f ℓ is the same for every example, so that A ⊗ G is no approximation."""
+    here = case(lambda: nn.Linear(4, CLASSES), criterion, shape=(4,))
+    exact = estimate(GGN(), Dense(), here.risk).curvature.dense()
+    difference = estimate(GGN(), Kronecker(), here.risk).curvature.dense() - exact
+    if criterion == "mean_square":
+        close(difference, torch.zeros_like(exact))
+    else:
+        assert difference.norm() > 1e-3 * exact.norm()
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_ekfac_has_the_exact_variances_along_the_eigenvectors_of_the_factors(kind, criterion, constructor, case, close):
+    here = case(constructor, criterion)
+    exact = estimate(kind, Dense(), here.risk).curvature.dense()
+    plain, corrected = (estimate(kind, structure, here.risk).curvature for structure in (Kronecker(), EKFAC()))
+    assert corrected.trace() == pytest.approx(float(exact.trace()))
+    columns = here.columns(kind)
+    for (name, where, term), (_, _, factor) in zip(blocks(here, corrected), blocks(here, plain)):
+        own = exact[where[:, None], where]
+        a, g = factors(factored(here.model)[name], here.model, here.inputs, columns)
+        q = torch.kron(term.g, term.a)
+        close(q @ q.T, torch.eye(len(q)).double())
+        turned = q.T @ torch.kron(g, a) @ q
+        close(turned, turned.diagonal().diag(), 1e-9)  # q diagonalises A ⊗ G
+        found = corrected.dense()[where[:, None], where]
+        close(found, q @ (q.T @ own @ q).diagonal().diag() @ q.T)
+        assert (found - own).norm() <= (factor.dense() - own).norm() * (1 + 1e-9) + 1e-12
+
+
+class Words(nn.Module):
+    """Embedding, a layer called twice, a tied one, a grouped convolution, a bare tensor, and a head."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.norm, self.scale = nn.Embedding(5, 4), nn.LayerNorm(4), nn.Parameter(torch.tensor(1.5))
+        self.twice, self.mix = nn.Linear(4, 4), nn.Conv1d(4, 4, 2, groups=2)
+        self.one, self.two = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.two.weight = self.one.weight
+        self.head = nn.Linear(4, CLASSES)
+
+    def forward(self, index):
+        x = self.norm(self.words(index.long().remainder(5))).tanh()
+        x = self.mix(self.twice(self.twice(x).tanh()).mT).mean(2)
+        return self.head(self.scale * self.two(self.one(x).tanh()))
+
+
+def vision_transformer():
+    model = VisionTransformer(8, 4, 1, 2, 4, 6, num_classes=CLASSES)
+    for parameter in (model.class_token, *model.heads.parameters()):
+        nn.init.normal_(parameter, std=0.5)  # zero at first
+    return model
+
+
+def frozen():
+    model = convolutional()
+    for name in ("0.weight", "1.bias", "6.bias"):
+        model.get_parameter(name).requires_grad_(False)
+    return model
+
+
+@pytest.mark.parametrize("structure", [Kronecker(), EKFAC()], ids=str)
+@pytest.mark.parametrize("kind", [GGN(), EmpiricalFisher(), Fisher(samples=2, seed=1)], ids=str)
+@pytest.mark.parametrize(
+    ("other", "shape", "expected"),
+    [
+        (Words, (4,), {"head.weight"}),
+        (vision_transformer, (3, 8, 8), {
+            "conv_proj.weight", "encoder.layers.encoder_layer_0.mlp.0.weight",
+            "encoder.layers.encoder_layer_0.mlp.3.weight", "heads.head.weight",
+        }),
+        (convolutional, (2, 3, 4), {"0.weight", "3.weight", "6.weight"}),
+        (frozen, (2, 3, 4), {"0.bias", "3.weight", "6.weight"}),
+    ],
+)  # fmt: skip
+def test_all_other_parameters_have_their_exact_diagonal(other, shape, expected, kind, structure, case, close):
+    here = case(other, shape=shape)
+    matrix = estimate(kind, structure, here.risk).curvature
+    assert {layer.weight or layer.bias for layer in matrix.layers} == expected
+    entries, exact = matrix.dense(), estimate(kind, Dense(), here.risk).curvature.dense()
+    outside = torch.ones(len(exact), dtype=torch.bool)
+    for _, where, _ in blocks(here, matrix):
+        outside[where] = False
+        block = entries[where[:, None], where]
+        entries[where[:, None], where] = 0
+        assert block.any()
+    close(entries, (exact.diagonal() * outside).diag())
+    assert (exact.diagonal() * outside).any()
+
+
+def test_a_trainable_bias_of_a_frozen_weight_has_the_second_factor_alone(case, close):
+    here = case(frozen, shape=(2, 3, 4))
+    matrix = estimate(GGN(), Kronecker(), here.risk).curvature
+    (layer,) = [layer for layer in matrix.layers if layer.weight is None]
+    assert layer.bias == "0.bias"
+    assert layer.terms[0].a.tolist() == [[1.0]]
+    close(layer.terms[0].g, factors(here.model[0], here.model, here.inputs, here.columns(GGN()))[1])
+
+
+@pytest.mark.parametrize("structure", [Kronecker(), EKFAC()], ids=str)
+@pytest.mark.parametrize("kind", [Hessian(), Hessian(Clip()), BatchedEmpiricalFisher(2)], ids=str)
+def test_kinds_without_a_factor_of_each_example_are_refused(kind, structure, case):
+    message = rf"No {type(structure).__name__} factorisation is known for .*{type(kind).__name__}.* Use Fisher\(\)"
+    with pytest.raises(TypeError, match=message):
+        estimate(kind, structure, case(perceptron).risk)
+
+
+@pytest.mark.parametrize("structure", [Kronecker(), EKFAC()], ids=str)
+@pytest.mark.parametrize(
+    ("model", "shape"),
+    [(lambda: nn.ConvTranspose1d(4, CLASSES, 1), (4, 1)), (lambda: nn.Conv1d(3, 3, 1, groups=3), (3, 1))],
+)
+def test_a_model_with_nothing_to_factorise_is_refused(model, shape, structure, case):
+    with pytest.raises(TypeError, match=r"No layer of .* can be factorised.*0.weight, 0.bias. Use LowRank or Diagonal"):
+        estimate(GGN(), structure, case(lambda: nn.Sequential(model(), nn.Flatten()), shape=shape).risk)
+
+
+def test_corrected_eigenvalues_have_no_factors_to_merge():
+    with pytest.raises(TypeError, match="positional"):
+        EKFAC(PiWeighted())
+
+
+@pytest.mark.parametrize("structure", [Kronecker(), EKFAC()], ids=str)
+def test_class_weights_go_with_the_ggn_and_not_with_the_fisher(structure, case, close):
+    here = case(perceptron)
+    weights = torch.tensor([0.5, 2.0, 1.3]).double()
+    risk = EmpiricalRisk.snapshot(here.model, nn.CrossEntropyLoss(weights), list(here.risk.batches))
+    here.risk = risk
+    matrix = estimate(GGN(), structure, risk).curvature
+    p = here.model(here.inputs).detach().softmax(1)
+    roots = []
+    for one, y in zip(p, here.targets):
+        values, vectors = torch.linalg.eigh(weights[y] * (one.diag() - torch.outer(one, one)))
+        roots.append(vectors * values.clamp_min(0).sqrt())
+    exact = estimate(GGN(), Dense(), risk).curvature.dense()
+    for name, where, term in blocks(here, matrix):
+        a, g = factors(factored(here.model)[name], here.model, here.inputs, torch.stack(roots))
+        if isinstance(structure, EKFAC):
+            assert term.trace() == pytest.approx(float(exact[where, where].sum()))
+        else:
+            close(term.dense(), torch.kron(g, a), 1e-7)
+    for kind in (Fisher(), Fisher(samples=1, seed=0)):
+        with pytest.raises(ValueError, match="not defined for class-weighted"):
+            estimate(kind, structure, risk)
+
+
+def test_too_many_numbers_are_refused_with_a_remedy(case):
+    risk = case(perceptron).risk
+    numbers = 5**2 + 5**2 + 5**2 + 2**2 + 3**2 + 3**2  # A and G of three layers, the second without bias
+    for recipe, more in ((Kronecker, 0), (EKFAC, risk.space.size)):
+        needed = (numbers + more + risk.space.size) * 8
+        assert recipe().bytes(risk.space, 8) == needed
+        estimate(GGN(), recipe(max_bytes=needed), risk)
+        with pytest.raises(MemoryError, match=rf"{recipe.__name__}\(\) needs .* Use LowRank\(Rank\(20\)\) or Diagonal"):
+            estimate(GGN(), recipe(max_bytes=needed - 1), risk)
+
+
+def test_a_table_of_words_does_not_count_as_a_layer_that_is_too_large(case):
+    """Its factors would have (10 000)² numbers."""
+
+    def words():
+        return nn.Sequential(nn.Embedding(10_000, 2), nn.Flatten(), nn.Linear(6, CLASSES))
+
+    class Indices(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = words()
+
+        def forward(self, index):
+            return self.body(index.abs().long())
+
+    estimate(GGN(), Kronecker(max_bytes=2**20), case(Indices, shape=(3,)).risk)
+
+
+def test_memory_is_that_of_the_stored_numbers(case):
+    risk = case(perceptron).risk
+    assert estimate(GGN(), Kronecker(), risk).curvature.nbytes == Kronecker().bytes(risk.space, 8)
+
+
+# Sums and growth
+
+SPACE = ParameterSpace(("new", "bias", "scale", "weight"), (Size((2,)), Size((3,)), Size(()), Size((3, 2))))
+
+
+def positive(size, generator):
+    root = torch.randn(size, size, generator=generator, dtype=torch.float64)
+    return root @ root.T / size
+
+
+def random_kronecker(seed, sums=None, space=SPACE, out=3, inputs=3):
+    generator = torch.Generator().manual_seed(seed)
+    factor = Factors(positive(inputs, generator), positive(out, generator))
+    diagonal = torch.rand(space.size, generator=generator, dtype=torch.float64)
+    options = {} if sums is None else {"sums": sums}
+    return KroneckerMatrix(space, (FactoredLayer("weight", "bias", (factor,)),), diagonal, **options)
+
+
+def test_sums_are_exact_and_keep_their_terms(close):
+    one, two, three = (random_kronecker(seed) for seed in range(3))
+    total = one.plus(two).compressed().plus(three).compressed()
+    close(total.dense(), one.dense() + two.dense() + three.dense())
+    close(total.product(torch.arange(12.0).double()), total.dense() @ torch.arange(12.0).double())
+    assert [len(layer.terms) for layer in total.layers] == [3]
+    assert total.trace() == pytest.approx(sum(m.trace() for m in (one, two, three)))
+    with pytest.raises(TypeError, match="eigenvalues of a sum"):
+        total.map_spectrum(torch.exp)
+
+
+def test_corrected_and_plain_terms_add_up(case, close):
+    risk = case(convolutional).risk
+    one, two = (estimate(GGN(), structure, risk).curvature for structure in (Kronecker(), EKFAC()))
+    close(one.plus(two).dense(), one.dense() + two.dense())
+    with pytest.raises(TypeError, match="Only plain Kronecker factors can be merged"):
+        estimate(GGN(), Kronecker(PiWeighted()), risk).curvature.plus(two).compressed()
+
+
+def test_merged_factors_keep_the_trace_and_stay_one_term():
+    one, two, three = (random_kronecker(seed, PiWeighted()) for seed in range(3))
+    total = one.plus(two).compressed().plus(three).compressed()
+    assert [len(layer.terms) for layer in total.layers] == [1]
+    assert total.trace() == pytest.approx(sum(m.trace() for m in (one, two, three)))
+    assert torch.linalg.eigvalsh(total.dense()).min() > -1e-12
+
+
+def test_merged_factors_are_those_of_the_formula(close):
+    one, two = (random_kronecker(seed, PiWeighted()) for seed in range(2))
+    (a1, g1), (a2, g2) = ((m.layers[0].terms[0].a, m.layers[0].terms[0].g) for m in (one, two))
+    pi = (a1.trace() * g2.trace() / (a2.trace() * g1.trace())).sqrt()
+    expected = torch.kron(g1 + g2 / pi, a1 + pi * a2)
+    expected *= (a1.trace() * g1.trace() + a2.trace() * g2.trace()) / expected.trace()
+    close(one.plus(two).compressed().layers[0].terms[0].dense(), expected)
+    close(two.plus(one).compressed().layers[0].terms[0].dense(), expected)
+
+
+@pytest.mark.parametrize("shared", ["a", "g", "both"])
+def test_merging_is_exact_where_a_factor_is_shared_and_the_others_have_one_trace(shared, close):
+    """A ⊗ G₁ + A ⊗ G₂ = A ⊗ (G₁ + G₂): π is 1 there."""
+    generator = torch.Generator().manual_seed(0)
+    a, g, other = positive(3, generator), positive(3, generator), positive(3, generator)
+    other *= {"a": g, "g": a, "both": g}[shared].trace() / other.trace()
+    second = {"a": Factors(a, other), "g": Factors(other, g), "both": Factors(a, g)}[shared]
+    one, two = merging(Factors(a, g)), merging(second)
+    close(one.plus(two).compressed().dense(), one.dense() + two.dense())
+
+
+def merging(term):
+    layers = (FactoredLayer("weight", "bias", (term,)),)
+    return KroneckerMatrix(SPACE, layers, torch.zeros(SPACE.size).double(), PiWeighted())
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 50.0])
+def test_equal_summands_give_a_multiple(scale, close):
+    one = random_kronecker(0, PiWeighted())
+    (term,) = one.plus(one.scaled(scale)).compressed().layers[0].terms
+    close(term.dense(), (1 + scale) * one.layers[0].terms[0].dense())
+
+
+def test_merging_with_nothing_changes_nothing(close):
+    one = random_kronecker(0, PiWeighted())
+    for total in (one.plus(one.scaled(0.0)), one.scaled(0.0).plus(one)):
+        close(total.compressed().dense(), one.dense())
+
+
+@pytest.mark.parametrize("corrected", [False, True])
+def test_a_larger_layer_has_the_entries_of_the_smaller_at_their_places(corrected, close):
+    """Rows and columns of the weight and entries of the bias are new, and other parameters stand between."""
+    grown = ParameterSpace(("scale", "weight", "more", "bias", "new"),
+                           (Size(()), Size((5, 4)), Size((2,)), Size((5,)), Size((3,))))  # fmt: skip
+    matrix = random_kronecker(0)
+    if corrected:
+        matrix = matrix.map_spectrum(torch.sqrt)
+    found = matrix.embedded(SPACE, grown)
+    # scale 0 | weight 1-20, rows of 4 | more 21-22 | bias 23-27 | new 28-30
+    where = torch.tensor([28, 29, 23, 24, 25, 0, 1, 2, 5, 6, 9, 10])
+    expected = torch.zeros(31, 31).double()
+    expected[where[:, None], where] = matrix.dense()
+    close(found.dense(), expected)
+    close(found.product(torch.linspace(-1, 1, 31).double()), expected @ torch.linspace(-1, 1, 31).double())
+    assert found.trace() == pytest.approx(matrix.trace())
+    twice = found.plus(found)
+    close(twice.dense(), 2 * expected)
+    values, vectors = found.top(3)
+    close(values, torch.linalg.eigvalsh(expected).flip(0)[:3])
+    close(expected @ vectors.T, vectors.T * values)
+
+
+def test_a_larger_convolution_has_the_entries_of_the_smaller_at_their_places(close):
+    small, large = (ParameterSpace(("weight",), (Size(shape),)) for shape in ((2, 2, 2, 3), (3, 4, 2, 3)))
+    generator = torch.Generator().manual_seed(0)
+    term = Factors(positive(12, generator), positive(2, generator))
+    matrix = KroneckerMatrix(small, (FactoredLayer("weight", None, (term,)),), torch.zeros(24).double())
+    where = torch.arange(72).view(3, 4, 2, 3)[:2, :2].reshape(-1)
+    expected = torch.zeros(72, 72).double()
+    expected[where[:, None], where] = matrix.dense()
+    close(matrix.embedded(small, large).dense(), expected)
+
+
+def test_a_layer_that_loses_its_bias_to_freezing_adds_up(new_problem, net):
+    before = estimate(GGN(), Kronecker(), new_problem(net, "cross_entropy").risk)
+    net[0].bias.requires_grad_(False)
+    after = estimate(GGN(), Kronecker(), new_problem(net, "cross_entropy", seed=1).risk)
+    net[0].bias.requires_grad_(True)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter += 0.1
+    for one, other in ((before, after), (after, before)):
+        assert float((one + other)(net)) == pytest.approx(float(one(net) + other(net)))
+
+
+# Rules of one's own
+
+
+class Weird(Curvature):
+    """A kind known by its products only."""
+
+    def operator(self, risk):
+        return GGN().operator(risk)
+
+
+class Mine(OutputCurvature):
+    """A kind with a factor of each example."""
+
+    def factor(self, loss, outputs, targets, generator):
+        return 2 * loss.hessian_factor(outputs, targets)
+
+
+@pytest.fixture
+def clean_registry(monkeypatch):
+    registry = sys.modules["avalanche_curv.core.structures.rules"]
+    monkeypatch.setattr(registry, "_RULES", dict(registry._RULES))
+
+
+def test_a_rule_of_ones_own_lifts_the_refusal(case, clean_registry):
+    risk = case(perceptron).risk
+    with pytest.raises(TypeError, match=r"register one with @rule\(Weird, Kronecker\)"):
+        check_pair(Weird(), Kronecker())
+
+    @rule(Weird, Kronecker)
+    def mine(curvature, structure, risk):
+        return DiagonalMatrix(torch.ones_like(risk.anchor))
+
+    assert estimate(Weird(), Kronecker(), risk).curvature.trace() == risk.space.size
+    with pytest.raises(TypeError, match="Hessian"):
+        check_pair(Hessian(), Kronecker())
+
+
+def test_a_rule_for_plain_factors_is_not_taken_for_corrected_ones(case, clean_registry):
+    @rule(Mine, Kronecker)
+    def mine(curvature, structure, risk):
+        return DiagonalMatrix(torch.ones_like(risk.anchor))
+
+    risk = case(perceptron).risk
+    exact = estimate(Mine(), Dense(), risk).curvature.dense()
+    assert estimate(Mine(), EKFAC(), risk).curvature.trace() == pytest.approx(float(exact.trace()))
+
+
+@pytest.mark.parametrize("structure", [Kronecker(), EKFAC()], ids=str)
+def test_an_output_curvature_of_ones_own_needs_no_rule(structure, case, close):
+    risk = case(perceptron).risk
+    close(
+        estimate(Mine(), structure, risk).curvature.dense(), 4 * estimate(GGN(), structure, risk).curvature.dense()
+    )
+
+
+@pytest.mark.parametrize("structure", [Kronecker(), EKFAC()], ids=str)
+def test_single_precision_agrees(structure, case):
+    here = case(convolutional)
+    batches = [(x.float(), y) for x, y in here.risk.batches]
+    single = EmpiricalRisk.snapshot(copy.deepcopy(here.model).float(), nn.CrossEntropyLoss(), batches)
+    found = estimate(GGN(), structure, single).curvature.dense()
+    expected = estimate(GGN(), structure, here.risk).curvature.dense()
+    assert found.dtype == torch.float32
+    assert (found.double() - expected).norm() < 1e-4 * expected.norm()

@@ -1,0 +1,96 @@
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from avalanche_curv.plasticity.mitigators.roles import Adds, Multiplies, Scales, matrices, roles
+from avalanche_curv.plasticity.mitigators.selection import Selection
+
+
+def counted(model):
+    found = roles(model)
+    by_role = {kind: [p for p, role in found.items() if isinstance(role, kind)] for kind in (Multiplies, Adds, Scales)}
+    return {kind.__name__: len(parameters) for kind, parameters in by_role.items()}, found
+
+
+def test_every_parameter_of_a_residual_network_has_a_role():
+    model = torchvision.models.resnet18(num_classes=10)
+    counts, found = counted(model)
+    assert counts == {"Multiplies": 21, "Adds": 21, "Scales": 20}  # 20 convolutions and a head; 20 norms
+    assert len(found) == len(list(model.parameters()))
+
+
+def test_every_parameter_of_a_vision_transformer_has_a_role():
+    model = torchvision.models.VisionTransformer(32, 8, 2, 2, 16, 32)
+    counts, found = counted(model)
+    # patches, head, and of each block in_proj, out_proj and two of the MLP; five norms; token and position are shifts
+    assert counts == {"Multiplies": 2 + 2 * 4, "Adds": (2 + 2 * 4) + 5 + 2, "Scales": 5}
+    assert found[model.class_token] == found[model.encoder.pos_embedding] == Adds()
+    assert len(found) == len(list(model.parameters()))
+    assert sum("[" in name for name in matrices(model)) == 2 * 3
+
+
+@pytest.mark.parametrize(("make", "gates"), [(nn.LSTM, 4), (nn.GRU, 3), (nn.RNN, 1), (nn.LSTMCell, 4), (nn.GRUCell, 3)])
+def test_gates_of_recurrent_layers_are_matrices_of_their_own(make, gates):
+    model = make(5, 7)
+    assert {tuple(matrix.shape) for matrix in matrices(model).values()} == {(7, 5), (7, 7)}
+    assert len(matrices(model)) == 2 * gates
+    assert {role.blocks for role in roles(model).values()} == {gates}
+
+
+def test_a_transposed_convolution_puts_its_outputs_first():
+    layer = nn.ConvTranspose2d(3, 5, 2)
+    expected = layer.weight.detach().permute(1, 0, 2, 3).reshape(5, 12)
+    assert torch.equal(matrices(layer)["weight"], expected)
+
+
+def test_wrappers_do_not_show_in_names():
+    model = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))
+    wrapped = nn.DataParallel(model)
+    assert matrices(wrapped).keys() == matrices(model).keys()
+    names = [name for name, _ in Selection(exclude=("1",)).of(wrapped)]
+    assert names == ["module.0.weight", "module.0.bias"]
+
+
+def test_a_tied_parameter_is_selected_by_any_of_its_names():
+    model = nn.ModuleDict({"table": nn.Embedding(3, 2), "out": nn.Linear(2, 3, bias=False)})
+    model["out"].weight = model["table"].weight
+    assert [name for name, _ in Selection().of(model)] == ["table.weight"]
+    assert [name for name, _ in Selection(include=(nn.Linear,)).of(model)] == ["out.weight"]
+
+
+def test_a_name_that_is_almost_right_is_suggested():
+    model = nn.ModuleDict({"classifier": nn.Linear(2, 3)})
+    with pytest.raises(ValueError, match=r"'clasifier' selects.*'classifier'"):
+        Selection(include=("clasifier",)).check(model)
+    with pytest.raises(ValueError, match="'LayerNorm' selects"):
+        Selection(exclude=(nn.LayerNorm,)).check(model)
+
+
+@pytest.mark.parametrize(
+    ("name", "role"),
+    [
+        ("token_mixing", Multiplies()), ("decomposition", Multiplies()), ("embedding_proj", Multiplies()),
+        ("unbias", Multiplies()), ("pos_encoding", Adds()), ("rel_pos_h", Adds()), ("pos_embed_x", Adds()),
+        ("cls_token", Adds()), ("pos_embed", Adds()), ("relative_position_bias_table", Adds()), ("bias_k", Adds()),
+    ],
+)  # fmt: skip
+def test_custom_parameters_are_known_by_whole_parts_of_their_names(name, role):
+    module = nn.Module()
+    module.register_parameter(name, nn.Parameter(torch.randn(8, 8)))
+    assert list(roles(module).values()) == [role]
+
+
+def test_a_computed_weight_is_seen_as_it_is_and_left_as_it_was():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.utils.parametrizations.weight_norm(nn.Linear(4, 3)),
+        nn.utils.parametrizations.spectral_norm(nn.Linear(3, 2)),
+    )
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    found = matrices(model)
+    assert list(found) == ["0.weight", "1.weight"]
+    assert torch.equal(found["0.weight"], model[0].weight)
+    assert float(torch.linalg.svdvals(found["1.weight"])[0]) == pytest.approx(1, abs=1e-3)
+    assert all(module.training for module in model.modules())
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
