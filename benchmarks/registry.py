@@ -7,75 +7,75 @@ from benchmarks.harness.registered import Registered
 
 EXPERIMENTS = {
     "refresh": Registered(
-        "benchmarks.refresh:experiment",
+        "benchmarks.experiments.refresh:experiment",
         "How wrong a quadratic model of past loss becomes, kept at its anchor or refreshed",
     ),
     "compare": Registered(
-        "benchmarks.compare:experiment",
+        "benchmarks.experiments.compare:experiment",
         "Accuracy and forgetting of the strategies of this package and of Avalanche, on one stream",
     ),
     "tune_compare": Registered(
-        "benchmarks.compare.tuning:experiment",
+        "benchmarks.experiments.compare.tuning:experiment",
         "Strengths for compare, on held-out examples and seeds that it never reports",
     ),
     "ewc_hessian": Registered(
-        "benchmarks.ewc_hessian:experiment",
+        "benchmarks.experiments.ewc_hessian:experiment",
         "The Hessian's diagonal against squared gradients in EWC, each at its own strength, on permuted MNIST",
     ),
     "taylor": Registered(
-        "benchmarks.taylor:experiment",
+        "benchmarks.experiments.taylor:experiment",
         "When a diagonal stands for the Hessian, and where its error ends and that of the expansion begins",
     ),
     "trust_region": Registered(
-        "benchmarks.trust_region:experiment",
+        "benchmarks.experiments.trust_region:experiment",
         "Accuracy against the number of refreshes, between one at each task's end and replay",
     ),
     "tune": Registered(
-        "benchmarks.tune:experiment",
+        "benchmarks.experiments.tune:experiment",
         "Strengths for the other experiments, on seeds that they never report",
     ),
     "sources": Registered(
-        "benchmarks.sources:experiment",
+        "benchmarks.experiments.sources:experiment",
         "Why quadratic pictures fail: how stale, which curvature, which trajectory",
     ),
     "speed": Registered(
-        "benchmarks.speed:experiment",
+        "benchmarks.experiments.speed:experiment",
         "Cost of a penalty step, of estimates and of fidelity, as ratios to plain training work",
     ),
     "cost": Registered(
-        "benchmarks.cost:experiment",
+        "benchmarks.experiments.cost:experiment",
         "Price and accuracy of every curvature and structure, beside other tools",
     ),
     "plasticity": Registered(
-        "benchmarks.plasticity:experiment",
+        "benchmarks.experiments.plasticity:experiment",
         "Accuracy at the end of each task against its number: whether a network stays able to learn, and by what",
     ),
     "projections": Registered(
-        "benchmarks.projections:experiment",
+        "benchmarks.experiments.projections:experiment",
         "Gradient projection memory and its family on ten permuted MNIST tasks, beside EWC and the multitask bound",
     ),
     "ewc_permuted_mnist": Registered(
-        "benchmarks.ewc_permuted_mnist:experiment",
+        "benchmarks.experiments.ewc_permuted_mnist:experiment",
         "EWC on ten permuted MNIST tasks: from Avalanche's setting to the paper's 0.94, a factor at a time",
     ),
     "fisher_estimators": Registered(
-        "benchmarks.fisher_estimators:experiment",
+        "benchmarks.experiments.fisher_estimators:experiment",
         "Five ways to compute the Fisher information, each across strengths that differ by orders of magnitude",
     ),
     "sac": Registered(
-        "benchmarks.sac:experiment",
+        "benchmarks.experiments.sac:experiment",
         "Spectral regularisation of actor and critic: SAC at a replay ratio of 16, on the DeepMind control suite",
     ),
     "leakage": Registered(
-        "benchmarks.leakage:experiment",
+        "benchmarks.experiments.leakage:experiment",
         "What leaks back into a protected subspace: sequential against one basis, gradient against step",
     ),
     "rank_cut": Registered(
-        "benchmarks.rank_cut:experiment",
+        "benchmarks.experiments.rank_cut:experiment",
         "A rank cut beyond the number of parameters freezes them, though the accuracy of batches fluctuates",
     ),
     "soft_hard": Registered(
-        "benchmarks.soft_hard:experiment",
+        "benchmarks.experiments.soft_hard:experiment",
         "A penalty against a projection on the same subspaces: accuracy on the past and on the present",
     ),
 }

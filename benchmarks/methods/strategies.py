@@ -1,6 +1,7 @@
 """The strategies by the name that users type, each with the strengths to tune over and what is wrong with it upstream.
 
-A method stands here at a strength to start from; `Named.grid` is what tuning tries (`benchmarks.compare.tuning`).
+A method stands here at a strength to start from; `Named.grid` is what tuning tries
+(`benchmarks.experiments.compare.tuning`).
 """
 
 from __future__ import annotations

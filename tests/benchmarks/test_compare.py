@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks.compare import CompareOptions, Setting, experiment
-from benchmarks.compare.tuning import FIRST_SEED, Tuning, TuningOptions, best_strengths
+from benchmarks.experiments.compare import CompareOptions, Setting, experiment
+from benchmarks.experiments.compare.tuning import FIRST_SEED, Tuning, TuningOptions, best_strengths
 from benchmarks.harness import Results, UsageError
 from benchmarks.harness.command import main
 from benchmarks.harness.experiment import Context
@@ -27,7 +27,7 @@ def context(seed, folder):
 
 
 def test_tuning_trains_and_tests_on_disjoint_parts_of_the_training_examples():
-    from benchmarks.compare.data import data_for
+    from benchmarks.experiments.compare.data import data_for
 
     whole, held = (
         data_for(replace(SETTING, test_limit=None, validation=part), 3, None).benchmark for part in (0.0, 0.2)
@@ -46,7 +46,7 @@ def test_the_first_k_protocol_sees_no_later_experience():
     (config,) = Tuning().configs(
         TuningOptions(stream="split_digits", strategy=["EWC"], protocol="first", first=2, quick=True)
     )
-    from benchmarks.compare.data import data_for
+    from benchmarks.experiments.compare.data import data_for
 
     found = data_for(config.setting, FIRST_SEED, None)
     assert len(found.benchmark.train_stream) == 2
@@ -58,8 +58,8 @@ def test_the_first_k_protocol_sees_no_later_experience():
 def test_accuracies_equal_a_count_over_the_test_examples(scenario, tmp_path):
     from avalanche.models import avalanche_forward
 
-    from benchmarks.compare.data import data_for
-    from benchmarks.compare.run import Course, build
+    from benchmarks.experiments.compare.data import data_for
+    from benchmarks.experiments.compare.run import Course, build
     from benchmarks.methods import Plain
 
     setting = replace(SETTING, scenario=scenario)
@@ -79,7 +79,7 @@ def test_accuracies_equal_a_count_over_the_test_examples(scenario, tmp_path):
 
 
 def test_joint_training_is_measured_once_on_all(tmp_path):
-    from benchmarks.compare.run import run
+    from benchmarks.experiments.compare.run import run
     from benchmarks.methods import AllAtOnce
 
     records = run(AllAtOnce(), SETTING, 0, context(0, tmp_path))
@@ -90,7 +90,7 @@ def test_joint_training_is_measured_once_on_all(tmp_path):
 
 @pytest.mark.parametrize("name", ["EWC", "CurvatureEWC Fisher, accumulate"])
 def test_weights_that_diverge_have_no_accuracy(name, tmp_path):
-    from benchmarks.compare.run import run
+    from benchmarks.experiments.compare.run import run
     from benchmarks.methods import STRATEGIES
 
     records = run(STRATEGIES[name].method.with_strength(1e42), SETTING, 0, context(0, tmp_path))
@@ -98,8 +98,8 @@ def test_weights_that_diverge_have_no_accuracy(name, tmp_path):
 
 
 def test_two_runs_of_a_unit_with_one_seed_give_the_same_records(tmp_path):
-    from benchmarks.compare.grid import configs
-    from benchmarks.compare.run import run
+    from benchmarks.experiments.compare.grid import configs
+    from benchmarks.experiments.compare.run import run
 
     setting = replace(SETTING, every=2)
     for config in configs(setting, ["CurvatureEWC Fisher MC, refresh", "DER++", "GEM"], {}, "Naive"):
@@ -150,7 +150,7 @@ def test_one_command_tunes_on_other_seeds_and_reports_at_the_strengths_it_found(
 
 
 def test_a_strength_at_an_end_of_its_grid_is_told(tmp_path):
-    from benchmarks.compare.report import _on_edges
+    from benchmarks.experiments.compare.report import _on_edges
 
     def one(label, strength, tuned_on):
         return {"label": label, "seed": 0, "config": {"method": {"strength": strength}, "tuned_on": tuned_on}}

@@ -1,6 +1,6 @@
 """The tables of prices."""
 
-from benchmarks.cost.report import report
+from benchmarks.experiments.cost.report import report
 from benchmarks.harness.results import Results
 
 LABEL = "MLP 784-400-400-10"

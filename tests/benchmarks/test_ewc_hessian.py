@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import ewc_hessian, tune
-from benchmarks.ewc_hessian import Config, Setting
-from benchmarks.ewc_hessian.report import report
+from benchmarks.experiments import ewc_hessian, tune
+from benchmarks.experiments.ewc_hessian import Config, Setting
+from benchmarks.experiments.ewc_hessian.report import report
 from benchmarks.harness import Options
 from benchmarks.harness.experiment import Context
 from benchmarks.harness.grid import describe
@@ -72,7 +72,7 @@ def marks(inputs, targets):
 def test_the_stream_of_tensors_is_that_of_avalanche():
     from avalanche.benchmarks.classic import PermutedMNIST
 
-    from benchmarks.ewc_hessian.data import permuted_mnist
+    from benchmarks.experiments.ewc_hessian.data import permuted_mnist
 
     ours, theirs = permuted_mnist(2, 3, DATA), PermutedMNIST(2, seed=3, dataset_root=DATA)
     for own, other in zip(ours.tests, theirs.test_stream):

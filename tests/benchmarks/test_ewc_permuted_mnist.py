@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import ewc_permuted_mnist
-from benchmarks.ewc_permuted_mnist import Adam, EwcOptions, Setting, Sgd
+from benchmarks.experiments import ewc_permuted_mnist
+from benchmarks.experiments.ewc_permuted_mnist import Adam, EwcOptions, Setting, Sgd
 from benchmarks.harness.experiment import Context
 from benchmarks.harness.grid import describe
 from benchmarks.harness.results import Results
@@ -18,14 +18,14 @@ SMALL = Setting(Sgd(0.05), "digits", tasks=2, hidden=10, steps=50, batch=32)
 
 @pytest.fixture(scope="module")
 def grid():
-    from benchmarks.ewc_permuted_mnist import grid
+    from benchmarks.experiments.ewc_permuted_mnist import grid
 
     return grid
 
 
 @pytest.fixture(scope="module")
 def run():
-    from benchmarks.ewc_permuted_mnist import run
+    from benchmarks.experiments.ewc_permuted_mnist import run
 
     return run
 
@@ -52,7 +52,7 @@ def test_each_row_of_the_path_changes_one_thing_beside_its_strength(grid):
 
 def test_the_first_row_is_what_avalanche_does(grid, run):
     """The squares of mini-batch gradients, at twice the strength for the ½."""
-    from benchmarks.ewc_permuted_mnist import Config
+    from benchmarks.experiments.ewc_permuted_mnist import Config
     from benchmarks.methods import AvalancheEWC
 
     ours = grid.PATH[0].at(500 * grid.PATH[0].strength, "ours").method
@@ -105,7 +105,7 @@ def test_weights_that_diverge_end_the_run_without_an_accuracy(grid, run, tmp_pat
 
 
 def test_multitask_has_the_steps_and_the_images_of_all_tasks(grid, run, tmp_path):
-    from benchmarks.projections.methods import Multitask
+    from benchmarks.experiments.projections.methods import Multitask
 
     config = ewc_permuted_mnist.Config("multitask", Multitask(), SMALL)
     joint, apart = (run.stream(SMALL, 0, None, at_once=at_once) for at_once in (True, False))

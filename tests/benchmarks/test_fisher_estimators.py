@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import fisher_estimators
-from benchmarks.fisher_estimators import Config, Estimator, Setting
+from benchmarks.experiments import fisher_estimators
+from benchmarks.experiments.fisher_estimators import Config, Estimator, Setting
 from benchmarks.harness.experiment import Context
 from benchmarks.harness.grid import describe
 from benchmarks.harness.results import Results
@@ -19,14 +19,14 @@ SMALL = Setting("digits", tasks=3, hidden=10, steps=15, batch=32, rate=1e-2)
 
 @pytest.fixture(scope="module")
 def run():
-    from benchmarks.fisher_estimators import run
+    from benchmarks.experiments.fisher_estimators import run
 
     return run
 
 
 def configs(*strengths):
     """Naive, and all estimators at some strengths."""
-    from benchmarks.fisher_estimators.grid import ESTIMATORS
+    from benchmarks.experiments.fisher_estimators.grid import ESTIMATORS
 
     return [
         Config("Naive", "Naive", SMALL),
@@ -96,8 +96,8 @@ def test_fishers_are_summed_at_the_newest_anchor_each_of_so_many_examples(run):
 
 
 def test_tasks_are_pairs_of_all_ten_digits_and_carry_their_labels():
-    from benchmarks.fisher_estimators.data import stream
-    from benchmarks.plasticity.data import read
+    from benchmarks.experiments.fisher_estimators.data import stream
+    from benchmarks.experiments.plasticity.data import read
 
     found = stream(Setting("digits"), 3, None)
     images, _ = read("digits", 60_000, 0, None)
@@ -136,7 +136,7 @@ def test_a_penalty_too_weak_to_matter_changes_nothing_but_past_heads_which_adam_
 
 
 def test_an_estimator_works_from_where_its_accuracy_first_comes_to_the_level():
-    from benchmarks.fisher_estimators.report import works
+    from benchmarks.experiments.fisher_estimators.report import works
 
     def place(means, level):
         found = works({10.0**k: Summary(mean, None, 1) for k, mean in enumerate(means)}, level)
@@ -150,7 +150,7 @@ def test_an_estimator_works_from_where_its_accuracy_first_comes_to_the_level():
 
 
 def test_the_level_is_nine_tenths_of_what_the_best_gains_over_naive(results):
-    from benchmarks.fisher_estimators.report import curves, level_of
+    from benchmarks.experiments.fisher_estimators.report import curves, level_of
 
     naive = value(results, "average_accuracy", "Naive")
     best = max(value(results, "average_accuracy", label) for label in results.labels if label != "Naive")
@@ -171,14 +171,14 @@ def test_the_report_compares_every_estimator_with_the_exact_one(results, tmp_pat
 
 
 def test_every_estimator_is_tried_at_one_common_strength():
-    from benchmarks.fisher_estimators.grid import ESTIMATORS, rows
+    from benchmarks.experiments.fisher_estimators.grid import ESTIMATORS, rows
 
     tried = {(config.name, config.strength) for config in rows(Setting(), quick=False)}
     assert {(name, fisher_estimators.COMMON) for name in ESTIMATORS} < tried
 
 
 def test_labels_are_drawn_anew_with_each_seed(run):
-    from benchmarks.fisher_estimators.grid import ESTIMATORS
+    from benchmarks.experiments.fisher_estimators.grid import ESTIMATORS
 
     sampled = ESTIMATORS["one sampled label"].curvature
     assert run.drawn_by(sampled, 1) != run.drawn_by(sampled, 2)

@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.experiments.plasticity import PARTS, PlasticityOptions, experiment, setting_for
+from benchmarks.experiments.plasticity.networks import Mlp, ResNet18, VitTiny
+from benchmarks.experiments.plasticity.presets import CHANGES, PRESETS, Setting
 from benchmarks.harness import UsageError
 from benchmarks.harness.experiment import Context
 from benchmarks.harness.grid import describe, grid
 from benchmarks.harness.results import Results
-from benchmarks.plasticity import PARTS, PlasticityOptions, experiment, setting_for
-from benchmarks.plasticity.networks import Mlp, ResNet18, VitTiny
-from benchmarks.plasticity.presets import CHANGES, PRESETS, Setting
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 TINY = Setting("digits", count=48, batch=20, epochs=2, tasks=3, network=Mlp(8, 2))
@@ -52,8 +52,8 @@ def test_the_loop_is_that_of_avalanche_with_the_plugin_bit_for_bit(configs, labe
 
     from avalanche_curv.plugins.mitigator import MitigatorPlugin
     from avalanche_curv.streams._benchmark import Examples, benchmark
-    from benchmarks.plasticity.data import Tasks
-    from benchmarks.plasticity.run import Learner, fit
+    from benchmarks.experiments.plasticity.data import Tasks
+    from benchmarks.experiments.plasticity.run import Learner, fit
 
     config = configs[label]
     network = Mlp(8, 2, layer_norm=config.setting.network.layer_norm)
@@ -92,7 +92,7 @@ def test_tasks_are_those_of_the_stream(change):
     """Images and classes for training and testing, as `NonStationary` gives them over the same examples."""
     from avalanche_curv.streams import NonStationary
     from avalanche_curv.streams._benchmark import Examples
-    from benchmarks.plasticity.data import MADE, Tasks
+    from benchmarks.experiments.plasticity.data import MADE, Tasks
 
     tasks = Tasks(replace(TINY, change=change), 5, None)
     assert tasks.count == (2 if change == "class_incremental" else 3)
@@ -113,8 +113,8 @@ def test_tasks_are_those_of_the_stream(change):
 
 @pytest.mark.parametrize(("change", "images"), [("random_labels", [48] * 3), ("class_incremental", [20, 48])])
 def test_units_are_recycled_half_way_through_each_task_whatever_its_length(configs, change, images):
-    from benchmarks.plasticity.data import Tasks
-    from benchmarks.plasticity.run import Learner
+    from benchmarks.experiments.plasticity.data import Tasks
+    from benchmarks.experiments.plasticity.run import Learner
 
     setting = replace(TINY, change=change, epochs=3)
     tasks = Tasks(setting, 0, None)
@@ -167,7 +167,7 @@ def test_a_run_measures_every_task_and_ends_with_its_summary(configs, tmp_path):
 
 
 def test_the_late_accuracy_is_the_mean_of_the_last_third():
-    from benchmarks.plasticity.run import summary
+    from benchmarks.experiments.plasticity.run import summary
 
     found = summary([1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.1])
     assert found == pytest.approx({"final_accuracy": 0.1, "late_accuracy": 0.3, "drop": 0.7})
@@ -290,7 +290,7 @@ def unchecked(monkeypatch):
 
 @pytest.mark.parametrize("preset", WRITERS)
 def test_every_preset_reads_files_of_its_format(preset, tmp_path, unchecked):
-    from benchmarks.plasticity.data import read
+    from benchmarks.experiments.plasticity.data import read
 
     WRITERS[preset](tmp_path)
     setting = setting_for(PlasticityOptions(preset=preset, dataset_root=tmp_path, examples=8))
@@ -327,7 +327,7 @@ def test_files_that_are_missing_or_empty_are_named_before_any_unit_runs(preset, 
 @pytest.mark.parametrize("preset", WRITERS)
 def test_damaged_files_are_told_from_a_fault_of_the_code(preset, tmp_path):
     """torchvision would ask to download them."""
-    from benchmarks.plasticity.data import read
+    from benchmarks.experiments.plasticity.data import read
 
     WRITERS[preset](tmp_path)
     for path in tmp_path.rglob("*"):
@@ -404,8 +404,8 @@ def results(configs, values, seeds=(0, 1)):
 
 
 def test_the_report_compares_with_scratch_seed_by_seed_and_layer_norm_with_its_own(configs, tmp_path):
-    from benchmarks.plasticity.comparisons import against
-    from benchmarks.plasticity.report import report
+    from benchmarks.experiments.plasticity.comparisons import against
+    from benchmarks.experiments.plasticity.report import report
 
     found = results(configs, {
         "none": [0.9, 0.2], "from scratch": [0.9, 0.8], "SpectralReg 0.001": [0.9, 0.85],
@@ -425,7 +425,7 @@ def test_the_report_compares_with_scratch_seed_by_seed_and_layer_norm_with_its_o
 
 
 def test_the_report_tells_how_many_tasks_there_were_where_classes_end(configs, tmp_path):
-    from benchmarks.plasticity.report import report
+    from benchmarks.experiments.plasticity.report import report
 
     growing = {label: replace(config, setting=replace(config.setting, change="class_incremental", tasks=9, epochs=1))
                for label, config in configs.items()}
@@ -434,7 +434,7 @@ def test_the_report_tells_how_many_tasks_there_were_where_classes_end(configs, t
 
 
 def test_a_report_of_one_part_has_no_columns_of_the_others(configs, tmp_path):
-    from benchmarks.plasticity.report import report
+    from benchmarks.experiments.plasticity.report import report
 
     def written_of(values):
         return report(results({label: configs[label] for label in values}, values), tmp_path)
@@ -449,7 +449,7 @@ def test_a_report_of_one_part_has_no_columns_of_the_others(configs, tmp_path):
 
 
 def test_what_is_compared_with_scratch_has_the_same_norm_layers(configs):
-    from benchmarks.plasticity.comparisons import against
+    from benchmarks.experiments.plasticity.comparisons import against
 
     values = {"from scratch": [0.9, 0.8], "none, LayerNorm": [0.9, 0.5], "none, 40 epochs": [0.9, 0.5]}
     found = results({label: configs[label] for label in values}, values)
@@ -458,7 +458,7 @@ def test_what_is_compared_with_scratch_has_the_same_norm_layers(configs):
 
 
 def test_a_report_of_nothing_but_one_run_is_written(configs, tmp_path):
-    from benchmarks.plasticity.report import report
+    from benchmarks.experiments.plasticity.report import report
 
     assert "| none " in report(results(configs, {"none": [0.5]}, seeds=(0,)), tmp_path)
 

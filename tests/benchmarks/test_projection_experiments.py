@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import leakage, rank_cut, soft_hard
+from benchmarks.experiments import leakage, rank_cut, soft_hard
+from benchmarks.experiments.leakage.closed_form import expected
 from benchmarks.harness import Options
 from benchmarks.harness.experiment import Context
 from benchmarks.harness.grid import describe
 from benchmarks.harness.results import Results
-from benchmarks.leakage.closed_form import expected
 
 
 def results_of(experiment, configs, tmp_path, seed=0):
@@ -64,7 +64,7 @@ def test_for_two_tasks_the_leak_is_that_of_paper_and_largest_at_45_degrees():
 
 @pytest.fixture(scope="module")
 def subspaces():
-    from benchmarks.leakage import subspaces
+    from benchmarks.experiments.leakage import subspaces
 
     return subspaces
 
@@ -94,7 +94,7 @@ def test_random_steps_leak_as_the_closed_form_says_and_not_from_one_basis(subspa
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """Ten steps a task of some optimisers and projections, and one cosine."""
-    from benchmarks.leakage.optimisers import OPTIMISERS, PROJECTIONS
+    from benchmarks.experiments.leakage.optimisers import OPTIMISERS, PROJECTIONS
 
     def training(name, kind):
         return leakage.Training(f"{name}, {kind}", OPTIMISERS[name], PROJECTIONS[kind], steps=10, rank=5, examples=30)
@@ -119,7 +119,7 @@ def test_the_drift_of_a_known_walk_is_measured_as_on_paper():
     from avalanche_curv.core.projection.blocks import Block, Layout
     from avalanche_curv.core.projection.subspace import Subspace
     from avalanche_curv.core.risk.parameters import ParameterSpace
-    from benchmarks.leakage.training import Watcher
+    from benchmarks.experiments.leakage.training import Watcher
 
     model = nn.Linear(2, 1, bias=False)
     line = Subspace(torch.tensor([[0.6, 0.8]]))
@@ -192,7 +192,7 @@ def test_a_cut_beyond_all_parameters_freezes_them_exactly_though_batches_fluctua
 
 
 def test_batches_of_a_model_that_stands_still_fluctuate_as_drawing_without_replacement_does():
-    from benchmarks.rank_cut.run import fluctuation
+    from benchmarks.experiments.rank_cut.run import fluctuation
 
     rng = np.random.default_rng(0)
     right = np.arange(200) < 140
@@ -216,7 +216,7 @@ def test_soft_and_hard_see_the_same_examples():
     from avalanche_curv.core.projection.protection import some_of
     from avalanche_curv.core.quadratic.policies import part_of
     from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
-    from benchmarks.soft_hard.run import plugins
+    from benchmarks.experiments.soft_hard.run import plugins
 
     (hard,), (soft,) = (
         plugins(next(c for c in soft_hard.experiment.configs(Options()) if c.method == method), 1438)

@@ -9,18 +9,18 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.experiments.sac import SETTINGS, Config, SACOptions, Setting, experiment
+from benchmarks.experiments.sac.report import report
 from benchmarks.harness import UsageError
 from benchmarks.harness.experiment import Context
 from benchmarks.harness.results import Results
-from benchmarks.sac import SETTINGS, Config, SACOptions, Setting, experiment
-from benchmarks.sac.report import report
 
 TINY = Setting("cartpole-balance", steps=60, prefill=20, every=30, reset_every=30, width=32, batch=16, episodes=1)
 NORMALISED, PLAIN = Config("LayerNorm", TINY), Config("SAC", TINY, layer_norm=False)
 
 
 def test_without_the_extra_one_line_says_what_to_install(monkeypatch):
-    monkeypatch.setattr("benchmarks.sac.find_spec", lambda name: None if name == "shimmy" else object())
+    monkeypatch.setattr("benchmarks.experiments.sac.find_spec", lambda name: None if name == "shimmy" else object())
     with pytest.raises(UsageError, match=r"^experiment 'sac' needs shimmy: pip install -e '\.\[rl\]'\.$"):
         experiment.configs(SACOptions())
 
@@ -42,7 +42,7 @@ def sac():
     """The module that builds agents, or a skip."""
     for name in ("stable_baselines3", "shimmy", "dm_control"):
         pytest.importorskip(name, reason="needs pip install -e '.[rl]'")
-    from benchmarks.sac import agent
+    from benchmarks.experiments.sac import agent
 
     return agent
 
@@ -104,7 +104,7 @@ def test_a_step_adds_the_gradient_of_the_penalty_to_that_of_the_loss(train, name
 
 
 def test_spectral_norms_of_the_critic_grow_and_are_held_by_the_regulariser(sac, train):
-    from benchmarks.sac.run import mean_spectral_norm
+    from benchmarks.experiments.sac.run import mean_spectral_norm
 
     fast = replace(PLAIN, setting=replace(TINY, rate=3e-3))
     start, plain, held = (
@@ -145,7 +145,7 @@ def test_a_reset_draws_weights_anew_and_keeps_the_buffer_and_what_is_attached(sa
 
 
 def test_gradient_norms_are_those_of_the_loss_alone(sac):
-    from benchmarks.sac.run import GradientNorms
+    from benchmarks.experiments.sac.run import GradientNorms
 
     def norm(strength):
         agent = sac.build(NORMALISED, seed=0)
@@ -161,7 +161,7 @@ def test_gradient_norms_are_those_of_the_loss_alone(sac):
 def test_q_values_are_taken_at_the_actions_that_the_critic_trains_on(sac, train):
     from gymnasium.spaces import Box
 
-    from benchmarks.sac.run import q_value
+    from benchmarks.experiments.sac.run import q_value
 
     agent = train(0.0, 1)
     agent.policy.action_space = Box(-3.0, 3.0, (1,))  # the critic sees actions scaled to [-1, 1]
@@ -173,7 +173,7 @@ def test_q_values_are_taken_at_the_actions_that_the_critic_trains_on(sac, train)
 
 
 def test_an_episode_is_a_thousand_steps_that_begin_where_the_seed_says(sac):
-    from benchmarks.sac.environment import environment, play
+    from benchmarks.experiments.sac.environment import environment, play
 
     agent, env = sac.build(NORMALISED, seed=0), environment(TINY.task)
     first, again, other = (play(agent, env, seed) for seed in (3, 3, 4))
@@ -201,7 +201,7 @@ def test_the_grid_holds_the_settings_of_the_paper(sac):
 
 
 def test_one_run_records_what_the_report_shows(sac, tmp_path):
-    from benchmarks.sac.report import COLUMNS, PANELS
+    from benchmarks.experiments.sac.report import COLUMNS, PANELS
 
     config = Config("LayerNorm, spectral, resets", TINY, strength=1e-4, resets=True)
     records = experiment.run(config, 0, Context(0, True, None, Path(tmp_path)))

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.experiments.sources.report import difference, report
 from benchmarks.harness.experiment import Context
 from benchmarks.harness.results import Results
-from benchmarks.sources.report import difference, report
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +32,8 @@ def matrix_of(kind, risk, examples):
 @pytest.mark.parametrize("name", ["Hessian", "GGN", "empirical", "batched"])
 @pytest.mark.parametrize("structure", ["dense", "block", "diagonal"])
 def test_the_increase_of_an_example_is_that_of_its_own_restricted_matrix(risk, name, structure, restricted_to):
-    from benchmarks.sources.grid import BATCH, KINDS
-    from benchmarks.sources.pictures import derivatives
+    from benchmarks.experiments.sources.grid import BATCH, KINDS
+    from benchmarks.experiments.sources.pictures import derivatives
 
     kind = KINDS[name]
     delta = torch.randn(risk.space.size, generator=torch.Generator().manual_seed(1)).double()
@@ -59,7 +59,7 @@ def restricted_to():
 
 
 def test_losses_of_units_are_means_over_batches(risk):
-    from benchmarks.sources.pictures import losses_at
+    from benchmarks.experiments.sources.pictures import losses_at
 
     single = losses_at(1, risk, risk.anchor)
     expected = [float(single[:4].mean()), float(single[4:].mean())]
@@ -68,8 +68,8 @@ def test_losses_of_units_are_means_over_batches(risk):
 
 @pytest.mark.parametrize("trajectory", ["sequential", "replay", "regularised"])
 def test_at_its_anchor_a_picture_is_exact_and_further_on_it_is_not(trajectory, tmp_path):
-    from benchmarks.sources.grid import configs
-    from benchmarks.sources.run import run
+    from benchmarks.experiments.sources.grid import configs
+    from benchmarks.experiments.sources.run import run
 
     config = next(c for c in configs(quick=True) if c.trajectory == trajectory)
     records = run(config, 0, Context(0, True, None, Path(tmp_path)))
@@ -101,9 +101,9 @@ def test_a_difference_says_whether_it_is_within_noise():
 
 def test_derivatives_are_those_of_the_anchor_of_the_moment(tmp_path, monkeypatch):
     """An adaptive picture frees its old models while it trains, and Python gives their places to new ones."""
-    from benchmarks.sources.grid import configs
-    from benchmarks.sources.run import run
-    from benchmarks.sources.watcher import Watcher
+    from benchmarks.experiments.sources.grid import configs
+    from benchmarks.experiments.sources.run import run
+    from benchmarks.experiments.sources.watcher import Watcher
 
     looked = []
 

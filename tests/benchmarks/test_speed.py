@@ -3,9 +3,9 @@
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from avalanche_curv.plasticity.mitigators.spectral import STIR
+from benchmarks.experiments.speed import Config, experiment, mitigators
+from benchmarks.experiments.speed.mitigators import EXACT_STEPS, MITIGATORS, ROUNDS, mitigated
 from benchmarks.harness import Options
-from benchmarks.speed import Config, experiment, mitigators
-from benchmarks.speed.mitigators import EXACT_STEPS, MITIGATORS, ROUNDS, mitigated
 
 
 def test_whatever_a_mitigator_does_from_time_to_time_falls_into_every_round():

@@ -8,15 +8,15 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import taylor
+from benchmarks.experiments import taylor
+from benchmarks.experiments.taylor import INPUTS
+from benchmarks.experiments.taylor.ratio import Inputs, expected_ratio, explained, fitted, hessian, ratio
+from benchmarks.experiments.taylor.ratio_report import agreement
+from benchmarks.experiments.taylor.report import ends_beyond, report
 from benchmarks.harness import Options
 from benchmarks.harness.experiment import Context
 from benchmarks.harness.grid import describe
 from benchmarks.harness.results import Results
-from benchmarks.taylor import INPUTS
-from benchmarks.taylor.ratio import Inputs, expected_ratio, explained, fitted, hessian, ratio
-from benchmarks.taylor.ratio_report import agreement
-from benchmarks.taylor.report import ends_beyond, report
 
 GRID = taylor.sizes((4, 16, 64), (1, 4, 16, 64))
 
@@ -77,7 +77,7 @@ def test_the_law_of_the_note_loses_to_the_closed_form():
 @pytest.fixture(scope="module")
 def path():
     """The module of the runs."""
-    from benchmarks.taylor import path
+    from benchmarks.experiments.taylor import path
 
     return path
 

@@ -8,11 +8,11 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from benchmarks.experiments.trust_region import SETTINGS, Config, TrustRegionOptions, experiment, settings
+from benchmarks.experiments.trust_region.report import closed, report, slowdown
 from benchmarks.harness import UsageError
 from benchmarks.harness.experiment import Context
 from benchmarks.harness.results import Results
-from benchmarks.trust_region import SETTINGS, Config, TrustRegionOptions, experiment, settings
-from benchmarks.trust_region.report import closed, report, slowdown
 
 
 def results(values, metric="average_accuracy"):
@@ -85,8 +85,8 @@ def test_a_report_of_few_results_says_what_it_has(tmp_path):
 
 
 def test_every_method_that_is_tuned_has_a_strength_within_its_grid():
-    from benchmarks import tune
-    from benchmarks.trust_region.grid import EWC, STRENGTHS, methods, penalised
+    from benchmarks.experiments import tune
+    from benchmarks.experiments.trust_region.grid import EWC, STRENGTHS, methods, penalised
 
     assert {(stream, name) for stream, name in STRENGTHS} == {
         (stream, name) for stream, setting in SETTINGS.items() for name in penalised(setting)

@@ -141,7 +141,7 @@ def test_values_are_those_of_the_matrices_written_out(per, parts, projection, ne
     for name, values in expected.items():
         assert names[f"projection/{name}"][0] == at
         assert names[f"projection/{name}"][1] == pytest.approx(values, rel=1e-5, abs=1e-10)
-    leaks = {"StepProjection": False, "GradientProjection": True, "SequentialProjection": True}[type(projection).__name__]
+    leaks = type(projection).__name__ in ("GradientProjection", "SequentialProjection")
     assert (max(expected["step_leakage"]) > 1e-3) == (max(expected["drift_leakage"]) > 1e-3) == leaks
 
     for group, counts in (("projection", [step // 6 for step in at]), ("projection_experience", [1, 2, 3])):

@@ -470,7 +470,7 @@ def test_the_strategy_takes_the_options_of_the_plugin(make):
         ({"uncovered": StepProjection()}, TypeError, r"uncovered must be a Uncovered; got StepProjection\(\)"),
         ({"max_rank": 0}, ValueError, "max_rank must be an integer of at least 1; got 0"),
         ({"max_rank": 2.5}, ValueError, "max_rank"),
-        ({"projection": SequentialProjection(), "max_rank": 5}, ValueError, r"Leave max_rank out, or use StepProjection\(\)"),
+        ({"projection": SequentialProjection(), "max_rank": 5}, ValueError, r"Leave max_rank out, or use Step"),
         ({"max_bytes": 0}, ValueError, "max_bytes"),
         ({"batch_size": 0}, ValueError, "batch_size must be an integer of at least 1; got 0"),
     ],
