@@ -12,7 +12,8 @@ import avalanche_curv
 PACKAGE = Path(avalanche_curv.__file__).parent
 ROOT = PACKAGE.parent
 HEIGHT = {
-    "core": 0, "plasticity": 1, "plugins": 2, "metrics": 2, "streams": 2, "loggers": 2, "strategies": 3, "benchmarks": 4,
+    "core": 0, "plasticity": 1, "plugins": 2, "metrics": 2, "streams": 2, "loggers": 2, "strategies": 3,
+    "benchmarks": 4,
 }  # fmt: skip
 LOOSE = 10  # files in the core outside its rooms, at most
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -6,7 +6,7 @@ from typing import Any
 
 from avalanche.evaluation.metric_results import MetricValue
 
-from avalanche_curv.core.quadratic.policies import RefreshEvent, RevisingPolicy
+from avalanche_curv.core.quadratic.policies import RefreshEvent
 from avalanche_curv.metrics._published import ScalarMetric
 from avalanche_curv.plugins import CurvatureEWCPlugin
 
@@ -37,7 +37,7 @@ class PenaltyMetric(ScalarMetric):
             if self.due(strategy) and plugin.penalty is not None:
                 raw = plugin.penalty.item()
                 values |= {f"{group}/raw": raw, f"{group}/weighted": plugin.weight * raw}
-            if isinstance(plugin.policy, RevisingPolicy):
+            if plugin.policy.revises:
                 values |= self._refreshed(strategy, plugin.past.refreshes, group)
         return self.publish(strategy, values)
 

@@ -13,10 +13,9 @@ from avalanche.training.plugins import SupervisedPlugin
 
 from avalanche_curv.core.curvature.base import Curvature, NonFiniteCurvatureError
 from avalanche_curv.core.curvature.fisher import Fisher
-from avalanche_curv.core.curvature.hessian import Hessian
 from avalanche_curv.core.options import check_kind, is_count, is_number
 from avalanche_curv.core.quadratic.penalty import Penalty
-from avalanche_curv.core.quadratic.policies import Accumulate, Past, Policy, RevisingPolicy
+from avalanche_curv.core.quadratic.policies import Accumulate, Past, Policy
 from avalanche_curv.core.quadratic.stability import Guard, Guarded, WarnIfUnstable
 from avalanche_curv.core.risk.frozen import unwrapped
 from avalanche_curv.core.structures import Diagonal, Structure
@@ -102,7 +101,7 @@ class CurvatureEWCPlugin(SupervisedPlugin):
         self._revise(strategy)
 
     def _revise(self, strategy: Any) -> None:
-        if not isinstance(self.policy, RevisingPolicy):
+        if not self.policy.revises:
             return
         with _bridge.untouched_randomness(), self._naming_the_experience(strategy):
             revised = self.policy.revise(
@@ -155,9 +154,10 @@ def _check_options(
     check_kind("policy", policy, Policy, "Accumulate()")
     if isinstance(curvature, Curvature) and isinstance(structure, Structure):
         check_pair(curvature, structure)
-    if isinstance(curvature, Hessian) and curvature.psd is None:
+    if isinstance(curvature, Curvature) and not (curvature.is_semidefinite or curvature.is_mended):
         warnings.warn(
-            "The Hessian may be indefinite, and a penalty with it may reward leaving the anchor without bound. "
-            "Use Hessian(psd=Clip()) or Hessian(psd=Absolute()) unless that is what you study.",
+            f"{curvature} may be indefinite, and a penalty with it may reward leaving the anchor without bound. Use "
+            "Hessian(psd=Clip()) or Hessian(psd=Absolute()) unless that is what you study; say is_semidefinite = True "
+            "of a kind of your own that is not.",
             stacklevel=3,
         )

@@ -5,6 +5,7 @@ from avalanche_curv.core.curvature.empirical_fisher import BatchedEmpiricalFishe
 from avalanche_curv.core.curvature.fisher import Fisher
 from avalanche_curv.core.curvature.ggn import GGN
 from avalanche_curv.core.curvature.hessian import Absolute, Clip, Hessian
+from avalanche_curv.core.curvature.linear_operator import FromLinearOperator
 from avalanche_curv.core.curvature.operators import Operator
 from avalanche_curv.core.curvature.output_gradient import OutputGradient
 
@@ -16,6 +17,7 @@ __all__ = [
     "Curvature",
     "EmpiricalFisher",
     "Fisher",
+    "FromLinearOperator",
     "Hessian",
     "NonFiniteCurvatureError",
     "Operator",

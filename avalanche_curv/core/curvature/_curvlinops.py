@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", FutureWarning)  # a dependency of curvlinops still uses torch.jit
     from curvlinops import GGNLinearOperator, xtrace
+    from curvlinops._torch_base import PyTorchLinearOperator as LinearOperator
 
 COLUMNS = 16  # a matrix product maps over all columns at once: this bounds its memory
 
@@ -41,6 +42,79 @@ class MeanOperator:
 def output_operator(risk: EmpiricalRisk, data: list[tuple[Tensor, Tensor]]) -> MeanOperator:
     """(1/N) Σ_i J_iᵀ S_i S_iᵀ J_i, as the GGN of ½ Σ_i ‖S_iᵀ f_i‖²; `data` holds inputs and S [n, C, R] by batch."""
     return _mean(GGNLinearOperator, risk, _HalfSquare(), data)
+
+
+def chosen_operator(
+    make: Callable[..., Any], risk: EmpiricalRisk, data: list[tuple[Tensor, Tensor]]
+) -> ChosenOperator:
+    """(1/N) times what `make(model, loss, parameters, data, num_data=N, check_deterministic=False)` gives.
+
+    The model is a copy of the frozen one, since operators may leave hooks on it; the loss sums over examples. Raises
+    ValueError where the result is no operator on the parameters.
+    """
+    model, parameters = risk.copied_model()
+    made = make(model, risk.loss.summed(), parameters, data, num_data=risk.examples, check_deterministic=False)
+    size = risk.space.size
+    if tuple(getattr(made, "shape", ())) != (size, size):
+        raise ValueError(
+            f"{make} gives a {type(made).__name__} of shape {getattr(made, 'shape', None)}; expected a linear operator "
+            f"on the {size} trainable parameters. Give a class such as curvlinops.HessianLinearOperator."
+        )
+    return ChosenOperator(made, risk.examples)
+
+
+@dataclass(frozen=True)
+class ChosenOperator:
+    """(1/N) times an operator of curvlinops, which may differentiate at each product, or one of SciPy's."""
+
+    summed: Any
+    examples: int
+
+    @property
+    def size(self) -> int:
+        return self.summed.shape[1]
+
+    @torch.enable_grad()
+    def matmat(self, matrix: Float[Tensor, "P k"]) -> Float[Tensor, "P k"]:
+        """C M, a few columns at a time."""
+        return torch.cat([self._product(part) for part in matrix.detach().split(COLUMNS, dim=1)], dim=1) / self.examples
+
+    def _product(self, matrix: Float[Tensor, "P k"]) -> Float[Tensor, "P k"]:
+        if isinstance(self.summed, LinearOperator):
+            return (self.summed @ matrix).detach()
+        return torch.as_tensor(self.summed @ matrix.cpu().numpy()).to(matrix)
+
+
+def linear_operator(
+    matmat: Callable[[Float[Tensor, "P k"]], Float[Tensor, "P k"]], shapes: Sequence[torch.Size], like: Tensor
+) -> LinearOperator:
+    """A symmetric matrix, known by its products, as a linear operator of curvlinops on parameters of these shapes, in
+    the type and on the device of `like`."""
+    return _Products(matmat, shapes, like)
+
+
+class _Products(LinearOperator):
+    """What curvlinops asks of an operator: products with lists of tensors [*shape, K]."""
+
+    SELF_ADJOINT = True
+
+    def __init__(self, matmat: Callable[[Tensor], Tensor], shapes: Sequence[torch.Size], like: Tensor) -> None:
+        super().__init__([tuple(shape) for shape in shapes], [tuple(shape) for shape in shapes])
+        self._product, self._like = matmat, like
+
+    @property
+    def device(self) -> torch.device:
+        return self._like.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._like.dtype
+
+    def _matmat(self, X: list[Tensor]) -> list[Tensor]:
+        count = X[0].shape[-1]
+        product = self._product(torch.cat([part.reshape(-1, count) for part in X]))
+        parts = product.split([shape.numel() for shape in self._in_shape])
+        return [part.reshape(*shape, count) for part, shape in zip(parts, self._in_shape)]
 
 
 def _mean(operator: Any, risk: EmpiricalRisk, loss: nn.Module, data: list) -> MeanOperator:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterator, Sequence
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from avalanche_curv.core.curvature._curvlinops import output_operator
-from avalanche_curv.core.curvature.operators import Operator, WithFallback
+from avalanche_curv.core.curvature._curvlinops import LinearOperator, linear_operator, output_operator
+from avalanche_curv.core.curvature.operators import Operator, Spectral, WithFallback
 from avalanche_curv.core.curvature.products import Relinearised
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
+from avalanche_curv.core.risk.jacobians import chunk_size, parameters_of, pulled_back
 from avalanche_curv.core.risk.losses import ExampleLoss
+
+M = TypeVar("M", bound=Spectral)
 
 
 class NonFiniteCurvatureError(FloatingPointError):
@@ -22,15 +27,67 @@ class NonFiniteCurvatureError(FloatingPointError):
 class Curvature(ABC):
     """A kind of curvature C(θ) of an empirical risk, always of the mean over examples.
 
-    A kind of your own needs `operator` and nothing else; every structure and policy then works with it.
+    A kind of your own needs `operator` and nothing else; every structure but Kronecker factors, and every policy, then
+    works with it. The other methods say what more is known of a kind: faster rules and measurements ask for it.
     """
+
+    is_semidefinite: bool = False
+    """Whether C has no negative eigenvalues. Say so for a kind of your own: others are taken to be indefinite."""
+
+    is_known_of_examples: bool = False
+    """Whether `example_expansion` gives the curvature of the loss of one example, as fidelity compares it."""
 
     @abstractmethod
     def operator(self, risk: EmpiricalRisk) -> Operator:
         """The curvature at the frozen parameters of `risk` as an operator on its parameter space."""
 
+    def linear_operator(self, risk: EmpiricalRisk) -> LinearOperator:
+        """The curvature at the frozen parameters of `risk` as a linear operator of curvlinops, for its traces, norms,
+        inverses and spectral densities; `.to_scipy()` makes it one of SciPy's."""
+        return linear_operator(self.operator(risk).matmat, risk.space.shapes, risk.anchor)
+
     def check_loss(self, loss: ExampleLoss) -> None:  # noqa: B027  most need no more of a loss than that it is known
         """Raises ValueError for a loss of which this curvature is not defined."""
+
+    @property
+    def is_mended(self) -> bool:
+        """Whether `mended` changes the spectrum of an estimate."""
+        return False
+
+    def mended(self, matrix: M) -> M:
+        """An estimate of C with its spectrum as this kind wants it; the matrix itself for most kinds."""
+        return matrix
+
+    def unmended(self) -> Curvature:
+        """The kind whose spectrum stays as it is."""
+        return self
+
+    def row_count(self, risk: EmpiricalRisk) -> int | None:
+        """M, the number of rows of G with C = GᵀG; None for a kind without such rows."""
+        return None
+
+    def rows(self, risk: EmpiricalRisk) -> Iterator[Float[Tensor, "n P"]]:
+        """The M rows of G with C = GᵀG, some at a time. Raises TypeError for a kind without such rows."""
+        raise TypeError(f"{self} is not known as a sum of outer products. Use Fisher(), GGN() or EmpiricalFisher().")
+
+    def example_expansion(
+        self, risk: EmpiricalRisk, inputs: Tensor, targets: Tensor, displacement: Float[Tensor, "P"]
+    ) -> tuple[Float[Tensor, "n P"], Float[Tensor, "n P"]]:
+        """∇ℓ_i(a) and C_i δ for each of n examples, with C_i the curvature of ℓ_i alone at the anchor a of `risk`.
+
+        Raises TypeError for a kind that does not define C_i.
+        """
+        raise TypeError(
+            f"Fidelity compares single examples with their own curvature, which {self} does not define. "
+            "Use GGN(), Fisher(), EmpiricalFisher(), Hessian() without psd, or a subclass of OutputCurvature."
+        )
+
+    def terms(self, examples: int) -> int:
+        """How many terms the mean C = (1/B) Σ_b C_b of so many examples runs over: one for each example."""
+        return examples
+
+    def check_shards(self, counts: Sequence[int]) -> None:  # noqa: B027
+        """Raises ValueError where C of all examples is no mean of those of shards of these sizes."""
 
 
 class OutputCurvature(Curvature, ABC):
@@ -40,6 +97,8 @@ class OutputCurvature(Curvature, ABC):
     """
 
     seed: int | None = None
+    is_semidefinite = True
+    is_known_of_examples = True
 
     @abstractmethod
     def factor(
@@ -56,3 +115,21 @@ class OutputCurvature(Curvature, ABC):
         with torch.no_grad():
             data = [(x, self.factor(risk.loss, risk.outputs(x), y, generator)) for x, y in risk]
         return WithFallback(output_operator(risk, data), Relinearised(self, risk))
+
+    def row_count(self, risk: EmpiricalRisk) -> int:
+        """N R, with R the number of columns of S."""
+        x, y = next(iter(risk))
+        with torch.no_grad():
+            outputs = risk.outputs(x[:1])
+        return risk.examples * self.factor(risk.loss, outputs, y[:1], self.generator()).shape[2]
+
+    def rows(self, risk: EmpiricalRisk, names: Collection[str] | None = None) -> Iterator[Float[Tensor, "n P"]]:
+        """J_iᵀ S_i / √N for one chunk of examples after the other; the columns of some parameters by `names`."""
+        parameters, generator = parameters_of(risk), self.generator()
+        width = sum(parameters[name].numel() for name in names or parameters)
+        with torch.no_grad():
+            for x, y in risk:
+                factor = self.factor(risk.loss, risk.outputs(x), y, generator) / risk.examples**0.5
+                size = chunk_size(risk, factor.shape[2], width)
+                for part_x, part_factor in zip(x.split(size), factor.split(size)):
+                    yield pulled_back(risk, parameters, part_x, part_factor, names).flatten(0, 1)

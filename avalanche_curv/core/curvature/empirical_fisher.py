@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,15 +33,34 @@ class BatchedEmpiricalFisher(Curvature):
 
     batch_size: int
 
+    is_semidefinite = True
+
     def __post_init__(self) -> None:
         if not is_count(self.batch_size):
             raise ValueError(f"BatchedEmpiricalFisher needs a batch_size of at least 1; got {self.batch_size}.")
 
     def operator(self, risk: EmpiricalRisk) -> Operator:
-        return GramOperator(torch.cat(list(self.gradients(risk))))
+        return GramOperator(torch.cat(list(self.rows(risk))))
 
-    def gradients(self, risk: EmpiricalRisk) -> Iterator[Float[Tensor, "1 P"]]:
+    def row_count(self, risk: EmpiricalRisk) -> int:
+        """B, the number of mini-batches."""
+        return self.terms(risk.examples)
+
+    def rows(self, risk: EmpiricalRisk) -> Iterator[Float[Tensor, "1 P"]]:
         """ḡ_b / √B, one row at a time."""
-        batches = -(-risk.examples // self.batch_size)
         for x, y in risk.rebatched(self.batch_size):
-            yield risk.summed_gradient(x, y)[None] / (len(y) * batches**0.5)
+            yield risk.summed_gradient(x, y)[None] / (len(y) * self.terms(risk.examples) ** 0.5)
+
+    def terms(self, examples: int) -> int:
+        """B, the number of mini-batches of so many examples."""
+        return -(-examples // self.batch_size)
+
+    def check_shards(self, counts: Sequence[int]) -> None:
+        """Raises ValueError where a mini-batch would lie on two shards."""
+        last = max(shard for shard, count in enumerate(counts) if count)
+        if any(count % self.batch_size for count in counts[:last]):
+            raise ValueError(
+                f"BatchedEmpiricalFisher({self.batch_size}) needs a multiple of {self.batch_size} examples on every "
+                f"rank but the last, so that no mini-batch lies on two; they have {list(counts)}. Move examples, or "
+                "use EmpiricalFisher()."
+            )

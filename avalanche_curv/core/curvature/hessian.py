@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
+from jaxtyping import Float
 from torch import Tensor
+from torch.func import grad, jvp, vmap
 
-from avalanche_curv.core.curvature.base import Curvature
+from avalanche_curv.core.curvature.base import Curvature, M
 from avalanche_curv.core.curvature.operators import Operator
 from avalanche_curv.core.curvature.products import HessianOperator
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
+from avalanche_curv.core.risk.jacobians import example_rows, loss_of_one, parameters_of
 
 
 class PositivePart(ABC):
@@ -49,5 +53,34 @@ class Hessian(Curvature):
         if self.psd is not None and not isinstance(self.psd, PositivePart):
             raise TypeError(f"Hessian(psd=...) takes Clip(), Absolute() or None; got {self.psd!r}.")
 
+    @property
+    def is_known_of_examples(self) -> bool:  # type: ignore[override]
+        """Whether the spectrum stays as it is: that of single examples is not mended."""
+        return self.psd is None
+
+    @property
+    def is_mended(self) -> bool:
+        """Whether `psd` is given."""
+        return self.psd is not None
+
     def operator(self, risk: EmpiricalRisk) -> Operator:
         return HessianOperator(risk)
+
+    def mended(self, matrix: M) -> M:
+        """`psd` of the eigenvalues of an estimate; the matrix itself where it is not finite, as eigh fails on NaN."""
+        return matrix if self.psd is None or not matrix.is_finite() else matrix.map_spectrum(self.psd)
+
+    def unmended(self) -> Hessian:
+        return Hessian()
+
+    def example_expansion(
+        self, risk: EmpiricalRisk, inputs: Tensor, targets: Tensor, displacement: Float[Tensor, "P"]
+    ) -> tuple[Float[Tensor, "n P"], Float[Tensor, "n P"]]:
+        """∇ℓ_i(a) and ∇²ℓ_i(a) δ, the second as the forward derivative of the first."""
+        if self.psd is not None:
+            return super().example_expansion(risk, inputs, targets, displacement)
+        here, step = parameters_of(risk), parameters_of(risk, displacement)
+        gradient = grad(loss_of_one(risk))
+        expanded: Any = vmap(lambda x, y: jvp(lambda p: gradient(p, x, y), (here,), (step,)))(inputs, targets)
+        slopes, products = (example_rows(parts) for parts in expanded)
+        return slopes, products

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float
@@ -21,6 +22,14 @@ class Operator(Protocol):
     def matmat(self, matrix: Float[Tensor, "P k"]) -> Float[Tensor, "P k"]: ...
 
 
+class Spectral(Protocol):
+    """What a kind of curvature asks of a matrix whose eigenvalues it changes: see `structures.Matrix`."""
+
+    def is_finite(self) -> bool: ...
+
+    def map_spectrum(self, function: Callable[[Tensor], Tensor]) -> Any: ...
+
+
 class FactorInOutputs(Protocol):
     """What operators need of a kind of curvature (1/N) Σ_i J_iᵀ S_i S_iᵀ J_i: see `OutputCurvature`."""
 
@@ -31,22 +40,30 @@ class FactorInOutputs(Protocol):
     def generator(self) -> torch.Generator: ...
 
 
-@dataclass(frozen=True)
 class WithFallback:
-    """An operator, and another for models of whose modules torch lacks the derivatives that the first one takes."""
+    """An operator, and another for models of whose modules torch lacks the derivatives that the first one takes.
 
-    first: Operator
-    second: Operator
+    Which of them works is found at the first product, and holds for all that follow.
+    """
+
+    def __init__(self, first: Operator, second: Operator) -> None:
+        self._works = first
+        self._untried: Operator | None = second
 
     @property
     def size(self) -> int:
-        return self.first.size
+        return self._works.size
 
     def matmat(self, matrix: Float[Tensor, "P k"]) -> Float[Tensor, "P k"]:
-        try:
-            return self.first.matmat(matrix)
-        except NotImplementedError:
-            return self.second.matmat(matrix)
+        """C M."""
+        if self._untried is not None:
+            try:
+                return self._works.matmat(matrix)
+            except NotImplementedError:
+                self._works = self._untried
+            finally:
+                self._untried = None
+        return self._works.matmat(matrix)
 
 
 @dataclass(frozen=True)

@@ -151,7 +151,8 @@ class HessianOperator:
     """∇²L at the frozen parameters.
 
     Reverse over reverse, where curvlinops 3.0.1 goes forward over reverse: forward derivatives are missing in torch for
-    group norms and attention, and wrong for the affine parameters of a LayerNorm.
+    group norms and attention, and wrong for the affine parameters of a LayerNorm. Where they are right, its products
+    took 0.9 to 3.2 times as long (multilayer perceptrons of 900 and 90,000 parameters, a small convolutional network).
     """
 
     risk: EmpiricalRisk

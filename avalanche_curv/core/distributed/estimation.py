@@ -9,23 +9,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from avalanche_curv.core.curvature.base import Curvature, NonFiniteCurvatureError, OutputCurvature
-from avalanche_curv.core.curvature.empirical_fisher import BatchedEmpiricalFisher
-from avalanche_curv.core.curvature.hessian import Hessian, PositivePart
 from avalanche_curv.core.curvature.operators import Operator
 from avalanche_curv.core.distributed.risk import ShardedRisk
-from avalanche_curv.core.eigen import WHOLE, Pairs, top_of_matrix, top_of_operator
 from avalanche_curv.core.quadratic.model import QuadraticModel
 from avalanche_curv.core.risk.batches import random_part
-from avalanche_curv.core.risk.empirical_risk import as_matrix
+from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk, as_matrix
 from avalanche_curv.core.risk.losses import ExampleLoss
 from avalanche_curv.core.structures.base import Matrix, Structure
-from avalanche_curv.core.structures.block_diagonal import BlockDiagonal
-from avalanche_curv.core.structures.dense import Dense
-from avalanche_curv.core.structures.diagonal import Diagonal
-from avalanche_curv.core.structures.flat_spectrum import FlatSpectrum, flattened
-from avalanche_curv.core.structures.kronecker import EKFAC, Kronecker
-from avalanche_curv.core.structures.low_rank import LowRank, LowRankMatrix
-from avalanche_curv.core.structures.matrix_free import MatrixFree, MatrixFreeMatrix, OperatorTerm
 from avalanche_curv.core.structures.rules import check_pair, structured
 
 
@@ -46,9 +36,7 @@ def estimate_sharded(
     _check(curvature, structure, risk)
     matrix = slope = None
     if risk.is_finite:
-        matrix = _matrix(curvature, structure, risk)
-        psd = _mending(curvature, matrix)
-        matrix = matrix if psd is None else matrix.map_spectrum(psd)
+        matrix = curvature.mended(structure.from_shards(_OverRanks(curvature, risk)))
         slope = risk.gradient() if gradient else None
     if matrix is None or not matrix.is_finite() or (slope is not None and not slope.isfinite().all()):
         raise NonFiniteCurvatureError(
@@ -62,83 +50,59 @@ def estimate_sharded(
 def _check(curvature: Curvature, structure: Structure, risk: ShardedRisk) -> None:
     risk.ranks.agree({"curvature": _written(curvature), "structure": _written(structure)})
     check_pair(curvature, structure)
-    if isinstance(structure, EKFAC):
-        raise TypeError(
-            "EKFAC() is not estimated over ranks: its eigenvalues belong to eigenvectors that are known only after all "
-            "ranks have spoken. Use Kronecker(), Diagonal(), BlockDiagonal(), LowRank(...), Dense() or MatrixFree()."
-        )
-    if isinstance(curvature, BatchedEmpiricalFisher):
-        _check_mini_batches(curvature.batch_size, risk.counts)
+    curvature.check_shards(risk.counts)
     structure.check(risk.own.space, risk.own.anchor.element_size())
 
 
-def _check_mini_batches(size: int, counts: tuple[int, ...]) -> None:
-    last = max(rank for rank, count in enumerate(counts) if count)
-    if any(count % size for count in counts[:last]):
-        raise ValueError(
-            f"BatchedEmpiricalFisher({size}) needs a multiple of {size} examples on every rank but the last, so that "
-            f"no mini-batch lies on two; they have {list(counts)}. Move examples, or use EmpiricalFisher()."
-        )
+@dataclass(frozen=True)
+class _OverRanks:
+    """C = Σ_r w_r C_r of the examples of all ranks, as structures ask for it."""
 
+    curvature: Curvature
+    risk: ShardedRisk
 
-def _matrix(curvature: Curvature, structure: Structure, risk: ShardedRisk) -> Matrix:
-    """C before a Hessian's spectrum is mended."""
-    if _is_linear(structure):
-        return _summed(curvature, structure, risk)
-    if isinstance(structure, LowRank):
-        return _low_rank(curvature, structure, risk)
-    if isinstance(structure, FlatSpectrum):
-        matrix = _low_rank(curvature, structure.basis, risk)
-        psd = _mending(curvature, matrix)
-        return flattened(matrix if psd is None else matrix.map_spectrum(psd))
-    if isinstance(structure, MatrixFree):
-        return _matrix_free(curvature, structure, risk)
-    return structure.from_operator(_operator(curvature, risk), risk.own)
+    @property
+    def own(self) -> EmpiricalRisk:
+        """The examples of this rank."""
+        return self.risk.own
 
+    def operator(self) -> Operator:
+        """Products of the kind's own operator, summed over ranks."""
+        return self._summed(self.risk.ranks.together(lambda: self._of_rank().operator(self.own)))
 
-def _is_linear(structure: Structure) -> bool:
-    """Whether all that the matrix stores is a mean over examples."""
-    if isinstance(structure, BlockDiagonal):
-        return _is_linear(structure.block)
-    return isinstance(structure, (Dense, Diagonal, Kronecker))
+    def averaged(self, structure: Structure) -> Matrix:
+        """Each stored number is the weighted sum of those of the ranks."""
+        matrix = self.risk.ranks.together(lambda: structured(self._of_rank(), structure, self.own))
+        self.risk.ranks.agree({f"numbers of {structure}": str([tuple(t.shape) for t in matrix.tensors()])})
+        for tensor in matrix.tensors():  # which are new
+            tensor.copy_(self.risk.ranks.sum(tensor * self._weight))
+        return matrix
 
+    def products_with(self, structure: Structure) -> Operator:
+        """Products with the matrix of each rank's examples, summed over ranks."""
+        own = self.risk.ranks.together(lambda: structured(self._of_rank(), structure, self.own))
+        return self._summed(_Products(own))
 
-def _summed(curvature: Curvature, structure: Structure, risk: ShardedRisk) -> Matrix:
-    """Each stored number is the weighted sum of those of the ranks."""
-    weight = _weight(curvature, risk)
-    matrix = risk.ranks.together(lambda: structured(_of_rank(curvature, risk), structure, risk.own))
-    risk.ranks.agree({f"numbers of {structure}": str([tuple(t.shape) for t in matrix.tensors()])})
-    for tensor in matrix.tensors():  # which are new
-        tensor.copy_(risk.ranks.sum(tensor * weight))
-    return matrix
+    def subset(self, fraction: float, seed: int) -> _OverRanks:
+        """The curvature of a random part of the examples of all ranks."""
+        return replace(self, risk=self.risk.select(random_part(self.risk.examples, fraction, seed)))
 
+    def _summed(self, own: Operator) -> Operator:
+        return _Summed(own, self.risk, self._weight)
 
-def _low_rank(curvature: Curvature, structure: LowRank, risk: ShardedRisk) -> LowRankMatrix:
-    space, anchor = risk.own.space, risk.own.anchor
-    if space.size <= WHOLE:
-        whole = _summed(curvature, Dense(), risk).dense()
-        return structure.matrix(lambda count: top_of_matrix(whole, count), space.size, whole.diagonal())
-    operator = _operator(curvature, risk)
+    def _of_rank(self) -> Curvature:
+        """The kind on this rank: draws begin where those of the ranks before it end."""
+        if not isinstance(self.curvature, OutputCurvature):
+            return self.curvature
+        _, targets = next(iter(self.own))
+        outputs = as_matrix(self.own.one_output)
+        return with_draws_after(self.curvature, self.risk.before, self.own.loss, outputs, targets)
 
-    def top(count: int) -> Pairs:
-        return top_of_operator(operator, anchor, count)
-
-    diagonal = _summed(curvature, Diagonal(), risk).tensors()[0] if structure.needs_diagonal else None
-    return structure.matrix(top, space.size, diagonal)
-
-
-def _matrix_free(curvature: Curvature, structure: MatrixFree, risk: ShardedRisk) -> MatrixFreeMatrix:
-    if structure.fraction < 1:
-        risk = risk.select(random_part(risk.examples, structure.fraction, structure.seed))
-    every = replace(structure, fraction=1.0)
-    own = risk.ranks.together(lambda: structured(_of_rank(curvature, risk), every, risk.own))
-    operator = _Summed(_Products(own), risk, _weight(curvature, risk))
-    return MatrixFreeMatrix(own.size, risk.own.anchor.new_empty(0), (OperatorTerm(operator),))
-
-
-def _operator(curvature: Curvature, risk: ShardedRisk) -> Operator:
-    own = risk.ranks.together(lambda: _of_rank(curvature, risk).operator(risk.own))
-    return _Summed(own, risk, _weight(curvature, risk))
+    @property
+    def _weight(self) -> float:
+        """The weight of this rank's C_r in the mean: its share of the examples, or of the mini-batches."""
+        terms = [self.curvature.terms(count) for count in self.risk.counts]
+        return terms[self.risk.ranks.rank] / sum(terms)
 
 
 @dataclass(frozen=True)
@@ -169,27 +133,6 @@ class _Products:
 
     def matmat(self, matrix: Float[Tensor, "P k"]) -> Float[Tensor, "P k"]:
         return torch.stack([self.matrix.product(column) for column in matrix.T], dim=1)
-
-
-def _of_rank(curvature: Curvature, risk: ShardedRisk) -> Curvature:
-    """The kind on this rank: draws begin where those of the ranks before it end."""
-    if not isinstance(curvature, OutputCurvature):
-        return curvature
-    own, (_, targets) = risk.own, next(iter(risk.own))
-    return with_draws_after(curvature, risk.before, own.loss, as_matrix(own.one_output), targets)
-
-
-def _weight(curvature: Curvature, risk: ShardedRisk) -> float:
-    """The weight of this rank's C_r in the mean: its share of the examples, or of the mini-batches."""
-    if not isinstance(curvature, BatchedEmpiricalFisher):
-        return risk.share
-    batches = [-(-count // curvature.batch_size) for count in risk.counts]
-    return batches[risk.ranks.rank] / sum(batches)
-
-
-def _mending(curvature: Curvature, matrix: Matrix) -> PositivePart | None:
-    """How the spectrum is mended: that of a Hessian, where it can be."""
-    return curvature.psd if isinstance(curvature, Hessian) and matrix.is_finite() else None
 
 
 def _written(option: object) -> str:

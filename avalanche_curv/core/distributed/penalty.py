@@ -13,7 +13,6 @@ from avalanche_curv.core.distributed.ranks import Ranks
 from avalanche_curv.core.distributed.shares import EvenShare, ParameterShare
 from avalanche_curv.core.quadratic.model import QuadraticModel, check_first_order, half, times
 from avalanche_curv.core.structures.base import Matrix
-from avalanche_curv.core.structures.diagonal import DiagonalMatrix
 from avalanche_curv.core.structures.low_rank import LowRankMatrix
 
 
@@ -101,15 +100,14 @@ def diagonal_columns(values: Float[Tensor, "p"]) -> LowRankMatrix:
 
 
 def _columns(matrix: Matrix, share: ParameterShare) -> LowRankMatrix:
-    if isinstance(matrix, DiagonalMatrix):
-        return diagonal_columns(share.of(matrix.values))
-    if not isinstance(matrix, LowRankMatrix) or matrix.max_rank is not None:
+    parts = matrix.eigenvectors_beside_diagonal()
+    if parts is None:
         raise TypeError(
             f"A {type(matrix).__name__} is not kept in shares, nor is a bound on the rank of sums. Use Diagonal(), "
             "LowRank(...) without max_rank or FlatSpectrum(...), or keep the whole model on every rank."
         )
-    diagonal = None if matrix.diagonal is None else share.of(matrix.diagonal)
-    return replace(matrix, vectors=share.of(matrix.vectors), diagonal=diagonal)
+    (values, vectors), diagonal = parts
+    return LowRankMatrix(share.of(vectors), values, None if diagonal is None else share.of(diagonal))
 
 
 class _Penalty(torch.autograd.Function):

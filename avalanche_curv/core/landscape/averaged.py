@@ -13,14 +13,13 @@ from torch import Tensor
 from avalanche_curv.core.curvature.base import Curvature, NonFiniteCurvatureError, OutputCurvature
 from avalanche_curv.core.curvature.empirical_fisher import BatchedEmpiricalFisher
 from avalanche_curv.core.curvature.hessian import Hessian
-from avalanche_curv.core.per_example.gram import OuterRows, PlainRows, Rows, plain_size, rows_of
+from avalanche_curv.core.per_example.gram import GRAM_BYTES, OuterRows, PlainRows, Rows, plain_size, rows_of
 from avalanche_curv.core.per_example.layers import Layers
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk, joined_risk
 from avalanche_curv.core.risk.parameters import ParameterSpace
 from avalanche_curv.core.structures.base import Matrix
 from avalanche_curv.core.structures.dense import Dense
 from avalanche_curv.core.structures.diagonal import Diagonal
-from avalanche_curv.core.structures.low_rank import GRAM_BYTES
 from avalanche_curv.core.structures.matrix_free import MatrixFree
 from avalanche_curv.core.structures.rules import has_rule, structured
 
@@ -198,7 +197,7 @@ def _rows_of_batches(averaged: AveragedCurvature, curvature: BatchedEmpiricalFis
     if rows > most or not _fits(rows, space.size, averaged):
         return None
     parts = [
-        weight**0.5 * torch.cat(list(curvature.gradients(risk)))
+        weight**0.5 * torch.cat(list(curvature.rows(risk)))
         for risk, weight in zip(averaged.functions, averaged.weights)
     ]
     return [PlainRows(dict(zip(space.names, space.sizes)), torch.cat(parts))]

@@ -1,9 +1,12 @@
-"""Per-example derivatives for any model, a chunk of examples at a time."""
+"""The rows G of a curvature C = GᵀG, M of them, and their Gram matrix GGᵀ, without holding them where layers allow.
+
+C and GGᵀ share their non-zero eigenvalues: with GGᵀu = λu and ‖u‖ = 1, v = Gᵀu / √λ is an eigenvector of C.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -12,27 +15,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from avalanche_curv.core.curvature.base import OutputCurvature
+from avalanche_curv.core.curvature.base import Curvature, OutputCurvature
 from avalanche_curv.core.eigen import Pairs
 from avalanche_curv.core.per_example.layers import Layers, Tap
 from avalanche_curv.core.per_example.passes import layer_passes
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
-from avalanche_curv.core.risk.jacobians import chunk_size, parameters_of, pulled_back
 from avalanche_curv.core.risk.parameters import ParameterSpace
 
-
-def curvature_rows(
-    curvature: OutputCurvature, risk: EmpiricalRisk, names: Collection[str] | None = None
-) -> Iterator[Float[Tensor, "n P"]]:
-    """Rows G, chunk after chunk, with Σ GᵀG the curvature of the mean: J_iᵀ S_i / √N. Of some parameters by `names`."""
-    parameters, generator = parameters_of(risk), curvature.generator()
-    width = sum(parameters[name].numel() for name in names or parameters)
-    with torch.no_grad():
-        for x, y in risk:
-            factor = curvature.factor(risk.loss, risk.outputs(x), y, generator) / risk.examples**0.5
-            size = chunk_size(risk, factor.shape[2], width)
-            for part_x, part_factor in zip(x.split(size), factor.split(size)):
-                yield pulled_back(risk, parameters, part_x, part_factor, names).flatten(0, 1)
+GRAM_BYTES = 2**30  # of rows that are held at once
 
 
 class Rows(ABC):
@@ -126,9 +116,30 @@ def rows_of(curvature: OutputCurvature, risk: EmpiricalRisk, layers: Layers) -> 
         else:
             found.append(PlainRows(_sizes(layers, names.values()), joined[0]))
     if layers.rest:
-        rest = torch.cat(list(curvature_rows(curvature, risk, layers.rest)))
+        rest = torch.cat(list(curvature.rows(risk, layers.rest)))
         found.append(PlainRows(_sizes(layers, layers.rest), rest))
     return found
+
+
+def gram_rows(curvature: Curvature, risk: EmpiricalRisk, most: int, besides: int = 0) -> list[Rows] | None:
+    """G of any kind that has rows; None where it has none, or where they do not fit.
+
+    Args:
+        curvature: the kind.
+        risk: the examples, at their anchor.
+        most: how many rows there may be.
+        besides: the number of other rows that are held at the same time, which count too.
+    """
+    own = curvature.row_count(risk)
+    if own is None or own + besides > most:
+        return None
+    layers = Layers.of(risk) if isinstance(curvature, OutputCurvature) else None
+    formed = risk.space.size if layers is None else plain_size(layers)
+    if (own + besides) * formed * risk.anchor.element_size() > GRAM_BYTES:
+        return None
+    if isinstance(curvature, OutputCurvature) and layers is not None:
+        return rows_of(curvature, risk, layers)
+    return [PlainRows(dict(zip(risk.space.names, risk.space.sizes)), torch.cat(list(curvature.rows(risk))))]
 
 
 def top_pairs(rows: Sequence[Rows], space: ParameterSpace, count: int) -> Pairs:

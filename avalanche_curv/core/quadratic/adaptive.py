@@ -13,7 +13,7 @@ from avalanche_curv.core.curvature.base import Curvature
 from avalanche_curv.core.options import is_count, is_number
 from avalanche_curv.core.quadratic.estimate import estimate
 from avalanche_curv.core.quadratic.model import QuadraticModel, half
-from avalanche_curv.core.quadratic.policies import Past, RefreshEvent, RevisingPolicy, check_fraction, part_of
+from avalanche_curv.core.quadratic.policies import Past, Policy, RefreshEvent, check_fraction, part_of
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk, frozen_together
 from avalanche_curv.core.structures.base import Structure
 
@@ -174,7 +174,25 @@ class StepBound(Damping):
 
 
 @dataclass(frozen=True)
-class AdaptiveRefresh(RevisingPolicy):
+class AdaptivePast(Past):
+    """What `AdaptiveRefresh` knows of past experiences besides their model and stored examples.
+
+    `loss` is L(a), that of the stored examples at the anchor, `damping` the part τI of the curvature that only keeps
+    the model bounded below, and `refreshes` say when and why the model was estimated anew during an experience.
+    """
+
+    loss: float = 0.0
+    damping: float = 0.0
+    refreshes: tuple[RefreshEvent, ...] = ()
+
+    @classmethod
+    def of(cls, past: Past) -> AdaptivePast:
+        """The past itself, or one of another policy without a loss and damping."""
+        return past if isinstance(past, cls) else cls(past.model, past.stored, past.experiences)
+
+
+@dataclass(frozen=True)
+class AdaptiveRefresh(Policy):
     """Stores a random part of each experience's examples and keeps the quadratic model of their loss within its region.
 
     With L(θ) = Σ_t L_t(θ) the loss of the stored examples, the mean over each past experience, the model is its
@@ -185,9 +203,9 @@ class AdaptiveRefresh(RevisingPolicy):
     Every `every` iterations L(θ) is measured, one forward pass over the stored examples. Where it leaves the region in
     which `trust` believes q, the anchor moves to θ and g and C are estimated anew, at most `max_refreshes` times an
     experience; at the end of each experience always. Before the first iteration L is that of the model as it has grown:
-    where new outputs or unmasked units change it beyond `trust`, the picture is drawn anew too. Each refresh and its
-    reason are in `Past.refreshes`. The penalty is q − L(a) + ½ τ ‖δ‖², with τ from `damping`: it stays bounded below
-    where g leaves the range of C.
+    where new outputs or unmasked units change it beyond `trust`, the model is estimated anew too. Each refresh and its
+    reason are in `AdaptivePast.refreshes`. The penalty is q − L(a) + ½ τ ‖δ‖², with τ from `damping`: it stays bounded
+    below where g leaves the range of C.
 
     `fraction` of an experience's examples are kept, drawn by `seed`. The idea of a region in which a quadratic model is
     trusted is that of Levenberg (1944) and of Conn et al. (2000).
@@ -199,6 +217,8 @@ class AdaptiveRefresh(RevisingPolicy):
     damping: Damping = StepBound()
     fraction: float = 0.1
     seed: int = 0
+
+    revises = True
 
     def __post_init__(self) -> None:
         check_fraction("AdaptiveRefresh", self.fraction)
@@ -215,16 +235,18 @@ class AdaptiveRefresh(RevisingPolicy):
                 f"AdaptiveRefresh needs max_refreshes of at least 0, or None for no limit; got {self.max_refreshes!r}."
             )
 
-    def absorb(self, past: Past, risk: EmpiricalRisk, curvature: Curvature, structure: Structure) -> Past:
+    def absorb(self, past: Past, risk: EmpiricalRisk, curvature: Curvature, structure: Structure) -> AdaptivePast:
         newest = part_of(risk, self.fraction, self.seed, past.experiences)
         stored = (*(old.at(risk) for old in past.stored), newest)
-        return replace(past, **self._drawn(stored, curvature, structure), experiences=past.experiences + 1)
+        refreshed = self._refreshed(AdaptivePast.of(past), stored, curvature, structure)
+        return replace(refreshed, experiences=past.experiences + 1)
 
     def revise(
         self, past: Past, model: nn.Module, iteration: int, curvature: Curvature, structure: Structure
     ) -> Past:
         if past.model is None or iteration % self.every or self._left(past) <= 0:
             return past
+        past = AdaptivePast.of(past)
         predicted, frozen = predicted_loss(past, model), memory_loss(past.stored, model)
         grown = () if iteration else frozen_together(past.stored, model)
         actual = sum(risk.value() for risk in grown) if grown else frozen
@@ -236,26 +258,31 @@ class AdaptiveRefresh(RevisingPolicy):
         if self._left(past) == 1:
             reason = f"{reason}; the last of {self.max_refreshes}"
         event = RefreshEvent(past.experiences, iteration, reason, actual, predicted)
-        drawn = self._drawn(grown or frozen_together(past.stored, model), curvature, structure)
-        return replace(past, **drawn, refreshes=(*past.refreshes, event))
+        stored = grown or frozen_together(past.stored, model)
+        return replace(
+            self._refreshed(past, stored, curvature, structure), refreshes=(*past.refreshes, event)
+        )
 
     def _left(self, past: Past) -> float:
         """How many refreshes this experience may still have."""
         done = sum(event.experience == past.experiences for event in past.refreshes)
         return math.inf if self.max_refreshes is None else self.max_refreshes - done
 
-    def _drawn(self, stored: tuple[EmpiricalRisk, ...], curvature: Curvature, structure: Structure) -> dict:
-        """The picture of the stored examples at the parameters where they are frozen."""
+    def _refreshed(
+        self, past: AdaptivePast, stored: tuple[EmpiricalRisk, ...], curvature: Curvature, structure: Structure
+    ) -> AdaptivePast:
+        """The past with the model of the stored examples at the parameters where they are frozen."""
         models = [estimate(curvature, structure, risk, gradient=True) for risk in stored]
         total, loss = sum_at_one_anchor(models), sum(risk.value() for risk in stored)
         tau = self.damping.amount(total)
-        return {"model": damped(total, tau), "loss": loss, "damping": tau, "stored": stored}
+        return replace(past, model=damped(total, tau), loss=loss, damping=tau, stored=stored)
 
 
 def predicted_loss(past: Past, model: nn.Module) -> float:
-    """q(θ) without its damping: the Taylor picture of the loss of the stored examples."""
+    """q(θ) without its damping: the Taylor expansion of the loss of the stored examples; 0 without a past."""
     if past.model is None:
         return 0.0
+    past = AdaptivePast.of(past)
     displacement = past.model.displacement(model)
     increase = past.model.increase(displacement) - half(past.damping * (displacement @ displacement))
     return past.loss + float(increase)

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from avalanche_curv.core.curvature._curvlinops import LinearOperator, linear_operator
 from avalanche_curv.core.risk.parameters import ParameterSpace
 from avalanche_curv.core.structures.base import Matrix
 
@@ -56,6 +57,14 @@ class QuadraticModel:
     def penalty(self, model: nn.Module) -> Tensor:
         """q(θ) as a scalar whose gradient in the parameters of `model` is exactly g + C δ."""
         return _Penalty.apply(self, *self.space.tensors(model))
+
+    def linear_operator(self) -> LinearOperator:
+        """C as a linear operator of curvlinops on the parameters; `.to_scipy()` makes it one of SciPy's."""
+
+        def matmat(matrix: Float[Tensor, "P k"]) -> Float[Tensor, "P k"]:
+            return torch.stack([self.curvature.product(column.contiguous()) for column in matrix.T], dim=1)
+
+        return linear_operator(matmat, self.space.shapes, self.anchor)
 
     def scaled(self, factor: float) -> QuadraticModel:
         """factor · q."""

@@ -10,9 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from avalanche_curv.core.quadratic.model import QuadraticModel, check_first_order, half, times
-from avalanche_curv.core.structures.block_diagonal import BlockDiagonalMatrix
-from avalanche_curv.core.structures.dense import DenseMatrix
-from avalanche_curv.core.structures.diagonal import DiagonalMatrix
 
 
 class Penalty:
@@ -25,7 +22,7 @@ class Penalty:
     def __init__(self, past: QuadraticModel, strength: float) -> None:
         past = _centre(past) or past
         self.strength = strength
-        if not isinstance(past.curvature, (DenseMatrix, BlockDiagonalMatrix)):  # which would be held twice
+        if not past.curvature.copies_to_scale:
             self.strength, past = 1.0, past.scaled(strength)
         self.past, self.space = past, past.space
         self.anchors = past.space.split(past.anchor)
@@ -72,16 +69,13 @@ class _Penalty(torch.autograd.Function):
 
 
 def _centre(past: QuadraticModel) -> QuadraticModel | None:
-    """The same function around its minimum, where its linear term is zero; None where C is no diagonal or has none."""
-    if not isinstance(past.curvature, DiagonalMatrix):
-        return None
+    """The same function around its minimum, where its linear term is zero; None where it is not at hand."""
     if past.gradient is None:
         return past
-    values = past.curvature.values
-    if ((values <= 0) & (past.gradient != 0)).any():
+    step = past.curvature.minimum(past.gradient)
+    if step is None:
         return None
-    step = torch.where(values > 0, past.gradient / values, torch.zeros_like(values))
     if step.abs().max() > 2 * past.anchor.abs().max():
         return None  # so far away that the value would cancel: no sum of quadratics, whose minimum is among anchors
-    anchor = past.anchor - step
+    anchor = past.anchor + step
     return replace(past.reanchored(anchor), gradient=None)  # C (a* − a) + g is zero but for rounding

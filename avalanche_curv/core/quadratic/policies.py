@@ -19,16 +19,17 @@ from avalanche_curv.core.structures.base import Structure
 
 @dataclass(frozen=True)
 class Past:
-    """What is known of past experiences: their quadratic model, the examples that a policy stores of them, and when and
-    why the model was estimated anew during an experience. `loss` is that of the stored examples at the anchor, where
-    the policy measures it, and `damping` the part τI of the curvature that only keeps the model bounded below."""
+    """What is known of past experiences: their quadratic model, and the examples that a policy stores of them. A policy
+    that keeps more extends it."""
 
     model: QuadraticModel | None = None
     stored: tuple[EmpiricalRisk, ...] = field(default=(), repr=False)
     experiences: int = 0
-    refreshes: tuple[RefreshEvent, ...] = ()
-    loss: float = 0.0
-    damping: float = 0.0
+
+    @property
+    def refreshes(self) -> tuple[RefreshEvent, ...]:
+        """When and why the model was estimated anew during an experience; a policy that does so keeps them."""
+        return ()
 
 
 @dataclass(frozen=True)
@@ -53,20 +54,20 @@ class RefreshEvent:
 class Policy(ABC):
     """How the quadratic model of the past takes in a new experience."""
 
+    revises: bool = False
+    """Whether `revise` may change the past while an experience is trained."""
+
     @abstractmethod
     def absorb(self, past: Past, risk: EmpiricalRisk, curvature: Curvature, structure: Structure) -> Past:
-        """The past including the experience whose risk, frozen at the end of its training, is given."""
+        """The past including the experience whose risk, frozen at the end of its training, is given. The first one is
+        absorbed into `Past()`."""
 
-
-class RevisingPolicy(Policy):
-    """A policy that also looks at its quadratic model while an experience is trained."""
-
-    @abstractmethod
     def revise(
         self, past: Past, model: nn.Module, iteration: int, curvature: Curvature, structure: Structure
     ) -> Past:
         """The past after `iteration` updates of the current experience, of which `model` is the state; 0 is before the
         first, when the model may just have grown. The same object where nothing is to be done."""
+        return past
 
 
 @dataclass(frozen=True)

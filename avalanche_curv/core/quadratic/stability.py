@@ -8,10 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from avalanche_curv.core.eigen import largest_of_products
 from avalanche_curv.core.options import is_number
 from avalanche_curv.core.quadratic.model import QuadraticModel
-from avalanche_curv.core.structures.diagonal import DiagonalMatrix
 
 
 class UnstablePenaltyError(RuntimeError):
@@ -88,10 +86,7 @@ def stability(optimizer: torch.optim.Optimizer, strength: float, sharpness: floa
 
 def sharpness_of(past: QuadraticModel) -> float:
     """λ_max(C), to within one percent."""
-    matrix = past.curvature
-    if isinstance(matrix, DiagonalMatrix):
-        return float(matrix.values.max())
-    return largest_of_products(matrix.product, past.anchor)
+    return past.curvature.largest()
 
 
 class Guard(ABC):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -119,6 +120,11 @@ class EmpiricalRisk:
             for name, p in module.named_parameters(recurse=False, remove_duplicate=False)
             if id(p) in index
         }
+
+    def copied_model(self) -> tuple[nn.Module, list[nn.Parameter]]:
+        """A copy of `model`, and its trainable parameters in the order of `space`."""
+        base = copy.deepcopy(self.base)
+        return replace(self, base=base).model, [p for p in base.parameters() if p.requires_grad]
 
     def value(self) -> float:
         """L at the frozen parameters, summed in float64."""

@@ -32,6 +32,17 @@ def parameters_of(risk: EmpiricalRisk, vector: Float[Tensor, "P"] | None = None)
     return dict(zip(risk.space.names, risk.space.split(risk.anchor if vector is None else vector)))
 
 
+def loss_of_one(risk: EmpiricalRisk) -> Callable[[Parameters, Tensor, Tensor], Tensor]:
+    """(parameters, x, y) ↦ ℓ of one example, for the frozen past function."""
+    outputs = outputs_of(risk)
+    return lambda parameters, x, y: risk.loss.per_example(outputs(parameters, x[None]), y[None])[0]
+
+
+def example_rows(parts: Parameters) -> Float[Tensor, "N P"]:
+    """One row for each example, from tensors [N, *shape] by parameter."""
+    return torch.cat([part.reshape(len(part), -1) for part in parts.values()], dim=1)
+
+
 def pulled_back(
     risk: EmpiricalRisk,
     parameters: Parameters,

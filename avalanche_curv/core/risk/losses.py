@@ -36,6 +36,11 @@ class ExampleLoss(ABC):
     ) -> Float[Tensor, "N C m"]:
         """∇_f ℓ(f_i, y) at labels y of the model itself, E[g gᵀ] = ∇²_f ℓ, from uniform draws in [0, 1)."""
 
+    def summed(self) -> nn.Module:
+        """Σ_i ℓ_i as a criterion with `reduction="sum"`: torch's own where there is one of the same value, for
+        libraries that look at its type."""
+        return _Summed(self)
+
     @abstractmethod
     def check_likelihood(self) -> None:
         """Raises ValueError where exp(-ℓ) is no likelihood, so that a Fisher information is not defined."""
@@ -43,6 +48,17 @@ class ExampleLoss(ABC):
     @abstractmethod
     def check(self, outputs: Tensor, targets: Tensor) -> None:
         """Raises ValueError for outputs or targets that this form does not cover."""
+
+
+class _Summed(nn.Module):
+    reduction = "sum"
+
+    def __init__(self, loss: ExampleLoss) -> None:
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return self.loss.per_example(outputs, targets).sum()
 
 
 @singledispatch
@@ -91,6 +107,9 @@ class CrossEntropy(ExampleLoss):
         thresholds = probabilities.cumsum(1)[:, None, :-1].contiguous()
         labels = (uniform[:, :, :1] >= thresholds).sum(-1)
         return (probabilities[:, None] - F.one_hot(labels, outputs.shape[1])).transpose(1, 2)
+
+    def summed(self) -> nn.Module:
+        return nn.CrossEntropyLoss(self.weight, label_smoothing=self.smoothing, reduction="sum")
 
     def check_likelihood(self) -> None:
         if self.weight is not None:
@@ -147,6 +166,9 @@ class SquaredError(ExampleLoss):
         gaussian = torch.special.ndtri(uniform.clamp(tiny, 1 - tiny))
         return (2 * self._scale(outputs)) ** 0.5 * gaussian.transpose(1, 2)
 
+    def summed(self) -> nn.Module:
+        return super().summed() if self.mean else nn.MSELoss(reduction="sum")
+
     def check_likelihood(self) -> None:
         """exp(−ℓ) is a Gaussian of variance 1/(2s) in each output."""
 
@@ -182,6 +204,9 @@ class BinaryCrossEntropy(ExampleLoss):
     def sample_gradients(self, outputs: Tensor, uniform: Tensor) -> Tensor:
         p = outputs.sigmoid()[:, None]
         return self._scale(outputs) ** 0.5 * (p - (uniform < p).to(outputs)).transpose(1, 2)
+
+    def summed(self) -> nn.Module:
+        return super().summed() if self.mean else nn.BCEWithLogitsLoss(pos_weight=self.positive_weight, reduction="sum")
 
     def check_likelihood(self) -> None:
         if self.positive_weight is not None:

@@ -5,17 +5,37 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from avalanche_curv.core.curvature.base import Curvature
 from avalanche_curv.core.curvature.operators import Operator
-from avalanche_curv.core.eigen import Pairs, top_of_products
+from avalanche_curv.core.eigen import Pairs, largest_of_products, top_of_products
 from avalanche_curv.core.options import is_count
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.parameters import ParameterSpace
+
+
+class CurvatureSource(Protocol):
+    """A curvature whose examples lie on several processes, as structures ask for it: see `estimate_sharded`."""
+
+    curvature: Curvature
+    own: EmpiricalRisk
+
+    def operator(self) -> Operator:
+        """C, by products that are summed over processes."""
+
+    def averaged(self, structure: Structure) -> Matrix:
+        """The matrix of a structure all of whose numbers are means over examples (`Structure.is_mean`)."""
+
+    def products_with(self, structure: Structure) -> Operator:
+        """C, by products with the matrices that each process makes of its own examples."""
+
+    def subset(self, fraction: float, seed: int) -> CurvatureSource:
+        """The curvature of a random part of all examples."""
 
 
 class Structure(ABC):
@@ -24,9 +44,19 @@ class Structure(ABC):
     A structure of your own is this recipe and a `Matrix`; every curvature kind and policy then works with it.
     """
 
+    is_mean: bool = False
+    """Whether every number of the matrix is a mean over examples, so that matrices of parts of the data average."""
+
+    fits_in_blocks: bool = True
+    """Whether it can be read out of products with some of the rows and columns: a block of `BlockDiagonal`."""
+
     @abstractmethod
     def from_operator(self, operator: Operator, risk: EmpiricalRisk) -> Matrix:
         """The matrix of this structure nearest to `operator`, the curvature of `risk`, from products alone."""
+
+    def from_shards(self, source: CurvatureSource) -> Matrix:
+        """The matrix of a curvature whose examples lie on several processes, the same on each of them."""
+        return source.averaged(self) if self.is_mean else self.from_operator(source.operator(), source.own)
 
     @abstractmethod
     def bytes(self, space: ParameterSpace, itemsize: int) -> int:
@@ -70,6 +100,25 @@ class Matrix(ABC):
     @abstractmethod
     def map_spectrum(self, function: Callable[[Tensor], Tensor]) -> Matrix:
         """`function` applied to the eigenvalues. Raises TypeError where they are not at hand."""
+
+    copies_to_scale: bool = False
+    """Whether `scaled` holds as much again as the matrix, which then is better scaled product by product."""
+
+    def largest(self) -> float:
+        """λ_max to within one percent, from about ten products unless a structure knows better."""
+        return largest_of_products(self.product, self.tensors()[0].new_empty(self.size))
+
+    def minimum(self, gradient: Float[Tensor, "P"]) -> Float[Tensor, "P"] | None:
+        """δ with C δ = −gradient, where it is exact and costs no more than a product; None elsewhere."""
+        return None
+
+    def eigenvectors_beside_diagonal(self) -> tuple[Pairs, Float[Tensor, "P"] | None] | None:
+        """λ, V and d of a matrix that is stored as Vᵀ Λ V + diag(d) and whose sums are; None for any other."""
+        return None
+
+    def in_blocks(self, space: ParameterSpace) -> list[tuple[ParameterSpace, Matrix | None]]:
+        """The diagonal blocks outside of which C is zero, with their spaces; None for a block of zeros."""
+        return [(space, self)]
 
     def damped(self, tau: float) -> Matrix:
         """C + τI, in the same structure where that has room for it.

@@ -12,18 +12,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from avalanche_curv.core.curvature.base import Curvature, OutputCurvature
-from avalanche_curv.core.curvature.empirical_fisher import BatchedEmpiricalFisher
 from avalanche_curv.core.curvature.operators import Operator
 from avalanche_curv.core.eigen import Pairs
-from avalanche_curv.core.per_example.gram import curvature_rows, top_pairs
+from avalanche_curv.core.per_example.gram import Rows, gram_rows, top_pairs
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.parameters import ParameterSpace
 from avalanche_curv.core.structures.base import Matrix, Structure, check_limit, check_memory
-from avalanche_curv.core.structures.dense import Dense, DenseMatrix, Rows
+from avalanche_curv.core.structures.dense import Dense, DenseMatrix
 from avalanche_curv.core.structures.diagonal import Diagonal
-from avalanche_curv.core.structures.kronecker import Factorised
-from avalanche_curv.core.structures.low_rank import LowRank, _rows
-from avalanche_curv.core.structures.matrix_free import MatrixFree
+from avalanche_curv.core.structures.low_rank import GRAM_ROWS, LowRank
 from avalanche_curv.core.structures.rules import by_products, check_pair, refusal, rule, structured
 
 
@@ -74,6 +71,13 @@ class BlockDiagonal(Structure):
     per: Grouping = PerParameter()
     block: Structure = field(default_factory=Dense)
     max_bytes: int = 4 * 2**30
+
+    fits_in_blocks = False
+
+    @property
+    def is_mean(self) -> bool:  # type: ignore[override]
+        """Whether the blocks are."""
+        return self.block.is_mean
 
     def __post_init__(self) -> None:
         check_limit("BlockDiagonal", self.max_bytes)
@@ -146,6 +150,8 @@ class BlockDiagonalMatrix(Matrix):
     per: Grouping
     blocks: tuple[Block, ...]
 
+    copies_to_scale = True
+
     @property
     def size(self) -> int:
         return self.space.size
@@ -200,6 +206,9 @@ class BlockDiagonalMatrix(Matrix):
         order = found.abs().argsort(descending=True)[:count]
         return found[order], torch.cat(vectors)[order]
 
+    def in_blocks(self, space: ParameterSpace) -> list[tuple[ParameterSpace, Matrix | None]]:
+        return [(block.space, block.matrix) for block in self.blocks]
+
     def tensors(self) -> tuple[Tensor, ...]:
         return tuple(t for block in self.blocks if block.matrix is not None for t in block.matrix.tensors())
 
@@ -221,37 +230,32 @@ def _range(at: Int[Tensor, "p"]) -> slice | Tensor:
     return slice(first, last + 1) if torch.equal(at, torch.arange(first, last + 1, device=at.device)) else at
 
 
-def blocks_from_rows(curvature: OutputCurvature, structure: BlockDiagonal, risk: EmpiricalRisk) -> Matrix:
-    """Σ GᵀG within each block, which is dense."""
-    return _blocks(structure, curvature_rows(curvature, risk), risk)
+@rule(Curvature, BlockDiagonal)
+def blocks_from_rows(curvature: Curvature, structure: BlockDiagonal, risk: EmpiricalRisk) -> Matrix:
+    """From the rows G of a kind that has them, where blocks are dense or of low rank; by products elsewhere."""
+    if isinstance(structure.block, Dense) and curvature.row_count(risk) is not None:
+        return _dense_blocks(curvature, structure, risk)
+    if isinstance(structure.block, LowRank) and isinstance(curvature, OutputCurvature):
+        rows = gram_rows(curvature, risk, GRAM_ROWS)
+        if rows is not None:
+            return _low_rank_blocks(curvature, structure, structure.block, risk, rows)
+    return by_products(curvature, structure, risk)
 
 
-@rule(BatchedEmpiricalFisher, BlockDiagonal)
-def blocks_of_batches(curvature: BatchedEmpiricalFisher, structure: BlockDiagonal, risk: EmpiricalRisk) -> Matrix:
-    """GᵀG of the mini-batch gradients within each block, where blocks are dense."""
-    if not isinstance(structure.block, Dense):
-        return by_products(curvature, structure, risk)
-    return _blocks(structure, curvature.gradients(risk), risk)
-
-
-def _blocks(structure: BlockDiagonal, rows: Rows, risk: EmpiricalRisk) -> BlockDiagonalMatrix:
+def _dense_blocks(curvature: Curvature, structure: BlockDiagonal, risk: EmpiricalRisk) -> BlockDiagonalMatrix:
+    """Σ GᵀG within each block."""
     zeros = structure.matrix(risk, lambda _, space: DenseMatrix(risk.anchor.new_zeros(space.size, space.size)))
-    for part in rows:
+    for part in curvature.rows(risk):
         for at, matrix in zeros.placed:
             block = part[:, at]
             matrix.tensors()[0].addmm_(block.T, block)
     return zeros
 
 
-@rule(OutputCurvature, BlockDiagonal)
-def blocks_of_low_rank(curvature: OutputCurvature, structure: BlockDiagonal, risk: EmpiricalRisk) -> Matrix:
-    """Each block by the Gram matrix of its own columns, where the rows fit; dense blocks from rows."""
-    if isinstance(structure.block, Dense):
-        return blocks_from_rows(curvature, structure, risk)
-    rows = _rows(curvature, risk) if isinstance(structure.block, LowRank) else None
-    if not isinstance(structure.block, LowRank) or rows is None:
-        return by_products(curvature, structure, risk)
-    recipe = structure.block
+def _low_rank_blocks(
+    curvature: Curvature, structure: BlockDiagonal, recipe: LowRank, risk: EmpiricalRisk, rows: list[Rows]
+) -> BlockDiagonalMatrix:
+    """Each block by the Gram matrix of its own columns."""
     whole = structured(curvature, Diagonal(), risk).tensors()[0] if recipe.needs_diagonal else None
 
     def block(at: Tensor, space: ParameterSpace) -> Matrix:
@@ -264,9 +268,9 @@ def blocks_of_low_rank(curvature: OutputCurvature, structure: BlockDiagonal, ris
 
 
 @refusal(Curvature, BlockDiagonal)
-def blocks_without_factors(curvature: Curvature, structure: BlockDiagonal) -> str | None:
+def blocks_that_do_not_fit(curvature: Curvature, structure: BlockDiagonal) -> str | None:
     """Blocks need a structure that can be read out of products, and that goes with the kind."""
-    if isinstance(structure.block, (Factorised, MatrixFree, BlockDiagonal)):
+    if not structure.block.fits_in_blocks:
         return f"BlockDiagonal takes blocks of Dense, Diagonal, LowRank or FlatSpectrum; got {structure.block}."
     check_pair(curvature, structure.block)
     return None

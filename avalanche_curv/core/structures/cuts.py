@@ -15,6 +15,13 @@ from avalanche_curv.core.options import is_count, is_number
 class Cut(ABC):
     """How many of the top eigenpairs are kept."""
 
+    needs_trace: bool = False
+    """Whether the number depends on the trace, so that C has to be positive semi-definite."""
+
+    def takes_all(self, size: int) -> bool:
+        """Whether all eigenpairs of a matrix of this size are kept, also those that are zero."""
+        return False
+
     @abstractmethod
     def most(self) -> int:
         """The largest number that may be kept."""
@@ -41,6 +48,9 @@ class Rank(Cut):
     def most(self) -> int:
         return self.k
 
+    def takes_all(self, size: int) -> bool:
+        return self.k >= size
+
     def count(self, values: Tensor, trace: float) -> int:
         return min(self.k, len(values))
 
@@ -54,6 +64,8 @@ class Energy(Cut):
 
     fraction: float
     most_pairs: int = 100
+
+    needs_trace = True
 
     def __post_init__(self) -> None:
         if not (is_number(self.fraction) and 0 < self.fraction <= 1):

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from avalanche_curv.core.curvature.base import OutputCurvature
+from avalanche_curv.core.curvature.base import Curvature, OutputCurvature
 from avalanche_curv.core.curvature.empirical_fisher import BatchedEmpiricalFisher
 from avalanche_curv.core.curvature.operators import Operator
 from avalanche_curv.core.eigen import Pairs, top_of_matrix
-from avalanche_curv.core.per_example.gram import curvature_rows
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.parameters import ParameterSpace
 from avalanche_curv.core.structures.base import (
@@ -33,6 +32,8 @@ class Dense(Structure):
     """The whole matrix, for models of a few thousand parameters: P² numbers, up to `max_bytes` (default 4 GiB)."""
 
     max_bytes: int = 4 * 2**30
+
+    is_mean = True
 
     def __post_init__(self) -> None:
         check_limit("Dense", self.max_bytes)
@@ -56,6 +57,8 @@ class DenseMatrix(Matrix):
     """C as P x P numbers. Sums are exact."""
 
     values: Float[Tensor, "P P"]
+
+    copies_to_scale = True
 
     @property
     def size(self) -> int:
@@ -94,23 +97,13 @@ class DenseMatrix(Matrix):
     def tensors(self) -> tuple[Tensor, ...]:
         return (self.values,)
 
-Rows = Iterable[Float[Tensor, "n P"]]
 
 
 @rule(OutputCurvature, Dense)
-def dense_from_rows(curvature: OutputCurvature, structure: Structure, risk: EmpiricalRisk) -> DenseMatrix:
-    """Σ GᵀG over per-example rows."""
-    return _dense(curvature_rows(curvature, risk), risk)
-
-
 @rule(BatchedEmpiricalFisher, Dense)
-def dense_of_batches(curvature: BatchedEmpiricalFisher, structure: Structure, risk: EmpiricalRisk) -> DenseMatrix:
-    """GᵀG of the mini-batch gradients."""
-    return _dense(curvature.gradients(risk), risk)
-
-
-def _dense(rows: Rows, risk: EmpiricalRisk) -> DenseMatrix:
+def dense_from_rows(curvature: Curvature, structure: Dense, risk: EmpiricalRisk) -> DenseMatrix:
+    """Σ GᵀG over the rows G of a kind that has them."""
     total = risk.anchor.new_zeros(risk.space.size, risk.space.size)
-    for part in rows:
+    for part in curvature.rows(risk):
         total.addmm_(part.T, part)
     return DenseMatrix(total)

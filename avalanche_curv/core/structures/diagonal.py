@@ -15,7 +15,6 @@ from avalanche_curv.core.curvature.ggn import GGN
 from avalanche_curv.core.curvature.hessian import Hessian
 from avalanche_curv.core.curvature.operators import Operator
 from avalanche_curv.core.eigen import Pairs
-from avalanche_curv.core.per_example.gram import curvature_rows
 from avalanche_curv.core.per_example.layers import Layers, linear_layers
 from avalanche_curv.core.per_example.passes import layer_passes
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
@@ -27,6 +26,8 @@ from avalanche_curv.core.structures.rules import by_products, rule
 @dataclass(frozen=True)
 class Diagonal(Structure):
     """The exact diagonal: P numbers, every interaction of two parameters dropped (Kirkpatrick et al. 2017)."""
+
+    is_mean = True
 
     def from_operator(self, operator: Operator, risk: EmpiricalRisk) -> DiagonalMatrix:
         parts = [
@@ -74,6 +75,19 @@ class DiagonalMatrix(Matrix):
     def map_spectrum(self, function: Callable[[Tensor], Tensor]) -> DiagonalMatrix:
         return DiagonalMatrix(function(self.values))
 
+    def largest(self) -> float:
+        return float(self.values.max())
+
+    def minimum(self, gradient: Tensor) -> Tensor | None:
+        """−gradient / values; None where a flat direction has a slope."""
+        flat = self.values <= 0
+        if (flat & (gradient != 0)).any():
+            return None
+        return torch.where(flat, torch.zeros_like(self.values), -gradient / self.values)
+
+    def eigenvectors_beside_diagonal(self) -> tuple[Pairs, Tensor]:
+        return (self.values.new_zeros(0), self.values.new_zeros(0, self.size)), self.values
+
     def damped(self, tau: float) -> DiagonalMatrix:
         return DiagonalMatrix(self.values + tau)
 
@@ -113,7 +127,7 @@ def diagonal_of_squares(curvature: OutputCurvature, structure: Structure, risk: 
 def diagonal_of_batches(curvature: BatchedEmpiricalFisher, structure: Structure, risk: EmpiricalRisk) -> DiagonalMatrix:
     """Squares of the mini-batch gradients."""
     total = torch.zeros_like(risk.anchor)
-    for row in curvature.gradients(risk):
+    for row in curvature.rows(risk):
         total += row.square().sum(0)
     return DiagonalMatrix(total)
 
@@ -142,7 +156,7 @@ def add_squares_of_rows(
     if not names:
         return
     sizes = [views[name].numel() for name in names]
-    for part in curvature_rows(curvature, risk, names):
+    for part in curvature.rows(risk, names):
         for name, squares in zip(names, part.square_().sum(0).split(sizes)):
             views[name] += squares.view_as(views[name])
 

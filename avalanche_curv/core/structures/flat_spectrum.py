@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from avalanche_curv.core.curvature.base import Curvature
-from avalanche_curv.core.curvature.hessian import Hessian
 from avalanche_curv.core.curvature.operators import Operator
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.parameters import ParameterSpace
-from avalanche_curv.core.structures.base import Structure
+from avalanche_curv.core.structures.base import CurvatureSource, Structure
 from avalanche_curv.core.structures.low_rank import LowRank, LowRankMatrix, low_rank, no_energy_of_indefinite
 from avalanche_curv.core.structures.rules import refusal, rule
 
@@ -33,6 +32,9 @@ class FlatSpectrum(Structure):
     def from_operator(self, operator: Operator, risk: EmpiricalRisk) -> LowRankMatrix:
         return flattened(self.basis.from_operator(operator, risk))
 
+    def from_shards(self, source: CurvatureSource) -> LowRankMatrix:
+        return flattened(source.curvature.mended(self.basis.from_shards(source)))
+
     def bytes(self, space: ParameterSpace, itemsize: int) -> int:
         return self.basis.bytes(space, itemsize)
 
@@ -46,15 +48,13 @@ def flattened(matrix: LowRankMatrix) -> LowRankMatrix:
     return replace(kept, values=kept.values.sign() * kept.values.abs().max()) if len(kept.values) else kept
 
 
-@refusal(Hessian, FlatSpectrum)
-def no_energy_of_indefinite_basis(curvature: Hessian, structure: FlatSpectrum) -> str | None:
-    """The same of the basis."""
+@refusal(Curvature, FlatSpectrum)
+def no_energy_of_indefinite_basis(curvature: Curvature, structure: FlatSpectrum) -> str | None:
+    """Where eigenvalues cancel, the basis cannot be cut at a part of the trace."""
     return no_energy_of_indefinite(curvature, structure.basis)
 
 
 @rule(Curvature, FlatSpectrum)
 def flat_spectrum(curvature: Curvature, structure: FlatSpectrum, risk: EmpiricalRisk) -> LowRankMatrix:
     """The low rank matrix with one eigenvalue for all."""
-    matrix = low_rank(curvature, structure.basis, risk)
-    psd = curvature.psd if isinstance(curvature, Hessian) else None
-    return flattened(matrix if psd is None or not matrix.is_finite() else matrix.map_spectrum(psd))
+    return flattened(curvature.mended(low_rank(curvature, structure.basis, risk)))

@@ -17,7 +17,7 @@ from avalanche_curv.core.per_example.layers import Layers, Tap
 from avalanche_curv.core.per_example.passes import layer_passes
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.parameters import ParameterSpace
-from avalanche_curv.core.structures.base import Matrix, Structure, check_limit, check_memory
+from avalanche_curv.core.structures.base import CurvatureSource, Matrix, Structure, check_limit, check_memory
 from avalanche_curv.core.structures.diagonal import add_squares_of_rows
 from avalanche_curv.core.structures.kronecker_matrix import (
     Corrected,
@@ -35,6 +35,7 @@ class Factorised(Structure):
 
     max_bytes: int
     corrections: ClassVar[int]  # numbers beside the factors for each parameter
+    fits_in_blocks = False
 
     if TYPE_CHECKING:
 
@@ -93,6 +94,7 @@ class Kronecker(Factorised):
     max_bytes: int = 4 * 2**30
 
     corrections: ClassVar[int] = 0
+    is_mean = True
 
     def __post_init__(self) -> None:
         check_limit("Kronecker", self.max_bytes)
@@ -116,6 +118,12 @@ class EKFAC(Factorised):
     @property
     def sums(self) -> KroneckerSum:
         return KeepTerms()
+
+    def from_shards(self, source: CurvatureSource) -> Matrix:
+        raise TypeError(
+            "EKFAC() is not estimated over ranks: its eigenvalues belong to eigenvectors that are known only after all "
+            "ranks have spoken. Use Kronecker(), Diagonal(), BlockDiagonal(), LowRank(...), Dense() or MatrixFree()."
+        )
 
 
 def _bias(weight: str) -> str:

@@ -9,18 +9,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from avalanche_curv.core.curvature.base import Curvature, OutputCurvature
-from avalanche_curv.core.curvature.empirical_fisher import BatchedEmpiricalFisher
-from avalanche_curv.core.curvature.hessian import Hessian
+from avalanche_curv.core.curvature.base import Curvature
 from avalanche_curv.core.curvature.operators import Operator
 from avalanche_curv.core.eigen import WHOLE, Pairs, top_of_matrix, top_of_operator
 from avalanche_curv.core.options import is_count
-from avalanche_curv.core.per_example.gram import PlainRows, Rows, plain_size, rows_of, top_pairs
-from avalanche_curv.core.per_example.layers import Layers
+from avalanche_curv.core.per_example.gram import gram_rows, top_pairs
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.parameters import ParameterSpace
-from avalanche_curv.core.structures.base import Matrix, Structure, check_limit, check_memory
-from avalanche_curv.core.structures.cuts import Cut, Energy, Rank
+from avalanche_curv.core.structures.base import CurvatureSource, Matrix, Structure, check_limit, check_memory
+from avalanche_curv.core.structures.cuts import Cut
 from avalanche_curv.core.structures.dense import Dense
 from avalanche_curv.core.structures.diagonal import Diagonal
 from avalanche_curv.core.structures.rules import refusal, rule, structured
@@ -57,16 +54,25 @@ class LowRank(Structure):
         diagonal = Diagonal().from_operator(operator, risk).values if self.needs_diagonal else None
         return self.matrix(lambda count: top_of_operator(operator, like, count), operator.size, diagonal)
 
+    def from_shards(self, source: CurvatureSource) -> LowRankMatrix:
+        size, anchor = source.own.space.size, source.own.anchor
+        if size <= WHOLE:
+            whole = source.averaged(Dense()).dense()
+            return self.matrix(lambda count: top_of_matrix(whole, count), size, whole.diagonal())
+        operator = source.operator()
+        diagonal = source.averaged(Diagonal()).tensors()[0] if self.needs_diagonal else None
+        return self.matrix(lambda count: top_of_operator(operator, anchor, count), size, diagonal)
+
     @property
     def needs_diagonal(self) -> bool:
         """Whether the exact diagonal is asked for, by the residual or for its sum, the trace."""
-        return self.residual is not None or isinstance(self.cut, Energy)
+        return self.residual is not None or self.cut.needs_trace
 
     def matrix(self, top: Callable[[int], Pairs], size: int, diagonal: Float[Tensor, "P"] | None) -> LowRankMatrix:
         """From a way to the top pairs, and the exact diagonal where it is needed."""
         trace = 0.0 if diagonal is None else float(diagonal.double().sum())
         most = min(self.cut.most(), size)
-        tried = most if isinstance(self.cut, Rank) else min(8, most)
+        tried = min(8, most) if self.cut.needs_trace else most
         values, vectors = top(tried)
         while tried < most and len(values) == tried and not self.cut.is_enough(values, trace):
             tried = min(2 * tried, most)
@@ -149,6 +155,9 @@ class LowRankMatrix(Matrix):
         diagonal = None if self.diagonal is None else function(self.diagonal)
         return replace(self, vectors=vectors, values=function(values), diagonal=diagonal)
 
+    def eigenvectors_beside_diagonal(self) -> tuple[Pairs, Tensor | None] | None:
+        return None if self.max_rank is not None else ((self.values, self.vectors), self.diagonal)
+
     def nonzero(self) -> LowRankMatrix:
         """Without eigenvalues that are zero up to rounding, whose eigenvectors mean nothing."""
         size = self.values.abs()
@@ -189,7 +198,6 @@ class LowRankMatrix(Matrix):
         return replace(self, vectors=vectors[:rank].contiguous(), values=values[:rank], diagonal=diagonal)
 
 GRAM_ROWS = 3000  # the largest Gram matrix that is decomposed
-GRAM_BYTES = 2**30  # of rows that are held at once for it
 
 
 @rule(Curvature, LowRank)
@@ -201,12 +209,15 @@ def low_rank(curvature: Curvature, structure: LowRank, risk: EmpiricalRisk) -> L
     return structure.matrix(top, size, diagonal)
 
 
-@refusal(Hessian, LowRank)
-def no_energy_of_indefinite(curvature: Hessian, structure: LowRank) -> str | None:
+@refusal(Curvature, LowRank)
+def no_energy_of_indefinite(curvature: Curvature, structure: LowRank) -> str | None:
     """Where eigenvalues cancel, a part of the trace means nothing."""
-    if not isinstance(structure.cut, Energy):
+    if curvature.is_semidefinite or not structure.cut.needs_trace:
         return None
-    return f"{structure.cut} needs a positive semi-definite curvature, and {curvature} may be indefinite. Use Rank(k)."
+    return (
+        f"{structure.cut} needs a positive semi-definite curvature, and {curvature} may be indefinite. Use Rank(k), or "
+        "say is_semidefinite = True of a kind of your own."
+    )
 
 
 Top = Callable[[int], Pairs]
@@ -218,36 +229,10 @@ def _of_whole(curvature: Curvature, risk: EmpiricalRisk) -> Top:
 
 
 def _of_rows(curvature: Curvature, risk: EmpiricalRisk) -> Top | None:
-    rows = _rows(curvature, risk)
+    rows = gram_rows(curvature, risk, GRAM_ROWS)
     return None if rows is None else lambda count: top_pairs(rows, risk.space, count)
-
-
-def _rows(curvature: Curvature, risk: EmpiricalRisk) -> list[Rows] | None:
-    """The rows of G, where they are known, few, and fit."""
-    if isinstance(curvature, BatchedEmpiricalFisher):
-        if not _fits(-(-risk.examples // curvature.batch_size), risk.space.size, risk):
-            return None
-        sizes = dict(zip(risk.space.names, risk.space.sizes))
-        return [PlainRows(sizes, torch.cat(list(curvature.gradients(risk))))]
-    if isinstance(curvature, OutputCurvature):
-        layers = Layers.of(risk)
-        if _fits(risk.examples * _columns(curvature, risk), plain_size(layers), risk):
-            return rows_of(curvature, risk, layers)
-    return None
 
 
 def _of_products(curvature: Curvature, risk: EmpiricalRisk) -> Top:
     operator = curvature.operator(risk)
     return lambda count: top_of_operator(operator, risk.anchor, count)
-
-
-def _fits(rows: int, formed: int, risk: EmpiricalRisk) -> bool:
-    return rows <= GRAM_ROWS and rows * formed * risk.anchor.element_size() <= GRAM_BYTES
-
-
-def _columns(curvature: OutputCurvature, risk: EmpiricalRisk) -> int:
-    """R, the number of columns of S."""
-    x, y = next(iter(risk))
-    with torch.no_grad():
-        outputs = risk.outputs(x[:1])
-    return curvature.factor(risk.loss, outputs, y[:1], curvature.generator()).shape[2]

@@ -17,7 +17,7 @@ from avalanche_curv.core.curvature.products import Linearised, LinearisedHessian
 from avalanche_curv.core.options import is_number
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.parameters import ParameterSpace
-from avalanche_curv.core.structures.base import Matrix, Structure, identity_columns, symmetrised
+from avalanche_curv.core.structures.base import CurvatureSource, Matrix, Structure, identity_columns, symmetrised
 from avalanche_curv.core.structures.diagonal import Diagonal
 from avalanche_curv.core.structures.rules import refusal, rule, structured
 
@@ -34,6 +34,8 @@ class MatrixFree(Structure):
     fraction: float = 1.0
     seed: int = 0
 
+    fits_in_blocks = False
+
     def __post_init__(self) -> None:
         if not (is_number(self.fraction) and 0 < self.fraction <= 1):
             raise ValueError(f"MatrixFree needs a fraction in (0, 1]; got {self.fraction!r}. 1 keeps every example.")
@@ -42,6 +44,10 @@ class MatrixFree(Structure):
 
     def from_operator(self, operator: Operator, risk: EmpiricalRisk) -> MatrixFreeMatrix:
         return MatrixFreeMatrix(operator.size, risk.anchor.new_empty(0), (OperatorTerm(operator),))
+
+    def from_shards(self, source: CurvatureSource) -> MatrixFreeMatrix:
+        chosen = source if self.fraction == 1 else source.subset(self.fraction, self.seed)
+        return self.from_operator(chosen.products_with(replace(self, fraction=1.0)), chosen.own)
 
     def bytes(self, space: ParameterSpace, itemsize: int) -> int:
         """The frozen model; examples and activations, which come on top, are not known from the parameters."""
@@ -155,10 +161,10 @@ def linearised_hessian(curvature: Hessian, structure: MatrixFree, risk: Empirica
     return structure.from_operator(LinearisedHessian(_chosen(structure, risk).rebatched(BATCH)), risk)
 
 
-@refusal(Hessian, MatrixFree)
-def no_spectrum_to_mend(curvature: Hessian, structure: MatrixFree) -> str | None:
-    """psd needs eigenvalues."""
-    if curvature.psd is None:
+@refusal(Curvature, MatrixFree)
+def no_spectrum_to_mend(curvature: Curvature, structure: MatrixFree) -> str | None:
+    """To mend a spectrum takes eigenvalues."""
+    if not curvature.is_mended:
         return None
     return (
         f"{curvature} cannot be mended where only products are known. Use Hessian() or GGN() with MatrixFree, or "

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from avalanche_curv.core.curvature.base import Curvature
-from avalanche_curv.core.curvature.hessian import Hessian
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.structures.base import Matrix, Structure
 
@@ -29,14 +28,11 @@ def check_pair(curvature: Curvature, structure: Structure) -> None:
 
 def curvature_matrix(curvature: Curvature, structure: Structure, risk: EmpiricalRisk) -> Matrix:
     """The structured curvature alone, without checks."""
-    matrix = structured(curvature, structure, risk)
-    if isinstance(curvature, Hessian) and curvature.psd is not None and matrix.is_finite():  # eigh fails on NaN
-        matrix = matrix.map_spectrum(curvature.psd)
-    return matrix
+    return curvature.mended(structured(curvature, structure, risk))
 
 
 def structured(curvature: Curvature, structure: Structure, risk: EmpiricalRisk) -> Matrix:
-    """The same before a Hessian's spectrum is mended."""
+    """The structured curvature before the kind mends its spectrum."""
     return _rule_for(curvature, structure)(curvature, structure, risk)
 
 

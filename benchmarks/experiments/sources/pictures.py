@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.func import hessian, vmap
 
 from avalanche_curv import BatchedEmpiricalFisher, Curvature, EmpiricalRisk, Hessian, OutputCurvature
-from avalanche_curv.core.per_example.gram import curvature_rows
 from avalanche_curv.core.quadratic.model import half
 
 
@@ -64,7 +63,7 @@ def derivatives(curvature: Curvature, risk: EmpiricalRisk) -> Derivatives:
     if isinstance(curvature, BatchedEmpiricalFisher):
         rows = gradients[:, None]
     elif isinstance(curvature, OutputCurvature):
-        rows = torch.cat(list(curvature_rows(curvature, risk))).unflatten(0, (risk.examples, -1)) * risk.examples**0.5
+        rows = torch.cat(list(curvature.rows(risk))).unflatten(0, (risk.examples, -1)) * risk.examples**0.5
     elif isinstance(curvature, Hessian):
         matrices = _hessians(risk)
     return Derivatives(risk.anchor, risk.space.sizes, losses, gradients, rows, matrices)

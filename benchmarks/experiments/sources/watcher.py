@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from avalanche_curv import Accumulate, CurvatureEWCPlugin, EmpiricalRisk, Past, Policy
 from avalanche_curv.core.quadratic.adaptive import predicted_loss
-from avalanche_curv.core.quadratic.policies import RevisingPolicy, part_of
+from avalanche_curv.core.quadratic.policies import part_of
 from avalanche_curv.core.risk.empirical_risk import frozen_together
 from benchmarks.experiments.sources import Picture
 from benchmarks.experiments.sources.grid import BATCH
@@ -60,7 +60,7 @@ class Watcher(SupervisedPlugin):
         for one in self.watched:
             if self.ewc is not None:
                 one.past = self.ewc.past
-            elif isinstance(one.policy, RevisingPolicy):
+            elif one.policy.revises:
                 kind, structure = one.picture.curvature, one.picture.structure
                 one.past = one.policy.revise(one.past, strategy.model, self._updates, kind, structure)
         if self.own and self._updates % self.every == 0:
@@ -98,13 +98,13 @@ class Watcher(SupervisedPlugin):
 
     def _start(self, one: Watched) -> float:
         """Σ_t L_t where the picture is zero; that of a revising policy holds it itself."""
-        if isinstance(one.policy, RevisingPolicy):
+        if one.policy.revises:
             return 0.0
         return self._starts[one.moves]
 
     def _kappa(self, one: Watched, theta: Tensor, now: list[Tensor]) -> float:
         """The mean of |κ_x| over all stored examples, whose losses are now those given."""
-        frozen = list(one.past.stored) if isinstance(one.policy, RevisingPolicy) else self.newest
+        frozen = list(one.past.stored) if one.policy.revises else self.newest
         curved = frozen if one.past.stored else self.own  # policies that store nothing keep the curvature of each end
         errors = []
         for number, (there, anchor) in enumerate(zip(curved, frozen if one.moves else self.own)):
@@ -112,7 +112,7 @@ class Watcher(SupervisedPlugin):
             at_anchor = known if there is anchor else self._derivatives(one.picture, number, anchor)
             displacement = theta - at_anchor.anchor
             predicted = known.increase(one.picture.structure_name, displacement)
-            if getattr(one.policy, "gradient", isinstance(one.policy, RevisingPolicy)):
+            if getattr(one.policy, "gradient", one.policy.revises):
                 predicted = predicted + at_anchor.gradients @ displacement
             errors.append(now[number] - at_anchor.losses - predicted)
         return float(torch.cat(errors).abs().mean())
