@@ -43,8 +43,9 @@ def spectrum(matrix: Float[Tensor, "P P"]) -> tuple[Float[Tensor, "P"], Float[Te
 
 
 def top_of_products(product: Callable[[Tensor], Tensor], like: Float[Tensor, "P"], count: int) -> Pairs:
-    """The same from products C v alone, by Lanczos iteration restarted (Lehoucq et al. 1998, ARPACK), which finds
-    repeated eigenvalues too. The residual is within 1e-5 of the eigenvalue; products are taken in the type of `like`.
+    """The `count` eigenpairs largest in magnitude of a symmetric matrix, from products C v alone, by Lanczos iteration
+    restarted (Lehoucq et al. 1998, ARPACK), which finds repeated eigenvalues too. The residual is within 1e-5 of the
+    eigenvalue; products are taken in the type of `like`.
 
     >>> product = lambda v: torch.tensor([1.0, -5.0, 3.0, 0.0]) * v
     >>> top_of_products(product, torch.zeros(4), 2)[0]
@@ -88,7 +89,7 @@ def largest_of_products(product: Callable[[Tensor], Tensor], like: Float[Tensor,
 
 
 def top_of_operator(operator: Operator, like: Float[Tensor, "P"], count: int) -> Pairs:
-    """The same of an operator."""
+    """The `count` eigenpairs largest in magnitude of an operator, of vectors like `like`: see `top_of_products`."""
     return top_of_products(lambda v: operator.matmat(v[:, None])[:, 0], like, count)
 
 

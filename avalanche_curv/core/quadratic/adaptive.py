@@ -20,11 +20,11 @@ from avalanche_curv.core.structures.base import Structure
 
 @dataclass(frozen=True)
 class TrustCheck:
-    """The loss L of stored examples against its picture q, at the anchor a and at the current parameters θ.
+    """The loss L of stored examples against its quadratic model q, at the anchor a and at the current parameters θ.
 
     `start` = L(a) = q(a), `actual` = L(θ), `predicted` = q(θ).
 
-    >>> check = Check(start=1.0, actual=2.0, predicted=1.5)
+    >>> check = TrustCheck(start=1.0, actual=2.0, predicted=1.5)
     >>> check.error, check.ratio
     (0.5, 2.0)
     """
@@ -46,11 +46,11 @@ class TrustCheck:
 
 
 class Trust(ABC):
-    """The region in which a picture is believed."""
+    """The region in which a quadratic model is trusted."""
 
     @abstractmethod
     def broken(self, check: TrustCheck) -> str | None:
-        """Why the picture is not believed at these parameters, with its numbers; None where it is."""
+        """Why the model is not trusted at these parameters, with its numbers; None where it is."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class RatioBand(Trust):
     def __post_init__(self) -> None:
         if not (is_number(self.low) and is_number(self.high) and self.low < 1 < self.high):
             raise ValueError(
-                f"RatioBand needs low < 1 < high; got low={self.low!r}, high={self.high!r}. 1 is a perfect picture; "
+                f"RatioBand needs low < 1 < high; got low={self.low!r}, high={self.high!r}. 1 is a perfect prediction; "
                 "RatioBand(0.5, 2.0) allows a factor of two either way."
             )
         if not (is_number(self.floor) and self.floor >= 0):
@@ -282,10 +282,9 @@ def predicted_loss(past: Past, model: nn.Module) -> float:
     """q(θ) without its damping: the Taylor expansion of the loss of the stored examples; 0 without a past."""
     if past.model is None:
         return 0.0
-    past = AdaptivePast.of(past)
-    displacement = past.model.displacement(model)
-    increase = past.model.increase(displacement) - half(past.damping * (displacement @ displacement))
-    return past.loss + float(increase)
+    own, displacement = AdaptivePast.of(past), past.model.displacement(model)
+    increase = past.model.increase(displacement) - half(own.damping * (displacement @ displacement))
+    return own.loss + float(increase)
 
 
 def memory_loss(stored: tuple[EmpiricalRisk, ...], model: nn.Module) -> float:

@@ -1,4 +1,4 @@
-"""From a curvature kind, a structure and a risk to a quadratic model, by the fastest known exact way."""
+"""From a kind of curvature, a structure and a risk to a quadratic model, by the fastest exact method that is known."""
 
 from __future__ import annotations
 

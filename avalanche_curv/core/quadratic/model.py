@@ -74,7 +74,7 @@ class QuadraticModel:
         )
 
     def reanchored(self, anchor: Float[Tensor, "P"]) -> QuadraticModel:
-        """The same function of θ, written around another anchor."""
+        """This function of θ, written around another anchor."""
         if torch.equal(anchor, self.anchor):
             return self
         shift = anchor - self.anchor
@@ -121,7 +121,7 @@ class QuadraticModel:
         return anchor[space.positions(self.space).to(anchor.device)]
 
     def embedded(self, space: ParameterSpace) -> QuadraticModel:
-        """The same function over a larger space, whose further coordinates it ignores (and anchors at zero)."""
+        """This function over a larger space, whose further coordinates it ignores (and anchors at zero)."""
         if space == self.space:
             return self
         where = space.positions(self.space)
@@ -166,7 +166,7 @@ def times(gradient: Tensor, scale: Tensor) -> Tensor:
 
 
 def half(quadratic_form: Tensor) -> Tensor:
-    """½ δᵀ(Cδ) from δᵀ(Cδ): the ½ of every penalty and picture."""
+    """½ δᵀ(Cδ) from δᵀ(Cδ): the ½ of every penalty and prediction."""
     return 0.5 * quadratic_form
 
 

@@ -69,7 +69,7 @@ class _Penalty(torch.autograd.Function):
 
 
 def _centre(past: QuadraticModel) -> QuadraticModel | None:
-    """The same function around its minimum, where its linear term is zero; None where it is not at hand."""
+    """A quadratic model written around its minimum, where its linear term is zero; None where it is not at hand."""
     if past.gradient is None:
         return past
     step = past.curvature.minimum(past.gradient)

@@ -1,4 +1,4 @@
-"""What happens to the picture of the past at the end of an experience."""
+"""Policies: what happens to the quadratic model of the past at the end of an experience."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Past:
 class RefreshEvent:
     """A new anchor during an experience: after which iteration of which experience (counted from 0), and why.
 
-    `actual` and `predicted` are the loss of the stored examples and its picture there, before the refresh.
+    `actual` and `predicted` are the loss of the stored examples and what the model predicts of it, before the refresh.
     """
 
     experience: int

@@ -108,7 +108,7 @@ class WarnIfUnstable(Guard):
 
 @dataclass(frozen=True)
 class RescaleIfUnstable(Guard):
-    """Lowers the strength to `margin` of the largest stable one, for as long as the picture stays."""
+    """Lowers the strength to `margin` of the largest stable one, for as long as the quadratic model stays."""
 
     margin: float = 0.5
 

@@ -22,8 +22,13 @@ from avalanche_curv.core.risk.parameters import ParameterSpace
 class CurvatureSource(Protocol):
     """A curvature whose examples lie on several processes, as structures ask for it: see `estimate_sharded`."""
 
-    curvature: Curvature
-    own: EmpiricalRisk
+    @property
+    def curvature(self) -> Curvature:
+        """The kind."""
+
+    @property
+    def own(self) -> EmpiricalRisk:
+        """The examples of this process."""
 
     def operator(self) -> Operator:
         """C, by products that are summed over processes."""

@@ -106,7 +106,7 @@ class Kronecker(Factorised):
 class EKFAC(Factorised):
     """KFAC with corrected eigenvalues: C ≈ Q Λ Qᵀ with Q = Q_A ⊗ Q_G the eigenvectors of the Kronecker factors and
     Λ = diag(Qᵀ C Q) exact (George et al. 2018, arXiv:1806.03884), so that its trace is that of C. Numbers: those of
-    KFAC, and one for each parameter. The same layers and refusals as `Kronecker`. Sums keep a list of terms."""
+    KFAC, and one for each parameter. Layers and refusals are those of `Kronecker`. Sums keep a list of terms."""
 
     max_bytes: int = field(default=4 * 2**30, kw_only=True)
 

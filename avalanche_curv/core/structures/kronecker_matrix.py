@@ -32,7 +32,7 @@ class KroneckerTerm(ABC):
 
     @abstractmethod
     def placed(self, rows: Tensor, columns: Tensor, out: int, inputs: int) -> KroneckerTerm:
-        """The same over larger changes, in which its own stand at some rows and columns."""
+        """The matrix over larger changes, in which those of this one stand at some rows and columns; zero elsewhere."""
 
     @abstractmethod
     def map_spectrum(self, function: Callable[[Tensor], Tensor]) -> KroneckerTerm:

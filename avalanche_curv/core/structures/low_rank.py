@@ -69,7 +69,7 @@ class LowRank(Structure):
         return self.residual is not None or self.cut.needs_trace
 
     def matrix(self, top: Callable[[int], Pairs], size: int, diagonal: Float[Tensor, "P"] | None) -> LowRankMatrix:
-        """From a way to the top pairs, and the exact diagonal where it is needed."""
+        """The matrix from a function that gives the top eigenpairs, and the exact diagonal where `needs_diagonal`."""
         trace = 0.0 if diagonal is None else float(diagonal.double().sum())
         most = min(self.cut.most(), size)
         tried = min(8, most) if self.cut.needs_trace else most
@@ -202,7 +202,7 @@ GRAM_ROWS = 3000  # the largest Gram matrix that is decomposed
 
 @rule(Curvature, LowRank)
 def low_rank(curvature: Curvature, structure: LowRank, risk: EmpiricalRisk) -> LowRankMatrix:
-    """From the fastest way to the top pairs; trace and residual from the exact diagonal."""
+    """The top eigenpairs by the fastest exact method for this size; trace and residual from the exact diagonal."""
     size = risk.space.size
     top = _of_whole(curvature, risk) if size <= WHOLE else _of_rows(curvature, risk) or _of_products(curvature, risk)
     diagonal = structured(curvature, Diagonal(), risk).tensors()[0] if structure.needs_diagonal else None

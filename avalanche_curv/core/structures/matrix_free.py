@@ -144,6 +144,8 @@ def by_operator(curvature: Curvature, structure: MatrixFree, risk: EmpiricalRisk
 class TracedLinearised(Linearised):
     """A linearisation that knows its trace."""
 
+    curvature: OutputCurvature
+
     def trace(self) -> float:
         """tr C, from the exact diagonal."""
         return structured(self.curvature, Diagonal(), self.risk).trace()

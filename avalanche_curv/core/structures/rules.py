@@ -1,4 +1,4 @@
-"""Which way leads from a kind of curvature to a structure: shortcuts, refusals, and products where there is neither."""
+"""How a structure is computed from a kind of curvature: registered shortcuts and refusals, products elsewhere."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def structured(curvature: Curvature, structure: Structure, risk: EmpiricalRisk) 
 
 
 def by_products(curvature: Curvature, structure: Structure, risk: EmpiricalRisk) -> Matrix:
-    """The default way, which needs no rule: through the products of the curvature's operator."""
+    """The matrix of a structure from products of the kind's operator, which any pair has without a rule."""
     return structure.from_operator(curvature.operator(risk), risk)
 
 

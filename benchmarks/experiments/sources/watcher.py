@@ -10,7 +10,7 @@ from avalanche.training.plugins import SupervisedPlugin
 from torch import Tensor, nn
 
 from avalanche_curv import Accumulate, CurvatureEWCPlugin, EmpiricalRisk, Past, Policy
-from avalanche_curv.core.quadratic.adaptive import predicted_loss
+from avalanche_curv.core.quadratic.adaptive import AdaptivePast, predicted_loss
 from avalanche_curv.core.quadratic.policies import part_of
 from avalanche_curv.core.risk.empirical_risk import frozen_together
 from benchmarks.experiments.sources import Picture
@@ -90,7 +90,7 @@ class Watcher(SupervisedPlugin):
             past = one.past
             if past.model is not None:
                 displacement = past.model.displacement(model)
-                predicted = past.model.gradient_at(displacement) - past.damping * displacement
+                predicted = past.model.gradient_at(displacement) - AdaptivePast.of(past).damping * displacement
                 one.error.append(abs(loss - self._start(one) - predicted_loss(past, model)) / count)
                 one.gamma.append(float((slope - predicted).norm()) / count)
                 if has_kappa(one.picture.curvature, one.picture.structure_name):
