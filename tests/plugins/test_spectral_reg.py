@@ -17,7 +17,7 @@ from avalanche_curv import (
     load_checkpoint,
     save_checkpoint,
 )
-from avalanche_curv.plasticity.mitigators.roles import matrices
+from avalanche_curv.plasticity.roles import weight_matrices
 
 
 def network():
@@ -26,7 +26,7 @@ def network():
 
 
 def norms(model):
-    return [float(torch.linalg.svdvals(matrix)[0]) for matrix in matrices(model).values()]
+    return [float(torch.linalg.svdvals(matrix)[0]) for matrix in weight_matrices(model).values()]
 
 
 def weights(strategy):
@@ -118,7 +118,7 @@ def test_heads_that_grow_are_held_too(growing, learner, train):
     model, stream = growing()
     strategy = train(learner(model, SpectralRegPlugin(1.0)), stream.train_stream)
     held = strategy.plugins[0].mitigator
-    for name, matrix in matrices(strategy.model).items():
+    for name, matrix in weight_matrices(strategy.model).items():
         assert (len(held.pairs[name].u), len(held.pairs[name].v)) == tuple(matrix.shape)
     assert max(norms(strategy.model)) < 1.6
 

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 from avalanche_curv.plasticity.measures import (
     dormancy_scores,
     hidden_activations,
-    representation,
     representation_change,
+    representations,
 )
 
 
@@ -147,7 +147,7 @@ def test_half_precision_is_measured_in_single(dtype, make_model):
 
 def test_scores_and_ranks_are_those_of_their_definitions(make_model):
     activations = hidden_activations(make_model(convolutional), drawn(6, 1, 8, 8, seed=3))
-    for name, one in representation(activations, threshold=0.6).items():
+    for name, one in representations(activations, threshold=0.6).items():
         h = activations[name].numpy()
         strength = [np.mean(abs(h[..., i])) for i in range(h.shape[-1])]
         scores = [s / (sum(strength) / len(strength)) for s in strength]
@@ -166,16 +166,16 @@ def test_units_that_are_cut_off_are_zero_and_dormant(make_model):
     with torch.no_grad():
         model[0].bias[1] = -1e9  # a channel
         model[6].bias.copy_(torch.tensor([-1e9, -1e9, 9, 9, 9]))  # two features
-    found = representation(hidden_activations(model, IMAGES), threshold=0)
+    found = representations(hidden_activations(model, IMAGES), threshold=0)
     assert [one.zero for one in found.values()] == [0.25, 0, 0.4]
     assert [one.dormant for one in found.values()] == [0.25, 0, 0.4]
 
 
 def test_a_weak_unit_is_dormant_but_not_zero():
     h = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 0.06]])  # means 1, 1 and 0.03; scores 0.03 / (2.03 / 3) = 0.0443
-    assert representation({"h": h}, threshold=0.05)["h"].dormant == 1 / 3
-    assert representation({"h": h}, threshold=0.04)["h"].dormant == 0
-    assert representation({"h": h}, threshold=0.05)["h"].zero == 0
+    assert representations({"h": h}, threshold=0.05)["h"].dormant == 1 / 3
+    assert representations({"h": h}, threshold=0.04)["h"].dormant == 0
+    assert representations({"h": h}, threshold=0.05)["h"].zero == 0
 
 
 def test_signs_do_not_cancel_in_scores():
@@ -183,13 +183,13 @@ def test_signs_do_not_cancel_in_scores():
 
 
 def test_a_layer_of_zeros_is_all_dormant_and_has_rank_zero():
-    one = representation({"h": torch.zeros(4, 3)})["h"]
+    one = representations({"h": torch.zeros(4, 3)})["h"]
     assert (one.dormant, one.zero, one.effective_rank, one.stable_rank) == (1, 1, 0, 0)
 
 
 def test_activations_that_are_not_finite_have_no_numbers():
     h = torch.tensor([[1.0, math.nan], [0.0, 0.0]])
-    one = representation({"h": h})["h"]
+    one = representations({"h": h})["h"]
     assert one.units == 2
     assert all(math.isnan(value) for value in (one.dormant, one.zero, one.effective_rank, one.stable_rank))
 
@@ -197,7 +197,7 @@ def test_activations_that_are_not_finite_have_no_numbers():
 @pytest.mark.parametrize("threshold", [-0.1, math.nan, "0.1"])
 def test_an_unusable_threshold_is_refused(threshold):
     with pytest.raises(ValueError, match="threshold must be a finite number, at least 0"):
-        representation({}, threshold)
+        representations({}, threshold)
 
 
 # --- change ---

@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from avalanche_curv import SpectralRegularizer
-from avalanche_curv.plasticity.mitigators.power_iteration import iterate
-from avalanche_curv.plasticity.mitigators.roles import matrices
+from avalanche_curv.plasticity.mitigators.spectral import power_iteration
+from avalanche_curv.plasticity.roles import weight_matrices
 
 
 class Transformer(nn.Module):
@@ -82,9 +82,9 @@ def by_hand(model, k=2.0):
 def converged(model, **options):
     regularizer = SpectralRegularizer(1.0, **options)
     regularizer.penalty(model)
-    values = {name: matrix.double() for name, matrix in matrices(model).items()}
+    values = {name: matrix.double() for name, matrix in weight_matrices(model).items()}
     for _ in range(3000):
-        iterate([values[name] for name in regularizer.pairs], list(regularizer.pairs.values()))
+        power_iteration([values[name] for name in regularizer.pairs], list(regularizer.pairs.values()))
     return regularizer
 
 
@@ -102,7 +102,7 @@ def gradients(model):
 def test_norms_agree_with_the_exact_singular_values(name):
     model = made(name)
     found = converged(model).spectral_norms(model)
-    exact = {label: float(torch.linalg.svdvals(matrix)[0]) for label, matrix in matrices(model).items()}
+    exact = {label: float(torch.linalg.svdvals(matrix)[0]) for label, matrix in weight_matrices(model).items()}
     assert found == pytest.approx(exact, rel=1e-4)
 
 
@@ -147,7 +147,7 @@ def test_closed_form_follows_autograd_through_training():
     for a, b in zip(one.parameters(), two.parameters()):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
     for name, norm in first.spectral_norms(one).items():
-        exact = float(torch.linalg.svdvals(matrices(one)[name])[0])
+        exact = float(torch.linalg.svdvals(weight_matrices(one)[name])[0])
         assert 0.8 * exact < norm < 1.001 * exact  # a single iteration a step follows from below
 
 
@@ -158,7 +158,7 @@ def test_gradient_descent_on_the_penalty_alone_takes_norms_to_their_targets():
         for _ in range(3000):
             zero_loss(model)
             optimizer.step()
-    for matrix in matrices(model).values():
+    for matrix in weight_matrices(model).values():
         assert float(torch.linalg.matrix_norm(matrix, 2)) == pytest.approx(1, abs=1e-3)
     torch.testing.assert_close(model[1].weight, torch.ones(6).double(), atol=1e-3, rtol=0)
     assert model[0].bias.norm().item() < 0.1  # ‖b‖⁴ is flat at 0

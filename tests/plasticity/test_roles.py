@@ -1,22 +1,23 @@
+from collections import Counter
+
 import pytest
 import torch
 import torchvision
 from torch import nn
 
-from avalanche_curv.plasticity.mitigators.roles import Adds, Multiplies, Scales, matrices, roles
-from avalanche_curv.plasticity.mitigators.selection import Selection
+from avalanche_curv.plasticity.mitigators.base import Selection
+from avalanche_curv.plasticity.roles import ScaleRole, ShiftRole, WeightRole, parameter_roles, weight_matrices
 
 
 def counted(model):
-    found = roles(model)
-    by_role = {kind: [p for p, role in found.items() if isinstance(role, kind)] for kind in (Multiplies, Adds, Scales)}
-    return {kind.__name__: len(parameters) for kind, parameters in by_role.items()}, found
+    found = parameter_roles(model)
+    return Counter(type(role) for role in found.values()), found
 
 
 def test_every_parameter_of_a_residual_network_has_a_role():
     model = torchvision.models.resnet18(num_classes=10)
     counts, found = counted(model)
-    assert counts == {"Multiplies": 21, "Adds": 21, "Scales": 20}  # 20 convolutions and a head; 20 norms
+    assert counts == {WeightRole: 21, ShiftRole: 21, ScaleRole: 20}  # 20 convolutions and a head; 20 norms
     assert len(found) == len(list(model.parameters()))
 
 
@@ -24,30 +25,30 @@ def test_every_parameter_of_a_vision_transformer_has_a_role():
     model = torchvision.models.VisionTransformer(32, 8, 2, 2, 16, 32)
     counts, found = counted(model)
     # patches, head, and of each block in_proj, out_proj and two of the MLP; five norms; token and position are shifts
-    assert counts == {"Multiplies": 2 + 2 * 4, "Adds": (2 + 2 * 4) + 5 + 2, "Scales": 5}
-    assert found[model.class_token] == found[model.encoder.pos_embedding] == Adds()
+    assert counts == {WeightRole: 2 + 2 * 4, ShiftRole: (2 + 2 * 4) + 5 + 2, ScaleRole: 5}
+    assert found[model.class_token] == found[model.encoder.pos_embedding] == ShiftRole()
     assert len(found) == len(list(model.parameters()))
-    assert sum("[" in name for name in matrices(model)) == 2 * 3
+    assert sum("[" in name for name in weight_matrices(model)) == 2 * 3
 
 
 @pytest.mark.parametrize(("make", "gates"), [(nn.LSTM, 4), (nn.GRU, 3), (nn.RNN, 1), (nn.LSTMCell, 4), (nn.GRUCell, 3)])
 def test_gates_of_recurrent_layers_are_matrices_of_their_own(make, gates):
     model = make(5, 7)
-    assert {tuple(matrix.shape) for matrix in matrices(model).values()} == {(7, 5), (7, 7)}
-    assert len(matrices(model)) == 2 * gates
-    assert {role.blocks for role in roles(model).values()} == {gates}
+    assert {tuple(matrix.shape) for matrix in weight_matrices(model).values()} == {(7, 5), (7, 7)}
+    assert len(weight_matrices(model)) == 2 * gates
+    assert {role.blocks for role in parameter_roles(model).values()} == {gates}
 
 
 def test_a_transposed_convolution_puts_its_outputs_first():
     layer = nn.ConvTranspose2d(3, 5, 2)
     expected = layer.weight.detach().permute(1, 0, 2, 3).reshape(5, 12)
-    assert torch.equal(matrices(layer)["weight"], expected)
+    assert torch.equal(weight_matrices(layer)["weight"], expected)
 
 
 def test_wrappers_do_not_show_in_names():
     model = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))
     wrapped = nn.DataParallel(model)
-    assert matrices(wrapped).keys() == matrices(model).keys()
+    assert weight_matrices(wrapped).keys() == weight_matrices(model).keys()
     names = [name for name, _ in Selection(exclude=("1",)).of(wrapped)]
     assert names == ["module.0.weight", "module.0.bias"]
 
@@ -67,18 +68,18 @@ def test_a_name_that_is_almost_right_is_suggested():
         Selection(exclude=(nn.LayerNorm,)).check(model)
 
 
-@pytest.mark.parametrize(
-    ("name", "role"),
-    [
-        ("token_mixing", Multiplies()), ("decomposition", Multiplies()), ("embedding_proj", Multiplies()),
-        ("unbias", Multiplies()), ("pos_encoding", Adds()), ("rel_pos_h", Adds()), ("pos_embed_x", Adds()),
-        ("cls_token", Adds()), ("pos_embed", Adds()), ("relative_position_bias_table", Adds()), ("bias_k", Adds()),
-    ],
-)  # fmt: skip
+NAMES = {
+    WeightRole(): ("token_mixing", "decomposition", "embedding_proj", "unbias"),
+    ShiftRole(): ("pos_encoding", "rel_pos_h", "pos_embed_x", "cls_token", "pos_embed", "relative_position_bias_table",
+                  "bias_k"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("role", "name"), [(role, name) for role, names in NAMES.items() for name in names])
 def test_custom_parameters_are_known_by_whole_parts_of_their_names(name, role):
     module = nn.Module()
     module.register_parameter(name, nn.Parameter(torch.randn(8, 8)))
-    assert list(roles(module).values()) == [role]
+    assert list(parameter_roles(module).values()) == [role]
 
 
 def test_a_computed_weight_is_seen_as_it_is_and_left_as_it_was():
@@ -88,7 +89,7 @@ def test_a_computed_weight_is_seen_as_it_is_and_left_as_it_was():
         nn.utils.parametrizations.spectral_norm(nn.Linear(3, 2)),
     )
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    found = matrices(model)
+    found = weight_matrices(model)
     assert list(found) == ["0.weight", "1.weight"]
     assert torch.equal(found["0.weight"], model[0].weight)
     assert float(torch.linalg.svdvals(found["1.weight"])[0]) == pytest.approx(1, abs=1e-3)
