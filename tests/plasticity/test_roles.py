@@ -5,7 +5,6 @@ import torch
 import torchvision
 from torch import nn
 
-from avalanche_curv.plasticity.mitigators.base import Selection
 from avalanche_curv.plasticity.roles import ScaleRole, ShiftRole, WeightRole, parameter_roles, weight_matrices
 
 
@@ -49,23 +48,6 @@ def test_wrappers_do_not_show_in_names():
     model = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))
     wrapped = nn.DataParallel(model)
     assert weight_matrices(wrapped).keys() == weight_matrices(model).keys()
-    names = [name for name, _ in Selection(exclude=("1",)).of(wrapped)]
-    assert names == ["module.0.weight", "module.0.bias"]
-
-
-def test_a_tied_parameter_is_selected_by_any_of_its_names():
-    model = nn.ModuleDict({"table": nn.Embedding(3, 2), "out": nn.Linear(2, 3, bias=False)})
-    model["out"].weight = model["table"].weight
-    assert [name for name, _ in Selection().of(model)] == ["table.weight"]
-    assert [name for name, _ in Selection(include=(nn.Linear,)).of(model)] == ["out.weight"]
-
-
-def test_a_name_that_is_almost_right_is_suggested():
-    model = nn.ModuleDict({"classifier": nn.Linear(2, 3)})
-    with pytest.raises(ValueError, match=r"'clasifier' selects.*'classifier'"):
-        Selection(include=("clasifier",)).check(model)
-    with pytest.raises(ValueError, match="'LayerNorm' selects"):
-        Selection(exclude=(nn.LayerNorm,)).check(model)
 
 
 NAMES = {

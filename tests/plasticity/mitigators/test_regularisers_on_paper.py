@@ -295,18 +295,3 @@ def test_the_importances_of_a_layer_that_another_replaces_start_anew():
     gradient(mitigator, layer, [[2.0]])
     put(layer, [[6.0]])
     assert mitigator.penalty(layer).item() == pytest.approx(0.5 * 4)
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: Wasserstein(1.0, resort=0), "resort must be at least 1"),
-        (lambda: Parseval(1.0, scale=0.0), "scale must be a positive number"),
-        (lambda: StreamingEWC(1.0, importance_decay=1.0), r"importance_decay must lie in \[0, 1\)"),
-        (lambda: StreamingEWC(1.0, anchor_decay=-0.1), r"anchor_decay must lie in \[0, 1\)"),
-        (lambda: L2(-1.0), "strength must be a finite number"),
-    ],
-)
-def test_options_that_make_no_sense_are_refused_with_the_remedy(make, message):
-    with pytest.raises(ValueError, match=message):
-        make()

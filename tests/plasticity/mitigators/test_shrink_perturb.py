@@ -211,20 +211,3 @@ def test_models_of_other_dtypes_keep_them(dtype, model):
         assert p.dtype == dtype
         assert torch.isfinite(p).all()
         assert name.startswith("1.") or not torch.equal(before[name], p)
-
-
-@pytest.mark.parametrize(
-    ("make", "error", "message"),
-    [
-        (lambda: ShrinkAndPerturb(1.5, 0.1), ValueError, r"shrink must lie in \[0, 1\]"),
-        (lambda: ShrinkAndPerturb(0.5, -0.1), ValueError, "noise must be a finite number"),
-        (lambda: ShrinkAndPerturb(0.5, 0.1, when=EveryStep), TypeError, "when must be"),
-        (lambda: ShrinkAndPerturb(0.5, 0.1, seed=-1), ValueError, "seed must be an integer from 0 .* got -1"),
-        (lambda: ShrinkAndPerturb(0.5, 0.1, seed="a"), ValueError, "seed must be an integer from 0 .* got 'a'"),
-        (lambda: EverySteps(0), ValueError, "n must be at least 1"),
-        (lambda: EveryStep(reuse=0), ValueError, "reuse must be at least 1"),
-    ],
-)
-def test_options_that_make_no_sense_are_refused(make, error, message):
-    with pytest.raises(error, match=message):
-        make()
