@@ -1,12 +1,12 @@
 """Avalanche metrics over measurements of the core."""
 
-from avalanche_curv.metrics._from_scratch import FromScratch
 from avalanche_curv.metrics.fidelity import FidelityMetric, fidelity_metrics
 from avalanche_curv.metrics.gradients import GradientMetric
 from avalanche_curv.metrics.landscape import LandscapeMetric, landscape_metrics
 from avalanche_curv.metrics.penalty import PenaltyMetric, penalty_metrics
 from avalanche_curv.metrics.plasticity import plasticity_metrics
 from avalanche_curv.metrics.projection import ProjectionMetric, projection_metrics
+from avalanche_curv.metrics.training_accuracy import FromScratch
 
 __all__ = [
     "FidelityMetric",

@@ -17,11 +17,12 @@ Batch = tuple[Tensor, Tensor, Tensor]
 
 
 class TaskAccuracyMetric(ScalarMetric):
-    """`accuracy/current_task`, `accuracy/past_tasks` (mean over tasks) and `accuracy/stored`, in eval mode.
+    """Publishes `accuracy/current_task`, `accuracy/past_tasks` (mean over tasks) and `accuracy/stored`, in eval mode.
 
     Tasks are measured on `stream` (the t-th experience of it for the t-th one trained) or, without one, on the
     training examples; at most `limit` examples a task, drawn by `seed`. Stored examples are the random `fraction` of
-    each past experience that fidelity looks at. Targets that are no classes have no accuracy, so none is published.
+    each past experience that fidelity looks at. For targets that are no classes nothing is
+    published. Raises ValueError in training for an experience of `stream` that is empty or missing.
     """
 
     def __init__(self, every: int, stream: Sequence[Any] | None, fraction: float, seed: int, limit: int = 1000) -> None:
@@ -79,7 +80,7 @@ def _sample(dataset: Any, fraction: float, seed: int) -> Batch:
 
 
 def are_classes(targets: Tensor) -> bool:
-    """Whether targets have an accuracy."""
+    """Whether targets are classes, one integer for each example, so that there is an accuracy."""
     return targets.ndim == 1 and not targets.is_floating_point()
 
 

@@ -1,4 +1,4 @@
-"""The two gradients that a step of CurvatureEWC adds up: that of the task, and that of the penalty."""
+"""The gradients of the task and of the penalty, which a step of `CurvatureEWC` adds up: their norms and angle."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from avalanche_curv.plugins import CurvatureEWCPlugin, _bridge
 
 
 class GradientMetric(ScalarMetric):
-    """`gradient/task_norm`, `gradient/penalty_norm` and `gradient/cosine`, every n iterations, after the backward pass.
+    """Publishes `gradient/task_norm`, `gradient/penalty_norm` and `gradient/cosine` every n iterations, after the
+    backward pass.
 
     The penalty's gradient is Σ strength · (g + C δ) over the strategy's CurvatureEWCPlugins, with the strength that
-    their guards allow, zero for parameters that came later; the task's is the rest of what the parameters hold then.
+    their guards allow, zero for parameters that came later; the task's gradient is that of the parameters less it.
     Without a past there is no penalty, and only the norm of the task is published; a cosine with a zero gradient is
-    left out. A plugin that clips or scales gradients in `after_backward` does so before they are read here, and the
-    rest is then no gradient of the task.
+    not. Where a plugin clips or scales gradients in `after_backward`, the difference is no gradient of the task.
     """
 
     def after_backward(self, strategy: Any) -> list[MetricValue]:
         if not self.due(strategy):
             return []
         space = _space(strategy)
-        total, penalty = _held_gradient(strategy.model, space), _penalty_gradient(strategy, space)
+        total, penalty = _current_gradient(strategy.model, space), _penalty_gradient(strategy, space)
         if penalty is None:
             values = {"task_norm": float(total.norm())}
         else:
@@ -52,8 +52,8 @@ def _space(strategy: Any) -> ParameterSpace:
     return space
 
 
-def _held_gradient(model: nn.Module, space: ParameterSpace) -> Float[Tensor, "P"]:
-    """What the parameters hold, zero where they hold none."""
+def _current_gradient(model: nn.Module, space: ParameterSpace) -> Float[Tensor, "P"]:
+    """The gradient that the parameters have, with zeros where they have none."""
     named = {canonical_name(name): p for name, p in model.named_parameters()}
     parameters = [named[name] for name in space.names]
     return space.flatten([torch.zeros_like(p) if p.grad is None else p.grad.to_dense() for p in parameters])

@@ -1,9 +1,10 @@
-"""How able to learn the model stays along training, on any strategy."""
+"""Metrics of the plasticity of a model along training, for any strategy of Avalanche."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 from avalanche.evaluation.metric_results import MetricValue
@@ -13,21 +14,19 @@ from avalanche_curv.core.options import is_count
 from avalanche_curv.core.quadratic.policies import part_seed
 from avalanche_curv.core.risk.batches import random_part
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
-from avalanche_curv.metrics._from_scratch import FromScratch
 from avalanche_curv.metrics._published import ScalarMetric
-from avalanche_curv.metrics._task_accuracy import TrainingAccuracyMetric
+from avalanche_curv.metrics.training_accuracy import FromScratch, TrainingAccuracyMetric
 from avalanche_curv.plasticity.measures import (
+    WeightSpectrum,
     gradient_diversity,
     hidden_activations,
     parameter_norm,
-    representation,
     representation_change,
+    representations,
     weight_spectra,
 )
-from avalanche_curv.plasticity.measures.activations import Activations
+from avalanche_curv.plasticity.measures.representation import Activations
 from avalanche_curv.plugins import _bridge
-
-WEIGHTS = ("spectral_norm", "frobenius_norm", "stable_rank", "effective_rank", "condition_number")
 
 
 def plasticity_metrics(
@@ -38,32 +37,33 @@ def plasticity_metrics(
     seed: int = 0,
     from_scratch: FromScratch | None = None,
 ) -> list[ScalarMetric]:
-    """What goes with the loss of plasticity, and that loss itself: weights, activations, gradients, accuracy.
+    """Metrics of the loss of plasticity itself, and of the weights, activations and gradients that go with it.
 
-    Every n iterations, counted from the first of the experience, as `plasticity/...`; again at the end of each task,
-    as `plasticity_experience/...`:
+    They are published every `every` iterations, counted from the first of the experience, as `plasticity/...`, and at
+    the end of each task as `plasticity_experience/...`:
 
-    - `{spectral_norm, frobenius_norm, stable_rank, effective_rank, condition_number}` of the weights, the mean over
-      them and, below it, of each (`/0.weight`): see `core.plasticity.WeightSpectrum`; `parameter_norm` = ‖θ‖₂;
+    - `{spectral_norm, frobenius_norm, stable_rank, effective_rank, condition_number}` of the weights, their mean
+      and, below it, of each (`/0.weight`): see `plasticity.WeightSpectrum`; `parameter_norm` = ‖θ‖₂;
     - `{dormant_units, zero_units}`: the fraction of all hidden units, and of those of each layer, with score s_i ≤
       `threshold`, and that are exactly zero on the probe; `{feature_effective_rank, feature_stable_rank}` of its
-      activations, the mean over layers and of each: see `core.plasticity.Representation`;
+      activations, the mean over layers and of each: see `plasticity.Representation`;
     - `{gradient_effective_rank, gradient_condition_number}` of the probe's single gradients, over the whole network:
-      see `core.plasticity.GradientDiversity`.
+      see `plasticity.GradientDiversity`.
 
-    The probe is so many random `examples` of the task, drawn by `seed`, in eval mode. At the end of each task alone:
+    The probe consists of so many random `examples` of the task, drawn by `seed`, in eval mode. Only at the end of each
+    task:
 
     - `plasticity_experience/accuracy` on all training examples of the task; with `from_scratch`, which doubles the cost
       of training, also `.../accuracy_from_scratch` of a network that learned this task only, and how much better that
       is, `.../loss_of_plasticity`;
     - at the start of the next task, `plasticity_experience/representation_change` since the start of the one that
-      ended, on the probe of that: see `core.plasticity.representation_change`.
+      ended, on its probe: see `plasticity.representation_change`.
 
     For a multilayer perceptron 784-256×4-10 one measurement takes two forward passes and one backward pass over the
     probe and a decomposition of each weight: as long as some ten steps of batch 128.
 
-    Values that are not finite are left out, such as those of a run that diverged, or the condition of a singular weight
-    and with it the mean over weights; an accuracy never is. Measuring draws no random numbers and leaves training
+    Values that are not finite are not published, such as those of a run that diverged, or the condition number of a
+    singular weight and with it the mean over weights. Measuring draws no random numbers and leaves training
     bit-identical. Raises TypeError or ValueError for unusable options, and before training for a criterion without
     per-example form and a model without hidden layers.
 
@@ -74,7 +74,7 @@ def plasticity_metrics(
 
 
 class WeightMetric(ScalarMetric):
-    """Spectra of the weights and the norm of all parameters. See `plasticity_metrics`."""
+    """Publishes norms, ranks and condition numbers of the weights, and ‖θ‖₂; see `plasticity_metrics`."""
 
     def __init__(self, every: int) -> None:
         super().__init__(every)
@@ -92,19 +92,19 @@ class WeightMetric(ScalarMetric):
     def _published(self, strategy: Any, group: str) -> list[MetricValue]:
         spectra = weight_spectra(strategy.model)
         values = {"parameter_norm": parameter_norm(strategy.model)}
-        for quantity in WEIGHTS:
+        for quantity in (field.name for field in fields(WeightSpectrum)):
             values |= _with_mean(quantity, {name: getattr(one, quantity) for name, one in spectra.items()})
         return self.publish(strategy, _finite(group, values))
 
 
 class ProbeMetric(ScalarMetric):
-    """Activations and gradients of some examples of the task. See `plasticity_metrics`."""
+    """Publishes measures of the activations and gradients of some examples of the task; see `plasticity_metrics`."""
 
     def __init__(self, every: int, examples: int, threshold: float, seed: int) -> None:
         super().__init__(every)
         if not is_count(examples):
             raise ValueError(f"examples must be an integer of at least 1; got {examples!r}. 128 is a fair probe.")
-        representation({}, threshold)  # which checks it
+        representations({}, threshold)  # which checks it
         self.examples, self.threshold, self.seed = examples, threshold, seed
         self._task_ends = _bridge.TaskEnds()
         self._tasks = 0
@@ -135,7 +135,7 @@ class ProbeMetric(ScalarMetric):
         return self._published(strategy, "plasticity_experience")
 
     def _drawn(self, strategy: Any) -> EmpiricalRisk:
-        """The probe of the task that begins."""
+        """The probe of the task that begins, a random part of its training examples."""
         _bridge.check_experience(strategy)
         size = len(_bridge.data_of(strategy.experience))
         part = random_part(size, min(1.0, self.examples / size), part_seed(self.seed, self._tasks))
@@ -148,7 +148,7 @@ class ProbeMetric(ScalarMetric):
         return self.publish(strategy, _finite(group, self._of_activations(now) | _of_gradients(now)))
 
     def _of_activations(self, probe: EmpiricalRisk) -> dict[str, float]:
-        layers = representation(_activations(probe), self.threshold)
+        layers = representations(_activations(probe), self.threshold)
         units = sum(one.units for one in layers.values())
         values: dict[str, float] = {}
         for name in ("dormant", "zero"):
@@ -174,7 +174,7 @@ def _of_gradients(probe: EmpiricalRisk) -> dict[str, float]:
 
 
 def _with_mean(quantity: str, by_layer: Mapping[str, float]) -> dict[str, float]:
-    """A quantity of each layer, and the mean over them."""
+    """The quantity of each layer, by name, and its mean over layers."""
     mean = sum(by_layer.values()) / len(by_layer)
     return {quantity: mean} | {f"{quantity}/{layer}": value for layer, value in by_layer.items()}
 

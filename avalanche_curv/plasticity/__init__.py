@@ -1,35 +1,7 @@
-"""How able a network is to learn: measures of it, and what keeps it so."""
+"""Plasticity, the ability of a network to learn: measures of it, and mitigators of its loss."""
 
-from avalanche_curv.plasticity.mitigators import (
-    L2,
-    AfterTask,
-    CReLU,
-    EveryStep,
-    EverySteps,
-    L2Init,
-    Mitigator,
-    Parseval,
-    ReDO,
-    Regularizer,
-    ShrinkAndPerturb,
-    SpectralRegularizer,
-    StreamingEWC,
-    Wasserstein,
-)
+from avalanche_curv.plasticity import measures, mitigators
+from avalanche_curv.plasticity.measures import *  # noqa: F403
+from avalanche_curv.plasticity.mitigators import *  # noqa: F403
 
-__all__ = [
-    "L2",
-    "AfterTask",
-    "CReLU",
-    "EveryStep",
-    "EverySteps",
-    "L2Init",
-    "Mitigator",
-    "Parseval",
-    "ReDO",
-    "Regularizer",
-    "ShrinkAndPerturb",
-    "SpectralRegularizer",
-    "StreamingEWC",
-    "Wasserstein",
-]
+__all__ = [*measures.__all__, *mitigators.__all__]

@@ -1,4 +1,4 @@
-"""Any mitigator of the loss of plasticity, as an Avalanche plugin."""
+"""The Avalanche plugin for any mitigator of the loss of plasticity."""
 
 from __future__ import annotations
 
@@ -11,21 +11,22 @@ from avalanche_curv.plugins import _bridge
 
 
 class MitigatorPlugin(SupervisedPlugin):
-    """Lets a mitigator work around each training step of a strategy, beside any other plugin.
+    """Applies a mitigator around each training step of a strategy, beside any other plugin.
 
-    Gradients are added between the backward pass and the step, after plugins that clip or project them. What works
-    between two tasks (`AfterTask()`) waits until the next one begins, before the model grows for it: the first is
-    evaluated and remembered by then, and the last is followed by none. An online stream that hides its boundaries has
-    no ends of tasks. What the mitigator keeps is pickled with the strategy, so that a resumed run goes on as it would
-    have.
+    Gradients are added between the backward pass and the step, after plugins that clip or project them.
+    `mitigator.after_task` (for `AfterTask()`) is called when the next task begins, before the model grows for it: the
+    task that ended has been evaluated and remembered by then. It is not called after the last task, nor in an online
+    stream that hides its boundaries. The mitigator's state is pickled with the strategy, so that a resumed run equals
+    an uninterrupted one.
 
-    Raises TypeError for what is no mitigator, and before training where its options do not fit the model.
+    Raises TypeError for an argument that is no mitigator, and ValueError before training if its options do not fit the
+    model.
     """
 
     def __init__(self, mitigator: Mitigator) -> None:
         super().__init__()
         if not isinstance(mitigator, Mitigator):
-            hint = f"Call it: {mitigator.__name__}(...)." if isinstance(mitigator, type) else "Give L2Init(1e-3), say."
+            hint = f"Call it: {mitigator.__name__}(...)." if isinstance(mitigator, type) else "Try L2Init(1e-3)."
             raise TypeError(f"MitigatorPlugin needs a mitigator; got {mitigator!r}. {hint}")
         self.mitigator = mitigator
         self._task_ends = _bridge.TaskEnds()

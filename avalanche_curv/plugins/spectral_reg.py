@@ -1,19 +1,19 @@
-"""Spectral regularisation as an Avalanche plugin."""
+"""The Avalanche plugin for spectral regularisation."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-from avalanche_curv.plasticity.mitigators.selection import ParameterSelector
+from avalanche_curv.plasticity.mitigators.base import ParameterSelector
 from avalanche_curv.plasticity.mitigators.spectral import SpectralRegularizer
 from avalanche_curv.plugins.mitigator import MitigatorPlugin
 
 
 class SpectralRegPlugin(MitigatorPlugin):
-    """Keeps a network able to learn: pulls the spectral norm of each weight to 1 (Lewandowski et al. 2024).
+    """Pulls the spectral norm of each weight to 1, which keeps a network able to learn (Lewandowski et al. 2024).
 
-    The options are those of `SpectralRegularizer`, which is the attribute `mitigator`. It composes with any other
-    plugin: its gradient joins theirs just before each step. Strength 0 trains exactly as without the plugin.
+    The options and their errors are those of `SpectralRegularizer`, which is the attribute `mitigator`. It composes
+    with any other plugin: its gradient is added just before each step. Strength 0 trains exactly as without the plugin.
     """
 
     def __init__(

@@ -2,7 +2,7 @@
 
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from avalanche_curv.plasticity.mitigators.spectral import STIR
+from avalanche_curv.plasticity.mitigators.spectral import NOISE_EVERY
 from benchmarks.experiments.speed import Config, experiment, mitigators
 from benchmarks.experiments.speed.mitigators import EXACT_STEPS, MITIGATORS, ROUNDS, mitigated
 from benchmarks.harness import Options
@@ -10,7 +10,7 @@ from benchmarks.harness import Options
 
 def test_whatever_a_mitigator_does_from_time_to_time_falls_into_every_round():
     made = {name: make() for name, make in MITIGATORS.items() if make is not None}
-    periods = [made["wasserstein"].resort, made["shrink_perturb"].when.reuse, made["redo"].every, STIR]
+    periods = [made["wasserstein"].resort, made["shrink_perturb"].when.reuse, made["redo"].every, NOISE_EVERY]
     periods += [one.every for one in made.values() if hasattr(one, "every")]
     assert max(periods) <= Config().period
 

@@ -28,10 +28,30 @@ WHOLE = (
     "parameter_norm", "dormant_units", "zero_units", "feature_effective_rank", "feature_stable_rank",
     "gradient_effective_rank", "gradient_condition_number", *WEIGHTS,
 )  # fmt: skip
+TASK = "plasticity_experience"
 
 
 def published(strategy):
     return strategy.evaluator.get_all_metrics()
+
+
+@pytest.fixture
+def measured(learner, train):
+    """measured(model, experiences, *plugins, metrics=..., ...): what is published along training, by name."""
+
+    def run(model, experiences, *plugins, every=1, from_scratch=None, metrics=None, **options):
+        metrics = metrics or plasticity_metrics(every=every, from_scratch=from_scratch)
+        return published(train(learner(model, *plugins, metrics=metrics, **options), experiences))
+
+    return run
+
+
+@pytest.fixture
+def learners(monkeypatch):
+    """The learners from scratch, one for each task."""
+    trained, original = [], FromScratch.learner
+    monkeypatch.setattr(FromScratch, "learner", lambda *args: trained.append(original(*args)) or trained[-1])
+    return trained
 
 
 def of_singular_values(matrix):
@@ -85,13 +105,12 @@ def test_values_equal_those_of_explicit_matrices(double, growing, learner, train
         expected["feature_effective_rank"] = of_singular_values(h)["effective_rank"]
         expected["feature_stable_rank"] = of_singular_values(h)["stable_rank"]
         of_gradients = of_singular_values(gradients(now, inputs, targets, number if heads else 0))
-        expected["gradient_effective_rank"] = of_gradients["effective_rank"]
-        expected["gradient_condition_number"] = of_gradients["condition_number"]
-        at_last_iteration = 2 * number + 1
+        for name in ("effective_rank", "condition_number"):
+            expected[f"gradient_{name}"] = of_gradients[name]
         for name, value in expected.items():
-            ends, steps = names[f"plasticity_experience/{name}"], names[f"plasticity/{name}"]
-            assert ends[1][ends[0].index(2 * number + 2)] == pytest.approx(value, rel=1e-5), name
-            assert steps[1][steps[0].index(at_last_iteration)] == pytest.approx(value, rel=1e-5), name
+            for group, at in ((TASK, 2 * number + 2), ("plasticity", 2 * number + 1)):  # the last iteration
+                steps, found = names[f"{group}/{name}"]
+                assert found[steps.index(at)] == pytest.approx(value, rel=1e-5), name
 
 
 def test_change_is_from_the_start_of_a_task_to_that_of_the_next_on_the_probe_of_the_first(
@@ -115,10 +134,10 @@ def test_change_is_from_the_start_of_a_task_to_that_of_the_next_on_the_probe_of_
         inputs = examples(experience)[0][random_part(50, 9 / 50, part_seed(1, number))]
         then, now = (hidden(starts[at], inputs) for at in (number, number + 1))
         expected.append(float((now - then).norm() / then.norm()))
-    steps, values = names["plasticity_experience/representation_change"]
+    steps, values = names[f"{TASK}/representation_change"]
     assert steps == [3, 6]
     assert values == pytest.approx(expected, rel=1e-9)
-    assert names["plasticity_experience/spectral_norm"][0] == [3, 6, 9]
+    assert names[f"{TASK}/spectral_norm"][0] == [3, 6, 9]
 
 
 def test_fractions_are_of_all_units_and_ranks_are_means_over_layers(make, learner, train, plane):
@@ -148,36 +167,34 @@ def test_every_strategy_and_head_publishes_the_same_names_and_python_floats(kind
     assert set(CHARTS["Plasticity"].values()) <= set(names)
     whole = {f"{group}/{name}" for group in ("plasticity", "plasticity_experience") for name in WHOLE}
     ends = ("accuracy", "accuracy_from_scratch", "loss_of_plasticity", "representation_change")
-    whole |= {f"plasticity_experience/{name}" for name in ends}
+    whole |= {f"{TASK}/{name}" for name in ends}
     assert {name for name in names if name.count("/") == 1} == whole
     for _, values in names.values():
         assert all(type(value) is float and math.isfinite(value) for value in values)
 
 
-def test_every_n_counts_from_the_first_of_the_six_iterations_of_each_experience(net, learner, train, plane):
-    names = published(train(learner(net, metrics=plasticity_metrics(every=4), train_epochs=2), plane.train_stream))
+def test_every_n_counts_from_the_first_of_the_six_iterations_of_each_experience(net, measured, plane):
+    names = measured(net, plane.train_stream, every=4, train_epochs=2)
     for name in ("spectral_norm", "spectral_norm/0.weight", "dormant_units/1", "gradient_effective_rank"):
         assert names[f"plasticity/{name}"][0] == [0, 4, 6, 10, 12, 16]
-        assert names[f"plasticity_experience/{name}"][0] == [6, 12, 18]
-    assert names["plasticity_experience/accuracy"][0] == [6, 12, 18]
+        assert names[f"{TASK}/{name}"][0] == [6, 12, 18]
+    assert names[f"{TASK}/accuracy"][0] == [6, 12, 18]
 
 
-class FunctionalNet(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first, self.second = nn.Linear(64, 6), nn.Linear(6, 10)
+class Relu(nn.Module):
+    """No module that is known as an activation."""
 
     def forward(self, x):
-        return self.second(F.relu(self.first(x)))
+        return F.relu(x)
 
 
-def test_functional_activations_and_convolutions_are_measured(make, learner, train, digits, stream_of, examples):
-    names = published(train(learner(make(FunctionalNet), metrics=plasticity_metrics(every=1)), digits().train_stream))
-    assert "plasticity/dormant_units/second" in names
+def test_functional_activations_and_convolutions_are_measured(make, measured, digits, stream_of, examples):
+    model = make(lambda: nn.Sequential(nn.Linear(64, 6), Relu(), nn.Linear(6, 10)))
+    names = measured(model, digits().train_stream)
+    assert "plasticity/dormant_units/2" in names
     parts = [examples(experience) for experience in digits().train_stream]
     images = stream_of([(inputs.view(-1, 1, 8, 8).repeat(1, 3, 4, 4)[:20], targets[:20]) for inputs, targets in parts])
-    cnn = learner(make(lambda: SimpleCNN(num_classes=10)), metrics=plasticity_metrics(every=1, examples=5))
-    names = published(train(cnn, images.train_stream))
+    names = measured(make(lambda: SimpleCNN(num_classes=10)), images.train_stream)
     layers = {name.rpartition("/")[2] for name in names if name.startswith("plasticity/zero_units/")}
     assert layers == {"features.1", "features.3", "features.7", "features.9", "features.13"}
     assert "plasticity/gradient_effective_rank" in names
@@ -189,17 +206,16 @@ def test_an_online_stream_has_one_probe_and_one_accuracy_a_task(net, learner, tr
     names = published(train(learner(net, metrics=metrics, train_mb_size=8), parts))  # 3 parts of 2 iterations
     assert names["plasticity/spectral_norm"][0] == names["plasticity/dormant_units"][0] == list(range(0, 18, 2))
     for name in ("spectral_norm", "dormant_units", "accuracy", "accuracy_from_scratch"):
-        assert names[f"plasticity_experience/{name}"][0] == [6, 12, 18]
-    assert names["plasticity_experience/representation_change"][0] == [6, 12]
+        assert names[f"{TASK}/{name}"][0] == [6, 12, 18]
+    assert names[f"{TASK}/representation_change"][0] == [6, 12]
     assert metrics[1]._probe.examples == 48
 
 
-def test_an_online_stream_without_boundaries_is_measured_part_by_part(net, learner, train, plane):
+def test_an_online_stream_without_boundaries_is_measured_part_by_part(net, measured, plane):
     parts = list(split_online_stream(plane.train_stream[:1], 16, access_task_boundaries=False, seed=0))
-    metrics = plasticity_metrics(every=2, from_scratch=FromScratch(SGD))
-    names = published(train(learner(net, metrics=metrics, train_mb_size=8), parts))
-    assert names["plasticity_experience/accuracy_from_scratch"][0] == [2, 4, 6]
-    assert names["plasticity_experience/representation_change"][0] == [2, 4]
+    names = measured(net, parts, every=2, from_scratch=FromScratch(SGD), train_mb_size=8)
+    assert names[f"{TASK}/accuracy_from_scratch"][0] == [2, 4, 6]
+    assert names[f"{TASK}/representation_change"][0] == [2, 4]
 
 
 # --- accuracy at the end of a task, and from scratch ---
@@ -219,8 +235,8 @@ def test_accuracy_is_that_on_all_training_examples_at_the_end(growing, learner, 
         share_right(end, *examples(experience), experience.task_labels[0])
         for end, experience in zip(recorder.ends, benchmark.train_stream)
     ]
-    assert published(strategy)["plasticity_experience/accuracy"][1] == pytest.approx(expected)
-    assert "plasticity_experience/accuracy_from_scratch" not in published(strategy)
+    assert published(strategy)[f"{TASK}/accuracy"][1] == pytest.approx(expected)
+    assert f"{TASK}/accuracy_from_scratch" not in published(strategy)
 
 
 def test_from_scratch_is_a_plain_loop_from_the_first_weights_on_each_task_alone(double, make, learner, train, examples,
@@ -240,27 +256,19 @@ def test_from_scratch_is_a_plain_loop_from_the_first_weights_on_each_task_alone(
             F.cross_entropy(model(inputs), targets).backward()
             optimizer.step()
         expected.append(share_right(model, inputs, targets))
-    found, own = (names[f"plasticity_experience/{name}"][1] for name in ("accuracy_from_scratch", "accuracy"))
+    found, own = (names[f"{TASK}/{name}"][1] for name in ("accuracy_from_scratch", "accuracy"))
     assert found == pytest.approx(expected)
     assert found[0] == own[0]  # the first task is learned from scratch anyway
     assert found[1:] != own[1:]
-    lost = names["plasticity_experience/loss_of_plasticity"][1]
+    lost = names[f"{TASK}/loss_of_plasticity"][1]
     assert lost == pytest.approx([a - b for a, b in zip(found, own)])
 
 
-def test_from_scratch_a_head_grows_for_the_task_alone(growing, learner, train, monkeypatch):
-    learned = []
-    original = FromScratch.learner
-
-    def spied(*args):
-        learned.append(original(*args))
-        return learned[-1]
-
-    monkeypatch.setattr(FromScratch, "learner", spied)
+def test_from_scratch_a_head_grows_for_the_task_alone(growing, measured, learners):
     model, benchmark = growing()
     before = {name: p.shape for name, p in model.named_parameters()}
-    train(learner(model, metrics=plasticity_metrics(from_scratch=FromScratch(SGD))), benchmark.train_stream)
-    for one, experience in zip(learned, benchmark.train_stream):
+    measured(model, benchmark.train_stream, from_scratch=FromScratch(SGD))
+    for one, experience in zip(learners, benchmark.train_stream):
         largest = max(experience.classes_in_this_experience)
         if isinstance(model, nn.Sequential):
             assert one.model[2].classifier.out_features == largest + 1
@@ -268,17 +276,6 @@ def test_from_scratch_a_head_grows_for_the_task_alone(growing, learner, train, m
             assert list(one.model.classifier.classifiers) == [*dict.fromkeys(["0", str(experience.task_labels[0])])]
         assert one.model is not model
     assert before != {name: p.shape for name, p in model.named_parameters()}
-
-
-class CountedSGD(torch.optim.SGD):
-    def __init__(self, parameters, counts):
-        super().__init__(parameters, lr=0.1)
-        self.counts = counts
-        counts.append(0)
-
-    def step(self, closure=None):
-        self.counts[-1] += 1
-        return super().step(closure)
 
 
 def test_from_scratch_takes_as_many_steps_as_the_learner_also_where_a_plugin_ends_the_task_early(
@@ -290,23 +287,26 @@ def test_from_scratch_takes_as_many_steps_as_the_learner_also_where_a_plugin_end
                 strategy.stop_training()
 
     counts = []
-    metrics = plasticity_metrics(from_scratch=FromScratch(partial(CountedSGD, counts=counts)))
+
+    def counted(parameters):
+        optimizer, place = SGD(parameters), len(counts)
+        counts.append(0)
+        optimizer.register_step_post_hook(lambda *_: counts.__setitem__(place, counts[place] + 1))
+        return optimizer
+
+    metrics = plasticity_metrics(from_scratch=FromScratch(counted))
     train(learner(net, metrics=metrics, train_epochs=4), plane.train_stream[:2])
     assert counts == [12, 12]
     train(learner(net, Stop(), metrics=metrics, train_epochs=50), plane.train_stream[:2])
     assert counts == [12, 12, 7, 7]
 
 
-def test_the_seed_sets_the_order_of_batches(make, learner, train, plane, monkeypatch):
-    ends = []
-    original = FromScratch.learner
-    monkeypatch.setattr(FromScratch, "learner", lambda *args: ends.append(original(*args)) or ends[-1])
-
+def test_the_seed_sets_the_order_of_batches(make, learner, train, plane, learners):
     def weights(seed, outer):
         net = make(lambda: nn.Sequential(nn.Linear(2, 5), nn.Tanh(), nn.Linear(5, 2)))
         metrics = plasticity_metrics(from_scratch=FromScratch(SGD, seed=seed))
         train(learner(net, metrics=metrics), plane.train_stream[:1], seed=outer)
-        return ends[-1].model[0].weight
+        return learners[-1].model[0].weight
 
     assert torch.equal(weights(0, outer=0), weights(0, outer=1))
     assert not torch.equal(weights(0, outer=0), weights(1, outer=0))
@@ -372,51 +372,46 @@ def test_metrics_can_be_pickled_and_keep_no_data_set(net, learner, train, plane)
 # --- what cannot be measured ---
 
 
-def test_a_run_that_diverges_goes_on_with_what_is_defined(net, learner, train, plane):
+def test_a_run_that_diverges_goes_on_with_what_is_defined(net, measured, plane):
     wild = torch.optim.SGD(net.parameters(), lr=math.inf)
-    metrics = plasticity_metrics(every=1, from_scratch=FromScratch(SGD))
-    names = published(train(learner(net, metrics=metrics, optimizer=wild), plane.train_stream))
+    names = measured(net, plane.train_stream, from_scratch=FromScratch(SGD), optimizer=wild)
     assert not [name for name in names if name.startswith("plasticity/")]
-    ends = {name for name in names if name.startswith("plasticity_experience/")}
-    assert ends == {f"plasticity_experience/{n}" for n in ("accuracy", "accuracy_from_scratch", "loss_of_plasticity")}
+    ends = {name for name in names if name.startswith(f"{TASK}/")}
+    assert ends == {f"{TASK}/{n}" for n in ("accuracy", "accuracy_from_scratch", "loss_of_plasticity")}
     assert all(math.isfinite(value) for _, values in names.values() for value in values)
 
 
-def test_a_condition_that_is_infinite_is_left_out(make, learner, train, plane):
+def test_a_condition_that_is_infinite_is_left_out(make, measured, plane):
     net = make(lambda: nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 2)))
     nn.init.constant_(net[2].weight, 1.0)
     still = torch.optim.SGD(net.parameters(), lr=0.0)
-    names = published(train(learner(net, metrics=plasticity_metrics(every=1), optimizer=still), plane.train_stream))
+    names = measured(net, plane.train_stream, optimizer=still)
     assert "plasticity/condition_number/0.weight" in names
     assert "plasticity/condition_number/2.weight" not in names
     assert "plasticity/condition_number" not in names
     assert names["plasticity/effective_rank/2.weight"][1][0] == pytest.approx(1)
 
 
-def test_regression_has_no_accuracy_and_none_from_scratch(make, learner, train, regression):
-    def run(from_scratch):
+def test_regression_has_no_accuracy_and_none_from_scratch(make, measured, regression):
+    def run(**options):
         net = make(lambda: nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))).double()
-        metrics = plasticity_metrics(every=1, from_scratch=from_scratch)
-        return published(train(learner(net, metrics=metrics, criterion=nn.MSELoss()), regression.train_stream))
+        return measured(net, regression.train_stream, criterion=nn.MSELoss(), **options)
 
-    names = run(None)
+    names = run()
     assert "plasticity/gradient_effective_rank" in names
-    assert "plasticity_experience/accuracy" not in names
+    assert f"{TASK}/accuracy" not in names
     with pytest.raises(ValueError, match="from_scratch compares accuracies, but the targets are no classes"):
-        run(FromScratch(SGD))
+        run(from_scratch=FromScratch(SGD))
 
 
-def test_a_model_without_hidden_layers_is_refused_before_the_first_step(learner, train, plane):
-    net = nn.Linear(2, 2)
-    before = copy.deepcopy(net.weight)
+def test_models_and_criteria_that_cannot_be_measured_are_refused_before_the_first_step(net, measured, plane):
+    linear = nn.Linear(2, 2)
+    before = copy.deepcopy(linear.weight)
     with pytest.raises(ValueError, match="Linear has no hidden activations"):
-        train(learner(net, metrics=plasticity_metrics()), plane.train_stream)
-    assert torch.equal(net.weight, before)
-
-
-def test_a_criterion_without_per_example_form_is_refused_before_training(net, learner, train, plane):
+        measured(linear, plane.train_stream)
+    assert torch.equal(linear.weight, before)
     with pytest.raises(TypeError, match="No per-example form"):
-        train(learner(net, metrics=plasticity_metrics(), criterion=lambda o, y: o.sum()), plane.train_stream)
+        measured(net, plane.train_stream, criterion=lambda o, y: o.sum())
 
 
 @pytest.mark.parametrize(

@@ -4,14 +4,24 @@ import pytest
 import torch
 from torch import nn
 
-from avalanche_curv import CurvatureEWCPlugin, load_checkpoint, save_checkpoint
-from avalanche_curv.plasticity.mitigators.l2 import L2, L2Init
-from avalanche_curv.plasticity.mitigators.parseval import Parseval
-from avalanche_curv.plasticity.mitigators.redo import ReDO
-from avalanche_curv.plasticity.mitigators.shrink_perturb import AfterTask, EverySteps, ShrinkAndPerturb
-from avalanche_curv.plasticity.mitigators.streaming_ewc import StreamingEWC
-from avalanche_curv.plasticity.mitigators.wasserstein import Wasserstein
-from avalanche_curv.plugins.mitigator import MitigatorPlugin
+from avalanche_curv import (
+    L2,
+    AfterTask,
+    CurvatureEWC,
+    CurvatureEWCPlugin,
+    EverySteps,
+    L2Init,
+    MitigatorPlugin,
+    Parseval,
+    ReDO,
+    ShrinkAndPerturb,
+    SpectralRegularizer,
+    StreamingEWC,
+    Wasserstein,
+    load_checkpoint,
+    plasticity_metrics,
+    save_checkpoint,
+)
 
 WEAK = {
     "L2": L2,
@@ -19,6 +29,7 @@ WEAK = {
     "Wasserstein": lambda strength: Wasserstein(strength, resort=4),
     "Parseval": Parseval,
     "StreamingEWC": lambda strength: StreamingEWC(strength, importance_decay=0.9, anchor_decay=0.9),
+    "Spectral": lambda strength: SpectralRegularizer(strength, every=2),
     "ShrinkAndPerturb": lambda strength: ShrinkAndPerturb(strength, strength),
 }
 STRONG = {
@@ -87,7 +98,8 @@ def test_it_is_what_attaching_to_the_optimizer_is(make, digits, learner, train):
     for attached in (False, True):
         model = make(lambda: nn.Sequential(nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 10)))
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        mitigators = [StreamingEWC(1.0), L2Init(0.01), ReDO(0.9, every=3), ShrinkAndPerturb(0.01, 0.01)]
+        mitigators = [StreamingEWC(1.0), L2Init(0.01), SpectralRegularizer(0.1), ReDO(0.9, every=3)]
+        mitigators.append(ShrinkAndPerturb(0.01, 0.01))
         if attached:
             for mitigator in mitigators:
                 mitigator.attach(optimizer, model)
@@ -120,18 +132,6 @@ def test_a_resumed_run_ends_bit_identically(kind, make, digits, learner, train, 
         assert sum(ours.recycled.values()) > 0
 
 
-def test_tasks_end_where_a_stream_that_is_split_online_says_so(make, plane, learner, net):
-    from avalanche.benchmarks.scenarios.online import split_online_stream
-
-    mitigator = ShrinkAndPerturb(0.5, 0.0, when=AfterTask())
-    strategy = learner(net, MitigatorPlugin(mitigator), train_mb_size=4)
-    counts = []
-    for part in split_online_stream(plane.train_stream, 16, access_task_boundaries=True, seed=0):
-        strategy.train(part)
-        counts.append(mitigator.times)
-    assert counts == [0, 0, 0, 1, 1, 1, 2, 2, 2]  # when the next begins
-
-
 def test_what_is_no_mitigator_is_refused_with_the_remedy(net):
     with pytest.raises(TypeError, match=r"Call it: L2\(\.\.\.\)"):
         MitigatorPlugin(L2)
@@ -155,3 +155,70 @@ def test_redo_recycles_behind_no_layer_that_a_head_chosen_by_task_labels_reads(d
     assert "'classifier'" in redo.left_alone["features.2"]
     with pytest.raises(ValueError, match="'classifier'"):
         ReDO().prepare(MTSimpleMLP(input_size=6, hidden_size=4))
+
+
+# --- what works between two tasks waits until the first is measured, evaluated and remembered ---
+
+
+@pytest.fixture
+def starts():
+    """A plugin that keeps the parameters before the model grows for a task (`before`), and then (`first`)."""
+    from avalanche.training.plugins import SupervisedPlugin
+
+    class Starts(SupervisedPlugin):
+        def __init__(self):
+            super().__init__()
+            self.before, self.first = [], []
+
+        def before_train_dataset_adaptation(self, strategy, **kwargs):
+            self.before.append([p.detach().clone() for p in strategy.model.parameters()])
+
+        def before_training_epoch(self, strategy, **kwargs):
+            self.first.append([p.detach().clone() for p in strategy.model.parameters()])
+
+    return Starts()
+
+
+def test_weights_are_halved_between_tasks_and_not_before_they_are_remembered(digits, make, recorder, starts):
+    model = make(lambda: nn.Linear(64, 10, bias=False))
+    strategy = CurvatureEWC(
+        model=model, optimizer=torch.optim.SGD(model.parameters(), 0.1), strength=1.0, train_mb_size=50,
+        plugins=[MitigatorPlugin(ShrinkAndPerturb(0.5, 0.0, when=AfterTask())), recorder, starts], evaluator=None,
+    )  # fmt: skip
+    for experience in digits().train_stream:
+        strategy.train(experience)
+        assert torch.equal(strategy.ewc.past.model.anchor, recorder.ends[-1].weight.flatten())
+        assert torch.equal(model.weight, recorder.ends[-1].weight)
+    for end, (start,) in zip(recorder.ends, starts.first[1:]):
+        assert torch.equal(start, 0.5 * end.weight)
+
+
+def test_the_accuracy_of_a_task_is_that_before_the_perturbation(digits, train, learner, make):
+    found = []
+    for plugins in ([], [MitigatorPlugin(ShrinkAndPerturb(1.0, 1.0, when=AfterTask()))]):
+        model = make(lambda: nn.Sequential(nn.Linear(64, 10), nn.ReLU(), nn.Linear(10, 10)))
+        strategy = learner(model, *plugins, metrics=plasticity_metrics(), train_epochs=5)
+        train(strategy, digits().train_stream[:1])
+        found.append(strategy.evaluator.get_all_metrics()["plasticity_experience/accuracy"])
+    assert found[0] == found[1]
+
+
+def test_rows_that_grow_for_the_next_task_are_not_touched(growing, learner, train, starts):
+    """What works between two tasks does so before the model grows."""
+    model, stream = growing()
+    plugin = MitigatorPlugin(ShrinkAndPerturb(1.0, 0.0, when=AfterTask()))
+    train(learner(model, plugin, starts), stream.train_stream)
+    assert not any(p.any() for shrunk in starts.before[1:] for p in shrunk)
+    assert any(p.any() for first in starts.first[1:] for p in first)  # new rows and heads
+
+
+@pytest.mark.parametrize(("boundaries", "times"), [(True, [0, 0, 0, 1, 1, 1, 2, 2, 2]), (False, 9 * [0])])
+def test_tasks_end_where_a_stream_that_is_split_online_does_not_hide_it(boundaries, times, plane, learner, net):
+    from avalanche.benchmarks.scenarios.online import split_online_stream
+
+    mitigator, counts = ShrinkAndPerturb(0.5, 0.0, when=AfterTask()), []
+    strategy = learner(net, MitigatorPlugin(mitigator), train_mb_size=4)
+    for part in split_online_stream(plane.train_stream, 16, access_task_boundaries=boundaries, seed=0):
+        strategy.train(part)
+        counts.append(mitigator.times)
+    assert counts == times  # when the next begins

@@ -1,12 +1,12 @@
-"""How able a network is to learn: measured on its weights, its hidden activations and its per-example gradients."""
+"""Measures of the plasticity of a network, on its weights, its hidden activations and its per-example gradients."""
 
-from avalanche_curv.plasticity.measures.activations import hidden_activations
 from avalanche_curv.plasticity.measures.gradients import GradientDiversity, gradient_diversity
 from avalanche_curv.plasticity.measures.representation import (
     Representation,
     dormancy_scores,
-    representation,
+    hidden_activations,
     representation_change,
+    representations,
 )
 from avalanche_curv.plasticity.measures.singular_values import (
     condition_number,
@@ -27,8 +27,8 @@ __all__ = [
     "gradient_diversity",
     "hidden_activations",
     "parameter_norm",
-    "representation",
     "representation_change",
+    "representations",
     "singular_values",
     "singular_values_of_gram",
     "stable_rank",

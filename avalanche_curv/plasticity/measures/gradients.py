@@ -1,4 +1,4 @@
-"""How many directions the gradients of single examples span."""
+"""The diversity of the gradients of single examples: how many directions they span."""
 
 from __future__ import annotations
 
@@ -17,18 +17,19 @@ from avalanche_curv.core.per_example.layers import Layers
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.plasticity.measures.singular_values import condition_number, effective_rank, singular_values_of_gram
 
-ROW_BYTES = 256 * 2**20  # of gradients that are held at once, where layers do not spare it
-COLUMNS = 2**16  # that are summed at once in float64
+ROW_BYTES = 256 * 2**20  # of explicit gradients in memory at once
+COLUMNS = 2**16  # of explicit gradients that are multiplied at once in float64
 
 
 @dataclass(frozen=True)
 class GradientDiversity:
-    """Of the matrix G = [g_1 ... g_m] of the gradients g_i = ∇_θ ℓ_i of m examples, with singular values σ_i(G):
+    """Effective rank and condition number of the matrix G = [g_1 ... g_m] of the gradients g_i = ∇_θ ℓ_i of m examples,
+    from its singular values σ_i:
 
     - effective_rank = exp(−Σ p_i log p_i), p_i = σ_i / Σ_j σ_j: m for orthogonal gradients of one length, 1 for
       collinear ones (Lewandowski et al. 2024, section 3.3, whose formula lacks the exponential and the sign);
-    - condition_number = σ_1 / σ_m: infinite where gradients depend linearly on each other, or cannot be told from such
-      by GᵀG in float64: from (m ε)^−½ on, ε = 2.2e-16, which is 6e6 for 128 examples.
+    - condition_number = σ_1 / σ_m: infinite where gradients are linearly dependent, or appear so in GᵀG in float64:
+      from (m ε)^−½ on, ε = 2.2e-16, which is 6e6 for 128 examples.
     """
 
     effective_rank: float
@@ -39,16 +40,17 @@ class GradientDiversity:
 def gradient_diversity(risk: EmpiricalRisk) -> GradientDiversity:
     """The effective gradient diversity of the examples of `risk` at its frozen parameters, over the whole network.
 
-    From the eigenvalues σ² of the m × m Gram matrix GᵀG, summed in float64 from one forward and backward pass. Linear
-    layers on matrices never form G; others form it some parameters at a time, which takes a pass for each part that
-    fills 256 MiB. Both numbers are NaN where a gradient is not finite.
+    From the eigenvalues σ² of the m × m Gram matrix GᵀG, summed in float64 from one forward and backward pass. For
+    linear layers on matrices G is never formed; for others it is formed in parts of some parameters, with one pass over
+    the data for each part of 256 MiB. Both numbers are NaN where a gradient is not finite. Raises TypeError for a loss
+    without per-example form.
     """
     values = singular_values_of_gram(gradient_gram(risk))
     return GradientDiversity(effective_rank(values), condition_number(values), len(values))
 
 
 def gradient_gram(risk: EmpiricalRisk) -> Float[Tensor, "m m"]:
-    """(1/m) g_iᵀg_j in float64, of the gradients at the observed targets."""
+    """The Gram matrix with entries (1/m) g_iᵀg_j in float64, of the gradients at the observed targets."""
     total = torch.zeros(risk.examples, risk.examples, dtype=torch.float64, device=risk.anchor.device)
     for part in _parts(Layers.of(risk), risk):
         for rows in rows_of(EmpiricalFisher(), risk, part):
@@ -57,7 +59,7 @@ def gradient_gram(risk: EmpiricalRisk) -> Float[Tensor, "m m"]:
 
 
 def _parts(layers: Layers, risk: EmpiricalRisk) -> Iterator[Layers]:
-    """The same parameters, some at a time: rows that have to be formed fit in `ROW_BYTES`, or are one layer's."""
+    """The layers in parts whose explicit gradients fit in `ROW_BYTES`, or belong to one layer."""
     sizes = dict(zip(risk.space.names, risk.space.sizes))
     most = ROW_BYTES // (risk.examples * risk.anchor.element_size())
     alone = [replace(layers, names={layer: name}, rest=()) for layer, name in layers.names.items()]
@@ -74,7 +76,7 @@ def _parts(layers: Layers, risk: EmpiricalRisk) -> Iterator[Layers]:
 
 
 def _gram(rows: Rows) -> Tensor:
-    """The Gram matrix of some columns, in float64 from the first product on."""
+    """The Gram matrix of the gradients in some parameters, with products in float64."""
     if isinstance(rows, OuterRows):
         return replace(rows, inputs=rows.inputs.double(), sensitivities=rows.sensitivities.double()).gram()
     if not isinstance(rows, PlainRows):

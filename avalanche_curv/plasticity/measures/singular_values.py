@@ -1,4 +1,7 @@
-"""What the singular values σ_1 ≥ ... ≥ σ_n ≥ 0 of a matrix say of it. All are NaN where a singular value is."""
+"""Singular values σ_1 ≥ ... ≥ σ_n ≥ 0 of a matrix, and from them its ranks and its condition number.
+
+These are NaN where a singular value is.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,11 @@ CLEAR = 1e-5  # share of σ_1 above which the root of an eigenvalue of the Gram 
 
 
 def singular_values(matrix: Float[Tensor, "a b"]) -> Float[Tensor, "min_of_a_b"]:
-    """All min(a, b) of them in descending order, those that are zero up to rounding as zeros; NaN throughout for a
-    matrix that is not finite.
+    """The min(a, b) singular values of `matrix` in descending order; all NaN for a matrix that is not finite.
 
-    They are those of the matrix in float64, whatever its type: zero is what lies below σ_1 max(a, b) ε, ε = 2.2e-16.
-    Up to float32 they come from the Gram matrix, up to ten times sooner than from a decomposition, which is left for
-    matrices in float64 and for those whose smallest singular value lies below 1e-5 σ_1, too small for the former.
+    They are those of the matrix in float64, whatever its type; values below σ_1 max(a, b) ε, ε = 2.2e-16, are 0. For
+    types up to float32 they come from the Gram matrix, up to ten times faster than from a decomposition. That is used
+    for float64, and where the smallest singular value lies below 1e-5 σ_1, which the Gram matrix does not resolve.
 
     >>> singular_values(torch.tensor([[3.0, 0.0, 0.0], [0.0, 0.0, 5.0]])).tolist()
     [5.0, 3.0]
@@ -34,8 +36,8 @@ def singular_values(matrix: Float[Tensor, "a b"]) -> Float[Tensor, "min_of_a_b"]
 
 
 def leading_singular_values(matrix: Float[Tensor, "a b"]) -> Float[Tensor, "min_of_a_b"]:
-    """The same from the Gram matrix alone, with zeros for what it cannot tell from zero: as good for ranks, in which
-    the smallest ones play no part.
+    """The min(a, b) singular values of `matrix` in descending order, from its Gram matrix alone: values below about
+    1e-8 σ_1, which do not matter for stable and effective ranks, are 0. All are NaN for a matrix that is not finite.
 
     >>> leading_singular_values(torch.tensor([[1.0, 0.0], [0.0, 1e-9]])).tolist()
     [1.0, 0.0]
@@ -45,20 +47,24 @@ def leading_singular_values(matrix: Float[Tensor, "a b"]) -> Float[Tensor, "min_
 
 
 def singular_values_of_gram(gram: Float[Tensor, "n n"]) -> Float[Tensor, "n"]:
-    """Those of G in descending order, from the Gram matrix GGᵀ in float64: the roots of its eigenvalues. What lies
-    below σ_1 √(n ε), ε = 2.2e-16, cannot be told from zero."""
+    """The singular values of G in descending order, as roots of the eigenvalues of its Gram matrix GGᵀ in float64.
+
+    Values below σ_1 √(n ε), ε = 2.2e-16, cannot be distinguished from zero, and are 0. All are NaN for a matrix that is
+    not finite.
+    """
     if not gram.isfinite().all():
         return gram.new_full((len(gram),), math.nan)
     return _without_rounding(torch.linalg.eigvalsh(gram).flip(0), len(gram)).sqrt()
 
 
 def _without_rounding(values: Tensor, size: int) -> Tensor:
-    """Zeros in the place of what rounding may have left of them."""
+    """The values, with zeros for those that may be due to rounding."""
     return torch.where(values > size * torch.finfo(values.dtype).eps * values.max(), values, 0.0)
 
 
 def stable_rank(values: Float[Tensor, "n"]) -> float:
-    """‖W‖_F² / σ_1² = Σ_i σ_i² / σ_1², between 1 and the rank; 0 for a matrix of zeros, whose rank that is.
+    """‖W‖_F² / σ_1² = Σ_i σ_i² / σ_1², the stable rank, from singular values: between 1 and the rank, 0 for a
+    matrix of zeros.
 
     Source: Rudelson & Vershynin 2007, J. ACM 54(4), there called numerical rank.
 
@@ -70,7 +76,8 @@ def stable_rank(values: Float[Tensor, "n"]) -> float:
 
 
 def effective_rank(values: Float[Tensor, "n"]) -> float:
-    """exp(−Σ_i p_i log p_i) with p_i = σ_i / Σ_j σ_j, between 1 and the rank; 0 for a matrix of zeros.
+    """exp(−Σ_i p_i log p_i) with p_i = σ_i / Σ_j σ_j, the effective rank, from singular values: between 1 and the
+    rank, 0 for a matrix of zeros.
 
     Source: Roy & Vetterli 2007, definition 1. Lewandowski et al. 2024, section 3.3, print Σ p_i log p_i in its place,
     without the exponential and with the other sign.
@@ -83,7 +90,7 @@ def effective_rank(values: Float[Tensor, "n"]) -> float:
 
 
 def condition_number(values: Float[Tensor, "n"]) -> float:
-    """σ_1 / σ_n, the smallest of all min(a, b) singular values; infinite where that is zero.
+    """σ_1 / σ_n, the condition number, from all min(a, b) singular values; infinite where the smallest is zero.
 
     >>> condition_number(torch.tensor([3.0, 1.5]))
     2.0

@@ -1,12 +1,14 @@
-"""What keeps a network able to learn, in any training loop: work around an optimiser's step."""
+"""Mitigators of the loss of plasticity in any training loop, and the selection of the parameters they work on."""
 
 from __future__ import annotations
 
 import weakref
 from abc import ABC
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -14,31 +16,34 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from avalanche_curv.core.risk.parameters import canonical_name
-from avalanche_curv.plasticity.mitigators.selection import ParameterSelector, Selection, listed
 
 
 class Mitigator(ABC):  # noqa: B024  nothing is common to all of them but the hooks
     """Mitigates the loss of plasticity of one model, by what it does before or after each step of an optimiser.
 
-    It is made without a model, and given it at each use, so that it survives layers that grow or are replaced: its
-    state goes by canonical parameter names. One mitigator serves one model and one optimiser; give each network one
-    of its own. `include` and `exclude` choose parameters by name ("head", "*.bias") or by type of module
-    (nn.LayerNorm); frozen ones, and those that the optimiser does not step, are never touched.
+    It does not hold the model, but is given it at each use, so that layers may grow or be replaced: its state is keyed
+    by canonical parameter names. One mitigator serves one model and one optimiser. `include` (all where it is empty)
+    and `exclude` select parameters by name ("head", "*.bias") or by type of module (nn.LayerNorm); frozen parameters,
+    and those that the optimiser does not step, are never changed. Raises TypeError for other selectors.
+
+    A new mitigator overrides `before_step`, `after_step` or `after_task`, and `state_dict` and `load_state_dict` where
+    it has state.
     """
 
     def __init__(self, *, include: Iterable[ParameterSelector] = (), exclude: Iterable[ParameterSelector] = ()) -> None:
-        self.selection = Selection(listed(include), listed(exclude))
+        self.selection = Selection(as_selectors(include), as_selectors(exclude))
         self.steps = 0  # of the optimiser, so far
         self._attached: Attachment | None = None
-        self._taken: dict[str, bool] = {}  # whether a name is selected; asked again after `prepare`
+        self._selected: dict[str, bool] = {}  # by parameter name, until the next `prepare`
 
     def attach(self, optimizer: Optimizer, model: nn.Module) -> Attachment:
-        """Work at each `optimizer.step()` from now on, until the result's `remove()`; also a context manager.
+        """Works around each `optimizer.step()` from now on, until `remove()` of what is returned, which is a context
+        manager too.
 
-        Gradients are unscaled there (`torch.amp.GradScaler` does it before the step), and clipped already where the
-        loop clips them: what a mitigator adds is not clipped. Of a step with a closure, as PyTorch Lightning takes, it
-        works after the closure; steps that a scaler has a fused optimiser skip do not count. Attached again for the
-        same model, as to a new optimiser for each task, it leaves the old optimiser.
+        Gradients are unscaled by then (`torch.amp.GradScaler` does it before the step), and clipped where the loop
+        clips them: what a mitigator adds is not clipped. In a step with a closure, as PyTorch Lightning takes, it
+        works after the closure; steps that a gradient scaler makes a fused optimiser skip do not count. Attached again
+        for the same model, as to a new optimiser for each task, it leaves the old optimiser.
 
         Raises TypeError for LBFGS, which evaluates closures several times: add `strength * penalty(model)` to the loss
         there. Raises ValueError where the optimiser steps no parameter that is selected, RuntimeError where the
@@ -61,9 +66,12 @@ class Mitigator(ABC):  # noqa: B024  nothing is common to all of them but the ho
         return self._attached
 
     def prepare(self, model: nn.Module) -> None:
-        """Look at the model before training, and again after it has grown. Raises where the options do not fit it, and
-        for parameters that are complex or not initialised yet."""
-        self._taken = {}
+        """Inspects the model before training, and again after it has grown.
+
+        Raises ValueError for a selector that fits no parameter and for a parameter of a lazy module without a shape,
+        TypeError for a complex parameter; mitigators with needs of their own raise for models that do not meet them.
+        """
+        self._selected = {}
         self.selection.check(model)
         for name, parameter in self.parameters(model).items():
             if is_lazy(parameter):
@@ -72,41 +80,42 @@ class Mitigator(ABC):  # noqa: B024  nothing is common to all of them but the ho
                 raise TypeError(f"Parameter '{name}' is complex; mitigators know real ones. Exclude or freeze it.")
 
     def release(self) -> None:  # noqa: B027
-        """Let go of the model that `prepare` saw."""
+        """Drops references to the model and hooks that `prepare` made; called when the mitigator is detached."""
 
     def before_step(self, model: nn.Module, optimizer: Optimizer) -> None:  # noqa: B027  most do one of the two
-        """Between the backward pass and the step."""
+        """Called between the backward pass and the step."""
 
     def after_step(self, model: nn.Module, optimizer: Optimizer) -> None:
-        """After the step. Counts it."""
+        """Called after the step, which it counts."""
         self.steps += 1
 
     def after_task(self, model: nn.Module, optimizer: Optimizer) -> None:  # noqa: B027
-        """Between two tasks, for loops that know them: when the first is evaluated and remembered."""
+        """Called between two tasks, by loops that know their boundaries, when the first has been evaluated."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What has to be kept for a resumed run to be the same."""
+        """The state with which a resumed run equals an uninterrupted one, as for torch's modules and optimisers."""
         return {"steps": self.steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state_dict`."""
+        """Restores what `state_dict` returned."""
         self.steps = state["steps"]
 
     def parameters(self, model: nn.Module, optimizer: Optimizer | None = None) -> dict[str, nn.Parameter]:
-        """The parameters to work on by canonical name, each once: trainable, selected and stepped by `optimizer`."""
+        """The parameters to work on by canonical name, each once: trainable, selected and, where an optimiser is given,
+        stepped by it."""
         stepped = None if optimizer is None else {id(p) for group in optimizer.param_groups for p in group["params"]}
         return {
             canonical_name(name): parameter
-            for name, parameter in self.selection.of(model, self._taken)
+            for name, parameter in self.selection.of(model, self._selected)
             if parameter.requires_grad and (stepped is None or id(parameter) in stepped)
         }
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy is attached to nothing, nor is one that is pickled."""
+        """Copies and pickles are attached to nothing."""
         return self.__dict__ | {"_attached": None}
 
     def _check(self, optimizer: Optimizer, model: nn.Module) -> None:
-        """Raises for what cannot be attached to."""
+        """Raises TypeError for arguments of other types, and for LBFGS."""
         if not isinstance(optimizer, Optimizer) or not isinstance(model, nn.Module):
             given = f"{type(optimizer).__name__}, {type(model).__name__}"
             raise TypeError(f"attach(optimizer, model) takes a torch optimiser and a module; got {given}.")
@@ -123,15 +132,15 @@ class Mitigator(ABC):  # noqa: B024  nothing is common to all of them but the ho
                 self.before_step(model, optimizer)
                 return None
 
-            def followed() -> Any:
+            def closure_with_mitigator() -> Any:
                 loss = closure()
                 self.before_step(model, optimizer)
                 return loss
 
-            return args[:1], {**kwargs, "closure": followed}
+            return args[:1], {**kwargs, "closure": closure_with_mitigator}
 
         def after(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if not skips(optimizer):
+            if not skips_step(optimizer):
                 self.after_step(model, optimizer)
 
         return optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)
@@ -139,14 +148,14 @@ class Mitigator(ABC):  # noqa: B024  nothing is common to all of them but the ho
 
 @dataclass(frozen=True, eq=False)
 class Attachment:
-    """A mitigator and its hooks in an optimiser."""
+    """The connection of a mitigator to an optimiser and a model, as returned by `Mitigator.attach`."""
 
     mitigator: Mitigator
     model: weakref.ref[nn.Module]
     hooks: tuple[Any, ...]
 
     def remove(self) -> None:
-        """Work no more."""
+        """Removes the hooks from the optimiser; a second call has no effect."""
         for hook in self.hooks:
             hook.remove()
         if self.mitigator._attached is self:
@@ -154,7 +163,7 @@ class Attachment:
             self.mitigator.release()
 
     def move_from(self, model: nn.Module) -> None:
-        """Leave the optimiser for another of the same model. Raises RuntimeError for another model."""
+        """Leaves the optimiser, to follow another one of `model`. Raises RuntimeError for another model."""
         if self.model() is not model:
             raise RuntimeError(
                 f"This {type(self.mitigator).__name__} is attached for another model. Make one for each model, or call "
@@ -169,6 +178,83 @@ class Attachment:
         self.remove()
 
 
-def skips(optimizer: Optimizer) -> bool:
-    """Whether a gradient scaler has found that this step of a fused optimiser is not finite, and to be skipped."""
+def skips_step(optimizer: Optimizer) -> bool:
+    """Whether a fused optimiser skips this step, since a gradient scaler has found that gradients are not finite."""
     return bool(float(getattr(optimizer, "found_inf", 0.0)))
+
+
+ParameterSelector: TypeAlias = str | type[nn.Module]
+"""Selects parameters: the canonical name of a parameter or a module, "*" and "?" allowed, or a type of module."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The parameters of a model that `include` selects (all where it is empty) and `exclude` does not.
+
+    Raises TypeError for selectors that are neither a name nor a type of module.
+
+    >>> model = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))
+    >>> [name for name, _ in Selection(exclude=(nn.LayerNorm, "*.bias")).of(model)]
+    ['0.weight']
+    """
+
+    include: tuple[ParameterSelector, ...] = ()
+    exclude: tuple[ParameterSelector, ...] = ()
+
+    def __post_init__(self) -> None:
+        for selector in (*self.include, *self.exclude):
+            if not isinstance(selector, str) and not (isinstance(selector, type) and issubclass(selector, nn.Module)):
+                raise TypeError(
+                    f"include and exclude hold names such as 'head' or '*.bias' and types of modules such as "
+                    f"nn.LayerNorm; got {selector!r}."
+                )
+
+    def of(self, model: nn.Module, known: dict[str, bool] | None = None) -> Iterator[tuple[str, nn.Parameter]]:
+        """The selected parameters with their names, each once; a tied one by the first name that is selected. `known`
+        caches which names are selected, for later calls with the same modules."""
+        known = {} if known is None else known
+        seen: set[int] = set()
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            if id(parameter) in seen:
+                continue
+            if name not in known:
+                known[name] = self._includes(model, name)
+            if known[name]:
+                seen.add(id(parameter))
+                yield name, parameter
+
+    def check(self, model: nn.Module) -> None:
+        """Raises ValueError for a selector that fits no parameter of `model`."""
+        names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+        for selector in (*self.include, *self.exclude):
+            if any(_selects(selector, model, name) for name in names):
+                continue
+            wanted = selector if isinstance(selector, str) else selector.__name__
+            known = {canonical_name(name) for name in names} | {canonical_name(n).rpartition(".")[0] for n in names}
+            near = get_close_matches(wanted, [name for name in known if name], n=3)
+            near = near or sorted(known - {""})[:8]
+            raise ValueError(
+                f"{type(model).__name__} has no parameter that {wanted!r} selects. Did you mean one of {near}?"
+            )
+
+    def _includes(self, model: nn.Module, name: str) -> bool:
+        if not self.include and not self.exclude:
+            return True
+        included = not self.include or any(_selects(selector, model, name) for selector in self.include)
+        return included and not any(_selects(selector, model, name) for selector in self.exclude)
+
+
+def as_selectors(selectors: Iterable[ParameterSelector]) -> tuple[ParameterSelector, ...]:
+    """The selectors of `include` or `exclude` as a tuple. Raises TypeError for a single name or type."""
+    if isinstance(selectors, (str, type)):
+        raise TypeError(f"include and exclude each take a list of names and types of modules; got {selectors!r} alone.")
+    return tuple(selectors)
+
+
+def _selects(selector: ParameterSelector, model: nn.Module, name: str) -> bool:
+    """Whether `selector` fits the parameter `name`, or a module that holds it."""
+    parts = name.split(".")
+    if isinstance(selector, str):
+        known = canonical_name(name).split(".")
+        return any(fnmatchcase(".".join(known[: n + 1]), selector) for n in range(len(known)))
+    return any(isinstance(model.get_submodule(".".join(parts[:n])), selector) for n in range(len(parts)))

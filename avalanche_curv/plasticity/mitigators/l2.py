@@ -7,10 +7,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from avalanche_curv.plasticity.mitigators.gradients import add_to_gradients, differences, sum_of_squares
-from avalanche_curv.plasticity.mitigators.initial import FirstSeen, copies
-from avalanche_curv.plasticity.mitigators.regularizer import Regularizer
-from avalanche_curv.plasticity.mitigators.selection import ParameterSelector
+from avalanche_curv.plasticity.mitigators.base import ParameterSelector
+from avalanche_curv.plasticity.mitigators.regularizer import (
+    InitialValues,
+    Regularizer,
+    add_to_gradients,
+    cloned,
+    differences,
+    sum_of_squares,
+)
 
 
 class L2(Regularizer):
@@ -18,7 +23,7 @@ class L2(Regularizer):
 
     There is no ½: training with strength s equals `weight_decay=2 * s` of torch's SGD and of Adam, which add it to the
     gradient. `AdamW` decays the parameters themselves, which is another method. Their strengths are 1e-2, 1e-3 and
-    1e-4. Norm scales go to zero too; `exclude=(nn.LayerNorm,)` spares them.
+    1e-4. Norm scales go to zero too; `exclude=(nn.LayerNorm,)` leaves them out. For the options see `Regularizer`.
 
     >>> L2(1e-3).penalty(nn.Linear(2, 1, bias=False).requires_grad_(False))  # of trainable parameters
     tensor(0.)
@@ -27,7 +32,7 @@ class L2(Regularizer):
     def penalty(self, model: nn.Module) -> Tensor:
         return sum_of_squares([*self.parameters(model).values()])
 
-    def _add(self, parameters: dict[str, nn.Parameter], model: nn.Module, weight: float) -> None:
+    def add_penalty_gradient(self, parameters: dict[str, nn.Parameter], model: nn.Module, weight: float) -> None:
         chosen = [*parameters.values()]
         add_to_gradients(chosen, [parameter.detach() for parameter in chosen], 2 * weight)
 
@@ -35,8 +40,8 @@ class L2(Regularizer):
 class L2Init(Regularizer):
     """R(θ) = ‖θ − θ0‖², with gradient 2 (θ − θ0): regenerative regularisation (Kumar, Marklund & Van Roy 2023).
 
-    θ0 is each parameter as it was when first seen: when the mitigator was attached or training began, and for new
-    heads and rows that grew, the next time that `prepare` or a step looks at them.
+    θ0 is the value of each parameter when the mitigator was attached or training began; for new heads and rows that
+    grew, when `prepare` or a step first sees them. For the options see `Regularizer`.
     """
 
     def __init__(
@@ -48,7 +53,7 @@ class L2Init(Regularizer):
         exclude: Iterable[ParameterSelector] = (),
     ) -> None:
         super().__init__(strength, every=every, include=include, exclude=exclude)
-        self.initial = FirstSeen()
+        self.initial = InitialValues()
 
     def prepare(self, model: nn.Module) -> None:
         super().prepare(model)
@@ -58,13 +63,13 @@ class L2Init(Regularizer):
         parameters = self.parameters(model)
         return sum_of_squares([p - first for p, first in zip(parameters.values(), self.initial.of(parameters))])
 
-    def _add(self, parameters: dict[str, nn.Parameter], model: nn.Module, weight: float) -> None:
+    def add_penalty_gradient(self, parameters: dict[str, nn.Parameter], model: nn.Module, weight: float) -> None:
         chosen = [*parameters.values()]
         add_to_gradients(chosen, differences(chosen, self.initial.of(parameters)), 2 * weight)
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "initial": copies(self.initial.values)}
+        return {**super().state_dict(), "initial": cloned(self.initial.values)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self.initial.values = copies(state["initial"])
+        self.initial.values = cloned(state["initial"])

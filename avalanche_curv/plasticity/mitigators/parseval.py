@@ -1,4 +1,4 @@
-"""Parseval regularisation: weight matrices stay near a multiple of an orthogonal one."""
+"""Parseval regularisation, which keeps weight matrices near a multiple of an orthogonal one."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from avalanche_curv.core.options import is_number
-from avalanche_curv.plasticity.mitigators.gradients import gradient_of, in_full
-from avalanche_curv.plasticity.mitigators.regularizer import Regularizer
-from avalanche_curv.plasticity.mitigators.roles import Multiplies, roles
-from avalanche_curv.plasticity.mitigators.selection import ParameterSelector
+from avalanche_curv.plasticity.mitigators.base import ParameterSelector
+from avalanche_curv.plasticity.mitigators.regularizer import Regularizer, at_least_float32, gradient_of, sum_of
+from avalanche_curv.plasticity.roles import WeightRole, parameter_roles
 
 
 class Parseval(Regularizer):
@@ -27,6 +26,9 @@ class Parseval(Regularizer):
     `scale` is s, the squared singular value that all are drawn to: 1 by default, as in Cisse et al. The sources leave
     out the output layer; do so by its name, `exclude=("head",)`. The two products of matrices for each layer cost
     about as much as the step of a multilayer perceptron at batch 128; `every=10` brings that to a tenth.
+
+    Raises ValueError for a scale that is not positive, and in `prepare` for a model without a trainable weight matrix;
+    for the other options see `Regularizer`.
     """
 
     def __init__(
@@ -52,17 +54,16 @@ class Parseval(Regularizer):
             )
 
     def penalty(self, model: nn.Module) -> Tensor:
-        terms = [
-            self._excess(in_full(block).flatten(1)).square().sum()
+        return sum_of([
+            self._excess(at_least_float32(block).flatten(1)).square().sum()
             for weight, role in _weights(self.parameters(model), model)
             for block in role.tensors(weight)
-        ]
-        return torch.stack([term.to(terms[0].device) for term in terms]).sum() if terms else torch.zeros(())
+        ])
 
-    def _add(self, parameters: dict[str, nn.Parameter], model: nn.Module, weight: float) -> None:
+    def add_penalty_gradient(self, parameters: dict[str, nn.Parameter], model: nn.Module, weight: float) -> None:
         for parameter, role in _weights(parameters, model):
             for block, gradient in zip(role.tensors(parameter), role.tensors(gradient_of(parameter))):
-                matrix = in_full(block.detach()).flatten(1)
+                matrix = at_least_float32(block.detach()).flatten(1)
                 excess = self._excess(matrix) * (4 * weight)
                 product = excess @ matrix if len(excess) == len(matrix) else matrix @ excess
                 gradient += product.view(gradient.shape)
@@ -73,9 +74,9 @@ class Parseval(Regularizer):
         return wide @ wide.T - self.scale * torch.eye(len(wide), dtype=matrix.dtype, device=matrix.device)
 
 
-def _weights(parameters: Mapping[str, nn.Parameter], model: nn.Module) -> Iterator[tuple[nn.Parameter, Multiplies]]:
-    """Those of the parameters that are matrices to multiply with, and how they lie."""
+def _weights(parameters: Mapping[str, nn.Parameter], model: nn.Module) -> Iterator[tuple[nn.Parameter, WeightRole]]:
+    """Those of the parameters that are weights, with their roles."""
     chosen = {id(parameter) for parameter in parameters.values()}
-    for parameter, role in roles(model).items():
-        if id(parameter) in chosen and isinstance(role, Multiplies):
+    for parameter, role in parameter_roles(model).items():
+        if id(parameter) in chosen and isinstance(role, WeightRole):
             yield parameter, role

@@ -1,23 +1,24 @@
-"""ReDO: units that are dormant start anew."""
+"""ReDO, which reinitialises dormant units."""
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterable
+import weakref
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.module import register_module_forward_hook
 from torch.optim import Optimizer
 
 from avalanche_curv.core.options import check_seed, is_count, is_number
 from avalanche_curv.core.risk.frozen import unwrapped
-from avalanche_curv.plasticity.mitigators.activity import Activity
-from avalanche_curv.plasticity.mitigators.base import Mitigator
-from avalanche_curv.plasticity.mitigators.selection import ParameterSelector
+from avalanche_curv.plasticity.mitigators.base import Mitigator, ParameterSelector
 from avalanche_curv.plasticity.mitigators.unit_graph import HiddenLayer, UnitGraph, units
 
 
@@ -28,18 +29,18 @@ class ReDO(Mitigator):
 
         s_i = E_x|h_i(x)| / mean_k E_x|h_k(x)| ≤ threshold,
 
-    with h as the layers that read it get it, behind activation, dropout and pooling, and E over the examples (and
-    positions) of the training pass before the step; of several readers, it is dormant at each. After every `every`-th
-    step the incoming weights and the bias of dormant units are drawn anew from torch's initial distribution,
-    U(−1/√fan_in, 1/√fan_in), their outgoing weights set to 0, and what the optimiser keeps of all these is as at its
+    with h as it reaches the next layers, behind activation, dropout and pooling, and E over the examples (and
+    positions) of the training pass before the step; with several next layers, it is dormant at each. After every
+    `every`-th step the incoming weights and the bias of dormant units are drawn anew from torch's initial distribution,
+    U(−1/√fan_in, 1/√fan_in), their outgoing weights set to 0, and the optimiser's state of all these is that of its
     start: moments 0, step sizes of `Rprop` the learning rate, averages of `ASGD` the parameters (the factored moments
-    of `Adafactor` stay). The scale and shift of a norm layer on the way go back to 1 and 0. Where a unit was silent
+    of `Adafactor` stay). The scale and shift of a norm layer in between go back to 1 and 0. Where a unit was silent
     the function stays the same, but for layer and group norm, which share their statistics among units. A layer that
     is dead as a whole is recycled as a whole.
 
     The source takes a threshold of 0.1 or 0.025 and 1,000 steps, the defaults here; 0 recycles only silent units.
 
-    Which layers read which units is found by torch.fx (see `UnitGraph.of`). `layers` names those that are recycled and
+    Which layers read which units is traced by torch.fx (see `UnitGraph.of`). `layers` names those that are recycled and
     `left_alone` the other ones with reasons; frozen ones, and those that `include` and `exclude` or the optimiser
     leave out, or whose readers are left out, are not recycled either. `recycled` counts units so far. Among those left
     alone is the layer before Avalanche's `MultiHeadClassifier`, which chooses a head by task labels: `MTSimpleMLP`,
@@ -69,45 +70,46 @@ class ReDO(Mitigator):
         self.threshold, self.every, self.seed = float(threshold), every, seed
         self.graph = UnitGraph((), {})
         self._counts: dict[str, Tensor] = {}
-        self._activity = Activity(())
-        self._parts: list[int] = []  # of the model that `graph` is of
+        self._activity = InputActivity(())
+        self._model_parts: list[int] = []  # identities of modules and parameters that `graph` was traced from
 
     @property
     def layers(self) -> tuple[str, ...]:
-        """The hidden layers of the model that `prepare` saw, whose units may be recycled."""
+        """The names of the hidden layers whose units may be recycled, in the model that `prepare` saw."""
         return tuple(layer.name for layer in self.graph.hidden)
 
     @property
     def left_alone(self) -> dict[str, str]:
-        """The other linear layers and convolutions, with reasons."""
+        """The other linear layers and convolutions by name, with the reasons why their units are not recycled."""
         return {**self.graph.others}
 
     @property
     def recycled(self) -> dict[str, int]:
-        """How many units of each layer were recycled so far."""
+        """The number of units of each layer that were recycled so far."""
         return {name: int(count) for name, count in self._counts.items()}
 
     def prepare(self, model: nn.Module) -> None:
         super().prepare(model)
         parts = [id(part) for part in (*model.modules(), *model.parameters())]
-        if parts == self._parts:  # tracing takes as long as some steps, and online streams ask at each of their parts
+        if parts == self._model_parts:  # tracing takes as long as some steps, and online streams prepare often
             return
-        self._parts = parts
+        self._model_parts = parts
         self.graph = UnitGraph.of(model)
         self._check_any(model)
         inner = unwrapped(model)
-        self._activity = Activity(inner.get_submodule(name) for layer in self.graph.hidden for name in layer.readers)
-        self._listen_if_due()
+        readers = [inner.get_submodule(name) for layer in self.graph.hidden for name in layer.readers]
+        self._activity = InputActivity(readers)
+        self._record_if_due()
 
     def release(self) -> None:
         self._activity.stop()
-        self._parts = []
+        self._model_parts = []
 
     def after_step(self, model: nn.Module, optimizer: Optimizer) -> None:
         super().after_step(model, optimizer)
         if self.steps % self.every == 0:
             self._recycle(model, optimizer)
-        self._listen_if_due()
+        self._record_if_due()
 
     def _check_any(self, model: nn.Module) -> None:
         if not self.graph.hidden:
@@ -117,41 +119,41 @@ class ReDO(Mitigator):
                 "Use another mitigator, such as ShrinkAndPerturb."
             )
 
-    def _listen_if_due(self) -> None:
+    def _record_if_due(self) -> None:
         if (self.steps + 1) % self.every == 0:
             self._activity.start()
 
     @torch.no_grad()
     def _recycle(self, model: nn.Module, optimizer: Optimizer) -> None:
-        """First what enters the units of all layers, then what leaves them."""
-        entries = Entries({id(p) for p in self.parameters(model, optimizer).values()}, optimizer)
-        draw = torch.Generator().manual_seed(random.Random(f"{self.seed} {self.steps}").getrandbits(32))
+        """Reinitialises the dormant units of all layers: first their incoming weights, then their outgoing ones."""
+        entries = OptimizedEntries({id(p) for p in self.parameters(model, optimizer).values()}, optimizer)
+        generator = torch.Generator().manual_seed(random.Random(f"{self.seed} {self.steps}").getrandbits(32))
         inner = unwrapped(model)
         dormant = {
             layer: mask
             for layer, mask in self._dormant(inner).items()
-            if all(entries.may(inner.get_parameter(f"{name}.weight")) for name in (layer.name, *layer.readers))
+            if all(entries.is_selected(inner.get_parameter(f"{name}.weight")) for name in (layer.name, *layer.readers))
         }
         for layer, mask in dormant.items():
-            renew(inner, layer, mask, entries, draw)
+            reinitialize(inner, layer, mask, entries, generator)
             self._counts[layer.name] = self._counts.get(layer.name, 0) + mask.sum()
         for layer, mask in dormant.items():
             for reader in (inner.get_submodule(name) for name in layer.readers):
-                entries.set(reader.weight, columns(reader, mask), 0.0)
+                entries.reset(reader.weight, input_mask(reader, mask), 0.0)
 
     def _dormant(self, model: nn.Module) -> dict[HiddenLayer, Bool[Tensor, "units"]]:
-        """Which units are dormant at each reader, of the layers whose readers all had a pass."""
+        """The dormant units of each hidden layer all of whose readers took part in a training pass."""
         found: dict[HiddenLayer, Tensor] = {}
         for layer in self.graph.hidden:
             readers = [model.get_submodule(name) for name in layer.readers]
-            heard = [sums for sums in map(self._activity.of, readers) if sums is not None]
-            if len(heard) < len(readers):
+            recorded = [sums for sums in map(self._activity.of, readers) if sums is not None]
+            if len(recorded) < len(readers):
                 continue
-            if layer.batched and not all(map(self._activity.follows_the_batch, readers)):
+            if layer.batched and not all(map(self._activity.follows_batch_axis, readers)):
                 self.graph = self.graph.without(layer, "a norm layer on its way took another axis for its units")
                 self._check_any(model)
                 continue
-            activities = [sums.view(units(model.get_submodule(layer.name)), -1).sum(1) for sums in heard]
+            activities = [sums.view(units(model.get_submodule(layer.name)), -1).sum(1) for sums in recorded]
             masks = [activity <= self.threshold * activity.mean() for activity in activities]
             found[layer] = torch.stack([mask.to(masks[0].device) for mask in masks]).all(0)
         self._activity.stop()
@@ -164,7 +166,7 @@ class ReDO(Mitigator):
         return found
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_parts": []}
+        return super().__getstate__() | {"_model_parts": []}
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "recycled": self.recycled}
@@ -172,38 +174,40 @@ class ReDO(Mitigator):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         self._counts = {name: torch.tensor(count) for name, count in state["recycled"].items()}
-        self._listen_if_due()
+        self._record_if_due()
+
 
 MOMENTS = (
     "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer", "square_avg", "grad_avg", "acc_delta",
     "variance", "prev", "sum", "step_size", "ax",
 )  # fmt: skip
-# what torch's optimisers keep of each entry
+# the state that torch's optimisers have of each entry of a parameter
 
 
-class Entries:
-    """Entries of the parameters that may be entries, and what the optimiser keeps of them."""
+class OptimizedEntries:
+    """The entries of selected parameters, by identity, together with the optimiser's state of each entry."""
 
-    def __init__(self, chosen: set[int], optimizer: Optimizer) -> None:
-        self.chosen, self.optimizer = chosen, optimizer
+    def __init__(self, selected: set[int], optimizer: Optimizer) -> None:
+        self.selected, self.optimizer = selected, optimizer
 
-    def may(self, parameter: Any) -> bool:
-        """Whether it is trained, and chosen."""
-        return id(parameter) in self.chosen
+    def is_selected(self, parameter: Any) -> bool:
+        """Whether the entries of `parameter` may be changed."""
+        return id(parameter) in self.selected
 
-    def set(self, parameter: Any, mask: Bool[Tensor, "..."], value: Tensor | float) -> None:
-        """The value where `mask` holds, and no moments there; nothing for a parameter that may not be entries."""
-        if not self.may(parameter):
+    def reset(self, parameter: Any, mask: Bool[Tensor, "..."], value: Tensor | float) -> None:
+        """Sets the entries where `mask` holds to `value`, and the optimiser's state of them to its start; does nothing
+        for a parameter that is not selected."""
+        if not self.is_selected(parameter):
             return
         value = value.to(parameter) if isinstance(value, Tensor) else torch.full_like(parameter, value)
         parameter.copy_(torch.where(mask, value, parameter))
-        kept = self.optimizer.state.get(parameter, {})
-        for name in (name for name in MOMENTS if name in kept):
-            if isinstance(kept[name], Tensor) and kept[name].shape == parameter.shape:
-                kept[name].copy_(torch.where(mask, self._start(name, parameter), kept[name].to(parameter.device)))
+        state = self.optimizer.state.get(parameter, {})
+        for name in (name for name in MOMENTS if name in state):
+            if isinstance(state[name], Tensor) and state[name].shape == parameter.shape:
+                state[name].copy_(torch.where(mask, self._start(name, parameter), state[name].to(parameter.device)))
 
     def _start(self, name: str, parameter: Tensor) -> Tensor:
-        """What the optimiser begins with."""
+        """The initial value of the optimiser's state `name` of `parameter`."""
         if name == "ax":
             return parameter
         group = next(g for g in self.optimizer.param_groups if any(p is parameter for p in g["params"]))
@@ -211,25 +215,88 @@ class Entries:
         return torch.full_like(parameter, float(starts.get(name, 0.0)))
 
 
-def renew(model: nn.Module, layer: HiddenLayer, mask: Tensor, entries: Entries, draw: torch.Generator) -> None:
-    """Incoming weights and biases as at the beginning, and the norm layers that the units pass."""
+def reinitialize(
+    model: nn.Module, layer: HiddenLayer, mask: Tensor, entries: OptimizedEntries, generator: torch.Generator
+) -> None:
+    """Draws the incoming weights and biases of the units in `mask` anew, and resets the norm layers they pass."""
     own: Any = model.get_submodule(layer.name)
     bound = 1 / math.sqrt(own.weight[0].numel())
     rows = mask.view(-1, *[1] * (own.weight.ndim - 1))
-    entries.set(own.weight, rows, _uniform(own.weight.shape, bound, draw))
+    entries.reset(own.weight, rows, _uniform(own.weight.shape, bound, generator))
     if own.bias is not None:
-        entries.set(own.bias, mask, _uniform(own.bias.shape, bound, draw))
+        entries.reset(own.bias, mask, _uniform(own.bias.shape, bound, generator))
     for norm in (model.get_submodule(name) for name in layer.norms):
-        entries.set(norm.weight, mask, 1.0)
-        entries.set(getattr(norm, "bias", None), mask, 0.0)  # RMSNorm has none
+        entries.reset(norm.weight, mask, 1.0)
+        entries.reset(getattr(norm, "bias", None), mask, 0.0)  # RMSNorm has none
 
 
-def _uniform(shape: torch.Size, bound: float, draw: torch.Generator) -> Tensor:
-    return torch.empty(shape, dtype=torch.float32).uniform_(-bound, bound, generator=draw)
+def _uniform(shape: torch.Size, bound: float, generator: torch.Generator) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator)
 
 
-def columns(reader: Any, mask: Bool[Tensor, "units"]) -> Bool[Tensor, "..."]:
-    """The mask at the inputs of a reader, of which each unit has a block where it was flattened."""
+def input_mask(reader: Any, mask: Bool[Tensor, "units"]) -> Bool[Tensor, "..."]:
+    """The inputs of `reader` that come from the units in `mask`: several for each unit where it was flattened."""
     if isinstance(reader, _ConvNd):
         return mask.view(1, -1, *[1] * len(reader.kernel_size))
     return mask.repeat_interleave(reader.in_features // len(mask))
+
+
+class InputActivity:
+    """Sums |h| over examples and positions for each input unit of `layers`, which are linear or convolutional.
+
+    Forward passes that autograd records are summed from `start` to `stop`. The hook is torch's global one, and layers
+    are told apart by identity, so that copies and pickles of the model made meanwhile contain no hooks.
+    """
+
+    def __init__(self, layers: Iterable[nn.Module]) -> None:
+        self._sums: weakref.WeakKeyDictionary[nn.Module, Tensor | None] = weakref.WeakKeyDictionary()
+        self._axes: weakref.WeakKeyDictionary[nn.Module, set[int]] = weakref.WeakKeyDictionary()
+        for layer in layers:
+            self._sums[layer], self._axes[layer] = None, set()
+        self._release: Callable[[], object] | None = None
+
+    def start(self) -> None:
+        """Sums passes from now on, beginning with zero."""
+        self.stop()
+        for layer in [*self._sums]:
+            self._sums[layer], self._axes[layer] = None, set()
+        record = weakref.WeakMethod(self._record)
+
+        def hook(module: nn.Module, args: tuple[Any, ...], options: dict[str, Any], output: Any) -> None:
+            method = record()
+            mapped = any(is_functorch_wrapped_tensor(x) for x in (*args, *options.values()) if isinstance(x, Tensor))
+            if method is not None and torch.is_grad_enabled() and not mapped:
+                method(module, *args[:1], **options)
+
+        handle = register_module_forward_hook(hook, with_kwargs=True)
+        self._release = weakref.finalize(self, handle.remove)
+
+    def stop(self) -> None:
+        """Ends summing; the sums stay."""
+        if self._release is not None:
+            self._release()
+            self._release = None
+
+    def of(self, layer: nn.Module) -> Float[Tensor, "inputs"] | None:
+        """The sums for the input units of `layer`; None where it had no pass."""
+        return self._sums.get(layer)
+
+    def follows_batch_axis(self, layer: nn.Module) -> bool:
+        """Whether the input units of `layer` were always on the second axis, behind that of the batch."""
+        return self._axes.get(layer) == {1}
+
+    def __reduce__(self) -> tuple[type[InputActivity], tuple[tuple[()]]]:
+        """Copies and pickles have no layers, which are known by identity."""
+        return InputActivity, ((),)
+
+    def _record(self, module: nn.Module, *args: Any, **options: Any) -> None:
+        if module not in self._sums:
+            return
+        inputs: Tensor = args[0] if args else options["input"]
+        axis = inputs.ndim - 1 - (len(module.kernel_size) if isinstance(module, _ConvNd) else 0)
+        others = [n for n in range(inputs.ndim) if n != axis]
+        size = inputs.detach().abs()
+        total = size.sum(others, dtype=torch.float32 if size.element_size() < 4 else size.dtype) if others else size
+        before = self._sums[module]
+        self._sums[module] = total if before is None else before + total
+        self._axes[module].add(axis)

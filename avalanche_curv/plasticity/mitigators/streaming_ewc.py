@@ -10,10 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from avalanche_curv.core.options import is_number
-from avalanche_curv.plasticity.mitigators.gradients import gradient_of, in_full
-from avalanche_curv.plasticity.mitigators.initial import copies, grown
-from avalanche_curv.plasticity.mitigators.regularizer import Regularizer
-from avalanche_curv.plasticity.mitigators.selection import ParameterSelector
+from avalanche_curv.plasticity.mitigators.base import ParameterSelector
+from avalanche_curv.plasticity.mitigators.regularizer import (
+    Regularizer,
+    at_least_float32,
+    cloned,
+    extended,
+    gradient_of,
+    sum_of,
+)
 
 
 class StreamingEWC(Regularizer):
@@ -33,6 +38,8 @@ class StreamingEWC(Regularizer):
     already. With `every=n` averages take every n-th gradient only. A parameter without a gradient keeps its averages,
     and has no penalty before its first. `CurvatureEWCPlugin` is the form with task boundaries, where the past is
     measured and does not fade.
+
+    Raises ValueError for a decay outside [0, 1); for the other options see `Regularizer`.
     """
 
     def __init__(
@@ -52,36 +59,35 @@ class StreamingEWC(Regularizer):
         self.importance_decay, self.anchor_decay = float(importance_decay), float(anchor_decay)
         self.importances: dict[str, Tensor] = {}  # F, by name
         self.anchors: dict[str, Tensor] = {}  # θ̄
-        self.counts: dict[str, int | Tensor] = {}  # t, by entry where the parameter has grown
+        self.counts: dict[str, int | Tensor] = {}  # t, by entry where the parameter has extended
 
     def penalty(self, model: nn.Module) -> Tensor:
         known = {name: p for name, p in self.parameters(model).items() if name in self.counts}
         self._fit(known)
-        terms = [
-            0.5 * (self.importances[name] / self._mass(name) * (in_full(p) - self.anchors[name]).square()).sum()
-            for name, p in known.items()
-        ]
-        return torch.stack([term.to(terms[0].device) for term in terms]).sum() if terms else torch.zeros(())
+        squares = {name: (at_least_float32(p) - self.anchors[name]).square() for name, p in known.items()}
+        return sum_of([
+            0.5 * (self.importances[name] / self._correction(name) * square).sum() for name, square in squares.items()
+        ])
 
-    def _add(self, parameters: dict[str, nn.Parameter], model: nn.Module, weight: float) -> None:
+    def add_penalty_gradient(self, parameters: dict[str, nn.Parameter], model: nn.Module, weight: float) -> None:
         known = {name: p for name, p in parameters.items() if p.grad is not None or name in self.counts}
         if not known:
             return
         self._fit(known)
         self._average(known)
         anchors, gradients = [self.anchors[name] for name in known], [gradient_of(p) for p in known.values()]
-        values = [in_full(p.detach()) for p in known.values()]
-        pulls, masses = [*torch._foreach_sub(values, anchors)], [self._mass(name) for name in known]
-        for pull, mass in zip(pulls, masses):
-            if isinstance(mass, Tensor):
-                pull.div_(mass)
-        weights = [weight if isinstance(mass, Tensor) else weight / mass for mass in masses]
+        values = [at_least_float32(p.detach()) for p in known.values()]
+        pulls, corrections = [*torch._foreach_sub(values, anchors)], [self._correction(name) for name in known]
+        for pull, correction in zip(pulls, corrections):
+            if isinstance(correction, Tensor):
+                pull.div_(correction)
+        weights = [weight if isinstance(correction, Tensor) else weight / correction for correction in corrections]
         torch._foreach_addcmul_(gradients, pulls, [self.importances[name] for name in known], weights)
         torch._foreach_lerp_(anchors, values, 1 - self.anchor_decay)
 
     def _average(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """F, with the squares of gradients that training gave."""
-        given = {name: in_full(gradient_of(p)) for name, p in parameters.items() if p.grad is not None}
+        """Updates F by the squares of the gradients that training gave."""
+        given = {name: at_least_float32(gradient_of(p)) for name, p in parameters.items() if p.grad is not None}
         if not given:
             return
         gradients = [*given.values()]
@@ -92,30 +98,30 @@ class StreamingEWC(Regularizer):
             self.counts[name] = self.counts.get(name, 0) + 1
 
     def _fit(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Averages in the shapes of the parameters: new entries weigh nothing yet, and are their own anchors."""
+        """Gives averages the shapes of the parameters: new entries have no importance, and are their own anchors."""
         for name, parameter in parameters.items():
-            value, known = in_full(parameter.detach()), self.anchors.get(name)
+            value, known = at_least_float32(parameter.detach()), self.anchors.get(name)
             if known is None or known.shape != value.shape:
-                self.importances[name] = grown(self.importances.get(name), torch.zeros_like(value))
-                self.anchors[name] = grown(known, value)
+                self.importances[name] = extended(self.importances.get(name), torch.zeros_like(value))
+                self.anchors[name] = extended(known, value)
                 if known is not None:
                     counts = torch.zeros_like(known) + self.counts.get(name, 0)
-                    self.counts[name] = grown(counts, torch.zeros_like(value))
+                    self.counts[name] = extended(counts, torch.zeros_like(value))
             elif known.device != value.device or known.dtype != value.dtype:
                 self.importances[name], self.anchors[name] = self.importances[name].to(value), known.to(value)
 
-    def _mass(self, name: str) -> float | Tensor:
-        """1 − β_F^t, the weight of all that F averages; where that is nothing yet, any."""
+    def _correction(self, name: str) -> float | Tensor:
+        """The bias correction 1 − β_F^t of F; where t = 0, F is zero and t = 1 serves as well."""
         count = self.counts[name]
         if isinstance(count, Tensor):
             return 1 - self.importance_decay ** count.to(self.anchors[name]).clamp(min=1)
         return 1 - self.importance_decay**count
 
     def state_dict(self) -> dict[str, Any]:
-        kept = {"importances": copies(self.importances), "anchors": copies(self.anchors)}
-        return {**super().state_dict(), **kept, "counts": copy.deepcopy(self.counts)}
+        averages = {"importances": cloned(self.importances), "anchors": cloned(self.anchors)}
+        return {**super().state_dict(), **averages, "counts": copy.deepcopy(self.counts)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self.importances, self.anchors = copies(state["importances"]), copies(state["anchors"])
+        self.importances, self.anchors = cloned(state["importances"]), cloned(state["anchors"])
         self.counts = copy.deepcopy(state["counts"])

@@ -1,4 +1,4 @@
-"""Which layers read the units of which: hidden units that can be replaced, found by tracing the model."""
+"""The hidden layers of a model whose units can be replaced, and the layers that read these units, found by tracing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from avalanche_curv.core.risk.frozen import unwrapped
-from avalanche_curv.plasticity.mitigators.roles import NORMS
+from avalanche_curv.plasticity.roles import NORMS
 
 ACTIVATIONS = (
     nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish,
@@ -32,14 +32,15 @@ ENTRYWISE = {
 }  # fmt: skip
 POOLED = {f"{kind}_pool{n}d" for kind in ("max", "avg", "adaptive_max", "adaptive_avg") for n in (1, 2, 3)}
 LAST_AXIS_NORMS = (nn.LayerNorm, nn.RMSNorm)
-MEASURES = {"size", "dim", "numel", "shape", "ndim", "dtype", "device"}  # of a tensor, not of its values
+METADATA = {"size", "dim", "numel", "shape", "ndim", "dtype", "device"}  # of a tensor, not of its values
 
 
 @dataclass(frozen=True)
 class HiddenLayer:
-    """A layer by name whose output units only `readers` read, and the norm layers that its units pass on the way.
+    """A layer by name, the `readers`, which alone take its units as inputs, and the `norms` that its units pass before.
 
-    `batched` where one of those takes the second axis for the units: it is, in batches of vectors or of images only.
+    `batched` is true where one of the norm layers takes the second axis for that of the units, which is right only for
+    batches of vectors or of images.
     """
 
     name: str
@@ -50,20 +51,20 @@ class HiddenLayer:
 
 @dataclass(frozen=True)
 class UnitGraph:
-    """The hidden layers whose readers are known, and of the other linear and convolutional layers why they are not."""
+    """The hidden layers whose readers are known, and the other linear and convolutional layers with reasons."""
 
     hidden: tuple[HiddenLayer, ...]
     others: dict[str, str]
 
     @classmethod
     def of(cls, model: nn.Module) -> UnitGraph:
-        """Traces a copy of the model, with its own parameters. Raises ValueError where it cannot be traced.
+        """Traces a copy of `model` that shares its parameters. Raises ValueError where it cannot be traced.
 
         From a linear layer or a convolution, units are followed through activations, dropout, normalisation and, of
         convolutions, pooling and flattening, to the linear layers and convolutions that read them. A layer is left
-        out where a unit takes another way (into an addition, an attention, the outputs, a module that cannot be
-        traced), where a layer on its way is called several times or shares a parameter, where it has no weights, or is
-        a transposed convolution. Names are those inside of wrappers.
+        out where a unit goes elsewhere (into an addition, an attention, the outputs, a module that cannot be traced),
+        where a layer that it passes is called several times or shares a parameter, and where the layer has no weights
+        or is a transposed convolution. Names are those inside of wrappers such as DataParallel.
 
         >>> graph = UnitGraph.of(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)))
         >>> graph.hidden
@@ -78,22 +79,22 @@ class UnitGraph:
         for name, layer in model.named_modules():
             if isinstance(layer, (nn.Linear, _ConvNd)):
                 try:
-                    hidden.append(_Walk(model, graph, name).hidden_layer())
-                except _Left as reason:
+                    hidden.append(_UnitPath(model, graph, name).hidden_layer())
+                except _NotReplaceable as reason:
                     others[name] = str(reason)
         return cls(tuple(hidden), others)
 
     def without(self, layer: HiddenLayer, reason: str) -> UnitGraph:
-        """The graph with one hidden layer among the others."""
+        """The graph in which the hidden layer `layer` is among the others, with `reason`."""
         return UnitGraph(tuple(one for one in self.hidden if one != layer), {**self.others, layer.name: reason})
 
 
-class _Left(Exception):
-    """Why a layer's units cannot be replaced."""
+class _NotReplaceable(Exception):
+    """The units of a layer cannot be replaced; the message says why."""
 
 
-class _Walk:
-    """From one layer along its units to their readers."""
+class _UnitPath:
+    """The path of the units of one layer to their readers."""
 
     def __init__(self, model: nn.Module, graph: fx.Graph, name: str) -> None:
         self.model, self.graph, self.name = model, graph, name
@@ -105,22 +106,23 @@ class _Walk:
     def hidden_layer(self) -> HiddenLayer:
         calls = self._calls(self.name)
         if len(calls) != 1:
-            raise _Left("it is called several times" if calls else "no step that could be traced calls it")
+            raise _NotReplaceable("it is called several times" if calls else "no step that could be traced calls it")
         self._check_own(self.name)
         if not self.layer.weight.numel():
-            raise _Left("it has no weights")
+            raise _NotReplaceable("it has no weights")
         self._follow(calls[0], flat=not isinstance(self.layer, _ConvNd))
         if not self.readers:
-            raise _Left("nothing reads its units")
+            raise _NotReplaceable("nothing reads its units")
         return HiddenLayer(self.name, tuple(self.readers), tuple(self.norms), self.batched)
 
     def _follow(self, node: fx.Node, flat: bool) -> None:
-        """`flat`: units are the last axis, in blocks of equal length; otherwise they are the channels."""
+        """Follows units through the users of `node`. If `flat`, units are the last axis, in blocks of equal length;
+        otherwise they are the channels."""
         for user in node.users:
-            if _name_of(user) in MEASURES:
+            if _name_of(user) in METADATA:
                 continue
             if user.op == "output":
-                raise _Left("its units are outputs of the model")
+                raise _NotReplaceable("its units are outputs of the model")
             module = self.model.get_submodule(str(user.target)) if user.op == "call_module" else None
             if isinstance(module, (nn.Linear, _ConvNd)):
                 self._reads(str(user.target), module, flat)
@@ -130,18 +132,18 @@ class _Walk:
     def _reads(self, name: str, reader: nn.Linear | _ConvNd, flat: bool) -> None:
         self._check_own(name)
         if len(self._calls(name)) != 1:
-            raise _Left(f"its reader '{name}' is called several times")
+            raise _NotReplaceable(f"its reader '{name}' is called several times")
         if isinstance(reader, nn.Linear):
             blocks, rest = divmod(reader.in_features, units(self.layer))
             fits = flat and rest == 0 and (blocks == 1 or isinstance(self.layer, _ConvNd))
         else:
             fits = not flat and reader.in_channels == units(self.layer) and reader.groups == 1
         if not fits:
-            raise _Left(f"its reader '{name}' mixes or regroups units")
+            raise _NotReplaceable(f"its reader '{name}' mixes or regroups units")
         self.readers[name] = None
 
     def _passes(self, user: fx.Node, module: nn.Module | None, flat: bool) -> bool:
-        """Whether units lie flat behind what is no reader. Raises where they do not pass as they are."""
+        """Whether units are flat behind `user`, which is no reader. Raises where they do not pass one by one."""
         images = isinstance(self.layer, _ConvNd)
         called = _name_of(user)
         if isinstance(module, NORMS) and self._normalises(module, flat):
@@ -153,17 +155,17 @@ class _Walk:
             return flat
         if _flattens(user, module) and images:
             return True
-        raise _Left(f"its units go into {called!r}")
+        raise _NotReplaceable(f"its units go into {called!r}")
 
     def _norm(self, name: str, norm: nn.Module) -> None:
         self._check_own(name)
         if len(self._calls(name)) != 1:
-            raise _Left(f"the norm layer '{name}' on its way is called several times")
+            raise _NotReplaceable(f"the norm layer '{name}' on its way is called several times")
         self.norms[name] = None
         self.batched |= not isinstance(norm, LAST_AXIS_NORMS)
 
     def _normalises(self, norm: nn.Module, flat: bool) -> bool:
-        """Whether a norm layer sees each unit as one feature; batch and group norms do in batches."""
+        """Whether a norm layer takes each unit for one feature; batch and group norms do in batches."""
         if isinstance(norm, LAST_AXIS_NORMS):
             return flat and tuple(norm.normalized_shape) == (units(self.layer),)
         if flat and isinstance(norm, _InstanceNorm):
@@ -174,16 +176,16 @@ class _Walk:
         return [node for node in self.graph.nodes if node.op == "call_module" and node.target == name]
 
     def _check_own(self, name: str) -> None:
-        """Raises where a weight is not a parameter of this layer alone, or lies otherwise."""
+        """Raises where the weight of a layer is not a parameter of it alone, or has the input as its first axis."""
         layer = self.model.get_submodule(name)
         if isinstance(layer, _ConvTransposeNd):
-            raise _Left("a transposed convolution is on its way")
+            raise _NotReplaceable("a transposed convolution is on its way")
         if "weight" not in layer._parameters:
-            raise _Left("a weight on its way is computed from other parameters")
+            raise _NotReplaceable("a weight on its way is computed from other parameters")
         holders = Counter(id(p) for module in self.model.modules() for p in module._parameters.values())
         read = {str(node.target).rpartition(".")[0] for node in self.graph.nodes if node.op == "get_attr"}
         if name in read or any(holders[id(p)] > 1 for p in layer._parameters.values() if p is not None):
-            raise _Left("a weight on its way is shared")
+            raise _NotReplaceable("a weight on its way is shared")
 
 
 def units(layer: Any) -> int:
@@ -192,14 +194,14 @@ def units(layer: Any) -> int:
 
 
 def _name_of(node: fx.Node) -> str:
-    """What is called: the path of a module, the name of a function or a method, the attribute that is read."""
+    """The name of what a node calls: of a function or a method, the path of a module, the attribute that is read."""
     if node.op == "call_function":
         return str(node.args[1]) if node.target is getattr else getattr(node.target, "__name__", str(node.target))
     return str(node.target)
 
 
 def _flattens(node: fx.Node, module: nn.Module | None) -> bool:
-    """Whether all axes behind the batch's become one."""
+    """Whether a node makes one axis of all axes but the first."""
     if isinstance(module, nn.Flatten):
         return (module.start_dim, module.end_dim) == (1, -1)
     if node.op == "call_module":
@@ -213,7 +215,7 @@ def _flattens(node: fx.Node, module: nn.Module | None) -> bool:
 
 
 def _is_batch_size(value: Any) -> bool:
-    """Whether it is x.size(0), x.shape[0] or x.size()[0]."""
+    """Whether a value is x.size(0), x.shape[0] or x.size()[0]."""
     if not isinstance(value, fx.Node) or len(value.args) != 2 or value.args[1] != 0:
         return False
     of_shape = isinstance(value.args[0], fx.Node) and _name_of(value.args[0]) in ("shape", "size")
@@ -221,7 +223,7 @@ def _is_batch_size(value: Any) -> bool:
 
 
 class _Tracer(fx.Tracer):
-    """Takes a submodule that cannot be traced, for its control flow say, as one step."""
+    """A tracer that takes a submodule as one node where its control flow, for example, cannot be traced."""
 
     def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         before = len(self.graph.nodes)

@@ -1,4 +1,4 @@
-"""Wasserstein regularisation: the distribution of each layer's parameters stays near its initial one."""
+"""Wasserstein regularisation, which keeps the distribution of each layer's parameters near its initial one."""
 
 from __future__ import annotations
 
@@ -9,10 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from avalanche_curv.core.options import is_count
-from avalanche_curv.plasticity.mitigators.gradients import add_to_gradients, differences, sum_of_squares
-from avalanche_curv.plasticity.mitigators.initial import FirstSeen, copies
-from avalanche_curv.plasticity.mitigators.regularizer import Regularizer
-from avalanche_curv.plasticity.mitigators.selection import ParameterSelector
+from avalanche_curv.plasticity.mitigators.base import ParameterSelector
+from avalanche_curv.plasticity.mitigators.regularizer import (
+    InitialValues,
+    Regularizer,
+    add_to_gradients,
+    cloned,
+    differences,
+    sum_of_squares,
+)
 
 
 class Wasserstein(Regularizer):
@@ -27,6 +32,8 @@ class Wasserstein(Regularizer):
     rearrangement inequality) and touches R where the ranks were taken. `penalty` sorts at each call and is exact.
     The default is this package's: for 400,000 parameters on one core it brings sorting to a few hundredths of the
     time of a step. `resort=1` is the exact gradient at each step.
+
+    Raises ValueError for `resort` below 1; for the other options see `Regularizer`.
     """
 
     def __init__(
@@ -42,9 +49,9 @@ class Wasserstein(Regularizer):
         if not is_count(resort):
             raise ValueError(f"resort must be at least 1 gradient; got {resort!r}. 1 sorts for each one.")
         self.resort = resort
-        self.initial = FirstSeen()
+        self.initial = InitialValues()
         self.targets: dict[str, Tensor] = {}  # θ0 in the order of the ranks that are kept
-        self._given = 0  # gradients so far
+        self._gradients = 0  # given so far
         self._sorted: dict[str, tuple[Tensor, Tensor]] = {}  # θ0 and its entries sorted, when they were needed
 
     def prepare(self, model: nn.Module) -> None:
@@ -56,23 +63,23 @@ class Wasserstein(Regularizer):
         pairs = zip(parameters.values(), self.initial.of(parameters))
         return sum_of_squares([p.flatten().sort().values - first.flatten().sort().values for p, first in pairs])
 
-    def _add(self, parameters: dict[str, nn.Parameter], model: nn.Module, weight: float) -> None:
-        self._rank(parameters)
+    def add_penalty_gradient(self, parameters: dict[str, nn.Parameter], model: nn.Module, weight: float) -> None:
+        self._update_targets(parameters)
         chosen = [*parameters.values()]
         targets = [self.targets[name].to(parameter) for name, parameter in parameters.items()]
         add_to_gradients(chosen, differences(chosen, targets), 2 * weight)
 
-    def _rank(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Ranks anew, of all when they are due, else of what has grown or is new."""
-        due = self._given % self.resort == 0
-        self._given += 1
+    def _update_targets(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Sorts anew all parameters when that is due, otherwise those that are new or have grown."""
+        due = self._gradients % self.resort == 0
+        self._gradients += 1
         for (name, parameter), first in zip(parameters.items(), self.initial.of(parameters)):
             known = self.targets.get(name)
             if due or known is None or known.shape != parameter.shape:
-                self.targets[name] = self._in_the_order_of(name, parameter.detach(), first)
+                self.targets[name] = self._arranged(name, parameter.detach(), first)
 
-    def _in_the_order_of(self, name: str, values: Tensor, first: Tensor) -> Tensor:
-        """The entries of `first`, each where `values` has the entry of its rank."""
+    def _arranged(self, name: str, values: Tensor, first: Tensor) -> Tensor:
+        """The entries of `first` in the order of `values`: the smallest where `values` is smallest, and so on."""
         known = self._sorted.get(name)
         if known is None or known[0] is not first:
             known = self._sorted[name] = first, first.flatten().sort().values
@@ -81,13 +88,13 @@ class Wasserstein(Regularizer):
         return result
 
     def state_dict(self) -> dict[str, Any]:
-        kept = {"initial": copies(self.initial.values), "targets": copies(self.targets), "given": self._given}
-        return {**super().state_dict(), **kept}
+        tensors = {"initial": cloned(self.initial.values), "targets": cloned(self.targets)}
+        return {**super().state_dict(), **tensors, "gradients": self._gradients}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self.initial.values, self.targets = copies(state["initial"]), copies(state["targets"])
-        self._given, self._sorted = state["given"], {}
+        self.initial.values, self.targets = cloned(state["initial"]), cloned(state["targets"])
+        self._gradients, self._sorted = state["gradients"], {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_sorted": {}}

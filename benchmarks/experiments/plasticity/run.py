@@ -17,8 +17,8 @@ from avalanche_curv.plasticity.measures import (
     gradient_diversity,
     hidden_activations,
     parameter_norm,
-    representation,
     representation_change,
+    representations,
     weight_spectra,
 )
 from avalanche_curv.plasticity.mitigators.base import Mitigator
@@ -92,7 +92,7 @@ class Learner:
         found = {ACCURACY: self._accuracy(train)}
         if test is not None:
             found[TEST_ACCURACY] = self._accuracy(test)
-        layers = representation(hidden_activations(self.model, self.probe)).values()
+        layers = representations(hidden_activations(self.model, self.probe)).values()
         units = sum(layer.units for layer in layers)
         return found | {
             "plasticity/spectral_norm": fmean(s.spectral_norm for s in weight_spectra(self.model).values()),

@@ -23,7 +23,7 @@ from avalanche_curv.plasticity.mitigators import (
     StreamingEWC,
     Wasserstein,
 )
-from avalanche_curv.plasticity.mitigators.roles import Adds, Multiplies, roles
+from avalanche_curv.plasticity.roles import ShiftRole, WeightRole, parameter_roles
 from benchmarks.experiments.speed.timing import Times, examples, interleaved
 
 if TYPE_CHECKING:
@@ -53,12 +53,12 @@ class _ExactNorms(Regularizer):
     """The spectral penalty with singular values from a decomposition at every step: the price that is avoided."""
 
     def penalty(self, model: nn.Module) -> Tensor:
-        found = roles(model)
-        weights = [p.flatten(1) for p, role in found.items() if isinstance(role, Multiplies)]
-        shifts = [p.square().sum() ** 2 for p, role in found.items() if isinstance(role, Adds)]
+        found = parameter_roles(model)
+        weights = [p.flatten(1) for p, role in found.items() if isinstance(role, WeightRole)]
+        shifts = [p.square().sum() ** 2 for p, role in found.items() if isinstance(role, ShiftRole)]
         return torch.stack([(torch.linalg.matrix_norm(w, 2) ** 2 - 1) ** 2 for w in weights] + shifts).sum()
 
-    def _add(self, parameters: dict[str, nn.Parameter], model: nn.Module, weight: float) -> None:
+    def add_penalty_gradient(self, parameters: dict[str, nn.Parameter], model: nn.Module, weight: float) -> None:
         with torch.enable_grad():
             gradients = torch.autograd.grad(weight * self.penalty(model), list(parameters.values()), allow_unused=True)
         for parameter, gradient in zip(parameters.values(), gradients):

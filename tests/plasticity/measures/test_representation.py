@@ -10,8 +10,8 @@ from torch.nn import functional as F
 from avalanche_curv.plasticity.measures import (
     dormancy_scores,
     hidden_activations,
-    representation,
     representation_change,
+    representations,
 )
 
 
@@ -25,20 +25,6 @@ def convolutional():
         nn.Conv2d(1, 4, 3), nn.ReLU(inplace=True), nn.MaxPool2d(2), nn.Conv2d(4, 3, 2), nn.Tanh(),
         nn.Flatten(), nn.Linear(12, 5), nn.ReLU(), nn.Dropout(0.5), nn.Linear(5, 2),
     )  # fmt: skip
-
-
-class Functional(nn.Module):
-    """The same with functions in the place of modules."""
-
-    def __init__(self):
-        super().__init__()
-        parts = convolutional()
-        self.first, self.second, self.third, self.head = parts[0], parts[3], parts[6], parts[9]
-
-    def forward(self, x):
-        h = F.max_pool2d(F.relu(self.first(x)), 2)
-        h = torch.tanh(self.second(h)).flatten(1)
-        return self.head(F.relu(self.third(h)))
 
 
 IMAGES = drawn(6, 1, 8, 8)
@@ -60,8 +46,13 @@ def test_outputs_of_activation_modules_are_taken_with_the_units_last(make_model)
         torch.testing.assert_close(found[name], h, rtol=0, atol=1e-14)
 
 
-def test_of_functions_the_inputs_of_the_next_layers_are_taken(make_model):
-    modules, functions = make_model(convolutional).eval(), make_model(Functional)
+def test_of_functions_the_inputs_of_the_next_layers_are_taken(make_model, written):
+    def forward(self, x):
+        h = torch.tanh(self.second(F.max_pool2d(F.relu(self.first(x)), 2))).flatten(1)
+        return self.head(F.relu(self.third(h)))
+
+    modules = make_model(convolutional).eval()
+    functions = written(forward, first=modules[0], second=modules[3], third=modules[6], head=modules[9])
     found = hidden_activations(functions, IMAGES)
     assert list(found) == ["second", "third", "head"]
     with torch.no_grad():
@@ -71,42 +62,27 @@ def test_of_functions_the_inputs_of_the_next_layers_are_taken(make_model):
     torch.testing.assert_close(found["head"], last)
 
 
-def test_tokens_have_their_features_last_and_images_with_channels_last_too(make_model):
-    class Block(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv, self.up, self.gelu, self.down = nn.Conv2d(1, 4, 3), nn.Linear(4, 7), nn.GELU(), nn.Linear(7, 2)
-
-        def forward(self, x):
-            return self.down(self.gelu(self.up(self.conv(x).movedim(1, -1)))).mean((1, 2))
-
-    assert hidden_activations(make_model(Block), IMAGES)["gelu"].shape == (6, 6, 6, 7)
+def test_tokens_have_their_features_last_and_images_with_channels_last_too(make_model, written):
+    layers = {"conv": nn.Conv2d(1, 4, 3), "up": nn.Linear(4, 7), "gelu": nn.GELU(), "down": nn.Linear(7, 2)}
+    model = written(lambda self, x: self.down(self.gelu(self.up(self.conv(x).movedim(1, -1)))).mean((1, 2)), **layers)
+    assert hidden_activations(model.double(), IMAGES)["gelu"].shape == (6, 6, 6, 7)
 
 
-def test_a_module_that_is_called_twice_counts_twice(make_model):
-    class Shared(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.b, self.relu = nn.Linear(3, 4), nn.Linear(4, 4), nn.ReLU()
-
-        def forward(self, x):
-            return self.b(self.relu(self.b(self.relu(self.a(x))))).sum(1, keepdim=True)
-
-    found = hidden_activations(make_model(Shared), drawn(5, 3))
+def test_a_module_that_is_called_twice_counts_twice(written):
+    model = written(lambda self, x: self.b(self.relu(self.b(self.relu(self.a(x))))).sum(1, keepdim=True),
+                    a=nn.Linear(3, 4), b=nn.Linear(4, 4), relu=nn.ReLU())  # fmt: skip
+    found = hidden_activations(model.double(), drawn(5, 3))
     assert list(found) == ["relu", "relu[1]"]
     assert not torch.equal(found["relu"], found["relu[1]"])
 
 
-def test_what_is_written_over_later_is_taken_as_it_was(make_model):
-    model = make_model(lambda: nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.ReLU(inplace=True), nn.Linear(4, 2)))
+def test_what_is_written_over_later_is_taken_as_it_was_and_outputs_are_not_hidden(make_model):
+    model = make_model(lambda: nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.ReLU(inplace=True), nn.Linear(4, 2),
+                                             nn.Sigmoid()))  # fmt: skip
     found = hidden_activations(model, drawn(5, 3))
+    assert list(found) == ["1", "2"]  # what gives the outputs is not hidden
     assert (found["1"] < 0).any()
     assert torch.equal(found["2"], found["1"].relu())
-
-
-def test_an_activation_that_gives_the_outputs_is_not_hidden(make_model):
-    model = make_model(lambda: nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2), nn.Sigmoid()))
-    assert list(hidden_activations(model, drawn(5, 3))) == ["1"]
 
 
 @pytest.mark.parametrize("model", [nn.Linear(3, 2), nn.Sequential(nn.Linear(3, 2), nn.Sigmoid())])
@@ -147,7 +123,7 @@ def test_half_precision_is_measured_in_single(dtype, make_model):
 
 def test_scores_and_ranks_are_those_of_their_definitions(make_model):
     activations = hidden_activations(make_model(convolutional), drawn(6, 1, 8, 8, seed=3))
-    for name, one in representation(activations, threshold=0.6).items():
+    for name, one in representations(activations, threshold=0.6).items():
         h = activations[name].numpy()
         strength = [np.mean(abs(h[..., i])) for i in range(h.shape[-1])]
         scores = [s / (sum(strength) / len(strength)) for s in strength]
@@ -166,57 +142,45 @@ def test_units_that_are_cut_off_are_zero_and_dormant(make_model):
     with torch.no_grad():
         model[0].bias[1] = -1e9  # a channel
         model[6].bias.copy_(torch.tensor([-1e9, -1e9, 9, 9, 9]))  # two features
-    found = representation(hidden_activations(model, IMAGES), threshold=0)
+    found = representations(hidden_activations(model, IMAGES), threshold=0)
     assert [one.zero for one in found.values()] == [0.25, 0, 0.4]
     assert [one.dormant for one in found.values()] == [0.25, 0, 0.4]
 
 
-def test_a_weak_unit_is_dormant_but_not_zero():
-    h = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 0.06]])  # means 1, 1 and 0.03; scores 0.03 / (2.03 / 3) = 0.0443
-    assert representation({"h": h}, threshold=0.05)["h"].dormant == 1 / 3
-    assert representation({"h": h}, threshold=0.04)["h"].dormant == 0
-    assert representation({"h": h}, threshold=0.05)["h"].zero == 0
+NAN = math.nan
 
 
-def test_signs_do_not_cancel_in_scores():
-    assert dormancy_scores(torch.tensor([[1.0, -1.0], [-1.0, 1.0]])).tolist() == [1, 1]
-
-
-def test_a_layer_of_zeros_is_all_dormant_and_has_rank_zero():
-    one = representation({"h": torch.zeros(4, 3)})["h"]
-    assert (one.dormant, one.zero, one.effective_rank, one.stable_rank) == (1, 1, 0, 0)
-
-
-def test_activations_that_are_not_finite_have_no_numbers():
-    h = torch.tensor([[1.0, math.nan], [0.0, 0.0]])
-    one = representation({"h": h})["h"]
-    assert one.units == 2
-    assert all(math.isnan(value) for value in (one.dormant, one.zero, one.effective_rank, one.stable_rank))
+@pytest.mark.parametrize(
+    ("rows", "threshold", "expected"),
+    [
+        ([[1.0, 1.0, 0.0], [1.0, 1.0, 0.06]], 0.05, {"dormant": 1 / 3, "zero": 0}),  # means 1, 1 and 0.03:
+        ([[1.0, 1.0, 0.0], [1.0, 1.0, 0.06]], 0.04, {"dormant": 0}),  # the score is 0.03 / (2.03 / 3) = 0.0443
+        ([[1.0, -1.0], [-1.0, 1.0]], 0.99, {"dormant": 0, "zero": 0}),  # signs do not cancel
+        (4 * [[0.0, 0.0, 0.0]], 0, {"dormant": 1, "zero": 1, "effective_rank": 0, "stable_rank": 0}),
+        ([[1.0, NAN], [0, 0]], 0, {"units": 2, "dormant": NAN, "zero": NAN, "effective_rank": NAN, "stable_rank": NAN}),
+    ],
+)
+def test_layers_on_paper(rows, threshold, expected):
+    found = vars(representations({"h": torch.tensor(rows)}, threshold)["h"])
+    assert {name: found[name] for name in expected} == pytest.approx(expected, nan_ok=True)
 
 
 @pytest.mark.parametrize("threshold", [-0.1, math.nan, "0.1"])
 def test_an_unusable_threshold_is_refused(threshold):
     with pytest.raises(ValueError, match="threshold must be a finite number, at least 0"):
-        representation({}, threshold)
+        representations({}, threshold)
 
 
 # --- change ---
 
 
-def test_change_is_the_mean_over_layers_of_relative_distances():
+def test_change_is_the_mean_over_layers_of_relative_distances_whatever_their_scale():
     before = {"a": torch.tensor([[3.0, 0.0], [0.0, 4.0]]), "b": torch.ones(2, 2, 1)}
     now = {"a": torch.tensor([[3.0, 3.0], [4.0, 4.0]]), "b": 3 * torch.ones(2, 2, 1)}
     assert representation_change(before, now) == pytest.approx((5 / 5 + 2) / 2)
     assert representation_change(before, before) == 0
-
-
-def test_change_does_not_depend_on_the_scale_of_a_layer():
-    before, now = {"a": drawn(4, 3)}, {"a": drawn(4, 3, seed=1)}
-    change = representation_change(before, now)
-    assert representation_change({"a": 7 * before["a"]}, {"a": 7 * now["a"]}) == pytest.approx(change)
-
-
-def test_layers_of_zeros_have_not_changed_or_infinitely():
+    scaled = [{"a": 7 * one["a"], "b": one["b"]} for one in (before, now)]
+    assert representation_change(*scaled) == pytest.approx(1.5)
     zeros = {"a": torch.zeros(2, 2)}
     assert representation_change(zeros, zeros) == 0
     assert representation_change(zeros, {"a": torch.ones(2, 2)}) == math.inf

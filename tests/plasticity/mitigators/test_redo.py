@@ -63,13 +63,21 @@ def step(model, optimizer):
     optimizer.step()
 
 
-def adam(model, lr=0.01):
-    return torch.optim.Adam(model.parameters(), lr=lr)
-
-
 def still(model):
     """An optimiser that moves nothing."""
     return torch.optim.SGD(model.parameters(), lr=0.0)
+
+
+def recycled(model, inputs=None, threshold=0.0, optimizer=None, **options):
+    """The mitigator after one step that has seen the inputs and moves nothing."""
+    redo, optimizer = ReDO(threshold, every=1, **options), optimizer or still(model)
+    with redo.attach(optimizer, model):
+        if inputs is None:
+            step(model, optimizer)
+        else:
+            model(inputs).sum().backward()
+            optimizer.step()
+    return redo
 
 
 @pytest.mark.parametrize(("build", "name", "reader"), [(perceptron, 0, 2), (images, 1, 3), (flattened, 1, 5)])
@@ -77,9 +85,7 @@ def test_silent_units_are_recycled_and_the_function_stays(build, name, reader, m
     model = make(build)
     inputs, _ = batch(model)
     before, old = model(inputs), copy.deepcopy(model)
-    redo, optimizer = ReDO(0.0, every=1), still(model)
-    with redo.attach(optimizer, model):
-        step(model, optimizer)
+    redo = recycled(model)
     assert torch.equal(model(inputs), before)
     assert {layer: n for layer, n in redo.recycled.items() if n} == {str(name): 2}
     weight, bound = model[name].weight, model[name].weight[0].numel() ** -0.5
@@ -105,8 +111,7 @@ def test_the_moments_of_what_is_recycled_start_anew_and_no_others(build, name, r
     for kept in optimizer.state.values():
         for moment in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
             kept[moment] += 1
-    with ReDO(0.0, every=1).attach(optimizer, model):
-        step(model, optimizer)
+    recycled(model, optimizer=optimizer)
     for moment in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
         entering, leaving = (optimizer.state[model[n].weight][moment] for n in (name, reader))
         assert not entering[DEAD].any()
@@ -116,48 +121,25 @@ def test_the_moments_of_what_is_recycled_start_anew_and_no_others(build, name, r
         assert (leaving.transpose(0, 1).flatten(1).abs().sum(1) > 0).sum() == 6
 
 
-def test_momentum_buffers_are_reset_too(make):
-    model = make(perceptron)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9)
-    step(model, optimizer)
-    optimizer.state[model[0].weight]["momentum_buffer"] += 1
-    with ReDO(0.0, every=1).attach(optimizer, model):
-        step(model, optimizer)
-    buffer = optimizer.state[model[0].weight]["momentum_buffer"]
-    assert [unit for unit in range(8) if not buffer[unit].any()] == DEAD
-
-
-def test_the_score_is_a_units_share_of_the_mean_activity():
+@pytest.mark.parametrize(("threshold", "count"), [(0.24, 0), (0.26, 1), (0.6, 2), (0.8, 3)])
+def test_the_score_is_a_units_share_of_the_mean_activity(threshold, count):
     """Activities 1, 2, 3 and 10 have the mean 4: scores ¼, ½, ¾ and 2.5."""
-    for threshold, count in ((0.24, 0), (0.26, 1), (0.6, 2), (0.8, 3)):
-        model = nn.Sequential(nn.Linear(1, 4), nn.ReLU(), nn.Linear(4, 1))
-        with torch.no_grad():
-            model[0].weight.zero_()
-            model[0].bias.copy_(torch.tensor([1.0, 2.0, 3.0, 10.0]))
-        redo, optimizer = ReDO(threshold, every=1), still(model)
-        with redo.attach(optimizer, model):
-            model(torch.randn(5, 1)).sum().backward()
-            optimizer.step()
-        assert redo.recycled == {"0": count}
+    model = nn.Sequential(nn.Linear(1, 4), nn.ReLU(), nn.Linear(4, 1))
+    with torch.no_grad():
+        model[0].weight.zero_()
+        model[0].bias.copy_(torch.tensor([1.0, 2.0, 3.0, 10.0]))
+    assert recycled(model, torch.randn(5, 1), threshold).recycled == {"0": count}
 
 
 def test_a_layer_that_is_dead_as_a_whole_is_recycled_as_a_whole(make):
     model = make(perceptron)
     kill(model[0], range(8))
-    redo, optimizer = ReDO(0.1, every=1), still(model)
-    with redo.attach(optimizer, model):
-        step(model, optimizer)
-    assert redo.recycled["0"] == 8
+    assert recycled(model, threshold=0.1).recycled["0"] == 8
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
 def test_activities_that_are_no_numbers_recycle_nothing(make):
-    model = make(perceptron)
-    redo, optimizer = ReDO(0.1, every=1), still(model)
-    with redo.attach(optimizer, model):
-        model(torch.full((3, 6), float("nan")))
-        optimizer.step()
-    assert sum(redo.recycled.values()) == 0
+    assert not any(recycled(make(perceptron), torch.full((3, 6), float("nan")), 0.1).recycled.values())
 
 
 def test_norm_layers_on_the_way_start_anew_for_recycled_units(make):
@@ -172,9 +154,7 @@ def test_norm_layers_on_the_way_start_anew_for_recycled_units(make):
     model = make(build)
     inputs, _ = batch(model)
     before = model(inputs)
-    optimizer = still(model)
-    with ReDO(0.0, every=1).attach(optimizer, model):
-        step(model, optimizer)
+    recycled(model)
     assert torch.equal(model(inputs), before)
     assert model[1].weight.tolist() == [1.0 if unit in DEAD else 2.0 for unit in range(8)]
     assert model[1].bias.tolist() == [0.0 if unit in DEAD else 0.5 for unit in range(8)]
@@ -191,6 +171,10 @@ def test_it_recycles_every_n_steps_and_listens_only_before(make):
             step(model, optimizer)
             kill(model[0], DEAD)
         assert redo.recycled["0"] == 4
+    redo = ReDO(every=1)
+    with redo.attach(optimizer, model):
+        assert len(hooks._global_forward_hooks) == 1
+    assert not hooks._global_forward_hooks
 
 
 def test_only_passes_of_this_model_that_are_trained_on_count(make):
@@ -233,56 +217,51 @@ def test_snapshots_and_pickles_carry_no_hooks_and_nothing_stays_behind(make):
     assert not hooks._global_forward_hooks
 
 
-def test_a_run_goes_on_bit_identically_also_from_the_step_before_it_recycles(make):
-    for cut in (2, 3):
-        model = make(perceptron)
-        redo, optimizer = ReDO(0.5, every=4, seed=1), adam(model)
-        redo.attach(optimizer, model)
-        for _ in range(cut):
-            step(model, optimizer)
-        other, state = copy.deepcopy(model), copy.deepcopy(redo.state_dict())
-        resumed = adam(other)
-        resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-        again = ReDO(0.5, every=4, seed=1)
-        again.attach(resumed, other)
-        again.load_state_dict(state)
-        for network, steps in ((model, optimizer), (other, resumed)):
-            for _ in range(6):
-                step(network, steps)
-        assert again.recycled == redo.recycled
-        assert redo.recycled["0"] >= 2
-        for p, q in zip(model.parameters(), other.parameters()):
-            assert torch.equal(p, q)
+@pytest.mark.parametrize("cut", [2, 3])
+def test_a_run_goes_on_bit_identically_also_from_the_step_before_it_recycles(cut, make):
+    model = make(perceptron)
+    redo, optimizer = ReDO(0.5, every=4, seed=1), torch.optim.Adam(model.parameters(), lr=0.01)
+    redo.attach(optimizer, model)
+    for _ in range(cut):
+        step(model, optimizer)
+    other, again = copy.deepcopy(model), ReDO(0.5, every=4, seed=1)
+    resumed = torch.optim.Adam(other.parameters(), lr=0.01)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    again.attach(resumed, other)
+    again.load_state_dict(copy.deepcopy(redo.state_dict()))
+    for network, steps in ((model, optimizer), (other, resumed)):
+        for _ in range(6):
+            step(network, steps)
+    assert again.recycled == redo.recycled
+    assert redo.recycled["0"] >= 2
+    assert all(map(torch.equal, model.parameters(), other.parameters()))
 
 
 def test_global_randomness_is_never_drawn_and_the_seed_decides(make):
     state, found = torch.get_rng_state(), []
     for seed in (1, 1, 2):
         model = make(perceptron)
-        optimizer = still(model)
-        with ReDO(0.0, every=1, seed=seed).attach(optimizer, model):
-            step(model, optimizer)
+        recycled(model, seed=seed)
         found.append(model[0].weight[DEAD])
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(found[0], found[1])
     assert not torch.equal(found[0], found[2])
 
 
-def test_frozen_and_excluded_layers_are_not_touched_on_either_side(make):
-    for leave in (lambda m: m[0].weight.requires_grad_(False), lambda m: m[2].weight.requires_grad_(False)):
-        model = make(perceptron)
-        leave(model)
-        old = copy.deepcopy(model)
-        redo, optimizer = ReDO(0.0, every=1), still(model)
-        with redo.attach(optimizer, model):
-            step(model, optimizer)
-        assert torch.equal(model[0].weight, old[0].weight)
-        assert torch.equal(model[2].weight, old[2].weight)
+@pytest.mark.parametrize("frozen", [0, 2])
+def test_a_frozen_layer_is_touched_on_neither_side(frozen, make):
+    model = make(perceptron)
+    model[frozen].weight.requires_grad_(False)
+    old = copy.deepcopy(model)
+    recycled(model)
+    assert torch.equal(model[0].weight, old[0].weight)
+    assert torch.equal(model[2].weight, old[2].weight)
+
+
+def test_an_excluded_reader_is_not_touched(make):
     model = make(perceptron)
     old = copy.deepcopy(model)
-    optimizer = still(model)
-    with ReDO(0.9, every=1, exclude=("4",)).attach(optimizer, model):
-        step(model, optimizer)
+    recycled(model, threshold=0.9, exclude=("4",))
     assert torch.equal(model[4].weight, old[4].weight)
     assert not torch.equal(model[0].weight, old[0].weight)
 
@@ -306,45 +285,18 @@ def test_a_step_that_followed_no_training_pass_is_an_error(make):
         optimizer.step()
 
 
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: ReDO(1.0), r"threshold must lie in \[0, 1\)"),
-        (lambda: ReDO(-0.1), r"threshold must lie in \[0, 1\)"),
-        (lambda: ReDO(every=0), "every must be at least 1"),
-        (lambda: ReDO(seed=-1), "seed must be an integer from 0 .* got -1"),
-        (lambda: ReDO(seed=0.5), "seed must be an integer from 0 .* got 0.5"),
-    ],
-)
-def test_options_that_make_no_sense_are_refused(make, message):
-    with pytest.raises(ValueError, match=message):
-        make()
+def two_readers(written, make):
+    def forward(self, x):
+        hidden = self.f(x)
+        return self.p(hidden.relu()) + (self.v(hidden.tanh()) if self.both else 0)
 
-
-def test_a_mitigator_that_is_removed_listens_no_more():
-    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    before = len(torch.nn.modules.module._global_forward_hooks)
-    with ReDO(every=1).attach(optimizer, model):
-        assert len(torch.nn.modules.module._global_forward_hooks) == before + 1
-    assert len(torch.nn.modules.module._global_forward_hooks) == before
-
-
-def recycled(model, inputs, threshold=0.0):
-    """What one step that moves nothing recycles, having seen the inputs; and that mitigator."""
-    redo, optimizer = ReDO(threshold, every=1), still(model)
-    with redo.attach(optimizer, model):
-        model(inputs).sum().backward()
-        optimizer.step()
-    return redo
+    model = make(lambda: written(forward, f=nn.Linear(6, 8), p=nn.Linear(8, 3), v=nn.Linear(8, 3)))
+    model.both = True
+    return model
 
 
 def test_a_unit_that_one_of_two_readers_gets_is_in_use(make, written):
-    def forward(self, x):
-        hidden = self.f(x)
-        return self.p(hidden.relu()) + self.v(hidden.tanh())
-
-    model = make(lambda: written(forward, f=nn.Linear(6, 8), p=nn.Linear(8, 3), v=nn.Linear(8, 3)))
+    model = two_readers(written, make)
     kill(model.f, DEAD)  # −1 for the ReLU, which is 0, and for tanh, which is not
     with torch.no_grad():
         model.f.weight[5], model.f.bias[5] = 0, 0  # which both get as 0
@@ -355,12 +307,7 @@ def test_a_unit_that_one_of_two_readers_gets_is_in_use(make, written):
 
 
 def test_a_layer_with_a_reader_that_had_no_pass_is_not_recycled(make, written):
-    def forward(self, x):
-        hidden = self.f(x).relu()
-        return self.p(hidden) + (self.v(hidden) if self.both else 0)
-
-    model = make(lambda: written(forward, f=nn.Linear(6, 8), p=nn.Linear(8, 3), v=nn.Linear(8, 3)))
-    model.both = True
+    model = two_readers(written, make)
     redo, optimizer = ReDO(0.0, every=1), still(model)
     redo.attach(optimizer, model)
     model.both = False

@@ -6,10 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from avalanche_curv.plasticity.mitigators.l2 import L2, L2Init
-from avalanche_curv.plasticity.mitigators.parseval import Parseval
-from avalanche_curv.plasticity.mitigators.streaming_ewc import StreamingEWC
-from avalanche_curv.plasticity.mitigators.wasserstein import Wasserstein
+from avalanche_curv import L2, L2Init, Parseval, StreamingEWC, Wasserstein
 
 
 def row(*values):
@@ -49,23 +46,7 @@ def test_l2_is_the_sum_of_squares():
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])
-def test_l2_of_a_strength_is_weight_decay_of_twice_as_much(optimizer, make):
-    decayed = make(lambda: nn.Linear(5, 3)).double()
-    regularised = copy.deepcopy(decayed)
-    inputs = torch.randn(7, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    for model, decay in ((decayed, 0.2), (regularised, 0.0)):
-        steps = optimizer(model.parameters(), lr=0.1, weight_decay=decay)
-        if not decay:
-            L2(0.1).attach(steps, model)
-        for _ in range(5):
-            steps.zero_grad()
-            model(inputs).square().mean().backward()
-            steps.step()
-    torch.testing.assert_close(regularised.weight, decayed.weight, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])
-def test_l2_is_weight_decay_also_for_a_head_that_is_not_in_use(optimizer, make):
+def test_l2_is_weight_decay_of_twice_its_strength_also_for_a_head_that_is_not_in_use(optimizer, make):
     decayed = make(lambda: nn.ModuleList([nn.Linear(5, 3), nn.Linear(5, 3)])).double()
     regularised, before = copy.deepcopy(decayed), copy.deepcopy(decayed)
     inputs = torch.randn(7, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -73,9 +54,9 @@ def test_l2_is_weight_decay_also_for_a_head_that_is_not_in_use(optimizer, make):
         steps = optimizer(heads.parameters(), lr=0.1, weight_decay=decay)
         if not decay:
             L2(0.1).attach(steps, heads)
-        for used in (0, 0, 0):
+        for _ in range(5):
             steps.zero_grad()
-            heads[used](inputs).square().mean().backward()
+            heads[0](inputs).square().mean().backward()
             steps.step()
     assert torch.equal(regularised[1].weight, before[1].weight)
     for ours, theirs in zip(regularised.parameters(), decayed.parameters()):
@@ -246,18 +227,6 @@ def test_a_parameter_that_training_gave_no_gradient_has_no_importance_and_keeps_
     assert mitigator.penalty(layer).item() == pytest.approx(0.5 * 9)
 
 
-def test_a_step_that_is_skipped_for_overflow_does_not_poison_the_importances():
-    layer, mitigator = row(1.0, 2.0), StreamingEWC(1.0)
-    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
-    gradient(mitigator, layer, [[1.0, 2.0]])
-    before = mitigator.state_dict()
-    optimizer.grad_scale, optimizer.found_inf = torch.tensor(1024.0), torch.tensor(1.0)
-    layer.weight.grad = torch.tensor([[float("inf"), float("nan")]], dtype=torch.float64)
-    mitigator.before_step(layer, optimizer)
-    assert torch.equal(mitigator.importances["weight"], before["importances"]["weight"])
-    assert mitigator.counts == before["counts"]
-
-
 def test_grown_rows_have_no_importance_until_they_have_a_gradient():
     layer, mitigator = row(1.0), StreamingEWC(1.0, importance_decay=0.5)
     gradient(mitigator, layer, [[4.0]])
@@ -295,18 +264,3 @@ def test_the_importances_of_a_layer_that_another_replaces_start_anew():
     gradient(mitigator, layer, [[2.0]])
     put(layer, [[6.0]])
     assert mitigator.penalty(layer).item() == pytest.approx(0.5 * 4)
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: Wasserstein(1.0, resort=0), "resort must be at least 1"),
-        (lambda: Parseval(1.0, scale=0.0), "scale must be a positive number"),
-        (lambda: StreamingEWC(1.0, importance_decay=1.0), r"importance_decay must lie in \[0, 1\)"),
-        (lambda: StreamingEWC(1.0, anchor_decay=-0.1), r"anchor_decay must lie in \[0, 1\)"),
-        (lambda: L2(-1.0), "strength must be a finite number"),
-    ],
-)
-def test_options_that_make_no_sense_are_refused_with_the_remedy(make, message):
-    with pytest.raises(ValueError, match=message):
-        make()

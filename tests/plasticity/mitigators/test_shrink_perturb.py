@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from avalanche_curv.plasticity.mitigators.shrink_perturb import AfterTask, EveryStep, EverySteps, ShrinkAndPerturb
+from avalanche_curv import AfterTask, EveryStep, EverySteps, ShrinkAndPerturb
 
 
 def sgd(model):
@@ -19,6 +19,10 @@ def model(make):
 
 def values(model):
     return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def changed(before, model):
+    return {name for name, value in values(model).items() if not torch.equal(before[name], value)}
 
 
 def steps(mitigator, model, n):
@@ -39,20 +43,10 @@ def test_shrinking_draws_everything_to_zero_but_norm_scales_to_one(model):
         torch.testing.assert_close(value, expected)
 
 
-@pytest.mark.parametrize("layer", [lambda: nn.Linear(100, 400), lambda: nn.Conv2d(16, 200, 3),
-                                   lambda: nn.ConvTranspose2d(16, 200, 3)])  # fmt: skip
-def test_noise_has_the_standard_deviation_of_torchs_initial_values(make, layer):
-    fresh = make(layer)
-    noisy = copy.deepcopy(fresh)
-    ShrinkAndPerturb(1.0, 1.0, when=AfterTask()).apply(noisy)
-    assert noisy.weight.std().item() == pytest.approx(fresh.weight.std().item(), rel=0.03)
-    assert noisy.bias.std().item() == pytest.approx(fresh.bias.std().item(), rel=0.15)
-    assert abs(noisy.weight.mean()) < 0.02 * noisy.weight.std()
-    kurtosis = (noisy.weight / noisy.weight.std()).pow(4).mean()
-    assert kurtosis.item() == pytest.approx(3.0, abs=0.15)  # normal
-
-
 LAYERS = {
+    "linear": lambda: nn.Linear(100, 400),
+    "convolution": lambda: nn.Conv2d(16, 200, 3),
+    "transposed": lambda: nn.ConvTranspose2d(16, 200, 3),
     "attention": lambda: nn.MultiheadAttention(64, 4, add_bias_kv=True),
     "attention of other keys": lambda: nn.MultiheadAttention(64, 4, kdim=200, vdim=100),
     "LSTM": lambda: nn.LSTM(100, 10, proj_size=4),
@@ -73,8 +67,11 @@ def test_starting_anew_is_starting_as_torch_does(layer, make):
         if theirs.std() == 0:
             assert torch.equal(ours, theirs), name
         else:
-            tolerance = 0.02 + 2.5 * theirs.numel() ** -0.5
+            tolerance = 0.03 if theirs.numel() > 20_000 else 0.02 + 2.5 * theirs.numel() ** -0.5
             assert ours.std().item() == pytest.approx(theirs.std().item(), rel=tolerance), name
+            if theirs.numel() > 20_000:  # normal
+                assert abs(ours.mean()) < 0.02 * ours.std()
+                assert (ours / ours.std()).pow(4).mean().item() == pytest.approx(3.0, abs=0.15)
 
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element")
@@ -96,9 +93,7 @@ def test_vectors_that_nothing_tells_about_and_slopes_are_left_alone():
     before = values(model)
     steps(ShrinkAndPerturb(0.5, 1.0), model, 1)
     after = values(model)
-    assert {name for name in before if torch.equal(before[name], after[name])} == {
-        "0.scale", "0.temperature", "1.weight"
-    }  # fmt: skip
+    assert changed(before, model) == {"0.bias", "2.weight"}
     assert torch.equal(after["2.weight"], before["2.weight"] / 2)
     assert torch.equal(after["0.bias"], before["0.bias"] / 2)
 
@@ -106,8 +101,7 @@ def test_vectors_that_nothing_tells_about_and_slopes_are_left_alone():
 def test_what_has_no_initial_spread_gets_no_noise(model):
     before = values(model)
     steps(ShrinkAndPerturb(0.0, 1.0), model, 3)
-    after = values(model)
-    assert {name for name in before if torch.equal(before[name], after[name])} == {"1.weight", "1.bias"}
+    assert changed(before, model) == {"0.weight", "0.bias", "3.weight", "3.bias"}
 
 
 def test_the_initial_scale_is_kept_where_noise_is_the_root_of_twice_the_shrinking(make):
@@ -165,7 +159,7 @@ def test_it_comes_when_it_is_due(model):
 def test_zero_of_both_changes_nothing_and_global_randomness_is_never_drawn(model):
     before, state = values(model), torch.get_rng_state()
     steps(ShrinkAndPerturb(0.0, 0.0), model, 3)
-    assert all(torch.equal(before[name], value) for name, value in values(model).items())
+    assert not changed(before, model)
     steps(ShrinkAndPerturb(0.1, 0.1), model, 3)
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -174,8 +168,7 @@ def test_frozen_and_excluded_parameters_stay(model):
     model[0].weight.requires_grad_(False)
     before = values(model)
     steps(ShrinkAndPerturb(0.1, 0.1, exclude=(nn.LayerNorm, "3.bias")), model, 2)
-    changed = {name for name, value in values(model).items() if not torch.equal(before[name], value)}
-    assert changed == {"0.bias", "3.weight"}
+    assert changed(before, model) == {"0.bias", "3.weight"}
 
 
 @pytest.mark.parametrize("when", [EveryStep(reuse=4), EverySteps(2)])
@@ -211,20 +204,3 @@ def test_models_of_other_dtypes_keep_them(dtype, model):
         assert p.dtype == dtype
         assert torch.isfinite(p).all()
         assert name.startswith("1.") or not torch.equal(before[name], p)
-
-
-@pytest.mark.parametrize(
-    ("make", "error", "message"),
-    [
-        (lambda: ShrinkAndPerturb(1.5, 0.1), ValueError, r"shrink must lie in \[0, 1\]"),
-        (lambda: ShrinkAndPerturb(0.5, -0.1), ValueError, "noise must be a finite number"),
-        (lambda: ShrinkAndPerturb(0.5, 0.1, when=EveryStep), TypeError, "when must be"),
-        (lambda: ShrinkAndPerturb(0.5, 0.1, seed=-1), ValueError, "seed must be an integer from 0 .* got -1"),
-        (lambda: ShrinkAndPerturb(0.5, 0.1, seed="a"), ValueError, "seed must be an integer from 0 .* got 'a'"),
-        (lambda: EverySteps(0), ValueError, "n must be at least 1"),
-        (lambda: EveryStep(reuse=0), ValueError, "reuse must be at least 1"),
-    ],
-)
-def test_options_that_make_no_sense_are_refused(make, error, message):
-    with pytest.raises(error, match=message):
-        make()

@@ -1,0 +1,154 @@
+"""How any mitigator meets optimisers, and how parameters are selected."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from avalanche_curv import (
+    L2,
+    EveryStep,
+    EverySteps,
+    Parseval,
+    ReDO,
+    ShrinkAndPerturb,
+    SpectralRegularizer,
+    StreamingEWC,
+    Wasserstein,
+)
+from avalanche_curv.plasticity.mitigators.base import Selection
+
+
+@pytest.fixture
+def model(make):
+    return make(lambda: nn.Linear(7, 4))
+
+
+def sgd(model, **options):
+    return torch.optim.SGD(model.parameters(), 0.1, **options)
+
+
+def step_on_zero_loss(model, optimizer):
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_a_step_with_a_closure_is_the_step_after_it(by_name, make):
+    x, y = torch.randn(20, 7), torch.arange(20) % 4
+    ends = []
+    for closed in (False, True):
+        model = make(lambda: nn.Linear(7, 4))
+        optimizer = torch.optim.Adam(model.parameters(), 0.01)
+        SpectralRegularizer(0.5).attach(optimizer, model)
+
+        def closure(model=model, optimizer=optimizer):
+            optimizer.zero_grad()
+            loss = cross_entropy(model(x), y)
+            loss.backward()
+            return loss
+
+        for _ in range(5):
+            if closed:
+                loss = optimizer.step(closure=closure) if by_name else optimizer.step(closure)
+                assert loss.item() > 0
+            else:
+                closure()
+                optimizer.step()
+        ends.append(model.weight.detach())
+    assert torch.equal(*ends)
+
+
+def test_attached_to_a_new_optimiser_it_leaves_the_old_one(model):
+    mitigator, optimizers = L2(1.0), [sgd(model), sgd(model)]
+    first, second = (mitigator.attach(optimizer, model) for optimizer in optimizers)
+    first.remove()  # once more, which changes nothing
+    for optimizer in optimizers:
+        step_on_zero_loss(model, optimizer)
+    assert mitigator.steps == 1
+    second.remove()
+    assert mitigator.attach(optimizers[0], model)
+
+
+def test_what_cannot_work_is_refused_when_it_is_attached(model):
+    other, mitigator = nn.Linear(4, 9), L2(1.0)
+    optimizer, theirs = sgd(model), sgd(other)
+    with pytest.raises(ValueError, match="steps no trainable parameter of Linear"):
+        mitigator.attach(optimizer, other)
+    with pytest.raises(TypeError, match=r"attach\(optimizer, model\) takes"):
+        mitigator.attach(model, optimizer)
+    with mitigator.attach(optimizer, model), pytest.raises(RuntimeError, match="for another model"):
+        mitigator.attach(theirs, other)
+    copy.deepcopy(mitigator).attach(theirs, other)
+    lazy = nn.LazyLinear(3)
+    with pytest.raises(ValueError, match="no shape yet"):
+        L2(1.0).attach(sgd(lazy), lazy)
+    with pytest.raises(TypeError, match="complex"):
+        L2(1.0).prepare(nn.Linear(2, 2, dtype=torch.complex64))
+    L2(1.0).prepare(nn.Linear(2, 2, dtype=torch.complex64).requires_grad_(False))
+    with pytest.raises(TypeError, match="LBFGS"):
+        L2(1.0).attach(torch.optim.LBFGS(model.parameters()), model)
+    ascent = sgd(model, maximize=True)
+    for use in (L2(1.0).attach, lambda o, m: L2(1.0).before_step(m, o)):
+        with pytest.raises(ValueError, match="maximises"):
+            use(ascent, model)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: L2(-1.0), ValueError, "strength must be a finite number, at least 0"),
+        (lambda: L2(float("nan")), ValueError, "strength must be a finite number"),
+        (lambda: L2(1.0, every=0), ValueError, "every must be at least 1 step"),
+        (lambda: L2(1.0, exclude=[3]), TypeError, "types of modules"),
+        (lambda: L2(1.0, exclude="head"), TypeError, "list"),
+        (lambda: L2(1.0, exclude=nn.LayerNorm), TypeError, "list"),
+        (lambda: SpectralRegularizer(1.0, exponent=0.5), ValueError, "exponent must be a number, at least 1"),
+        (lambda: SpectralRegularizer(1.0, seed=-1), ValueError, "seed must be an integer from 0 .* got -1"),
+        (lambda: SpectralRegularizer(1.0, seed=1.5), ValueError, "seed must be an integer from 0 .* got 1.5"),
+        (lambda: Wasserstein(1.0, resort=0), ValueError, "resort must be at least 1"),
+        (lambda: Parseval(1.0, scale=0.0), ValueError, "scale must be a positive number"),
+        (lambda: StreamingEWC(1.0, importance_decay=1.0), ValueError, r"importance_decay must lie in \[0, 1\)"),
+        (lambda: StreamingEWC(1.0, anchor_decay=-0.1), ValueError, r"anchor_decay must lie in \[0, 1\)"),
+        (lambda: ShrinkAndPerturb(1.5, 0.1), ValueError, r"shrink must lie in \[0, 1\]"),
+        (lambda: ShrinkAndPerturb(0.5, -0.1), ValueError, "noise must be a finite number"),
+        (lambda: ShrinkAndPerturb(0.5, 0.1, when=EveryStep), TypeError, "when must be"),
+        (lambda: ShrinkAndPerturb(0.5, 0.1, seed=-1), ValueError, "seed must be an integer from 0 .* got -1"),
+        (lambda: ShrinkAndPerturb(0.5, 0.1, seed="a"), ValueError, "seed must be an integer from 0 .* got 'a'"),
+        (lambda: EverySteps(0), ValueError, "n must be at least 1"),
+        (lambda: EveryStep(reuse=0), ValueError, "reuse must be at least 1"),
+        (lambda: ReDO(1.0), ValueError, r"threshold must lie in \[0, 1\)"),
+        (lambda: ReDO(-0.1), ValueError, r"threshold must lie in \[0, 1\)"),
+        (lambda: ReDO(every=0), ValueError, "every must be at least 1"),
+        (lambda: ReDO(seed=-1), ValueError, "seed must be an integer from 0 .* got -1"),
+        (lambda: ReDO(seed=0.5), ValueError, "seed must be an integer from 0 .* got 0.5"),
+    ],
+)
+def test_unusable_options_are_refused_with_the_remedy(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+def test_names_and_types_select_also_inside_of_wrappers():
+    model = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2), nn.Linear(2, 2))
+    selection = Selection(include=("0", nn.LayerNorm), exclude=("*.bias",))
+    assert [name for name, _ in selection.of(model)] == ["0.weight", "1.weight"]
+    assert [name for name, _ in selection.of(nn.DataParallel(model))] == ["module.0.weight", "module.1.weight"]
+
+
+def test_a_tied_parameter_is_selected_by_any_of_its_names():
+    model = nn.ModuleDict({"table": nn.Embedding(3, 2), "out": nn.Linear(2, 3, bias=False)})
+    model["out"].weight = model["table"].weight
+    assert [name for name, _ in Selection().of(model)] == ["table.weight"]
+    assert [name for name, _ in Selection(include=(nn.Linear,)).of(model)] == ["out.weight"]
+
+
+def test_a_name_that_is_almost_right_is_suggested():
+    model = nn.ModuleDict({"classifier": nn.Linear(2, 3)})
+    with pytest.raises(ValueError, match=r"'clasifier' selects.*'classifier'"):
+        Selection(include=("clasifier",)).check(model)
+    with pytest.raises(ValueError, match="'LayerNorm' selects"):
+        Selection(exclude=(nn.LayerNorm,)).check(model)
