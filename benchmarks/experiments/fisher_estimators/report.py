@@ -31,10 +31,10 @@ task; code that sums over the N ≈ 12,000 examples of a task instead has our λ
 
 *best λ* and *accuracy* are those of the best strength tried, chosen on the seeds shown: the table compares where
 estimators work, not which is best. *at 1e4* is the accuracy at one λ for all. *works from* is the λ at which the mean
-accuracy has made nine tenths of its gain from Naive to the best of the table, interpolated on the logarithmic axis, and
-*λ ratio* its ratio to that of the exact Fisher. *trace* is that of the Fisher of the first task, and *trace ratio* the
-exact one's over it: a penalty as stiff needs that many times the strength. *seconds* is the time of the first estimate.
-Mean ± standard deviation over n seeds.
+accuracy has closed nine tenths of the gap from Naive to the best of the table, interpolated on the logarithmic axis,
+and *λ ratio* its ratio to that of the exact Fisher. *trace* is that of the Fisher of the first task, and *trace ratio*
+the exact one's over it: a penalty as stiff needs that many times the strength. *seconds* is the time of the first
+estimate. Mean ± standard deviation over n seeds.
 
 *Naive* is not quite the limit of weak strengths: a penalty, however weak, gives the heads of past tasks a gradient, so
 that Adam takes a few more steps with what is left of their momentum, which it does not without."""
@@ -85,7 +85,7 @@ def works(curve: Curve, level: float) -> float | None:
 
 
 def level_of(results: Results, found: dict[str, Curve]) -> float:
-    """Naive's mean and nine tenths of the gain to the best of all estimators; infinite without Naive."""
+    """Naive's mean, and nine tenths of the gap to the best of all estimators above it; infinite without Naive."""
     naive = results.final("average_accuracy", NAIVE)
     best = max((summary.mean for curve in found.values() for summary in curve.values()), default=inf)
     return naive.mean + PART * (best - naive.mean) if naive else inf
