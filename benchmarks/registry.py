@@ -11,7 +11,7 @@ EXPERIMENTS = {
         "How wrong a quadratic model of past loss becomes, kept at its anchor or refreshed",
     ),
     "compare": Registered(
-        "benchmarks.experiments.compare:experiment",
+        "benchmarks.experiments.compare.experiment:experiment",
         "Accuracy and forgetting of the strategies of this package and of Avalanche, on one stream",
     ),
     "tune_compare": Registered(
@@ -51,23 +51,23 @@ EXPERIMENTS = {
         "Accuracy at the end of each task against its number: whether a network stays able to learn, and by what",
     ),
     "projections": Registered(
-        "benchmarks.experiments.projections:experiment",
+        "benchmarks.experiments.projections.experiment:experiment",
         "Gradient projection memory and its family on ten permuted MNIST tasks, beside EWC and the multitask bound",
     ),
     "ewc_permuted_mnist": Registered(
-        "benchmarks.experiments.ewc_permuted_mnist:experiment",
+        "benchmarks.experiments.ewc_permuted_mnist.experiment:experiment",
         "EWC on ten permuted MNIST tasks: from Avalanche's setting to the paper's 0.94, a factor at a time",
     ),
     "fisher_estimators": Registered(
-        "benchmarks.experiments.fisher_estimators:experiment",
-        "Five ways to compute the Fisher information, each across strengths that differ by orders of magnitude",
+        "benchmarks.experiments.fisher_estimators.experiment:experiment",
+        "Five methods to compute the Fisher information, each across strengths that differ by orders of magnitude",
     ),
     "sac": Registered(
         "benchmarks.experiments.sac:experiment",
         "Spectral regularisation of actor and critic: SAC at a replay ratio of 16, on the DeepMind control suite",
     ),
     "leakage": Registered(
-        "benchmarks.experiments.leakage:experiment",
+        "benchmarks.experiments.leakage.experiment:experiment",
         "What leaks back into a protected subspace: sequential against one basis, gradient against step",
     ),
     "rank_cut": Registered(

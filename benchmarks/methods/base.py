@@ -1,4 +1,5 @@
-"""What a method of a comparison is, and what all methods of one comparison share."""
+"""What a method of a comparison is, what all methods of one comparison share, and the bounds: nothing kept, everything
+kept."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
-from avalanche.training import Naive
+from avalanche.training import Cumulative, JointTraining, Naive
 from avalanche.training.plugins import EvaluationPlugin, SupervisedPlugin
 from torch import nn
 from torch.optim import Optimizer
@@ -32,15 +33,15 @@ class Learner:
 
 
 class Method:
-    """A way to train on a stream: Naive fine-tuning with the plugins it adds, unless it says otherwise.
+    """How to train on a stream: Naive fine-tuning with the plugins it adds, unless it says otherwise.
 
     Subclasses are frozen dataclasses, so that a configuration can hold them.
     """
 
     joint: ClassVar[bool] = False
-    """Whether ``strategy.train`` is called once, with all experiences, instead of once with each."""
-    pictured: ClassVar[bool] = True
-    """Whether fidelity can picture the loss it trains with: one whose form for a single example is known."""
+    """Whether all experiences are learned at once, instead of one after another."""
+    has_example_loss: ClassVar[bool] = True
+    """Whether the loss of a single example has a known form, of which fidelity needs a quadratic model."""
 
     @property
     def strategy(self) -> type:
@@ -66,7 +67,7 @@ class Method:
         )
 
     def with_strength(self, strength: float) -> Method:
-        """The same method at another strength. Raises TypeError where there is none to tune."""
+        """The method at another strength. Raises TypeError where there is none to tune."""
         if "strength" not in {field.name for field in fields(self)}:  # type: ignore[arg-type]
             raise TypeError(f"{type(self).__name__} has no strength to tune. Give it an empty grid.")
         return replace(self, strength=strength)  # type: ignore[type-var]
@@ -81,3 +82,36 @@ def common(learner: Learner, plugins: Sequence[SupervisedPlugin]) -> dict[str, A
         "plugins": [*plugins, *learner.plugins],
         "evaluator": learner.evaluator,
     }
+
+
+@dataclass(frozen=True)
+class Plain(Method):
+    """Naive fine-tuning."""
+
+
+@dataclass(frozen=True)
+class Joint(Method):
+    """Avalanche's Cumulative: trains on all examples so far, an upper bound that stores everything."""
+
+    @property
+    def strategy(self) -> type:
+        return Cumulative
+
+
+@dataclass(frozen=True)
+class AllAtOnce(Method):
+    """Avalanche's JointTraining: ``strategy.train`` is called once, with all experiences; the bound of what can be
+    learned."""
+
+    joint: ClassVar[bool] = True
+
+    @property
+    def strategy(self) -> type:
+        return JointTraining
+
+
+@dataclass(frozen=True)
+class Multitask(Method):
+    """Naive training on a stream whose single experience has the examples of all tasks, the same bound."""
+
+    joint: ClassVar[bool] = True

@@ -1,4 +1,4 @@
-"""Methods that train on stored examples; a memory holds `fraction` of all training examples of the stream."""
+"""Methods that store a fraction of the examples, to train on them or to constrain gradients by them."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from typing import Any, ClassVar
 
 import torch
 from avalanche.training import DER, ICaRL
-from avalanche.training.plugins import GDumbPlugin, ReplayPlugin, SupervisedPlugin
+from avalanche.training.plugins import AGEMPlugin, GDumbPlugin, GEMPlugin, ReplayPlugin, SupervisedPlugin
 from torch import Tensor, nn
 
 from avalanche_curv.core.quadratic.policies import part_seed
 from avalanche_curv.core.risk.batches import random_part
 from benchmarks.methods.base import Learner, Method, common
+
+SAMPLED = 256  # examples behind A-GEM's reference gradient (Chaudhry et al. 2019, for MNIST)
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class NearestMean(Method):
     """
 
     fraction: float
-    pictured: ClassVar[bool] = False
+    has_example_loss: ClassVar[bool] = False
 
     def build(self, learner: Learner) -> Any:
         """Raises ValueError where the model has no linear layer to split before."""
@@ -129,7 +131,7 @@ class MemoryReplay(Method):
 
 
 class MemoryLoss(SupervisedPlugin):
-    """See `MemoryReplay`."""
+    """Adds strength · Σ_t L_t(θ) of the stored examples of each experience t to the loss, all of them at each step."""
 
     def __init__(self, strength: float, fraction: float, seed: int) -> None:
         super().__init__()
@@ -148,3 +150,38 @@ class MemoryLoss(SupervisedPlugin):
         part = random_part(len(dataset), self.fraction, part_seed(self.seed, len(self.memory)))
         items = [dataset[int(index)] for index in part]
         self.memory.append((torch.stack([item[0] for item in items]), torch.tensor([int(item[1]) for item in items])))
+
+
+@dataclass(frozen=True)
+class GEM(Method):
+    """Avalanche's Gradient Episodic Memory (Lopez-Paz & Ranzato 2017); `strength` is the paper's γ. Each experience
+    leaves `fraction` of its examples."""
+
+    strength: float
+    fraction: float
+
+    def plugins(self, examples: int) -> list[SupervisedPlugin]:
+        plugin = GEMPlugin(patterns_per_experience=0, memory_strength=self.strength)
+        return [PartOfEach(plugin, self.fraction), plugin]
+
+
+@dataclass(frozen=True)
+class AGEM(Method):
+    """Avalanche's Averaged GEM (Chaudhry et al. 2019). Each experience leaves `fraction` of its examples."""
+
+    fraction: float
+
+    def plugins(self, examples: int) -> list[SupervisedPlugin]:
+        plugin = AGEMPlugin(patterns_per_experience=0, sample_size=SAMPLED)
+        return [PartOfEach(plugin, self.fraction), plugin]
+
+
+class PartOfEach(SupervisedPlugin):
+    """Lets a plugin that comes after it keep a fraction of each experience, in place of a fixed number."""
+
+    def __init__(self, plugin: Any, fraction: float) -> None:
+        super().__init__()
+        self.plugin, self.fraction = plugin, fraction
+
+    def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
+        self.plugin.patterns_per_experience = round(self.fraction * len(strategy.experience.dataset))

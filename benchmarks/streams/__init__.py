@@ -11,13 +11,9 @@ in image classification).
 
 from dataclasses import replace
 
-from benchmarks.streams.digits import permuted_digits, rotated_digits, sine, split_digits
-from benchmarks.streams.mnist import permuted_mnist, rotated_mnist, split_fashion_mnist, split_mnist
-from benchmarks.streams.networks import Mlp, ResNet18
-from benchmarks.streams.photographs import core50, split_cifar10, split_cifar100, split_tiny_imagenet
+from benchmarks.data import SOURCES
 from benchmarks.streams.scenario import CLASS, DOMAIN, SCENARIOS, TASK
-from benchmarks.streams.sources import SOURCES
-from benchmarks.streams.stream import Recipe, Stream
+from benchmarks.streams.stream import Mlp, Recipe, ResNet18, Stream
 
 __all__ = ["CLASS", "DOMAIN", "SCENARIOS", "STREAMS", "TASK", "Recipe", "Stream"]
 
@@ -45,21 +41,19 @@ def _repeated(classes: int, experiences: int) -> dict[str, int]:
     return {DOMAIN: classes, TASK: classes, CLASS: classes * experiences}
 
 
-MNIST, FASHION = SOURCES["mnist"], SOURCES["fashion"]
-
-STREAMS = {
-    "permuted_digits": Stream(permuted_digits, 5, _repeated(10, 5), DIGITS, SMALL),
-    "rotated_digits": Stream(rotated_digits, 5, _repeated(10, 5), DIGITS, SMALL),
-    "split_digits": Stream(split_digits, 5, _split(10, 5), DIGITS, SMALL),
-    "sine": Stream(sine, 9, {DOMAIN: 2}, PLANE, Recipe(100, 64, 3e-3, memory=0.1, source=SMALL.source)),
-    "split_mnist": Stream(split_mnist, 5, _split(10, 5), HSU, TWO_THOUSAND, MNIST),
-    "permuted_mnist": Stream(permuted_mnist, 10, _repeated(10, 10), WIDE, FIVE_THOUSAND, MNIST),
-    "rotated_mnist": Stream(rotated_mnist, 10, _repeated(10, 10), HSU, ROTATED, MNIST),
-    "split_fashion_mnist": Stream(split_fashion_mnist, 5, _split(10, 5), HSU, TWO_THOUSAND, FASHION),
-    "split_cifar10": Stream(split_cifar10, 5, _split(10, 5), SLIM, CIFAR, SOURCES["cifar10"]),
-    "split_cifar100": Stream(split_cifar100, 10, _split(100, 10), SLIM, CIFAR, SOURCES["cifar100"]),
-    "split_tiny_imagenet": Stream(
-        split_tiny_imagenet, 10, _split(200, 10), FULL, HUNDRED_EPOCHS, SOURCES["tiny_imagenet"]
-    ),
-    "core50": Stream(core50, 9, {CLASS: 50, DOMAIN: 50}, SLIM, ONE_PASS, SOURCES["core50"], {DOMAIN: 8}),
-}
+MNIST = SOURCES["mnist"]
+_ALL = (
+    Stream("permuted_digits", 5, _repeated(10, 5), DIGITS, SMALL),
+    Stream("rotated_digits", 5, _repeated(10, 5), DIGITS, SMALL),
+    Stream("split_digits", 5, _split(10, 5), DIGITS, SMALL),
+    Stream("sine", 9, {DOMAIN: 2}, PLANE, replace(SMALL, steps=100)),
+    Stream("split_mnist", 5, _split(10, 5), HSU, TWO_THOUSAND, MNIST),
+    Stream("permuted_mnist", 10, _repeated(10, 10), WIDE, FIVE_THOUSAND, MNIST),
+    Stream("rotated_mnist", 10, _repeated(10, 10), HSU, ROTATED, MNIST),
+    Stream("split_fashion_mnist", 5, _split(10, 5), HSU, TWO_THOUSAND, SOURCES["fashion"]),
+    Stream("split_cifar10", 5, _split(10, 5), SLIM, CIFAR, SOURCES["cifar10"]),
+    Stream("split_cifar100", 10, _split(100, 10), SLIM, CIFAR, SOURCES["cifar100"]),
+    Stream("split_tiny_imagenet", 10, _split(200, 10), FULL, HUNDRED_EPOCHS, SOURCES["tiny_imagenet"]),
+    Stream("core50", 9, {CLASS: 50, DOMAIN: 50}, SLIM, ONE_PASS, SOURCES["core50"], {DOMAIN: 8}),
+)
+STREAMS = {stream.name: stream for stream in _ALL}

@@ -3,22 +3,67 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
+from benchmarks.data import UNREADABLE, Source
 from benchmarks.harness.errors import UsageError, unknown
-from benchmarks.streams.networks import Network
 from benchmarks.streams.scenario import SCENARIOS, TASK
-from benchmarks.streams.sources import UNREADABLE, Source
 
 if TYPE_CHECKING:
     from torch import nn
 
-Maker = Callable[[int, "Path | None", str, int], Any]
-"""(seed, dataset_root, scenario, experiences) ↦ an Avalanche benchmark of the first so many experiences."""
+
+class Network(Protocol):
+    """A kind of network; its body gives vectors of `features` to a head."""
+
+    @property
+    def features(self) -> int: ...
+
+    def body(self) -> nn.Sequential:
+        """Drawn from torch's current random state."""
+
+
+@dataclass(frozen=True)
+class Mlp:
+    """A ReLU network with hidden layers of these widths, over flattened inputs."""
+
+    inputs: int
+    hidden: tuple[int, ...]
+
+    @property
+    def features(self) -> int:
+        return self.hidden[-1]
+
+    def body(self) -> nn.Sequential:
+        from torch import nn
+
+        from benchmarks.networks import mlp
+
+        return nn.Sequential(nn.Flatten(), *mlp(self.inputs, *self.hidden), nn.ReLU())
+
+
+@dataclass(frozen=True)
+class ResNet18:
+    """Avalanche's `SlimResNet18` with `width` channels in its first layer (20 in Lopez-Paz & Ranzato 2017; 64 is the
+    ResNet-18 of Buzzega et al. 2020) and a mean over what is left of the image, so that it takes any size."""
+
+    width: int = 20
+
+    @property
+    def features(self) -> int:
+        return 8 * self.width
+
+    def body(self) -> nn.Sequential:
+        from avalanche.models import SlimResNet18
+        from torch import nn
+
+        net = SlimResNet18(1, self.width)
+        blocks = (net.layer1, net.layer2, net.layer3, net.layer4)
+        return nn.Sequential(net.conv1, net.bn1, nn.ReLU(), *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
 @dataclass(frozen=True)
@@ -35,12 +80,13 @@ class Recipe:
 
 @dataclass(frozen=True, eq=False)
 class Stream:
-    """A benchmark of `experiences` experiences (fewer in some scenarios, as `lengths` says).
+    """A benchmark of `experiences` experiences (fewer in some scenarios, as `lengths` says), made by the function of
+    its name in `benchmarks.streams.makers`.
 
     `outputs` names its scenarios, the default one first, and how many logits a head has in each.
     """
 
-    maker: Maker
+    name: str
     experiences: int
     outputs: Mapping[str, int]
     network: Network
@@ -57,10 +103,10 @@ class Stream:
         """How many experiences there are in a scenario."""
         return self.lengths.get(scenario, self.experiences)
 
-    def check(self, name: str, dataset_root: Path | None, scenario: str | None = None) -> None:
+    def check(self, dataset_root: Path | None, scenario: str | None = None) -> None:
         """Raises UsageError for a scenario that the stream has not, and for data that cannot be had: absent below
         `dataset_root`, or, where that is None, neither downloaded before nor now."""
-        self._scenario(scenario, f"stream '{name}'")
+        self._scenario(scenario)
         if self.source is None:
             return
         if dataset_root is not None:
@@ -89,19 +135,23 @@ class Stream:
     def model(self, scenario: str | None = None) -> nn.Module:
         """A network drawn from torch's current random state: with one head whose outputs are all there from the start;
         in TASK with a head for each experience, an Avalanche `MultiTaskModule`."""
-        from benchmarks.streams.heads import many_heads, one_head
+        from torch import nn
 
-        scenario = self._scenario(scenario)
-        head = self.network.body(), self.network.features, self.outputs[scenario]
-        return many_heads(*head, self.experiences) if scenario == TASK else one_head(*head)
+        from benchmarks.networks import many_heads
 
-    def _scenario(self, given: str | None, name: str = "this stream") -> str:
+        scenario, body, features = self._scenario(scenario), self.network.body(), self.network.features
+        outputs = self.outputs[scenario]
+        if scenario == TASK:
+            return many_heads(body, features, outputs, self.experiences)
+        return nn.Sequential(*body, nn.Linear(features, outputs))
+
+    def _scenario(self, given: str | None) -> str:
         if given is None:
             return self.scenarios[0]
         if given not in SCENARIOS:
             raise UsageError(unknown("scenario", given, SCENARIOS))
         if given not in self.outputs:
-            raise UsageError(f"{name} has no scenario '{given}'. It has: {', '.join(self.scenarios)}.")
+            raise UsageError(f"stream '{self.name}' has no scenario '{given}'. It has: {', '.join(self.scenarios)}.")
         return given
 
 
@@ -112,12 +162,14 @@ _LAST: dict[tuple, Any] = {}
 def _made(stream: Stream, seed: int, root: Path | None, scenario: str, experiences: int) -> Any:
     import torch
 
+    from benchmarks.streams import makers
+
     source = stream.source
     if source is not None and root is not None:
         source.check(root)
     try:
         with torch.random.fork_rng(devices=[]), redirect_stdout(io.StringIO()):  # Avalanche seeds torch, and prints
-            return stream.maker(seed, root, scenario, experiences)
+            return getattr(makers, stream.name)(seed, root, scenario, experiences)
     except UNREADABLE as error:
         if source is None:
             raise

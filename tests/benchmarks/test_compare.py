@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks.experiments.compare import CompareOptions, Setting, experiment
-from benchmarks.experiments.compare.tuning import FIRST_SEED, Tuning, TuningOptions, best_strengths
+from benchmarks.experiments.compare.experiment import CompareOptions, experiment
+from benchmarks.experiments.compare.setting import FIRST_SEED, Setting
+from benchmarks.experiments.compare.tuning import Tuning, TuningOptions, best_strengths
 from benchmarks.harness import Results, UsageError
 from benchmarks.harness.command import main
 from benchmarks.harness.experiment import Context
@@ -27,7 +28,7 @@ def context(seed, folder):
 
 
 def test_tuning_trains_and_tests_on_disjoint_parts_of_the_training_examples():
-    from benchmarks.experiments.compare.data import data_for
+    from benchmarks.experiments.compare.run import data_for
 
     whole, held = (
         data_for(replace(SETTING, test_limit=None, validation=part), 3, None).benchmark for part in (0.0, 0.2)
@@ -46,7 +47,7 @@ def test_the_first_k_protocol_sees_no_later_experience():
     (config,) = Tuning().configs(
         TuningOptions(stream="split_digits", strategy=["EWC"], protocol="first", first=2, quick=True)
     )
-    from benchmarks.experiments.compare.data import data_for
+    from benchmarks.experiments.compare.run import data_for
 
     found = data_for(config.setting, FIRST_SEED, None)
     assert len(found.benchmark.train_stream) == 2
@@ -58,24 +59,23 @@ def test_the_first_k_protocol_sees_no_later_experience():
 def test_accuracies_equal_a_count_over_the_test_examples(scenario, tmp_path):
     from avalanche.models import avalanche_forward
 
-    from benchmarks.experiments.compare.data import data_for
-    from benchmarks.experiments.compare.run import Course, build
+    from benchmarks.experiments.compare.run import build, course, data_for
     from benchmarks.methods import Plain
 
     setting = replace(SETTING, scenario=scenario)
     data = data_for(setting, 0, None)
     torch.manual_seed(0)
-    course = Course(*build(Plain(), setting, data, context(0, tmp_path)))
-    course.sequence(data.benchmark)
+    trainer = build(Plain(), setting, data, context(0, tmp_path))
+    list(course(trainer, data.benchmark, joint=False))
     counted = []
-    model = course.strategy.model.eval()
+    model = trainer.strategy.model.eval()
     for experience in data.benchmark.test_stream:
         inputs, targets, labels = (torch.stack([torch.as_tensor(i) for i in part]) for part in zip(*experience.dataset))
         with torch.no_grad():
             outputs = avalanche_forward(model, inputs, labels)
         counted.append((outputs.argmax(1) == targets).double().mean().item())
-    assert [len(row) for row in course.rows] == [1, 2, 3]
-    assert course.rows[-1] == pytest.approx(counted, abs=1e-6)
+    assert [len(row) for row in trainer.rows] == [1, 2, 3]
+    assert trainer.rows[-1] == pytest.approx(counted, abs=1e-6)
 
 
 def test_joint_training_is_measured_once_on_all(tmp_path):
@@ -91,20 +91,19 @@ def test_joint_training_is_measured_once_on_all(tmp_path):
 @pytest.mark.parametrize("name", ["EWC", "CurvatureEWC Fisher, accumulate"])
 def test_weights_that_diverge_have_no_accuracy(name, tmp_path):
     from benchmarks.experiments.compare.run import run
-    from benchmarks.methods import STRATEGIES
 
-    records = run(STRATEGIES[name].method.with_strength(1e42), SETTING, 0, context(0, tmp_path))
+    records = run(SETTING.methods()[name].with_strength(1e42), SETTING, 0, context(0, tmp_path))
     assert [math.isnan(r["value"]) for r in records if r["metric"] == "average_accuracy"] == [True]
 
 
 def test_two_runs_of_a_unit_with_one_seed_give_the_same_records(tmp_path):
-    from benchmarks.experiments.compare.grid import configs
     from benchmarks.experiments.compare.run import run
 
     setting = replace(SETTING, every=2)
-    for config in configs(setting, ["CurvatureEWC Fisher MC, refresh", "DER++", "GEM"], {}, "Naive"):
+    for name in ("CurvatureEWC Fisher MC, refresh", "DER++", "GEM"):
+        method = setting.methods()[name]
         first, second = (
-            json.dumps([r for r in run(config.method, setting, 5, context(5, tmp_path)) if not is_timing(r["metric"])])
+            json.dumps([r for r in run(method, setting, 5, context(5, tmp_path)) if not is_timing(r["metric"])])
             for _ in range(2)
         )
         assert first == second

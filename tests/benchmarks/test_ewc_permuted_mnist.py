@@ -2,13 +2,14 @@
 
 import math
 from dataclasses import fields, replace
+from itertools import pairwise
 
 import pytest
 import torch
 from torch import nn
 
-from benchmarks.experiments import ewc_permuted_mnist
-from benchmarks.experiments.ewc_permuted_mnist import Adam, EwcOptions, Setting, Sgd
+from benchmarks.experiments.ewc_permuted_mnist import experiment as ewc
+from benchmarks.experiments.ewc_permuted_mnist.experiment import Adam, Config, EwcOptions, Setting, Sgd
 from benchmarks.harness.experiment import Context
 from benchmarks.harness.grid import describe
 from benchmarks.harness.results import Results
@@ -18,9 +19,8 @@ SMALL = Setting(Sgd(0.05), "digits", tasks=2, hidden=10, steps=50, batch=32)
 
 @pytest.fixture(scope="module")
 def grid():
-    from benchmarks.experiments.ewc_permuted_mnist import grid
-
-    return grid
+    """The path, and the rows beside it."""
+    return ewc.penalised()
 
 
 @pytest.fixture(scope="module")
@@ -36,33 +36,35 @@ def records(run, config, tmp_path):
 
 
 def test_each_row_of_the_path_changes_one_thing_beside_its_strength(grid):
+    path, aside = grid
+
     def changes(one, other):
         of_setting = {f.name for f in fields(Setting) if getattr(one.setting, f.name) != getattr(other.setting, f.name)}
         pixels = {"mean", "deviation"}
-        of_row = {name for name in ("curvature", "structure") if getattr(one, name) != getattr(other, name)}
+        names = ("curvature", "structure")
+        of_row = {name for name in names if getattr(one.method, name) != getattr(other.method, name)}
         return (of_setting - pixels) | ({"pixels"} if of_setting & pixels else set()) | of_row
 
-    found = [changes(above, row) for above, row in zip(grid.PATH, grid.PATH[1:])]
+    found = [changes(above, row) for above, row in pairwise(path)]
     assert found == [{"optimiser"}, set(), {"curvature"}, {"pixels"}, {"optimiser"}, {"structure"}]
-    above = next(row for row in grid.PATH if row.label == "6 optimiser")
-    assert [changes(above, row) for row in grid.ASIDE] == [{"pixels"}, {"hidden"}, {"steps"}]
-    for row in grid.PATH:
-        assert not row.tried or row.strength in row.tried
+    above = next(row for row in path if row.label == "6 optimiser")
+    assert [changes(above, row) for row in aside] == [{"pixels"}, {"hidden"}, {"steps"}]
+    for row in path:
+        assert not row.tried or row.method.strength in row.tried
 
 
 def test_the_first_row_is_what_avalanche_does(grid, run):
     """The squares of mini-batch gradients, at twice the strength for the ½."""
-    from benchmarks.experiments.ewc_permuted_mnist import Config
     from benchmarks.methods import AvalancheEWC
 
-    ours = grid.PATH[0].at(500 * grid.PATH[0].strength, "ours").method
+    ours = grid[0][0].method.with_strength(500 * ewc.THEIRS)
     kind = replace(ours.curvature, batch_size=SMALL.batch)
     ours = replace(ours, curvature=kind, policy=replace(ours.policy, fraction=1.0))
     found = []
     for method in (ours, AvalancheEWC(500.0), AvalancheEWC(0.0)):
         stream = run.stream(SMALL, 0, None, at_once=False)
         torch.manual_seed(5)
-        trainer = run.build(Config("one", method, SMALL), stream, SMALL.steps)
+        trainer = run.build(Config("one", method, SMALL), stream)
         for task, experience in enumerate(stream.benchmark.train_stream):
             torch.manual_seed(task)  # the loader of Avalanche's own estimate draws from the global state
             trainer.train(experience)
@@ -90,7 +92,7 @@ def test_adam_in_one_kernel_steps_as_adam_does():
 
 def test_pixels_lie_between_0_and_1_or_are_shifted_and_scaled(run):
     plain, shifted = (
-        run.stream(replace(SMALL, mean=mean, deviation=deviation), 0, None, at_once=False).parts[0].pixels
+        run.stream(replace(SMALL, mean=mean, deviation=deviation), 0, None, at_once=False).parts[0].inputs
         for mean, deviation in ((0.0, 1.0), (0.5, 0.25))
     )
     assert (plain.min(), plain.max()) == (0, 1)
@@ -98,37 +100,37 @@ def test_pixels_lie_between_0_and_1_or_are_shifted_and_scaled(run):
 
 
 def test_weights_that_diverge_end_the_run_without_an_accuracy(grid, run, tmp_path):
-    row = replace(grid.PATH[3], setting=replace(SMALL, optimiser=Sgd(1e30), tasks=3))
-    found = records(run, row.at(1e6, "too fast"), tmp_path)
+    row = replace(grid[0][3], setting=replace(SMALL, optimiser=Sgd(1e30), tasks=3))
+    found = records(run, replace(row, method=row.method.with_strength(1e6)).config(), tmp_path)
     assert [r["metric"] for r in found] == ["average_accuracy"]
     assert math.isnan(found[0]["value"])
 
 
-def test_multitask_has_the_steps_and_the_images_of_all_tasks(grid, run, tmp_path):
-    from benchmarks.experiments.projections.methods import Multitask
+def test_multitask_has_the_steps_and_the_images_of_all_tasks(run, tmp_path):
+    from benchmarks.methods import Multitask
 
-    config = ewc_permuted_mnist.Config("multitask", Multitask(), SMALL)
+    config = Config("multitask", Multitask(), SMALL)
     joint, apart = (run.stream(SMALL, 0, None, at_once=at_once) for at_once in (True, False))
     (whole,), parts = joint.parts, apart.parts
     assert len(whole) == sum(map(len, parts))
     assert all(torch.equal(whole[len(parts[0]) + i][0], parts[1][i][0]) for i in range(3))
-    trainer = run.build(config, joint, SMALL.steps * SMALL.tasks)
+    trainer = run.build(config, joint)
     trainer.train(joint.benchmark.train_stream[0])
     assert trainer.strategy.clock.train_iterations == SMALL.steps * SMALL.tasks
     found = records(run, config, tmp_path)
     assert [r["step"] for r in found if r["metric"] == "accuracy/seen"] == [SMALL.tasks]
 
 
-@pytest.mark.parametrize("part", ewc_permuted_mnist.PARTS)
+@pytest.mark.parametrize("part", ewc.PARTS)
 def test_every_part_has_a_quick_form_without_data_and_tunes_on_seeds_of_its_own(part):
-    configs = ewc_permuted_mnist.experiment.configs(EwcOptions(quick=True, part=part))
+    configs = ewc.experiment.configs(EwcOptions(quick=True, part=part))
     assert {config.setting.images for config in configs} == {"digits"}
     assert {config.first_seed for config in configs} == {1000 if part == "tune" else 0}
     assert len({str(describe(replace(config, label=""))) for config in configs}) == len(configs)
 
 
 def test_the_report_says_what_each_row_changes_and_which_reach_the_paper(run, tmp_path):
-    chosen = ewc_permuted_mnist.experiment.configs(
+    chosen = ewc.experiment.configs(
         EwcOptions(quick=True, row=["1 Avalanche's recipe", "7 Kronecker", "multitask, as row 7"])
     )
     rows = [
@@ -138,20 +140,20 @@ def test_the_report_says_what_each_row_changes_and_which_reach_the_paper(run, tm
     final[0]["value"] = 0.951
     headers = tuple({"label": config.label, "seed": 0, "config": describe(config)} for config in chosen)
     results = Results(tuple(config.label for config in chosen), tuple(rows), headers)
-    written = ewc_permuted_mnist.experiment.report(results, tmp_path)
+    written = ewc.experiment.report(results, tmp_path)
     assert "KFAC for the diagonal" in written
     assert "At or above 0.94: 7 Kronecker (0.9510)." in written
     assert {path.name for path in tmp_path.glob("*.png")} == {"ewc_permuted_mnist.png", "ewc_permuted_mnist_rows.png"}
 
 
-def test_tuning_tests_on_training_images_that_it_does_not_train_on(grid, run):
-    (config,) = (c for c in grid.rows("tune") if c.label == "4 per-example Fisher at 3")
+def test_tuning_tests_on_training_images_that_it_does_not_train_on(run):
+    (config,) = (c for c in ewc.rows("tune") if c.label == "4 per-example Fisher at 3")
     setting = replace(config.setting, images="digits", tasks=2)
     found = run.stream(setting, 1000, None, at_once=False)
     whole = run.stream(replace(setting, validation=0.0), 1000, None, at_once=False)
 
     def images(part):
-        return sorted(row.numpy().tobytes() for row in part.pixels)
+        return sorted(row.numpy().tobytes() for row in part.inputs)
 
     assert images(found.parts[0]) != images(whole.parts[0])
     assert sorted(images(found.parts[0]) + images(found.tests[0])) == images(whole.parts[0])

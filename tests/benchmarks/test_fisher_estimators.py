@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.experiments import fisher_estimators
-from benchmarks.experiments.fisher_estimators import Config, Estimator, Setting
+from benchmarks.experiments.fisher_estimators import experiment as fisher
+from benchmarks.experiments.fisher_estimators.experiment import Config, Estimator, Setting, estimators, rows
+from benchmarks.experiments.fisher_estimators.report import COMMON, curves, level_of, works
 from benchmarks.harness.experiment import Context
 from benchmarks.harness.grid import describe
 from benchmarks.harness.results import Results
@@ -26,13 +27,11 @@ def run():
 
 def configs(*strengths):
     """Naive, and all estimators at some strengths."""
-    from benchmarks.experiments.fisher_estimators.grid import ESTIMATORS
-
     return [
         Config("Naive", "Naive", SMALL),
         *(
-            Config(f"{name} at {strength:g}", name, SMALL, ESTIMATORS[name], strength)
-            for name in ESTIMATORS
+            Config(f"{name} at {strength:g}", name, SMALL, estimator, strength)
+            for name, estimator in estimators().items()
             for strength in strengths
         ),
     ]
@@ -95,11 +94,10 @@ def test_fishers_are_summed_at_the_newest_anchor_each_of_so_many_examples(run):
     torch.testing.assert_close(past.model.anchor, torch.cat([p.detach().flatten() for p in model.parameters()]))
 
 
-def test_tasks_are_pairs_of_all_ten_digits_and_carry_their_labels():
-    from benchmarks.experiments.fisher_estimators.data import stream
-    from benchmarks.experiments.plasticity.data import read
+def test_tasks_are_pairs_of_all_ten_digits_and_carry_their_labels(run):
+    from benchmarks.data import read
 
-    found = stream(Setting("digits"), 3, None)
+    found = run.stream(Setting("digits"), 3, None)
     images, _ = read("digits", 60_000, 0, None)
     assert sum(map(len, found.parts)) == len(images.targets)
     for task, (part, experience) in enumerate(zip(found.parts, found.benchmark.train_stream)):
@@ -136,8 +134,6 @@ def test_a_penalty_too_weak_to_matter_changes_nothing_but_past_heads_which_adam_
 
 
 def test_an_estimator_works_from_where_its_accuracy_first_comes_to_the_level():
-    from benchmarks.experiments.fisher_estimators.report import works
-
     def place(means, level):
         found = works({10.0**k: Summary(mean, None, 1) for k, mean in enumerate(means)}, level)
         return None if found is None else math.log10(found)
@@ -150,15 +146,13 @@ def test_an_estimator_works_from_where_its_accuracy_first_comes_to_the_level():
 
 
 def test_the_level_is_nine_tenths_of_what_the_best_gains_over_naive(results):
-    from benchmarks.experiments.fisher_estimators.report import curves, level_of
-
     naive = value(results, "average_accuracy", "Naive")
     best = max(value(results, "average_accuracy", label) for label in results.labels if label != "Naive")
     assert level_of(results, curves(results)) == pytest.approx(0.1 * naive + 0.9 * best)
 
 
 def test_the_report_compares_every_estimator_with_the_exact_one(results, tmp_path):
-    written = fisher_estimators.experiment.report(results, tmp_path)
+    written = fisher.experiment.report(results, tmp_path)
     lines = {line.split("|")[1].strip(): line for line in written.splitlines() if line.startswith("| ")}
     assert {"exact", "exact, 500 examples", "one sampled label", "empirical", "batches of 128"} < set(lines)
     ratio = value(results, "trace", "exact at 10") / value(results, "trace", "batches of 128 at 10")
@@ -171,18 +165,14 @@ def test_the_report_compares_every_estimator_with_the_exact_one(results, tmp_pat
 
 
 def test_every_estimator_is_tried_at_one_common_strength():
-    from benchmarks.experiments.fisher_estimators.grid import ESTIMATORS, rows
-
     tried = {(config.name, config.strength) for config in rows(Setting(), quick=False)}
-    assert {(name, fisher_estimators.COMMON) for name in ESTIMATORS} < tried
+    assert {(name, COMMON) for name in estimators()} < tried
 
 
 def test_labels_are_drawn_anew_with_each_seed(run):
-    from benchmarks.experiments.fisher_estimators.grid import ESTIMATORS
-
-    sampled = ESTIMATORS["one sampled label"].curvature
+    sampled = estimators()["one sampled label"].curvature
     assert run.drawn_by(sampled, 1) != run.drawn_by(sampled, 2)
-    for name, estimator in ESTIMATORS.items():
+    for name, estimator in estimators().items():
         assert name == "one sampled label" or run.drawn_by(estimator.curvature, 1) == estimator.curvature
 
 

@@ -1,11 +1,16 @@
 """Every strategy by name, in every scenario it claims, and what the tables say of it."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
 from benchmarks.harness import UsageError
+from benchmarks.strategies import STRATEGIES, chosen
 
 STEPS, BATCH, EXAMPLES, FRACTION = 3, 8, 40, 0.25
 FEATURES, HIDDEN = 64, 8
@@ -92,16 +97,17 @@ def weights(strategy):
 def test_strategies_start_alike_repeat_themselves_and_differ_from_naive_where_they_claim_to_run(
     run, streams, network, watch, scenario
 ):
-    from benchmarks.methods import STRATEGIES, strategies
+    from benchmarks.methods import methods
 
-    naive = weights(run(STRATEGIES["Naive"].method, scenario))
+    naive, by_name = weights(run(methods(FRACTION)["Naive"], scenario)), methods(FRACTION)
+    assert list(by_name) == list(STRATEGIES)
     initial = torch.cat([p.detach().flatten() for p in network(scenario).parameters()])
-    for name, entry in strategies(FRACTION).items():
+    for name, entry in STRATEGIES.items():
         if scenario in entry.unfit:
             assert len(entry.unfit[scenario]) > 20, name
             continue
         watcher = watch("before_training_iteration", weights)
-        found, again = run(entry.method, scenario, watcher), weights(run(entry.method, scenario))
+        found, again = run(by_name[name], scenario, watcher), weights(run(by_name[name], scenario))
         assert torch.equal(watcher.seen[0][: len(initial)], initial), name
         assert torch.isfinite(again).all(), name
         assert torch.equal(weights(found), again), name
@@ -111,19 +117,22 @@ def test_strategies_start_alike_repeat_themselves_and_differ_from_naive_where_th
 
 
 def test_an_unknown_strategy_is_answered_with_the_nearest_one():
-    from benchmarks.methods import named, strategies
-
     with pytest.raises(UsageError, match="did you mean 'EWC online'"):
-        named("EWC onlin")
-    assert named("Replay").method == strategies(0.1)["Replay"].method != strategies(0.3)["Replay"].method
+        chosen("class", ["EWC onlin"])
+
+
+def test_facts_about_strategies_cost_no_import_of_torch_or_avalanche():
+    code = "import sys, benchmarks.strategies; print([m for m in ('torch', 'avalanche') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert done.stdout.strip() == "[]", done.stderr
 
 
 def test_a_strength_is_replaced_where_there_is_one_and_every_grid_has_one_to_replace():
-    from benchmarks.methods import GDumb, strategies
+    from benchmarks.methods import GDumb, methods
 
-    for name, entry in strategies().items():
-        for strength in entry.grid:
-            assert entry.method.with_strength(strength).strength == strength, name
+    for name, method in methods(0.1).items():
+        for strength in STRATEGIES[name].grid:
+            assert method.with_strength(strength).strength == strength, name
     with pytest.raises(TypeError, match="no strength"):
         GDumb(0.1).with_strength(1.0)
 
@@ -186,7 +195,7 @@ def test_an_importance_of_fixed_si_is_never_negative():
 
 
 def test_stored_bytes_are_the_examples_and_tensors_that_each_method_keeps(run, network):
-    from benchmarks.methods import strategies
+    from benchmarks.methods import methods
     from benchmarks.storage import stored_bytes
 
     image, parameters = 4 * FEATURES, 4 * sum(p.numel() for p in network("class").parameters())
@@ -209,7 +218,7 @@ def test_stored_bytes_are_the_examples_and_tensors_that_each_method_keeps(run, n
         "LwF": parameters,
     }
     for name, size in known.items():
-        found = stored_bytes(run(strategies(FRACTION)[name].method, "class"))
+        found = stored_bytes(run(methods(FRACTION)[name], "class"))
         assert size <= found <= size + (reservoir if name in ("Replay", "GDumb", "DER") else 0), name
 
 

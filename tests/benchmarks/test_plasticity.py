@@ -290,7 +290,7 @@ def unchecked(monkeypatch):
 
 @pytest.mark.parametrize("preset", WRITERS)
 def test_every_preset_reads_files_of_its_format(preset, tmp_path, unchecked):
-    from benchmarks.experiments.plasticity.data import read
+    from benchmarks.data import read
 
     WRITERS[preset](tmp_path)
     setting = setting_for(PlasticityOptions(preset=preset, dataset_root=tmp_path, examples=8))
@@ -327,13 +327,13 @@ def test_files_that_are_missing_or_empty_are_named_before_any_unit_runs(preset, 
 @pytest.mark.parametrize("preset", WRITERS)
 def test_damaged_files_are_told_from_a_fault_of_the_code(preset, tmp_path):
     """torchvision would ask to download them."""
-    from benchmarks.experiments.plasticity.data import read
+    from benchmarks.data import read
 
     WRITERS[preset](tmp_path)
     for path in tmp_path.rglob("*"):
         if path.is_file():
             path.write_bytes(b"\0not that")
-    with pytest.raises(UsageError, match=f"{preset} cannot be read: its files in {tmp_path}.* Put there"):
+    with pytest.raises(UsageError, match=f"the files in {tmp_path}.* are damaged, or not all there .* Put there"):
         read(preset, 8, 0, tmp_path)
 
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.experiments import leakage, rank_cut, soft_hard
+from benchmarks.experiments import rank_cut, soft_hard
+from benchmarks.experiments.leakage import experiment as leakage
 from benchmarks.experiments.leakage.closed_form import expected
 from benchmarks.harness import Options
 from benchmarks.harness.experiment import Context
@@ -64,9 +65,9 @@ def test_for_two_tasks_the_leak_is_that_of_paper_and_largest_at_45_degrees():
 
 @pytest.fixture(scope="module")
 def subspaces():
-    from benchmarks.experiments.leakage import subspaces
+    from benchmarks.experiments.leakage import run
 
-    return subspaces
+    return run
 
 
 def test_any_two_subspaces_have_the_prescribed_angles(subspaces):
@@ -82,7 +83,7 @@ def test_any_two_subspaces_have_the_prescribed_angles(subspaces):
 
 def test_random_steps_leak_as_the_closed_form_says_and_not_from_one_basis(subspaces):
     config = leakage.Subspaces("c", 0.6, tasks=(2, 5), dimension=60, rank=4, draws=4000)
-    found = {(r["metric"], r["step"]): r["value"] for r in subspaces.run(config, 0)}
+    found = {(r["metric"], r["step"]): r["value"] for r in subspaces.drawn(config, 0)}
     for tasks in config.tasks:
         for where in ("first", "union"):
             exact = found[f"expected/{where}", tasks]
@@ -94,10 +95,11 @@ def test_random_steps_leak_as_the_closed_form_says_and_not_from_one_basis(subspa
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """Ten steps a task of some optimisers and projections, and one cosine."""
-    from benchmarks.experiments.leakage.optimisers import OPTIMISERS, PROJECTIONS
+    from benchmarks.experiments.leakage.run import OPTIMISERS, PROJECTIONS
 
     def training(name, kind):
-        return leakage.Training(f"{name}, {kind}", OPTIMISERS[name], PROJECTIONS[kind], steps=10, rank=5, examples=30)
+        label, parts = f"{name}, {kind}", (OPTIMISERS[name], PROJECTIONS[kind])
+        return leakage.Training(label, name, *parts, steps=10, rank=5, examples=30)
 
     pairs = [("SGD", kind) for kind in PROJECTIONS]
     pairs += [(name, kind) for name in ("momentum, stale", "Adam") for kind in ("step", "gradient")]
@@ -119,7 +121,7 @@ def test_the_drift_of_a_known_walk_is_measured_as_on_paper():
     from avalanche_curv.core.projection.blocks import Block, Layout
     from avalanche_curv.core.projection.subspace import Subspace
     from avalanche_curv.core.risk.parameters import ParameterSpace
-    from benchmarks.experiments.leakage.training import Watcher
+    from benchmarks.experiments.leakage.run import Watcher
 
     model = nn.Linear(2, 1, bias=False)
     line = Subspace(torch.tensor([[0.6, 0.8]]))

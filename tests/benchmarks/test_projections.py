@@ -9,7 +9,18 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from benchmarks.experiments.projections import MAIN, PARTS, TUNE, ProjectionsOptions, Setting, experiment, setting_for
+from benchmarks.experiments.projections.experiment import (
+    FIRST_TUNING_SEED,
+    GRIDS,
+    MAIN,
+    PARTS,
+    STRENGTHS,
+    TUNE,
+    ProjectionsOptions,
+    Setting,
+    experiment,
+    setting_for,
+)
 from benchmarks.harness import UsageError
 from benchmarks.harness.experiment import Context
 from benchmarks.harness.results import Results
@@ -21,7 +32,7 @@ SMALL = Setting("digits", tasks=3, examples=90, epochs=2, rate=0.05, hidden=40)
 @pytest.fixture(scope="module")
 def parts():
     """Three permutations of a few digits."""
-    from benchmarks.experiments.projections.data import stream
+    from benchmarks.experiments.projections.run import stream
 
     return stream(SMALL, 0, None, at_once=False)
 
@@ -104,8 +115,8 @@ def grown(basis, columns, threshold):
 
 def test_batches_loaded_at_once_are_those_of_avalanche(parts):
     """Bit-identical weights after two tasks, from the same random state and to the same random state."""
-    from benchmarks.experiments.projections.data import WholeBatches
     from benchmarks.experiments.projections.run import build
+    from benchmarks.streams.whole_batches import WholeBatches
 
     found = []
     for ours in (True, False):
@@ -121,7 +132,7 @@ def test_batches_loaded_at_once_are_those_of_avalanche(parts):
 
 
 def test_all_tasks_at_once_are_the_tasks_one_after_another(parts):
-    from benchmarks.experiments.projections.data import stream
+    from benchmarks.experiments.projections.run import stream
 
     (whole,), size = stream(SMALL, 0, None, at_once=True).parts, len(parts.parts[0])
     assert len(whole) == 3 * size
@@ -182,8 +193,6 @@ def test_a_report_of_incomplete_results_is_written(like_the_paper, measured, tmp
 
 
 def test_strengths_lie_within_the_grids_that_are_tried_on_seeds_that_are_not_reported():
-    from benchmarks.experiments.projections.grid import FIRST_TUNING_SEED, GRIDS, STRENGTHS
-
     assert all(min(GRIDS[name]) < strength < max(GRIDS[name]) for name, strength in STRENGTHS.items())
     by_part = {part: experiment.configs(ProjectionsOptions(quick=True, part=part)) for part in PARTS}
     assert {c.first_seed for c in by_part[TUNE]} == {FIRST_TUNING_SEED}
@@ -201,7 +210,7 @@ def test_without_mnist_the_remedy_is_named(tmp_path):
 
 
 def test_the_setting_is_that_of_the_paper(monkeypatch):
-    from benchmarks.experiments import projections
+    from benchmarks.experiments.projections import experiment as projections
     from benchmarks.experiments.projections.run import network
 
     monkeypatch.setattr(projections, "check", lambda *_: None)

@@ -63,7 +63,7 @@ def test_every_stream_trains_its_network_in_each_of_its_scenarios(name, scenario
     from benchmarks.training import Steps
 
     stream = STREAMS[name]
-    stream.check(name, tiny_data, scenario)
+    stream.check(tiny_data, scenario)
     made = stream.make(0, tiny_data, scenario, 2)
     torch.manual_seed(0)
     strategy = learner(stream.model(scenario), Steps(1), train_mb_size=2)
@@ -208,7 +208,7 @@ def test_measuring_a_task_before_it_is_learned_draws_nothing(learner):
 
 def test_a_scenario_that_a_stream_has_not_is_refused_with_those_it_has(tiny_data):
     with pytest.raises(UsageError, match=r"stream 'sine' has no scenario 'class'\. It has: domain\."):
-        STREAMS["sine"].check("sine", None, CLASS)
+        STREAMS["sine"].check(None, CLASS)
     with pytest.raises(UsageError, match=r"unknown scenario 'clas'; did you mean 'class'\?"):
         STREAMS["split_digits"].make(0, None, "clas")
     with pytest.raises(UsageError, match=r"It has: class, domain\."):
@@ -218,7 +218,7 @@ def test_a_scenario_that_a_stream_has_not_is_refused_with_those_it_has(tiny_data
 @pytest.mark.parametrize("name", [name for name, stream in STREAMS.items() if stream.source])
 def test_what_is_missing_is_named_with_where_to_put_it(name, tmp_path):
     with pytest.raises(UsageError, match=r"is not there, or empty\. Put into") as said:
-        STREAMS[name].check(name, tmp_path)
+        STREAMS[name].check(tmp_path)
     source = STREAMS[name].source
     assert str(tmp_path / source.place / source.files[0]) in str(said.value)
     assert all(file in str(said.value) for file in source.files)
@@ -245,14 +245,14 @@ def offline(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("name", "place"), [("split_mnist", "mnist"), ("core50", "core50")])
 def test_what_avalanche_downloaded_before_is_found(name, place, offline, tiny_data):
     (offline / place).symlink_to(tiny_data / "core50" if name == "core50" else tiny_data)
-    STREAMS[name].check(name, None)
+    STREAMS[name].check(None)
     assert len(STREAMS[name].make(0, None).train_stream) == STREAMS[name].experiences
 
 
 @pytest.mark.parametrize("name", ["split_mnist", "split_fashion_mnist", "split_cifar10", "core50"])
 def test_without_a_network_the_message_says_what_to_do(name, offline, capsys):
     with pytest.raises(UsageError, match=r"nor downloaded .*no network.* Give --dataset-root DIR, with"):
-        STREAMS[name].check(name, None)
+        STREAMS[name].check(None)
     assert not capsys.readouterr().out
 
 

@@ -111,8 +111,8 @@ def test_lwf_distils_the_old_classes_of_a_teacher_that_stays_in_train_mode(fit, 
 def test_gem_takes_the_nearest_step_that_does_not_oppose_the_past_and_keeps_a_fraction_of_each_experience(fit, margin):
     from benchmarks.methods import GEM
 
-    (plugin,) = GEM(margin, FRACTION).plugins(0)
-    fit(plugin)
+    *before, plugin = GEM(margin, FRACTION).plugins(0)
+    fit(*before, plugin)
     assert [len(memory) for memory in plugin.memory_x.values()] == [8, 8]
     past, gradient = torch.tensor([3.0, 4.0]), torch.tensor([1.0, -1.0])
     plugin.G = past[None]
@@ -123,7 +123,7 @@ def test_gem_takes_the_nearest_step_that_does_not_oppose_the_past_and_keeps_a_fr
 def test_agem_never_opposes_its_reference_gradient_and_keeps_a_fraction_of_each_experience(at):
     from benchmarks.methods import AGEM
 
-    (plugin,) = AGEM(FRACTION).plugins(0)
+    *before, plugin = AGEM(FRACTION).plugins(0)
 
     def cosine(strategy):
         if not plugin.buffers:
@@ -131,7 +131,7 @@ def test_agem_never_opposes_its_reference_gradient_and_keeps_a_fraction_of_each_
         gradient = flat(p.grad for p in strategy.model.parameters())
         return torch.cosine_similarity(gradient, plugin.reference_gradients, dim=0).item()
 
-    found = at("after_backward", cosine, plugin)
+    found = at("after_backward", cosine, *before, plugin)
     assert min(found) > -1e-6
     assert [len(buffer) for buffer in plugin.buffers] == [8, 8]
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.experiments.compare import EXPERIENCES, STREAM
-from benchmarks.experiments.compare.figures import draw
-from benchmarks.experiments.compare.tuning import FIRST_SEED
+from benchmarks.experiments.compare.setting import EXPERIENCES, FIRST_SEED, STREAM
+from benchmarks.harness.matrices import accuracy_matrix, plot_matrices
+from benchmarks.harness.plots import Curves, Dots, plot_curves, plot_dots
+from benchmarks.harness.scatter import Points, plot_scatter
 from benchmarks.harness.significance import compared, holm
 from benchmarks.harness.tables import Cell, Column, table
-from benchmarks.methods import STRATEGIES
+from benchmarks.strategies import STRATEGIES
 
 if TYPE_CHECKING:
     from benchmarks.harness.results import Results
@@ -18,6 +19,10 @@ if TYPE_CHECKING:
 FISHER = "CurvatureEWC Fisher, accumulate"
 ACCURACY = "average_accuracy"
 FEW = 5
+SHOWN = (
+    "Naive", "Cumulative", "Replay", "DER++", "GEM", "EWC", "SI fixed", "LwF", "CurvatureEWC Fisher, accumulate",
+    "CurvatureEWC Fisher, merge", "CurvatureEWC Fisher, Kronecker, adaptive", "GPM",
+)  # in figures that have no room for all
 
 
 def report(results: Results, out: Path) -> str:
@@ -37,7 +42,7 @@ def report(results: Results, out: Path) -> str:
         _accuracies(results),
         _not_run(setting.get("scenario", "")),
         "## Fidelity and cost",
-        "κ is the mean absolute error of the quadratic picture on stored examples, averaged over the trajectory, with "
+        "κ is the mean absolute error of the quadratic model on stored examples, averaged over the trajectory, with "
         f"a measurement every {every} steps: for each experience kept at its own anchor (accumulate) or moved to the "
         "newest (refresh). CurvatureEWC keeps the diagonal where a row does not say otherwise. Training time is "
         "without metrics, whose time is beside it.",
@@ -164,3 +169,55 @@ def notes(results: Results) -> dict[str, str]:
         if said:
             notes[label] = " ".join(said)
     return notes
+
+
+def draw(results: Results, out: Path) -> str:
+    """Write the figures and return the Markdown that shows them."""
+    _curves(results, out / "compare.png")
+    _dots(results, out / "final.png")
+    _scatter(results, out / "fidelity.png")
+    figures = [
+        "![Average accuracy of seen tasks and error of the quadratic model](compare.png)",
+        "![Final accuracy, forgetting and cost](final.png)",
+        "![Accuracy against the error of the quadratic model](fidelity.png)",
+    ]
+    matrices = {label: accuracy_matrix(results, label) for label in SHOWN if label in results.labels}
+    sequential = {label: matrix for label, matrix in matrices.items() if matrix}
+    if sequential:
+        plot_matrices(out / "matrices.png", sequential)
+        figures.insert(2, "![Accuracy on experience j after experience t](matrices.png)")
+    return "\n\n".join(figures)
+
+
+def _curves(results: Results, path: Path) -> None:
+    shown = [label for label in SHOWN if label in results.labels]
+    accuracy, kappa, fresh = (
+        {label: results.curve(metric, label) for label in shown}
+        for metric in ("accuracy/seen", "fidelity/accumulate/kappa_abs", "fidelity/refresh/kappa_abs")
+    )
+    panels = [
+        Curves(accuracy, "accuracy on seen tasks", "Accuracy after each experience"),
+        Curves(kappa, "mean |κ|", "Error of the quadratic model kept at each experience's own anchor", log=True),
+        Curves(fresh, "mean |κ|", "Error of the quadratic model moved to the newest anchor", log=True),
+    ]
+    plot_curves(path, panels, xlabel="training iteration", labels=results.labels)
+
+
+def _dots(results: Results, path: Path) -> None:
+    panels = {"average_accuracy": "average accuracy", "forgetting": "forgetting", "seconds": "training time, s"}
+    dots = [
+        Dots({label: results.final(name, label) for label in results.labels}, text, log=name == "seconds")
+        for name, text in panels.items()
+    ]
+    plot_dots(path, dots, labels=results.labels)
+
+
+def _scatter(results: Results, path: Path) -> None:
+    titles = {"accumulate": "Kept at each anchor", "refresh": "Moved to the newest"}
+    panels = []
+    for model, title in titles.items():
+        metric = f"fidelity_trajectory/{model}/kappa_abs"
+        shown = [label for label in SHOWN if label in results.labels]
+        points = {label: (results.final(metric, label), results.final("average_accuracy", label)) for label in shown}
+        panels.append(Points(points, "mean |κ| over the trajectory", "average accuracy", title, log_x=True))
+    plot_scatter(path, panels, labels=results.labels)

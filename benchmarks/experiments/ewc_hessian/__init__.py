@@ -124,7 +124,7 @@ def setting_for(activation: str, options: Any) -> Setting:
     """Permuted MNIST; with `quick`, a few steps on two experiences of digits that need no download."""
     if options.quick:
         return Setting(activation, "permuted_digits", experiences=2, hidden=10, steps=5)
-    STREAMS["permuted_mnist"].check("permuted_mnist", options.dataset_root)
+    STREAMS["permuted_mnist"].check(options.dataset_root)
     return Setting(activation)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from avalanche_curv.streams import PermutedDigits
 from avalanche_curv.streams._benchmark import Examples, benchmark
-from benchmarks.mnist import CLASSES, PIXELS, mnist
+from benchmarks.data import CLASSES, PIXELS, mnist
 from benchmarks.training import Data
 
 

@@ -1,4 +1,4 @@
-"""The table and the figure of the way to 0.94."""
+"""The table and the figures of the path to 0.94."""
 
 from __future__ import annotations
 

@@ -7,7 +7,6 @@ from math import inf, log10
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.experiments.fisher_estimators import COMMON, EXACT, NAIVE
 from benchmarks.harness.plots import new_figure, saved, tidy
 from benchmarks.harness.styles import MUTED, styles
 from benchmarks.harness.summary import Summary
@@ -16,7 +15,9 @@ from benchmarks.harness.tables import Cell, Column, table
 if TYPE_CHECKING:
     from benchmarks.harness.results import Results
 
-TITLE = "# Five ways to compute the Fisher information"
+EXACT, NAIVE = "exact", "Naive"
+COMMON = 1e4  # a strength at which every estimator is tried
+TITLE = "# Five methods to compute the Fisher information"
 PART = 0.9
 EXPLANATION = """\
 After van de Ven, "On the computation of the Fisher information in continual learning" (2025). Online EWC: the newest
@@ -30,10 +31,10 @@ task; code that sums over the N ≈ 12,000 examples of a task instead has our λ
 
 *best λ* and *accuracy* are those of the best strength tried, chosen on the seeds shown: the table compares where
 estimators work, not which is best. *at 1e4* is the accuracy at one λ for all. *works from* is the λ at which the mean
-accuracy has come nine tenths of the way from Naive to the best of the table, interpolated on the logarithmic axis, and
-*λ ratio* its ratio to that of the exact Fisher. *trace* is that of the Fisher of the first task, and *trace ratio* the
-exact one's over it: a penalty as stiff needs that many times the strength. *seconds* is the time of the first estimate.
-Mean ± standard deviation over n seeds.
+accuracy has closed nine tenths of the gap from Naive to the best of the table, interpolated on the logarithmic axis,
+and *λ ratio* its ratio to that of the exact Fisher. *trace* is that of the Fisher of the first task, and *trace ratio*
+the exact one's over it: a penalty as stiff needs that many times the strength. *seconds* is the time of the first
+estimate. Mean ± standard deviation over n seeds.
 
 *Naive* is not quite the limit of weak strengths: a penalty, however weak, gives the heads of past tasks a gradient, so
 that Adam takes a few more steps with what is left of their momentum, which it does not without."""
@@ -59,7 +60,7 @@ Curve = dict[float, Summary]
 
 
 def curves(results: Results) -> dict[str, Curve]:
-    """That of each estimator, at the strengths that have finished."""
+    """By estimator: average accuracy by strength, of those that have finished."""
     found: dict[str, Curve] = {}
     for label in results.labels:
         config, accuracy = results.config(label), results.final("average_accuracy", label)
@@ -84,7 +85,7 @@ def works(curve: Curve, level: float) -> float | None:
 
 
 def level_of(results: Results, found: dict[str, Curve]) -> float:
-    """Nine tenths of the way from Naive to the best mean of all estimators; infinite without Naive."""
+    """Naive's mean, and nine tenths of the gap to the best of all estimators above it; infinite without Naive."""
     naive = results.final("average_accuracy", NAIVE)
     best = max((summary.mean for curve in found.values() for summary in curve.values()), default=inf)
     return naive.mean + PART * (best - naive.mean) if naive else inf

@@ -5,22 +5,24 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from avalanche.models import MultiHeadClassifier, MultiTaskModule
-from avalanche.training import Naive
-from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from avalanche_curv import CurvatureEWCPlugin, Fisher
 from avalanche_curv.core import Curvature, EmpiricalRisk, Merge, Past, Policy, Structure
 from avalanche_curv.core.risk.batches import random_part
-from benchmarks.experiments.fisher_estimators import Config
-from benchmarks.experiments.fisher_estimators.data import Stream, stream
-from benchmarks.experiments.projections.data import WholeBatches
+from avalanche_curv.streams._benchmark import benchmark
+from benchmarks.data import ALL, CLASSES, DEVIATION, MEAN, Images, read
 from benchmarks.harness.experiment import Context, Record
-from benchmarks.training import Steps, TimedEvaluation, Trainer, mean, summary
+from benchmarks.networks import many_heads, mlp
+from benchmarks.streams.whole_batches import Examples, TensorStream, accuracy_records, plain_trainer
+from benchmarks.training import Trainer, summary
+
+if TYPE_CHECKING:
+    from benchmarks.experiments.fisher_estimators.experiment import Config, Setting
 
 
 def run(config: Config, seed: int, context: Context) -> Iterator[Record]:
@@ -32,14 +34,28 @@ def run(config: Config, seed: int, context: Context) -> Iterator[Record]:
     rows: list[list[float]] = []
     for learned, experience in enumerate(found.benchmark.train_stream, start=1):
         trainer.train(experience)
-        rows.append(accuracies(trainer.strategy.model, found, learned))
-        yield {"metric": "accuracy/seen", "value": mean(rows[-1]), "step": learned}
-        yield from (
-            {"metric": f"accuracy/experience_{task}", "value": value, "step": learned}
-            for task, value in enumerate(rows[-1])
-        )
+        rows.append(accuracies(trainer, found, learned))
+        yield from accuracy_records(rows[-1], learned)
     scalars = summary(rows) | {"seconds": trainer.seconds} | watched.scalars()
     yield from ({"metric": name, "value": value} for name, value in scalars.items())
+
+
+def stream(setting: Setting, seed: int, dataset_root: Path | None) -> TensorStream:
+    """Every training and test image of two digits in each task, as its classes 0 and 1, the digits in an order drawn by
+    `seed`; normalised as Avalanche normalises MNIST."""
+    order = torch.randperm(CLASSES, generator=torch.Generator().manual_seed(seed))
+    digits = order.split(2)[: setting.tasks]
+    parts, tests = (
+        tuple(_pair(images, pair, task) for task, pair in enumerate(digits))
+        for images in read(setting.images, ALL, 0, dataset_root)
+    )
+    return TensorStream(benchmark(list(zip(parts, tests)), list(range(setting.tasks)), 2), parts, tests)
+
+
+def _pair(images: Images, digits: Tensor, task: int) -> Examples:
+    chosen = torch.isin(images.targets, digits).nonzero().squeeze(1)
+    pixels = images.scaled(chosen).flatten(1).sub_(MEAN).div_(DEVIATION)
+    return Examples(pixels, (images.targets[chosen] == digits[1]).long(), task=task)
 
 
 class Watched(Policy):
@@ -67,22 +83,13 @@ class Watched(Policy):
         return {"trace": self.traces[0], "estimate_seconds": self.seconds[0]} if self.traces else {}
 
 
-def build(config: Config, found: Stream, policy: Watched) -> Trainer:
-    """Adam, and nothing measured while it trains."""
-    setting, evaluation = config.setting, TimedEvaluation(loggers=[])
-    model = Network(found.parts[0].inputs.shape[1], setting.hidden)
-    parts: Any = found.parts
-    strategy = Naive(
-        model=model,
-        optimizer=torch.optim.Adam(model.parameters(), lr=setting.rate, fused=True),
-        criterion=nn.CrossEntropyLoss(),
-        train_mb_size=setting.batch,
-        train_epochs=setting.steps,  # at least one step each: `Steps` ends the experience
-        plugins=[WholeBatches(parts), *penalties(config, policy), Steps(setting.steps)],
-        evaluator=evaluation,
-    )
-    strategy.plugins.remove(evaluation)  # without metrics it would still be asked 24 times a step
-    return Trainer(strategy, evaluation)
+def build(config: Config, found: TensorStream, policy: Watched) -> Trainer:
+    """Adam, on a network with two hidden layers and a head of two outputs for each task."""
+    setting = config.setting
+    body = mlp(found.parts[0].inputs.shape[1], setting.hidden, setting.hidden).append(torch.nn.ReLU())
+    model = many_heads(body, setting.hidden, 2)
+    optimizer = torch.optim.Adam(model.parameters(), lr=setting.rate, fused=True)
+    return plain_trainer(found, model, optimizer, penalties(config, policy), batch=setting.batch, steps=setting.steps)
 
 
 def penalties(config: Config, policy: Watched) -> list[CurvatureEWCPlugin]:
@@ -94,25 +101,13 @@ def penalties(config: Config, policy: Watched) -> list[CurvatureEWCPlugin]:
 
 
 def drawn_by(curvature: Curvature, seed: int) -> Curvature:
-    """The same estimator; its sampled labels, if any, are drawn by the seed of the run."""
+    """The estimator, whose sampled labels, if any, are drawn by the seed of the run."""
     return replace(curvature, seed=seed) if isinstance(curvature, Fisher) and curvature.samples else curvature
 
 
-class Network(MultiTaskModule):
-    """Two hidden layers, drawn from torch's current random state, and a head of two outputs for each task."""
-
-    def __init__(self, inputs: int, hidden: int) -> None:
-        super().__init__()
-        self.trunk = nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU())
-        self.heads = MultiHeadClassifier(hidden, 2, masking=False)
-
-    def forward(self, x: Float[Tensor, "N d"], task_labels: Int[Tensor, "N"] | int) -> Float[Tensor, "N 2"]:
-        return self.heads(self.trunk(x), task_labels)
-
-
-def accuracies(model: nn.Module, found: Stream, learned: int) -> list[float]:
+def accuracies(trainer: Trainer, found: TensorStream, learned: int) -> list[float]:
     """On the test images of each task learned so far, by the head of the task."""
-    model.eval()
+    model = trainer.strategy.model.eval()
     with torch.no_grad():
         return [
             (model(test.inputs, test.task).argmax(1) == test.targets).float().mean().item()

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from benchmarks.harness.results import Results
 
-KINDS = {"step": "StepProjection()", "gradient": "GradientProjection()", "sequential": "SequentialProjection()"}
+KINDS = ("StepProjection", "GradientProjection", "SequentialProjection")
 FIRST_TRIALS = {"momentum, stale": "4e-02", "SGD, weight decay": "2e-02", "Adam": "0.3 to 0.4"}
 TITLES = {"first": "into the first task's subspace", "union": "into the union of all"}
 RANDOM = """## Random steps, subspaces at prescribed angles
@@ -37,8 +37,8 @@ adds to a gradient or bends it. A buffer is *stale* when it was filled before th
 at each task's start. Avalanche keeps one optimiser across experiences, and its state with it for parameters that stay
 the same objects, as here (those that grow lose it), so stale is what happens by default; Adam, AdamW and RMSprop are
 stale but for *Adam, fresh*. Entries are clipped after the gradient is projected; norms as well."""
-SINGLE = """The same of single steps, √(Σ‖U Δ‖² / Σ‖Δ‖²) over the task. `StepProjection()` corrects the drift since the
-task's start, whose rounding is larger beside one step than beside the drift itself."""
+SINGLE = """What leaks of single steps, √(Σ‖U Δ‖² / Σ‖Δ‖²) over the task. `StepProjection()` corrects the drift since
+the task's start, whose rounding is larger beside one step than beside the drift itself."""
 
 
 def report(results: Results, out: Path) -> str:
@@ -95,39 +95,45 @@ def _agreement(results: Results, labels: list[str]) -> str:
     errors = []
     for label in labels:
         for where in TITLES:
-            measured, exact = (dict(results.curve(f"{way}/{where}", label)) for way in ("sequential", "expected"))
+            measured, exact = (dict(results.curve(f"{of}/{where}", label)) for of in ("sequential", "expected"))
             errors += [abs(found.mean / exact[t].mean - 1) for t, found in measured.items() if exact[t].mean > 1e-4]
     most = max(row["value"] for label in labels for row in results.select("global/union", label))
     far = f"{max(errors):.1%}" if errors else "nothing"
     return f"Seen: the closed form holds to {far} in every cell; from one basis leaks {most:.0e} at most."
 
 
+def _by_choice(results: Results, labels: list[str]) -> dict[str, dict[str, str]]:
+    """The labels, by the name of the optimiser and the class of the projection."""
+    found: dict[str, dict[str, str]] = {}
+    for label in labels:
+        config = results.config(label)
+        if config:
+            found.setdefault(config["name"], {})[config["projection"]["class"]] = label
+    return found
+
+
 def _seen(results: Results, labels: list[str]) -> str:
     """The range of each projection over the optimisers."""
-    parts = []
-    for kind, title in KINDS.items():
-        found = [results.final("drift", label) for label in labels if label.endswith(f", {kind}")]
+    parts, choices = [], _by_choice(results, labels).values()
+    for kind in KINDS:
+        found = [results.final("drift", label_of[kind]) for label_of in choices if kind in label_of]
         means = [value.mean for value in found if value]
         if means:
-            parts.append(f"{title} leaks {min(means):.0e} to {max(means):.0e}")
+            parts.append(f"{kind}() leaks {min(means):.0e} to {max(means):.0e}")
     return f"Seen, over the optimisers: {', '.join(parts)} of the drift."
 
 
 def _trained_table(results: Results, labels: list[str], metric: str = "drift") -> str:
     rows: list[list[Cell]] = []
-    for name in _optimisers(labels):
-        found = [results.final(metric, f"{name}, {kind}") for kind in KINDS]
+    for name, label_of in _by_choice(results, labels).items():
+        found = [results.final(metric, label_of[kind]) if kind in label_of else None for kind in KINDS]
         count = max((cell.n for cell in found if cell), default=0)
         trial = [FIRST_TRIALS.get(name)] if metric == "drift" else []
         rows.append([name, *(small(cell) for cell in found), *trial, count])
-    columns = [Column("optimiser"), *(Column(title) for title in KINDS.values())]
+    columns = [Column("optimiser"), *(Column(f"{kind}()") for kind in KINDS)]
     if metric == "drift":
         columns.append(Column("GradientProjection() in first trials"))
     return table([*columns, Column("n")], rows)
-
-
-def _optimisers(labels: list[str]) -> list[str]:
-    return list(dict.fromkeys(label.rpartition(", ")[0] for label in labels))
 
 
 def _tasks(results: Results, labels: list[str]) -> list[int]:
@@ -167,14 +173,15 @@ def _draw_angles(axes: Axes, results: Results, labels: list[str], where: str, co
 
 
 def _optimisers_figure(results: Results, labels: list[str], out: Path) -> None:
-    names = _optimisers(labels)
+    names = _by_choice(results, labels)
     figure = new_figure(7.6, 1.5 + 0.32 * len(names))
     axes = figure.subplots()
-    for place, (kind, title) in enumerate(KINDS.items()):
-        found = ((row, results.final("drift", f"{name}, {kind}")) for row, name in enumerate(names))
-        points = [(value.mean, row) for row, value in found if value]
+    for place, kind in enumerate(KINDS):
+        labels_of = ((row, label_of[kind]) for row, label_of in enumerate(names.values()) if kind in label_of)
+        points = [(value.mean, row) for row, label in labels_of if (value := results.final("drift", label))]
+        title = f"{kind}()"
         axes.plot(*zip(*points), color=COLOURS[place], marker=MARKERS[place], linestyle="", markersize=7, label=title)
-    axes.set_yticks(range(len(names)), names)
+    axes.set_yticks(range(len(names)), list(names))
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_xscale("log")
     axes.set_xlabel("leaked part of the drift in the third task")

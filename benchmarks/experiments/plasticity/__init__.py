@@ -8,17 +8,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.data import SOURCES, check, has
 from benchmarks.experiments.plasticity.networks import Mlp
 from benchmarks.experiments.plasticity.presets import (
     CHANGES,
     NETWORKS,
     PRESETS,
     RANDOM,
-    SOURCES,
     Preset,
     Setting,
-    check,
-    has,
 )
 from benchmarks.harness import Experiment, Options, UsageError, one_of, positive
 from benchmarks.harness.errors import selected

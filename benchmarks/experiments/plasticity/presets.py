@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from benchmarks.experiments.plasticity.networks import Mlp, Network, ResNet18, VitTiny
-from benchmarks.harness import UsageError
-from benchmarks.streams.sources import SOURCES
 
 RANDOM, PIXELS, FLIP, GROWING = CHANGES = ("random_labels", "pixel_permutation", "label_flip", "class_incremental")
 MLP, RESNET = Mlp(), ResNet18()
@@ -66,20 +63,3 @@ class Setting:
     def steps(self, images: int) -> int:
         """Steps in a task of so many images."""
         return self.epochs * -(-images // self.batch)
-
-
-def has(images: str, dataset_root: Path | None) -> bool:
-    """Whether the files of a data set are there."""
-    source = SOURCES[images]
-    return not source.files if dataset_root is None else not source.missing(dataset_root)
-
-
-def check(images: str, dataset_root: Path | None) -> None:
-    """Raises UsageError where a file of a data set is not there, or empty."""
-    source = SOURCES[images]
-    if dataset_root is not None:
-        source.check(dataset_root)
-    elif source.files:
-        raise UsageError(
-            f"{images} is read from files: give --dataset-root DIR, with {source.what} in DIR/{source.place}."
-        )

@@ -22,10 +22,10 @@ from avalanche_curv.plasticity.measures import (
     weight_spectra,
 )
 from avalanche_curv.plasticity.mitigators.base import Mitigator
+from benchmarks.data import SOURCES
 from benchmarks.experiments.plasticity import Config
 from benchmarks.experiments.plasticity.comparisons import ACCURACY, TEST_ACCURACY
 from benchmarks.experiments.plasticity.data import Task, Tasks
-from benchmarks.experiments.plasticity.presets import SOURCES
 from benchmarks.harness.experiment import Context, Record
 
 PROBE = 64

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.experiments.projections import Setting
 from benchmarks.harness.plots import Curves, plot_curves
 from benchmarks.harness.summary import Summary
 from benchmarks.harness.tables import Column, table
@@ -14,7 +13,13 @@ if TYPE_CHECKING:
     from benchmarks.harness.results import Results
 
 TITLE = "# Orthogonal projections on permuted MNIST"
-PUBLISHED = {"GPM": "93.91 ± 0.16", "OGD": "82.56", "Avalanche's EWC": "89.97", "multitask": "96.70"}
+PAPERS = {"images": "mnist", "tasks": 10, "examples": 60_000, "epochs": 5, "momentum": 0.0}  # of its setting
+PUBLISHED = {  # by method, and by what it projects out, the curvature or else the protection
+    ("AvalancheEWC", None): "89.97",
+    ("Multitask", None): "96.70",
+    ("Projected", "InputSpace"): "93.91 ± 0.16",
+    ("Projected", "OutputGradient"): "82.56",
+}
 EXPLANATION = """\
 *GPM* keeps the span of each layer's inputs, with the thresholds 0.95 for the first layer and 0.99 for the others, of
 300 examples of each task; *eigenspace* the top eigenvectors of the Fisher, so many a task, in one basis or by layers;
@@ -62,20 +67,19 @@ def _table(results: Results) -> str:
         accuracy = results.final("average_accuracy", label)
         values = [results.final(name, label) for name in ("backward_transfer", "learned", "used", "energy")]
         rows.append([
-            label, accuracy, _published(label, results), *values,
+            label, accuracy, _published(results.config(label)), *values,
             _scaled(results.final("basis_bytes", label), 2**20), _leak(results.final("leakage", label)),
             _scaled(results.final("seconds", label), 60), accuracy.n if accuracy else 0,
         ])
     return table(columns, rows)
 
 
-def _published(label: str, results: Results) -> str:
-    """Of the row, or of the rows of any rank; nothing beside a setting that is not the paper's."""
-    setting, paper = results.config(label).get("setting", {}), Setting()
-    if any(setting.get(name) != getattr(paper, name) for name in ("images", "tasks", "examples", "epochs")):
+def _published(config: dict[str, Any]) -> str:
+    """The accuracy of the method in the paper, for any rank; nothing beside a setting that is not the paper's."""
+    if not config or any(config["setting"][name] != value for name, value in PAPERS.items()):
         return ""
-    name, _, rest = label.partition(", ")
-    return PUBLISHED.get(name, "") if not rest or rest.isdigit() else ""
+    protect = config["method"].get("protect", {})
+    return PUBLISHED.get((config["method"]["class"], protect.get("curvature", protect).get("class")), "")
 
 
 def _strengths(results: Results) -> str:

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from avalanche.training.plugins import SupervisedPlugin
 from torch import nn
 
 from avalanche_curv import OrthogonalProjectionPlugin
-from benchmarks.experiments.projections import Config, Setting
-from benchmarks.experiments.projections.data import Stream, WholeBatches, stream
-from benchmarks.experiments.projections.methods import Multitask
+from benchmarks.data import CLASSES, DEVIATION, MEAN, read
 from benchmarks.harness.experiment import Context, Record
-from benchmarks.mnist import CLASSES
-from benchmarks.training import TimedEvaluation, Trainer, mean, summary
+from benchmarks.networks import mlp
+from benchmarks.streams.whole_batches import TensorStream, permuted, plain_trainer
+from benchmarks.training import Trainer, mean, summary
+
+if TYPE_CHECKING:
+    from benchmarks.experiments.projections.experiment import Config, Setting
 
 
 def run(config: Config, seed: int, context: Context) -> Iterator[Record]:
     """Learn one task after another; the number of tasks learned is the step of a record."""
-    setting = config.setting
-    found = stream(setting, seed, context.dataset_root, at_once=isinstance(config.method, Multitask))
+    setting, joint = config.setting, config.method.joint
+    found = stream(setting, seed, context.dataset_root, at_once=joint)
     torch.manual_seed(seed)  # every method starts from the same weights and sees the same batches
     trainer, guard = build(config, found)
     rows: list[list[float]] = []
@@ -28,7 +32,7 @@ def run(config: Config, seed: int, context: Context) -> Iterator[Record]:
         guard.remember()
         trainer.train(experience)
         rows.append(trainer.accuracies(test.all() for test in found.tests))
-        learned = setting.tasks if isinstance(config.method, Multitask) else len(rows)
+        learned = setting.tasks if joint else len(rows)
         scalars = {"accuracy_seen": mean(rows[-1][:learned])} | guard.scalars()
         yield from ({"metric": name, "value": value, "step": learned} for name, value in scalars.items())
         for task, value in enumerate(rows[-1]):
@@ -36,30 +40,27 @@ def run(config: Config, seed: int, context: Context) -> Iterator[Record]:
     yield from _at_the_end(rows, trainer)
 
 
-def build(config: Config, found: Stream) -> tuple[Trainer, Guard]:
+def stream(setting: Setting, seed: int, dataset_root: Path | None, *, at_once: bool) -> TensorStream:
+    """Permutations of the images, normalised as Avalanche normalises MNIST."""
+    images = read(setting.images, setting.examples, 0, dataset_root)
+    train, test = ((part.vectors(MEAN, DEVIATION), part.targets) for part in images)
+    return permuted(train, test, setting.tasks, seed, at_once=at_once)
+
+
+def build(config: Config, found: TensorStream) -> tuple[Trainer, Guard]:
     """Plain SGD and nothing measured while it trains."""
-    setting, evaluation = config.setting, TimedEvaluation(loggers=[])
-    model = network(found.parts[0].pixels.shape[1], setting)
-    plugins = config.method.plugins(sum(map(len, found.parts)))
-    strategy = config.method.strategy(
-        model=model,
-        optimizer=torch.optim.SGD(model.parameters(), lr=setting.rate, momentum=setting.momentum),
-        criterion=nn.CrossEntropyLoss(),
-        train_mb_size=setting.batch,
-        train_epochs=setting.epochs,
-        plugins=[WholeBatches(found.parts), *plugins],
-        evaluator=evaluation,
+    setting, plugins = config.setting, config.method.plugins(sum(map(len, found.parts)))
+    model = network(found.parts[0].inputs.shape[1], setting)
+    optimizer = torch.optim.SGD(model.parameters(), lr=setting.rate, momentum=setting.momentum)
+    trainer = plain_trainer(
+        found, model, optimizer, plugins, batch=setting.batch, epochs=setting.epochs, kind=config.method.strategy
     )
-    strategy.plugins.remove(evaluation)  # without metrics it would still be asked 24 times a step, a tenth of its time
-    return Trainer(strategy, evaluation), Guard(plugins, model)
+    return trainer, Guard(plugins, model)
 
 
 def network(inputs: int, setting: Setting) -> nn.Sequential:
     """Two hidden layers without biases, drawn from torch's current random state."""
-    h = setting.hidden
-    sizes = ((inputs, h), (h, h), (h, CLASSES))
-    first, second, last = (nn.Linear(i, o, bias=False) for i, o in sizes)
-    return nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), last)
+    return mlp(inputs, setting.hidden, setting.hidden, CLASSES, bias=False)
 
 
 class Guard:

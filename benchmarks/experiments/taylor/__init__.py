@@ -95,7 +95,7 @@ def paths(dataset_root: pathlib.Path | None) -> list[Path]:
         "digits, tanh": Digits("Tanh", hidden=16),
     }
     if dataset_root is not None:
-        STREAMS["permuted_mnist"].check("permuted_mnist", dataset_root)
+        STREAMS["permuted_mnist"].check(dataset_root)
         problems |= {"MNIST, ReLU": MNIST("ReLU", hidden=100), "MNIST, tanh": MNIST("Tanh", hidden=100)}
     for label, problem in problems.items():
         found.append(Path(label, problem, steps=3000, rate=0.1))

@@ -12,8 +12,8 @@ from torch import nn
 from avalanche_curv import CurvatureEWCPlugin, PermutedDigits, SineBoundary, SplitDigits, penalty_metrics
 from benchmarks.experiments.trust_region import Config, Setting
 from benchmarks.harness.experiment import Context, Record
-from benchmarks.mnist import split_mnist
 from benchmarks.storage import stored_bytes
+from benchmarks.streams.makers import mnist_pairs
 from benchmarks.training import CosinePerExperience, TimedEvaluation, Trainer, learner, summary, test_sets
 
 NETWORKS = {  # inputs, hidden, outputs
@@ -47,7 +47,7 @@ def stream(setting: Setting, seed: int, dataset_root: Path | None) -> Any:
     """The benchmark of a setting."""
     count = setting.experiences
     if setting.mnist:
-        return split_mnist(count, seed, dataset_root, domain=setting.stream.endswith("domain"))
+        return mnist_pairs(count, seed, dataset_root, domain=setting.stream.endswith("domain"))
     if setting.stream == "sine":
         return SineBoundary(count, seed=seed)
     if setting.stream == "permuted_digits":

@@ -1,0 +1,140 @@
+"""The strategies by the name that users type: the strengths that tuning tries, and what is wrong upstream.
+
+`benchmarks.methods.methods` builds them. Importing this imports neither torch nor Avalanche, so that reports can.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from benchmarks.harness.errors import UsageError, unknown
+from benchmarks.streams import SCENARIOS, TASK
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """What is known of a strategy. Faults are those of Avalanche 0.6.0; tests show each."""
+
+    grid: tuple[float, ...] = ()
+    """The strengths to tune over; empty where there is nothing to tune."""
+    fault: str = ""
+    """What is wrong with it upstream, for a note beside its row."""
+    unfit: Mapping[str, str] = field(default_factory=dict)
+    """Scenario ↦ why it does not run there."""
+
+    @property
+    def scenarios(self) -> tuple[str, ...]:
+        """Those it runs in."""
+        return tuple(scenario for scenario in SCENARIOS if scenario not in self.unfit)
+
+
+def decades(first: int, last: int) -> tuple[float, ...]:
+    """Powers of ten.
+
+    >>> decades(-1, 1)
+    (0.1, 1.0, 10.0)
+    """
+    return tuple(float(f"1e{power}") for power in range(first, last + 1))
+
+
+SQUARED_MEANS = decades(0, 6)  # importances from gradients of mini-batch means are small
+MARGINS = (0.0, 0.1, 0.5, 1.0, 2.0, 5.0)  # GEM's γ (Lopez-Paz & Ranzato 2017 use 0.5)
+REPLAY_WEIGHTS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+
+REPLAY = "From the second experience on a step sees twice the batch: that of the memory on top of the new one."
+DER = Strategy(
+    REPLAY_WEIGHTS, f"{REPLAY} Replays nothing, without a word, while its memory is smaller than the batch.",
+    {TASK: "Avalanche 0.6 computes the logits that it stores without the task labels that heads need (TypeError)."},
+)
+EWC = Strategy(
+    SQUARED_MEANS,
+    "Avalanche 0.6 squares gradients of mini-batch means, which is not the Fisher, and its penalty has no ½: its λ has "
+    "a scale of its own.",
+)
+AVALANCHES = {
+    "Naive": Strategy(),
+    "Cumulative": Strategy(),
+    "JointTraining": Strategy(),
+    "Replay": Strategy(fault=REPLAY),
+    "GDumb": Strategy(
+        fault="Draws its memory before the first step: from there on its batches are not those of the other rows."
+    ),
+    "DER": DER,
+    "DER++": DER,
+    "iCaRL": Strategy(
+        fault="Avalanche 0.6 averages a class over its images and their mirror images, which for digits are no such "
+        "class; classes not seen yet have the mean 0. With BatchNorm its teacher stays in train mode.",
+        unfit={
+            "task": "It has one classifier for all classes and no use for task labels.",
+            "domain": "Its loss and its memory need each class in one experience only.",
+        },
+    ),
+    "GEM": Strategy(MARGINS),
+    "AGEM": Strategy(),
+    "EWC": EWC,
+    "EWC online": EWC,
+    "SI": Strategy(
+        fault="Its stored weights alias the live ones on a CPU (Avalanche 0.6), so its penalty is zero: equal to "
+        "Naive, but for the momentum with which zero gradients let the heads of past tasks drift."
+    ),
+    "SI fixed": Strategy(
+        decades(0, 5), "Ours, from the paper (Zenke et al. 2017), because Avalanche's has no effect on a CPU."
+    ),
+    "MAS": Strategy(
+        decades(-2, 4),
+        "Avalanche 0.6 computes its importance in train mode (which matters with dropout or BatchNorm), from gradients "
+        "of mini-batch means, and averages over experiences with weight ½ where the paper adds. It raised at a loss of "
+        "exactly zero; here it does not.",
+    ),
+    "RWalk": Strategy(
+        decades(-2, 4),
+        "Avalanche 0.6 trains the model in eval mode: no dropout, and BatchNorm never learns its statistics. It fails "
+        "on new heads and is NaN after experiences of fewer than 10 steps; both are mended here.",
+    ),
+    "LwF": Strategy(
+        decades(-2, 2),
+        "Avalanche 0.6 keeps the teacher in train mode: with dropout or BatchNorm its targets are noise in part.",
+    ),
+}
+SLOW_HESSIAN = (
+    "Its exact diagonal takes a pass for each parameter of a network with several heads, and equals the Fisher's on "
+    "one of linear layers and ReLU."
+)
+EQUAL_TO_FISHER = ("Hessian", "GGN")  # their diagonals, on a ReLU network with cross-entropy: one policy stands for all
+BATCHED = "batched emp. Fisher"
+POLICIES = ("accumulate", "merge", "refresh")
+DIAGONAL = {
+    f"CurvatureEWC {kind}, {policy}": (kind, policy)
+    for kind in (*EQUAL_TO_FISHER, "Fisher", "Fisher MC", "empirical Fisher", BATCHED)
+    for policy in POLICIES
+    if kind not in EQUAL_TO_FISHER or policy == "accumulate"
+}
+"""Name ↦ (curvature, policy) of CurvatureEWC with the diagonal."""
+OURS = {
+    name: Strategy(
+        SQUARED_MEANS if kind == BATCHED else decades(-1, 5), unfit={TASK: SLOW_HESSIAN} if kind == "Hessian" else {}
+    )
+    for name, (kind, _) in DIAGONAL.items()
+} | {
+    "CurvatureEWC Fisher, adaptive": Strategy(),
+    "CurvatureEWC Fisher, Kronecker, adaptive": Strategy(),
+    "GPM": Strategy(),
+    "OrthogonalProjection Fisher": Strategy(),
+    "SpectralReg": Strategy(decades(-5, -1)),
+}
+STRATEGIES = AVALANCHES | OURS
+
+
+def chosen(scenario: str, names: Sequence[str] | None) -> list[str]:
+    """The names, or all that run in the scenario. Raises UsageError for a name that is unknown, with the nearest known
+    one, and for one that does not run in the scenario."""
+    if names is None:
+        return [name for name, strategy in STRATEGIES.items() if scenario in strategy.scenarios]
+    for name in names:
+        if name not in STRATEGIES:
+            raise UsageError(unknown("strategy", name, STRATEGIES))
+        reason = STRATEGIES[name].unfit.get(scenario)
+        if reason:
+            raise UsageError(f"strategy '{name}' does not run {scenario}-incrementally: {reason}")
+    return list(names)
