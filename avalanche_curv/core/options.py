@@ -1,4 +1,4 @@
-"""What options accept, and how they are written."""
+"""Checks of the values of options, and their short form in text."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def check_count(name: str, value: object) -> None:
 
 
 def check_kind(name: str, value: object, kind: type, example: str) -> None:
-    """Raises TypeError unless `value` is one of a kind of options.
+    """Raises TypeError unless `value` is an instance of `kind`; the message names the option and shows an `example`.
 
     >>> from avalanche_curv import Step, Projection
     >>> check_kind("projection", Step, Projection, "StepProjection()")
