@@ -40,7 +40,7 @@ class JSONLLogger(BaseLogger):
         self._file = self._open()
 
     def log_single_metric(self, name: str, value: Any, x_plot: int) -> None:
-        """Record one value, if it is a scalar."""
+        """Appends `value` under `name` at step `x_plot`, if it is a scalar; skips it otherwise."""
         number = _scalar(value)
         if number is not None:
             finite = number if math.isfinite(number) else None

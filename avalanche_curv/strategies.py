@@ -35,10 +35,13 @@ class _WithPlugin(SupervisedTemplate):
 
 
 class CurvatureEWC(_WithPlugin):
-    """Naive training plus strength times a quadratic model of past loss; see `CurvatureEWCPlugin` for the options.
+    """Trains on task loss + strength · q(θ), with q a quadratic model of the loss on past experiences.
 
-    The other arguments are those of Avalanche's strategies: `criterion` (cross-entropy), `train_mb_size`,
-    `train_epochs`, `device`, `plugins`, `evaluator` and so on. The plugin is the attribute `ewc`.
+    `strength` is λ; `curvature` and `structure` say which matrix q has and how it is stored, `policy` how the models of
+    past experiences are combined, `guard` what happens where the penalty alone would diverge (`CurvatureEWCPlugin`).
+    `training` are the arguments of Avalanche's strategies: `criterion` (cross-entropy), `train_mb_size`,
+    `train_epochs`, `device`, `plugins`, `evaluator` and so on. The plugin is the attribute `ewc`, and raises
+    its errors.
     """
 
     def __init__(
@@ -60,11 +63,12 @@ class CurvatureEWC(_WithPlugin):
 
 
 class OrthogonalProjection(_WithPlugin):
-    """Naive training whose steps stay out of what past experiences need; see `OrthogonalProjectionPlugin` for the
-    options, of which the plugin takes more.
+    """Trains with steps that are projected out of the directions that past experiences need.
 
-    The other arguments are those of Avalanche's strategies, as for `CurvatureEWC`. The plugin is the attribute
-    `projection`.
+    `protect` says which directions these are, `projection` how a step is projected, `max_rank` bounds the number of
+    directions kept (None: no bound). `OrthogonalProjectionPlugin` takes further options. `training` are the arguments
+    of Avalanche's strategies: `criterion` (cross-entropy), `train_mb_size`, `plugins` and so on. The plugin is the
+    attribute `projection`. Raises as the plugin does.
     """
 
     def __init__(
@@ -82,10 +86,11 @@ class OrthogonalProjection(_WithPlugin):
 
 
 class SpectralReg(_WithPlugin):
-    """Naive training plus strength times the spectral penalty; see `SpectralRegularizer` for the options.
+    """Trains on task loss + strength times the spectral penalty, which pulls the spectral norm of weights to 1.
 
-    The other arguments are those of Avalanche's strategies, as for `CurvatureEWC`. The plugin is the attribute
-    `spectral`.
+    `exponent`, `every`, `include`, `exclude` and `seed` are those of `SpectralRegularizer`. `training` are the
+    arguments of Avalanche's strategies: `criterion` (cross-entropy), `train_mb_size`, `plugins` and so on. The plugin
+    is the attribute `spectral`. Raises as the plugin does.
     """
 
     def __init__(

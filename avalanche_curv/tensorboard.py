@@ -62,7 +62,7 @@ CHARTS: dict[str, dict[str, str]] = {
     },
     "Plasticity": {
         "Training accuracy at the end of each task": "plasticity_experience/accuracy",
-        "The same, trained from scratch": "plasticity_experience/accuracy_from_scratch",
+        "Training accuracy at the end of each task, from scratch": "plasticity_experience/accuracy_from_scratch",
         "Loss of plasticity: from scratch − continual": "plasticity_experience/loss_of_plasticity",
         "Change of the representation, task start to task start": "plasticity_experience/representation_change",
         "Effective gradient diversity": "plasticity/gradient_effective_rank",

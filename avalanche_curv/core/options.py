@@ -1,4 +1,4 @@
-"""What options accept, and how they are written."""
+"""Checks of the values of options, and their short form in text."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def check_count(name: str, value: object) -> None:
 
 
 def check_kind(name: str, value: object, kind: type, example: str) -> None:
-    """Raises TypeError unless `value` is one of a kind of options.
+    """Raises TypeError unless `value` is an instance of `kind`; the message names the option and shows an `example`.
 
-    >>> from avalanche_curv import Step, Projection
-    >>> check_kind("projection", Step, Projection, "StepProjection()")
+    >>> from avalanche_curv import Projection, StepProjection
+    >>> check_kind("projection", StepProjection, Projection, "StepProjection()")
     Traceback (most recent call last):
-    TypeError: projection must be a Projection; got <class 'avalanche_curv.core.projection.projections.Step'>. \
-Call it: StepProjection().
+    TypeError: projection must be a Projection; got \
+<class 'avalanche_curv.core.projection.projections.StepProjection'>. Call it: StepProjection().
     """
     if not isinstance(value, kind):
         hint = f"Give a value such as {example}."

@@ -1,4 +1,4 @@
-"""The one place that reads a strategy: from an Avalanche experience to an empirical risk, leaving no trace."""
+"""What plugins and metrics read of an Avalanche strategy; no other module reads a strategy's internals."""
 
 from __future__ import annotations
 
@@ -72,10 +72,11 @@ class _OneTask(nn.Module):
 
 
 class TaskEnds:
-    """Tells at the end of an experience, asked once each time, whether it ends a task.
+    """Decides whether an experience ends a task; `here(strategy)` is to be called once at the end of each.
 
-    A sub-experience of an online stream that tells its boundaries does so if it is the last one. They are counted, for
-    Avalanche does not mark the last one where sub-experiences of equal size make up the task.
+    Every experience ends a task, except in an online stream with known task boundaries, where the last sub-experience
+    of a task does. Sub-experiences are counted, because Avalanche does not mark the last one where they are of equal
+    size.
     """
 
     def __init__(self) -> None:
@@ -96,12 +97,12 @@ def tells_tasks(strategy: Any) -> bool:
 
 
 def check_criterion(strategy: Any, curvature: Curvature) -> None:
-    """Raises TypeError for a criterion without a per-example form, ValueError for one that the curvature is not of."""
+    """Raises TypeError for a criterion without a per-example form, ValueError for one that `curvature` does not fit."""
     curvature.check_loss(loss_of(strategy))
 
 
 def loss_of(strategy: Any) -> ExampleLoss:
-    """The criterion by examples. Raises TypeError where no such form is known."""
+    """The strategy's criterion as a loss of single examples. Raises TypeError where no such form is known."""
     return example_loss(strategy._criterion)
 
 
@@ -145,7 +146,8 @@ def current_risk(strategy: Any, batch_size: int, indices: Sequence[int] | None =
 
 
 def place_in_stream(experience: Any, default: int) -> int:
-    """The number of an experience in the stream it comes from, also where training starts later or leaves some out."""
+    """The number of an experience in the stream it comes from, also where training starts later or leaves some out;
+    `default` where the experience has none."""
     own = getattr(experience, "origin_experience", experience)
     place = getattr(own, "current_experience", None)
     return default if place is None else place
@@ -169,7 +171,7 @@ def loader(dataset: Any, batch_size: int) -> DataLoader:
 
 @contextmanager
 def untouched_randomness() -> Iterator[None]:
-    """Leaves the random states of torch, numpy and Python as found, whatever a data set's transforms draw."""
+    """Restores the random states of torch, numpy and Python afterwards, whatever a data set's transforms draw."""
     states = random.getstate(), np.random.get_state()  # noqa: NPY002  the legacy state is the one transforms use
     with torch.random.fork_rng(devices=[]):
         try:
@@ -193,7 +195,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def correct(strategy: Any, batch: tuple[Tensor, ...]) -> tuple[int, int]:
-    """How many examples of a batch (inputs, targets, task labels) the current model classifies rightly, of how many."""
+    """Returns (n, N): of the N examples of a batch (inputs, targets, task labels), the model classifies n correctly."""
     inputs, targets, tasks = (part.to(strategy.device) for part in batch)
     with evaluating(strategy.model):
         outputs = avalanche_forward(strategy.model, inputs, tasks)
@@ -201,7 +203,7 @@ def correct(strategy: Any, batch: tuple[Tensor, ...]) -> tuple[int, int]:
 
 
 def collected(dataset: Any, indices: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Some examples as one batch (inputs, targets, task labels); label 0 where the data carry none."""
+    """The examples at `indices` as one batch (inputs, targets, task labels); label 0 where the data carry none."""
     part = dataset.subset(indices)
     with untouched_randomness():
         batch = next(iter(loader(part, len(indices))))

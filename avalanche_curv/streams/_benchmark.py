@@ -24,7 +24,7 @@ CLASS_SETS = ("classes_in_this_experience", "previous_classes", "classes_seen_so
 
 
 class Labelled(Protocol):
-    """What an experience is made of: pairs (x, class) by index, and the classes of all of them."""
+    """A labelled data set: pairs (x, class) by index, and in `targets` the classes of all examples."""
 
     @property
     def targets(self) -> Int[Tensor, "N"] | Sequence[int]: ...
@@ -72,7 +72,7 @@ def benchmark(splits: Iterable[tuple[Labelled, Labelled]], task_labels: Sequence
 
 
 def assembled(train: Sequence[Any], test: Sequence[Any], n_classes: int) -> CLScenario:
-    """The benchmark of Avalanche datasets, one for each experience.
+    """The Avalanche benchmark with one experience for each data set in `train` and the one at its place in `test`.
 
     Experiences know their classes, as sorted lists: Avalanche's `with_classes_timeline` gives sets, which a masked
     multi-head cannot index with.
@@ -102,7 +102,7 @@ def split_by_class(targets: Int[Tensor, "N"], rng: np.random.Generator) -> tuple
 
 
 def check_length(n_experiences: int) -> None:
-    """Raise ValueError unless it is a whole number of experiences, and at least one."""
+    """Raises ValueError unless `n_experiences` is an integer of at least 1."""
     if not is_count(n_experiences):
         raise ValueError(f"A stream needs a whole n_experiences >= 1; got {n_experiences!r}. Ask for at least one.")
 

@@ -69,18 +69,21 @@ class TaskVariant:
 
 
 class TaskChange(ABC):
-    """A kind of non-stationarity."""
+    """How the tasks of a `NonStationary` stream differ: a rule that makes task t of a labelled data set."""
 
     memorised: ClassVar[bool] = False
     """Whether labels say nothing of the images, so that a task can only be memorised and has no test examples."""
 
     @abstractmethod
     def of(self, targets: Int[Tensor, "N"], classes: Classes, task: int, seed: int) -> TaskVariant:
-        """Task `task` of examples with these targets. Examples for training and for testing are changed alike, since
-        what is drawn for both depends on `classes` alone."""
+        """Returns the variant of the examples that task number `task`, from 0, trains or tests on.
+
+        `targets` are the classes of the N examples, `classes` those of the training data. What is drawn from
+        (seed, task) for `classes` is the same for training and test examples, so that both are changed alike.
+        """
 
     def longest(self, classes: Classes) -> int | None:
-        """After how many tasks there is nothing new; None for never."""
+        """The largest number of tasks that differ from one another, given the classes; None if it is unlimited."""
         return None
 
 
@@ -125,8 +128,8 @@ class LabelFlip(TaskChange):
     """All examples of class c become class π(c), with one uniform permutation π of the classes for each task; the first
     task is the data as they are (Elsayed & Mahmood 2024). A new output layer would do; no new features are needed.
 
-    Each π is uniform over all K! permutations, whatever the tasks before it had: a task is the same as the one before,
-    or as the data, with probability 1 / K!, which is half of all tasks for two classes and one in 3.6 million for ten.
+    Each π is uniform over all K! permutations, whatever the tasks before it had: a task equals the one before, or
+    the data, with probability 1 / K!, which is half of all tasks for two classes and one in 3.6 million for ten.
     """
 
     def of(self, targets: Int[Tensor, "N"], classes: Classes, task: int, seed: int) -> TaskVariant:

@@ -120,7 +120,7 @@ Inputs = Rows | Firsts
 
 
 def _compact(numbers: Int[Tensor, "n"]) -> array[int]:
-    """A sequence of the same in the smallest integers that hold them all; as quick to read as a list.
+    """`numbers` as an array of the smallest integers that hold them all; as quick to read as a list.
 
     >>> _compact(torch.tensor([-1, 127])), _compact(torch.tensor([128])).itemsize
     (array('b', [-1, 127]), 2)

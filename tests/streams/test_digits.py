@@ -1,8 +1,7 @@
 import pickle
-import random
+import sys
 
 import dill
-import numpy as np
 import pytest
 import torch
 from avalanche.models import MTSimpleMLP
@@ -15,24 +14,11 @@ from avalanche_curv.streams import PermutedDigits, RotatedDigits, SplitDigits
 STREAMS = (SplitDigits, PermutedDigits, RotatedDigits)
 
 
-def tensors(experience):
-    inputs, targets, labels = zip(*experience.dataset)
-    return torch.stack(inputs), torch.tensor(targets), torch.tensor(labels)
-
-
-def everything(benchmark):
-    return [part for stream in benchmark.streams.values() for e in stream for part in tensors(e)]
-
-
-def equal(a, b):
-    return all(torch.equal(x, y) for x, y in zip(everything(a), everything(b), strict=True))
-
-
 def as_rows(inputs, targets):
     return sorted([*x, y] for x, y in zip(inputs.tolist(), targets.tolist(), strict=True))
 
 
-def test_an_unsplit_stream_holds_every_image_of_the_source_once():
+def test_an_unsplit_stream_holds_every_image_of_the_source_once(tensors):
     benchmark = SplitDigits(1, seed=0)
     parts = [tensors(stream[0]) for stream in (benchmark.train_stream, benchmark.test_stream)]
     inputs, targets = (torch.cat([part[i] for part in parts]) for i in (0, 1))
@@ -42,7 +28,7 @@ def test_an_unsplit_stream_holds_every_image_of_the_source_once():
 
 
 @pytest.mark.parametrize("stream", STREAMS)
-def test_a_fifth_of_every_digit_is_for_testing(stream):
+def test_a_fifth_of_every_digit_is_for_testing(stream, tensors):
     benchmark = stream(1, seed=0)
     counts = torch.bincount(torch.from_numpy(load_digits().target))
     test = torch.bincount(tensors(benchmark.test_stream[0])[1])
@@ -51,14 +37,14 @@ def test_a_fifth_of_every_digit_is_for_testing(stream):
     assert ((test - counts / 5).abs() <= 0.5).all()
 
 
-def test_one_seed_gives_the_same_split_in_every_stream():
+def test_one_seed_gives_the_same_split_in_every_stream(tensors):
     first = [tensors(stream(1, seed=7).test_stream[0])[0] for stream in STREAMS]
     torch.testing.assert_close(first[1], first[0])
     torch.testing.assert_close(first[2], first[0], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("n_experiences", [2, 5, 10])
-def test_every_digit_is_in_exactly_one_experience_of_a_split_stream(n_experiences):
+def test_every_digit_is_in_exactly_one_experience_of_a_split_stream(n_experiences, tensors):
     benchmark = SplitDigits(n_experiences, seed=0)
     for stream in benchmark.streams.values():
         classes = [sorted(tensors(experience)[1].unique().tolist()) for experience in stream]
@@ -74,14 +60,14 @@ def test_the_seed_decides_the_order_of_the_digits():
     assert len(orders) == 5
 
 
-def test_task_labels_count_experiences_on_request_and_are_zero_otherwise():
+def test_task_labels_count_experiences_on_request_and_are_zero_otherwise(tensors):
     for wanted, labels in ((True, [0, 1, 2, 3, 4]), (False, [0] * 5)):
         for experience, label in zip(SplitDigits(5, task_labels=wanted, seed=0).train_stream, labels, strict=True):
             assert experience.task_labels == [label]
             assert (tensors(experience)[2] == label).all()
 
 
-def test_a_permuted_image_unpermutes_to_the_original_by_one_permutation_for_all_images():
+def test_a_permuted_image_unpermutes_to_the_original_by_one_permutation_for_all_images(tensors):
     benchmark = PermutedDigits(3, seed=0)
     original, _, _ = tensors(SplitDigits(1, seed=0).train_stream[0])
     assert torch.equal(tensors(benchmark.train_stream[0])[0], original)
@@ -104,7 +90,7 @@ def _source_of_each_pixel(permuted, original):
     return torch.tensor(source)
 
 
-def test_a_longer_permuted_stream_begins_with_the_shorter():
+def test_a_longer_permuted_stream_begins_with_the_shorter(tensors):
     short, long = PermutedDigits(2, seed=0), PermutedDigits(4, seed=0)
     for a, b in zip(short.train_stream, list(long.train_stream)[:2], strict=True):
         assert torch.equal(tensors(a)[0], tensors(b)[0])
@@ -119,13 +105,13 @@ def test_a_longer_permuted_stream_begins_with_the_shorter():
         (-90, lambda images: images.rot90(-1, (1, 2))),
     ],
 )
-def test_a_rotation_by_right_angles_moves_pixels_only(degrees, turned):
+def test_a_rotation_by_right_angles_moves_pixels_only(degrees, turned, tensors):
     original = tensors(SplitDigits(1, seed=0).test_stream[0])[0].view(-1, 8, 8)
     rotated = tensors(RotatedDigits(1, rotations=[degrees], seed=0).test_stream[0])[0].view(-1, 8, 8)
     torch.testing.assert_close(rotated, turned(original), atol=1e-5, rtol=0)
 
 
-def test_a_rotation_by_any_angle_stays_between_blank_and_black():
+def test_a_rotation_by_any_angle_stays_between_blank_and_black(tensors):
     for stream in RotatedDigits(3, seed=0).streams.values():
         for experience in stream:
             inputs = tensors(experience)[0]
@@ -133,24 +119,21 @@ def test_a_rotation_by_any_angle_stays_between_blank_and_black():
             assert inputs.max() <= 1 + 1e-6
 
 
-def test_default_angles_share_half_a_turn_equally():
+def test_default_angles_share_half_a_turn_equally(equal):
     assert equal(RotatedDigits(4, seed=0), RotatedDigits(4, rotations=[0, 45, 90, 135], seed=0))
 
 
 @pytest.mark.parametrize("stream", STREAMS)
-def test_a_seed_fixes_the_stream_and_touches_no_global_state(stream):
-    before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()  # noqa: NPY002
+@pytest.mark.usefixtures("random_states")
+def test_a_seed_fixes_the_stream_and_touches_no_global_state(stream, tensors, equal):
     first = stream(2, seed=1)
     stream(2)
-    assert torch.equal(torch.get_rng_state(), before[0])
-    assert (np.random.get_state()[1] == before[1]).all()  # noqa: NPY002
-    assert random.getstate() == before[2]
     assert equal(first, stream(2, seed=1))
     assert not torch.equal(tensors(first.test_stream[0])[0], tensors(stream(2, seed=2).test_stream[0])[0])
 
 
 @pytest.mark.parametrize("library", [pickle, dill])
-def test_streams_survive_pickling(library):
+def test_streams_survive_pickling(library, equal):
     benchmark = PermutedDigits(2, seed=0)
     packed = library.dumps(benchmark)
     assert equal(library.loads(packed), benchmark)
@@ -170,6 +153,13 @@ def test_streams_survive_pickling(library):
 def test_wrong_arguments_name_the_remedy(make, expected):
     with pytest.raises(ValueError, match=expected):
         make()
+
+
+@pytest.mark.parametrize("stream", STREAMS)
+def test_without_scikit_learn_the_remedy_comes_before_anything_else(stream, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(ImportError, match=r'pip install "avalanche-curv\[benchmarks\]"'):
+        stream(0)
 
 
 @pytest.mark.parametrize(

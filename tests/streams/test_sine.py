@@ -1,8 +1,6 @@
 import pickle
-import random
 
 import dill
-import numpy as np
 import pytest
 import torch
 from avalanche.models import IncrementalClassifier
@@ -13,38 +11,24 @@ from torch import nn
 from avalanche_curv.streams import SineBoundary
 
 
-def tensors(experience):
-    rows = [(x, torch.tensor(y)) for x, y, _ in experience.dataset]
-    inputs, targets = zip(*rows)
-    return torch.stack(inputs), torch.stack(targets)
-
-
-def everything(benchmark):
-    return [part for stream in benchmark.streams.values() for e in stream for part in tensors(e)]
-
-
-def equal(a, b):
-    return all(torch.equal(x, y) for x, y in zip(everything(a), everything(b), strict=True))
-
-
-def test_class_one_lies_above_the_sine_curve_and_class_zero_below():
+def test_class_one_lies_above_the_sine_curve_and_class_zero_below(tensors):
     for experience in SineBoundary(3, noise=2.0, seed=0).train_stream:
-        inputs, targets = tensors(experience)
+        inputs, targets, _ = tensors(experience)
         side = 2 * targets - 1
         assert (side * (inputs[:, 1] - inputs[:, 0].sin()) >= -1e-6).all()
 
 
-def test_without_noise_every_point_is_on_the_curve():
-    inputs, _ = tensors(SineBoundary(1, noise=0, seed=0).train_stream[0])
+def test_without_noise_every_point_is_on_the_curve(tensors):
+    inputs, *_ = tensors(SineBoundary(1, noise=0, seed=0).train_stream[0])
     torch.testing.assert_close(inputs[:, 1], inputs[:, 0].sin())
 
 
-def test_the_distance_from_the_curve_has_the_second_moment_of_the_noise():
-    inputs, _ = tensors(SineBoundary(1, examples=50_000, noise=0.5, seed=0).train_stream[0])
+def test_the_distance_from_the_curve_has_the_second_moment_of_the_noise(tensors):
+    inputs, *_ = tensors(SineBoundary(1, examples=50_000, noise=0.5, seed=0).train_stream[0])
     assert (inputs[:, 1] - inputs[:, 0].sin()).square().mean().item() == pytest.approx(0.25, rel=0.05)
 
 
-def test_experience_t_is_uniform_over_the_t_th_slice():
+def test_experience_t_is_uniform_over_the_t_th_slice(tensors):
     stream = SineBoundary(4, examples=20_000, seed=0).train_stream
     for experience, left in zip(stream, (-5.0, -2.5, 0.0, 2.5), strict=True):
         x1 = tensors(experience)[0][:, 0]
@@ -57,20 +41,20 @@ def test_experience_t_is_uniform_over_the_t_th_slice():
 @pytest.mark.parametrize(
     ("examples", "train", "test"), [(250, [100, 100], [25, 25]), (10, [4, 4], [1, 1]), (251, [101, 100], [25, 25])]
 )
-def test_a_fifth_of_either_class_is_for_testing(examples, train, test):
+def test_a_fifth_of_either_class_is_for_testing(examples, train, test, tensors):
     benchmark = SineBoundary(2, examples=examples, seed=0)
     for stream, sizes in ((benchmark.train_stream, train), (benchmark.test_stream, test)):
         for experience in stream:
             assert torch.bincount(tensors(experience)[1]).tolist() == sizes
 
 
-def test_training_and_test_points_are_different():
+def test_training_and_test_points_are_different(tensors):
     benchmark = SineBoundary(2, seed=0)
     for train, test in zip(benchmark.train_stream, benchmark.test_stream, strict=True):
         assert not {tuple(x) for x in tensors(train)[0].tolist()} & {tuple(x) for x in tensors(test)[0].tolist()}
 
 
-def test_experiences_know_their_place_classes_and_task():
+def test_experiences_know_their_place_classes_and_task(tensors):
     benchmark = SineBoundary(3, seed=0)
     assert benchmark.n_classes == 2
     for t, experience in enumerate(benchmark.train_stream):
@@ -82,23 +66,20 @@ def test_experiences_know_their_place_classes_and_task():
         assert torch.equal(experience.dataset.eval()[0][0], experience.dataset.train()[0][0])
 
 
-def test_the_same_seed_gives_the_same_points_and_another_seed_others():
+def test_the_same_seed_gives_the_same_points_and_another_seed_others(equal):
     assert equal(SineBoundary(2, seed=3), SineBoundary(2, seed=3))
     assert not equal(SineBoundary(2, seed=3), SineBoundary(2, seed=4))
     assert not equal(SineBoundary(2), SineBoundary(2))
 
 
+@pytest.mark.usefixtures("random_states")
 @pytest.mark.parametrize("seed", [0, None])
 def test_global_random_states_stay_as_found(seed):
-    before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()  # noqa: NPY002
     SineBoundary(2, seed=seed)
-    assert torch.equal(torch.get_rng_state(), before[0])
-    assert (np.random.get_state()[1] == before[1]).all()  # noqa: NPY002
-    assert random.getstate() == before[2]
 
 
 @pytest.mark.parametrize("library", [pickle, dill])
-def test_a_pickle_holds_the_points_once(library):
+def test_a_pickle_holds_the_points_once(library, equal):
     benchmark = SineBoundary(2, examples=5000, seed=0)
     packed = library.dumps(benchmark)
     assert equal(library.loads(packed), benchmark)

@@ -63,8 +63,8 @@ class ShardedQuadratic:
         c = self.curvature
         bent = torch.zeros_like(displacement) if c.diagonal is None else c.diagonal * displacement
         rest = half(displacement @ bent) + displacement @ self.gradient
-        told = self.share.ranks.sum(torch.cat([c.vectors @ displacement, rest[None]]))
-        along, rest = told[:-1], told[-1]
+        total = self.share.ranks.sum(torch.cat([c.vectors @ displacement, rest[None]]))
+        along, rest = total[:-1], total[-1]
         weights = c.values * along
         return half(along @ weights) + rest + self.constant, self.gradient + bent + weights @ c.vectors
 
@@ -90,7 +90,7 @@ class ShardedQuadratic:
 
     @property
     def nbytes(self) -> int:
-        """Memory held on this rank."""
+        """Memory of the model on this rank, in bytes."""
         return self.anchor.nbytes + self.gradient.nbytes + self.curvature.nbytes
 
 

@@ -1,4 +1,4 @@
-"""The processes that share a job: the few things they tell each other."""
+"""The processes of a distributed run: sums, gathers and checks over all of them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Ranks:
 
     @property
     def rank(self) -> int:
-        """Which of them this process is, from 0."""
+        """The number of this process in the group, from 0."""
         group = self._started()
         return distributed.get_rank(group)
 
@@ -44,39 +44,47 @@ class Ranks:
         return self._summed(tensor.detach().clone(memory_format=torch.contiguous_format))
 
     def sum_of(self, function: Callable[[], Tensor], like: Tensor) -> Tensor:
-        """Σ_r of what `function` gives on each rank, of the shape and type of `like`. A failure goes with the sum as
-        one more number, and all raise as in `together`."""
+        """Σ_r of what `function` returns on each rank, of the shape and type of `like`.
+
+        Where it fails on one rank, that rank raises its own error and the others RuntimeError. The failure travels
+        with the sum as one more number.
+        """
         own, failure = _attempt(function)
         numbers = own.detach() if failure is None else torch.zeros_like(like)
         failures = like.new_tensor([float(failure is not None)])
-        told = self._summed(torch.cat([numbers.reshape(-1), failures]))
-        if told[-1]:
+        total = self._summed(torch.cat([numbers.reshape(-1), failures]))
+        if total[-1]:
             _raise(self.gather(_words(failure)), failure)
-        return told[:-1].view(like.shape)
+        return total[:-1].view(like.shape)
 
     def gather(self, value: T) -> list[T]:
-        """What each rank gives, by rank: something small that can be pickled."""
-        group, found = self._started(), [value] * self.size
-        distributed.all_gather_object(found, value, group=group)
-        return found
+        """The `value` of every rank, in the order of ranks; it must be small and picklable."""
+        group, values = self._started(), [value] * self.size
+        distributed.all_gather_object(values, value, group=group)
+        return values
 
     def gather_of(self, function: Callable[[], T]) -> list[T]:
-        """What `function` gives on each rank, by rank: something small that can be pickled. Where it fails on one, all
-        raise as in `together`."""
+        """What `function` returns on every rank, in the order of ranks; it must be small and picklable.
+
+        Where it fails on one rank, that rank raises its own error and the others RuntimeError.
+        """
         value, failure = _attempt(function)
-        told = self.gather((value, _words(failure)))
-        _raise([words for _, words in told], failure)
-        return [value for value, _ in told]
+        every = self.gather((value, _words(failure)))
+        _raise([words for _, words in every], failure)
+        return [value for value, _ in every]
 
     def together(self, function: Callable[[], T]) -> T:
-        """What `function` gives here, once it has succeeded on all ranks; it talks to none. Where it fails on one, all
-        raise: that rank its own error, the others RuntimeError, so that none waits for ever."""
+        """What `function` returns on this rank, once it has succeeded on all; it must not communicate itself.
+
+        Where it fails on one rank, that rank raises its own error and the others RuntimeError, so that none waits for
+        ever.
+        """
         result, failure = _attempt(function)
         _raise(self.gather(_words(failure)), failure)
         return result
 
     def agree(self, facts: Mapping[str, str]) -> None:
-        """Raises ValueError on all ranks where one has another of the named facts than rank 0."""
+        """Raises ValueError on all ranks unless the named `facts` are equal on all of them."""
         every = self.gather(dict(facts))
         for rank, theirs in enumerate(every):
             for name, value in every[0].items():

@@ -140,8 +140,8 @@ def check_buffers(model: nn.Module, ranks: Ranks) -> None:
 
 
 def _differing(tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, list[float]]:
-    """The norms on each rank of those tensors whose norm or sum is not the same on all. NaN passes: it is told from
-    the outputs."""
+    """The norms on each rank of those tensors whose norm or sum is not the same on all. NaN is let pass: the
+    outputs show it."""
     own = [(float(t.double().norm()), float(t.double().sum())) for t in tensors.values()]
     found = {}
     for name, sizes in zip(tensors, zip(*ranks.gather(own))):

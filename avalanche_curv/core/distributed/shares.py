@@ -1,4 +1,4 @@
-"""Which coordinates of a model's parameters a rank keeps the past of."""
+"""Shares of a model's parameters: the coordinates whose quadratic model each rank keeps."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class ParameterShare(ABC):
         return torch.cat([part.detach() for part in self.tensors(model)])
 
     def split(self, vector: Float[Tensor, "p"]) -> tuple[Tensor, ...]:
-        """Its parts that belong to each parameter."""
+        """The parts of this rank's `vector` that belong to each parameter, as views."""
         return vector.split([stop - start for start, stop in self.ranges])
 
 
@@ -87,16 +87,16 @@ class LocalShards(ParameterShare):
         mesh, sharded = mesh_of(model), local_shards(model)
         ranks = Ranks(mesh.get_group())
         space = ParameterSpace.of(model)
-        held = zip(space.shapes, (sharded[name].numel() for name in space.names))
-        return cls(space, tuple(_rows(shape, count, ranks) for shape, count in held), ranks)
+        counts = zip(space.shapes, (sharded[name].numel() for name in space.names))
+        return cls(space, tuple(_rows(shape, count, ranks) for shape, count in counts), ranks)
 
     @property
     def factor(self) -> int:
         return 1
 
     def tensors(self, model: nn.Module) -> list[Tensor]:
-        held = local_shards(model)
-        return [held[name].reshape(-1) for name in self.space.names]
+        shards = local_shards(model)
+        return [shards[name].reshape(-1) for name in self.space.names]
 
 
 def mesh_of(model: nn.Module) -> Any:
@@ -120,10 +120,11 @@ def mesh_of(model: nn.Module) -> Any:
 
 
 def local_shards(model: nn.Module) -> dict[str, Tensor]:
-    """This rank's rows of each trainable parameter, attached to the graph."""
+    """This rank's rows of each trainable parameter by canonical name, attached to the graph. Raises TypeError for a
+    parameter that is not in shards."""
     from torch.distributed.tensor import DTensor
 
-    held = {}
+    shards = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not isinstance(parameter, DTensor):
             raise TypeError(
@@ -131,15 +132,15 @@ def local_shards(model: nn.Module) -> dict[str, Tensor]:
                 "and backward pass. Put the penalty first: past.penalty(model) + criterion(model(x), y)."
             )
         if isinstance(parameter, DTensor) and parameter.requires_grad:
-            held[canonical_name(name)] = parameter.to_local()
-    return held
+            shards[canonical_name(name)] = parameter.to_local()
+    return shards
 
 
-def _rows(shape: torch.Size, held: int, ranks: Ranks) -> tuple[int, int]:
+def _rows(shape: torch.Size, local: int, ranks: Ranks) -> tuple[int, int]:
     """The entries of a rank, which holds ⌈n / R⌉ of the n rows as long as there are some."""
     count, width = shape[0], shape[1:].numel()
     rows = -(-count // ranks.size)
     start, stop = (min(rows * number, count) * width for number in (ranks.rank, ranks.rank + 1))
-    if stop - start != held:
-        raise TypeError(f"A parameter of shape {tuple(shape)} is not cut in equal runs of rows: {held} lie here.")
+    if stop - start != local:
+        raise TypeError(f"A parameter of shape {tuple(shape)} is not cut in equal runs of rows: {local} lie here.")
     return start, stop

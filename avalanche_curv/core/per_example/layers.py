@@ -43,7 +43,7 @@ class Layers:
 
     A layer is taken only if it reproduces the gradients of single examples on two of the data: one that is called
     twice, shares a tensor, is bypassed, or mixes examples falls out by itself, whatever it is. A model is taken to use
-    its weights in the same way for all examples.
+    its weights alike for all examples.
     """
 
     space: ParameterSpace
@@ -72,7 +72,7 @@ class Layers:
         return [prefix + name for name, p in layer.named_parameters(recurse=False) if p.requires_grad]
 
     def places(self, layer: nn.Module) -> dict[str, str]:
-        """The same by their own names in the layer, such as "weight"."""
+        """The names of the layer's trainable parameters in the model, by their names in it, such as "weight"."""
         return {name.rpartition(".")[2]: name for name in self.trainable(layer)}
 
     @contextmanager

@@ -19,7 +19,7 @@ CHUNK_BYTES = 32 * 2**20  # of what leaves the layers, for these examples and fo
 
 @dataclass(frozen=True)
 class LayerPass:
-    """Some examples after a forward pass."""
+    """A chunk of n examples after a forward pass: what entered and left each layer, the outputs and the factor S."""
 
     examples: int
     taps: list[Tap]
@@ -36,7 +36,10 @@ class LayerPass:
 
 
 def layer_passes(curvature: OutputCurvature, layers: Layers, risk: EmpiricalRisk) -> Iterator[LayerPass]:
-    """All examples of `risk` in order, with S of `curvature`; none where there are no layers."""
+    """Passes over all examples of `risk` in order, with the factor S of `curvature`; none if there are no layers.
+
+    Raises ValueError if a layer is called otherwise than on the first examples.
+    """
     generator = curvature.generator()
     size = min(CHUNK, max(1, CHUNK_BYTES // max(1, layers.bytes_an_example)))
     for x, y in risk.rebatched(size) if layers.names else ():
@@ -48,7 +51,7 @@ def layer_passes(curvature: OutputCurvature, layers: Layers, risk: EmpiricalRisk
 
 
 def _check_calls(layers: Layers, taps: list[Tap], examples: int) -> None:
-    """Raises ValueError where a layer does not see every example in the way of the first ones."""
+    """Raises ValueError unless each layer is called once with as many rows an example as for the first examples."""
     called = [tap.layer for tap in taps]
     for tap in taps:
         rows = tuple(n * examples for n in layers.folded.get(tap.layer, ()))

@@ -1,4 +1,4 @@
-"""Batches of examples: in another size, without a trace in the random state, and random parts of them."""
+"""Batches of examples: of another size, without a change of the random state, and random subsets of them."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ class Rebatched:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         inputs: list[Tensor] = []
         targets: list[Tensor] = []
-        held = 0
+        count = 0
         for x, y in self.batches:
-            if held and x.shape[1:] != inputs[0].shape[1:]:  # sequences of another length do not fit in one batch
+            if count and x.shape[1:] != inputs[0].shape[1:]:  # sequences of another length do not fit in one batch
                 yield torch.cat(inputs), torch.cat(targets)
-                inputs, targets, held = [], [], 0
+                inputs, targets, count = [], [], 0
             for part_x, part_y in zip(x.split(self.size), y.split(self.size)):
                 inputs.append(part_x)
                 targets.append(part_y)
-                held += len(part_y)
-                if held >= self.size:
+                count += len(part_y)
+                if count >= self.size:
                     all_x, all_y = torch.cat(inputs), torch.cat(targets)
                     yield all_x[: self.size], all_y[: self.size]
                     inputs, targets = [all_x[self.size :]], [all_y[self.size :]]
-                    held -= self.size
-        if held:
+                    count -= self.size
+        if count:
             yield torch.cat(inputs), torch.cat(targets)
 
 
 def without_drawing(batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches; what a loader draws from torch's global random state on the way is put back."""
+    """Iterates over the batches, restoring torch's global random state after whatever the loader draws from it."""
     with torch.random.fork_rng(devices=[]):
         iterator = iter(batches)
     while True:

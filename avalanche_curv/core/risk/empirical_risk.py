@@ -76,7 +76,7 @@ class EmpiricalRisk:
 
     @cached_property
     def examples(self) -> int:
-        """N: what the batches say of themselves, or their count."""
+        """N, the number of examples: the attribute `examples` of the batches, or counted in one pass."""
         known = getattr(self.batches, "examples", None)
         return sum(len(targets) for _, targets in self.batches) if known is None else known
 
@@ -195,7 +195,8 @@ class EmpiricalRisk:
 
 
 def joined_risk(risks: list[EmpiricalRisk]) -> EmpiricalRisk:
-    """The risk of the examples of all, in order, for risks of the same past function; one batch where they fit."""
+    """The risk of the examples of all `risks`, in order, which must share the frozen model of the first; one batch
+    where the inputs have one shape."""
     if len(risks) == 1:
         return risks[0]
     inputs, targets = zip(*(batch for risk in risks for batch in risk.batches))
@@ -205,7 +206,7 @@ def joined_risk(risks: list[EmpiricalRisk]) -> EmpiricalRisk:
 
 
 def frozen_together(risks: Sequence[EmpiricalRisk], model: nn.Module) -> tuple[EmpiricalRisk, ...]:
-    """The same examples with `model` as it is now for their past function; all share one frozen copy of it."""
+    """The given risks, each with its own examples, at one common frozen copy of `model` as it is now."""
     if not risks:
         return ()
     first = risks[0].frozen_at(model)

@@ -50,10 +50,13 @@ def pulled_back(
     cotangents: Float[Tensor, "N C R"],
     names: Collection[str] | None = None,
 ) -> Float[Tensor, "N R P"]:
-    """J_iᵀ S_i for each example i, with J_i the Jacobian of the outputs at `parameters`; in some of them by `names`."""
-    way = _all_at_once if _can_vmap(risk) else _one_by_one
+    """J_iᵀ S_i for each example i, with J_i the Jacobian of the outputs in `parameters` and S_i the `cotangents`.
+
+    With `names`, the columns of J_i are those of the parameters of these names only.
+    """
+    method = _all_at_once if _can_vmap(risk) else _one_by_one
     with sdpa_kernel(SDPBackend.MATH):  # `vmap` has no rule for the fused kernels of attention
-        return way(risk, parameters, inputs, cotangents, parameters if names is None else names)
+        return method(risk, parameters, inputs, cotangents, parameters if names is None else names)
 
 
 def _all_at_once(
@@ -75,13 +78,13 @@ def _one_by_one(
     risk: EmpiricalRisk, parameters: Parameters, inputs: Tensor, cotangents: Tensor, names: Collection[str]
 ) -> Tensor:
     """For modules that `vmap` has no rule for, such as recurrent ones."""
-    held = {name: parameters[name].detach().requires_grad_() for name in names}
+    leaves = {name: parameters[name].detach().requires_grad_() for name in names}
     rows = []
     for x, s in zip(inputs, cotangents):
-        outputs = outputs_of(risk)({**parameters, **held}, x[None])[0]
+        outputs = outputs_of(risk)({**parameters, **leaves}, x[None])[0]
         for column in s.unbind(1):
             parts = torch.autograd.grad(
-                outputs, list(held.values()), column, retain_graph=True, allow_unused=True, materialize_grads=True
+                outputs, list(leaves.values()), column, retain_graph=True, allow_unused=True, materialize_grads=True
             )
             rows.append(torch.cat([part.reshape(-1) for part in parts]))
     return torch.stack(rows).view(len(inputs), cotangents.shape[2], -1)
@@ -103,5 +106,5 @@ def _can_vmap(risk: EmpiricalRisk) -> bool:
 
 
 def chunk_size(risk: EmpiricalRisk, rows_an_example: int, width: int | None = None) -> int:
-    """How many examples may hold `rows_an_example` vectors of a size, P if it is not given, each at once."""
+    """How many examples fit into 128 MiB with `rows_an_example` vectors of size `width` (P by default) each."""
     return max(1, CHUNK_BYTES // (rows_an_example * (width or risk.space.size) * risk.anchor.element_size()))

@@ -1,4 +1,4 @@
-"""Where each coordinate of a parameter vector lives in a model, also after the model has grown."""
+"""Which entry of a model's parameters each coordinate of a vector is, also after the model has grown."""
 
 from __future__ import annotations
 
@@ -69,7 +69,10 @@ class ParameterSpace:
         return self.cut({canonical_name(name): parameter for name, parameter in model.named_parameters()})
 
     def cut(self, current: Mapping[str, Tensor]) -> list[Tensor]:
-        """The same of any tensors by canonical name."""
+        """The tensors of this space's parameters, from a mapping by canonical name, each cut to its shape here.
+
+        Raises ValueError if one is missing or has become smaller.
+        """
         return [_cut(name, current.get(name), shape) for name, shape in zip(self.names, self.shapes)]
 
     def vector(self, model: nn.Module) -> Float[Tensor, "P"]:
@@ -82,7 +85,7 @@ class ParameterSpace:
         return vector.float() if vector.dtype in (torch.float16, torch.bfloat16) else vector
 
     def split(self, vector: Float[Tensor, "*k P"]) -> list[Tensor]:
-        """Views of `vector` with this space's shapes, leading axes kept."""
+        """Views of `vector`, one for each parameter, with this space's shapes; leading axes are kept."""
         parts = vector.split(self.sizes, dim=-1)
         return [part.reshape((*vector.shape[:-1], *shape)) for part, shape in zip(parts, self.shapes)]
 
