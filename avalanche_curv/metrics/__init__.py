@@ -1,4 +1,4 @@
-"""Avalanche metrics over measurements of the core."""
+"""Avalanche metrics: each wraps a measurement of the core for any strategy and logger."""
 
 from avalanche_curv.metrics._from_scratch import FromScratch
 from avalanche_curv.metrics.fidelity import FidelityMetric, fidelity_metrics
