@@ -172,13 +172,13 @@ def test_squared_error_of_a_linear_model_is_its_own_quadratic(curvature, double,
 
 @pytest.mark.parametrize("kind", [Naive, Replay, CurvatureEWC])
 def test_a_past_function_that_does_not_move_has_no_error_though_the_model_grows(
-    kind, growing, learner, train, examples, recorder
+    kind, growing, learner, train
 ):
     model, benchmark = growing()
     still = torch.optim.SGD(model.parameters(), lr=0.0)
     options = {Replay: {"mem_size": 20}, CurvatureEWC: {"strength": 1.0}}.get(kind, {})
     metrics = fidelity_metrics(every=1, fraction=1.0)
-    strategy = learner(model, recorder, kind=kind, metrics=metrics, optimizer=still, **options)
+    strategy = learner(model, kind=kind, metrics=metrics, optimizer=still, **options)
     train(strategy, benchmark.train_stream)
     last = strategy.evaluator.get_last_metrics()
     for form in MODELS:
@@ -188,13 +188,6 @@ def test_a_past_function_that_does_not_move_has_no_error_though_the_model_grows(
     assert last["fidelity/accumulate_linear/gamma"] == pytest.approx(0, abs=1e-6)
     assert last["fidelity/accumulate/gamma"] > 0.1
     assert "fidelity/accumulate/alpha" not in last  # undefined: the quadratic model is flat at its anchor
-    inputs, targets = examples(benchmark.train_stream[0])
-    losses = [
-        cross_entropy(avalanche_forward(m, inputs, torch.zeros(50, dtype=torch.long)), targets)
-        for m in (recorder.ends[0], recorder.ends[-1])
-    ]
-    if isinstance(model, nn.Sequential):  # new classes are unmasked: the live loss jumps, the frozen one does not
-        assert losses[1] > losses[0] + 0.1
 
 
 def test_growth_is_the_jump_of_the_past_loss_before_the_first_step(growing, double, learner, train, examples, recorder):

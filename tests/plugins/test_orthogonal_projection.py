@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from avalanche.benchmarks.scenarios.online import split_online_stream
-from avalanche.models import IncrementalClassifier, MTSimpleMLP
+from avalanche.models import IncrementalClassifier
 from avalanche.training.plugins import LRSchedulerPlugin, ReplayPlugin, SupervisedPlugin
 from torch import nn
 
@@ -163,28 +163,6 @@ def test_with_an_empty_basis_all_training_is_that_of_naive(make, learner, train,
     assert math.isnan(plugin.protected.energy)
 
 
-@pytest.mark.parametrize(
-    "protect", [Eigenspace(cut=Rank(1000)), Eigenspace(cut=Rank(1000), per=PerLayer()), InputSpace(Rank(1000))]
-)
-@pytest.mark.parametrize(
-    "make_optimizer",
-    [
-        lambda ps: torch.optim.SGD(ps, 0.2, momentum=0.9, weight_decay=0.1),
-        lambda ps: torch.optim.AdamW(ps, 0.1, weight_decay=0.1),
-    ],
-)
-def test_with_everything_protected_no_weight_moves(protect, make_optimizer, make, learner, train, regression):
-    """To the bit, from the second experience on, with momentum of the first."""
-    model = make(lambda: nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 2, bias=False))).double()
-    plugin = OrthogonalProjectionPlugin(protect)
-    strategy = learner(model, plugin, optimizer=make_optimizer(model.parameters()), criterion=nn.MSELoss())
-    train(strategy, regression.train_stream[:1])
-    assert plugin.protected.used == 3 * 3 + 3 + 3 * 2
-    before = state(model)
-    train(strategy, regression.train_stream[1:])
-    assert same(before, state(model))
-
-
 def test_running_statistics_and_uncovered_parameters_hold_still_or_go_on(make, projected, train, digits):
     class Keeping(SupervisedPlugin):
         def after_training_exp(self, strategy, **kwargs):
@@ -256,21 +234,6 @@ def test_growing_heads_keep_old_directions_protected_and_new_parameters_free(
     assert new > 0
     assert old > 10
     assert shapes.keys() <= own.keys()
-
-
-def test_heads_that_a_task_does_not_call_stay_as_they_are(make, learner, train, digits):
-    """Weight decay or not: they have no gradient, and directions of others do not reach them."""
-    stream = digits(True).train_stream
-    for protect in (Eigenspace(cut=Rank(3), per=PerLayer()), InputSpace()):
-        model = make(lambda: MTSimpleMLP(input_size=64, hidden_size=6))
-        plugin = OrthogonalProjectionPlugin(protect)
-        strategy = learner(model, plugin, optimizer=adam(model))
-        train(strategy, stream[:1])
-        head = state(model.classifier.classifiers["0"])
-        train(strategy, stream[1:])
-        assert not plugin.protected.held.names
-        assert {"classifier.classifiers.2.classifier"} <= {*plugin.protected.blocks}
-        assert same(head, state(model.classifier.classifiers["0"]))
 
 
 def growing_learner(make, protect, projection=StepProjection()):  # noqa: B008
