@@ -1,4 +1,4 @@
-"""Avalanche metrics over measurements of the core."""
+"""Avalanche metrics: each wraps a measurement of the core for any strategy and logger."""
 
 from avalanche_curv.metrics.fidelity import FidelityMetric, fidelity_metrics
 from avalanche_curv.metrics.gradients import GradientMetric

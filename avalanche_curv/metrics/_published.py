@@ -1,4 +1,4 @@
-"""What the metric shells share: named scalars at the current training iteration."""
+"""The base class of all metrics: named scalars at the current training iteration."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from avalanche_curv.core.options import is_count
 
 
 class ScalarMetric(PluginMetric[dict[str, float]]):
-    """A metric that emits several named floats; `result` gives the last ones."""
+    """A metric that emits several named floats every n iterations; `result` returns the last ones.
+
+    Raises ValueError unless `every` is an integer of at least 1.
+    """
 
     def __init__(self, every: int) -> None:
         super().__init__()
@@ -28,14 +31,14 @@ class ScalarMetric(PluginMetric[dict[str, float]]):
         self._last = {}
 
     def due(self, strategy: Any) -> bool:
-        """Whether this iteration is one of every n, counted from the first of the experience; of an online stream,
-        which cuts experiences in small parts, from the first of all."""
+        """Whether to measure at this iteration: one of every n, counted from the first of the experience; of an online
+        stream, which cuts experiences in small parts, from the first of all."""
         online = isinstance(strategy.experience, OnlineCLExperience)
         clock = strategy.clock
         return (clock.train_iterations if online else clock.train_exp_iterations) % self.every == 0
 
     def publish(self, strategy: Any, values: dict[str, float]) -> list[MetricValue]:
-        """The values as Avalanche wants them: Python floats, at the number of training iterations so far."""
+        """The values by name as Avalanche takes them: Python floats, at the number of training iterations so far."""
         self._last |= values
         step = strategy.clock.train_iterations
         return [MetricValue(self, name, float(value), step) for name, value in values.items()]

@@ -1,11 +1,11 @@
-"""How wrong the quadratic picture of the past is, on any strategy."""
+"""How wrong quadratic models of the past are along training, on any strategy."""
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from avalanche.evaluation.metric_results import MetricValue
 from avalanche.logging import TensorboardLogger, WandBLogger
@@ -16,11 +16,18 @@ from avalanche_curv.core.curvature.hessian import Hessian
 from avalanche_curv.core.fidelity.monitor import PastModels
 from avalanche_curv.core.options import is_number
 from avalanche_curv.core.quadratic.policies import Policy, part_of
-from avalanche_curv.metrics._distance_figure import DistanceCurves
 from avalanche_curv.metrics._published import ScalarMetric
 from avalanche_curv.metrics.accuracy import TaskAccuracyMetric
 from avalanche_curv.metrics.penalty import PenaltyMetric
 from avalanche_curv.plugins import CurvatureEWCPlugin, _bridge
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# how the quadratic models are drawn
+COLOURS = {"accumulate": "#0072B2", "refresh": "#D55E00"}
+WIDTHS = {"accumulate": 4.0, "refresh": 1.3}  # where both are the same, as with one past experience, both are seen
+NAMES = {"accumulate": "own anchors", "refresh": "newest anchor"}
 
 
 def fidelity_metrics(
@@ -32,15 +39,16 @@ def fidelity_metrics(
     every: int = 10,
     stream: Sequence[Any] | None = None,
 ) -> list[ScalarMetric]:
-    """Fidelity of the quadratic picture of past loss, accuracy on old and new examples, and the penalty.
+    """Metrics of the fidelity of quadratic models of past loss, of accuracy on old and new examples, and of the
+    penalty.
 
-    A random `fraction` (0.1) of each experience's examples, drawn by `seed` (0), is stored. Two pictures of them are
-    measured side by side, whatever the strategy trains with: `accumulate`, each experience at its own anchor, and
-    `refresh`, all at the end of the newest experience. For each, without and with the linear term (`_linear`), the
-    means of kappa, |kappa|, gamma, alpha and rho (see `core.fidelity.Fidelity`) are published, overall and by past
-    experience, beside the `distance` ‖θ − anchor‖ that both forms share (see `PastPictures.distances`):
+    A random `fraction` (0.1) of each experience's examples, drawn by `seed` (0), is stored. Two quadratic models of
+    their loss are measured side by side, whatever the strategy trains with: `accumulate`, each experience at its own
+    anchor, and `refresh`, all at the end of the newest experience. For each, without and with the linear term
+    (`_linear`), the means of kappa, |kappa|, gamma, alpha and rho (`core.fidelity.Fidelity`) are published, overall and
+    by past experience, beside the `distance` ‖θ − anchor‖ of both forms (`PastModels.distances`):
 
-    - `fidelity/<picture>/<measure>[/experience_t]` every n iterations,
+    - `fidelity/<model>/<measure>[/experience_t]` every n iterations,
     - `fidelity_experience/...` at the end of each experience, before it becomes part of the past,
     - `fidelity_trajectory/...` then too: the average over all measured iterations so far,
     - `fidelity/kappa_against_distance` then too, where a logger draws: a figure of this experience's iterations.
@@ -51,9 +59,10 @@ def fidelity_metrics(
     `of` takes the curvature from a CurvatureEWCPlugin, and fraction and seed from a policy of it that stores only part
     of the examples, where they are not given. Each experience is measured on the past function as frozen at its end
     (`accumulate`), or on that of the newest end (`refresh`), masks and padding of growing heads included. What growth
-    alone changes is `growth/<picture>[/experience_t]`, before the first step: the loss of the model as it has grown
+    alone changes is `growth/<model>[/experience_t]`, before the first step: the loss of the model as it has grown
     less that of the frozen function, at the same parameters. Measuring draws no random numbers and leaves training
-    bit-identical. Raises TypeError for a curvature without per-example form.
+    bit-identical. Raises TypeError for a curvature without per-example form and
+    ValueError for a fraction or `every` out of range.
 
     >>> from avalanche_curv import GGN
     >>> [type(metric).__name__ for metric in fidelity_metrics(curvature=GGN(), every=5)]
@@ -82,32 +91,32 @@ def _stored_fraction(policy: Policy) -> float | None:
 
 
 class FidelityMetric(ScalarMetric):
-    """See `fidelity_metrics`."""
+    """The values `fidelity...` and `growth/...` of `fidelity_metrics`, which says what the arguments mean."""
 
     def __init__(self, every: int, curvature: Curvature, fraction: float, seed: int) -> None:
         super().__init__(every)
         if not (is_number(fraction) and 0 < fraction <= 1):
             raise ValueError(f"fraction must lie in (0, 1]; got {fraction}. 0.1 stores one example in ten.")
         self.fraction, self.seed = fraction, seed
-        self.pictures = PastModels(curvature)
+        self.past = PastModels(curvature)
         self._task_ends = _bridge.TaskEnds()
         self.trajectory: defaultdict[str, _Mean] = defaultdict(_Mean)
         self._curves = DistanceCurves()
         self._begun = False  # the task, of which an online stream gives one part after another
 
     def before_training(self, strategy: Any) -> None:
-        _bridge.check_criterion(strategy, self.pictures.curvature)
+        _bridge.check_criterion(strategy, self.past.curvature)
 
     def before_training_exp(self, strategy: Any) -> list[MetricValue]:
         if self._begun:
             return []
         self._begun = True
-        return self._published(strategy, "growth", self.pictures.growth(strategy.model))
+        return self._published(strategy, "growth", self.past.growth(strategy.model))
 
     def after_training_iteration(self, strategy: Any) -> list[MetricValue]:
-        if not self.pictures.accumulate or not self.due(strategy):
+        if not self.past.accumulate or not self.due(strategy):
             return []
-        values = self.pictures.measure(strategy.model)
+        values = self.past.measure(strategy.model)
         for name, value in values.items():
             self.trajectory[name].add(value)
         self._curves.add(values)
@@ -118,23 +127,23 @@ class FidelityMetric(ScalarMetric):
             return []
         self._begun = False
         published: list[MetricValue] = []
-        if self.pictures.accumulate:
-            published += self._published(strategy, "fidelity_experience", self.pictures.measure(strategy.model))
+        if self.past.accumulate:
+            published += self._published(strategy, "fidelity_experience", self.past.measure(strategy.model))
             means = {name: mean.value for name, mean in self.trajectory.items()}
             published += self._published(strategy, "fidelity_trajectory", means)
             published += self._figure(strategy)
         risk = _bridge.current_risk(strategy, batch_size=256)
-        stored = part_of(risk, self.fraction, self.seed, len(self.pictures.accumulate))
-        self.pictures = self.pictures.with_experience(stored)
+        stored = part_of(risk, self.fraction, self.seed, len(self.past.accumulate))
+        self.past = self.past.with_experience(stored)
         return published
 
     def _figure(self, strategy: Any) -> list[MetricValue]:
-        """What was measured in this experience against distance, for loggers that draw."""
-        number, curves = len(self.pictures.accumulate), self._curves
+        """The errors in this experience against distance, for loggers that draw."""
+        number, curves = len(self.past.accumulate), self._curves
         self._curves = DistanceCurves()
         if not any(isinstance(logger, TensorboardLogger | WandBLogger) for logger in strategy.evaluator.loggers):
             return []
-        figure = curves.figure(f"Error of the pictures of the past in experience {number}")
+        figure = curves.figure(f"Error of the quadratic models of the past in experience {number}")
         name, step = "fidelity/kappa_against_distance", strategy.clock.train_iterations
         return [MetricValue(self, name, figure, step)] if figure is not None else []
 
@@ -157,3 +166,53 @@ class _Mean:
     @property
     def value(self) -> float:
         return self.total / self.count if self.count else math.nan
+
+
+class DistanceCurves:
+    """mean |κ| and mean distance ‖θ − a‖ at each measured iteration of one experience, for each quadratic model without
+    and with its linear term."""
+
+    def __init__(self) -> None:
+        self._points: dict[str, list[tuple[float, float]]] = {}
+
+    def add(self, values: Mapping[str, float]) -> None:
+        """Adds the points of one measurement, named as by `PastModels.measure`."""
+        for model in COLOURS:
+            for form in (model, f"{model}_linear"):
+                point = values[f"{model}/distance"], values[f"{form}/kappa_abs"]
+                if all(map(math.isfinite, point)):
+                    self._points.setdefault(form, []).append(point)
+
+    def figure(self, title: str) -> Figure | None:
+        """The figure, with one line for each form over its distance, in the order of training; None where nothing was
+        measured.
+
+        Both axes are logarithmic, so that a model that is exact up to second order has slope 3. Points at distance
+        zero, where every model is exact, are left out.
+        """
+        curves = {form: [p for p in points if min(p) > 0] for form, points in self._points.items()}
+        curves = {form: points for form, points in curves.items() if points}
+        return _drawn(curves, title) if curves else None
+
+
+def _drawn(curves: Mapping[str, list[tuple[float, float]]], title: str) -> Figure:
+    """Made without pyplot, which would keep it and change global state."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
+
+    figure = Figure(figsize=(6.0, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for form, points in curves.items():
+        model = form.removesuffix("_linear")
+        linear = form != model
+        label = NAMES[model] + (", with linear term" if linear else "")
+        (line,) = axes.plot(*zip(*points), color=COLOURS[model], linewidth=WIDTHS[model], label=label)
+        line.set(linestyle="--" if linear else "-", marker="s" if linear else "o", markersize=2 + WIDTHS[model])
+    axes.set(xscale="log", yscale="log", title=title, xlabel="mean distance ‖θ − anchor‖", ylabel="mean |κ|")
+    axes.xaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+    for set_formatter in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+        set_formatter("{x:g}")
+    axes.grid(color="#e4e4e4", linewidth=0.7, which="both")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    return figure

@@ -1,28 +1,43 @@
-"""The shape of the loss along training, on any strategy: of the current task, and of stored examples of past ones."""
+"""The shape of the loss along training, of the current task and of stored examples of past ones, on any strategy."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from avalanche.evaluation.metric_results import MetricValue
 from avalanche.logging import TensorboardLogger, WandBLogger
+from jaxtyping import Float
 from torch import Tensor
 
 from avalanche_curv.core.curvature.base import Curvature, NonFiniteCurvatureError
 from avalanche_curv.core.curvature.fisher import Fisher
-from avalanche_curv.core.landscape.alignment import alignment, curvature_drift
-from avalanche_curv.core.landscape.landscape import WAYS, Landscape, check_options, landscape, moved
-from avalanche_curv.core.landscape.spectrum import SpectrumMethod
+from avalanche_curv.core.landscape.landscape import (
+    METHODS,
+    Landscape,
+    alignment,
+    check_options,
+    curvature_drift,
+    landscape,
+    moved,
+)
+from avalanche_curv.core.landscape.spectrum import Density, SpectrumMethod
 from avalanche_curv.core.options import in_short, is_number
 from avalanche_curv.core.quadratic.policies import part_of
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.metrics._published import ScalarMetric
-from avalanche_curv.metrics._spectrum_figure import logarithms, spectrum_figure
 from avalanche_curv.metrics.gradients import GradientMetric
 from avalanche_curv.plugins import _bridge
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+DECADES = 6  # eigenvalues that much smaller than the largest are not drawn: in float32 they are rounding
+BINS = 64
+VALUES = 3000  # of a histogram, at most
 
 
 def landscape_metrics(
@@ -33,18 +48,18 @@ def landscape_metrics(
     every: int = 100,
     k: int = 10,
     epsilon: float = 1e-2,
-    ways: Sequence[SpectrumMethod] = WAYS,
+    methods: Sequence[SpectrumMethod] = METHODS,
 ) -> list[ScalarMetric]:
-    """Sharpness and the like of the loss along training, how steps and drift lie to it, and the size of both gradients.
+    """Metrics of the curvature of the loss along training, of how steps and drift lie to it, and of both gradients.
 
     Measured every n iterations, counted from the first of the experience, with {sharpness, trace, numerical_rank,
-    effective_rank, energy, exact} as in `core.landscape.Landscape`:
+    effective_rank, energy, exact} as in `core.Landscape`:
 
     - `landscape/current/...`: a random `fraction` of the current experience, the model as it is;
-    - `landscape/stored/...`: the same part of each past experience, on the past function as frozen at the newest end,
+    - `landscape/stored/...`: such a fraction of each past experience, on the past function as frozen at the newest end,
       at the current parameters;
     - `landscape/step/{alignment,leakage}` of the optimizer's step, and `landscape/drift/{alignment,leakage}` of θ − a,
-      with the top k eigenvectors of the stored examples at the newest anchor a (`core.alignment.Alignment`);
+      with the top k eigenvectors of the stored examples at the newest anchor a (`core.Alignment`);
     - `landscape/drift/{trace_ratio,overlap}`: the curvature of the stored examples now against that at the anchor;
     - `gradient/{task_norm,penalty_norm,cosine}` (see `GradientMetric`).
 
@@ -52,20 +67,20 @@ def landscape_metrics(
     it becomes part of the past, come `landscape_experience/{current,stored,drift}/...` and, where a logger draws,
     `landscape/{current,stored}/spectrum`, a figure, and `.../log10_eigenvalues`, a histogram.
 
-    `fraction` and `seed` choose the same examples as those of `fidelity_metrics`. `ways` says how spectra are computed,
-    `exact` is 1 where that is exact. Undefined values are left out, and all of them where the curvature is not finite.
-    Measuring draws no random numbers and leaves training bit-identical. Raises TypeError or ValueError for unusable
-    options.
+    `fraction` and `seed` choose the same examples as those of `fidelity_metrics`. `methods` says how spectra are
+    computed (see `core.landscape`), `exact` is 1 where that is exact. Undefined values are left out, and all of them
+    where the curvature is not finite. Measuring draws no random numbers and leaves training bit-identical. Raises
+    TypeError or ValueError for unusable options.
 
     >>> from avalanche_curv import GGN
     >>> [type(metric).__name__ for metric in landscape_metrics(curvature=GGN(), every=50)]
     ['LandscapeMetric', 'GradientMetric']
     """
-    return [LandscapeMetric(every, curvature, fraction, seed, k, epsilon, ways), GradientMetric(every)]
+    return [LandscapeMetric(every, curvature, fraction, seed, k, epsilon, methods), GradientMetric(every)]
 
 
 class LandscapeMetric(ScalarMetric):
-    """See `landscape_metrics`."""
+    """The values `landscape...` of `landscape_metrics`, which says what the arguments mean."""
 
     def __init__(
         self,
@@ -75,14 +90,14 @@ class LandscapeMetric(ScalarMetric):
         seed: int,
         k: int,
         epsilon: float,
-        ways: Sequence[SpectrumMethod],
+        methods: Sequence[SpectrumMethod],
     ) -> None:
         super().__init__(every)
         if not (is_number(fraction) and 0 < fraction <= 1):
             raise ValueError(f"fraction must lie in (0, 1]; got {fraction}. 0.1 looks at one example in ten.")
-        check_options(curvature, k, epsilon, ways)
+        check_options(curvature, k, epsilon, methods)
         self.curvature, self.fraction, self.seed = curvature, fraction, seed
-        self.k, self.epsilon, self.ways = k, epsilon, tuple(ways)
+        self.k, self.epsilon, self.methods = k, epsilon, tuple(methods)
         self._task_ends = _bridge.TaskEnds()
         self._current: EmpiricalRisk | None = None  # as frozen at the start of the task
         self._stored: tuple[EmpiricalRisk, ...] = ()  # all as frozen at the end of the newest task
@@ -123,7 +138,7 @@ class LandscapeMetric(ScalarMetric):
 
     @cached_property
     def _reference(self) -> Landscape | None:
-        """Their landscape there."""
+        """The landscape of those examples at the anchor."""
         return self._landscape(self._anchored)
 
     def _now(self, strategy: Any) -> EmpiricalRisk:
@@ -134,7 +149,7 @@ class LandscapeMetric(ScalarMetric):
 
     def _landscape(self, risks: Sequence[EmpiricalRisk]) -> Landscape | None:
         try:
-            return landscape(self.curvature, *risks, k=self.k, epsilon=self.epsilon, ways=self.ways)
+            return landscape(self.curvature, *risks, k=self.k, epsilon=self.epsilon, methods=self.methods)
         except NonFiniteCurvatureError:  # training has diverged, and goes on
             return None
 
@@ -179,5 +194,59 @@ class LandscapeMetric(ScalarMetric):
         return [MetricValue(self, name, value, step) for name, value in values.items()]
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what is computed again when it is needed."""
+        """Without the landscape at the anchor, which is computed again when it is needed."""
         return {name: value for name, value in self.__dict__.items() if name != "_reference"}
+
+
+def spectrum_figure(landscape: Landscape, of: str) -> Figure:
+    """A histogram of the eigenvalues, both axes logarithmic; negative ones by their magnitude, in a colour of their
+    own. The title says what it is the spectrum `of`, the lines below how each quantity was computed.
+
+    Made without pyplot, which would keep it and change global state.
+    """
+    from matplotlib.figure import Figure
+
+    density = landscape.density
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.add_subplot()
+    top = float(density.nodes.abs().max())
+    edges = torch.logspace(math.log10(top) - DECADES, math.log10(top * 1.001), BINS + 1, dtype=torch.float64)
+    for sign, label, colour in ((1, "positive", "#0072B2"), (-1, "negative", "#D55E00")):
+        nodes = sign * density.nodes
+        if (nodes > edges[0]).any():
+            axes.hist(nodes.numpy(), bins=edges.tolist(), weights=density.counts.numpy(), label=label, color=colour)
+    drawn = float(density.counts[density.nodes.abs() > edges[0]].sum())
+    axes.set(xscale="log", yscale="log", xlabel="|λ|", ylabel="eigenvalues per bin")
+    axes.set_title(f"Spectrum of {of}", fontsize="medium")
+    figure.supxlabel(methods_used(landscape), fontsize="small")
+    axes.legend(title=f"{density.size - drawn:,.0f} of {density.size:,.0f} near 0, not drawn", fontsize="small")
+    return figure
+
+
+def methods_used(landscape: Landscape) -> str:
+    """How each quantity was computed, one line for each method."""
+    lines: dict[str, list[str]] = {}
+    for quantity, method in landscape.methods.items():
+        lines.setdefault(method, []).append(quantity.replace("_", " "))
+    if len(lines) == 1:
+        return f"all by {next(iter(lines))}"
+    return "\n".join(f"{', '.join(quantities)}: {method}" for method, quantities in lines.items())
+
+
+def logarithms(density: Density) -> Float[Tensor, "n"]:
+    """log10 |λ| of the eigenvalues that are not zero up to rounding, for a histogram: each once where it is known, at
+    evenly spaced quantiles of a quadrature.
+
+    >>> logarithms(Density(torch.tensor([0.0, 1.0, 100.0]), torch.tensor([2.0, 1.0, 1.0]))).tolist()
+    [0.0, 2.0]
+    """
+    magnitude = density.nodes.abs()
+    kept = magnitude > 10.0**-DECADES * magnitude.max()
+    order = magnitude[kept].argsort()
+    values, counts = magnitude[kept][order].log10(), density.counts[kept][order]
+    if bool((counts == 1).all()):
+        return values
+    reached = counts.cumsum(0)
+    number = max(1, min(VALUES, round(float(reached[-1]))))
+    places = (torch.arange(number, dtype=reached.dtype) + 0.5) * reached[-1] / number
+    return values[torch.searchsorted(reached, places).clamp_max(len(values) - 1)]

@@ -1,4 +1,4 @@
-"""The penalty on its own: what CurvatureEWC adds to the loss."""
+"""The penalty that CurvatureEWC adds to the loss."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from avalanche_curv.plugins import CurvatureEWCPlugin
 
 
 def penalty_metrics(*, every: int = 1) -> list[ScalarMetric]:
-    """`penalty/raw` = q(θ) and `penalty/weighted` = strength · q(θ), every n iterations.
+    """Metrics of the penalty: `penalty/raw` = q(θ) and `penalty/weighted` = strength · q(θ), every n iterations.
 
-    Under `AdaptiveRefresh` besides: `penalty/refreshes`, how often the picture was drawn anew during experiences so
-    far, and, where it just was, `penalty/error` = |L − q| of the stored examples before. They are read from the
-    strategy's CurvatureEWCPlugin; with several, numbered `penalty_1/...` and so on. A strategy without one emits
-    nothing.
+    Under `AdaptiveRefresh` also `penalty/refreshes`, the number of refreshes during experiences so far, and, right
+    after one, `penalty/error` = |L − q| of the stored examples before it. They are read from the strategy's
+    CurvatureEWCPlugin; with several, numbered `penalty_1/...` and so on. A strategy without one emits nothing. Raises
+    ValueError unless `every` is an integer of at least 1.
     """
     return [PenaltyMetric(every)]
 
 
 class PenaltyMetric(ScalarMetric):
-    """See `penalty_metrics`."""
+    """The values `penalty/...` of `penalty_metrics`."""
 
     def __init__(self, every: int) -> None:
         super().__init__(every)

@@ -1,4 +1,4 @@
-"""What of training goes into the protected space of an orthogonal projection, and how much of it is left."""
+"""How much of training goes into the protected space of an orthogonal projection, and how large that space is."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ Copies = dict[str, dict[str, Tensor]]  # of the protected parameters by name, fo
 
 
 def projection_metrics(*, every: int = 1) -> list[ScalarMetric]:
-    """Leakage of steps and of the drift into the protected space, what it takes, and the angles between its tasks.
+    """Metrics of the leakage of steps and of the drift into the protected space, its size, and the angles between
+    tasks.
 
     Every n iterations of an experience in which something is protected, by U in all blocks together:
 
-    - `projection/step_leakage` = ‖Δ Uᵀ U‖ / ‖Δ‖ of the step Δ, as corrected, and `projection/drift_leakage`, the same
+    - `projection/step_leakage` = ‖Δ Uᵀ U‖ / ‖Δ‖ of the step Δ, as corrected, and `projection/drift_leakage`, that
       of the drift θ − a from where the experience began: 0 but for rounding under `StepProjection()`, whereas
       `GradientProjection()` and `SequentialProjection()` leak. Rounding is that of the parameters: of a step of norm
       1e-3 some 1e-5 in float32, which does not add up in the drift. Δ is of the protected parameters, in the shapes
@@ -44,13 +45,14 @@ def projection_metrics(*, every: int = 1) -> list[ScalarMetric]:
 
     They are read from the strategy's OrthogonalProjectionPlugin; with several, numbered `projection_1/...` and
     `projection_1_experience/...` and so on. A strategy without one emits nothing. Values that are not finite, such as
-    the leakage of no step, are left out. Measuring leaves training bit-identical.
+    the leakage of no step, are left out. Measuring leaves training bit-identical. Raises ValueError unless `every` is
+    an integer of at least 1.
     """
     return [ProjectionMetric(every)]
 
 
 class ProjectionMetric(ScalarMetric):
-    """See `projection_metrics`."""
+    """The values `projection...` of `projection_metrics`."""
 
     def __init__(self, every: int) -> None:
         super().__init__(every)
@@ -98,7 +100,7 @@ class ProjectionMetric(ScalarMetric):
 
 
 def _spaces(strategy: Any) -> dict[str, ProtectedSpace]:
-    """That of each projection, by the group of its metrics."""
+    """The protected space of each projection, by the group of its metrics."""
     found = [plugin.protected for plugin in strategy.plugins if isinstance(plugin, OrthogonalProjectionPlugin)]
     return {f"projection_{number}" if number else "projection": space for number, space in enumerate(found)}
 
@@ -131,7 +133,7 @@ def _sizes(protected: ProtectedSpace, trainable: ParameterSpace) -> dict[str, fl
 
 
 def _angles(protected: ProtectedSpace) -> dict[str, float]:
-    """Between the newest task and all earlier ones, and each of them."""
+    """The angles between the newest task and all earlier ones together, and each of them."""
     newest = protected.experiences - 1
     found = {task: protected.angles(task, newest) for task in protected.tasks if task < newest}
     found = {task: angles for task, angles in found.items() if len(angles)}

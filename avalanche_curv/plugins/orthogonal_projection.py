@@ -1,4 +1,4 @@
-"""Orthogonal projection as an Avalanche plugin: learn only where the past does not care."""
+"""Orthogonal projection as an Avalanche plugin: steps that leave directions of the past alone."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from avalanche_curv.core.projection import (
     Projector,
     ProtectedSpace,
     Protection,
-    SequentialProjection,
     StepProjection,
     Uncovered,
 )
@@ -30,7 +29,7 @@ class OrthogonalProjectionPlugin(SupervisedPlugin):
 
     At the end of an experience `protect` finds its directions, and they join one orthonormal basis U of the union of
     all (`protected`, a `ProtectedSpace`): Δ ← Δ − U Uᵀ Δ. The step itself is projected, so that the parameters stay in
-    the complement under any optimiser; `GradientProjection()` and `SequentialProjection()` are there to be compared.
+    the complement under any optimiser; `GradientProjection()` and `SequentialProjection()` are for comparison.
     `max_rank` bounds the rank of each basis and keeps the directions along which past curvature is largest. A basis of
     k rows takes k P numbers, and j k in double precision for the j directions of each task; all bases together up to
     `max_bytes`. With nothing protected, as in the first experience, training is exactly Naive's; with all protected, no
@@ -118,17 +117,13 @@ class OrthogonalProjectionPlugin(SupervisedPlugin):
             ) from error
 
 
-def _check_options(protect: object, projection: object, uncovered: object, max_rank: int | None) -> None:
+def _check_options(protect: object, projection: Projection, uncovered: object, max_rank: int | None) -> None:
     check_kind("protect", protect, Protection, "Eigenspace(Fisher(), Rank(20))")
     check_kind("projection", projection, Projection, "StepProjection()")
     check_kind("uncovered", uncovered, Uncovered, "FreezeUncovered()")
     if max_rank is not None:
         check_count("max_rank", max_rank)
-        if isinstance(projection, SequentialProjection):
-            raise ValueError(
-                "SequentialProjection() projects on the whole of each task's subspace, of which max_rank keeps a part. "
-                "Leave max_rank out, or use StepProjection()."
-            )
+    projection.check_rank(max_rank)
 
 
 def _check_optimizer(optimizer: Any) -> None:

@@ -2,7 +2,16 @@ import pytest
 import torch
 from avalanche.training.plugins import SupervisedPlugin
 
-from avalanche_curv import CurvatureEWCPlugin, Diagonal, Merge, Refresh, penalty_metrics
+from avalanche_curv import (
+    CurvatureEWCPlugin,
+    Diagonal,
+    Merge,
+    Refresh,
+    fidelity_metrics,
+    landscape_metrics,
+    penalty_metrics,
+    projection_metrics,
+)
 
 
 class Direct(SupervisedPlugin):
@@ -36,23 +45,15 @@ def test_penalties_equal_the_quadratic_written_out(strength, policy, net, learne
 
 
 def test_the_loss_is_the_criterion_plus_the_weighted_penalty(net, learner, train, plane):
-    ewc = CurvatureEWCPlugin(4.0)
-    spy = Losses()
-    strategy = train(learner(net, ewc, spy, metrics=penalty_metrics()), plane.train_stream)
+    added = []
+
+    class Losses(SupervisedPlugin):
+        def after_backward(self, strategy, **kwargs):
+            added.append(float(strategy.loss.detach() - strategy.criterion().detach()))
+
+    strategy = train(learner(net, CurvatureEWCPlugin(4.0), Losses(), metrics=penalty_metrics()), plane.train_stream)
     weighted = strategy.evaluator.get_all_metrics()["penalty/weighted"][1]
-    assert spy.added[:3] == [0, 0, 0]
-    assert spy.added[3:] == pytest.approx(weighted, abs=1e-6)
-
-
-class Losses(SupervisedPlugin):
-    """What is added to the criterion."""
-
-    def __init__(self):
-        super().__init__()
-        self.added = []
-
-    def after_backward(self, strategy, **kwargs):
-        self.added.append(float(strategy.loss.detach() - strategy.criterion().detach()))
+    assert added == pytest.approx([0, 0, 0, *weighted], abs=1e-6)
 
 
 def test_several_plugins_are_numbered(net, learner, train, plane):
@@ -68,6 +69,7 @@ def test_a_strategy_without_a_penalty_publishes_none(net, learner, train, plane)
     assert strategy.evaluator.get_all_metrics() == {}
 
 
-def test_every_must_be_at_least_one():
-    with pytest.raises(ValueError, match="every must be at least 1"):
-        penalty_metrics(every=0)
+@pytest.mark.parametrize("metrics", [fidelity_metrics, landscape_metrics, penalty_metrics, projection_metrics])
+def test_every_must_be_at_least_one(metrics):
+    with pytest.raises(ValueError, match=r"every must be at least 1 iteration; got 0. 1 measures at each step"):
+        metrics(every=0)

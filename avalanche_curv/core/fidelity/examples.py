@@ -1,4 +1,4 @@
-"""Quadratic pictures of single examples around one anchor, by Jacobian-vector products instead of loops."""
+"""Quadratic models of the losses of single examples around one anchor, by Jacobian-vector products."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ from avalanche_curv.core.risk.jacobians import chunk_size, outputs_of, parameter
 
 
 class ExampleModels(ABC):
-    """For each example x of a risk: increase(x) = g_xᵀδ + ½ δᵀ C_x δ around the frozen parameters."""
+    """Quadratic models of the losses of single examples x of a risk: increase(x) = g_xᵀδ + ½ δᵀ C_x δ around its frozen
+    parameters, with δ the displacement from them."""
 
     risk: EmpiricalRisk
 
     @abstractmethod
     def compare(self, parameters: Float[Tensor, "P"]) -> Comparison:
-        """Pictures against the truth of the frozen past function at other parameters."""
+        """The quadratic models against the true losses of the frozen past function at other parameters."""
 
 
 def check_per_example(curvature: Curvature) -> None:
@@ -39,7 +40,8 @@ def check_per_example(curvature: Curvature) -> None:
 
 
 class OutputModels(ExampleModels):
-    """For C_x = Jᵀ S Sᵀ J on any model: u = J δ by one forward-mode product, then ½ ‖Sᵀu‖² and Jᵀ S Sᵀ u."""
+    """The quadratic models with C_x = Jᵀ S Sᵀ J, of any network: u = J δ by one forward-mode product, then ½ ‖Sᵀu‖² and
+    Jᵀ S Sᵀ u."""
 
     def __init__(self, curvature: OutputCurvature, risk: EmpiricalRisk) -> None:
         self.curvature, self.risk = curvature, risk
@@ -71,7 +73,7 @@ class OutputModels(ExampleModels):
 
 
 class HessianModels(ExampleModels):
-    """For C_x = ∇²ℓ(x, ·): H_x δ as the forward derivative of the per-example gradient."""
+    """The quadratic models with C_x = ∇²ℓ(x, ·): H_x δ is the forward derivative of the gradient of one example."""
 
     def __init__(self, risk: EmpiricalRisk) -> None:
         self.risk = risk
@@ -87,14 +89,14 @@ class HessianModels(ExampleModels):
     def _chunk(self, here: dict, there: dict, step: dict, x: Tensor, y: Tensor) -> Comparison:
         outputs, loss = outputs_of(self.risk), self.risk.loss
 
-        def one(p: dict, x: Tensor, y: Tensor) -> Tensor:
+        def loss_of_one(p: dict, x: Tensor, y: Tensor) -> Tensor:
             return loss.per_example(outputs(p, x[None]), y[None])[0]
 
-        def bend(x: Tensor, y: Tensor) -> Any:
-            return jvp(lambda p: grad(one)(p, x, y), (here,), (step,))
+        def gradient_and_product(x: Tensor, y: Tensor) -> Any:
+            return jvp(lambda p: grad(loss_of_one)(p, x, y), (here,), (step,))
 
-        slopes, products = (_rows(part) for part in vmap(bend)(x, y))
-        true = _rows(vmap(grad(one), in_dims=(None, 0, 0))(there, x, y))
+        slopes, products = (_rows(part) for part in vmap(gradient_and_product)(x, y))
+        true = _rows(vmap(grad(loss_of_one), in_dims=(None, 0, 0))(there, x, y))
         displacement = torch.cat([part.reshape(-1) for part in step.values()])
         quadratic, linear = half_product(products, displacement), slopes @ displacement
         actual = loss.per_example(outputs(there, x), y) - loss.per_example(outputs(here, x), y)
@@ -105,18 +107,22 @@ class HessianModels(ExampleModels):
 def output_increase(
     factor: Float[Tensor, "N C R"], residual: Float[Tensor, "N C"], change: Float[Tensor, "N C"]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """S Sᵀu, the linear increase (∇_f ℓ)ᵀu and the quadratic increase ½ ‖Sᵀu‖², for the output change u = J δ."""
+    """S Sᵀu, the linear increase (∇_f ℓ)ᵀu and the quadratic increase ½ ‖Sᵀu‖² of each example.
+
+    Args: the `factor` S of the curvature in the outputs, the `residual` ∇_f ℓ at the anchor, the `change` u = J δ of
+    the outputs.
+    """
     curved = torch.einsum("ncr,nr->nc", factor, torch.einsum("ncr,nc->nr", factor, change))
     return curved, (residual * change).sum(1), half_product(curved, change)
 
 
 def half_product(products: Float[Tensor, "N k"], direction: Tensor) -> Float[Tensor, "N"]:
-    """½ vᵀ(C v) for each row, the increase of a purely quadratic picture."""
+    """½ vᵀ(C v) for each row of products C v with the `direction` v."""
     return half((products * direction).sum(1))
 
 
 def joined(parts: list[Comparison]) -> Comparison:
-    """The comparison of all examples from those of its pieces."""
+    """The comparison of all examples, from the comparisons of consecutive pieces of them."""
     return Comparison(concatenated([p.quadratic for p in parts]), concatenated([p.linear for p in parts]))
 
 

@@ -1,4 +1,4 @@
-"""Pictures of single examples where all parameters lie in linear layers: gradients stay outer products b aᵀ."""
+"""Quadratic models of single examples where all parameters lie in linear layers: gradients stay products b aᵀ."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 
 
 class LayerwiseModels(ExampleModels):
-    """C_x = Jᵀ S Sᵀ J without any [N, P] matrix, for the examples of several risks over one parameter space.
+    """The quadratic models with C_x = Jᵀ S Sᵀ J, of networks of linear layers: without any [N, P] matrix, for the
+    examples of several risks over one parameter space.
 
     What depends on the anchors alone is computed once: the layers' inputs, the graph from their outputs Z to f, and
     that of w ↦ (∂f/∂Z)ᵀw, whose derivative in w is the Jacobian product that propagates a displacement.
     """
 
-    def __init__(self, curvature: OutputCurvature, *held: tuple[EmpiricalRisk, Layers]) -> None:
-        self.curvature, self.risk, self.held = curvature, held[0][0], held
+    def __init__(self, curvature: OutputCurvature, *risks: tuple[EmpiricalRisk, Layers]) -> None:
+        self.curvature, self.risk, self.risks = curvature, risks[0][0], risks
         self._anchored: list[_AnchoredBatch] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -33,7 +34,7 @@ class LayerwiseModels(ExampleModels):
 
     def compare(self, parameters: Float[Tensor, "P"]) -> Comparison:
         if self._anchored is None:
-            self._anchored = [batch for pair in self.held for batch in self._anchor(*pair)]
+            self._anchored = [batch for pair in self.risks for batch in self._anchor(*pair)]
         with torch.enable_grad():
             return _compared([batch.measure(parameters) for batch in self._anchored])
 
@@ -43,7 +44,7 @@ class LayerwiseModels(ExampleModels):
 
 
 class _Measured(NamedTuple):
-    """Of n examples: losses' change, linear and quadratic increase; inner products of each of L layers."""
+    """Of n examples: the change of their losses, linear and quadratic increase; inner products of each of L layers."""
 
     actual: Float[Tensor, "n"]
     linear: Float[Tensor, "n"]
@@ -95,7 +96,7 @@ class _AnchoredBatch:
         return _sensitivities(self.outputs, self.taps, cotangent, keep=False)
 
     def _truth(self, values: list[Tensor]) -> tuple[list[Tap], tuple[Tensor, ...], Tensor]:
-        """Taps, B and losses of the past function at other parameters."""
+        """Inputs and outputs of its layers, B and losses of the past function at other parameters."""
         with self.layers.tapped() as taps:
             outputs = self.risk.outputs_at(values, self.x)
         loss = self.risk.loss.per_example(outputs.detach(), self.y)
@@ -117,8 +118,8 @@ class _AnchoredBatch:
             return None
         if _same(now.inputs, then.inputs):
             return now.outputs.detach() - then.outputs.detach()
-        held = {short: parameters[name] for short, name in names.items()}
-        everything: dict[str, Any] = {"bias": None, **dict(then.layer.named_parameters(recurse=False)), **held}
+        trained = {short: parameters[name] for short, name in names.items()}
+        everything: dict[str, Any] = {"bias": None, **dict(then.layer.named_parameters(recurse=False)), **trained}
         return F.linear(then.inputs, everything["weight"], everything["bias"]).sub_(then.outputs.detach())
 
 
@@ -172,13 +173,13 @@ class _InputRows:
 
 def _kinds(layers: Layers, taps: list[Tap]) -> Float[Tensor, "2 L"]:
     """Whether weight and bias of each layer are trainable, as 0 or 1."""
-    held = [layers.places(tap.layer) for tap in taps]
-    return torch.tensor([[float(kind in names) for names in held] for kind in ("weight", "bias")])
+    trained = [layers.places(tap.layer) for tap in taps]
+    return torch.tensor([[float(kind in names) for names in trained] for kind in ("weight", "bias")])
 
 
 def _compared(parts: list[_Measured]) -> Comparison:
     """The comparison of all examples from their inner products: ‖b aᵀ‖², ‖b' a'ᵀ‖², ⟨b aᵀ, b' a'ᵀ⟩ and
-    ‖b aᵀ − b' a'ᵀ‖² for true (b, a) and predicted (b', a'), with b' = bend and bend + slope, summed over layers.    """
+    ‖b aᵀ − b' a'ᵀ‖² for true (b, a) and predicted (b', a'), with b' = bend and bend + slope, summed over layers."""
     if len({part.inputs.shape[1] for part in parts}) > 1:  # some examples pass through fewer layers
         return joined([_compared([part]) for part in parts])
     actual, linear, quadratic, g, (aa, tt, at, te, ee), (weight, bias) = (torch.cat(of, dim=-1) for of in zip(*parts))

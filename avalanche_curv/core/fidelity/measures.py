@@ -1,4 +1,4 @@
-"""How wrong the quadratic picture of each stored example is, at any parameters."""
+"""The errors of quadratic models of single examples: κ, γ, α and ρ."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ MEASURES = ("kappa", "kappa_abs", "gamma", "alpha", "rho", "rho_pooled")
 
 @dataclass(frozen=True)
 class Fidelity:
-    """The picture of each of N examples against the truth at θ, with displacement δ = θ − a from its anchor.
+    """How far quadratic models of N single examples are from the truth at θ, with displacement δ = θ − a from the
+    anchor.
 
     increase(x) = ½ δᵀ C_x δ, or g_xᵀδ + ½ δᵀ C_x δ where the linear term is kept, with g_x and C_x the gradient and
     curvature of ℓ(x, ·) at the anchor alone.
 
-    - kappa = ℓ(x, θ) − ℓ(x, a) − increase(x): the loss that the picture does not see (signed).
+    - kappa = ℓ(x, θ) − ℓ(x, a) − increase(x): the error of the predicted loss (signed).
     - gamma = ‖∇ℓ(x, θ) − ∇increase(x)‖₂.
     - alpha = cos(∇ℓ(x, θ), ∇increase(x)); NaN where either gradient is zero, as the second is at the anchor.
     - rho = (ℓ(x, θ) − ℓ(x, a)) / increase(x), the trust-region ratio; NaN where nothing is predicted.
@@ -38,8 +39,9 @@ class Fidelity:
         return _ratio(self.actual, self.increase)
 
     def means(self) -> dict[str, float]:
-        """Averages over examples; those of alpha and rho leave out undefined entries. `rho_pooled` is the ratio of
-        the mean actual to the mean predicted change, which a few tiny predictions cannot dominate."""
+        """Averages over examples by the names of MEASURES; those of alpha and rho leave out undefined entries.
+        `kappa_abs` is the mean of |κ|, `rho_pooled` the ratio of the mean actual to the mean predicted change, which a
+        few tiny predictions cannot dominate."""
         values = torch.stack([
             self.kappa.mean(),
             self.kappa.abs().mean(),
@@ -51,14 +53,14 @@ class Fidelity:
         return dict(zip(MEASURES, values.tolist()))
 
     def split(self, sizes: list[int]) -> list[Fidelity]:
-        """The fidelity of consecutive groups of examples."""
+        """The fidelity of consecutive groups of so many examples each."""
         parts = zip(*(t.split(sizes) for t in (self.actual, self.increase, self.gamma, self.alpha)))
         return [Fidelity(*part) for part in parts]
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The fidelity of the same pictures without and with their linear term."""
+    """The fidelity of quadratic models without their linear term, `quadratic`, and with it, `linear`."""
 
     quadratic: Fidelity
     linear: Fidelity
@@ -67,13 +69,14 @@ class Comparison:
     def of(
         cls, products: GradientProducts, actual: Float[Tensor, "N"], increase: Float[Tensor, "2 N"]
     ) -> Comparison:
-        """From both predictions at once, the one without the linear term first."""
+        """The comparison from inner products of gradients, the `actual` change of each loss and both predicted ones; of
+        two predictions the one without the linear term comes first."""
         gamma = products.distance.clamp_min(0).sqrt()
         alpha = _ratio(products.inner, products.true.sqrt() * products.predicted.sqrt()).clamp(-1, 1)
         return cls(*(Fidelity(actual, *parts) for parts in zip(increase, gamma, alpha)))
 
     def split(self, sizes: list[int]) -> list[Comparison]:
-        """The comparison of consecutive groups of examples."""
+        """The comparison of consecutive groups of so many examples each."""
         return [Comparison(*pair) for pair in zip(self.quadratic.split(sizes), self.linear.split(sizes))]
 
 
@@ -88,7 +91,7 @@ class GradientProducts:
 
     @classmethod
     def of(cls, true: Float[Tensor, "N P"], predicted: Float[Tensor, "2 N P"]) -> GradientProducts:
-        """From the gradients themselves: squared norms, inner product and squared distance."""
+        """Squared norms, inner products and squared distances of the gradients themselves."""
         square = torch.linalg.vecdot
         norm = square(predicted, predicted)
         difference = true - predicted
@@ -96,7 +99,7 @@ class GradientProducts:
 
 
 def concatenated(parts: list[Fidelity]) -> Fidelity:
-    """The fidelity of all examples from that of their groups."""
+    """The fidelity of all examples, from that of consecutive groups of them."""
     names = ("actual", "increase", "gamma", "alpha")
     return Fidelity(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
 

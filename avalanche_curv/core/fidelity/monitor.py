@@ -1,4 +1,4 @@
-"""Both pictures of the past along any trajectory: each experience at its own anchor, and all at the newest."""
+"""Two quadratic models of the past along any trajectory: each experience at its own anchor, and all at the newest."""
 
 from __future__ import annotations
 
@@ -21,9 +21,11 @@ from avalanche_curv.core.risk.parameters import ParameterSpace
 
 @dataclass(frozen=True)
 class PastModels:
-    """The pictures of the stored examples of each past experience, in order.
+    """Two quadratic models of the loss of stored examples of past experiences, in order: `accumulate`, of each
+    experience at its own end, and `refresh`, of all of them at the newest end.
 
-    `accumulate` holds each experience's risk as frozen at its own end, `refresh` all of them at the newest end.
+    Both are held as the risks of the stored examples, frozen there. Raises TypeError for a curvature without
+    per-example form.
     """
 
     curvature: Curvature
@@ -34,61 +36,69 @@ class PastModels:
         check_per_example(self.curvature)
 
     def with_experience(self, stored: EmpiricalRisk) -> PastModels:
-        """The pictures after one more experience, whose stored examples are frozen at its end."""
+        """The quadratic models after one more experience, whose stored examples are frozen at its end."""
         fresh = (*(risk.at(stored) for risk in self.refresh), stored)
         return PastModels(self.curvature, (*self.accumulate, stored), fresh)
 
     def compare(self, model: nn.Module) -> dict[str, list[Comparison]]:
-        """For each picture, the comparison of each past experience at the current parameters of `model`."""
-        return {name: self.compare_picture(name, model) for name in self._held}
+        """By the names `accumulate` and `refresh`, what `compare_one` returns."""
+        return {name: self.compare_one(name, model) for name in self._groups}
 
-    def compare_picture(self, name: str, model: nn.Module) -> list[Comparison]:
-        """The comparison of each past experience in the picture `accumulate` or `refresh`."""
+    def compare_one(self, name: str, model: nn.Module) -> list[Comparison]:
+        """The quadratic model of that name, `accumulate` or `refresh`, against the truth at the current parameters of
+        `model`: one comparison for each past experience.
+
+        Raises TypeError where torch lacks a derivative of an operation of the model.
+        """
         vectors: dict[ParameterSpace, Tensor] = {}
-        for group in self._held[name]:
-            space = group.pictures.risk.space
+        for group in self._groups[name]:
+            space = group.models.risk.space
             if space not in vectors:
                 vectors[space] = space.vector(model)
-        return [part for group in self._held[name] for part in group.compare(vectors[group.pictures.risk.space])]
+        return [part for group in self._groups[name] for part in group.compare(vectors[group.models.risk.space])]
 
     def measure(self, model: nn.Module) -> dict[str, float]:
-        """`picture/measure` over all stored examples and `picture/measure/experience_t` for each past experience.
+        """`name/measure` over all stored examples and `name/measure/experience_t` for each past experience, at the
+        current parameters of `model`; empty without a past.
 
-        The picture is `accumulate` or `refresh`, with `_linear` where its linear term is kept; the measures are those
-        of `Fidelity.means`, and `distance`, which both forms of a picture share (see `distances`).
+        The name is `accumulate` or `refresh`, with `_linear` where the linear term is kept; the measures are those of
+        `Fidelity.means`, and `distance`, which does not depend on the linear term (see `distances`). Raises TypeError
+        where torch lacks a derivative of an operation of the model.
         """
         values = self.distances(model)
         if not values:
             return values
-        for picture, comparisons in self.compare(model).items():
+        for name, comparisons in self.compare(model).items():
             for suffix, parts in (
                 ("", [c.quadratic for c in comparisons]),
                 ("_linear", [c.linear for c in comparisons]),
             ):
-                values |= _named(picture + suffix, parts)
+                values |= _named(name + suffix, parts)
         return values
 
     def growth(self, model: nn.Module) -> dict[str, float]:
-        """`picture` and `picture/experience_t`: L_t of the past function as `model` computes it now, less that of the
-        function as it was frozen, at the same parameters.
+        """`name/experience_t`: the loss L_t of the past function as `model` computes it now, less that of the function
+        as it was frozen, at the same parameters; `name`, `accumulate` or `refresh`, the mean over experiences. Empty
+        without a past.
 
-        It is what new outputs, unmasked units and other buffers change by themselves; no picture in the parameters can
-        foresee it. The former is the mean over experiences. Empty without a past.
+        It is what new outputs, unmasked units and other buffers change by themselves, which no quadratic model in the
+        parameters can foresee.
         """
         values: dict[str, float] = {}
-        for picture, risks in (("accumulate", self.accumulate), ("refresh", self.refresh)):
+        for name, risks in (("accumulate", self.accumulate), ("refresh", self.refresh)):
             grown = zip(risks, frozen_together(risks, model))
             jumps = [now.value() - risk.value_at(risk.space.vector(model)) for risk, now in grown]
-            values |= {f"{picture}/experience_{number}": jump for number, jump in enumerate(jumps)}
+            values |= {f"{name}/experience_{number}": jump for number, jump in enumerate(jumps)}
             if jumps:
-                values[picture] = sum(jumps) / len(jumps)
+                values[name] = sum(jumps) / len(jumps)
         return values
 
     def distances(self, model: nn.Module) -> dict[str, float]:
-        """`picture/distance`, ‖θ − a‖₂ in the coordinates of the anchor a: how far each picture is asked to reach.
+        """`accumulate/distance` and `refresh/distance`: ‖θ − a‖₂ of the parameters θ of `model` in the coordinates of
+        the anchor a.
 
         In `accumulate` every past experience has its own anchor: its distance is `accumulate/distance/experience_t`,
-        and `accumulate/distance` is their mean. In `refresh` there is one, the newest. Empty without a past.
+        and `accumulate/distance` the mean of these. In `refresh` there is one anchor, the newest. Empty without a past.
         """
         if not self.accumulate:
             return {}
@@ -99,45 +109,45 @@ class PastModels:
         return values | {"refresh/distance": newest}
 
     @cached_property
-    def _held(self) -> dict[str, list[_Group]]:
+    def _groups(self) -> dict[str, list[_Group]]:
         functions = {risk.adapter for risk in self.refresh}
         refresh = [list(self.refresh)] if len(functions) == 1 else [[risk] for risk in self.refresh]
         return {
-            "accumulate": _groups(self.curvature, [[risk] for risk in self.accumulate]),
-            "refresh": _groups(self.curvature, refresh),
+            "accumulate": _grouped(self.curvature, [[risk] for risk in self.accumulate]),
+            "refresh": _grouped(self.curvature, refresh),
         }
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what is computed again when it is needed."""
-        return {name: value for name, value in self.__dict__.items() if name != "_held"}
+        """Without the quadratic models, which are computed again when they are needed."""
+        return {name: value for name, value in self.__dict__.items() if name != "_groups"}
 
 
 @dataclass(frozen=True)
 class _Group:
     """Experiences that are measured at once."""
 
-    pictures: ExampleModels
+    models: ExampleModels
     sizes: list[int]
 
     def compare(self, parameters: Tensor) -> list[Comparison]:
         try:
-            return self.pictures.compare(parameters).split(self.sizes)
+            return self.models.compare(parameters).split(self.sizes)
         except NotImplementedError as error:
             raise TypeError(
-                f"torch lacks a derivative that fidelity needs of {type(self.pictures.risk.base).__name__}: {error} "
+                f"torch lacks a derivative that fidelity needs of {type(self.models.risk.base).__name__}: {error} "
                 "Leave the fidelity metrics out for this model, or replace that operation."
             ) from error
 
 
-def _groups(curvature: Curvature, functions: list[list[EmpiricalRisk]]) -> list[_Group]:
+def _grouped(curvature: Curvature, functions: list[list[EmpiricalRisk]]) -> list[_Group]:
     """All experiences in order; each inner list shares its past function. Neighbours over one parameter space are
     measured at once where all parameters lie in linear layers."""
     groups = []
     for _, run in groupby(functions, key=lambda risks: risks[0].space):
         together = list(run)
         for some in [together] if _are_layered(curvature, together) else [[risks] for risks in together]:
-            pictures = example_models(curvature, *(joined_risk(risks) for risks in some))
-            groups.append(_Group(pictures, [risk.examples for risks in some for risk in risks]))
+            models = example_models(curvature, *(joined_risk(risks) for risks in some))
+            groups.append(_Group(models, [risk.examples for risks in some for risk in risks]))
     return groups
 
 
@@ -146,8 +156,8 @@ def _are_layered(curvature: Curvature, functions: list[list[EmpiricalRisk]]) -> 
 
 
 def example_models(curvature: Curvature, *risks: EmpiricalRisk) -> ExampleModels:
-    """The fastest way to measure pictures with this curvature of the examples of a risk; of several at once where all
-    parameters lie in linear layers.
+    """The quadratic models of the single examples of a risk with this curvature, in their fastest form; of several
+    risks over one parameter space where all parameters lie in linear layers.
 
     Raises TypeError for a kind without a per-example form.
     """
@@ -155,8 +165,8 @@ def example_models(curvature: Curvature, *risks: EmpiricalRisk) -> ExampleModels
     if not isinstance(curvature, OutputCurvature):
         return HessianModels(*risks)
     layers = [linear_layers(risk) for risk in risks]
-    held = [(risk, own) for risk, own in zip(risks, layers) if own is not None]
-    return LayerwiseModels(curvature, *held) if len(held) == len(risks) else OutputModels(curvature, *risks)
+    layered = [(risk, own) for risk, own in zip(risks, layers) if own is not None]
+    return LayerwiseModels(curvature, *layered) if len(layered) == len(risks) else OutputModels(curvature, *risks)
 
 
 def _distance(model: nn.Module, risk: EmpiricalRisk) -> Tensor:
@@ -166,8 +176,8 @@ def _distance(model: nn.Module, risk: EmpiricalRisk) -> Tensor:
     return torch.linalg.vector_norm(torch.stack(parts))
 
 
-def _named(picture: str, parts: list[Fidelity]) -> dict[str, float]:
-    values = {f"{picture}/{measure}": value for measure, value in concatenated(parts).means().items()}
+def _named(model: str, parts: list[Fidelity]) -> dict[str, float]:
+    values = {f"{model}/{measure}": value for measure, value in concatenated(parts).means().items()}
     for number, part in enumerate(parts):
-        values |= {f"{picture}/{measure}/experience_{number}": value for measure, value in part.means().items()}
+        values |= {f"{model}/{measure}/experience_{number}": value for measure, value in part.means().items()}
     return values

@@ -26,9 +26,10 @@ from avalanche_curv.core.structures.rules import has_rule, structured
 
 @dataclass(frozen=True)
 class AveragedCurvature:
-    """C = Σ_f (N_f / N) C_f over functions f, such as the heads of a model for several tasks, of one set of parameters.
+    """The curvature of the mean loss over all examples of several functions f, such as the heads of a model for several
+    tasks, at the same parameters: C = Σ_f (N_f / N) C_f.
 
-    Risks of the same function are joined: `functions` holds one risk each.
+    `functions` holds one risk for each function.
     """
 
     curvature: Curvature
@@ -36,7 +37,11 @@ class AveragedCurvature:
 
     @classmethod
     def of(cls, curvature: Curvature, risks: Sequence[EmpiricalRisk]) -> AveragedCurvature:
-        """Of all examples of `risks`, which share their frozen model; see `landscape` for what it raises."""
+        """The curvature of the mean loss over all examples of `risks`; those of the same function are joined.
+
+        Raises ValueError for no risk, for risks that do not share one frozen model, and for a loss that the kind of
+        curvature cannot be had of.
+        """
         _check(curvature, risks)
         by_function: dict[object, list[EmpiricalRisk]] = {}
         for risk in risks:
@@ -45,7 +50,7 @@ class AveragedCurvature:
 
     @property
     def space(self) -> ParameterSpace:
-        """The parameters of all functions."""
+        """The parameters, which all functions share."""
         return self.functions[0].space
 
     @property
@@ -55,12 +60,12 @@ class AveragedCurvature:
 
     @property
     def examples(self) -> int:
-        """N."""
+        """N, the number of examples of all functions."""
         return sum(risk.examples for risk in self.functions)
 
     @property
     def weights(self) -> list[float]:
-        """N_f / N."""
+        """N_f / N, the share of each function in the mean."""
         return [risk.examples / self.examples for risk in self.functions]
 
     @property
@@ -69,22 +74,22 @@ class AveragedCurvature:
         return isinstance(self.curvature, (OutputCurvature, BatchedEmpiricalFisher))
 
     def whole(self) -> Float[Tensor, "P P"]:
-        """C, in float64."""
+        """C as a matrix in float64. Raises NonFiniteCurvatureError where it holds NaN or infinity."""
         return self.checked(self._sum(Dense()).dense().double())
 
     def product(self) -> Callable[[Float[Tensor, "P"]], Float[Tensor, "P"]]:
-        """v ↦ C v, through graphs that are kept as long as the function is."""
+        """The function v ↦ C v, through graphs that are kept as long as the function is."""
         return self._sum(MatrixFree()).product
 
     def exact_trace(self) -> float | None:
-        """tr C from the exact diagonal, where the kind has a rule for it that is cheap."""
+        """tr C from the exact diagonal; None where the kind has no cheap rule for that."""
         if isinstance(self.curvature, Hessian) or not has_rule(self.curvature, Diagonal()):
             return None
         traces = (structured(self.curvature, Diagonal(), risk).tensors()[0].double().sum() for risk in self.functions)
         return sum(weight * float(trace) for weight, trace in zip(self.weights, traces))
 
     def checked(self, tensor: Tensor) -> Tensor:
-        """The tensor, if it is finite. Raises NonFiniteCurvatureError."""
+        """The tensor, unchanged. Raises NonFiniteCurvatureError where it holds NaN or infinity."""
         if tensor.isfinite().all():
             return tensor
         raise NonFiniteCurvatureError(
@@ -111,8 +116,8 @@ def _check(curvature: Curvature, risks: Sequence[EmpiricalRisk]) -> None:
 
 
 def rows_of_all(averaged: AveragedCurvature, most: int) -> list[Rows] | None:
-    """G with C = GᵀG, layer by layer; None where the kind has no rows, or where they are more than `most` or do not
-    fit."""
+    """The M rows of G with C = GᵀG, layer by layer; None where the kind has no such form, where M > `most`, or where
+    the rows do not fit in memory."""
     if isinstance(averaged.curvature, BatchedEmpiricalFisher):
         return _rows_of_batches(averaged, averaged.curvature, most)
     if not isinstance(averaged.curvature, OutputCurvature):
@@ -132,7 +137,7 @@ def rows_of_all(averaged: AveragedCurvature, most: int) -> list[Rows] | None:
 
 
 def lifted_rows(rows: Sequence[Rows], space: ParameterSpace, u: Float[Tensor, "k M"]) -> Float[Tensor, "k P"]:
-    """Gᵀu / ‖Gᵀu‖ for each row u: eigenvectors of GᵀG from those of GGᵀ."""
+    """The eigenvectors Gᵀu / ‖Gᵀu‖ of GᵀG, as rows over the parameters `space`, from those of GGᵀ, the rows u."""
     parts = {name: part for some in rows for name, part in some.lifted(u.T).items()}
     missing = u.new_zeros(len(u), 1)
     v = torch.cat([parts.get(name, missing.expand(-1, n)) for name, n in zip(space.names, space.sizes)], dim=1)
@@ -141,7 +146,7 @@ def lifted_rows(rows: Sequence[Rows], space: ParameterSpace, u: Float[Tensor, "k
 
 @dataclass(frozen=True)
 class _Part:
-    """The rows of one function, and their weight in the mean over all: √(N_f / N)."""
+    """The rows of one function, and `scale` = √(N_f / N), their weight in the mean over all."""
 
     rows: list[Rows]
     examples: int
@@ -150,8 +155,8 @@ class _Part:
 
 
 def joined(parts: list[_Part]) -> list[Rows] | None:
-    """The rows of all functions. A layer that a function does not use has rows of zeros there. None where a parameter
-    lies in a layer of one form for one function, and of another for another."""
+    """The rows of all functions, zero in the layers that a function does not use. None where a parameter lies in layers
+    of different forms for two functions."""
     if len(parts) == 1:
         return parts[0].rows
     outer: dict[tuple[str, ...], dict[int, OuterRows]] = {}

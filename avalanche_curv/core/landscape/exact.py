@@ -1,4 +1,4 @@
-"""Every eigenvalue exactly: of the matrix where it is small, of the Gram matrix of its rows where these are few."""
+"""Spectra whose every eigenvalue is exact: of the matrix where it is small, or of the Gram matrix of its few rows."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ from avalanche_curv.core.per_example.gram import Rows
 
 @dataclass(frozen=True)
 class WholeMatrix(SpectrumMethod):
-    """By the eigendecomposition of the P × P matrix in float64, for P up to `largest`."""
+    """The spectrum by the eigendecomposition of the P × P matrix in float64, for P up to `largest`.
+
+    Raises ValueError unless `largest` is an integer of at least 1.
+    """
 
     largest: int = 1500
 
@@ -35,10 +38,12 @@ class WholeMatrix(SpectrumMethod):
 
 @dataclass(frozen=True)
 class GramMatrix(SpectrumMethod):
-    """By the M × M matrix GGᵀ of a curvature C = GᵀG, which shares its non-zero eigenvalues, for M up to `rows`.
+    """The spectrum by the M × M matrix GGᵀ of a curvature C = GᵀG, which shares its non-zero eigenvalues, for M up to
+    `rows`.
 
     M is the number of examples times that of the columns of S (see `OutputCurvature`): 1 for an empirical Fisher, one
-    less than the classes for the Fisher and the GGN of cross-entropy.
+    less than the classes for the Fisher and the GGN of cross-entropy. Raises ValueError unless `rows` is an integer of
+    at least 1.
     """
 
     rows: int = 3000
@@ -58,7 +63,8 @@ class GramMatrix(SpectrumMethod):
 
 
 def decomposed(matrix: Float[Tensor, "n n"], k: int) -> tuple[Float[Tensor, "n"], Pairs]:
-    """All eigenvalues in rising order, and the k eigenpairs largest in magnitude; eigenvectors are rows.
+    """All eigenvalues of a symmetric matrix in rising order, and the k eigenpairs largest in magnitude, largest first;
+    eigenvectors are rows.
 
     >>> values, (top, _) = decomposed(torch.diag(torch.tensor([1.0, -4.0, 3.0])), 2)
     >>> values.tolist(), top.tolist()
@@ -94,6 +100,6 @@ def _each_once(values: Float[Tensor, "n"]) -> Density:
     return Density(values, torch.ones_like(values))
 
 
-def _check_limit(way: SpectrumMethod, name: str, limit: object) -> None:
+def _check_limit(method: SpectrumMethod, name: str, limit: object) -> None:
     if not is_count(limit):
-        raise ValueError(f"{type(way).__name__}({name}=...) needs an integer of at least 1; got {limit!r}.")
+        raise ValueError(f"{type(method).__name__}({name}=...) needs an integer of at least 1; got {limit!r}.")

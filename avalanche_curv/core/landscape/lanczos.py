@@ -1,4 +1,4 @@
-"""The spectrum of a matrix known by its products: top eigenpairs, stochastic Lanczos quadrature, XTrace."""
+"""The spectrum of a matrix known by its products alone: top eigenpairs, stochastic Lanczos quadrature, XTrace."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Product = Callable[[Float[Tensor, "P"]], Float[Tensor, "P"]]
 
 @dataclass(frozen=True)
 class Lanczos(SpectrumMethod):
-    """By products alone, at any size.
+    """The spectrum by matrix-vector products alone, at any size.
 
     The top k are exact to a residual of 1e-5. What lies below is a quadrature of `probes` random starts of `steps`
     Lanczos steps each (Golub & Welsch 1969; Ghorbani et al. 2019, algorithm 1) on the complement of the top k: a sum
@@ -31,7 +31,8 @@ class Lanczos(SpectrumMethod):
     the spectrum, as of a Hessian, |λ| bends there: effective rank and energy then want `steps` of 100.
 
     The trace comes from the exact diagonal where that is cheap, and otherwise from XTrace with `trace_products`
-    products on that complement (Epperly et al. 2024). All draws come from `seed`.
+    products on that complement (Epperly et al. 2024). All draws come from `seed`. Raises ValueError for options that
+    are no counts, an odd number of `trace_products`, and a seed that is no integer.
     """
 
     probes: int = 4
@@ -61,7 +62,7 @@ class Lanczos(SpectrumMethod):
         known = diagonal and averaged.is_semidefinite
         magnitude = trace if known else density.magnitude()
         sharpness = _largest(product, like, found[0])
-        return Spectrum(density, top, sharpness, trace, magnitude, False, self._ways(diagonal, known))
+        return Spectrum(density, top, sharpness, trace, magnitude, False, _methods(self, diagonal, known))
 
     def _density(self, product: Product, like: Tensor, top: Pairs) -> Density:
         """The top pairs, and a quadrature of what is left."""
@@ -76,25 +77,28 @@ class Lanczos(SpectrumMethod):
             counts.append(weights * left / self.probes)
         return Density(torch.cat(nodes), torch.cat(counts))
 
-    def _ways(self, diagonal: bool, known: bool) -> dict[str, str]:
-        pairs = f"Lanczos iteration to a residual of {TOLERANCE:g}"
-        below = f"stochastic Lanczos quadrature, {self.probes} probes of {self.steps} steps"
-        return {
-            "sharpness": pairs,
-            "trace": "exact diagonal" if diagonal else f"XTrace, {self.trace_products} products",
-            "numerical_rank": below,
-            "effective_rank": below,
-            "energy": f"{pairs}, over the exact trace" if known else below,
-            "density": below,
-            "top": pairs,
-        }
+
+def _methods(options: Lanczos, diagonal: bool, known: bool) -> dict[str, str]:
+    """How each quantity was computed."""
+    pairs = f"Lanczos iteration to a residual of {TOLERANCE:g}"
+    below = f"stochastic Lanczos quadrature, {options.probes} probes of {options.steps} steps"
+    return {
+        "sharpness": pairs,
+        "trace": "exact diagonal" if diagonal else f"XTrace, {options.trace_products} products",
+        "numerical_rank": below,
+        "effective_rank": below,
+        "energy": f"{pairs}, over the exact trace" if known else below,
+        "density": below,
+        "top": pairs,
+    }
 
 
 def quadrature(
     product: Product, start: Float[Tensor, "P"], steps: int, outside: Float[Tensor, "k P"]
 ) -> tuple[Float[Tensor, "m"], Float[Tensor, "m"]]:
-    """Nodes and weights with vᵀf(C)v = Σ_j w_j f(t_j) for polynomials f of degree below 2m, v = start / ‖start‖ without
-    its part in the orthonormal rows `outside`, which C leaves invariant.
+    """Gauss quadrature of a matrix C by its `product`: nodes t and weights w with vᵀf(C)v = Σ_j w_j f(t_j) for
+    polynomials f of degree below 2m. v is `start` without its part in the orthonormal rows `outside`, which C leaves
+    invariant, of length 1.
 
     The nodes are the eigenvalues of the m × m tridiagonal matrix of Lanczos iteration with full reorthogonalisation,
     the weights the squared first entries of its eigenvectors (Golub & Welsch 1969). m < steps where the space is
@@ -125,7 +129,8 @@ def quadrature(
 
 
 def xtrace(product: Product, like: Float[Tensor, "P"], products: int, seed: int) -> float:
-    """tr C by XTrace from that many products; from all P of them where these are no more.
+    """tr C by XTrace from that many products, drawn by `seed`; exactly, from P products, where P is no larger. `like`
+    is a vector of the size, type and device that `product` takes.
 
     >>> xtrace(lambda v: torch.arange(4.0) * v, torch.zeros(4), products=30, seed=0)
     6.0
@@ -147,8 +152,8 @@ def xtrace(product: Product, like: Float[Tensor, "P"], products: int, seed: int)
 
 
 def _largest(product: Product, like: Tensor, top: Float[Tensor, "k"]) -> float:
-    """The largest eigenvalue: the first positive one of those largest in magnitude, in falling order; if all of them
-    are negative, from that of C − λ_min I, which has no negative ones."""
+    """The largest eigenvalue: that of `top`, the eigenvalues largest in magnitude, where one is positive; else by that
+    of C − λ_min I, which has no negative ones."""
     if top.max() > 0 or not top.any():
         return float(top.max())
     lowest = float(top.min())

@@ -1,4 +1,4 @@
-"""The shape of the loss around a model: its sharpness, trace, ranks and spectral density."""
+"""The shape of the loss around a model: sharpness, trace, ranks and spectral density, and how directions lie to it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from avalanche_curv.core.curvature.base import Curvature
 from avalanche_curv.core.curvature.hessian import Hessian
@@ -21,7 +22,7 @@ from avalanche_curv.core.options import is_count, is_number
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.parameters import ParameterSpace
 
-WAYS: tuple[SpectrumMethod, ...] = (WholeMatrix(), GramMatrix(), Lanczos())
+METHODS: tuple[SpectrumMethod, ...] = (WholeMatrix(), GramMatrix(), Lanczos())
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,8 @@ class Landscape:
     and numerical rank look at upward curvature only, trace is a difference, and effective rank and energy measure how
     curvature of either sign is spread. The effective rank and energy of a matrix of zeros are NaN.
 
-    `ways` says of each quantity how it was computed, `exact` whether all are exact up to rounding.
+    `methods` says of each quantity how it was computed, `exact` whether all are exact up to rounding; `space` names the
+    parameters, `examples` is the number of examples.
     """
 
     sharpness: float
@@ -51,7 +53,7 @@ class Landscape:
     density: Density = field(repr=False)
     top: Pairs = field(repr=False)
     exact: bool
-    ways: Mapping[str, str] = field(repr=False)
+    methods: Mapping[str, str] = field(repr=False)
     space: ParameterSpace = field(repr=False)
     examples: int
 
@@ -66,41 +68,42 @@ def landscape(
     *risks: EmpiricalRisk,
     k: int = 10,
     epsilon: float = 1e-2,
-    ways: Sequence[SpectrumMethod] = WAYS,
+    methods: Sequence[SpectrumMethod] = METHODS,
 ) -> Landscape:
     """The landscape of the mean loss over all examples of one risk, or of several at the same parameters.
 
-    The first of `ways` that applies is taken: the whole matrix up to 1,500 parameters, the Gram matrix of up to 3,000
-    rows, and products only beyond that. `Landscape.ways` says which, and `ways=(Lanczos(probes=8),)` chooses one.
+    Args: `k`, the number of eigenvectors that are kept; `epsilon`, the ε of the numerical rank; `methods`, of which the
+    first that applies is taken: the whole matrix up to 1,500 parameters, the Gram matrix of up to 3,000 rows, and
+    products only beyond that. `Landscape.methods` says which, and `methods=(Lanczos(probes=8),)` chooses one.
 
     Raises TypeError for a curvature that is none or is mended (`Hessian(psd=...)`), ValueError for risks of several
-    models, a k or ε out of range, or where none of the ways applies, and NonFiniteCurvatureError for NaN or infinity.
+    models, a k or ε out of range, or where no method applies, and NonFiniteCurvatureError for NaN or infinity.
 
     >>> from avalanche_curv import GGN
     >>> x = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
     >>> model = nn.Linear(2, 1, bias=False)
     >>> risk = EmpiricalRisk.snapshot(model, nn.MSELoss(), [(x, torch.zeros(2, 1))])
     >>> found = landscape(GGN(), risk, k=1)   # 2 XᵀX / N = diag(1, 4)
-    >>> found.sharpness, found.trace, found.numerical_rank, round(found.energy, 3), found.ways["trace"]
+    >>> found.sharpness, found.trace, found.numerical_rank, round(found.energy, 3), found.methods["trace"]
     (4.0, 5.0, 2.0, 0.8, 'eigendecomposition of all 2 rows')
     """
-    check_options(curvature, k, epsilon, ways)
+    check_options(curvature, k, epsilon, methods)
     averaged = AveragedCurvature.of(curvature, risks)
     for value in (averaged.like, *(risk.one_output for risk in averaged.functions)):
         averaged.checked(value)
-    for way in ways:
-        found = way.spectrum(averaged, k)
+    for method in methods:
+        found = method.spectrum(averaged, k)
         if found is not None:
             return _landscape(found, averaged, epsilon)
     raise ValueError(
-        f"None of the ways {ways} applies to {curvature} of {averaged.examples} examples and {averaged.space.size:,} "
-        "parameters. Raise their limits, or add Lanczos(), which always does."
+        f"None of the methods {methods} applies to {curvature} of {averaged.examples} examples and "
+        f"{averaged.space.size:,} parameters. Raise their limits, or add Lanczos(), which always does."
     )
 
 
 def moved(risks: Sequence[EmpiricalRisk], model: nn.Module) -> list[EmpiricalRisk]:
-    """Risks of one frozen model at the parameters that `model` has now: the same past functions, buffers and heads
-    included. Parameters that came later do not count, and grown ones are cut (see `ParameterSpace.tensors`)."""
+    """Risks of one frozen model at the parameters that `model` has now, with past functions, buffers and heads as they
+    were. Parameters that came later do not count, and grown ones are cut to their former shape."""
     if not risks:
         return []
     base = copy.deepcopy(risks[0].base)
@@ -122,13 +125,13 @@ def _landscape(found: Spectrum, averaged: AveragedCurvature, epsilon: float) -> 
         density=found.density,
         top=found.top,
         exact=found.exact,
-        ways=found.ways,
+        methods=found.methods,
         space=averaged.space,
         examples=averaged.examples,
     )
 
 
-def check_options(curvature: object, k: object, epsilon: float, ways: Sequence[SpectrumMethod]) -> None:
+def check_options(curvature: object, k: object, epsilon: float, methods: Sequence[SpectrumMethod]) -> None:
     """Raises TypeError or ValueError for what `landscape` cannot use."""
     if not isinstance(curvature, Curvature):
         hint = f"Call it: {curvature.__name__}()." if isinstance(curvature, type) else "Give a value such as Fisher()."
@@ -139,5 +142,68 @@ def check_options(curvature: object, k: object, epsilon: float, ways: Sequence[S
         raise ValueError(f"k must be an integer of at least 1; got {k!r}. It is how many eigenvectors are kept.")
     if not (is_number(epsilon) and 0 <= epsilon < 1):
         raise ValueError(f"epsilon must lie in [0, 1), relative to the largest eigenvalue; got {epsilon!r}. Try 0.01.")
-    if not isinstance(ways, Sequence) or not all(isinstance(way, SpectrumMethod) for way in ways):
-        raise TypeError(f"ways must be a sequence such as (WholeMatrix(), GramMatrix(), Lanczos()); got {ways!r}.")
+    if not isinstance(methods, Sequence) or not all(isinstance(method, SpectrumMethod) for method in methods):
+        raise TypeError(
+            f"methods must be a sequence such as (WholeMatrix(), GramMatrix(), Lanczos()); got {methods!r}."
+        )
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """Which part of a vector s lies in the span of orthonormal rows V, and which outside: inside = ‖V s‖ / ‖s‖ and
+    leakage = ‖s − Vᵀ(V s)‖ / ‖s‖, with inside² + leakage² = 1. Both are NaN for s = 0.
+    """
+
+    inside: float
+    leakage: float
+
+
+def alignment(vector: Float[Tensor, "P"], rows: Float[Tensor, "k P"]) -> Alignment:
+    """Which part of a vector lies in the span of orthonormal rows, and which outside.
+
+    >>> found = alignment(torch.tensor([3.0, 4.0, 0.0]), torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 1.0]]))
+    >>> round(found.inside, 6), round(found.leakage, 6)
+    (0.6, 0.8)
+    """
+    length = float(vector.double().norm())
+    if not length > 0:
+        return Alignment(math.nan, math.nan)
+    inside = rows @ vector
+    rest = vector - inside @ rows
+    return Alignment(float(inside.double().norm()) / length, float(rest.double().norm()) / length)
+
+
+def overlap(old: Float[Tensor, "k P"], new: Float[Tensor, "l P"]) -> float:
+    """How much the spans of two sets of orthonormal rows have in common, ‖V_old V_newᵀ‖_F² / max(k, l): 1 for the same
+    span, 0 for orthogonal ones, and k / P on average for random ones of k rows. NaN where there are no rows.
+
+    >>> overlap(torch.eye(4)[:2], torch.eye(4)[1:3])
+    0.5
+    """
+    most = max(len(old), len(new))
+    return float((old @ new.T).double().square().sum()) / most if most else math.nan
+
+
+@dataclass(frozen=True)
+class CurvatureDrift:
+    """How the curvature of the same examples has changed: tr C_now / tr C_then (NaN where that was 0), and the overlap
+    ‖V_then V_nowᵀ‖_F² / k of their top subspaces."""
+
+    trace_ratio: float
+    overlap: float
+
+
+def curvature_drift(then: Landscape, now: Landscape) -> CurvatureDrift:
+    """How the curvature has changed from one landscape to a later one of the same examples. Parameters that only one of
+    them has count as zero in the other."""
+    space = then.space.union(now.space)
+    rows = (_embedded(one.top[1], one.space, space) for one in (then, now))
+    return CurvatureDrift(now.trace / then.trace if then.trace else math.nan, overlap(*rows))
+
+
+def _embedded(rows: Float[Tensor, "k P"], inner: ParameterSpace, outer: ParameterSpace) -> Tensor:
+    if inner == outer:
+        return rows
+    result = rows.new_zeros(len(rows), outer.size)
+    result[:, outer.positions(inner).to(rows.device)] = rows
+    return result

@@ -1,4 +1,4 @@
-"""The spectrum of a curvature matrix, exact or as a quadrature, and the numbers that are read from it."""
+"""The spectrum of a curvature matrix, exact or as a quadrature, and the interface of the methods that compute it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from avalanche_curv.core.landscape.averaged import AveragedCurvature
 
 @dataclass(frozen=True)
 class Density:
-    """Where the P eigenvalues lie: `counts[i]` of them at `nodes[i]`, in float64.
+    """The spectral density of P eigenvalues: `counts[i]` of them lie at `nodes[i]`, in float64.
 
     The nodes are the eigenvalues themselves, or those of a quadrature with Σ_i f(λ_i) ≈ Σ_j counts_j f(nodes_j).
 
@@ -31,11 +31,11 @@ class Density:
 
     @property
     def size(self) -> float:
-        """P."""
+        """P, the number of eigenvalues."""
         return float(self.counts.sum())
 
     def sum(self) -> float:
-        """Σ_i λ_i."""
+        """Σ_i λ_i, the trace."""
         return float(self.counts @ self.nodes)
 
     def magnitude(self) -> float:
@@ -43,7 +43,7 @@ class Density:
         return float(self.counts @ self.nodes.abs())
 
     def count_above(self, threshold: float) -> float:
-        """#{λ_i > threshold}."""
+        """#{λ_i > threshold}, the number of eigenvalues above it."""
         return float(self.counts[self.nodes > threshold].sum())
 
     def effective_rank(self) -> float:
@@ -61,11 +61,11 @@ class Density:
 
 @dataclass(frozen=True)
 class Spectrum:
-    """What one way finds of a spectrum.
+    """The spectrum of a curvature, as one method computes it.
 
     `top` holds the k eigenpairs largest in magnitude, without those that are zero up to rounding; `sharpness` is the
-    largest eigenvalue, `magnitude` Σ|λ|. `ways` says of each quantity how it was computed, `exact` whether all are
-    exact up to rounding.
+    largest eigenvalue, `magnitude` Σ|λ|. `methods` says of each of QUANTITIES how it was computed, `exact` whether all
+    are exact up to rounding.
     """
 
     density: Density
@@ -74,15 +74,16 @@ class Spectrum:
     trace: float
     magnitude: float
     exact: bool
-    ways: Mapping[str, str]
+    methods: Mapping[str, str]
 
 
 class SpectrumMethod(ABC):
-    """How a spectrum is computed. A way of your own needs `spectrum` and nothing else."""
+    """A method to compute a spectrum. One of your own needs `spectrum` and nothing else."""
 
     @abstractmethod
     def spectrum(self, averaged: AveragedCurvature, k: int) -> Spectrum | None:
-        """The spectrum with its top k, or None where this way does not apply: too large, or of another form.
+        """The spectrum of the averaged curvature with its k eigenpairs largest in magnitude; None where this method
+        does not apply: to a matrix that is too large, or of another form.
 
         Raises NonFiniteCurvatureError where the curvature holds NaN or infinity.
         """
@@ -91,15 +92,15 @@ class SpectrumMethod(ABC):
 QUANTITIES = ("sharpness", "trace", "numerical_rank", "effective_rank", "energy", "density", "top")
 
 
-def exact_spectrum(density: Density, top: Pairs, way: str) -> Spectrum:
-    """The spectrum of which every eigenvalue is known."""
+def exact_spectrum(density: Density, top: Pairs, method: str) -> Spectrum:
+    """The spectrum of which every eigenvalue is known, all quantities by that method."""
     sharpness = float(density.nodes[density.counts > 0].max())
-    ways = dict.fromkeys(QUANTITIES, way)
-    return Spectrum(density, top, sharpness, density.sum(), density.magnitude(), True, ways)
+    methods = dict.fromkeys(QUANTITIES, method)
+    return Spectrum(density, top, sharpness, density.sum(), density.magnitude(), True, methods)
 
 
 def without_zeros(top: Pairs, size: int) -> Pairs:
-    """The pairs whose eigenvalue is not zero up to rounding: of zeros the eigenvectors say nothing.
+    """The eigenpairs of a matrix of `size` rows whose eigenvalue is not zero up to rounding.
 
     >>> without_zeros((torch.tensor([2.0, 1e-9]), torch.eye(2)), 2)[0]
     tensor([2.])

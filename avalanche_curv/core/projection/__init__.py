@@ -1,5 +1,6 @@
-"""Projection: steps that stay out of what past tasks need."""
+"""Orthogonal projection: steps that stay out of the directions that past tasks need."""
 
+from avalanche_curv.core.projection.blocks import Layout
 from avalanche_curv.core.projection.eigenspace import Eigenspace
 from avalanche_curv.core.projection.input_space import InputSpace
 from avalanche_curv.core.projection.projections import (
@@ -10,14 +11,17 @@ from avalanche_curv.core.projection.projections import (
     StepProjection,
 )
 from avalanche_curv.core.projection.protected import FreezeUncovered, LeaveUncovered, ProtectedSpace, Uncovered
-from avalanche_curv.core.projection.protection import Protection
+from avalanche_curv.core.projection.protection import BasisBound, Finding, Protection, TaskFindings
 from avalanche_curv.core.projection.subspace import Subspace, principal_angles
 
 __all__ = [
+    "BasisBound",
     "Eigenspace",
+    "Finding",
     "FreezeUncovered",
     "GradientProjection",
     "InputSpace",
+    "Layout",
     "LeaveUncovered",
     "Projection",
     "Projector",
@@ -26,6 +30,7 @@ __all__ = [
     "SequentialProjection",
     "StepProjection",
     "Subspace",
+    "TaskFindings",
     "Uncovered",
     "principal_angles",
 ]

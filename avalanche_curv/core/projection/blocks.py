@@ -1,4 +1,4 @@
-"""Parameters as one matrix, whose rows have to stay out of a subspace."""
+"""Parameters as a matrix, and a subspace that the rows of its steps stay out of."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Parts = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Layout:
-    """How some parameters make up one matrix X [r, d].
+    """How some parameters are arranged in one matrix X [r, d].
 
     All in one row [1, P]; or `stacked`, with what belongs to each output of a layer in a row of its own: X = (W | b),
     [out, in] for a bias-free linear layer, [out, in · kernel + 1] for a convolution with bias.
@@ -29,18 +29,18 @@ class Layout:
 
     @property
     def columns(self) -> ParameterSpace:
-        """The parameters, or their parts of one output, as the coordinates of a row."""
+        """The coordinates of a row: the parameters, or where `stacked` their parts of one output."""
         if not self.stacked:
             return self.space
         return ParameterSpace(self.space.names, tuple(shape[1:] for shape in self.space.shapes))
 
     @property
     def height(self) -> int:
-        """r."""
+        """r, the number of rows."""
         return self.space.shapes[0][0] if self.stacked else 1
 
     def difference(self, moved: Parts, start: Parts | None, like: Tensor) -> Float[Tensor, "r d"]:
-        """X of `moved` − `start`, or of `moved` alone, in the type of `like`."""
+        """The matrix X of `moved` − `start`, or of `moved` alone where `start` is None, in the type of `like`."""
         matrix = like.new_empty(self.height, self.columns.size)
         for name, view in self.parts(matrix).items():
             if start is None:
@@ -50,14 +50,14 @@ class Layout:
         return matrix
 
     def parts(self, matrix: Float[Tensor, "r d"]) -> dict[str, Tensor]:
-        """Views of X in the shapes of the parameters."""
+        """Views of the entries of X in the shapes of the parameters, by name."""
         return {
             name: part.view(shape)
             for name, shape, part in zip(self.space.names, self.space.shapes, matrix.split(self.columns.sizes, dim=1))
         }
 
     def widened(self, matrix: Float[Tensor, "m d"], outer: Layout) -> Float[Tensor, "m e"]:
-        """Rows over the columns of `outer`, which holds this layout; zero in those that are new."""
+        """Rows over the columns of `outer`, a layout that holds this one; zero in those that are new."""
         own, whole = self.columns, outer.columns
         if own == whole:
             return matrix
@@ -66,28 +66,28 @@ class Layout:
         return wide
 
     def union(self, other: Layout) -> Layout:
-        """The smallest layout that holds both."""
+        """The smallest layout that holds this one and `other`."""
         return replace(self, space=self.space.union(other.space))
 
 
 @dataclass(frozen=True)
 class Block:
-    """A matrix of parameters, and the subspace that its rows stay out of."""
+    """A matrix of parameters, and the subspace that the rows of its steps stay out of."""
 
     layout: Layout
     subspace: Subspace
 
     @property
     def used(self) -> int:
-        """How many dimensions of the parameters are protected."""
+        """The number of dimensions of the parameters that are protected."""
         return self.layout.height * self.subspace.rank
 
     def within(self, outer: Layout) -> Block:
-        """The same of parameters that have grown."""
+        """This block within the layout `outer` of parameters that have grown."""
         return Block(outer, replace(self.subspace, rows=self.layout.widened(self.subspace.rows, outer)))
 
     def restricted(self, names: frozenset[str]) -> Block | None:
-        """Where only these parameters move, if any of the block does."""
+        """The block of those parameters alone, where no others move; None where the block holds none of them."""
         kept = [(n, s) for n, s in zip(self.layout.space.names, self.layout.space.shapes) if n in names]
         if not kept or len(kept) == len(self.layout.space.names):
             return self if kept else None
@@ -95,14 +95,17 @@ class Block:
         return Block(layout, self.subspace.restricted(self.layout.columns.positions(layout.columns)))
 
     def outside(self, vectors: Parts) -> dict[str, Tensor]:
-        """What is left of X outside of the subspace: exactly zero where nothing is free."""
+        """The part of `vectors` outside of the subspace, by parameter: exactly zero where no direction is free."""
         matrix = self.layout.difference(vectors, None, self.subspace.rows)
         left = matrix.zero_() if self.subspace.is_whole else self.subspace.withdraw(matrix, matrix)
         return self.layout.parts(left)
 
     def correct(self, moved: Parts, start: Parts, rest: Float[Tensor, "r d"], *, by_task: bool) -> None:
-        """`moved` ← `start` + what is left of `moved` − `start` outside of the subspace + `rest`; `rest` ← what is lost
-        in rounding, and `start` is used up."""
+        """Corrects a step in place: `moved` ← `start` + the part of `moved` − `start` outside of the subspace + `rest`.
+
+        `rest` ← what is lost in rounding; `start` is overwritten. With `by_task`, the complement of one task's share
+        after another is taken (see `Subspace.withdraw`).
+        """
         if self.subspace.is_whole and not by_task:
             for name in self.layout.space.names:
                 moved[name].copy_(start[name])
@@ -114,7 +117,7 @@ class Block:
             part.sub_(torch.sub(moved[name], start[name], out=start[name]))
 
     def norms(self, moved: Parts, start: Parts) -> tuple[float, float]:
-        """‖X Uᵀ U‖ and ‖X‖ of `moved` − `start`."""
+        """‖X Uᵀ U‖ and ‖X‖ of the step X = `moved` − `start`."""
         step = self.layout.difference(moved, start, self.subspace.rows)
         inside = self.subspace.component(step)
         return float(inside.double().norm()), float(step.double().norm())

@@ -1,4 +1,4 @@
-"""Top eigenvectors of a curvature: the directions along which past loss bends."""
+"""Protected directions: the top eigenvectors of a curvature of the past loss."""
 
 from __future__ import annotations
 
@@ -31,16 +31,20 @@ UNBOUNDED = 2**62  # bytes: `ProtectedSpace.check` has a limit for the union, be
 
 @dataclass(frozen=True)
 class Eigenspace(Protection):
-    """The top eigenspace of a curvature, `Rank(k)` or `Energy(e)` of its trace: where the past loss bends most.
+    """Protects the top eigenspace of a curvature, in which the past loss is curved most: `Rank(k)` of its eigenvectors,
+    or those that hold `Energy(e)` of its trace.
 
     C is that of `examples` of the task, drawn by `seed` (None takes all). `per` says whether there is one basis over
     all parameters, `WholeModel()`, in memory k P, or one for each layer from the diagonal blocks of C, `PerLayer()`, in
     memory Σ k_l P_l, for whose choice curvature between layers does not count. Directions whose curvature is below 1e-5
     of the largest (in float32; 3e-5 where a Gram matrix is decomposed) count as none and stay free, but for a `Rank(k)`
-    of at least as many directions as there are: that closes the block altogether.
+    of at least as many directions as there are, which closes the block altogether.
 
     With `OutputGradient()` and a rank of as many directions as there are examples it is orthogonal gradient descent
     (Farajtabar et al. 2020): the span, to that accuracy, of the gradients of each example's true output.
+
+    Raises TypeError or ValueError for options of the wrong kind, and for a curvature without a rule for low rank or,
+    with `Energy`, without a trace.
     """
 
     curvature: Curvature = Fisher()  # noqa: RUF009  a frozen value
@@ -75,7 +79,7 @@ class Eigenspace(Protection):
         ])
 
     def _kept(self, matrix: LowRankMatrix) -> tuple[Float[Tensor, "m d"], Float[Tensor, "m"]]:
-        """Directions and the curvature along them."""
+        """The directions that are protected, and the curvature along them."""
         if not (isinstance(self.cut, Rank) and self.cut.k >= matrix.size):
             bent = matrix.nonzero()
             return bent.vectors, bent.values
@@ -85,7 +89,7 @@ class Eigenspace(Protection):
     def check_loss(self, loss: ExampleLoss) -> None:
         self.curvature.check_loss(loss)
 
-    def demands(self, space: ParameterSpace) -> dict[str, BasisBound]:
+    def bounds(self, space: ParameterSpace) -> dict[str, BasisBound]:
         return {
             self.per.key(part.names[0]): BasisBound(part.size, min(part.size, self.cut.most()))
             for part in self.per.spaces(space)
@@ -97,7 +101,7 @@ class Eigenspace(Protection):
         return whole if isinstance(self.per, WholeModel) else BlockDiagonal(self.per, whole, UNBOUNDED)
 
     def _diagonal(self, risk: EmpiricalRisk) -> Float[Tensor, "P"] | None:
-        """The exact diagonal in float64, for the trace; None where it would take P products, or may be indefinite."""
+        """The exact diagonal of the curvature in float64; None where it would take P products, or may be indefinite."""
         if isinstance(self.curvature, Hessian) or not has_rule(self.curvature, Diagonal()):
             return None
         return estimate(self.curvature, Diagonal(), risk).curvature.tensors()[0].double()
@@ -114,5 +118,5 @@ class Eigenvectors(Finding):
     trace: float
     experience: int
 
-    def joins(self, subspace: Subspace, outer: Layout) -> Subspace:
+    def added_to(self, subspace: Subspace, outer: Layout) -> Subspace:
         return subspace.plus(self.layout.widened(self.rows, outer), self.values, self.trace, self.experience)

@@ -1,4 +1,4 @@
-"""Gradient projection memory: the span of what enters each layer."""
+"""Protected directions: the span of the inputs of each layer (gradient projection memory)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ from avalanche_curv.core.structures.cuts import Cut, Energy
 
 @dataclass(frozen=True)
 class InputSpace(Protection):
-    """The span of the inputs of each linear and convolutional layer (Saha et al. 2021, gradient projection memory).
+    """Protects the span of the inputs of each linear and convolutional layer (Saha et al. 2021, gradient projection
+    memory).
 
     Where no output of a layer W a + b changes for any input a of the past, nothing after it changes either: it is
     enough that the rows of (ΔW | Δb) stay orthogonal to all (a, 1), as the gradients of later tasks are made to be. A
@@ -42,6 +43,8 @@ class InputSpace(Protection):
     Parameters of other layers, of layers that are called more than once, share their weights or are bypassed, have no
     input space here: see `ProtectedSpace` for what happens to them. Eigenvectors take m³ operations for m rows or
     columns, whichever are fewer: seconds up to 1,000 of them, minutes beyond 4,000 (convolutions of 512 channels).
+
+    Raises TypeError for cuts that are none, ValueError for no cut and for counts and seeds that are none.
     """
 
     cuts: Cut | tuple[Cut, ...] = Energy(0.97, most_pairs=10_000)  # noqa: RUF009  a frozen value
@@ -70,8 +73,8 @@ class InputSpace(Protection):
         others = [layer for layer in layers.names if layer in called - roots.keys()]
         return TaskFindings(findings, (*(name for layer in others for name in layers.trainable(layer)), *layers.rest))
 
-    def demands(self, space: ParameterSpace) -> dict[str, BasisBound]:
-        """Of every layer that may have an input space: whether it has is known when it is called."""
+    def bounds(self, space: ParameterSpace) -> dict[str, BasisBound]:
+        """How much one task may add for every layer that may have an input space, which is known when it is called."""
         found: dict[str, BasisBound] = {}
         for name, shape in zip(space.names, space.shapes):
             if len(shape) > 1:
@@ -86,13 +89,14 @@ class InputSpace(Protection):
     def _cut(self, number: int) -> Cut:
         return self._cuts[min(number, len(self._cuts) - 1)]
 
+
 Root = Float[Tensor, "m d"]
-"""R with RᵀR = M, the mean of (a, 1)(a, 1)ᵀ over what enters a layer."""
+"""R with RᵀR = M, the mean of (a, 1)(a, 1)ᵀ over the inputs a of a layer."""
 
 
 @dataclass(frozen=True)
 class Inputs(Finding):
-    """What enters one layer, and how much of it is to be kept."""
+    """The inputs of one layer as a root of their second moment, and the cut that says how much of them is kept."""
 
     key: str
     layout: Layout
@@ -100,7 +104,7 @@ class Inputs(Finding):
     cut: Cut
     experience: int
 
-    def joins(self, subspace: Subspace, outer: Layout) -> Subspace:
+    def added_to(self, subspace: Subspace, outer: Layout) -> Subspace:
         root = self.layout.widened(self.root, outer).to(subspace.rows.device)
         trace = float(root.square().sum())
         joined = subspace.joined(self._new(subspace, root, trace).to(subspace.rows))
@@ -110,7 +114,7 @@ class Inputs(Finding):
         return joined.with_share(TaskShare(vectors[:own], values[:own], trace, self.experience))
 
     def _new(self, subspace: Subspace, root: Root, trace: float) -> Float[Tensor, "l d"]:
-        """What joins the span of earlier inputs."""
+        """The directions that join the span of earlier inputs."""
         if not isinstance(self.cut, Energy):
             values, vectors = _falling(root, subspace.rows.dtype)
             return vectors[: self.cut.count(values, trace)]
@@ -123,7 +127,7 @@ class Inputs(Finding):
 
 
 @dataclass
-class _Seen:
+class _InputMoment:
     """Inputs as rows while these are fewer than their entries, as Σ (a, 1)(a, 1)ᵀ after that."""
 
     rows: list[Tensor] = field(default_factory=list)
@@ -145,9 +149,10 @@ class _Seen:
 
 
 def input_roots(risk: EmpiricalRisk, layers: Layers) -> tuple[dict[nn.Module, Root], set[nn.Module]]:
-    """R in float64 of each linear and convolutional layer, over examples and positions, in the order of the model; and
-    all layers that are called. Raises NonFiniteCurvatureError for a model or inputs that hold NaN or infinity."""
-    seen: dict[nn.Module, _Seen] = {}
+    """The root R in float64 of each linear and convolutional layer, over examples and positions, in the order of the
+    model; and all layers that are called. Raises NonFiniteCurvatureError for a model or inputs that hold NaN or
+    infinity."""
+    seen: dict[nn.Module, _InputMoment] = {}
     called: set[nn.Module] = set()
     finite = bool(risk.anchor.isfinite().all())
     for inputs, _ in risk:
@@ -158,7 +163,7 @@ def input_roots(risk: EmpiricalRisk, layers: Layers) -> tuple[dict[nn.Module, Ro
         for tap in taps:
             if isinstance(tap.layer, nn.Linear | _ConvNd):
                 rows = _rows(layers, tap, len(inputs))
-                seen.setdefault(tap.layer, _Seen()).add(rows * (len(inputs) / len(rows) / risk.examples) ** 0.5)
+                seen.setdefault(tap.layer, _InputMoment()).add(rows * (len(inputs) / len(rows) / risk.examples) ** 0.5)
     roots = {layer: seen[layer].root() for layer in layers.names if layer in seen}
     if not (finite and all(root.isfinite().all() for root in roots.values())):
         raise NonFiniteCurvatureError(
@@ -169,7 +174,7 @@ def input_roots(risk: EmpiricalRisk, layers: Layers) -> tuple[dict[nn.Module, Ro
 
 
 def layout_of(layers: Layers, layer: nn.Module) -> Layout:
-    """(W | b) of a layer, of what is trainable."""
+    """The layout (W | b) of the trainable parameters of a layer."""
     shapes = dict(zip(layers.space.names, layers.space.shapes))
     places = layers.places(layer)
     names = tuple(places[short] for short in ("weight", "bias") if short in places)
@@ -177,8 +182,8 @@ def layout_of(layers: Layers, layer: nn.Module) -> Layout:
 
 
 def _rows(layers: Layers, tap: Tap, examples: int) -> Float[Tensor, "n d"]:
-    """(a, 1) for each example and position, and each group of a convolution; of what multiplies trainable parameters.
-    """
+    """(a, 1) for each example and position, and each group of a convolution; without the part that multiplies frozen
+    parameters."""
     inputs = layer_kinds.surely_prepared(tap.layer, tap.inputs, examples)
     groups = getattr(tap.layer, "groups", 1)
     rows = inputs.unflatten(1, (groups, -1)).transpose(2, 3).flatten(0, 2)

@@ -1,4 +1,4 @@
-"""What is projected: the step that the optimiser has made, or something that only seems to be as good."""
+"""Projections: of the step that the optimiser has made, of the gradient, or of one task after another."""
 
 from __future__ import annotations
 
@@ -17,49 +17,55 @@ from avalanche_curv.core.risk.parameters import canonical_name
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Protected parameters before a step, and by block how much they are off since they were rounded after the last
-    one."""
+    """The protected parameters before a step, `start`, and by block what was lost in rounding at the step before,
+    `rest`."""
 
     start: dict[str, Tensor]
     rest: dict[str, Tensor]
 
 
 class Projection(ABC):
-    """How steps are kept out of a protected space."""
+    """A method to keep steps out of a protected space. One of your own needs `before_step` and `after_step`."""
 
     @abstractmethod
-    def before_step(self, space: ProtectedSpace, model: nn.Module, held: StepMemory | None) -> StepMemory | None:
-        """Between the backward pass and the step; gives what `after_step` needs, from what it gave at the step before,
-        which is None at a task's first."""
+    def before_step(self, space: ProtectedSpace, model: nn.Module, memory: StepMemory | None) -> StepMemory | None:
+        """Called between the backward pass and the step.
+
+        Returns what `after_step` needs, from what was returned at the step before: `memory`, None at the first step of
+        a task.
+        """
 
     @abstractmethod
-    def after_step(self, space: ProtectedSpace, model: nn.Module, held: StepMemory | None) -> None:
-        """After the step."""
+    def after_step(self, space: ProtectedSpace, model: nn.Module, memory: StepMemory | None) -> None:
+        """Called after the step, with what `before_step` has returned."""
+
+    def check_rank(self, max_rank: int | None) -> None:  # noqa: B027  most project on any part of the space
+        """Raises ValueError where this method needs all directions, and `max_rank` keeps only some."""
 
 
 @dataclass(frozen=True)
 class StepProjection(Projection):
-    """Δ ← Δ − Δ Uᵀ U, with Δ what the optimiser has changed: exact for each of them, whatever momentum, weight decay,
-    preconditioning or clipping made of the gradient.
+    """Projects the step Δ that the optimiser has made, Δ ← Δ − Δ Uᵀ U: exact for every optimiser, whatever momentum,
+    weight decay, preconditioning or clipping made of the gradient.
 
     What is left in U is the rounding of θ, made up for at the next step (Kahan 1965), so that it does not add up.
     """
 
-    def before_step(self, space: ProtectedSpace, model: nn.Module, held: StepMemory | None) -> StepMemory:
-        return _held(space, model, held)
+    def before_step(self, space: ProtectedSpace, model: nn.Module, memory: StepMemory | None) -> StepMemory:
+        return _start(space, model, memory)
 
-    def after_step(self, space: ProtectedSpace, model: nn.Module, held: StepMemory | None) -> None:
-        if held is not None:
-            space.correct(space.values(model), held.start, held.rest)
+    def after_step(self, space: ProtectedSpace, model: nn.Module, memory: StepMemory | None) -> None:
+        if memory is not None:
+            space.correct(space.values(model), memory.start, memory.rest)
 
 
 @dataclass(frozen=True)
 class GradientProjection(Projection):
-    """g ← g − g Uᵀ U before the step, as in the papers: exact for plain SGD alone. Momentum from before the space grew,
-    weight decay and the preconditioning of Adam lead back into it, also of parameters that should hold still. Kept for
-    comparison."""
+    """Projects the gradient before the step, g ← g − g Uᵀ U, as in the papers: exact for plain SGD alone. Momentum from
+    before the space grew, weight decay and the preconditioning of Adam lead back into it, also of parameters that
+    should hold still. For comparison."""
 
-    def before_step(self, space: ProtectedSpace, model: nn.Module, held: StepMemory | None) -> None:
+    def before_step(self, space: ProtectedSpace, model: nn.Module, memory: StepMemory | None) -> None:
         own = {canonical_name(name): parameter for name, parameter in model.named_parameters()}
         known = {name: own[name].grad for name in space.space.names}
         found = {name: torch.zeros_like(own[name]) if g is None else g for name, g in known.items()}
@@ -69,25 +75,32 @@ class GradientProjection(Projection):
             if known[name] is None and left.any():  # else the optimiser would decay what has no part in this
                 own[name].grad = found[name]
 
-    def after_step(self, space: ProtectedSpace, model: nn.Module, held: StepMemory | None) -> None:
+    def after_step(self, space: ProtectedSpace, model: nn.Module, memory: StepMemory | None) -> None:
         return None
 
 
 @dataclass(frozen=True)
 class SequentialProjection(Projection):
-    """Δ ← Δ (I − V₁ᵀV₁) (I − V₂ᵀV₂) …: one task's complement after another. Where their subspaces are not orthogonal
-    the later projections lead back into the earlier ones. Kept to be shown."""
+    """Projects the step on one task's complement after another, Δ ← Δ (I − V₁ᵀV₁) (I − V₂ᵀV₂) …. Where the subspaces
+    are not orthogonal the later projections lead back into the earlier ones. For comparison."""
 
-    def before_step(self, space: ProtectedSpace, model: nn.Module, held: StepMemory | None) -> StepMemory:
-        return _held(space, model, held)
+    def before_step(self, space: ProtectedSpace, model: nn.Module, memory: StepMemory | None) -> StepMemory:
+        return _start(space, model, memory)
 
-    def after_step(self, space: ProtectedSpace, model: nn.Module, held: StepMemory | None) -> None:
-        if held is not None:
-            space.correct(space.values(model), held.start, held.rest, by_task=True)
+    def after_step(self, space: ProtectedSpace, model: nn.Module, memory: StepMemory | None) -> None:
+        if memory is not None:
+            space.correct(space.values(model), memory.start, memory.rest, by_task=True)
+
+    def check_rank(self, max_rank: int | None) -> None:
+        if max_rank is not None:
+            raise ValueError(
+                "SequentialProjection() projects on the whole of each task's subspace, of which max_rank keeps a part. "
+                "Leave max_rank out, or use StepProjection()."
+            )
 
 
 class Projector:
-    """A projection at work on one protected space, for the length of one task.
+    """Projects the steps of one task, by a projection on one protected space.
 
     In a training loop of your own, after `space = space.absorb(risk, Eigenspace())` at the end of a task:
 
@@ -105,12 +118,12 @@ class Projector:
         check_kind("projection", projection, Projection, "StepProjection()")
         self.space, self.projection = space, projection
         self._within: tuple[frozenset[str], ProtectedSpace] = (frozenset(space.space.names), space)
-        self._held: StepMemory | None = None
+        self._memory: StepMemory | None = None
         self._stepping = False
 
     @contextmanager
     def around_step(self, model: nn.Module) -> Iterator[None]:
-        """The step that is taken within is projected, as far as it came if it raises."""
+        """Projects the step that is taken within, also where it raises half-way."""
         self.before_step(model)
         try:
             yield
@@ -119,37 +132,38 @@ class Projector:
 
     @torch.no_grad()
     def before_step(self, model: nn.Module) -> None:
-        """Between the backward pass and the step."""
+        """To be called between the backward pass and the step."""
         self._stepping = True
         if not self.space.is_empty:
-            self._held = self.projection.before_step(self._movable(model), model, self._held)
+            self._memory = self.projection.before_step(self._movable(model), model, self._memory)
 
     @torch.no_grad()
     def after_step(self, model: nn.Module) -> None:
-        """After the step."""
+        """To be called after the step. Raises RuntimeError without a `before_step`."""
         if not self._stepping:
             raise RuntimeError("after_step() goes with a before_step() just before the step. Use around_step().")
         self._stepping = False
         if not self.space.is_empty:
-            self.projection.after_step(self._within[1], model, self._held)
+            self.projection.after_step(self._within[1], model, self._memory)
 
     def _movable(self, model: nn.Module) -> ProtectedSpace:
-        """The space among the parameters that training may move now."""
+        """The protected space within the parameters that are trainable now."""
         own = {*self.space.space.names}
         trained = (canonical_name(name) for name, p in model.named_parameters() if p.requires_grad)
         names = frozenset(name for name in trained if name in own)
         if names != self._within[0]:
-            self._within, self._held = (names, self.space.restricted(names)), None
+            self._within, self._memory = (names, self.space.restricted(names)), None
         return self._within[1]
 
 
-def _held(space: ProtectedSpace, model: nn.Module, held: StepMemory | None) -> StepMemory:
+def _start(space: ProtectedSpace, model: nn.Module, memory: StepMemory | None) -> StepMemory:
+    """The memory for a step that begins at the parameters of `model`."""
     values = space.values(model)
-    if held is None:
+    if memory is None:
         return StepMemory({name: value.to(_wide(value.dtype), copy=True) for name, value in values.items()}, {})
     for name, value in values.items():
-        held.start[name].copy_(value)
-    return held
+        memory.start[name].copy_(value)
+    return memory
 
 
 def _wide(kind: torch.dtype) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""What all past tasks together need: subspaces that later steps stay out of, and parameters that hold still."""
+"""The protected space of all past tasks: subspaces that later steps stay out of, and parameters that hold still."""
 
 from __future__ import annotations
 
@@ -26,16 +26,17 @@ NOTHING = ParameterSpace((), ())
 
 
 class Uncovered(ABC):
-    """Parameters of which a basis knows no directions, and running statistics of norm layers."""
+    """What happens to parameters of which a basis knows no directions, and to running statistics of norm layers."""
 
     @abstractmethod
     def held(self, names: tuple[str, ...]) -> tuple[str, ...]:
-        """Which of them hold still."""
+        """Which of these parameters, or modules with running statistics, hold still."""
 
 
 @dataclass(frozen=True)
 class FreezeUncovered(Uncovered):
-    """They hold still from the end of the first task that uses them: nothing of the past is lost, and less is free."""
+    """Parameters without known directions hold still from the end of the first task that uses them: nothing of the past
+    is lost, and less is free."""
 
     def held(self, names: tuple[str, ...]) -> tuple[str, ...]:
         return names
@@ -43,7 +44,8 @@ class FreezeUncovered(Uncovered):
 
 @dataclass(frozen=True)
 class LeaveUncovered(Uncovered):
-    """They go on as in plain training, and the past is lost as far as it hangs on them."""
+    """Parameters without known directions change as in plain training; the past is lost as far as it depends on
+    them."""
 
     def held(self, names: tuple[str, ...]) -> tuple[str, ...]:
         return ()
@@ -51,13 +53,13 @@ class LeaveUncovered(Uncovered):
 
 @dataclass(frozen=True)
 class ProtectedSpace:
-    """One orthonormal basis for each block of parameters, of the union of what each past task needs.
+    """The directions that past tasks need: an orthonormal basis U of their union for each block of parameters.
 
     A step Δ becomes Δ − Δ Uᵀ U in each block: one projection on the complement of the union. Parameters and rows that
     are new in a task are free in it, and so are those that were frozen (`requires_grad=False`) in all tasks before.
-    What directions cannot say holds still altogether, or is left alone (`FreezeUncovered()`, `LeaveUncovered()`):
-    `held` are the parameters of which no directions are known, `statistics` the modules that keep running statistics. A
-    later `absorb` gives a new space.
+    Parameters of which no directions are known hold still altogether, or change freely (`FreezeUncovered()`,
+    `LeaveUncovered()`): `held` are those that hold still, `statistics` the modules whose running statistics do.
+    `absorb` returns a new space.
     """
 
     blocks: Mapping[str, Block] = field(default_factory=dict)
@@ -73,10 +75,13 @@ class ProtectedSpace:
         uncovered: Uncovered = FreezeUncovered(),
         max_rank: int | None = None,
     ) -> ProtectedSpace:
-        """With what the task of `risk` needs, frozen at the end of its training; each basis is cut to `max_rank`.
+        """This space with what one more task needs.
 
-        Raises ValueError for directions of a kind that does not go with those that are held, and
-        NonFiniteCurvatureError where the model or its inputs hold NaN or infinity.
+        Args: the `risk` of the task, frozen at the end of its training; `protection`, the recipe for its directions;
+        `uncovered`, what happens to parameters without known directions; `max_rank`, the largest rank of each basis.
+
+        Raises TypeError or ValueError for options of the wrong kind, ValueError for blocks of parameters that differ
+        from those of earlier tasks, and NonFiniteCurvatureError where the model or its inputs hold NaN or infinity.
         """
         check_kind("protection", protection, Protection, "Eigenspace(Fisher(), Rank(20))")
         check_kind("uncovered", uncovered, Uncovered, "FreezeUncovered()")
@@ -103,12 +108,12 @@ class ProtectedSpace:
 
     @property
     def used(self) -> int:
-        """How many dimensions of the parameters are closed."""
+        """The number of dimensions of the parameters that are closed to steps."""
         return sum(block.used for block in self.blocks.values()) + self.held.size
 
     @property
     def nbytes(self) -> int:
-        """Memory of all bases."""
+        """Memory of all bases, in bytes."""
         return sum(block.subspace.nbytes for block in self.blocks.values())
 
     @property
@@ -118,12 +123,12 @@ class ProtectedSpace:
 
     @property
     def tasks(self) -> tuple[int, ...]:
-        """The numbers of the tasks that have put something in."""
+        """The numbers of the tasks that have added directions."""
         return tuple(sorted({share.task for block in self.blocks.values() for share in block.subspace.shares}))
 
     def angles(self, first: int, second: int) -> Float[Tensor, "n"]:
-        """The principal angles between what two tasks put in, as far as it is still held, over all blocks, in radians,
-        smallest first; none for a task that has put in nothing."""
+        """The principal angles between the directions of two tasks that are still kept, over all blocks, in radians,
+        smallest first; none for a task that has added no directions."""
         found = []
         for block in self.blocks.values():
             shares = {share.task: share.coordinates for share in block.subspace.shares}
@@ -149,8 +154,8 @@ class ProtectedSpace:
         return whole
 
     def outside(self, vectors: Parts) -> dict[str, Tensor]:
-        """What is left of a vector outside of the protected space, for each parameter that has a part in it: exactly
-        zero where nothing is free."""
+        """The part of a vector outside of the protected space, for each parameter that has a part in that: exactly zero
+        where nothing is free."""
         found = {name: torch.zeros_like(vectors[name]) for name in self.held.names}
         for block in self.blocks.values():
             if block.subspace.rank:
@@ -158,11 +163,11 @@ class ProtectedSpace:
         return found
 
     def correct(self, moved: Parts, start: Parts, rest: dict[str, Tensor], *, by_task: bool = False) -> None:
-        """`moved` ← `start` + what is left of `moved` − `start` outside of the protected space, in place: `start` to
-        the bit where nothing is free. With `by_task`, one task's complement after another.
+        """Projects a step in place: `moved` ← `start` + the part of `moved` − `start` outside of the protected space;
+        `start` to the bit where nothing is free.
 
-        `rest` holds by block what is lost in rounding, to be added the next time; `start`, in at least single
-        precision, is used up.
+        Args: `start`, in at least single precision, which is overwritten; `rest`, which holds by block what is lost in
+        rounding, to be added the next time; `by_task`, to project on one task's complement after another instead.
         """
         for key, block in self.blocks.items():
             if block.subspace.rank:
@@ -173,14 +178,14 @@ class ProtectedSpace:
             moved[name].copy_(start[name])
 
     def leakage(self, moved: Parts, start: Parts) -> float:
-        """‖Δ Uᵀ U‖ / ‖Δ‖ of Δ = `moved` − `start`: 0 where the protected space is left alone; NaN where Δ = 0."""
+        """‖Δ Uᵀ U‖ / ‖Δ‖ of the step Δ = `moved` − `start`: 0 outside of the protected space; NaN where Δ = 0."""
         norms = [block.norms(moved, start) for block in self.blocks.values()]
         held = [float((moved[name].double() - start[name].double()).norm()) for name in self.held.names]
         inside, total = (math.hypot(*some, *held) for some in (zip(*norms) if norms else ((), ())))
         return inside / total if total else math.nan
 
     def restricted(self, names: frozenset[str]) -> ProtectedSpace:
-        """Where only these parameters move: the steps that leave all others at rest and the protected space alone."""
+        """The protected space within the named parameters, for steps that move no others."""
         if names >= {*self.space.names}:
             return self
         blocks = ((key, block.restricted(names)) for key, block in self.blocks.items())
@@ -194,12 +199,12 @@ class ProtectedSpace:
         """Raises MemoryError where one more task of a model with the parameters of `space` could take the bases over
         `max_bytes`."""
         needed = self.nbytes
-        for key, demand in protection.demands(space).items():
+        for key, bound in protection.bounds(space).items():
             held = self.blocks[key].subspace if key in self.blocks else None
-            rank = min(demand.dimension, demand.most + (held.rank if held else 0))
+            rank = min(bound.dimension, bound.most + (held.rank if held else 0))
             rank = rank if max_rank is None else min(rank, max_rank)
-            shares = demand.most + sum(len(share.values) for share in held.shares) if held else demand.most
-            needed += itemsize * demand.dimension * rank + 8 * shares * (rank + 1) - (held.nbytes if held else 0)
+            shares = bound.most + sum(len(share.values) for share in held.shares) if held else bound.most
+            needed += itemsize * bound.dimension * rank + 8 * shares * (rank + 1) - (held.nbytes if held else 0)
         if needed > max_bytes:
             raise MemoryError(
                 f"After this experience the bases of {protection} may need {human_bytes(needed)}, over their limit of "
@@ -209,10 +214,10 @@ class ProtectedSpace:
 
     def _check_blocks(self, findings: Sequence[Finding], protection: Protection) -> None:
         """Raises ValueError where a finding shares parameters with a block that it does not join."""
-        home = {name: key for key, block in self.blocks.items() for name in block.layout.space.names}
+        key_of = {name: key for key, block in self.blocks.items() for name in block.layout.space.names}
         for finding in findings:
             held = self.blocks.get(finding.key)
-            strange = any(home.get(name, finding.key) != finding.key for name in finding.layout.space.names)
+            strange = any(key_of.get(name, finding.key) != finding.key for name in finding.layout.space.names)
             if strange or (held is not None and held.layout.stacked != finding.layout.stacked):
                 raise ValueError(
                     f"{protection} has other blocks of parameters than what is held of the {self.experiences} tasks "
@@ -224,7 +229,7 @@ def _merged(held: Block | None, finding: Finding, like: Tensor, max_rank: int | 
     outer = finding.layout if held is None else held.layout.union(finding.layout)
     empty = Subspace.empty(like.new_empty(outer.columns.size))
     before = empty if held is None else held.within(outer).subspace
-    return Block(outer, finding.joins(before, outer).limited(max_rank))
+    return Block(outer, finding.added_to(before, outer).limited(max_rank))
 
 
 @torch.enable_grad()

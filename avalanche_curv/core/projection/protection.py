@@ -1,4 +1,4 @@
-"""What of a task is protected: the recipe, and what it finds."""
+"""Which directions of a task are protected: the interface of recipes, and of what they return."""
 
 from __future__ import annotations
 
@@ -16,20 +16,22 @@ from avalanche_curv.core.risk.parameters import ParameterSpace
 
 
 class Finding(ABC):
-    """What a recipe finds of one task in one matrix of parameters, which goes by `key` from task to task."""
+    """The directions that one task needs in one matrix of parameters, `layout`. `key` names that matrix from task to
+    task.
+    """
 
     key: str
     layout: Layout
 
     @abstractmethod
-    def joins(self, subspace: Subspace, outer: Layout) -> Subspace:
-        """The subspace of earlier tasks, over the columns of `outer`, with what this one adds."""
+    def added_to(self, subspace: Subspace, outer: Layout) -> Subspace:
+        """The subspace of earlier tasks, over the columns of `outer`, with the directions of this one."""
 
 
 @dataclass(frozen=True)
 class TaskFindings:
-    """What matters to one task: its findings, and the names of parameters that matter but of which no directions are
-    known."""
+    """What one task needs: `findings`, one for each matrix of parameters, and the names of parameters that it needs but
+    of which no directions are known, `uncovered`."""
 
     findings: Sequence[Finding]
     uncovered: tuple[str, ...] = ()
@@ -37,33 +39,34 @@ class TaskFindings:
 
 @dataclass(frozen=True)
 class BasisBound:
-    """How much of a block a recipe may add: up to `most` directions of `dimension` numbers."""
+    """How much one task may add to the basis of one block: up to `most` directions of `dimension` numbers."""
 
     dimension: int
     most: int
 
 
 class Protection(ABC):
-    """Which directions matter to a task, and so are closed to later ones.
+    """A recipe for the directions that a task needs, and that are closed to later ones.
 
-    A recipe of your own names them by block (`find`), and says beforehand how many they may be (`demands`).
+    One of your own returns them by block (`find`), and says beforehand how many they may be (`bounds`).
     """
 
     @abstractmethod
     def find(self, risk: EmpiricalRisk, experience: int) -> TaskFindings:
-        """What matters to the task whose risk, frozen at the end of its training, is given; tasks count from 0."""
+        """The directions that a task needs, from its `risk`, frozen at the end of its training; `experience` is its
+        number, from 0. Raises NonFiniteCurvatureError where the model or its inputs hold NaN or infinity."""
 
-    def check_loss(self, loss: ExampleLoss) -> None:  # noqa: B027  most need no more of a loss than that it is known
-        """Raises ValueError for a loss that the directions cannot be had of."""
+    def check_loss(self, loss: ExampleLoss) -> None:  # noqa: B027  most work with any known loss
+        """Raises ValueError for a loss whose directions this recipe cannot compute; called before training."""
 
     @abstractmethod
-    def demands(self, space: ParameterSpace) -> dict[str, BasisBound]:
-        """By the keys of `find`, how much one task of a model with these parameters may add."""
+    def bounds(self, space: ParameterSpace) -> dict[str, BasisBound]:
+        """How much one task of a model with these parameters may add, by the keys of its findings."""
 
 
 def some_of(risk: EmpiricalRisk, count: int | None, seed: int, experience: int) -> EmpiricalRisk:
-    """The risk of `count` of its examples, drawn for each experience by `seed`, in batches of the same size; of all of
-    them where they are fewer."""
+    """The risk of `count` of the examples of `risk`, drawn for each experience by `seed`, in batches of unchanged size;
+    of all of them where `count` is None or they are fewer."""
     if count is None or count >= risk.examples:
         return risk
     chosen = risk.select(random_part(risk.examples, count / risk.examples, part_seed(seed, experience)))

@@ -1,4 +1,4 @@
-"""A subspace by orthonormal rows, made of what one task after another puts into it."""
+"""Subspaces by orthonormal rows, to which one task after another adds directions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ GRAM_ENTRIES = 2**22  # of rows that are held in float64 at once
 
 @dataclass(frozen=True)
 class TaskShare:
-    """What one task put into a subspace U: its orthonormal directions V = K U by their coordinates K, the curvature
+    """The directions of one task in a subspace U: orthonormal directions V = K U by their coordinates K, the curvature
     along each, the trace of all of its curvature (NaN where it is not known), and the number of the task."""
 
     coordinates: Float[Tensor, "j k"]
@@ -26,16 +26,16 @@ class TaskShare:
 
     @property
     def inside(self) -> float:
-        """What these directions hold of the trace in U, Σ_i λ_i ‖κ_i‖². What those of other tasks hold besides does not
-        count."""
+        """The part of the trace that these directions hold in U, Σ_i λ_i ‖κ_i‖²; what directions of other tasks hold of
+        it does not count."""
         return float(self.values @ self.coordinates.square().sum(1))
 
     def padded(self, count: int) -> TaskShare:
-        """In a subspace with so many further directions."""
+        """This share in a subspace with `count` further directions."""
         return replace(self, coordinates=F.pad(self.coordinates, (0, count)))
 
     def rotated(self, rotation: Float[Tensor, "k l"]) -> TaskShare:
-        """In the coordinates of another subspace."""
+        """This share in the coordinates of another subspace, by the matrix that turns one into the other."""
         return replace(self, coordinates=self.coordinates @ rotation)
 
 
@@ -60,12 +60,12 @@ class Subspace:
 
     @property
     def rank(self) -> int:
-        """k."""
+        """k, the number of rows."""
         return self.rows.shape[0]
 
     @property
     def dimension(self) -> int:
-        """d."""
+        """d, the dimension of the space around it."""
         return self.rows.shape[1]
 
     @property
@@ -75,7 +75,7 @@ class Subspace:
 
     @property
     def nbytes(self) -> int:
-        """Memory held, shares included."""
+        """Memory of the rows and shares, in bytes."""
         shares = sum(share.coordinates.nbytes + share.values.nbytes for share in self.shares)
         return self.rows.nbytes + shares
 
@@ -89,10 +89,10 @@ class Subspace:
         return _times_rows(_coordinates(vectors, self.rows), self.rows)
 
     def withdraw(self, target: Float[Tensor, "r d"], vectors: Float[Tensor, "r d"], *, by_task: bool = False) -> Tensor:
-        """`target` less the component of `vectors`, in place.
+        """`target` less the component of `vectors` in the subspace, in place.
 
-        With `by_task` less X − X (I − V₁ᵀV₁) (I − V₂ᵀV₂) … instead: what is taken away where the share of one task
-        after another is projected out. Where they are not orthogonal, that leaves a part in the earlier ones again.
+        With `by_task` less X − X (I − V₁ᵀV₁) (I − V₂ᵀV₂) … instead, where the share of one task after another is
+        projected out. Where these are not orthogonal, that leaves a part in the earlier ones again.
         """
         inside = _coordinates(vectors, self.rows)
         if by_task:
@@ -110,13 +110,14 @@ class Subspace:
         return coordinates
 
     def joined(self, rows: Float[Tensor, "m d"]) -> Subspace:
-        """The span of both, without a share for `rows`. What lies within U already adds nothing."""
+        """The span of this subspace and `rows`, without a share for these. Rows that lie within U add nothing."""
         return self._with_rows(remainder(rows.to(self.rows), self.rows))
 
     def plus(
         self, rows: Float[Tensor, "m d"], values: Float[Tensor, "m"], trace: float = math.nan, task: int = 0
     ) -> Subspace:
-        """The union with the span of orthonormal `rows`, along which a task has the curvature `values`."""
+        """The span of this subspace and of orthonormal `rows`, along which a task has the curvature `values`; the
+        task's number and the trace of all of its curvature are kept in its share."""
         rows = rows.to(self.rows)
         held = rows @ self.rows.T
         new = _orthonormal_outside(_without(rows, held, self.rows), self.rows)
@@ -129,7 +130,7 @@ class Subspace:
         return Subspace(torch.cat([self.rows, new]), tuple(share.padded(len(new)) for share in self.shares))
 
     def with_share(self, share: TaskShare) -> Subspace:
-        """The same span with the share of one more task."""
+        """This span with the share of one more task."""
         coordinates = _isometry(share.coordinates.double())
         share = replace(share, coordinates=coordinates, values=share.values.double().to(coordinates.device).abs())
         return replace(self, shares=(*self.shares, share))
@@ -145,7 +146,8 @@ class Subspace:
         return Subspace(rows, tuple(share.rotated(turned) for share in self.shares))
 
     def restricted(self, at: Int[Tensor, "e"]) -> Subspace:
-        """What some coordinates alone have to avoid, where all others stay zero: the span of their columns of U."""
+        """The subspace that vectors have to avoid that are zero in all coordinates but those `at`: the span of these
+        columns of U."""
         columns = self.rows[:, at.to(self.rows.device)]
         rows = orthonormal(columns)
         turn = (columns @ rows.T).double()
@@ -154,7 +156,8 @@ class Subspace:
 
 
 def energy(shares: Iterable[TaskShare]) -> float:
-    """Σ inside / Σ tr C of the shares whose trace is known; NaN where none has one."""
+    """The part of the trace of all tasks that their directions hold, Σ inside / Σ tr C, over shares whose trace is
+    known; NaN where none is."""
     known = [share for share in shares if math.isfinite(share.trace)]
     total = sum(share.trace for share in known)
     return sum(share.inside for share in known) / total if total else math.nan
@@ -170,13 +173,13 @@ def remainder(rows: Float[Tensor, "m d"], basis: Float[Tensor, "k d"]) -> Float[
 
 
 def _orthonormal_outside(rows: Float[Tensor, "m d"], basis: Float[Tensor, "k d"]) -> Float[Tensor, "l d"]:
-    """The second time, for what the first has left."""
+    """Orthonormal rows of the span outside `basis`, for rows that are orthogonal to it up to rounding."""
     rows = orthonormal(rows)
     return orthonormal(_without(rows, rows @ basis.T, basis))
 
 
 def _without(rows: Tensor, coordinates: Float[Tensor, "m k"], basis: Float[Tensor, "k d"]) -> Tensor:
-    """X − K U."""
+    """X − K U, for rows X of coordinates K in the basis U."""
     return torch.addmm(rows, coordinates, basis, alpha=-1) if len(rows) and len(basis) else rows
 
 
@@ -191,7 +194,8 @@ def orthonormal(rows: Float[Tensor, "m d"]) -> Float[Tensor, "l d"]:
 
 
 def tolerance(kind: torch.dtype) -> float:
-    """Below which part of a unit vector a direction counts as none: 100 times the rounding of the type, at least 1e-7.
+    """The part of a unit vector below which a direction counts as none: 100 times the rounding of the type, at least
+    1e-7.
     """
     return max(100 * torch.finfo(kind).eps, 1e-7)
 

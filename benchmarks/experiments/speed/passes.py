@@ -78,8 +78,8 @@ def fidelities(config: Config) -> Times:
     return interleaved(
         {
             "gradients": clocked(lambda: gradient_passes(model, criterion, batches)),
-            "accumulate": clocked(lambda: pictures.compare_picture("accumulate", model)),
-            "refresh": clocked(lambda: pictures.compare_picture("refresh", model)),
+            "accumulate": clocked(lambda: pictures.compare_one("accumulate", model)),
+            "refresh": clocked(lambda: pictures.compare_one("refresh", model)),
         },
         config.rounds,
     )

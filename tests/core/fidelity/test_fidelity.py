@@ -28,13 +28,12 @@ def nearby(risk, size=0.3, seed=0):
 
 
 def assert_measures(found, actual, increase, true, predicted, close):
-    """The definitions of kappa, gamma, alpha and rho, one example after the other."""
-    for i in range(len(actual)):
-        close(found.actual[i], actual[i])
-        close(found.kappa[i], actual[i] - increase[i])
-        close(found.gamma[i], (true[i] - predicted[i]).norm(), 1e-9)
-        close(found.alpha[i], true[i] @ predicted[i] / (true[i].norm() * predicted[i].norm()), 1e-9)
-        close(found.rho[i], actual[i] / increase[i], 1e-8)
+    """The definitions of kappa, gamma, alpha and rho."""
+    close(found.actual, actual)
+    close(found.kappa, actual - increase)
+    close(found.gamma, (true - predicted).norm(dim=1), 1e-9)
+    close(found.alpha, (true * predicted).sum(1) / (true.norm(dim=1) * predicted.norm(dim=1)), 1e-9)
+    close(found.rho, actual / increase, 1e-8)
 
 
 def assert_explicit(comparison, paper, matrices, theta, close):
@@ -62,7 +61,7 @@ def test_measures_are_those_of_explicit_jacobians(kind, architecture, loss_name,
     assert_explicit(comparison, known.paper, matrices(known.paper), theta, close)
 
 
-def test_the_fastest_way_is_chosen_by_model_and_kind(problem):
+def test_the_fastest_form_is_chosen_by_model_and_kind(problem):
     linear, convolution = problem("mlp", "cross_entropy").risk, problem("conv", "cross_entropy").risk
     assert type(example_models(GGN(), linear)) is LayerwiseModels
     assert type(example_models(Fisher(samples=2, seed=0), linear)) is LayerwiseModels
@@ -70,7 +69,7 @@ def test_the_fastest_way_is_chosen_by_model_and_kind(problem):
     assert type(example_models(Hessian(), linear)) is HessianModels
 
 
-def test_the_exact_fisher_has_the_pictures_of_the_ggn(likelihood, problem, close):
+def test_the_exact_fisher_has_the_quadratic_models_of_the_ggn(likelihood, problem, close):
     risk = problem("mlp", likelihood).risk
     theta = nearby(risk)
     fisher, ggn = (example_models(kind, risk).compare(theta).quadratic for kind in (Fisher(), GGN()))
@@ -91,17 +90,22 @@ def test_chunks_and_batches_change_nothing(kind, architecture, problem, monkeypa
         close(found.alpha, whole.alpha)
 
 
+def assert_exact(found, rounding, ratio):
+    zeros, ones = torch.zeros(7).double(), torch.ones(7).double()
+    for values, expected, tolerance in (
+        (found.kappa, zeros, rounding), (found.gamma, zeros, rounding), (found.alpha, ones, 1e-12),
+        (found.rho, ones, ratio),
+    ):  # fmt: skip
+        torch.testing.assert_close(values, expected, atol=tolerance, rtol=0)
+
+
 @pytest.mark.parametrize("kind", [GGN(), Hessian(), Fisher()])
 @pytest.mark.parametrize("name", ["mean_square", "summed_square"])
 @pytest.mark.parametrize("size", [1e-3, 1.0, 100.0])
 def test_a_quadratic_loss_is_predicted_exactly_anywhere(kind, name, size, new_problem, make_model):
     known = new_problem(make_model(lambda: nn.Linear(4, 3)), name)
     found = example_models(kind, known.risk).compare(nearby(known.risk, size)).linear
-    scale = found.actual.abs().max().item()
-    torch.testing.assert_close(found.kappa, torch.zeros(7).double(), atol=1e-12 * max(scale, 1), rtol=0)
-    torch.testing.assert_close(found.gamma, torch.zeros(7).double(), atol=1e-12 * max(scale, 1), rtol=0)
-    torch.testing.assert_close(found.alpha, torch.ones(7).double(), atol=1e-12, rtol=0)
-    torch.testing.assert_close(found.rho, torch.ones(7).double(), atol=1e-8, rtol=0)
+    assert_exact(found, 1e-12 * max(found.actual.abs().max().item(), 1), 1e-8)
 
 
 @pytest.mark.parametrize("kind", [GGN(), Hessian(), Fisher()])
@@ -112,10 +116,7 @@ def test_a_quadratic_loss_is_predicted_exactly_at_its_minimum_without_the_linear
     inputs = torch.randn(7, 4, generator=torch.Generator().manual_seed(0)).double()
     known = exact_problem(model, losses["mean_square"], inputs, model(inputs).detach())
     found = example_models(kind, known.risk).compare(nearby(known.risk)).quadratic
-    torch.testing.assert_close(found.kappa, torch.zeros(7).double(), atol=1e-13, rtol=0)
-    torch.testing.assert_close(found.gamma, torch.zeros(7).double(), atol=1e-13, rtol=0)
-    torch.testing.assert_close(found.alpha, torch.ones(7).double(), atol=1e-13, rtol=0)
-    torch.testing.assert_close(found.rho, torch.ones(7).double(), atol=1e-10, rtol=0)
+    assert_exact(found, 1e-13, 1e-10)
     assert found.means() == pytest.approx(
         {"kappa": 0, "kappa_abs": 0, "gamma": 0, "alpha": 1, "rho": 1, "rho_pooled": 1}, abs=1e-10
     )
@@ -159,9 +160,9 @@ def test_a_cubic_loss_has_the_kappa_of_its_taylor_remainder(kind, make_model, cl
     model = make_model(lambda: nn.Linear(1, 1, bias=False))
     nn.init.constant_(model.weight, 2.0)
     x = torch.tensor([[0.5], [1.0], [2.0]]).double()
-    pictures = example_models(kind, EmpiricalRisk.snapshot(model, Cubic(), [(x, x)]))
+    models = example_models(kind, EmpiricalRisk.snapshot(model, Cubic(), [(x, x)]))
     delta = 0.7
-    comparison = pictures.compare(torch.tensor([2.0 + delta], dtype=torch.float64))
+    comparison = models.compare(torch.tensor([2.0 + delta], dtype=torch.float64))
     cubes = x[:, 0] ** 3
     close(comparison.linear.kappa, cubes * delta**3)
     close(comparison.linear.gamma, cubes * 3 * delta**2)
@@ -182,7 +183,7 @@ def test_at_the_anchor_nothing_happens_and_nothing_is_predicted(kind, architectu
     assert comparison.linear.gamma.abs().max() < 1e-12
 
 
-def test_the_linear_picture_errs_by_the_third_order_and_the_other_by_the_first(problem):
+def test_the_model_with_a_linear_term_errs_by_the_third_order_and_the_other_by_the_first(problem):
     risk = problem("conv", "cross_entropy").risk
     step = nearby(risk, 1.0) - risk.anchor
     errors = [example_models(Hessian(), risk).compare(risk.anchor + t * step) for t in (1e-2, 1e-3)]
@@ -247,22 +248,12 @@ class Skipped(Unreached):
         return self.last(self.first(inputs).tanh())
 
 
-def frozen_below():
-    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 5), nn.ReLU(inplace=True), nn.Linear(5, 3))
-    model[0].requires_grad_(False)
-    return model
-
-
-def frozen_between():
-    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 3))
-    model[2].requires_grad_(False)
-    return model
-
-
-def frozen_bias():
-    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
-    model[0].bias.requires_grad_(False)
-    model[2].weight.requires_grad_(False)
+def frozen(activation, *names):
+    """Three linear layers, some of whose parameters do not train."""
+    layers = nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 5), activation, nn.Linear(5, 3)
+    model = nn.Sequential(*layers)
+    for name in names:
+        model.get_parameter(name).requires_grad_(False)
     return model
 
 
@@ -276,9 +267,9 @@ PERCEPTRONS = {
     "norm without parameters": lambda: nn.Sequential(
         nn.Linear(4, 5), nn.BatchNorm1d(5, affine=False), nn.SiLU(), nn.Linear(5, 3)
     ),
-    "frozen below": frozen_below,
-    "frozen between": frozen_between,
-    "frozen bias": frozen_bias,
+    "frozen below": lambda: frozen(nn.ReLU(inplace=True), "0.weight", "0.bias"),
+    "frozen between": lambda: frozen(nn.Tanh(), "2.weight", "2.bias"),
+    "frozen bias": lambda: frozen(nn.Tanh(), "0.bias", "4.weight"),
     "unreached": Unreached,
     "skipped": Skipped,
 }
@@ -286,7 +277,7 @@ PERCEPTRONS = {
 
 @pytest.mark.parametrize("perceptron", PERCEPTRONS)
 @pytest.mark.parametrize("kind", [GGN(), EmpiricalFisher()])
-def test_pictures_by_layers_equal_those_on_any_model_and_on_paper(perceptron, kind, new_problem, make_model, close):
+def test_models_by_layers_equal_those_on_any_model_and_on_paper(perceptron, kind, new_problem, make_model, close):
     known = new_problem(make_model(PERCEPTRONS[perceptron]).eval(), "cross_entropy", examples=4)
     layers = linear_layers(known.risk)
     assert layers is not None
@@ -294,11 +285,9 @@ def test_pictures_by_layers_equal_those_on_any_model_and_on_paper(perceptron, ki
     for seed in range(2):  # what is kept of the anchor serves more than once
         theta = nearby(known.risk, seed=seed)
         a, b = by_layers.compare(theta), general.compare(theta)
-        for one, other in ((a.quadratic, b.quadratic), (a.linear, b.linear)):
-            close(one.actual, other.actual)
-            close(one.increase, other.increase)
-            close(one.gamma, other.gamma)
-            close(one.alpha, other.alpha)
+        for form in ("quadratic", "linear"):
+            for measure in ("actual", "increase", "gamma", "alpha"):
+                close(*(getattr(getattr(found, form), measure) for found in (a, b)))
     matrices = known.paper.ggns if kind == GGN() else known.paper.empirical_fishers
     assert_explicit(a, known.paper, matrices, theta, close)
 
@@ -321,12 +310,12 @@ def test_the_distance_of_equal_gradients_does_not_cancel_in_single_precision(lay
     generator = torch.Generator().manual_seed(0)
     batch = (torch.randn(7, 4, generator=generator), torch.randn(7, 3, generator=generator))
     risk = EmpiricalRisk.snapshot(model, nn.MSELoss(), [batch])
-    pictures = LayerwiseModels(GGN(), (risk, linear_layers(risk))) if layers else OutputModels(GGN(), risk)
-    found = pictures.compare(nearby(risk).float()).linear
+    models = LayerwiseModels(GGN(), (risk, linear_layers(risk))) if layers else OutputModels(GGN(), risk)
+    found = models.compare(nearby(risk).float()).linear
     assert found.gamma.max() < 3e-6
 
 
-def test_past_pictures_measure_each_experience_at_its_own_and_at_the_newest_anchor(net, new_problem, close):
+def test_past_models_measure_each_experience_at_its_own_and_at_the_newest_anchor(net, new_problem, close):
     risks = []
     for seed in range(3):
         risks.append(new_problem(net, "cross_entropy", seed=seed, examples=5).risk)
@@ -341,12 +330,12 @@ def test_past_pictures_measure_each_experience_at_its_own_and_at_the_newest_anch
     for t, risk in enumerate(risks):
         own = example_models(GGN(), risk).compare(theta)
         newest = example_models(GGN(), risk.at(risks[-1])).compare(theta)
-        for picture, fidelity in (
+        for name, fidelity in (
             ("accumulate", own.quadratic), ("accumulate_linear", own.linear),
             ("refresh", newest.quadratic), ("refresh_linear", newest.linear),
         ):
             for measure, value in fidelity.means().items():
-                assert values[f"{picture}/{measure}/experience_{t}"] == pytest.approx(value, rel=1e-9)
+                assert values[f"{name}/{measure}/experience_{t}"] == pytest.approx(value, rel=1e-9)
     parts = [example_models(GGN(), risk).compare(theta).quadratic for risk in risks]
     overall = sum(part.kappa.sum().item() for part in parts) / 15
     assert values["accumulate/kappa"] == pytest.approx(overall, rel=1e-9)

@@ -43,25 +43,22 @@ def learn(model, space, inputs, *, optimizer=None, projection=StepProjection(), 
             optimizer.step()
 
 
-class Twice(nn.Module):
-    """A layer that is called twice, and one that is used past its call."""
+class Called(nn.Module):
+    """Layers in a given order; one may be called twice, or share the weight of another."""
 
-    def __init__(self):
+    def __init__(self, *order, tied=False):
         super().__init__()
-        self.first, self.again, self.last = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3, bias=False)
+        self.order = order
+        for name in dict.fromkeys(order):
+            self.add_module(name, nn.Linear(6, 6))
+        self.last = nn.Linear(6, 3, bias=tied)
+        if tied:
+            self.second.weight = self.first.weight
 
     def forward(self, x):
-        return self.last(torch.relu(self.again(torch.relu(self.again(torch.relu(self.first(x)))))))
-
-
-class Tied(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first, self.second, self.last = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
-        self.second.weight = self.first.weight
-
-    def forward(self, x):
-        return self.last(torch.relu(self.second(torch.relu(self.first(x)))))
+        for name in self.order:
+            x = torch.relu(getattr(self, name)(x))
+        return self.last(x)
 
 
 MODELS = {
@@ -94,8 +91,8 @@ MODELS = {
     "transposed": (
         lambda: nn.Sequential(nn.ConvTranspose2d(2, 3, 2), nn.ReLU(), nn.Flatten(), nn.Linear(75, 3)), (2, 4, 4)
     ),
-    "called twice": (Twice, (6,)),
-    "tied": (Tied, (6,)),
+    "called twice": (lambda: Called("first", "again", "again"), (6,)),
+    "tied": (lambda: Called("first", "second", tied=True), (6,)),
 }  # fmt: skip
 
 
@@ -163,15 +160,14 @@ def test_energy_keeps_the_fewest_directions_outside_of_what_is_held(fraction, ma
 
 
 def test_rank_keeps_the_top_directions_of_each_task(make_model):
-    model = make_model(lambda: nn.Linear(10, 3, bias=False))
-    space, tops = ProtectedSpace(), []
+    model, space, tops = make_model(lambda: nn.Linear(10, 3, bias=False)), ProtectedSpace(), []
     for task in range(2):
         rows = draws(40, 10, seed=task) * torch.logspace(0, -1, 10, dtype=torch.float64).roll(3 * task)
         space = space.absorb(risk_of(model, rows), InputSpace(Rank(2)))
         tops.append(torch.linalg.svd(rows)[2][:2])
-    found = space.blocks[""].subspace
-    assert found.rank == 4
-    assert principal_angles(found.rows, torch.linalg.qr(torch.cat(tops).T)[0].T).max() < 1e-6
+    found = space.blocks[""].subspace.rows
+    assert len(found) == 4
+    assert principal_angles(found, torch.linalg.qr(torch.cat(tops).T)[0].T).max() < 1e-6
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.float64])
@@ -221,13 +217,10 @@ def test_where_inputs_span_everything_no_weight_moves(optimizer, biases, make_mo
     space = ProtectedSpace().absorb(risk_of(model, draws(30, 5)), InputSpace(EVERYTHING))
     before = [p.detach().clone() for p in model.parameters()]
     assert space.used == sum(p.numel() for p in before)
-    for projection in (StepProjection(), GradientProjection()):
-        if isinstance(projection, StepProjection):
-            learn(model, space, draws(30, 5, seed=1), optimizer=optimizer(model.parameters()), projection=projection)
-        else:
-            plain = torch.optim.SGD(model.parameters(), 0.5)
-            learn(model, space, draws(30, 5, seed=1), optimizer=plain, projection=projection)
-        assert all(map(torch.equal, before, model.parameters()))
+    learn(model, space, draws(30, 5, seed=1), optimizer=optimizer(model.parameters()))
+    plain = torch.optim.SGD(model.parameters(), 0.5)
+    learn(model, space, draws(30, 5, seed=1), optimizer=plain, projection=GradientProjection())
+    assert all(map(torch.equal, before, model.parameters()))
 
 
 @pytest.mark.parametrize("name", ["tokens", "transposed", "called twice", "tied"])
@@ -293,27 +286,21 @@ def test_layers_with_frozen_parts_are_protected_in_the_others(make_model):
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-@pytest.mark.parametrize("place", ["the first example", "a later example", "a weight", "the last weight"])
+@pytest.mark.parametrize("place", ["the first example", "a later example", "a weight", "the last weight", "a bias"])
 def test_what_is_not_finite_is_refused(bad, place, make_model):
-    model = make_model(MODELS["linear"][0])
+    model = make_model(lambda: nn.Sequential(nn.Linear(12, 9), nn.ReLU(), nn.Linear(9, 9), nn.Tanh(), nn.Linear(9, 3)))
     inputs = draws(7, 12)
     with torch.no_grad():
         if "example" in place:
             inputs[0 if "first" in place else 5, 2] = bad
-        else:
+        elif "weight" in place:
             model[0 if place == "a weight" else 4].weight[1, 1] = bad
+        else:  # of an infinite one the outputs are finite
+            model[2].bias[0] = bad
+            assert bool(model(inputs).isfinite().all()) == (bad == torch.inf)
     for cut in (Energy(0.9), Rank(2)):
         with pytest.raises(NonFiniteCurvatureError, match=r"NaN or infinity.* diverged weights"):
             ProtectedSpace().absorb(risk_of(model, inputs), InputSpace(cut))
-
-
-def test_a_weight_that_is_not_finite_is_refused_also_where_outputs_are(make_model):
-    model = make_model(lambda: nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 3)))
-    with torch.no_grad():
-        model[0].bias[0] = torch.inf
-    assert model(draws(5, 4)).isfinite().all()
-    with pytest.raises(NonFiniteCurvatureError, match="diverged weights"):
-        ProtectedSpace().absorb(risk_of(model, draws(5, 4)), InputSpace())
 
 
 @pytest.mark.parametrize(
@@ -321,7 +308,6 @@ def test_a_weight_that_is_not_finite_is_refused_also_where_outputs_are(make_mode
     [
         ({"cuts": ()}, ValueError, r"at least one cut, such as Energy\(0.97\)"),
         ({"cuts": Energy}, TypeError, r"Call it: Energy\(0.97\)"),
-        ({"cuts": 0.97}, TypeError, r"got 0.97. Give a value such as Energy\(0.97\)"),
         ({"cuts": (Rank(2), "all")}, TypeError, "got 'all'"),
         ({"examples": 0}, ValueError, "at least 1; got 0"),
         ({"seed": 1.5}, ValueError, "seed"),

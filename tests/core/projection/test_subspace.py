@@ -59,11 +59,8 @@ def test_the_basis_is_orthonormal_to_1e_6_in_float32_after_50_merges(rank):
 
 
 def test_rounding_does_not_add_up_over_many_cuts():
-    subspace = empty(60, torch.float32)
-    for task in range(200):  # without care it is 1e-6 then
-        values = torch.rand(4, generator=torch.Generator().manual_seed(task))
-        subspace = subspace.plus(unit_rows(4, 60, task, torch.float32), values).limited(12)
-    assert skew(subspace.rows) < 5e-7
+    cut = merged([unit_rows(4, 60, task, torch.float32) for task in range(200)], torch.float32, rank=12)
+    assert skew(cut.rows) < 5e-7  # without care it is 1e-6 then
 
 
 def test_a_space_that_fills_up_ends_as_the_whole_space():
@@ -76,14 +73,15 @@ def test_a_space_that_fills_up_ends_as_the_whole_space():
 
 
 @pytest.mark.parametrize(("kind", "rounding"), [(torch.float32, 1e-6), (torch.float64, 1e-13)])
-def test_merging_in_any_order_gives_the_same_span(kind, rounding):
+def test_merging_in_any_order_gives_the_span_of_all_rows(kind, rounding):
     parts = [unit_rows(8, 400, seed, kind) for seed in range(6)]
     parts[3][:4], parts[5][4:] = parts[0][:4], parts[1][4:]
     parts = [orthonormal(rows) for rows in parts]
-    spans = [merged(some, kind).rows for some in (parts, parts[::-1], parts[3:] + parts[:3])]
-    for span in spans:
-        angles = principal_angles(spans[0], span)
-        assert len(span) == len(angles) == 40
+    u, sizes, _ = torch.linalg.svd(torch.cat(parts).double().T, full_matrices=False)
+    whole = u[:, sizes > 1e-3].T
+    for some in (parts, parts[::-1], parts[3:] + parts[:3]):
+        angles = principal_angles(whole, merged(some, kind).rows)
+        assert len(angles) == len(whole) == 40
         assert angles.max() < rounding
 
 
@@ -95,12 +93,6 @@ def test_no_direction_of_any_task_is_lost_by_more_than_the_tolerance(kind):
         union = merged(some, kind)
         for rows in parts:
             assert (rows - union.component(rows)).norm(dim=1).max() < 2 * tolerance(kind)
-
-
-def test_the_span_is_that_of_all_rows_together():
-    parts = [unit_rows(5, 60, seed) for seed in range(4)]
-    q = torch.linalg.qr(torch.cat(parts).T)[0]
-    torch.testing.assert_close(projector(merged(parts)), q @ q.T, rtol=0, atol=1e-12)
 
 
 def projector(subspace):
@@ -153,7 +145,7 @@ def test_a_limited_rank_keeps_the_directions_of_largest_summed_curvature():
     """Two tasks whose curvatures are diagonal: 5 e0 + 4 e1 + 3 e2, and 2.5 e2 + 4.5 e3 + e4. Of the sum 5, 4, 5.5, 4.5
     and 1 the largest three are those of e2, e0 and e3."""
     e = torch.eye(6, dtype=torch.float64)
-    both = empty(6).plus(e[:3], torch.tensor([5.0, 4.0, 3.0]), 12.0, 0)
+    both = empty(6).plus(e[:3], torch.tensor([5.0, 4.0, -3.0]), 12.0, 0)  # negative curvature counts by its size
     both = both.plus(e[2:5], torch.tensor([2.5, 4.5, 1.0]), 10.0, 1)
     kept = both.limited(3)
     assert both.rank == 5
@@ -173,12 +165,6 @@ def test_a_limited_rank_is_the_top_eigenspace_of_the_summed_curvature():
     dense = sum(rows.T @ curvature.diag() @ rows for rows, curvature in zip(parts, values))
     top = torch.linalg.eigh(dense)[1][:, -4:]
     torch.testing.assert_close(projector(union.limited(4)), top @ top.T, rtol=0, atol=1e-10)
-
-
-def test_negative_curvature_counts_by_its_size():
-    e = torch.eye(3, dtype=torch.float64)
-    kept = empty(3).plus(e[:2], torch.tensor([1.0, -2.0])).limited(1)
-    torch.testing.assert_close(projector(kept), torch.diag(torch.tensor([0.0, 1, 0]).double()))
 
 
 def test_energy_by_hand():
