@@ -12,7 +12,6 @@ from avalanche.logging import TensorboardLogger, WandBLogger
 
 from avalanche_curv.core.curvature.base import Curvature
 from avalanche_curv.core.curvature.fisher import Fisher
-from avalanche_curv.core.curvature.hessian import Hessian
 from avalanche_curv.core.fidelity.monitor import PastModels
 from avalanche_curv.core.options import is_number
 from avalanche_curv.core.quadratic.policies import Policy, part_of
@@ -81,8 +80,8 @@ def fidelity_metrics(
 
 
 def _of_single_examples(curvature: Curvature) -> Curvature:
-    """A Hessian made positive semi-definite as a whole is measured by the plain one, which single examples have."""
-    return Hessian() if isinstance(curvature, Hessian) else curvature
+    """The kind itself, whose spectrum is mended as a whole and not for single examples."""
+    return curvature.unmended()
 
 
 def _stored_fraction(policy: Policy) -> float | None:

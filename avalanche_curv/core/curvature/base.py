@@ -77,7 +77,15 @@ class Curvature(ABC):
 
         Raises TypeError for a kind that does not define C_i.
         """
-        raise TypeError(
+        raise self._unknown_of_examples()
+
+    def check_examples(self) -> None:
+        """Raises TypeError for a kind that does not define the curvature of single examples."""
+        if not self.is_known_of_examples:
+            raise self._unknown_of_examples()
+
+    def _unknown_of_examples(self) -> TypeError:
+        return TypeError(
             f"Fidelity compares single examples with their own curvature, which {self} does not define. "
             "Use GGN(), Fisher(), EmpiricalFisher(), Hessian() without psd, or a subclass of OutputCurvature."
         )

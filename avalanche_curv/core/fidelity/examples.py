@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -11,11 +10,18 @@ from torch import Tensor
 from torch.func import grad, jvp, vmap
 
 from avalanche_curv.core.curvature.base import Curvature, OutputCurvature
-from avalanche_curv.core.curvature.hessian import Hessian
 from avalanche_curv.core.fidelity.measures import Comparison, GradientProducts, concatenated
 from avalanche_curv.core.quadratic.model import half
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
-from avalanche_curv.core.risk.jacobians import chunk_size, outputs_of, parameters_of, pulled_back
+from avalanche_curv.core.risk.jacobians import (
+    Parameters,
+    chunk_size,
+    example_rows,
+    loss_of_one,
+    outputs_of,
+    parameters_of,
+    pulled_back,
+)
 
 
 class ExampleModels(ABC):
@@ -27,16 +33,6 @@ class ExampleModels(ABC):
     @abstractmethod
     def compare(self, parameters: Float[Tensor, "P"]) -> Comparison:
         """The quadratic models against the true losses of the frozen past function at other parameters."""
-
-
-def check_per_example(curvature: Curvature) -> None:
-    """Raises TypeError for a kind whose curvature of a single example is not known."""
-    if isinstance(curvature, OutputCurvature) or (isinstance(curvature, Hessian) and curvature.psd is None):
-        return
-    raise TypeError(
-        f"Fidelity compares single examples with their own curvature, which {curvature} does not define. "
-        "Use GGN(), Fisher(), EmpiricalFisher(), Hessian() without psd, or a subclass of OutputCurvature."
-    )
 
 
 class OutputModels(ExampleModels):
@@ -72,34 +68,25 @@ class OutputModels(ExampleModels):
         return Comparison.of(products, actual, torch.stack([quadratic, quadratic + linear]))
 
 
-class HessianModels(ExampleModels):
-    """The quadratic models with C_x = ∇²ℓ(x, ·): H_x δ is the forward derivative of the gradient of one example."""
+class ExpandedModels(ExampleModels):
+    """The quadratic models of any kind that gives g_x and C_x δ itself (`Curvature.example_expansion`)."""
 
-    def __init__(self, risk: EmpiricalRisk) -> None:
-        self.risk = risk
+    def __init__(self, curvature: Curvature, risk: EmpiricalRisk) -> None:
+        self.curvature, self.risk = curvature, risk
 
     def compare(self, parameters: Float[Tensor, "P"]) -> Comparison:
-        here, there = parameters_of(self.risk), parameters_of(self.risk, parameters)
-        step = parameters_of(self.risk, parameters - self.risk.anchor)
+        displacement, there = parameters - self.risk.anchor, parameters_of(self.risk, parameters)
         size = chunk_size(self.risk, 3)
         pieces = (piece for x, y in self.risk for piece in zip(x.split(size), y.split(size)))
         with torch.no_grad():
-            return joined([self._chunk(here, there, step, x, y) for x, y in pieces])
+            return joined([self._chunk(there, displacement, x, y) for x, y in pieces])
 
-    def _chunk(self, here: dict, there: dict, step: dict, x: Tensor, y: Tensor) -> Comparison:
+    def _chunk(self, there: Parameters, displacement: Float[Tensor, "P"], x: Tensor, y: Tensor) -> Comparison:
         outputs, loss = outputs_of(self.risk), self.risk.loss
-
-        def loss_of_one(p: dict, x: Tensor, y: Tensor) -> Tensor:
-            return loss.per_example(outputs(p, x[None]), y[None])[0]
-
-        def gradient_and_product(x: Tensor, y: Tensor) -> Any:
-            return jvp(lambda p: grad(loss_of_one)(p, x, y), (here,), (step,))
-
-        slopes, products = (_rows(part) for part in vmap(gradient_and_product)(x, y))
-        true = _rows(vmap(grad(loss_of_one), in_dims=(None, 0, 0))(there, x, y))
-        displacement = torch.cat([part.reshape(-1) for part in step.values()])
+        slopes, products = self.curvature.example_expansion(self.risk, x, y, displacement)
+        true = example_rows(vmap(grad(loss_of_one(self.risk)), in_dims=(None, 0, 0))(there, x, y))
         quadratic, linear = half_product(products, displacement), slopes @ displacement
-        actual = loss.per_example(outputs(there, x), y) - loss.per_example(outputs(here, x), y)
+        actual = loss.per_example(outputs(there, x), y) - loss.per_example(outputs(parameters_of(self.risk), x), y)
         gradients = GradientProducts.of(true, torch.stack([products, products + slopes]))
         return Comparison.of(gradients, actual, torch.stack([quadratic, quadratic + linear]))
 
@@ -124,7 +111,3 @@ def half_product(products: Float[Tensor, "N k"], direction: Tensor) -> Float[Ten
 def joined(parts: list[Comparison]) -> Comparison:
     """The comparison of all examples, from the comparisons of consecutive pieces of them."""
     return Comparison(concatenated([p.quadratic for p in parts]), concatenated([p.linear for p in parts]))
-
-
-def _rows(parts: dict[str, Tensor]) -> Float[Tensor, "N P"]:
-    return torch.cat([part.reshape(len(part), -1) for part in parts.values()], dim=1)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from avalanche_curv.core.curvature.base import Curvature, OutputCurvature
-from avalanche_curv.core.fidelity.examples import ExampleModels, HessianModels, OutputModels, check_per_example
+from avalanche_curv.core.fidelity.examples import ExampleModels, ExpandedModels, OutputModels
 from avalanche_curv.core.fidelity.layerwise import LayerwiseModels
 from avalanche_curv.core.fidelity.measures import Comparison, Fidelity, concatenated
 from avalanche_curv.core.per_example.layers import linear_layers
@@ -33,7 +33,7 @@ class PastModels:
     refresh: tuple[EmpiricalRisk, ...] = ()
 
     def __post_init__(self) -> None:
-        check_per_example(self.curvature)
+        self.curvature.check_examples()
 
     def with_experience(self, stored: EmpiricalRisk) -> PastModels:
         """The quadratic models after one more experience, whose stored examples are frozen at its end."""
@@ -161,9 +161,9 @@ def example_models(curvature: Curvature, *risks: EmpiricalRisk) -> ExampleModels
 
     Raises TypeError for a kind without a per-example form.
     """
-    check_per_example(curvature)
+    curvature.check_examples()
     if not isinstance(curvature, OutputCurvature):
-        return HessianModels(*risks)
+        return ExpandedModels(curvature, *risks)
     layers = [linear_layers(risk) for risk in risks]
     layered = [(risk, own) for risk, own in zip(risks, layers) if own is not None]
     return LayerwiseModels(curvature, *layered) if len(layered) == len(risks) else OutputModels(curvature, *risks)

@@ -10,11 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from avalanche_curv.core.curvature.base import Curvature, NonFiniteCurvatureError, OutputCurvature
-from avalanche_curv.core.curvature.empirical_fisher import BatchedEmpiricalFisher
-from avalanche_curv.core.curvature.hessian import Hessian
-from avalanche_curv.core.per_example.gram import GRAM_BYTES, OuterRows, PlainRows, Rows, plain_size, rows_of
-from avalanche_curv.core.per_example.layers import Layers
+from avalanche_curv.core.curvature.base import Curvature, NonFiniteCurvatureError
+from avalanche_curv.core.per_example.gram import OuterRows, PlainRows, Rows
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk, joined_risk
 from avalanche_curv.core.risk.parameters import ParameterSpace
 from avalanche_curv.core.structures.base import Matrix
@@ -71,7 +68,7 @@ class AveragedCurvature:
     @property
     def is_semidefinite(self) -> bool:
         """Whether no eigenvalue can be negative, as far as the kind says."""
-        return isinstance(self.curvature, (OutputCurvature, BatchedEmpiricalFisher))
+        return self.curvature.is_semidefinite
 
     def whole(self) -> Float[Tensor, "P P"]:
         """C as a matrix in float64. Raises NonFiniteCurvatureError where it holds NaN or infinity."""
@@ -83,7 +80,7 @@ class AveragedCurvature:
 
     def exact_trace(self) -> float | None:
         """tr C from the exact diagonal; None where the kind has no cheap rule for that."""
-        if isinstance(self.curvature, Hessian) or not has_rule(self.curvature, Diagonal()):
+        if not (self.curvature.is_semidefinite and has_rule(self.curvature, Diagonal())):
             return None
         traces = (structured(self.curvature, Diagonal(), risk).tensors()[0].double().sum() for risk in self.functions)
         return sum(weight * float(trace) for weight, trace in zip(self.weights, traces))
@@ -118,21 +115,16 @@ def _check(curvature: Curvature, risks: Sequence[EmpiricalRisk]) -> None:
 def rows_of_all(averaged: AveragedCurvature, most: int) -> list[Rows] | None:
     """The M rows of G with C = GᵀG, layer by layer; None where the kind has no such form, where M > `most`, or where
     the rows do not fit in memory."""
-    if isinstance(averaged.curvature, BatchedEmpiricalFisher):
-        return _rows_of_batches(averaged, averaged.curvature, most)
-    if not isinstance(averaged.curvature, OutputCurvature):
+    counts = [averaged.curvature.row_count(risk) for risk in averaged.functions]
+    known = [count for count in counts if count is not None]
+    if len(known) < len(counts):
         return None
-    columns = [_columns(averaged.curvature, risk) for risk in averaged.functions]
-    rows = sum(n * risk.examples for n, risk in zip(columns, averaged.functions))
-    if rows > most or len(set(columns)) > 1:
-        return None
-    layers = [Layers.of(risk) for risk in averaged.functions]
-    if not _fits(rows, max(plain_size(own) for own in layers), averaged):
-        return None
-    parts = [
-        _Part(rows_of(averaged.curvature, risk, own), risk.examples, columns[0], weight**0.5)
-        for risk, own, weight in zip(averaged.functions, layers, averaged.weights)
-    ]
+    parts = []
+    for risk, count, weight in zip(averaged.functions, known, averaged.weights):
+        rows = gram_rows(averaged.curvature, risk, most, besides=sum(known) - count)
+        if rows is None:
+            return None
+        parts.append(_Part(rows, risk.examples, count, weight**0.5))
     return joined(parts)
 
 
@@ -150,7 +142,7 @@ class _Part:
 
     rows: list[Rows]
     examples: int
-    columns: int
+    count: int
     scale: float
 
 
@@ -168,7 +160,7 @@ def joined(parts: list[_Part]) -> list[Rows] | None:
             elif isinstance(some, PlainRows):
                 plain.setdefault(tuple(some.sizes), {})[number] = some
     names = [name for layer in (*outer, *plain) for name in layer]
-    if len(set(names)) < len(names):
+    if len(set(names)) < len(names) or (outer and len({part.count / part.examples for part in parts}) > 1):
         return None
     return [*(_below(own, parts) for own in outer.values()), *(_plain_below(own, parts) for own in plain.values())]
 
@@ -189,32 +181,7 @@ def _plain_below(own: dict[int, PlainRows], parts: list[_Part]) -> PlainRows:
     known = next(iter(own.values()))
     g = known.rows
     rows = [
-        part.scale * own[i].rows if i in own else g.new_zeros(part.examples * part.columns, g.shape[1])
+        part.scale * own[i].rows if i in own else g.new_zeros(part.count, g.shape[1])
         for i, part in enumerate(parts)
     ]
     return PlainRows(known.sizes, torch.cat(rows))
-
-
-def _rows_of_batches(averaged: AveragedCurvature, curvature: BatchedEmpiricalFisher, most: int) -> list[Rows] | None:
-    """The mini-batch gradients of each function."""
-    space = averaged.space
-    rows = sum(-(-risk.examples // curvature.batch_size) for risk in averaged.functions)
-    if rows > most or not _fits(rows, space.size, averaged):
-        return None
-    parts = [
-        weight**0.5 * torch.cat(list(curvature.rows(risk)))
-        for risk, weight in zip(averaged.functions, averaged.weights)
-    ]
-    return [PlainRows(dict(zip(space.names, space.sizes)), torch.cat(parts))]
-
-
-def _fits(rows: int, formed: int, averaged: AveragedCurvature) -> bool:
-    return rows * formed * averaged.like.element_size() <= GRAM_BYTES
-
-
-def _columns(curvature: OutputCurvature, risk: EmpiricalRisk) -> int:
-    """R, the number of columns of S."""
-    x, y = next(iter(risk))
-    with torch.no_grad():
-        outputs = risk.outputs(x[:1])
-    return curvature.factor(risk.loss, outputs, y[:1], curvature.generator()).shape[2]

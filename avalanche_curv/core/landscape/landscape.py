@@ -12,7 +12,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from avalanche_curv.core.curvature.base import Curvature
-from avalanche_curv.core.curvature.hessian import Hessian
 from avalanche_curv.core.eigen import Pairs
 from avalanche_curv.core.landscape.averaged import AveragedCurvature
 from avalanche_curv.core.landscape.exact import GramMatrix, WholeMatrix
@@ -136,7 +135,7 @@ def check_options(curvature: object, k: object, epsilon: float, methods: Sequenc
     if not isinstance(curvature, Curvature):
         hint = f"Call it: {curvature.__name__}()." if isinstance(curvature, type) else "Give a value such as Fisher()."
         raise TypeError(f"A landscape is that of a Curvature; got {curvature!r}. {hint}")
-    if isinstance(curvature, Hessian) and curvature.psd is not None:
+    if curvature.is_mended:
         raise TypeError(f"A landscape is that of the curvature as it is; got {curvature}. Use Hessian() or GGN().")
     if not is_count(k):
         raise ValueError(f"k must be an integer of at least 1; got {k!r}. It is how many eigenvectors are kept.")

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from avalanche_curv.core.curvature.base import Curvature
 from avalanche_curv.core.curvature.fisher import Fisher
-from avalanche_curv.core.curvature.hessian import Hessian
 from avalanche_curv.core.options import check_count, check_kind, check_seed
 from avalanche_curv.core.projection.blocks import Layout
 from avalanche_curv.core.projection.protection import BasisBound, Finding, Protection, TaskFindings, some_of
@@ -20,7 +19,7 @@ from avalanche_curv.core.quadratic.estimate import estimate
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.losses import ExampleLoss
 from avalanche_curv.core.risk.parameters import ParameterSpace
-from avalanche_curv.core.structures.block_diagonal import BlockDiagonal, BlockDiagonalMatrix, Grouping, WholeModel
+from avalanche_curv.core.structures.block_diagonal import BlockDiagonal, Grouping, WholeModel
 from avalanche_curv.core.structures.cuts import Cut, Rank
 from avalanche_curv.core.structures.diagonal import Diagonal
 from avalanche_curv.core.structures.low_rank import LowRank, LowRankMatrix
@@ -66,21 +65,17 @@ class Eigenspace(Protection):
         part = some_of(risk, self.examples, self.seed, experience)
         found = estimate(self.curvature, self._structure, part).curvature
         diagonal = self._diagonal(part)
-        if isinstance(found, BlockDiagonalMatrix):
-            blocks = [(block.space, block.matrix) for block in found.blocks]
-        else:
-            blocks = [(part.space, found)]
         return TaskFindings([
             Eigenvectors(
                 self.per.key(space.names[0]), Layout(space), *self._kept(matrix),
                 math.nan if diagonal is None else float(diagonal[part.space.positions(space)].sum()), experience,
             )
-            for space, matrix in blocks if isinstance(matrix, LowRankMatrix)
+            for space, matrix in found.in_blocks(part.space) if isinstance(matrix, LowRankMatrix)
         ])
 
     def _kept(self, matrix: LowRankMatrix) -> tuple[Float[Tensor, "m d"], Float[Tensor, "m"]]:
         """The directions that are protected, and the curvature along them."""
-        if not (isinstance(self.cut, Rank) and self.cut.k >= matrix.size):
+        if not self.cut.takes_all(matrix.size):
             bent = matrix.nonzero()
             return bent.vectors, bent.values
         others = remainder(torch.eye(matrix.size).to(matrix.vectors), matrix.vectors)
@@ -102,7 +97,7 @@ class Eigenspace(Protection):
 
     def _diagonal(self, risk: EmpiricalRisk) -> Float[Tensor, "P"] | None:
         """The exact diagonal of the curvature in float64; None where it would take P products, or may be indefinite."""
-        if isinstance(self.curvature, Hessian) or not has_rule(self.curvature, Diagonal()):
+        if not (self.curvature.is_semidefinite and has_rule(self.curvature, Diagonal())):
             return None
         return estimate(self.curvature, Diagonal(), risk).curvature.tensors()[0].double()
 

@@ -14,7 +14,7 @@ from avalanche_curv import (
     Fisher,
     Hessian,
 )
-from avalanche_curv.core.fidelity.examples import HessianModels, OutputModels
+from avalanche_curv.core.fidelity.examples import ExpandedModels, OutputModels
 from avalanche_curv.core.fidelity.layerwise import LayerwiseModels
 from avalanche_curv.core.fidelity.measures import Comparison, Fidelity, GradientProducts
 from avalanche_curv.core.fidelity.monitor import PastModels, example_models
@@ -66,7 +66,7 @@ def test_the_fastest_form_is_chosen_by_model_and_kind(problem):
     assert type(example_models(GGN(), linear)) is LayerwiseModels
     assert type(example_models(Fisher(samples=2, seed=0), linear)) is LayerwiseModels
     assert type(example_models(GGN(), convolution)) is OutputModels
-    assert type(example_models(Hessian(), linear)) is HessianModels
+    assert type(example_models(Hessian(), linear)) is ExpandedModels
 
 
 def test_the_exact_fisher_has_the_quadratic_models_of_the_ggn(likelihood, problem, close):
