@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from avalanche.training import Naive
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from avalanche_curv.streams._benchmark import Examples, benchmark
 
+Key = TypeVar("Key")
 Times = dict[str, list[float]]
 """Seconds of each work, one for each round."""
 
@@ -35,9 +36,9 @@ class Stopwatch(SupervisedPlugin):
         return median
 
 
-def interleaved(work: dict[str, Callable[[], float]], rounds: int) -> Times:
+def interleaved(work: Mapping[Key, Callable[[], float]], rounds: int) -> dict[Key, list[float]]:
     """Seconds of each work, in turn, `rounds` times after one warm-up."""
-    times: Times = {name: [] for name in work}
+    times: dict[Key, list[float]] = {name: [] for name in work}
     for number in range(rounds + 1):
         for name, timed in work.items():
             seconds = timed()
