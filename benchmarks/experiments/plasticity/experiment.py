@@ -108,7 +108,7 @@ class Plasticity(Experiment):
         return report(results, out)
 
 
-def setting_for(options: PlasticityOptions) -> Setting:
+def setting_for(options: Any) -> Setting:
     """The setting that the options ask for. `small` takes MNIST where it is at hand, and scikit-learn's digits else."""
     preset: Preset = PRESETS[options.preset]
     images = "mnist" if options.preset == "small" and has("mnist", options.dataset_root) else preset.images
