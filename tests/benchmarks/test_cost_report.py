@@ -4,14 +4,15 @@ from benchmarks.experiments.cost.report import report
 from benchmarks.harness.results import Results
 
 LABEL = "MLP 784-400-400-10"
-OURS, PEER = "empirical Fisher, diagonal", "nngeometry, Fisher, diagonal (nngeometry 0.4)"
+OURS, PEER = "empirical Fisher, diagonal", "nngeometry, Fisher, diagonal"
+TOOL = {"title": PEER, "package": "nngeometry", "version": "0.4"}
 
 
-def results(*records, peers=(PEER,)):
+def results(*records):
     """Results of one model with one row of ours, and peers."""
     rows = tuple({"label": LABEL, "seed": 0, "step": None, "value": 1.0, **record} for record in records)
     works = [{"name": OURS, "examples": None}]
-    config = {"works": works, "peers": list(peers), "examples": 10, "peer_examples": 10, "batch": 5, "rounds": 3}
+    config = {"works": works, "peers": [TOOL], "examples": 10, "peer_examples": 10, "batch": 5, "rounds": 3}
     header = {"label": LABEL, "seed": 0, "config": config, "commit": "0123456789abcdef"}
     return Results((LABEL, "conv net"), rows, (header,), {"command": "python -m benchmarks run cost", "units": [1]})
 

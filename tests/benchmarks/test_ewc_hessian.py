@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.experiments import ewc_hessian, tune
-from benchmarks.experiments.ewc_hessian import Config, Setting
+from benchmarks.experiments.ewc_hessian import experiment as ewc_hessian
 from benchmarks.experiments.ewc_hessian.report import report
+from benchmarks.experiments.tune import experiment as tune
 from benchmarks.harness import Options
 from benchmarks.harness.experiment import Context
 from benchmarks.harness.grid import describe
@@ -127,12 +127,13 @@ def test_all_methods_share_the_first_experience_and_no_other(measured):
 
 @pytest.mark.parametrize(("label", "figures"), [("Tanh, no penalty", ["seen"]), ("Tanh, Fisher", ["final", "seen"])])
 def test_a_report_of_incomplete_results_is_written(measured, tmp_path, label, figures):
-    labels = tuple(f"{a}, {name}" for a in ewc_hessian.ACTIVATIONS for name in ("no penalty", "Fisher", "Hessian"))
+    labels = tuple(f"{a}, {name}" for a in ("ReLU", "Tanh") for name in ("no penalty", "Fisher", "Hessian"))
     config, runs = measured[label]
     rows = tuple({"step": None, **r, "value": float(r["value"]), "label": label, "seed": 0} for r in runs[0])
     header = {"label": label, "seed": 0, "config": describe(config)}
     written = report(Results(labels, rows, (header,), {"units": labels}), tmp_path)
-    assert "| ReLU, Fisher     |" in written
+    assert f"| {label} |" in written
+    assert "ReLU, Fisher" not in written  # it has not finished
     assert ("| Tanh, empirical Fisher " in written) == (label == "Tanh, no penalty")  # its run compares the matrices
     assert sorted(path.stem for path in tmp_path.glob("*.png")) == figures
     assert [f"({name}.png)" in written for name in figures] == [True] * len(figures)
@@ -149,23 +150,26 @@ def test_every_penalty_is_tuned_inside_its_grid_and_on_seeds_that_are_not_report
         grid = tried["ReLU, Fisher" if (activation, name) == ("ReLU", "Hessian") else f"{activation}, {name}"]
         assert min(grid) < strength < max(grid)
         assert strength in grid
+    assert len(tried) == len(ewc_hessian.STRENGTHS) - 1
 
     class Recorder:
         def run(self, config, seed, context):
             return [{"metric": "average_accuracy", "value": seed}, {"metric": "other", "value": 0.0}]
 
-    monkeypatch.setitem(tune.TUNED, Config, (Recorder(), "average_accuracy"))
-    inner = Config("a", None, Setting("ReLU"))
-    found = tune.experiment.run(tune.Config("a at 1", "a", 1.0, inner), 3, None)
+    monkeypatch.setitem(tune.TARGETS, "ewc_hessian", replace(tune.TARGETS["ewc_hessian"], experiment=Recorder()))
+    found = tune.experiment.run(tune.Config("ewc_hessian", "a", 1.0, None), 3, None)
     assert found == [{"metric": "accuracy", "value": tune.FIRST_SEED + 3}]
 
 
 def test_the_best_strength_of_a_tuning_is_named():
+    tried = {("m", 0.1): 0.5, ("m", 3.0): 0.7, ("m", 100.0): np.nan, ("other", 0.1): np.nan}
+    configs = {tune.Config("refresh", *place, None): value for place, value in tried.items()}
     rows = tuple(
-        {"metric": "accuracy", "label": f"m at {s:g}", "seed": k, "step": None, "value": v + k / 100}
-        for s, v in ((0.1, 0.5), (3.0, 0.7), (100.0, np.nan)) for k in (0, 1)
+        {"metric": "accuracy", "label": config.label, "seed": k, "step": None, "value": value + k / 100}
+        for config, value in configs.items() for k in (0, 1)
     )
-    labels = ("m at 0.1", "m at 3", "m at 100", "other at 0.1")
-    lines = tune.experiment.report(Results(labels, rows), Path()).splitlines()
+    headers = tuple({"label": config.label, "seed": 0, "config": describe(config)} for config in configs)
+    found = Results(tuple(config.label for config in configs), rows, headers)
+    lines = tune.experiment.report(found, Path()).splitlines()
     cells = {line.split("|")[1].strip(): line.split("|")[-2].strip() for line in lines if line.startswith("|")}
     assert (cells["m"], cells["other"]) == ("3", "–")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.experiments.sac import SETTINGS, Config, SACOptions, Setting, experiment
+from benchmarks.experiments.sac.experiment import SETTINGS, Config, SACOptions, Setting, experiment
 from benchmarks.experiments.sac.report import report
 from benchmarks.harness import UsageError
 from benchmarks.harness.experiment import Context
@@ -20,7 +20,8 @@ NORMALISED, PLAIN = Config("LayerNorm", TINY), Config("SAC", TINY, layer_norm=Fa
 
 
 def test_without_the_extra_one_line_says_what_to_install(monkeypatch):
-    monkeypatch.setattr("benchmarks.experiments.sac.find_spec", lambda name: None if name == "shimmy" else object())
+    place = "benchmarks.experiments.sac.experiment.find_spec"
+    monkeypatch.setattr(place, lambda name: None if name == "shimmy" else object())
     with pytest.raises(UsageError, match=r"^experiment 'sac' needs shimmy: pip install -e '\.\[rl\]'\.$"):
         experiment.configs(SACOptions())
 
@@ -104,7 +105,7 @@ def test_a_step_adds_the_gradient_of_the_penalty_to_that_of_the_loss(train, name
 
 
 def test_spectral_norms_of_the_critic_grow_and_are_held_by_the_regulariser(sac, train):
-    from benchmarks.experiments.sac.run import mean_spectral_norm
+    from benchmarks.experiments.sac.agent import mean_spectral_norm
 
     fast = replace(PLAIN, setting=replace(TINY, rate=3e-3))
     start, plain, held = (
@@ -145,7 +146,7 @@ def test_a_reset_draws_weights_anew_and_keeps_the_buffer_and_what_is_attached(sa
 
 
 def test_gradient_norms_are_those_of_the_loss_alone(sac):
-    from benchmarks.experiments.sac.run import GradientNorms
+    from benchmarks.experiments.sac.agent import GradientNorms
 
     def norm(strength):
         agent = sac.build(NORMALISED, seed=0)
@@ -161,7 +162,7 @@ def test_gradient_norms_are_those_of_the_loss_alone(sac):
 def test_q_values_are_taken_at_the_actions_that_the_critic_trains_on(sac, train):
     from gymnasium.spaces import Box
 
-    from benchmarks.experiments.sac.run import q_value
+    from benchmarks.experiments.sac.agent import q_value
 
     agent = train(0.0, 1)
     agent.policy.action_space = Box(-3.0, 3.0, (1,))  # the critic sees actions scaled to [-1, 1]

@@ -1,15 +1,17 @@
 """κ of single examples in each structure against explicit matrices, the watcher, and the counted claims."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from benchmarks.experiments.sources.report import difference, report
-from benchmarks.harness.experiment import Context
+from benchmarks.experiments.sources.experiment import BATCH, all_recipes, experiment
+from benchmarks.experiments.sources.report import Measured, report
+from benchmarks.harness import Options
 from benchmarks.harness.results import Results
+
+QUICK = Options(quick=True)
 
 
 @pytest.fixture(scope="module")
@@ -32,10 +34,9 @@ def matrix_of(kind, risk, examples):
 @pytest.mark.parametrize("name", ["Hessian", "GGN", "empirical", "batched"])
 @pytest.mark.parametrize("structure", ["dense", "block", "diagonal"])
 def test_the_increase_of_an_example_is_that_of_its_own_restricted_matrix(risk, name, structure, restricted_to):
-    from benchmarks.experiments.sources.grid import BATCH, KINDS
-    from benchmarks.experiments.sources.pictures import derivatives
+    from benchmarks.experiments.sources.per_example import derivatives
 
-    kind = KINDS[name]
+    kind = next(recipe.curvature for recipe in all_recipes() if recipe.kind_name == name)
     delta = torch.randn(risk.space.size, generator=torch.Generator().manual_seed(1)).double()
     found = derivatives(kind, risk).increase(structure, delta)
     size = BATCH if name == "batched" else 1
@@ -59,7 +60,7 @@ def restricted_to():
 
 
 def test_losses_of_units_are_means_over_batches(risk):
-    from benchmarks.experiments.sources.pictures import losses_at
+    from benchmarks.experiments.sources.per_example import losses_at
 
     single = losses_at(1, risk, risk.anchor)
     expected = [float(single[:4].mean()), float(single[4:].mean())]
@@ -67,61 +68,62 @@ def test_losses_of_units_are_means_over_batches(risk):
 
 
 @pytest.mark.parametrize("trajectory", ["sequential", "replay", "regularised"])
-def test_at_its_anchor_a_picture_is_exact_and_further_on_it_is_not(trajectory, tmp_path):
-    from benchmarks.experiments.sources.grid import configs
-    from benchmarks.experiments.sources.run import run
-
-    config = next(c for c in configs(quick=True) if c.trajectory == trajectory)
-    records = run(config, 0, Context(0, True, None, Path(tmp_path)))
+def test_at_its_anchor_a_quadratic_model_is_exact_and_further_on_it_is_not(trajectory):
+    config = next(c for c in experiment.configs(QUICK) if c.trajectory == trajectory)
+    records = experiment.run(config, 0, None)
     errors = [r["value"] for r in records if r["metric"] == "error"]
-    assert len(errors) == len(config.pictures)
+    assert len(errors) == len(config.recipes)
     assert all(0 <= error < 10 for error in errors)
     still = replace(config, setting=replace(config.setting, rate=0.0, weight_decay=0.0))
-    records = run(still, 0, Context(0, True, None, Path(tmp_path)))
+    records = experiment.run(still, 0, None)
     assert all(r["value"] == pytest.approx(0, abs=1e-6) for r in records if r["metric"] in ("error", "kappa"))
 
 
+def results(*rows):
+    """Results from (policy, seed, κ) of dense GGN models along sequential training."""
+    names = {"trajectory": "sequential", "kind": "GGN", "structure": "dense", "metric": "kappa"}
+    return Results(("sequential",), tuple(
+        {**names, "policy": policy, "label": "sequential", "seed": seed, "step": None, "value": value}
+        for policy, seed, value in rows
+    ))
+
+
 def test_a_difference_says_whether_it_is_within_noise():
-    def row(policy, seed, value):
-        names = {"policy": policy, "kind": "GGN", "structure": "dense"}
-        return {"metric": "kappa", "label": "sequential", "seed": seed, "step": None, "value": value, **names}
+    above = [("accumulate", seed, 2.0) for seed in range(3)]
 
-    rows = [row("refresh", s, 1.0 + 0.01 * s) for s in range(3)] + [row("accumulate", s, 2.0) for s in range(3)]
-    found = Results(("sequential",), tuple(rows))
-    key = ("sequential", "{}", "GGN", "dense")
-    below, above = tuple(k.format("refresh") for k in key), tuple(k.format("accumulate") for k in key)
-    assert difference(found, "kappa", below, above) == "-0.990"
-    assert difference(found, "kappa", above, below) == "+0.990"
-    assert difference(found, "kappa", below, ("replay", *below[1:])) == "–"
-    noisy = [row("refresh", s, v) for s, v in enumerate((1.0, 3.0, 1.5))] + rows[3:]
-    assert difference(Results(("sequential",), tuple(noisy)), "kappa", below, above) == "-0.167 ≈"
-    lost = [row("refresh", s, v) for s, v in enumerate((1.0, float("nan"), 1.5))] + rows[3:]
-    assert difference(Results(("sequential",), tuple(lost)), "kappa", below, above) == "+nan (undefined)"
+    def difference(*values, key=("kappa", "sequential", "{}", "GGN", "dense"), turned=False):
+        found = Measured.of(results(*(("refresh", s, v) for s, v in enumerate(values)), *above))
+        pair = [tuple(part.format(policy) for part in key) for policy in ("refresh", "accumulate")]
+        return found.difference(*(reversed(pair) if turned else pair))
+
+    assert difference(1.0, 1.01, 1.02) == "-0.990"
+    assert difference(1.0, 1.01, 1.02, turned=True) == "+0.990"
+    assert difference(1.0, key=("kappa", "replay", "{}", "GGN", "dense")) == "–"
+    assert difference(1.0, 3.0, 1.5) == "-0.167 ≈"
+    assert difference(1.0, float("nan"), 1.5) == "+nan (undefined)"
 
 
-def test_derivatives_are_those_of_the_anchor_of_the_moment(tmp_path, monkeypatch):
-    """An adaptive picture frees its old models while it trains, and Python gives their places to new ones."""
-    from benchmarks.experiments.sources.grid import configs
-    from benchmarks.experiments.sources.run import run
-    from benchmarks.experiments.sources.watcher import Watcher
+def test_derivatives_are_those_of_the_anchor_of_the_moment(monkeypatch):
+    """An adaptive policy frees its old models during training, and Python gives their places to new ones."""
+    from benchmarks.experiments.sources.trajectory import Watcher
 
     looked = []
 
-    def spy(self, picture, number, risk, original=Watcher._derivatives):
-        found = original(self, picture, number, risk)
+    def spy(self, recipe, number, risk, original=Watcher._derivatives):
+        found = original(self, recipe, number, risk)
         looked.append(float((found.anchor - risk.anchor).abs().max()))
         return found
 
     monkeypatch.setattr(Watcher, "_derivatives", spy)
-    config = configs(quick=True)[0]
-    pictures = [p for p in configs(quick=False)[0].pictures if p.policy_name == "adaptive"][4:10]
+    config = experiment.configs(QUICK)[0]
+    recipes = [recipe for recipe in all_recipes() if recipe.policy_name == "adaptive"][4:10]
     setting = replace(config.setting, experiences=4, steps=30, every=5)
-    run(replace(config, pictures=tuple(pictures), setting=setting), 0, Context(0, True, None, Path(tmp_path)))
+    experiment.run(replace(config, recipes=tuple(recipes), setting=setting), 0, None)
     assert len(looked) > 50
     assert max(looked) == 0
 
 
-def test_a_report_of_few_results_says_what_it_has(tmp_path):
-    names = {"policy": "refresh", "kind": "GGN", "structure": "low rank"}
+def test_a_report_of_few_results_says_what_it_has():
+    names = {"trajectory": "replay", "policy": "refresh", "kind": "GGN", "structure": "low rank"}
     row = {"metric": "error", "label": "replay", "seed": 0, "step": None, "value": 0.25, **names}
-    assert "| low rank, refresh | 0.250 |" in report(Results(("replay",), (row,)), tmp_path).replace("  ", "")
+    assert "| low rank, refresh | 0.250 |" in report(Results(("replay",), (row,))).replace("  ", "")

@@ -3,7 +3,8 @@
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from avalanche_curv.plasticity.mitigators.spectral import NOISE_EVERY
-from benchmarks.experiments.speed import Config, experiment, mitigators
+from benchmarks.experiments.speed import mitigators
+from benchmarks.experiments.speed.experiment import Config, experiment
 from benchmarks.experiments.speed.mitigators import EXACT_STEPS, MITIGATORS, ROUNDS, mitigated
 from benchmarks.harness import Options
 

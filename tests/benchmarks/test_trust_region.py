@@ -8,20 +8,35 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from benchmarks.experiments.trust_region import SETTINGS, Config, TrustRegionOptions, experiment, settings
-from benchmarks.experiments.trust_region.report import closed, report, slowdown
+from benchmarks.experiments.trust_region.experiment import (
+    EWC,
+    SETTINGS,
+    STRENGTHS,
+    TrustRegionOptions,
+    experiment,
+    rows,
+    settings,
+)
+from benchmarks.experiments.trust_region.report import closed, report
+from benchmarks.experiments.tune.experiment import TARGETS
 from benchmarks.harness import UsageError
 from benchmarks.harness.experiment import Context
 from benchmarks.harness.results import Results
 
 
-def results(values, metric="average_accuracy"):
-    """Results from {label: {seed: value}}."""
-    rows = tuple(
-        {"metric": metric, "label": label, "seed": seed, "step": None, "value": value}
-        for label, own in values.items() for seed, value in own.items()
+def results(values):
+    """Results on the sine stream from {method: {seed: accuracy}}, and the labels by method."""
+    setting = {"stream": "sine", "experiences": 2, "steps": 1, "batch": 1, "rate": 0.1, "memory": 0.1}
+    labels = {name: f"sine, {name}" for name in values}
+    records = tuple(
+        {"metric": "average_accuracy", "label": labels[name], "seed": seed, "step": None, "value": value}
+        for name, own in values.items() for seed, value in own.items()
     )
-    return Results(tuple(values), rows)
+    headers = tuple(
+        {"label": label, "seed": 0, "config": {"name": name, "method": {}, "setting": setting, "tolerance": 0.1}}
+        for name, label in labels.items()
+    )
+    return Results((*labels.values(), "sine, not finished"), records, headers), labels
 
 
 def test_replay_of_a_memory_adds_the_mean_loss_of_each_past_task(learner, plane):
@@ -62,41 +77,37 @@ def test_replay_stores_what_the_policies_store(net, learner, plane):
 
 
 def test_the_gap_is_measured_from_the_better_refresh_per_task_to_replay():
-    found = results({
-        "sine, refresh per task": {0: 0.6, 1: 0.6},
-        "sine, refresh per task, slope": {0: 0.5, 1: 0.9},
-        "sine, replay": {0: 0.9, 1: 0.9},
-        "sine, adaptive 0.1": {0: 0.8, 1: 0.9},
+    found, labels = results({
+        "refresh per task": {0: 0.6, 1: 0.6},
+        "refresh per task, slope": {0: 0.5, 1: 0.9},
+        "replay": {0: 0.9, 1: 0.9},
+        "adaptive 0.1": {0: 0.8, 1: 0.9},
     })
-    assert closed(found, "sine", "adaptive 0.1") == pytest.approx((0.85 - 0.7) / (0.9 - 0.7))
-    assert closed(found, "sine", "replay") == pytest.approx(1)
-    assert closed(found, "sine", "adaptive 0.2") is None
-
-
-def test_time_is_compared_seed_by_seed():
-    found = results({"a": {0: 2.0, 1: 6.0}, "b": {0: 1.0, 1: 2.0, 2: 9.0}}, "seconds")
-    assert slowdown(found, "a", "b") == pytest.approx((2 + 3) / 2)
+    assert closed(found, labels, "adaptive 0.1") == pytest.approx((0.85 - 0.7) / (0.9 - 0.7))
+    assert closed(found, labels, "replay") == pytest.approx(1)
+    assert closed(found, labels, "adaptive 0.2") is None
 
 
 def test_a_report_of_few_results_says_what_it_has(tmp_path):
-    written = report(results({"sine, adaptive 0.1": {0: 0.8}, "sine, replay": {}}), tmp_path)
+    written = report(results({"adaptive 0.1": {0: 0.8}, "replay": {}})[0], tmp_path)
     assert "| adaptive 0.1 | **0.800** |" in written
+    assert "not finished" not in written
     assert (tmp_path / "trust_region.png").exists()
 
 
 def test_every_method_that_is_tuned_has_a_strength_within_its_grid():
-    from benchmarks.experiments import tune
-    from benchmarks.experiments.trust_region.grid import EWC, STRENGTHS, methods, penalised
-
-    assert {(stream, name) for stream, name in STRENGTHS} == {
-        (stream, name) for stream, setting in SETTINGS.items() for name in penalised(setting)
-    }
-    for (_, name), strength in STRENGTHS.items():
-        tried = tune.TRUST_REGION_EWC_GRID if name == EWC else tune.TRUST_REGION_GRID
-        assert min(tried) < strength < max(tried)
-    rows = methods(SETTINGS["sine"], quick=False)
-    assert next(row for row in rows if row.startswith("adaptive")) == "adaptive 1"
-    assert rows["adaptive 0.1, at most 3"].policy.max_refreshes == 3
+    found = {stream: {config.name: config for config in rows(setting, False)} for stream, setting in SETTINGS.items()}
+    tried = {(stream, name): TARGETS["trust_region"].tried(config)
+             for stream, configs in found.items() for name, config in configs.items()}
+    assert {row for row, strengths in tried.items() if strengths} == STRENGTHS.keys()
+    for (stream, name), strength in STRENGTHS.items():
+        assert min(tried[stream, name]) < strength < max(tried[stream, name])
+        assert found[stream][name].method.strength == strength
+    assert 1e6 in tried["sine", EWC]
+    configs = found["sine"]
+    assert next(name for name in configs if name.startswith("adaptive")) == "adaptive 1"
+    assert configs["adaptive 0.1, at most 3"].method.policy.max_refreshes == 3
+    assert [c.tolerance for c in configs.values() if c.tolerance] == [1.0, 0.5, 0.3, 0.2, 0.1, 0.05, 0.02]
 
 
 def test_mnist_is_asked_for_by_name_only_with_its_place():
@@ -107,8 +118,8 @@ def test_mnist_is_asked_for_by_name_only_with_its_place():
 
 def test_one_run_counts_its_refreshes(tmp_path):
     options = TrustRegionOptions(quick=True, stream="split_digits")
-    method = next(c.method for c in experiment.configs(options) if c.label == "split_digits, adaptive 0.1")
-    config = Config("adaptive", method, replace(settings(options)[0], steps=40))
+    config = next(c for c in experiment.configs(options) if c.label == "split_digits, adaptive 0.1")
+    config = replace(config, setting=replace(config.setting, steps=40))
     records = {r["metric"]: r["value"] for r in experiment.run(config, 0, Context(0, True, None, Path(tmp_path)))}
     assert records["refreshes"] >= 1
     assert 0 < records["average_accuracy"] <= 1

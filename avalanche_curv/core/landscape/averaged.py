@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from avalanche_curv.core.curvature.base import Curvature, NonFiniteCurvatureError
-from avalanche_curv.core.per_example.gram import OuterRows, PlainRows, Rows
+from avalanche_curv.core.per_example.gram import OuterRows, PlainRows, Rows, gram_rows
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk, joined_risk
 from avalanche_curv.core.risk.parameters import ParameterSpace
 from avalanche_curv.core.structures.base import Matrix

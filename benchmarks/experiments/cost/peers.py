@@ -1,4 +1,4 @@
-"""Other tools for the same curvature. Each works on a deep copy of the model, and tells the mean over examples."""
+"""Other tools for the same curvature. Each works on a deep copy of the model, and returns the mean over examples."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ Ready: TypeAlias = Callable[[], Dense]
 class Peer:
     """A package, what it is asked for, the curvature that this stands for, and how to get ready for a model.
 
-    Where it `decomposes` matrices, a part of its price is the same for any number of examples: it then sees all.
+    Where it `decomposes` matrices, a part of its price is the same for any number of examples: it then sees all. The
+    `broad` ones are measured on every model.
     """
 
     title: str
@@ -33,11 +34,12 @@ class Peer:
     exact: Curvature
     ready: Callable[[nn.Module, Batches], Ready]
     decomposes: bool = False
+    broad: bool = False
 
 
-def installed() -> tuple[str, ...]:
-    """The name of each peer that can be imported, with the version of its package."""
-    return tuple(f"{peer.title} ({peer.package} {found})" for peer in PEERS if (found := _version(peer.package)))
+def installed() -> dict[Peer, str]:
+    """Each peer that can be imported, with the version of its package."""
+    return {peer: found for peer in PEERS if (found := _version(peer.package))}
 
 
 def absent() -> list[str]:
@@ -45,9 +47,9 @@ def absent() -> list[str]:
     return sorted({peer.package for peer in PEERS if _version(peer.package) is None})
 
 
-def peer_of(name: str) -> Peer:
-    """The peer of a name that `installed` gave."""
-    return next(peer for peer in PEERS if name.startswith(f"{peer.title} ("))
+def peer_of(title: str) -> Peer:
+    """The peer of a title."""
+    return next(peer for peer in PEERS if peer.title == title)
 
 
 def _version(package: str) -> str | None:
@@ -197,15 +199,16 @@ BACKPACK, LAPLACE = "backpack-for-pytorch", "laplace-torch"
 NNGEOMETRY, CURVLINOPS = "nngeometry", "curvlinops-for-pytorch"
 
 PEERS = (
-    Peer("Avalanche's EWC importance, not per example", "avalanche-lib", EmpiricalFisher(), _avalanche),
+    Peer("Avalanche's EWC importance, not per example", "avalanche-lib", EmpiricalFisher(), _avalanche,
+         broad=True),
     Peer("BackPACK, empirical Fisher, diagonal", BACKPACK, EmpiricalFisher(),
-         _backpack("SumGradSquared", "sum_grad_squared", per_example=True)),
+         _backpack("SumGradSquared", "sum_grad_squared", per_example=True), broad=True),
     Peer("BackPACK, Fisher, diagonal", BACKPACK, Fisher(), _backpack("DiagGGNExact", "diag_ggn_exact")),
     Peer("laplace-torch, Fisher, diagonal by BackPACK", LAPLACE, Fisher(), _laplace("diag", "BackPackGGN")),
     Peer("nngeometry, Fisher, diagonal", NNGEOMETRY, Fisher(), _nngeometry("PMatDiag")),
-    Peer("BackPACK, Fisher of one sample, KFAC", BACKPACK, Fisher(), _backpack("KFAC", "kfac")),
-    Peer("curvlinops, Fisher of one sample, KFAC", CURVLINOPS, Fisher(), _curvlinops("mc")),
-    Peer("nngeometry, Fisher of one sample, KFAC", NNGEOMETRY, Fisher(), _nngeometry("PMatKFAC", 1)),
+    Peer("BackPACK, Fisher of one sample, KFAC", BACKPACK, Fisher(), _backpack("KFAC", "kfac"), broad=True),
+    Peer("curvlinops, Fisher of one sample, KFAC", CURVLINOPS, Fisher(), _curvlinops("mc"), broad=True),
+    Peer("nngeometry, Fisher of one sample, KFAC", NNGEOMETRY, Fisher(), _nngeometry("PMatKFAC", 1), broad=True),
     Peer("BackPACK, Fisher, KFAC (type 2)", BACKPACK, Fisher(), _backpack("KFLR", "kflr")),
     Peer("curvlinops, Fisher, KFAC (type 2)", CURVLINOPS, Fisher(), _curvlinops("type-2")),
     Peer("laplace-torch, Fisher, KFAC (type 2)", LAPLACE, Fisher(), _laplace("kron", None), decomposes=True),

@@ -39,9 +39,10 @@ def report(results: Results) -> str:
     for label in results.labels:
         if results.config(label):
             parts += [_heading(results, label), _table(results, label)]
-    parts += _packages(results)
-    missing = _missing(results)
-    if missing:
+    tools = [tool for label in results.labels for tool in results.config(label).get("peers", [])]
+    if tools:
+        parts.append(f"Peers: {', '.join(sorted({' '.join((t['package'], t['version'])) for t in tools}))}.")
+    if missing := sorted({row["package"] for row in results.select("absent")}):
         parts.append(
             f"Not installed, and so not in the tables: {', '.join(missing)}. "
             'To have them: `python -m pip install -e ".[peers]"`.'
@@ -73,10 +74,10 @@ def _table(results: Results, label: str) -> str:
         Column("curvature"), Column("build", 2), Column("build goal"), Column("step", 2), Column("step goal"),
         Column("step, 5 past", 2), Column("held", 2), Column("foreseen", 2), Column("error"), Column("trace", 2),
     ]
-    names = [work["name"] for work in config["works"]]
-    rows = [[plain(name), *_cells(results, label, name)] for name in [*names, *config["peers"]]]
+    names = [*(work["name"] for work in config["works"]), *(tool["title"] for tool in config["peers"])]
+    rows = [[name, *_cells(results, label, name)] for name in names]
     reasons = {
-        plain(row["row"]): f"{_cut(row['reason'])}."
+        row["row"]: f"{_cut(row['reason'])}."
         for metric in ("failed", "no error") for row in results.select(metric, label)
     }
     return table(columns, rows, footnotes=reasons)
@@ -101,23 +102,6 @@ def _cells(results: Results, label: str, name: str) -> list[Any]:
     ]
 
 
-def plain(name: str) -> str:
-    """The name of a row without the version of a peer's package.
-
-    >>> plain("nngeometry, Fisher, diagonal (nngeometry 0.4)"), plain("Fisher, KFAC (type 2)")
-    ('nngeometry, Fisher, diagonal', 'Fisher, KFAC (type 2)')
-    """
-    start, _, end = name.rpartition(" (")
-    return start if end.removesuffix(")")[-1:].isdigit() and "." in end else name
-
-
-def _packages(results: Results) -> list[str]:
-    """A line with the packages of the peers and their versions."""
-    names = [name for label in results.labels for name in results.config(label).get("peers", [])]
-    found = sorted({name.rpartition(" (")[2].removesuffix(")") for name in names})
-    return [f"Peers: {', '.join(found)}."] if found else []
-
-
 def _goal(goal: float | None) -> str:
     return "" if goal is None else f"≤ {goal:g}"
 
@@ -126,8 +110,3 @@ def _cut(reason: str) -> str:
     """The start of an error's message, for below a table."""
     words = " ".join(reason.split()).rstrip(".")
     return words if len(words) <= 160 else f"{words[:158]} …"
-
-
-def _missing(results: Results) -> list[str]:
-    """The packages that no configuration could use."""
-    return sorted({row["package"] for row in results.select("absent")})

@@ -53,7 +53,7 @@ def some(total: int, count: int, seed: int, number: int) -> Tensor:
 
 @lru_cache(maxsize=1)
 def permuted_digits(experiences: int, seed: int, dataset_root: Path | None, examples: int = 60_000) -> Stream:
-    """The stream of a quick run: digits that need no download, all of them."""
+    """All digits of scikit-learn, which need no download, for quick runs."""
     found = PermutedDigits(experiences, seed=seed)
     return Stream(found, _tensors(found.train_stream[0]), tuple(_tensors(e) for e in found.test_stream))
 

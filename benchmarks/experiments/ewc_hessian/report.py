@@ -5,13 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.experiments.ewc_hessian import ACTIVATIONS, BORROWED, FRACTION, PLAIN, REFERENCE, SQUARED
 from benchmarks.harness.plots import Curves, Dots, plot_curves, plot_dots
 from benchmarks.harness.tables import Cell, Column, table
-from benchmarks.pairs import Pair, paired
+from benchmarks.pairs import paired
 
 if TYPE_CHECKING:
     from benchmarks.harness.results import Results
+
+PLAIN, REFERENCE, SQUARED = "no penalty", "Fisher", "squared batch gradient"
+BORROWED = f"{SQUARED} at the Hessian's λ"  # the note's comparison: one strength for both
+FRACTION = 0.25  # of an experience's training examples: those that its curvature is estimated on
+Places = dict[str, dict[str, str]]
+"""The label by activation and penalty, of what has run."""
 
 TITLE = '# The Hessian in EWC: Figure 2 of "An Optimization View of EWC"'
 WANTING = """\
@@ -32,9 +37,15 @@ Fisher, and nothing is left to win by second derivatives; with tanh they differ.
 
 def report(results: Results, out: Path) -> str:
     """Markdown, with figures in `out`; from whatever has finished."""
-    setting: dict = next((results.config(label)["setting"] for label in results.labels if results.config(label)), {})
-    blocks = [TITLE, WANTING, _setting(setting), _table(results), _claim(results), _pairs(results), _matrices(results)]
-    return "\n\n".join([*blocks, *_figures(results, out)])
+    places: Places = {}
+    setting: dict[str, Any] = {}
+    for label in results.labels:
+        if config := results.config(label):
+            setting = config["setting"]
+            places.setdefault(setting["activation"], {})[config["penalty"]] = label
+    blocks = [TITLE, WANTING, *([_setting(setting)] if setting else [])]
+    blocks += [_table(results, places), _claim(results, places), _pairs(results, places), _matrices(results, places)]
+    return "\n\n".join([*blocks, *_figures(results, places, out)])
 
 
 def _setting(setting: dict[str, Any]) -> str:
@@ -46,11 +57,11 @@ def _setting(setting: dict[str, Any]) -> str:
     )
 
 
-def _table(results: Results) -> str:
-    rows: list[list] = []
-    for label in results.labels:
+def _table(results: Results, places: Places) -> str:
+    rows: list[list[Cell]] = []
+    for label in (label for labels in places.values() for label in labels.values()):
         values = [results.final(name, label) for name in ("average_accuracy", "forgetting", "learned", "seconds")]
-        strength = results.config(label).get("method", {}).get("strength")
+        strength = results.config(label)["method"].get("strength")
         rows.append([label, "" if strength is None else f"{strength:g}", *values, values[0].n if values[0] else 0])
     columns = [
         Column("penalty"), Column("λ"), Column("average accuracy", 4), Column("forgetting", 4),
@@ -59,19 +70,21 @@ def _table(results: Results) -> str:
     return table(columns, rows)
 
 
-def accuracies(results: Results, label: str) -> dict[int, float]:
-    """Final average accuracy by seed."""
-    return {row["seed"]: row["value"] for row in results.select("average_accuracy", label)}
+def _compared(results: Results, label: str | None, reference: str | None) -> list[Cell]:
+    """The cells of a comparison of final average accuracies, seed by seed."""
+    pair = paired(*(results.finals("average_accuracy", name or "") for name in (label, reference)))
+    if pair is None:
+        return [None, None, None, 0]
+    return [pair.difference, "–" if pair.p is None else f"{pair.p:.2g}", pair.verdict, pair.difference.n]
 
 
-def _claim(results: Results) -> str:
+def _claim(results: Results, places: Places) -> str:
     """The note's claim, with and without a strength of its own for the squared batch gradient."""
-    rows: list[list[Cell]] = []
-    for activation in ACTIVATIONS:
-        hessian = accuracies(results, f"{activation}, Hessian")
-        for name, title in ((BORROWED, "both at the Hessian's λ"), (SQUARED, "each at its own λ")):
-            pair = paired(hessian, accuracies(results, f"{activation}, {name}"))
-            rows.append([f"{activation}, {title}", *_cells(pair)])
+    rows: list[list[Cell]] = [
+        [f"{activation}, {title}", *_compared(results, labels.get("Hessian"), labels.get(name))]
+        for activation, labels in places.items()
+        for name, title in ((BORROWED, "both at the Hessian's λ"), (SQUARED, "each at its own λ"))
+    ]
     columns = [Column("strengths"), Column("gain", 4), Column("p"), Column("verdict"), Column("n")]
     return (
         "The note's claim: what the Hessian gains over the squared batch gradient in average accuracy, seed by seed "
@@ -80,31 +93,23 @@ def _claim(results: Results) -> str:
     )
 
 
-def _pairs(results: Results) -> str:
-    rows: list[list[Cell]] = []
-    for activation in ACTIVATIONS:
-        reference = accuracies(results, f"{activation}, {REFERENCE}")
-        for label in results.labels:
-            if label.startswith(f"{activation}, ") and label != f"{activation}, {REFERENCE}":
-                rows.append([label, *_cells(paired(accuracies(results, label), reference))])
+def _pairs(results: Results, places: Places) -> str:
+    rows: list[list[Cell]] = [
+        [label, *_compared(results, label, labels.get(REFERENCE))]
+        for labels in places.values() for name, label in labels.items() if name != REFERENCE
+    ]
     columns = [Column("penalty"), Column("less the Fisher", 4), Column("p"), Column("verdict"), Column("n")]
     return (
-        "Average accuracy less that of the Fisher on the same network, in the same way. With ReLU the Hessian and the "
+        "Average accuracy less that of the Fisher on the same network, by the same test. With ReLU the Hessian and the "
         "Fisher are two computations of the same numbers, which differ by rounding:\n\n" + table(columns, rows)
     )
 
 
-def _cells(pair: Pair | None) -> list[Cell]:
-    if pair is None:
-        return [None, None, None, 0]
-    return [pair.difference, "–" if pair.p is None else f"{pair.p:.2g}", pair.verdict, pair.difference.n]
-
-
-def _matrices(results: Results) -> str:
+def _matrices(results: Results, places: Places) -> str:
     """How the matrices differ at the first anchor."""
     rows: list[list[Cell]] = []
-    for activation in ACTIVATIONS:
-        label = f"{activation}, {PLAIN}"
+    for activation, labels in places.items():
+        label = labels.get(PLAIN, "")
         for name in dict.fromkeys(row["matrix"] for row in results.select("trace", label)):
             found = [results.final(metric, label, matrix=name) for metric in ("trace", "negative", "gap")]
             rows.append([f"{activation}, {name}", *found])
@@ -115,23 +120,27 @@ def _matrices(results: Results) -> str:
     )
 
 
-def _figures(results: Results, out: Path) -> list[str]:
+def _figures(results: Results, places: Places, out: Path) -> list[str]:
     """Links to what was drawn: the tuned penalties also by themselves, once there are any; the others are far off."""
-    panels = []
-    for activation in ACTIVATIONS:
-        own = [label for label in results.labels if label.startswith(f"{activation}, ")]
-        curves = {label.partition(", ")[2]: results.curve("accuracy/seen", label) for label in own}
-        panels.append(Curves({k: v for k, v in curves.items() if v}, "accuracy on seen tasks", activation))
-    names = list(dict.fromkeys(label.partition(", ")[2] for label in results.labels))
+    panels = [
+        Curves(
+            {name: curve for name, label in labels.items() if (curve := results.curve("accuracy/seen", label))},
+            "accuracy on seen tasks", activation,
+        )
+        for activation, labels in places.items()
+    ]
+    names = list(dict.fromkeys(name for labels in places.values() for name in labels))
     plot_curves(out / "seen.png", panels, xlabel="training iteration", labels=names)
     links = ["![Accuracy on the tasks seen so far](seen.png)"]
-    tuned = (label for label in results.labels if not label.endswith((PLAIN, BORROWED)))
-    shown = [label for label in tuned if accuracies(results, label)]
+    shown = [
+        label for labels in places.values() for name, label in labels.items()
+        if name not in (PLAIN, BORROWED) and results.finals("average_accuracy", label)
+    ]
     if not shown:
         return links
     dots = [
-        Dots({label: results.final("average_accuracy", label) for label in shown}, "average accuracy"),
-        Dots({label: results.final("forgetting", label) for label in shown}, "forgetting"),
+        Dots({label: results.final(metric, label) for label in shown}, text)
+        for metric, text in (("average_accuracy", "average accuracy"), ("forgetting", "forgetting"))
     ]
     plot_dots(out / "final.png", dots, labels=shown)
     return [*links, "![Final accuracy and forgetting of the tuned penalties](final.png)"]

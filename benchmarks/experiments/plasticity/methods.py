@@ -17,7 +17,7 @@ from benchmarks.experiments.plasticity.presets import Setting
 
 @dataclass(frozen=True)
 class Method:
-    """Nothing. `begins_anew`: a new network and optimiser for each task."""
+    """Plain training with ReLU. `begins_anew`: a new network and optimiser for each task."""
 
     begins_anew: ClassVar[bool] = False
 
@@ -29,7 +29,7 @@ class Method:
         return None
 
     def begin_task(self, mitigator: Mitigator | None, setting: Setting, number: int, steps: int) -> None:
-        """Before task `number`, from 0, of so many steps: for methods that are told."""
+        """Called before task `number`, from 0, of so many steps: for methods that know when tasks begin."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Perturbed(Method):
 
 @dataclass(frozen=True)
 class PerturbedAfterTask(Method):
-    """The same at the end of each task, which it has to know: the form of Ash & Adams 2020."""
+    """θ ← (1 − s) θ + s ε at the end of each task, which it has to know, s = `part`: the form of Ash & Adams 2020."""
 
     part: float
 

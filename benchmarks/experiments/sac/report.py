@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.harness.plots import Curves, plot_curves
 from benchmarks.harness.tables import Cell, Column, table
@@ -39,13 +39,19 @@ deviation over n seeds."""
 
 def report(results: Results, out: Path) -> str:
     """What was run, one row for each agent, and the curves."""
-    config = next((found for label in results.labels if (found := results.config(label))), {})
-    _figure(results, out)
-    parts = ["# Spectral regularisation of SAC", _setting(config["setting"]) if config else "", EXPLANATION]
-    return "\n\n".join([*(part for part in parts if part), _table(results), "![Curves](sac.png)"])
+    settings = (config["setting"] for label in results.labels if (config := results.config(label)))
+    parts = ["# Spectral regularisation of SAC", *(_setting(setting) for setting in list(settings)[:1]), EXPLANATION]
+    rows = [_row(results, label) for label in results.labels]
+    panels = [
+        Curves({label: results.curve(metric, label) for label in results.labels}, name, log="gradient" in metric)
+        for metric, name in PANELS.items()
+    ]
+    plot_curves(out / "sac.png", panels, xlabel="environment step", labels=results.labels)
+    columns = [Column("agent"), *COLUMNS.values(), Column("n")]
+    return "\n\n".join([*parts, table(columns, rows), "![Curves](sac.png)"])
 
 
-def _setting(setting: dict) -> str:
+def _setting(setting: dict[str, Any]) -> str:
     return (
         f"{setting['task']} of the DeepMind control suite, {setting['steps']:,} environment steps of which the first "
         f"{setting['prefill']:,} are random, {setting['replay_ratio']} gradient steps for each other; two layers of "
@@ -55,19 +61,7 @@ def _setting(setting: dict) -> str:
     )
 
 
-def _table(results: Results) -> str:
-    return table([Column("agent"), *COLUMNS.values(), Column("n")], [_row(results, label) for label in results.labels])
-
-
 def _row(results: Results, label: str) -> list[Cell]:
     found = [results.final(metric, label) for metric in COLUMNS]
     strength = results.config(label).get("strength")
     return [f"{label} (λ = {strength:g})" if strength else label, *found, found[0].n if found[0] else 0]
-
-
-def _figure(results: Results, out: Path) -> None:
-    panels = [
-        Curves({label: results.curve(metric, label) for label in results.labels}, name, log="gradient" in metric)
-        for metric, name in PANELS.items()
-    ]
-    plot_curves(out / "sac.png", panels, xlabel="environment step", labels=results.labels)

@@ -24,10 +24,11 @@ from avalanche_curv.plasticity.mitigators import (
     Wasserstein,
 )
 from avalanche_curv.plasticity.roles import ShiftRole, WeightRole, parameter_roles
-from benchmarks.experiments.speed.timing import Times, examples, interleaved
+from benchmarks.experiments.speed.inputs import synthetic
+from benchmarks.timing import Times, interleaved
 
 if TYPE_CHECKING:
-    from benchmarks.experiments.speed import Config
+    from benchmarks.experiments.speed.experiment import Config
 
 DEPTH = 4
 IMAGE = 64  # of tiny-ImageNet, as the paper's residual networks see it
@@ -70,7 +71,7 @@ def mitigated(config: Config) -> Times:
     """The mean step of an MLP with four hidden layers, as the paper has on MNIST, over a `period`: 256 steps, in which
     Wasserstein sorts once, and into which the pool of ShrinkAndPerturb, the noise of SpectralRegularizer, what ReDO
     recycles and `every=10` fall too. So the median over rounds leaves out nothing that only some of them have."""
-    inputs, targets = examples(config.batch)
+    inputs, targets = synthetic(config.batch)
     works = {
         name: _steps(_mlp(config.width), inputs, targets, make, EXACT_STEPS if name == "exact" else config.period)
         for name, make in MITIGATORS.items()

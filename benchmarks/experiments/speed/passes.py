@@ -1,4 +1,5 @@
-"""Passes over examples: estimates, fidelity, landscapes, and the looks and refreshes of a trust region."""
+"""Passes over examples (estimates, fidelity, landscapes, the checks and refreshes of a trust region), and how a basis
+grows."""
 
 from __future__ import annotations
 
@@ -22,39 +23,34 @@ from avalanche_curv import (
     landscape,
 )
 from avalanche_curv.core.fidelity.monitor import PastModels
+from avalanche_curv.core.projection.subspace import Subspace
 from avalanche_curv.core.quadratic.adaptive import memory_loss
-from benchmarks.experiments.speed.timing import (
-    Times,
-    clocked,
-    examples,
-    gradient_passes,
-    interleaved,
-    network,
-    perturb,
-    stream,
-)
+from avalanche_curv.core.risk.parameters import ParameterSpace
+from benchmarks.experiments.speed.inputs import network, orthonormal, synthetic
+from benchmarks.timing import Times, batches_of, clocked, experience, gradient_passes, interleaved, perturb
 
 if TYPE_CHECKING:
-    from benchmarks.experiments.speed import Config
+    from benchmarks.experiments.speed.experiment import Config
+
+MERGES = 5  # rounds, at most
 
 
 def estimates(config: Config) -> Times:
     """One pass over an experience's examples."""
     model, criterion = network(config), nn.CrossEntropyLoss()
-    inputs, targets = examples(config.examples)
-    batches = list(zip(inputs.split(config.batch), targets.split(config.batch)))
-    ewc, data = EWCPlugin(1.0), stream(config, config.examples).train_stream[0].dataset
+    data = synthetic(config.examples)
+    batches, dataset, ewc = batches_of(data, config.batch), experience(*data).dataset, EWCPlugin(1.0)
 
     def diagonal(kind: Any) -> Callable[[], Any]:
         return lambda: estimate(kind, Diagonal(), EmpiricalRisk.snapshot(model, criterion, batches))
 
     def importance() -> Any:
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        return ewc.compute_importances(model, criterion, optimizer, data, torch.device("cpu"), config.batch)
+        return ewc.compute_importances(model, criterion, optimizer, dataset, torch.device("cpu"), config.batch)
 
     return interleaved(
         {
-            "gradients": clocked(lambda: gradient_passes(model, criterion, batches)),
+            "gradients": clocked(gradient_passes(model, batches)),
             "empirical_fisher": clocked(diagonal(EmpiricalFisher())),
             "fisher": clocked(diagonal(Fisher())),
             "ewc": clocked(importance),
@@ -63,27 +59,24 @@ def estimates(config: Config) -> Times:
     )
 
 
-
 def fidelities(config: Config) -> Times:
-    """All fidelity values of ten past experiences' stored examples, one picture at a time."""
+    """All fidelity values of ten past experiences' stored examples, one model at a time."""
     model, criterion = network(config), nn.CrossEntropyLoss()
-    pictures = PastModels(Fisher())
+    models = PastModels(Fisher())
     past = min(10, config.experiences)
     for number in range(past):
-        x, y = examples(config.stored, seed=number)
-        pictures = pictures.with_experience(EmpiricalRisk.snapshot(model, criterion, [(x, y)]))
+        x, y = synthetic(config.stored, seed=number)
+        models = models.with_experience(EmpiricalRisk.snapshot(model, criterion, [(x, y)]))
         perturb(model, number)
-    inputs, targets = examples(config.stored * past)
-    batches = list(zip(inputs.split(config.batch), targets.split(config.batch)))
+    batches = batches_of(synthetic(config.stored * past), config.batch)
     return interleaved(
         {
-            "gradients": clocked(lambda: gradient_passes(model, criterion, batches)),
-            "accumulate": clocked(lambda: pictures.compare_one("accumulate", model)),
-            "refresh": clocked(lambda: pictures.compare_one("refresh", model)),
+            "gradients": clocked(gradient_passes(model, batches)),
+            "accumulate": clocked(lambda: models.compare_one("accumulate", model)),
+            "refresh": clocked(lambda: models.compare_one("refresh", model)),
         },
         config.rounds,
     )
-
 
 
 def instruments(config: Config) -> Times:
@@ -91,13 +84,12 @@ def instruments(config: Config) -> Times:
     model, criterion = network(config), nn.CrossEntropyLoss()
     policy, past = AdaptiveRefresh(AbsoluteError(1e-300), every=1, fraction=1.0), Past()
     for number in range(min(10, config.experiences)):
-        risk = EmpiricalRisk.snapshot(model, criterion, [examples(config.stored, seed=number)])
+        risk = EmpiricalRisk.snapshot(model, criterion, [synthetic(config.stored, seed=number)])
         past = policy.absorb(past, risk, Fisher(), Diagonal())
     perturb(model, 0)
-    some = EmpiricalRisk.snapshot(model, criterion, [examples(2 * config.stored)])
-    inputs, targets = examples(config.batch)
+    some = EmpiricalRisk.snapshot(model, criterion, [synthetic(2 * config.stored)])
     work: dict[str, Callable[[], Any]] = {
-        "gradients": lambda: gradient_passes(model, criterion, [(inputs, targets)]),
+        "gradients": gradient_passes(model, [synthetic(config.batch)]),
         "check": lambda: memory_loss(past.stored, model),
         "refresh": lambda: policy.revise(past, model, 1, Fisher(), Diagonal()),
         "landscape_empirical": lambda: landscape(EmpiricalFisher(), some),
@@ -105,3 +97,16 @@ def instruments(config: Config) -> Times:
         "landscape_hessian": lambda: landscape(Hessian(), some),
     }
     return interleaved({name: clocked(some_work) for name, some_work in work.items()}, min(3, config.rounds))
+
+
+def merges(config: Config) -> Times:
+    """20 new directions that join 200, against all 220 orthonormalised from nothing."""
+    size = ParameterSpace.of(network(config)).size
+    rows = orthonormal(220, size)
+    held, new = Subspace(rows[:200].clone()), orthonormal(20, size, seed=1)
+    every = torch.cat([held.rows, new])
+    works: dict[str, Callable[[], Any]] = {
+        "qr": lambda: torch.linalg.qr(every.T),
+        "merge": lambda: held.plus(new, torch.ones(len(new)), float(len(new))),
+    }
+    return interleaved({name: clocked(work) for name, work in works.items()}, min(MERGES, config.rounds))

@@ -1,14 +1,11 @@
-"""Training steps through Avalanche's loop, with penalties and with metrics."""
+"""Training steps through Avalanche's loop: with penalties, with metrics and with projections."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
-from avalanche.training import Naive
-from avalanche.training.plugins import EvaluationPlugin, EWCPlugin
-from torch import nn
+from avalanche.training.plugins import EWCPlugin
 
 from avalanche_curv import (
     AbsoluteError,
@@ -16,17 +13,23 @@ from avalanche_curv import (
     CurvatureEWCPlugin,
     EmpiricalFisher,
     Fisher,
+    OrthogonalProjectionPlugin,
+    ProtectedSpace,
     Refresh,
     fidelity_metrics,
     landscape_metrics,
 )
-from benchmarks.experiments.speed.timing import Stopwatch, Times, interleaved, network, stream
+from avalanche_curv.core.projection.blocks import Block, Layout
+from avalanche_curv.core.projection.subspace import Subspace
+from avalanche_curv.core.risk.parameters import ParameterSpace
+from benchmarks.experiments.speed.inputs import network, orthonormal, synthetic
+from benchmarks.timing import Stopwatch, Times, experience, interleaved, naive
 
 if TYPE_CHECKING:
-    from benchmarks.experiments.speed import Config
+    from benchmarks.experiments.speed.experiment import Config
 
 
-def steps(config: Config) -> Times:
+def penalised(config: Config) -> Times:
     """A training step after many experiences."""
     many, idle = config.experiences, 10**9
     strategies = {
@@ -38,7 +41,6 @@ def steps(config: Config) -> Times:
         "idle": _trained(config, [], 0, (*fidelity_metrics(every=idle), *landscape_metrics(every=idle))),
     }
     return _step_times(config, strategies, config.rounds)
-
 
 
 def measured(config: Config) -> Times:
@@ -57,15 +59,27 @@ def measured(config: Config) -> Times:
     return _step_times(config, strategies, min(3, config.rounds))
 
 
+def projected(config: Config) -> Times:
+    """A training step whose change is projected, with random bases; those of layers hold directions of their inputs."""
+    spaces = {
+        "naive": None,
+        "flat_20": _flat(config, 20),
+        "flat_100": _flat(config, 100),
+        "inputs_100": _by_layer(config, 100),
+    }
+    strategies = {name: _trained(config, [] if space is None else [_protecting(space)], 0)
+                  for name, space in spaces.items()}
+    return _step_times(config, strategies, config.rounds)
+
 
 def _step_times(config: Config, strategies: dict[str, tuple[Any, Stopwatch]], rounds: int) -> Times:
     """The median step of each strategy in an experience, in turn."""
-    experience = stream(config, config.steps * config.batch).train_stream[0]
+    timed_on = experience(*synthetic(config.steps * config.batch))
 
     def work(strategy: Any, watch: Stopwatch) -> Callable[[], float]:
         def timed() -> float:
             strategy.clock.train_exp_counter = config.experiences  # Avalanche's EWC looks its memory up by this number
-            strategy.train(experience, eval_streams=[])
+            strategy.train(timed_on, eval_streams=[])
             return watch.take()
 
         return timed
@@ -73,23 +87,45 @@ def _step_times(config: Config, strategies: dict[str, tuple[Any, Stopwatch]], ro
     return interleaved({name: work(*pair) for name, pair in strategies.items()}, rounds)
 
 
-
 def _trained(
     config: Config, plugins: list[Any], experiences: int, metrics: Sequence[Any] = ()
 ) -> tuple[Any, Stopwatch]:
     """A strategy that has seen so many small experiences, and will remember no more."""
-    watch, model = Stopwatch(), network(config)
-    strategy = Naive(
-        model=model,
-        optimizer=torch.optim.SGD(model.parameters(), lr=1e-3),
-        criterion=nn.CrossEntropyLoss(),
-        train_mb_size=config.batch,
-        plugins=[*plugins, watch],
-        evaluator=EvaluationPlugin(*metrics, loggers=[]),
-    )
+    watch = Stopwatch()
+    strategy = naive(network(config), config.batch, [*plugins, watch], metrics)
     for number in range(experiences):
-        strategy.train(stream(config, config.batch, seed=number).train_stream[0], eval_streams=[])
+        strategy.train(experience(*synthetic(config.batch, number)), eval_streams=[])
     for part in (*plugins, *metrics):
         part.after_training_exp = lambda *args, **kwargs: None
     watch.ends.clear()
     return strategy, watch
+
+
+def _protecting(space: ProtectedSpace) -> OrthogonalProjectionPlugin:
+    plugin = OrthogonalProjectionPlugin()
+    plugin.protected = space
+    return plugin
+
+
+def _flat(config: Config, rank: int) -> ProtectedSpace:
+    """One basis over all parameters."""
+    layout = Layout(ParameterSpace.of(network(config)))
+    return ProtectedSpace({"": _block(layout, rank)}, experiences=1)
+
+
+def _by_layer(config: Config, rank: int) -> ProtectedSpace:
+    """For each layer a basis of what its inputs, and the 1 of its bias, may span."""
+    whole = ParameterSpace.of(network(config))
+    shapes = dict(zip(whole.names, whole.shapes))
+    blocks = {}
+    for name in whole.names:
+        layer, _, kind = name.rpartition(".")
+        if kind == "weight":
+            own = (name, f"{layer}.bias")
+            blocks[layer] = _block(Layout(ParameterSpace(own, tuple(shapes[n] for n in own)), stacked=True), rank)
+    return ProtectedSpace(blocks, experiences=1)
+
+
+def _block(layout: Layout, rank: int) -> Block:
+    columns = layout.columns.size
+    return Block(layout, Subspace(orthonormal(min(rank, columns - 1), columns)))

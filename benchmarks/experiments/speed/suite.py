@@ -15,12 +15,13 @@ from benchmarks.harness.experiment import Context, Experiment, Options, Record
 from benchmarks.harness.pool import Engine, ThisProcess
 from benchmarks.harness.processes import Processes
 from benchmarks.harness.results import Results, load
+from benchmarks.harness.run import run
 from benchmarks.harness.store import Store
 from benchmarks.harness.tables import Column, table
 
 if TYPE_CHECKING:
-    from benchmarks.experiments.speed import Config
-    from benchmarks.experiments.speed.timing import Times
+    from benchmarks.experiments.speed.experiment import Config
+    from benchmarks.timing import Times
 
 EVERY = 10
 UNITS = 6
@@ -88,8 +89,6 @@ def suite(config: Config) -> Times:
 
 
 def _seconds(grid: Grid, store: Store, engine: Engine) -> float:
-    from benchmarks.harness.run import run
-
     begin = time.perf_counter()
     status = run(grid, Options(seeds=1), store, engine, "python -m benchmarks run speed")
     if status:

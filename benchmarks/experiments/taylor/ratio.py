@@ -41,6 +41,13 @@ class Inputs:
         return 1 + self.correlation**2 + 2 * self.mean**2 * (1 + self.correlation)
 
 
+INPUTS = {
+    "standard normal": Inputs(),
+    "correlation 0.5": Inputs(correlation=0.5),
+    "mean 1": Inputs(mean=1.0),
+}
+
+
 def hessian(inputs: Inputs, count: int, dimension: int, generator: np.random.Generator) -> np.ndarray:
     """H = (2/M) XᵀX, of the mean squared error of a linear regression on M = `count` examples."""
     total = np.zeros((dimension, dimension))
@@ -61,7 +68,7 @@ def ratio(matrix: np.ndarray) -> float:
 
 
 def expected_ratio(inputs: Inputs, count: float, dimension: int) -> float:
-    """The same on paper: E|H_ii| / (E|H_ii| + (D − 1) E|H_ij|).
+    """The ratio on paper: E|H_ii| / (E|H_ii| + (D − 1) E|H_ij|).
 
     H_ij / 2 is the mean of M products x_i x_j, nearly normal with mean c and deviation s, so that
     E|H_ij| / 2 = s √(2/π) exp(−c²/2s²) + c erf(c / s√2). For standard normal inputs c = 0 and s = 1/√M:
@@ -79,7 +86,7 @@ def expected_ratio(inputs: Inputs, count: float, dimension: int) -> float:
     return inputs.diagonal / (inputs.diagonal + (dimension - 1) * folded)
 
 
-def run(inputs: Inputs, sizes: tuple[tuple[int, int], ...], seed: int) -> Iterator[Record]:
+def measure(inputs: Inputs, sizes: tuple[tuple[int, int], ...], seed: int) -> Iterator[Record]:
     """The measured ratio at each (M, D)."""
     generator = np.random.default_rng(seed)
     for count, dimension in sizes:

@@ -1,21 +1,32 @@
-"""The report of the `taylor` experiment."""
+"""The tables and the figures of the two assumptions: errors along training, and the ratio of a Hessian's diagonal."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from benchmarks.experiments.taylor import ratio_report
-from benchmarks.experiments.taylor.plots import Errors, plot_errors
-from benchmarks.harness.summary import Summary
+import numpy as np
+
+from benchmarks.experiments.taylor.ratio import Inputs, expected_ratio, explained, fitted
+from benchmarks.harness.plots import legend, new_figure, saved, tidy
+from benchmarks.harness.styles import MUTED, styles
+from benchmarks.harness.summary import Summary, summarise
 from benchmarks.harness.tables import Column, table
 
 if TYPE_CHECKING:
     from benchmarks.harness.results import Results
 
 TITLE = '# A diagonal for the Hessian, a quadratic for the loss: section 3 of "An Optimization View of EWC"'
-HEAD = """\
+RATIO_HEAD = """\
+## Assumption 2: how much of a Hessian is on its diagonal
+
+Linear regression on M random examples of D features: H = (2/M) XᵀX, r = Σ_i |H_ii| / Σ_ij |H_ij|. The note (section
+3.2) says r ∝ log(M/D). For standard normal inputs E|H_ii| = 2 and E|H_ij| ≈ 2√(2/(πM)), hence
+r ≈ 1 / (1 + (D − 1) √(2/(πM))): for large D a function of M/D², not of M/D, with nothing logarithmic in it. The note
+gives its Figure 1 without numbers, inputs or sizes."""
+PATH_HEAD = """\
 ## Assumption 1: the error of the expansion beside that of the diagonal
 
 A model is trained on task A, then on task B from there (the anchor a). With δ = θ − a, and L the mean loss on A, its
@@ -34,45 +45,164 @@ COLUMNS = {
     "increase": "increase", "predicted": "predicted by diag(H)", "taylor": "Taylor error", "diagonal": "diagonal error",
     "slope": "gradient term", "ggn": "GGN for H",
 }
+Ratios = Mapping[tuple[int, int], Summary]
+"""The ratio over seeds by (M, D)."""
+Configs = Mapping[str, dict[str, Any]]
+"""The configuration of each label that has run."""
 
 
 def report(results: Results, out: Path) -> str:
-    """Markdown, with figures in `out`."""
-    paths = [label for label in results.labels if results.select("distance", label)]
-    blocks = [TITLE, *ratio_report.report(results, out)]
-    if paths:
-        _figure(results, paths, out)
-        blocks += [
-            HEAD, _setting(results, paths), _crossovers(results, paths), _summary(results, paths),
-            _places(results, paths),
-            "![Errors against the distance from the anchor](errors.png)",
-        ]
-    return "\n\n".join(blocks)
+    """Markdown, with figures in `out`, of the two assumptions where they were measured."""
+    configs = {label: config for label in results.labels if (config := results.config(label))}
+    ratios, paths = ({k: c for k, c in configs.items() if c["class"] == kind} for kind in ("Ratio", "Path"))
+    return "\n\n".join([TITLE, *(_ratios(results, ratios, out) if ratios else []),
+                        *(_paths(results, paths, out) if paths else [])])
 
 
-def _setting(results: Results, paths: Sequence[str]) -> str:
+def _ratios(results: Results, configs: Configs, out: Path) -> list[str]:
+    """Figure 1 of the note again: the ratio against the note's law and against the closed form."""
+    inputs = {label: Inputs(config["inputs"]["mean"], config["inputs"]["correlation"])
+              for label, config in configs.items()}
+    measured = {label: grouped(results, label) for label in configs}
+    blocks = [RATIO_HEAD, _laws(results, inputs), _limits(measured, inputs)]
+    for label, own in inputs.items():
+        if own == Inputs():  # standard normal
+            blocks += [_grid(label, measured[label]), "![The ratio against M/D and against M/D²](ratio.png)"]
+            _ratio_figure(measured[label], out / "ratio.png")
+    return blocks
+
+
+def grouped(results: Results, label: str) -> dict[tuple[int, int], Summary]:
+    """(M, D) ↦ the ratio over seeds."""
+    values: dict[tuple[int, int], list[float]] = {}
+    for row in results.select("ratio", label):
+        values.setdefault((row["examples"], row["dimension"]), []).append(row["value"])
+    return {size: summarise(found) for size, found in values.items()}
+
+
+def agreement(rows: Sequence[Mapping[str, Any]], inputs: Inputs) -> dict[str, float]:
+    """R² over all measured (M, D) and seeds: of b log(M/D), of a + b log(M/D), each with its best coefficients, of the
+    latter with coefficients of its own for each D, and of the closed form, which has none."""
+    values, counts, sizes = (np.array([row[key] for row in rows], float) for key in ("value", "examples", "dimension"))
+    log, one = np.log(counts / sizes), np.ones_like(values)
+    closed = np.array([expected_ratio(inputs, m, int(d)) for m, d in zip(counts, sizes)])
+    each = np.zeros_like(values)
+    for size in set(sizes):
+        here = sizes == size
+        each[here] = fitted(values[here], one[here], log[here])
+    found = {
+        "b log(M/D)": fitted(values, log), "a + b log(M/D)": fitted(values, one, log), "a_D + b_D log(M/D)": each,
+        "closed form": closed,
+    }
+    return {name: explained(values, prediction) for name, prediction in found.items()}
+
+
+def _laws(results: Results, inputs: Mapping[str, Inputs]) -> str:
+    rows: list[list] = []
+    for label, own in inputs.items():
+        found = results.select("ratio", label)
+        rows.append([label, *agreement(found, own).values(), len({row["seed"] for row in found})])
+    columns = [
+        Column("inputs"), Column("b log(M/D)"), Column("a + b log(M/D)"), Column("a_D + b_D log(M/D)"),
+        Column("closed form", 4), Column("seeds"),
+    ]
+    return (
+        "R² of each law over all sizes and seeds. The logarithmic ones have their best coefficients, the third a pair "
+        "for each D; the closed form has none. Negative: worse than the mean of all ratios.\n\n" + table(columns, rows)
+    )
+
+
+def _limits(measured: Mapping[str, Ratios], inputs: Mapping[str, Inputs]) -> str:
+    """The ratio at the most examples of each dimension, and where it goes."""
+    rows: list[list] = []
+    for label, points in measured.items():
+        for size in sorted({d for _, d in points}):
+            most = max(m for m, d in points if d == size)
+            closed = (expected_ratio(inputs[label], m, size) for m in (most, math.inf))
+            rows.append([label, size, most, points[most, size], *closed])
+    columns = [
+        Column("inputs"), Column("D"), Column("M"), Column("r measured"), Column("closed form"),
+        Column("closed form, M → ∞"),
+    ]
+    return (
+        "More data help only inputs that are centred and uncorrelated. With features of variance 1, mean m and "
+        "correlation ρ, r → (1 + m²) / (1 + m² + (D − 1) |ρ + m²|) as M → ∞, about 1/D for non-centred inputs "
+        "(uniform ones on [0, 1] are as m = √3: 4 / (3 D + 1)).\n\n" + table(columns, rows)
+    )
+
+
+def _grid(label: str, points: Ratios) -> str:
+    factors = sorted({m / d for m, d in points})
+    rows: list[list] = []
+    for size in sorted({d for _, d in points}):
+        found = [points.get((round(size * factor), size)) for factor in factors]
+        rows.append([f"D = {size}", *found])
+        known = [expected_ratio(Inputs(), size * f, size) if s else None for f, s in zip(factors, found)]
+        rows.append(["closed form", *known])
+    columns = [Column(label), *(Column(f"M/D = {factor:g}") for factor in factors)]
+    return "Were r a function of M/D, each column would hold one number:\n\n" + table(columns, rows)
+
+
+def _ratio_figure(points: Ratios, path: Path) -> None:
+    """The measured ratios against M/D and against M/D², with the closed form as lines."""
+    by_size = {d: sorted(m for m, size in points if size == d) for d in sorted({d for _, d in points})}
+    chosen = styles([f"D = {d}" for d in by_size])
+    figure = new_figure(10.4, 4.0)
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, power in zip(panels, (1, 2)):
+        for style, (d, counts) in zip(chosen.values(), by_size.items()):
+            own = [points[m, d] for m in counts]
+            axes.errorbar(
+                [m / d**power for m in counts], [s.mean for s in own], [s.std or 0.0 for s in own], color=style.colour,
+                marker=style.marker, linestyle="", markersize=5,
+            )
+            if power == 1:
+                line = np.geomspace(counts[0], counts[-1], 60)
+                axes.plot(line / d, [expected_ratio(Inputs(), m, d) for m in line], color=style.colour, linewidth=1.2,
+                          zorder=1)
+        axes.set_xscale("log")
+    every = [m / d**2 for m, d in points]
+    line = np.geomspace(min(every), max(every), 60)
+    panels[1].plot(line, 1 / (1 + np.sqrt(2 / (math.pi * line))), color=MUTED, linewidth=1.2, zorder=1)
+    panels[0].set(xlabel="M / D", ylabel="Σ|H_ii| / Σ|H_ij|")
+    panels[1].set(xlabel="M / D²")
+    tidy(panels[0], "Against M/D: a curve for each D")
+    tidy(panels[1], "Against M/D²: one curve, 1 / (1 + √(2D²/πM))")
+    legend(figure, chosen, [*chosen], linestyle="")
+    saved(figure, path)
+
+
+def _paths(results: Results, configs: Configs, out: Path) -> list[str]:
+    """Which approximation is worse how far from the anchor."""
+    _error_figure(results, configs, out / "errors.png")
+    return [
+        PATH_HEAD, _setting(configs), _crossovers(results, configs), _counts(results, configs),
+        _places(results, configs), "![Errors against the distance from the anchor](errors.png)",
+    ]
+
+
+def _setting(configs: Configs) -> str:
     lines = ["Double precision. Task B: another linear function (regression) or permutation of the pixels (images).\n"]
-    for label in paths:
-        config = results.config(label)
-        if _is_held(results, label):
-            lines.append(f"- {label}: the same with EWC's penalty (diagonal Fisher) at λ = {config['strength']:g}.")
+    for label, config in configs.items():
+        if config["strength"]:
+            lines.append(f"- {label}: with EWC's penalty (diagonal Fisher) at λ = {config['strength']:g} on B.")
         else:
             problem = ", ".join(f"{key} {value}" for key, value in config["problem"].items() if key != "class")
             lines.append(f"- {label}: {problem}; then {config['steps']} steps of SGD on B at {config['rate']:g}.")
     return "\n".join(lines)
 
 
-def _crossovers(results: Results, paths: Sequence[str]) -> str:
+def _crossovers(results: Results, configs: Configs) -> str:
     """How far out the diagonal error is the larger one."""
     rows: list[list] = []
-    for label in paths:
+    for label in configs:
         seeds = {row["seed"] for row in results.select("distance", label)}
-        crossed = results.final("crossover", label)
-        rows.append([
-            label, results.final("dominated", label), f"{crossed.n if crossed else 0} of {len(seeds)}", crossed,
-            results.final("crossover_increase", label), results.final("anchor_loss", label),
-            results.final("anchor_gradient", label),
-        ])
+        dominated, crossed, increase, loss, gradient = (
+            results.final(metric, label)
+            for metric in ("dominated", "crossover", "crossover_increase", "anchor_loss", "anchor_gradient")
+        )
+        count = f"{crossed.n if crossed else 0} of {len(seeds)}"
+        rows.append([label, dominated, count, crossed, increase, loss, gradient])
     columns = [
         Column("training on B", 2), Column("diagonal error larger", 2), Column("Taylor overtakes"),
         Column("at distance", 2), Column("with increase", 2), Column("L(a)"), Column("‖g‖ at a", 2),
@@ -84,13 +214,13 @@ def _crossovers(results: Results, paths: Sequence[str]) -> str:
     )
 
 
-def _summary(results: Results, paths: Sequence[str]) -> str:
-    """What the numbers say of "always"."""
+def _counts(results: Results, configs: Configs) -> str:
+    """In how many runs on networks the Taylor error is the larger one somewhere."""
     lines = []
-    for name, held in (("plain training", False), ("training with EWC's penalty", True)):
-        some = [label for label in paths if _is_network(results, label) and _is_held(results, label) == held]
-        runs = {(row["label"], row["seed"]) for label in some for row in results.select("distance", label)}
-        crossed = {(row["label"], row["seed"]) for label in some for row in results.select("crossover", label)}
+    for name, penalised in (("plain training", False), ("training with EWC's penalty", True)):
+        some = [label for label, c in configs.items() if _is_network(c) and bool(c["strength"]) == penalised]
+        runs, crossed = ({(label, row["seed"]) for label in some for row in results.select(metric, label)}
+                         for metric in ("distance", "crossover"))
         if runs:
             last = sum(ends_beyond(results, *run) for run in runs)
             lines.append(f"in {len(crossed)} of {len(runs)} runs of {name} (in {last} at their last step)")
@@ -105,17 +235,13 @@ def ends_beyond(results: Results, label: str, seed: int) -> bool:
     return last["taylor"] > last["diagonal"]
 
 
-def _is_network(results: Results, label: str) -> bool:
-    return results.config(label)["problem"]["class"] != "LinearRegression"
+def _is_network(config: Mapping[str, Any]) -> bool:
+    return config["problem"]["class"] != "LinearRegression"
 
 
-def _is_held(results: Results, label: str) -> bool:
-    return bool(results.config(label)["strength"])
-
-
-def _places(results: Results, paths: Sequence[str]) -> str:
+def _places(results: Results, configs: Configs) -> str:
     rows: list[list] = []
-    for label in paths:
+    for label in configs:
         steps = [int(step) for step, _ in results.curve("distance", label)]
         for step in dict.fromkeys(steps[place] for place in (0, len(steps) // 3, 2 * len(steps) // 3, -1)):
             found = [short(results.final(name, label, step=step)) for name in COLUMNS]
@@ -138,14 +264,29 @@ def short(summary: Summary | None) -> str | None:
     return f"{summary.mean:.1e}" + ("" if summary.std is None else f" ± {summary.std:.0e}")
 
 
-def _figure(results: Results, paths: Sequence[str], out: Path) -> None:
-    panels = []
-    for label in sorted(paths, key=lambda label: not _is_network(results, label)):
+def _error_figure(results: Results, configs: Configs, path: Path) -> None:
+    """A panel for each path, networks first: errors against distance, and a line at the first crossover."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    rows = math.ceil(len(configs) / 2)
+    figure = new_figure(11.0, 0.5 + 2.9 * rows)
+    grid = list(figure.subplots(rows, 2, squeeze=False).flat)
+    chosen = styles([*SERIES.values()])
+    labels = sorted(configs, key=lambda label: not _is_network(configs[label]))
+    for axes, label in zip(grid, labels):
+        if crossed := results.final("crossover", label):
+            axes.axvline(crossed.mean, color=MUTED, linewidth=1.0, linestyle="--", zorder=0)
         distances = dict(results.curve("distance", label))
-        series: Mapping[str, list[tuple[float, float]]] = {
-            title: [(distances[step].mean, summary.mean) for step, summary in results.curve(name, label)]
-            for name, title in SERIES.items()
-        }
-        crossed = results.final("crossover", label)
-        panels.append(Errors(series, label, crossed.mean if crossed else None))
-    plot_errors(out / "errors.png", panels)
+        for name, title in SERIES.items():
+            points = [(distances[step].mean, value.mean) for step, value in results.curve(name, label)]
+            if shown := [(x, y) for x, y in points if y > 0]:
+                axes.plot(*zip(*shown), linewidth=1.6, **chosen[title].line)
+        axes.set(xscale="log", yscale="log", xlabel="distance ‖θ − a‖")
+        tidy(axes, label)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    for axes in grid[len(labels) :]:
+        axes.set_visible(False)
+    legend(figure, chosen, [*chosen])
+    saved(figure, path)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.harness.plots import new_figure, saved, tidy
 from benchmarks.harness.styles import COLOURS, MUTED
-from benchmarks.harness.summary import Summary
 from benchmarks.harness.tables import Cell, Column, table
+from benchmarks.pairs import mean_ratio
 
 if TYPE_CHECKING:
     from benchmarks.harness.results import Results
 
+NAIVE, EWC, REPLAY = "Naive", "Avalanche's EWC", "replay"
+PER_TASK, WITH_SLOPE = "refresh per task", "refresh per task, slope"
 TITLES = {
     "sine": "Sine boundary, 9 slices",
     "split_digits": "Split digits, class-incremental",
@@ -27,71 +29,71 @@ TRIALS = {
                     "0.93.",
     "split_mnist": "First trials: plain 0.20, adaptive 0.71 with 4 refreshes a task and 0.74 with 8, replay 0.79.",
 }
-PER_TASK = ("refresh per task", "refresh per task, slope")
 EXPLANATION = """Every method stores the same examples of each task.
 
 - *refresh per task* estimates GGN curvature anew at each task's end; with *slope* the gradient of past loss there too;
   *damped* as adaptive is.
-- *adaptive τ* besides draws a new picture whenever the loss of the stored examples differs from it by more than τ times
-  itself, checked every 5 steps.
+- *adaptive τ* besides estimates a new quadratic model whenever the loss of the stored examples differs from it by more
+  than τ times itself, checked every 5 steps.
 - *replay* trains on the stored examples themselves, all of them at every step.
 
 Strength is 1 for replay, adaptive and damped (the sum of all tasks' losses) and tuned on seeds from 1000 on for the
-others. *refreshes* counts those during a task, per task after the first. *gap closed* is the way from the better
-undamped refresh per task (0) to replay (1), of means. *just learned* is the accuracy on each task at its end. *time* is
-training time in that of Naive in the same seed. Mean ± standard deviation over n seeds."""
+others. *refreshes* counts those during a task, per task after the first. *gap closed* is 0 for the better undamped
+refresh per task and 1 for replay, of means. *just learned* is the accuracy on each task at its end. *time* is training
+time divided by that of Naive in the same seed. Mean ± standard deviation over n seeds."""
 
 
 def report(results: Results, out: Path) -> str:
-    """A section for each stream, and one figure."""
-    streams = list(dict.fromkeys(label.partition(", ")[0] for label in results.labels))
-    _figure(results, streams, out)
-    sections = [_section(results, stream) for stream in streams]
-    parts = ["# Refreshing where the picture breaks", EXPLANATION, *sections]
-    return "\n\n".join([*parts, "![Accuracy against refreshes](trust_region.png)"])
+    """A section for each stream that has run, and one figure."""
+    streams: dict[str, dict[str, str]] = {}  # the label by stream and method
+    for label in results.labels:
+        if config := results.config(label):
+            streams.setdefault(config["setting"]["stream"], {})[config["name"]] = label
+    sections = [_section(results, stream, labels) for stream, labels in streams.items()]
+    if streams:
+        _figure(results, streams, out)
+        sections.append("![Accuracy against refreshes](trust_region.png)")
+    return "\n\n".join(["# Refreshing where the quadratic model breaks", EXPLANATION, *sections])
 
 
-def _section(results: Results, stream: str) -> str:
+def _section(results: Results, stream: str, labels: dict[str, str]) -> str:
     columns = [
         Column("method"), Column("accuracy", 3, max), Column("gap closed", 2), Column("refreshes", 1),
         Column("just learned", 3), Column("time", 2), Column("stored KiB", 0), Column("n"),
     ]
-    names = [label.partition(", ")[2] for label in results.labels if label.startswith(f"{stream}, ")]
-    configs = (results.config(f"{stream}, {name}") for name in names)
-    setting: dict = next((config["setting"] for config in configs if config), {})
-    rows = [_row(results, stream, name) for name in names]
+    setting: dict[str, Any] = results.config(next(iter(labels.values())))["setting"]
     text = (
         f"{setting['experiences']} tasks of {setting['steps']} steps with batches of {setting['batch']}, one hidden "
         f"layer of 100 ReLU units, Adam at {setting['rate']:g}; {setting['memory']:.2%} of each task's examples "
-        "stored. "
-        if setting
-        else ""
+        f"stored. {TRIALS.get(stream, '')}"
     )
-    return f"## {TITLES[stream]}\n\n{text}{TRIALS.get(stream, '')}\n\n{table(columns, rows)}"
+    return f"## {TITLES[stream]}\n\n{text}\n\n{table(columns, [_row(results, labels, name) for name in labels])}"
 
 
-def _row(results: Results, stream: str, name: str) -> list[Cell]:
-    label = f"{stream}, {name}"
-    found = {metric: results.final(metric, label) for metric in ("average_accuracy", "refreshes", "learned")}
-    strength = results.config(label).get("method", {}).get("strength")
-    tuned = "" if strength is None or strength == 1 else f" (λ = {strength:g})"
-    stored, accuracy = results.final("stored_bytes", label), found["average_accuracy"]
+def _row(results: Results, labels: dict[str, str], name: str) -> list[Cell]:
+    label = labels[name]
+    accuracy, refreshes, learned, stored = (
+        results.final(metric, label) for metric in ("average_accuracy", "refreshes", "learned", "stored_bytes")
+    )
+    strength = results.config(label)["method"].get("strength")
+    time = mean_ratio(results.finals("seconds", label), results.finals("seconds", labels.get(NAIVE, "")))
     return [
-        name + tuned,
+        name + ("" if strength in (None, 1) else f" (λ = {strength:g})"),
         accuracy,
-        closed(results, stream, name),
-        None if found["refreshes"] is None else found["refreshes"].mean,
-        found["learned"],
-        slowdown(results, label, f"{stream}, Naive"),
+        closed(results, labels, name),
+        refreshes and refreshes.mean,
+        learned,
+        time,
         stored and stored.mean / 1024,
         accuracy.n if accuracy else 0,
     ]
 
 
-def closed(results: Results, stream: str, name: str) -> float | None:
-    """(accuracy − per task) / (replay − per task), with the better of the refreshes per task."""
+def closed(results: Results, labels: dict[str, str], name: str) -> float | None:
+    """(accuracy − per task) / (replay − per task), with the better of the refreshes per task; `labels` are those of the
+    methods of one stream. None where one of these has not run."""
     own, replay, *per_task = (
-        results.final("average_accuracy", f"{stream}, {other}") for other in (name, "replay", *PER_TASK)
+        results.final("average_accuracy", labels.get(other, "")) for other in (name, REPLAY, PER_TASK, WITH_SLOPE)
     )
     known = [summary.mean for summary in per_task if summary]
     if own is None or replay is None or not known or replay.mean == max(known):
@@ -99,25 +101,18 @@ def closed(results: Results, stream: str, name: str) -> float | None:
     return (own.mean - max(known)) / (replay.mean - max(known))
 
 
-def slowdown(results: Results, label: str, reference: str) -> float | None:
-    """The mean over seeds of the ratio of training times."""
-    own = {row["seed"]: row["value"] for row in results.select("seconds", label)}
-    base = {row["seed"]: row["value"] for row in results.select("seconds", reference)}
-    ratios = [own[seed] / base[seed] for seed in own.keys() & base.keys()]
-    return sum(ratios) / len(ratios) if ratios else None
-
-
-def _figure(results: Results, streams: list[str], out: Path) -> None:
+def _figure(results: Results, streams: dict[str, dict[str, str]], out: Path) -> None:
     figure = new_figure(3.6 * len(streams) + 0.6, 3.8)
     panels = figure.subplots(1, len(streams), squeeze=False)[0]
-    for axes, stream in zip(panels, streams):
+    for axes, (stream, labels) in zip(panels, streams.items()):
         tidy(axes, TITLES[stream])
         axes.set_xlabel("refreshes per task")
-        for name, colour in (("replay", COLOURS[2]), ("refresh per task", COLOURS[1]), ("Avalanche's EWC", MUTED)):
-            known = results.final("average_accuracy", f"{stream}, {name}")
-            if known:
+        for name, colour in ((REPLAY, COLOURS[2]), (PER_TASK, COLOURS[1]), (EWC, MUTED)):
+            if known := results.final("average_accuracy", labels.get(name, "")):
                 axes.axhline(known.mean, color=colour, linestyle="--", linewidth=1.4, label=name)
-        points = _points(results, stream)
+        curve = [label for label in labels.values() if results.config(label)["tolerance"] is not None]
+        pairs = ((results.final("refreshes", label), results.final("average_accuracy", label)) for label in curve)
+        points = sorted(((count.mean, value) for count, value in pairs if count and value), key=lambda point: point[0])
         if points:
             counts, values = zip(*points)
             axes.errorbar(
@@ -126,12 +121,5 @@ def _figure(results: Results, streams: list[str], out: Path) -> None:
             )
     panels[0].set_ylabel("accuracy on all tasks")
     handles, names = panels[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False, fontsize=9)
+    figure.legend(handles, names, loc="outside lower center", ncols=max(1, len(names)), frameon=False, fontsize=9)
     saved(figure, out / "trust_region.png")
-
-
-def _points(results: Results, stream: str) -> list[tuple[float, Summary]]:
-    """(refreshes, accuracy) of each tolerance without a cap, in the order of refreshes."""
-    names = [label for label in results.labels if label.startswith(f"{stream}, adaptive ") and label.count(",") == 1]
-    found = ((results.final("refreshes", label), results.final("average_accuracy", label)) for label in names)
-    return sorted(((count.mean, value) for count, value in found if count and value), key=lambda point: point[0])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator
 from statistics import fmean
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -23,10 +24,12 @@ from avalanche_curv.plasticity.measures import (
 )
 from avalanche_curv.plasticity.mitigators.base import Mitigator
 from benchmarks.data import SOURCES
-from benchmarks.experiments.plasticity import Config
-from benchmarks.experiments.plasticity.comparisons import ACCURACY, TEST_ACCURACY
 from benchmarks.experiments.plasticity.data import Task, Tasks
+from benchmarks.experiments.plasticity.report import ACCURACY, TEST_ACCURACY
 from benchmarks.harness.experiment import Context, Record
+
+if TYPE_CHECKING:
+    from benchmarks.experiments.plasticity.experiment import Config
 
 PROBE = 64
 AT_ONCE = 1000
@@ -67,7 +70,7 @@ class Learner:
         self._begin(0, first)
 
     def measured_before(self, number: int, task: Task) -> dict[str, float]:
-        """What the task finds: the diversity of its gradients, and how activations changed since the last began."""
+        """At the start of a task: the diversity of its gradients, and how activations changed since the last began."""
         if number and self.config.method.begins_anew:
             self._begin(number, task)
         now = hidden_activations(self.model, self.probe)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import copy
 import statistics
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from avalanche.training import Naive
-from avalanche.training.plugins import EvaluationPlugin
 from torch import Tensor, nn
 
 from avalanche_curv import (
@@ -29,14 +28,13 @@ from avalanche_curv import (
     Structure,
     estimate,
 )
-from avalanche_curv.streams._benchmark import Examples, benchmark
-from benchmarks.experiments.cost.models import CLASSES, Family, digits
-from benchmarks.experiments.cost.peers import Batches, absent, peer_of
-from benchmarks.experiments.speed.timing import Stopwatch, clocked
+from benchmarks.experiments.cost.models import Family, digits
+from benchmarks.experiments.cost.peers import Batches, Peer, absent, peer_of
 from benchmarks.harness.experiment import Record
+from benchmarks.timing import Stopwatch, batches_of, clocked, experience, gradient_passes, interleaved, naive, perturb
 
 if TYPE_CHECKING:
-    from benchmarks.experiments.cost import Config, Work
+    from benchmarks.experiments.cost.experiment import Config, Work
 
 DIGITS = 500
 TRAINING_STEPS = 100
@@ -47,12 +45,15 @@ Pair = tuple[Callable[[], float], Callable[[], float]]
 def run(config: Config) -> Iterator[Record]:
     """Prices on the model, sizes, and errors on the small one; `row` names the work."""
     model = config.model.build().eval()
-    failed = dict(failures(config, model))
-    for name, reason in failed.items():
-        yield {"metric": "failed", "value": 1.0, "row": name, "reason": reason}
+    batches, peers = [config.model.examples(8)], []
+    for peer in (peer_of(tool.title) for tool in config.peers):
+        try:
+            peer.ready(model, batches)()
+            peers.append(peer)
+        except Exception as error:  # of others' code, whose kinds of errors are not known here; the report shows it
+            yield {"metric": "failed", "value": 1.0, "row": peer.title, "reason": _reason(error)}
     for package in absent():
         yield {"metric": "absent", "value": 1.0, "row": package, "package": package}
-    peers = [name for name in config.peers if name not in failed]
     space = ParameterSpace.of(model)
     yield {"metric": "parameters", "value": space.size, "row": "model"}
     yield from builds(config, model, peers)
@@ -62,34 +63,27 @@ def run(config: Config) -> Iterator[Record]:
         yield from errors(config, config.small, peers)
 
 
-def failures(config: Config, model: nn.Module) -> Iterator[tuple[str, str]]:
-    """The peers that cannot take the model, found on one small batch, with the reason that they give."""
-    batches = [config.model.examples(8)]
-    for name in config.peers:
-        try:
-            peer_of(name).ready(model, batches)()
-        except Exception as error:  # of others' code, whose kinds of errors are not known here; the report shows it
-            yield name, _reason(error)
-
-
-def builds(config: Config, model: nn.Module, peers: list[str]) -> Iterator[Record]:
+def builds(config: Config, model: nn.Module, peers: list[Peer]) -> Iterator[Record]:
     """Each beside an epoch of plain gradient passes over the same examples."""
     work: dict[str, Pair] = {}
+
+    def add(name: str, examples: int, make: Callable[[Batches], Callable[[], Any]]) -> None:
+        own = batches_of(config.model.examples(examples), config.batch)
+        work[name] = (clocked(gradient_passes(model, own)), clocked(make(own)))
+
     for row in config.works:
-        own = _batches(*config.model.examples(row.examples or config.examples), config.batch)
-        work[row.name] = (clocked(_gradients(model, own)), clocked(_build(row, model, own)))
-    for name in peers:
-        peer, few = peer_of(name), min(config.peer_examples, config.examples)
-        own = _batches(*config.model.examples(config.examples if peer.decomposes else few), config.batch)
-        work[name] = (clocked(_gradients(model, own)), clocked(peer.ready(model, own)))
-    yield from _records("build", paired(work, config.rounds))
+        add(row.name, row.examples or config.examples, partial(_build, row, model))
+    for peer in peers:
+        few = min(config.peer_examples, config.examples)
+        add(peer.title, config.examples if peer.decomposes else few, partial(peer.ready, model))
+    yield from _records("build", work, config.rounds)
 
 
 def sizes(config: Config, model: nn.Module, space: ParameterSpace) -> Iterator[Record]:
     """Bytes of a matrix, and what its structure says beforehand."""
     itemsize = next(model.parameters()).element_size()
     for row in config.works:
-        batches = _batches(*config.model.examples(row.examples or config.examples), config.batch)
+        batches = batches_of(config.model.examples(row.examples or config.examples), config.batch)
         enough = batches if _needs_examples(row) else batches[:1]
         held = _build(row, model, enough)().curvature.nbytes
         yield {"metric": "bytes/held", "value": held, "row": row.name}
@@ -98,55 +92,44 @@ def sizes(config: Config, model: nn.Module, space: ParameterSpace) -> Iterator[R
 
 def steps(config: Config) -> Iterator[Record]:
     """A training step with each structure's past beside one of Naive; rows of one structure share the number."""
-    naive = _Timed(config, None, 0)
+    plain = _Timed(config, None, 0)
     for count in config.pasts:
         first: dict[Any, Work] = {}
         for row in config.works:
             if count == min(config.pasts) or _grows(row.structure):
                 first.setdefault(row.structure, row)
-        timed = {row.name: (naive.seconds, _Timed(config, row, count).seconds) for row in first.values()}
-        found = list(_records(f"step{count}", paired(timed, config.rounds)))
+        timed = {row.name: (plain.seconds, _Timed(config, row, count).seconds) for row in first.values()}
+        found = list(_records(f"step{count}", timed, config.rounds))
         for row in config.works:
             if row.structure in first:
                 like = first[row.structure].name
                 yield from ({**record, "row": row.name} for record in found if record["row"] == like)
 
 
-def errors(config: Config, small: Family, peers: list[str]) -> Iterator[Record]:
+def errors(config: Config, small: Family, peers: list[Peer]) -> Iterator[Record]:
     """‖Ĉ − C‖ / ‖C‖ in the Frobenius norm and tr Ĉ / tr C, with C the exact matrix, after some training on digits."""
-    inputs, targets = digits(small, DIGITS)
-    model = _trained(small.build(), inputs, targets)
-    batches = _batches(inputs, targets, config.batch)
+    data = digits(small, DIGITS)
+    model, batches = _trained(small.build(), *data), batches_of(data, config.batch)
     yield {"metric": "parameters", "value": ParameterSpace.of(model).size, "row": "small model"}
     exact: dict[Curvature, Tensor] = {}
+
+    def distance(name: str, kind: Curvature, matrix: Tensor) -> Iterator[Record]:
+        if kind not in exact:
+            exact[kind] = estimate(kind, Dense(), _risk(model, batches)).curvature.dense().double()
+        true, found = exact[kind], matrix.detach().double()
+        yield {"metric": "error", "value": float((found - true).norm() / true.norm()), "row": name}
+        yield {"metric": "trace", "value": float(found.trace() / true.trace()), "row": name}
+
     for row in config.works:
         kind = Fisher() if isinstance(row.curvature, Fisher) else row.curvature
-        if kind not in exact:
-            exact[kind] = estimate(kind, Dense(), _risk(model, batches)).curvature.dense()
-        found = _build(row, model, batches)().curvature
-        yield from _distance(row.name, found.dense(), exact[kind])
-    for name in peers:
-        kind = peer_of(name).exact
-        if kind not in exact:
-            exact[kind] = estimate(kind, Dense(), _risk(model, batches)).curvature.dense()
+        yield from distance(row.name, kind, _build(row, model, batches)().curvature.dense())
+    for peer in peers:
         try:
-            dense = peer_of(name).ready(model, batches)()()
-        except Exception as error:  # as in `failures`
-            yield {"metric": "no error", "value": 1.0, "row": name, "reason": _reason(error)}
+            matrix = peer.ready(model, batches)()()
+        except Exception as error:  # as in `run`
+            yield {"metric": "no error", "value": 1.0, "row": peer.title, "reason": _reason(error)}
             continue
-        yield from _distance(name, dense, exact[kind])
-
-
-def paired(work: dict[str, Pair], rounds: int) -> dict[str, tuple[list[float], list[float]]]:
-    """Seconds of each reference and its work, one after the other and in turn, `rounds` times after one warm-up."""
-    times: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in work}
-    for number in range(rounds + 1):
-        for name, (reference, timed) in work.items():
-            seconds = reference(), timed()
-            if number:
-                times[name][0].append(seconds[0])
-                times[name][1].append(seconds[1])
-    return times
+        yield from distance(peer.title, peer.exact, matrix)
 
 
 class _Timed:
@@ -160,16 +143,8 @@ class _Timed:
             plugin.past = _past(config, row, model, count)
             plugin.after_training_exp = lambda *args, **kwargs: None
             plugins.insert(0, plugin)
-        data = Examples(*config.model.examples(config.steps * config.batch))
-        self.experience = benchmark([(data, data)], [0], CLASSES).train_stream[0]
-        self.strategy = Naive(
-            model=model,
-            optimizer=torch.optim.SGD(model.parameters(), lr=1e-3),
-            criterion=nn.CrossEntropyLoss(),
-            train_mb_size=config.batch,
-            plugins=plugins,
-            evaluator=EvaluationPlugin(loggers=[]),
-        )
+        self.experience = experience(*config.model.examples(config.steps * config.batch))
+        self.strategy = naive(model, config.batch, plugins)
 
     def seconds(self) -> float:
         self.strategy.train(self.experience, eval_streams=[])
@@ -181,10 +156,9 @@ def _past(config: Config, row: Work, model: nn.Module, count: int) -> Past:
     own = copy.deepcopy(model).eval()
     past, policy, some = Past(), Accumulate(), row.examples or config.examples
     for number in range(count):
-        inputs, targets = config.model.examples(some if _needs_examples(row) else config.batch, seed=number)
-        risk = _risk(own, _batches(inputs, targets, config.batch))
-        past = policy.absorb(past, risk, row.curvature, row.structure)
-        _perturb(own, number)
+        data = config.model.examples(some if _needs_examples(row) else config.batch, seed=number)
+        past = policy.absorb(past, _risk(own, batches_of(data, config.batch)), row.curvature, row.structure)
+        perturb(own, number)
     return past
 
 
@@ -207,20 +181,6 @@ def _risk(model: nn.Module, batches: Batches) -> EmpiricalRisk:
     return EmpiricalRisk.snapshot(model, nn.CrossEntropyLoss(), batches)
 
 
-def _gradients(model: nn.Module, batches: Batches) -> Callable[[], None]:
-    parameters, criterion = list(model.parameters()), nn.CrossEntropyLoss()
-
-    def work() -> None:
-        for x, y in batches:
-            torch.autograd.grad(criterion(model(x), y), parameters)
-
-    return work
-
-
-def _batches(inputs: Tensor, targets: Tensor, size: int) -> Batches:
-    return list(zip(inputs.split(size), targets.split(size)))
-
-
 def _trained(model: nn.Module, inputs: Tensor, targets: Tensor) -> nn.Module:
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     for _ in range(TRAINING_STEPS):
@@ -231,28 +191,17 @@ def _trained(model: nn.Module, inputs: Tensor, targets: Tensor) -> nn.Module:
     return model.eval()
 
 
-def _perturb(model: nn.Module, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=1e-3)
-
-
-def _distance(name: str, found: Tensor, exact: Tensor) -> Iterator[Record]:
-    found, exact = found.detach().double(), exact.double()
-    yield {"metric": "error", "value": float((found - exact).norm() / exact.norm()), "row": name}
-    yield {"metric": "trace", "value": float(found.trace() / exact.trace()), "row": name}
-
-
 def _reason(error: Exception) -> str:
     return ": ".join(part for part in (type(error).__name__, str(error)) if part)
 
 
-def _records(group: str, times: dict[str, tuple[list[float], list[float]]]) -> Iterator[Record]:
-    for name, (references, works) in times.items():
+def _records(group: str, work: dict[str, Pair], rounds: int) -> Iterator[Record]:
+    """Each beside its reference, timed just before it."""
+    timed = {(name, part): seconds for name, pair in work.items() for part, seconds in enumerate(pair)}
+    times = interleaved(timed, rounds)
+    for name in work:
+        references, works = times[name, 0], times[name, 1]
         ratio = statistics.median(work / reference for reference, work in zip(references, works))
         yield {"metric": f"{group}/ratio", "value": ratio, "row": name}
         yield {"metric": f"{group}/milliseconds", "value": 1e3 * statistics.median(works), "row": name}
         yield {"metric": f"{group}/reference", "value": 1e3 * statistics.median(references), "row": name}
-
-

@@ -1,4 +1,4 @@
-"""The picture of every single stored example, in the structures that restrict it: the κ of the research log."""
+"""A quadratic model of every single stored example, in the structures that restrict it: the κ of the research log."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Derivatives:
 
 
 def derivatives(curvature: Curvature, risk: EmpiricalRisk) -> Derivatives:
-    """Those of the stored examples where the risk is frozen; of batches for the squared gradient of a batch."""
+    """The derivatives of the stored examples where the risk is frozen; for a squared batch gradient, of batches."""
     losses = losses_at(unit_of(curvature), risk, risk.anchor)
     gradients = torch.stack([risk.summed_gradient(x, y) / len(y) for x, y in risk.rebatched(unit_of(curvature))])
     rows = matrices = None
@@ -83,7 +83,7 @@ def losses_at(unit: int, risk: EmpiricalRisk, parameters: Float[Tensor, "P"]) ->
 
 
 def unit_of(curvature: Curvature) -> int:
-    """How many examples share a picture: the batch of a squared batch gradient, else one."""
+    """How many examples share a quadratic model: the batch of a squared batch gradient, else one."""
     return curvature.batch_size if isinstance(curvature, BatchedEmpiricalFisher) else 1
 
 

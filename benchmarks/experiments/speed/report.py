@@ -1,0 +1,79 @@
+"""The table of times."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from benchmarks.harness.tables import Cell, Column, table
+
+if TYPE_CHECKING:
+    from benchmarks.harness.results import Results
+
+TITLES = {
+    "step/naive": ("one training step of Naive, through Avalanche's loop", None),
+    "step/curvature_ewc": ("CurvatureEWC, diagonal, after 20 experiences", 1.15),
+    "step/curvature_ewc_one": ("CurvatureEWC, diagonal, after 1 experience", None),
+    "step/ewc_separate": ("Avalanche's EWC, separate, after 20 experiences", None),
+    "step/ewc_online": ("Avalanche's EWC, online, after 20 experiences", None),
+    "step/idle": ("Naive with all metrics attached, at iterations that none measures", None),
+    "estimate/gradients": ("one epoch of plain gradient passes", None),
+    "estimate/empirical_fisher": ("exact empirical-Fisher diagonal", 1.2),
+    "estimate/fisher": ("exact Fisher diagonal", 2.3),
+    "estimate/ewc": ("Avalanche's importance (not per example)", None),
+    "fidelity/gradients": ("one gradient pass over the stored examples", None),
+    "fidelity/accumulate": ("all fidelity values, accumulated model", 1.5),
+    "fidelity/refresh": ("all fidelity values, refreshed model", 1.5),
+    "on/gradients": ("one plain gradient pass over a batch", None),
+    "on/check": ("AdaptiveRefresh: one look at the stored examples", None),
+    "on/refresh": ("AdaptiveRefresh: one refresh, Fisher diagonal", None),
+    "on/landscape_empirical": ("landscape of 200 examples, empirical Fisher", None),
+    "on/landscape_fisher": ("landscape of 200 examples, Fisher", None),
+    "on/landscape_hessian": ("landscape of 200 examples, Hessian, by Lanczos iteration", None),
+    "measured/naive": ("a step of Naive that nothing measures", None),
+    "measured/fidelity": ("with fidelity_metrics(every=1), 256 stored examples", None),
+    "measured/landscape_empirical": ("with landscape_metrics(every=1), 200 current examples, empirical Fisher", None),
+    "measured/landscape_fisher": ("with landscape_metrics(every=1), 200 current examples, Fisher", None),
+    "measured/refresh": ("CurvatureEWC, Refresh, diagonal, 256 stored examples", None),
+    "measured/adaptive": ("CurvatureEWC, AdaptiveRefresh that looks at every step, and refreshes at none", None),
+    "mitigated/plain": ("one step of an MLP with 4 hidden layers of 256, plain loop", None),
+    "mitigated/spectral": ("SpectralRegularizer", 1.15),
+    "mitigated/exact": ("the same penalty by exact SVD: the price avoided", None),
+    "mitigated/l2": ("L2", 1.1),
+    "mitigated/l2_init": ("L2Init", 1.1),
+    "mitigated/shrink_perturb": ("ShrinkAndPerturb at every step", 1.1),
+    "mitigated/redo": ("ReDO(every=100)", 1.1),
+    "mitigated/wasserstein": ("Wasserstein", 1.1),
+    "mitigated/streaming_ewc": ("StreamingEWC", 1.1),
+    "mitigated/parseval": ("Parseval", 1.1),
+    "mitigated/parseval_10": ("Parseval(every=10)", 1.1),
+    "images/plain": ("one step of ResNet-18 on 64×64 images", None),
+    "images/spectral": ("SpectralRegularizer", 1.04),
+    "images/exact": ("the same penalty by exact SVD", None),
+    "projected/naive": ("one training step of Naive, through Avalanche's loop", None),
+    "projected/flat_20": ("OrthogonalProjection, 20 directions in all parameters", 1.8),
+    "projected/flat_100": ("OrthogonalProjection, 100 directions in all parameters", 4.8),
+    "projected/inputs_100": ("OrthogonalProjection, 100 directions of each layer's inputs", 1.7),
+    "merge/qr": ("orthonormal basis of 220 directions, by QR", None),
+    "merge/merge": ("20 directions that join an orthonormal basis of 200", 0.2),
+    "suite/training": ("training of six runs of some ten seconds each", None),
+    "suite/one_job": ("the whole command that runs them one after the other: records, event files, reports", 1.03),
+    "suite/two_jobs": ("the same with --jobs 2 on two cores, the start of the processes included", 0.64),
+}
+"""By group and work: what it is, and the ratio that is the goal on a quiet machine."""
+
+
+def report(results: Results) -> str:
+    """One row for each work."""
+    label = results.labels[0]
+    columns = [Column("work"), Column("milliseconds", 2), Column("ratio", 2), Column("goal"), Column("n")]
+    rows: list[list[Cell]] = []
+    for name, (title, goal) in TITLES.items():
+        time, ratio = results.final(f"{name}/milliseconds", label), results.final(f"{name}/ratio", label)
+        rows.append([title, time, ratio, f"≤ {goal}" if goal else "", ratio.n if ratio else 0])
+    return (
+        f"# Cost on {label}\n\nMedians over interleaved rounds in one process, one thread; ratios to the first row "
+        "of each group, over n repetitions of the benchmark. Metrics that are not attached cost nothing. "
+        "A round of a mitigator on the MLP has as many steps as the longest of its periods, so that it holds all "
+        "of its work.\n\n"
+        + table(columns, rows)
+    )

@@ -1,0 +1,1 @@
+"""Strengths for the other experiments, chosen on seeds that they never report."""
