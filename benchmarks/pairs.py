@@ -8,7 +8,7 @@ from math import isfinite
 
 import numpy as np
 
-from benchmarks.harness.summary import Summary, summarise
+from benchmarks.harness.results import Summary, summarise
 
 LEVEL = 0.05
 

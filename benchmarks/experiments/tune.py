@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.experiments import ewc_hessian, refresh, trust_region
+from benchmarks.experiments import ewc_hessian, trust_region
+from benchmarks.experiments.refresh import experiment as refresh
 from benchmarks.harness import Experiment, Options, one_of
 from benchmarks.harness.experiment import Context, Record
 from benchmarks.harness.tables import Column, table

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness.errors import UsageError, unknown
+from benchmarks.harness.experiment import is_timing
 from benchmarks.harness.published import read_results
 from benchmarks.harness.results import Results
 from benchmarks.harness.setup_difference import coverage, environment
 from benchmarks.harness.significance import IDENTICAL, LEVEL, Comparison, compared, holm
 from benchmarks.harness.tables import Cell, Column, table
-from benchmarks.harness.timings import is_timing
 
 RESULTS = "Results"
 FINGERPRINT = "weights"  # a sum over all weights, by which runs that are equal are known: no result to be tested

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from benchmarks.harness.plots import new_figure, saved
-from benchmarks.harness.results import Results
-from benchmarks.harness.summary import Summary, summarise
+from benchmarks.harness.results import Results, Summary, summarise
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.harness.results import Summary
 from benchmarks.harness.styles import MUTED, Style, styles
-from benchmarks.harness.summary import Summary
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

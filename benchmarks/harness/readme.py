@@ -11,15 +11,15 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from benchmarks.harness.errors import UsageError, unknown
-from benchmarks.harness.experiment import Experiment
 from benchmarks.harness.markers import marked, replaced
 from benchmarks.harness.published import read
+from benchmarks.harness.report import Report
 from benchmarks.harness.results import Results
 
 TABLES = "tables"
 FIGURE = re.compile(r"^!\[.*\]\(.*\)\n*", re.MULTILINE)
 NOTES = "⁰¹²³⁴⁵⁶⁷⁸⁹"
-Load = Callable[[str], Experiment]
+Load = Callable[[str], Report]
 
 
 def filled(path: Path, load: Load, folder: Path) -> tuple[str, list[str]]:
@@ -47,9 +47,9 @@ def filled(path: Path, load: Load, folder: Path) -> tuple[str, list[str]]:
 
 def rendered(results: Results, load: Load) -> str:
     """The experiment's report over some results, without its figures."""
-    experiment = load(results.manifest.get("experiment", ""))
+    report = load(results.manifest.get("experiment", ""))
     with TemporaryDirectory() as nowhere:
-        return FIGURE.sub("", experiment.report(results, Path(nowhere))).strip()
+        return FIGURE.sub("", report(results, Path(nowhere))).strip()
 
 
 def excerpt(markdown: str, results: Results, part: str = "") -> str:

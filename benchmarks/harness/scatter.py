@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks.harness.plots import legend, new_figure, plain_numbers, saved, tidy
+from benchmarks.harness.results import Summary
 from benchmarks.harness.styles import Style, styles
-from benchmarks.harness.summary import Summary
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite, isnan, nan, sqrt
 
-from benchmarks.harness.summary import Summary, summarise
+from benchmarks.harness.results import Summary, summarise
 from benchmarks.pairs import LEVEL
 
 IDENTICAL = "identical"
