@@ -5,8 +5,8 @@ How to add an experiment: add the folder ``benchmarks/experiments/NAME`` with
 ``__init__.py``
     Empty.
 ``experiment.py``
-    Its docstring's first line is what ``list`` shows. It defines a frozen dataclass of one configuration (`Config`), the
-    grid and the run (`Experiment`), and the object ``experiment``. It may import torch, and does not import the report::
+    Its docstring's first line is what ``list`` shows. It defines a frozen dataclass of one configuration (`Config`),
+    the grid and the run (`Experiment`), and the object ``experiment``. It may import torch, and imports no report::
 
         @dataclass(frozen=True)
         class Config:
@@ -28,7 +28,7 @@ How to add an experiment: add the folder ``benchmarks/experiments/NAME`` with
             options_type = NameOptions
 
             def configs(self, options): ...                              # the grid, a small one with options.quick
-            def run(self, config, seed, context): ...                    # {"metric": ..., "value": ..., "step": ...}, ...
+            def run(self, config, seed, context): ...                    # {"metric": ..., "value": ..., "step": ...}
 
 
         experiment = Name()

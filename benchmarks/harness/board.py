@@ -34,8 +34,8 @@ def publish(folder: Path, unit: Unit, table: Mapping[str, Options], records: Seq
 
 
 def options(units: Sequence[Unit]) -> dict[str, Options]:
-    """By label: it as "strategy", and the columns of the configuration but those that are None. What is neither a number
-    nor a truth value becomes a short text."""
+    """By label: it as "strategy", and the columns of the configuration but those that are None. What is neither a
+    number nor a truth value becomes a short text."""
     configs = {unit.label: describe(unit.config) for unit in units}
     found = columns(list(configs.values()))
     return {

@@ -187,7 +187,7 @@ def _publish(words: Sequence[str], experiments: Experiments) -> int:
 
 
 def _readme(words: Sequence[str], experiments: Experiments) -> int:
-    from benchmarks.harness.documents import DOCUMENTS, fill
+    from benchmarks.harness.documents import fill
 
     chosen = parsed(Readme, words[1:], f"{PROGRAM} readme")
-    return fill(chosen.files or DOCUMENTS, chosen.check)
+    return fill(chosen.files, chosen.check)

@@ -194,7 +194,8 @@ def columns(configs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """
     leaves = [dict(_leaves(config, ())) for config in configs]
     paths = dict.fromkeys(path for found in leaves for path in found)
-    count = Counter([("seed",), ("metric",), ("step",), ("value",), *(p[-n:] for p in paths for n in range(1, len(p) + 1))])
+    count = Counter(path[-n:] for path in paths for n in range(1, len(path) + 1))
+    count.update([("seed",), ("metric",), ("step",), ("value",)])  # of units and records
     names = {p: ".".join(next((p[-n:] for n in range(1, len(p)) if count[p[-n:]] == 1), p)) for p in paths}
     return [{names[path]: found.get(path) for path in paths} for found in leaves]
 

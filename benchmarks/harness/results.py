@@ -165,7 +165,7 @@ class Results:
         return [row for row in found if all(row.get(key) == value for key, value in keys.items())]
 
     def finals(self, metric: str, label: str | None = None, **keys: Any) -> dict[int, float]:
-        """By seed: the value at the last step, what a comparison seed by seed takes. Without `label`, of the only one."""
+        """By seed: the value at the last step, for comparisons seed by seed. Without `label`, of the only one."""
         last: dict[int, Row] = {}
         for row in self.select(metric, self.label if label is None else label, **keys):
             known = last.get(row["seed"])

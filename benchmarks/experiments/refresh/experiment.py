@@ -50,7 +50,7 @@ STRENGTHS = {"accumulate": 0.1, "refresh": 1.0, "refresh with gradient": 1.0}  #
 
 
 class RefreshExperiment(Experiment):
-    """Both quadratic models along each trajectory at every step; the one that the policy trains with enters the table."""
+    """Both quadratic models along each trajectory at every step; the table has that which the policy trains with."""
 
     name = "refresh"
 
@@ -75,7 +75,8 @@ class RefreshExperiment(Experiment):
         records: list[Record] = [{"metric": "acc", "value": value, "step": step} for step, value in seen.items()]
         own = "refresh" if isinstance(config.policy, Refresh) else "accumulate"
         for model in ("accumulate", "refresh"):
-            measured = {"all_accuracy": seen, "stored_accuracy": curves["accuracy/stored"], **model_curves(curves, model)}
+            measured = {"all_accuracy": seen, "stored_accuracy": curves["accuracy/stored"]}
+            measured |= model_curves(curves, model)
             for name, curve in measured.items():
                 past = {step: value for step, value in curve.items() if step >= config.steps}
                 final, average = past[max(past)], sum(past.values()) / len(past)

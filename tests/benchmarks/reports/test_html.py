@@ -20,10 +20,10 @@ ARGUMENTS = [
 
 
 @pytest.fixture
-def folder(tmp_path, stored, experiment):
+def folder(tmp_path, stored, report):
     """A results folder with its report."""
     store = Store(stored(tmp_path / "out" / "stored", VALUES))
-    write_report(experiment, load(store, "run"), store)
+    write_report(report, load(store, "run"), store)
     return store.root
 
 
