@@ -11,7 +11,7 @@ from benchmarks.harness import published
 from benchmarks.harness.errors import UsageError
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = (ROOT / "README.md", ROOT / "avalanche_curv" / "README.md", *sorted((ROOT / "benchmarks").rglob("README.md")))
+DOCUMENTS = [ROOT / "README.md", ROOT / "avalanche_curv/README.md", *sorted((ROOT / "benchmarks").rglob("README.md"))]
 
 
 def fill(files: Sequence[Path] = (), check: bool = False) -> int:
@@ -29,8 +29,9 @@ def fill(files: Sequence[Path] = (), check: bool = False) -> int:
             changed.append(path)
             if not check:
                 published.write_atomically(path, after)
-    for name in [] if files else published.files().keys() - published.shown.keys():
-        raise UsageError(f"{published.files()[name]} has no place in a document: show(\"{name}\") it, or remove the file.")
+    for name, place in published.files().items():
+        if not files and name not in published.shown:
+            raise UsageError(f'{place} has no place in a document: show("{name}") it, or remove the file.')
     if check:
         for path in changed:
             print(f"{path}: not what its published results say.", file=sys.stderr)

@@ -84,7 +84,7 @@ def publish_folder(folder: Path, name: str | None, figures: Sequence[str], exper
     for figure, copy in zip(figures, kept):
         shutil.copyfile(folder / figure, copy)
     line = f"<!-- [[[cog from benchmarks.harness.published import show; show({name!r}) ]]] -->"
-    return [str(path), f"dropped: {dropped}", *map(str, kept), f"To show it: {line} and <!-- [[[end]]] --> in a document"]
+    return [str(path), f"dropped: {dropped}", *map(str, kept), f"To show it in a document: {line}, <!-- [[[end]]] -->"]
 
 
 def rendered(results: Results, experiments: Experiments) -> str:

@@ -53,6 +53,13 @@ def test_a_figure_that_is_absent_is_told_and_not_asked_for(tmp_path):
     assert "A figure (the figure gone.png is absent)" in html
 
 
+def test_a_figure_from_outside_of_the_folder_does_not_enter_the_page(tmp_path):
+    (tmp_path / "secret.png").write_bytes(b"PNG")
+    (tmp_path / "folder").mkdir()
+    for place in ("../secret.png", str(tmp_path / "secret.png")):
+        assert "<img" not in part(f"![A figure]({place})", tmp_path / "folder")
+
+
 def test_tables_scroll_in_a_frame_and_keep_their_bars(tmp_path):
     html = part("| a | b |\n| :-- | --: |\n| \\|κ\\| | **1.0** |", tmp_path)
     assert re.search(r'<div class="table" tabindex="0">\s*<table>', html)

@@ -75,7 +75,7 @@ def test_a_published_result_that_no_document_shows_is_an_error(document, monkeyp
     monkeypatch.setattr("benchmarks.harness.documents.DOCUMENTS", [document])
     assert fill() == 0
     document.write_text("nothing")
-    with pytest.raises(UsageError, match='stored.json has no place in a document: show."stored". it'):
+    with pytest.raises(UsageError, match=r'stored.json has no place in a document: show."stored". it'):
         fill()
 
 
