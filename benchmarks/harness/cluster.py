@@ -55,7 +55,7 @@ class Cluster(Engine):
         with self._client() as client:
             futures = {client.submit(_run_if_shared, job, unit, pure=False): unit for unit in units}
             try:
-                for future in as_completed(futures):
+                for future in as_completed(futures, loop=client.loop):
                     end = _end(future, futures[future])
                     if isinstance(end, Outcome):
                         _wait_until_visible(job.store, end)
