@@ -39,8 +39,7 @@ def options(units: Sequence[Unit]) -> dict[str, Options]:
     configs = {unit.label: describe(unit.config) for unit in units}
     found = columns(list(configs.values()))
     return {
-        label: {"strategy": label}
-        | {name: _short(value) for name, value in row.items() if name != "label" and value is not None}
+        label: {"strategy": label, **{k: _short(v) for k, v in row.items() if k != "label" and v is not None}}
         for label, row in zip(configs, found)
     }
 

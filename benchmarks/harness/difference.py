@@ -158,8 +158,8 @@ def coverage(a: Results, b: Results) -> str:
     lines = []
     seeds = [{label: {h["seed"] for h in r.headers if h["label"] == label} for label in r.labels} for r in (a, b)]
     for name, one, other in (("A", *seeds), ("B", *seeds[::-1])):
-        for label, known in one.items():
-            alone = [str(seed) for seed in sorted(known - other.get(label, set()))]
+        for label, own in one.items():
+            alone = [str(seed) for seed in sorted(own - other.get(label, set()))]
             if alone:
                 lines.append(f"- only in {name}: {label}, seed{'s' * (len(alone) > 1)} {', '.join(alone)}")
     for label in (label for label in a.labels if label in b.labels and a.config(label) and b.config(label)):
