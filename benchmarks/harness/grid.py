@@ -1,4 +1,4 @@
-"""Moved."""  # until every experiment is converted: benchmarks.harness.experiment
+"""Names that have moved."""  # until every experiment is converted: benchmarks.harness.experiment
 
 from benchmarks.harness.experiment import Unit, describe, digest, grid
 

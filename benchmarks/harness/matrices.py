@@ -1,4 +1,4 @@
-"""Moved."""  # until every experiment is converted: benchmarks.harness.plots
+"""Names that have moved."""  # until every experiment is converted: benchmarks.harness.plots
 
 from benchmarks.harness.plots import accuracy_matrices, accuracy_matrix, plot_matrices
 

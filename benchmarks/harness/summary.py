@@ -1,4 +1,4 @@
-"""Moved."""  # until every experiment is converted: benchmarks.harness.results
+"""Names that have moved."""  # until every experiment is converted: benchmarks.harness.results
 
 from benchmarks.harness.results import Summary, summarise
 

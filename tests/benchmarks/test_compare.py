@@ -6,13 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from benchmarks.harness.timings import is_timing
 
 from benchmarks.experiments.compare import CompareOptions, Setting, experiment
 from benchmarks.experiments.compare.tuning import FIRST_SEED, Tuning, TuningOptions, best_strengths
 from benchmarks.harness import Results, UsageError
 from benchmarks.harness.command import main
-from benchmarks.harness.experiment import Context
+from benchmarks.harness.experiment import Context, is_timing
 
 SETTING = Setting("split_digits", "class", experiences=3, steps=4, batch=32, rate=3e-3, every=0, test_limit=60)
 
