@@ -9,7 +9,7 @@ from statistics import fmean
 
 import numpy as np
 
-from benchmarks.harness.summary import Summary, summarise
+from benchmarks.harness.results import Summary, summarise
 
 LEVEL = 0.05
 

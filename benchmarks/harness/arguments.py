@@ -1,9 +1,10 @@
-"""Argument types whose errors are one line that names the remedy."""
+"""Argument types of experiments that still declare their options to argparse."""  # until every experiment is converted
 
 import argparse
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from benchmarks.harness.errors import UsageError, unknown
 
@@ -53,9 +54,17 @@ def folder(given: str) -> Path:
     return path
 
 
-def document(given: str) -> Path:
-    """The argument type of a file that exists."""
-    path = Path(given).expanduser()
-    if not path.is_file():
-        raise argparse.ArgumentTypeError(f"expected a file, but '{given}' is none.")
-    return path
+def parse(kind: Any, experiment: Any, words: Sequence[str]) -> Any:
+    """The command line of such an experiment, as the dataclass of the new ones."""
+    parser = Parser(prog=f"python -m benchmarks {' '.join(words[:2])}", allow_abbrev=False)
+    parser.add_argument("--seeds", type=positive, default=5)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--dataset-root", type=folder)
+    parser.add_argument("--out", type=folder, default=Path("results"))
+    experiment.add_arguments(parser)
+    own = [field.name for field in fields(kind) if field.name not in ("options", "out")]
+    for name in own:
+        parser.add_argument(f"--{name}", type=positive if name == "jobs" else str)
+    chosen = parser.parse_args(words[2:])
+    options = experiment.options_type(**{f.name: getattr(chosen, f.name) for f in fields(experiment.options_type)})
+    return kind(options, chosen.out, **{name: getattr(chosen, name) for name in own})

@@ -1,12 +1,11 @@
 """What TensorBoard shows of a unit beside its curves: the charts that overlay runs, and its row in a table."""
 
-from collections import Counter
+import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness.grid import Unit, describe
+from benchmarks.harness.experiment import Unit, columns, describe
 
 Options = dict[str, str | float | bool]
 LONGEST = 60
@@ -15,8 +14,9 @@ RESULTS_FIRST = ("average_accuracy", "forgetting", "accuracy/past_tasks", "fidel
                  "fidelity/refresh/kappa_abs")
 
 
-def publish(folder: Path, unit: Unit, columns: Options, records: Sequence[Mapping[str, Any]]) -> None:
-    """Add the layout and the unit's row to the event files of a run; nothing where it has left none."""
+def publish(folder: Path, unit: Unit, table: Mapping[str, Options], records: Sequence[Mapping[str, Any]]) -> None:
+    """Add the layout and the unit's row of the table (`options`) to the event files of a run; nothing where it has left
+    none."""
     if not any(folder.glob("events.out.tfevents.*")):
         return
     from torch.utils.tensorboard import SummaryWriter
@@ -26,27 +26,22 @@ def publish(folder: Path, unit: Unit, columns: Options, records: Sequence[Mappin
     logged = b"".join(path.read_bytes() for path in sorted(folder.glob("events.out.tfevents.*")))
     filled = {heading: {t: tag for t, tag in charts.items() if _has(logged, tag)} for heading, charts in CHARTS.items()}
     drawn = {heading: charts for heading, charts in filled.items() if charts}
+    known = {name: value for row in table.values() for name, value in row.items()} | {"seed": unit.seed}
     with SummaryWriter(folder, filename_suffix=".results") as writer:
         write_layout(writer, drawn)
-        write_hparams(writer, options(unit), results(records), columns=columns)
+        row = table[unit.label] | {"seed": unit.seed}
+        write_hparams(writer, row, results(records), columns=_led_by(OPTIONS_FIRST, known))
 
 
-def options(unit: Unit) -> Options:
-    """The configuration as a flat mapping, and the seed.
-
-    A nested dataclass gives its class name, where that says more than the field's, and its own fields: each under its
-    own name, or under `outer.name` where several have that name. What is None is left out; what is neither a number
-    nor a truth value becomes a short text.
-    """
-    leaves = [(path, value) for path, value in _leaves(unit.config, ()) if path != ("label",)]
-    first: Options = {"strategy": unit.label, "seed": unit.seed}
-    count = Counter([*first, *(path[-1] for path, _ in leaves)])
-    return first | {path[-1] if count[path[-1]] == 1 else ".".join(path[-2:]): _short(value) for path, value in leaves}
-
-
-def columns(units: Iterable[Unit]) -> Options:
-    """Every option of any unit with one of its values, the most telling first."""
-    return _led_by(OPTIONS_FIRST, {name: value for unit in units for name, value in options(unit).items()})
+def options(units: Sequence[Unit]) -> dict[str, Options]:
+    """By label: it as "strategy", and the columns of the configuration but those that are None. What is neither a
+    number nor a truth value becomes a short text."""
+    configs = {unit.label: describe(unit.config) for unit in units}
+    found = columns(list(configs.values()))
+    return {
+        label: {"strategy": label, **{k: _short(v) for k, v in row.items() if k != "label" and v is not None}}
+        for label, row in zip(configs, found)
+    }
 
 
 def results(records: Iterable[Mapping[str, Any]]) -> dict[str, float]:
@@ -71,19 +66,8 @@ def _has(logged: bytes, tag: str) -> bool:
     return b"\n" + bytes([len(tag.encode())]) + tag.encode() in logged
 
 
-def _leaves(value: Any, path: tuple[str, ...]) -> Iterable[tuple[tuple[str, ...], Any]]:
-    if is_dataclass(value) and not isinstance(value, type):
-        if path and type(value).__name__.lower() != path[-1]:
-            yield path, type(value).__name__
-        for field in fields(value):
-            yield from _leaves(getattr(value, field.name), (*path, field.name))
-    elif value is not None:
-        yield path, value
-
-
 def _short(value: Any) -> str | float | bool:
-    described = describe(value)
-    if isinstance(described, bool | int | float):
-        return described
-    text = str(described)
+    if isinstance(value, bool | int | float):
+        return value
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"

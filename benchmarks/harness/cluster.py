@@ -1,30 +1,25 @@
-"""Units run by the workers of a Dask scheduler, through joblib."""
+"""Units run by the workers of a Dask scheduler, through its client."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import CancelledError, Future
-from contextlib import closing, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from joblib import Parallel, delayed, parallel_config
-from joblib._dask import DaskDistributedBackend
-
+from benchmarks.harness.engines import Ends, Engine, Lost
 from benchmarks.harness.errors import UsageError
-from benchmarks.harness.grid import Unit
-from benchmarks.harness.pool import Ends, Engine, Lost
+from benchmarks.harness.experiment import Unit
 from benchmarks.harness.store import Store
 from benchmarks.harness.unit_run import Job, Outcome, run_in_worker
 
 if TYPE_CHECKING:
-    from distributed import Client
+    from distributed import Client, Future
 
 CONNECT = 10.0
 VISIBLE = 30.0
-WEEK = 7 * 24 * 3600.0
 
 
 @dataclass(frozen=True)
@@ -54,16 +49,19 @@ class Cluster(Engine):
             print(f"no worker has joined {self.address} yet; the units wait for the first", file=sys.stderr)
 
     def ends(self, job: Job, units: Sequence[Unit]) -> Ends:
+        from distributed import as_completed
+
         job = job.absolute()  # a worker has a working folder of its own
         with self._client() as client:
-            backend = _PatientBackend(client=client, wait_for_workers_timeout=WEEK)
-            with parallel_config(backend, n_jobs=-1):
-                pool = Parallel(batch_size=1, pre_dispatch="all", return_as="generator_unordered")
-            with closing(pool(delayed(_run_if_shared)(job, unit) for unit in units)) as ends:
-                for end in ends:
+            futures = {client.submit(_run_if_shared, job, unit, pure=False): unit for unit in units}
+            try:
+                for future in as_completed(futures, loop=client.loop):
+                    end = _end(future, futures[future])
                     if isinstance(end, Outcome):
                         _wait_until_visible(job.store, end)
                     yield end
+            finally:
+                client.cancel(list(futures))
 
     @contextmanager
     def _client(self) -> Iterator[Client]:
@@ -84,43 +82,24 @@ class Cluster(Engine):
             yield client
 
 
-class _PatientBackend(DaskDistributedBackend):
-    """joblib's, which (1.6) waits for ever for a task that the scheduler gives up: the result is then a `Lost`."""
-
-    def configure(self, n_jobs: int = 1, parallel: Any = None, **options: Any) -> int:
-        return max(2, super().configure(n_jobs, parallel, **options))  # with one, joblib would not ask the scheduler
-
-    def submit(self, func: Any, callback: Callable[[Any], None]) -> Future:
-        ((_, (_, unit), _),) = func.items
-        future = super().submit(func, callback)
-
-        def tell(done: Future) -> None:
-            error = done.exception()
-            if error is not None:
-                callback([_explained(unit, error)])
-
-        future.add_done_callback(tell)
-        return future
-
-    def retrieve_result_callback(self, out: Any) -> Any:
-        """What the call returned; raises what it raised."""
-        if isinstance(out, list) and isinstance(out[0], BaseException):
-            raise out[0]
-        if isinstance(out, CancelledError):
-            raise UsageError("the connection to the scheduler was lost. The same command runs the missing units.")
-        return super().retrieve_result_callback(out)
-
-
-def _explained(unit: Unit, error: BaseException) -> Lost | UsageError:
-    """What the scheduler's error about a task means."""
+def _end(future: Future, unit: Unit) -> Outcome | Lost:
+    """The end of a unit. Raises UsageError where it could not begin, or where the scheduler is gone."""
     from distributed import KilledWorker
 
+    if future.cancelled():
+        raise UsageError("the connection to the scheduler was lost. The same command runs the missing units.")
+    error = future.exception()
     if isinstance(error, KilledWorker):
         return Lost(unit, f"workers lost: {error.allowed_failures + 1}, the last {error.last_worker.address}")
-    return UsageError(
-        f"a worker could not load a unit ({type(error).__name__}: {error}). Start the workers in the same Python "
-        "environment, with the checkout's folder as their working folder or in PYTHONPATH, and again when code changes."
-    )
+    if isinstance(error, UsageError):
+        raise error
+    if error is not None:
+        raise UsageError(
+            f"a worker could not load a unit ({type(error).__name__}: {error}). Start the workers in the same Python "
+            "environment, with the checkout's folder as their working folder or in PYTHONPATH, and again when code "
+            "changes."
+        )
+    return future.result()
 
 
 def _run_if_shared(job: Job, unit: Unit) -> Outcome:

@@ -1,52 +1,100 @@
-"""The command line: ``list``, ``run``, ``report``, and the commands of `documents`."""
+"""The command line: ``python -m benchmarks list | run | report | diff | publish | readme``."""
 
-import argparse
+from __future__ import annotations
+
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Any, Generic, TypeVar
 
-from benchmarks.harness.arguments import Parser, folder, one_of, positive
-from benchmarks.harness.documents import add_commands, report_all
-from benchmarks.harness.errors import UsageError
-from benchmarks.harness.experiment import Experiment, Options
-from benchmarks.harness.manifest import cpus
-from benchmarks.harness.pool import Engine, ThisProcess
-from benchmarks.harness.registered import Registered, load
-from benchmarks.harness.report import where, write_report
-from benchmarks.harness.results import load as load_results
-from benchmarks.harness.store import Store
-from benchmarks.registry import EXPERIMENTS
+import tyro
+
+from benchmarks.harness.errors import UsageError, unknown
+from benchmarks.harness.experiment import Experiment
+from benchmarks.harness.options import Options, folder, parsed, positive
+from benchmarks.registry import EXPERIMENTS, Registered, found
 
 PROGRAM = "python -m benchmarks"
-NAMING = (["run"], ["report"])
-"""The commands that take an experiment's name, and then its own arguments."""
+Experiments = Mapping[str, Registered]
+O = TypeVar("O", bound=Options)  # noqa: E741
 
 
-def main(argv: Sequence[str] | None = None, experiments: Mapping[str, Registered] = EXPERIMENTS) -> int:
+@dataclass(frozen=True)
+class Place(Generic[O]):
+    """The options of an experiment, and the folder of its results."""
+
+    options: O
+    out: Annotated[Path, folder()] = Path("results")
+    """below it lie the results, in a folder for each experiment"""
+
+
+@dataclass(frozen=True)
+class Run(Place[O]):
+    """Run the units that have not finished, then report on all."""
+
+    jobs: Annotated[int | None, positive()] = None
+    """units side by side; default one per CPU"""
+    scheduler: str | None = None
+    """run the units on the workers of this Dask scheduler: tcp://HOST:PORT"""
+
+
+@dataclass(frozen=True)
+class Reports:
+    """Write each report below a folder again, without running, and one page of all."""
+
+    out: Annotated[Path, folder()] = Path("results")
+    """the folder of the results"""
+
+
+@dataclass(frozen=True)
+class Diff:
+    """What changed from one results folder to another, and whether it is noise."""
+
+    a: tyro.conf.Positional[Path]
+    """a results folder, or a published file"""
+    b: tyro.conf.Positional[Path]
+    """another"""
+    metric: tuple[str, ...] = ()
+    """only this one; repeatable"""
+    html: Path | None = None
+    """also write a page"""
+
+
+@dataclass(frozen=True)
+class Publish:
+    """Keep what the documents' tables need of results, in the folder of their experiment."""
+
+    folder: tyro.conf.Positional[Annotated[Path, folder()]]
+    """a results folder"""
+    name: Annotated[str | None, tyro.conf.arg(name="as")] = None
+    """default: the name of the folder"""
+    figure: tuple[str, ...] = ()
+    """keep this file of the folder too; repeatable"""
+
+
+@dataclass(frozen=True)
+class Readme:
+    """Fill the tables of the documents from published results, by cog."""
+
+    files: tyro.conf.Positional[tuple[Path, ...]] = ()
+    """default: README.md and those of the package and of the experiments"""
+    check: bool = False
+    """change nothing; status 1 where one is not current"""
+
+
+def main(argv: Sequence[str] | None = None, experiments: Experiments = EXPERIMENTS) -> int:
     """Run a command line and return its exit status: 0, 1 where units failed, 2 for a wrong request, 130 for Ctrl-C."""
     words = list(sys.argv[1:] if argv is None else argv)
+    commands = {"list": _list, "run": _run, "report": _report, "diff": _diff, "publish": _publish, "readme": _readme}
     try:
-        named = next((word for word in words[1:] if word in experiments), None) if words[:1] in NAMING else None
-        experiment = load(named, experiments) if named else None
-        chosen = parser(experiments, experiment).parse_args(words)
-        if chosen.command == "list":
-            return list_experiments(experiments)
-        if hasattr(chosen, "act"):
-            return chosen.act(chosen, experiments)
-        if experiment is None or chosen.name is None:
-            return report_all(chosen.out, experiments)
-        if chosen.name != experiment.name:  # an option's value was another experiment's name
-            experiment = load(chosen.name, experiments)
-            chosen = parser(experiments, experiment).parse_args(words)
-        options = read_options(experiment, chosen)
-        store = Store(chosen.out / folder_name(experiment, options))
-        if chosen.command == "report":
-            return report(experiment, store, words)
-        from benchmarks.harness.run import run  # it needs torch
-
-        return run(experiment, options, store, engine(chosen), f"{PROGRAM} {shlex.join(words)}")
+        if not words or words[0] in ("-h", "--help"):
+            print(f"usage: {PROGRAM} {{{','.join(commands)}}} ...\n\nRun the experiments and report on them.")
+            return 0 if words else 2
+        if words[0] not in commands:
+            raise UsageError(unknown("command", words[0], commands))
+        return commands[words[0]](words, experiments)
     except (UsageError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -54,67 +102,92 @@ def main(argv: Sequence[str] | None = None, experiments: Mapping[str, Registered
         return 130
 
 
-def parser(experiments: Mapping[str, Registered], experiment: Experiment | None) -> Parser:
-    """The parser, with the arguments of the experiment that the command line names."""
-    top = Parser(prog=PROGRAM, description="Run the experiments and report on them.", allow_abbrev=False)
-    commands = top.add_subparsers(dest="command", required=True, metavar="{list,run,report,diff,publish,readme}")
-    commands.add_parser("list", help="name the experiments", allow_abbrev=False)
-    runs = commands.add_parser("run", help="run what is missing, then report", allow_abbrev=False)
-    reports = commands.add_parser("report", help="write the report again, without running", allow_abbrev=False)
-    add_commands(commands)
-    name = one_of("experiment", experiments)
-    runs.add_argument("name", metavar="NAME", type=name, help="one of `list`")
-    reports.add_argument("name", metavar="NAME", nargs="?", type=name, help="one of `list`; without it, all in --out")
-    for command in (runs, reports):
-        command.add_argument("--seeds", type=positive, default=5, help="run seeds 0 to SEEDS - 1 (default %(default)s)")
-        command.add_argument("--quick", action="store_true", help="a small version that ends in a minute or so")
-        command.add_argument("--dataset-root", type=folder, metavar="DIR", help="where data sets are")
-        command.add_argument("--out", type=folder, default=Path("results"), metavar="DIR", help="default: results")
-        if experiment is not None:
-            experiment.add_arguments(command)
-    engines = runs.add_mutually_exclusive_group()
-    engines.add_argument("--jobs", type=positive, metavar="N", help="units side by side; default one per CPU")
-    engines.add_argument(
-        "--scheduler", metavar="ADDRESS", help="run the units on the workers of this Dask scheduler: tcp://HOST:PORT"
-    )
-    return top
-
-
-def read_options(experiment: Experiment, chosen: argparse.Namespace) -> Options:
-    """The options of an experiment, each from the argument of its name."""
-    return experiment.options_type(**{f.name: getattr(chosen, f.name) for f in fields(experiment.options_type)})
-
-
-def engine(chosen: argparse.Namespace) -> Engine:
-    """Where the units run: on a cluster, in this process, or in several."""
-    if chosen.scheduler:
-        from benchmarks.harness.cluster import Cluster
-
-        return Cluster(chosen.scheduler)
-    from benchmarks.harness.processes import Processes
-
-    jobs = chosen.jobs or cpus()
-    return ThisProcess() if jobs == 1 else Processes(jobs)
-
-
-def folder_name(experiment: Experiment, options: Options) -> str:
-    """The results folder. A quick run has its own, so that it never replaces what a full one has left."""
-    parts = [experiment.name, experiment.variant(options), "quick" if options.quick else ""]
-    return "-".join(part for part in parts if part)
-
-
-def list_experiments(experiments: Mapping[str, Registered]) -> int:
+def _list(words: Sequence[str], experiments: Experiments) -> int:
     width = max(map(len, experiments))
     for name, entry in sorted(experiments.items()):
         print(f"{name:{width}}  {entry.summary}")
     return 0
 
 
-def report(experiment: Experiment, store: Store, words: Sequence[str]) -> int:
-    """Write the report of the grid that ran last in the folder."""
-    results = load_results(store, f"{PROGRAM} {shlex.join(['run', *words[1:]])}")
+def _run(words: Sequence[str], experiments: Experiments) -> int:
+    if len(words) < 2 or words[1] in ("-h", "--help"):
+        print(f"usage: {PROGRAM} run NAME [options]: see {PROGRAM} run NAME --help. Names: {', '.join(experiments)}.")
+        return 0 if len(words) > 1 else 2
+    experiment = found(words[1], experiments).experiment
+    chosen = _chosen(Run, experiment, words)
+    if chosen.jobs and chosen.scheduler:
+        raise UsageError(f"--scheduler and --jobs exclude each other. See {PROGRAM} run {words[1]} --help.")
+    from benchmarks.harness.engines import Engine, Processes, ThisProcess  # they need torch
+    from benchmarks.harness.manifest import cpus
+    from benchmarks.harness.run import Runner
+
+    jobs = chosen.jobs or cpus()
+    engine: Engine = ThisProcess() if jobs == 1 else Processes(jobs)
+    if chosen.scheduler:
+        from benchmarks.harness.cluster import Cluster
+
+        engine = Cluster(chosen.scheduler)
+    runner = Runner(chosen.out, engine, lambda name: found(name, experiments).report, f"{PROGRAM} {shlex.join(words)}")
+    return runner.run(experiment, chosen.options)
+
+
+def _report(words: Sequence[str], experiments: Experiments) -> int:
+    from benchmarks.harness.report import where, write_report, write_reports
+    from benchmarks.harness.results import load
+    from benchmarks.harness.store import Store
+
+    if len(words) < 2 or words[1].startswith("-"):
+        out = parsed(Reports, words[1:], f"{PROGRAM} report").out
+        written, problems = write_reports(out, lambda name: found(name, experiments).report)
+        for problem in problems:
+            print(f"error: {problem}", file=sys.stderr)
+        print(f"{len(written)} reports on one page: {out / 'report.html'}")
+        return 1 if problems else 0
+    entry = found(words[1], experiments)
+    chosen = _chosen(Place, entry.experiment, words)
+    store = Store(chosen.out / entry.experiment.folder(chosen.options))
+    results = load(store, f"{PROGRAM} {shlex.join(['run', *words[1:]])}")
     if results.missing:
         print(f"{results.missing} of {len(results.manifest['units'])} units are missing.", file=sys.stderr)
-    print(write_report(experiment, results, store))
+    print(write_report(entry.report, results, store))
     print(f"\n{where(store)}")
     return 0
+
+
+def _chosen(kind: Any, experiment: Experiment, words: Sequence[str]) -> Any:
+    """What a command line says of an experiment, as `Run` or `Place` with its options."""
+    if hasattr(experiment, "add_arguments"):  # until every experiment is converted
+        from benchmarks.harness.arguments import parse
+
+        return parse(kind, experiment, words)
+    return parsed(kind[experiment.options_type], words[2:], f"{PROGRAM} {shlex.join(words[:2])}")
+
+
+def _diff(words: Sequence[str], experiments: Experiments) -> int:
+    from benchmarks.harness.difference import difference
+
+    chosen = parsed(Diff, words[1:], f"{PROGRAM} diff")
+    markdown = difference(chosen.a, chosen.b, chosen.metric)
+    if chosen.html is not None:
+        from benchmarks.harness.html import Part, page
+        from benchmarks.harness.store import write_atomically
+
+        write_atomically(chosen.html, page(Part(f"{chosen.a} and {chosen.b}", markdown, chosen.html.parent)))
+    print(markdown)
+    return 0
+
+
+def _publish(words: Sequence[str], experiments: Experiments) -> int:
+    from benchmarks.harness.published import publish_folder
+
+    chosen = parsed(Publish, words[1:], f"{PROGRAM} publish")
+    for line in publish_folder(chosen.folder, chosen.name, chosen.figure, experiments):
+        print(line)
+    return 0
+
+
+def _readme(words: Sequence[str], experiments: Experiments) -> int:
+    from benchmarks.harness.documents import fill
+
+    chosen = parsed(Readme, words[1:], f"{PROGRAM} readme")
+    return fill(chosen.files, chosen.check)

@@ -2,10 +2,12 @@
 
 import difflib
 import errno
+import sys
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
@@ -23,18 +25,18 @@ def unknown(what: str, given: str, choices: Iterable[str]) -> str:
     "unknown strategy 'ewc'; did you mean 'EWC'? Choices: CurvatureEWC Fisher, merge; EWC."
     """
     names = sorted(choices)
-    nearest = _nearest(given, names)
-    guess = f"; did you mean {' or '.join(map(repr, nearest))}?" if nearest else "."
+    near = nearest(given, names)
+    guess = f"; did you mean {' or '.join(map(repr, near))}?" if near else "."
     between = "; " if any("," in name for name in names) else ", "
     return f"unknown {what} '{given}'{guess} Choices: {between.join(names)}."
 
 
-def _nearest(given: str, names: Sequence[str], most: int = 3) -> list[str]:
+def nearest(given: str, names: Sequence[str], most: int = 3) -> list[str]:
     """The same name but for case, spaces and dashes, else those that begin or end with it, else the one spelt most like
     it.
 
     >>> known = ["EWC", "EWC online", "JointTraining", "split_mnist"]
-    >>> [_nearest(given, known) for given in ("SplitMNIST", "joint", "online EWC", "ewcs", "?")]
+    >>> [nearest(given, known) for given in ("SplitMNIST", "joint", "online EWC", "ewcs", "?")]
     [['split_mnist'], ['JointTraining'], ['EWC online'], ['EWC'], []]
     """
     plain = {name: _plain(name) for name in names}
@@ -85,3 +87,29 @@ def telling_of_a_full_disk(folder: Path) -> Iterator[None]:
         if full is None:
             raise
         raise full from error
+
+
+@contextmanager
+def overhearing_a_full_disk(folder: Path) -> Iterator[list[UsageError]]:
+    """The errors of a full disk that threads and finalisers meet while the context is open, each as `UsageError`.
+
+    TensorBoard writes its events so; Python would print such an error and go on. All others it prints as ever.
+    """
+    met: list[UsageError] = []
+
+    def listening(hook: Any) -> Any:
+        def hear(arguments: Any) -> None:
+            found = full_disk(arguments.exc_value, folder)
+            if found is None:
+                hook(arguments)
+            else:
+                met.append(found)
+
+        return hear
+
+    before = threading.excepthook, sys.unraisablehook
+    threading.excepthook, sys.unraisablehook = map(listening, before)
+    try:
+        yield met
+    finally:
+        threading.excepthook, sys.unraisablehook = before

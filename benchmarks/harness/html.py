@@ -9,8 +9,8 @@ from typing import Any
 from urllib.parse import unquote
 from xml.etree.ElementTree import Element, SubElement
 
+from jinja2 import Environment, FileSystemLoader, Template
 from markdown import Markdown
-from markdown.extensions import Extension
 from markdown.extensions.toc import TocExtension, slugify
 from markdown.treeprocessors import Treeprocessor
 
@@ -33,20 +33,24 @@ def page(part: Part) -> str:
     Figures are inline as data URIs, raw HTML in the Markdown is shown as text, tables scroll within the page and sort
     by a click on a heading.
     """
-    body, contents = _rendered(part, prefix="")
-    return _document(part.name, contents, body)
+    body, tokens = _rendered(part, prefix="")
+    return _template().render(title=part.name, body=body, tokens=tokens)
 
 
 def pages(title: str, parts: Sequence[Part]) -> str:
     """Several reports on one page, each a section that folds."""
-    bodies, contents = [f"<h1>{escape(title)}</h1>"], []
+    sections, tokens = [], []
     for number, part in enumerate(parts, start=1):
-        body, inner = _rendered(part, prefix=f"part-{number}-")
         place = f"part-{number}"
-        folded = f"<summary>{escape(part.name)}</summary>\n{body}\n"
-        bodies.append(f'<details id="{place}"{" open" if len(parts) == 1 else ""}>{folded}</details>')
-        contents.append({"id": place, "html": escape(part.name), "children": _below_title(inner)})
-    return _document(title, contents, "\n".join(bodies))
+        body, inner = _rendered(part, prefix=f"{place}-")
+        below = inner[0]["children"] if len(inner) == 1 else inner  # the section's name stands for a single title
+        sections.append({"id": place, "name": part.name, "body": body})
+        tokens.append({"id": place, "html": escape(part.name), "children": below})
+    return _template().render(title=title, sections=sections, tokens=tokens)
+
+
+def _template() -> Template:
+    return Environment(loader=FileSystemLoader(PAGE), autoescape=True).get_template("page.html")
 
 
 def _rendered(part: Part, prefix: str) -> tuple[str, list[dict[str, Any]]]:
@@ -55,26 +59,18 @@ def _rendered(part: Part, prefix: str) -> tuple[str, list[dict[str, Any]]]:
     def place(text: str, separator: str) -> str:
         return prefix + slugify(text, separator, unicode=True)
 
-    contents = TocExtension(toc_depth=DEPTH, slugify=place)
-    converter = Markdown(extensions=["tables", "fenced_code", "sane_lists", contents, _Inline(part.figures)])
+    headings = TocExtension(toc_depth=DEPTH, slugify=place)
+    converter = Markdown(extensions=["tables", "fenced_code", "sane_lists", headings])
+    converter.treeprocessors.register(_Framed(converter, part.figures), "framed", 15)  # after inline patterns, at 20
     converter.preprocessors.deregister("html_block")
     converter.inlinePatterns.deregister("html")
     body = converter.convert(part.markdown)
     return body, list(getattr(converter, "toc_tokens", []))
 
 
-class _Inline(Extension):
+class _Framed(Treeprocessor):
     """Figures as data URIs, and tables in a frame that scrolls."""
 
-    def __init__(self, figures: Path) -> None:
-        super().__init__()
-        self.figures = figures
-
-    def extendMarkdown(self, md: Markdown) -> None:
-        md.treeprocessors.register(_Framed(md, self.figures), "framed", 15)  # after the inline patterns, at 20
-
-
-class _Framed(Treeprocessor):
     def __init__(self, md: Markdown, figures: Path) -> None:
         super().__init__(md)
         self.figures = figures
@@ -100,7 +96,7 @@ def _figure(image: Element, folder: Path) -> Element:
     figure = Element("figure")
     path = folder / unquote(image.get("src", ""))
     caption = image.get("alt", "")
-    if path.is_file():
+    if path.is_file() and path.resolve().is_relative_to(folder.resolve()):  # no file from elsewhere enters a page
         image.set("src", f"data:image/png;base64,{b64encode(path.read_bytes()).decode()}")
         image.set("loading", "lazy")
         figure.append(image)
@@ -108,41 +104,3 @@ def _figure(image: Element, folder: Path) -> Element:
         caption = f"{caption} (the figure {path.name} is absent)"
     SubElement(figure, "figcaption").text = caption
     return figure
-
-
-def _below_title(tokens: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The headings below a single title, which the name of the section stands for."""
-    return list(tokens[0]["children"]) if len(tokens) == 1 else list(tokens)
-
-
-def _contents(tokens: Sequence[dict[str, Any]]) -> str:
-    if not tokens:
-        return ""
-    items = [f'<li><a href="#{token["id"]}">{token["html"]}</a>{_contents(token["children"])}</li>' for token in tokens]
-    return f"<ul>{''.join(items)}</ul>"
-
-
-def _document(title: str, contents: Sequence[dict[str, Any]], body: str) -> str:
-    style, script = ((PAGE / name).read_text(encoding="utf-8") for name in ("style.css", "script.js"))
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{escape(title)}</title>
-<link rel="icon" href="data:,">
-<style>
-{style}</style>
-</head>
-<body>
-<div class="layout">
-<nav aria-label="Contents">{_contents(contents)}</nav>
-<main>
-{body}
-</main>
-</div>
-<script>
-{script}</script>
-</body>
-</html>
-"""

@@ -9,8 +9,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness.experiment import Options
-from benchmarks.harness.grid import Unit, describe, digest
+from benchmarks.harness.experiment import Unit, describe, digest
+from benchmarks.harness.options import Options
 from benchmarks.harness.store import Store, write_atomically
 
 PACKAGES = {

@@ -1,19 +1,57 @@
-"""Figures of the reports: curves with bands, and dots with error bars; PNG files that need no display."""
+"""Figures of the reports: curves with bands, dots with error bars, scatter, accuracy matrices; PNG files, drawn without
+a display and without pyplot."""
 
+from __future__ import annotations
+
+import math
+import textwrap
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from benchmarks.harness.styles import MUTED, Style, styles
-from benchmarks.harness.summary import Summary
+from benchmarks.harness.results import Results, Summary, summarise
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
 
 DPI = 150
+MUTED = "#8a8a8a"
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#333333")
+"""Okabe and Ito (2008), without the yellow that is too faint on white."""
+DASHES = ("-", (0, (5, 1.6)), (0, (1.2, 1.2)), (0, (6, 1.4, 1.2, 1.4)))
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
+
+
+Matrix: TypeAlias = Sequence[Sequence[Summary | float | None]]
+"""Accuracies a[t][j] on experience j after experience t; None, or not a number, where nothing is known."""
+METRIC = "accuracy/experience_{}"
+LEGIBLE = 12  # experiences up to which the cells have room for numbers
+ACROSS = 4  # panels in a row
+
+
+@dataclass(frozen=True)
+class Style:
+    """How one label is drawn."""
+
+    colour: str
+    dash: Any
+    marker: str
+
+    @property
+    def line(self) -> dict[str, Any]:
+        return {"color": self.colour, "linestyle": self.dash, "marker": self.marker, "markersize": 4.5}
+
+
+def styles(labels: Sequence[str]) -> dict[str, Style]:
+    """A style for each label, by its place: colours repeat after seven, then with other dashes; markers after nine."""
+    return {
+        label: Style(COLOURS[i % len(COLOURS)], DASHES[i // len(COLOURS) % len(DASHES)], MARKERS[i % len(MARKERS)])
+        for i, label in enumerate(labels)
+    }
 
 
 @dataclass(frozen=True)
@@ -37,6 +75,18 @@ class Dots:
     title: str = ""
     log: bool = False
     reference: float | None = None
+
+
+@dataclass(frozen=True)
+class Points:
+    """A panel: for each label (x, y), as `Results.final` gives; a label of which either is None is left out."""
+
+    values: Mapping[str, tuple[Summary | None, Summary | None]]
+    xlabel: str
+    ylabel: str
+    title: str = ""
+    log_x: bool = False
+    log_y: bool = False
 
 
 def plot_curves(path: Path, panels: Sequence[Curves], *, xlabel: str, labels: Sequence[str]) -> Path:
@@ -69,7 +119,7 @@ def plot_dots(path: Path, panels: Sequence[Dots], *, labels: Sequence[str]) -> P
     return saved(figure, path)
 
 
-def _draw_curves(axes: "Axes", panel: Curves, chosen: Mapping[str, Style]) -> None:
+def _draw_curves(axes: Axes, panel: Curves, chosen: Mapping[str, Style]) -> None:
     for mark in panel.marks:
         axes.axvline(mark, color=MUTED, linewidth=0.8, linestyle=(0, (2, 3)), zorder=0)
     for place, (label, curve) in enumerate(panel.series.items()):
@@ -92,7 +142,7 @@ def _draw_curves(axes: "Axes", panel: Curves, chosen: Mapping[str, Style]) -> No
             axes.set_ylim(bottom=max(axes.get_ylim()[0], min(positive) / 3))
 
 
-def _draw_dots(axes: "Axes", panel: Dots, shown: Sequence[str], chosen: Mapping[str, Style]) -> None:
+def _draw_dots(axes: Axes, panel: Dots, shown: Sequence[str], chosen: Mapping[str, Style]) -> None:
     if panel.reference is not None:
         axes.axvline(panel.reference, color=MUTED, linewidth=1.0, linestyle="--", zorder=0)
     for row, label in enumerate(shown):
@@ -112,7 +162,139 @@ def _draw_dots(axes: "Axes", panel: Dots, shown: Sequence[str], chosen: Mapping[
         plain_numbers(axes.xaxis)
 
 
-def new_figure(width: float, height: float) -> "Figure":
+def plot_scatter(path: Path, panels: Sequence[Points], *, labels: Sequence[str]) -> Path:
+    """Panels side by side, mean ± std in both directions, with one legend at the right.
+
+    `labels` are all labels of the grid (`Results.labels`): they fix the colours, the same in each figure of a report.
+
+    ::
+
+        points = {label: (results.final("kappa", label), results.final("accuracy", label)) for label in results.labels}
+        plot_scatter(out / "s.png", [Points(points, "mean |κ|", "accuracy", log_x=True)], labels=results.labels)
+    """
+    used = {label for panel in panels for label, pair in panel.values.items() if None not in pair}
+    figure = new_figure(4.6 * len(panels) + 2.6, max(3.9, 0.5 + 0.24 * len(used)))
+    chosen = styles(labels)
+    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+        _draw_points(axes, panel, chosen)
+    legend(figure, chosen, used, linestyle="")
+    return saved(figure, path)
+
+
+def _draw_points(axes: Axes, panel: Points, chosen: Mapping[str, Style]) -> None:
+    for label, (x, y) in panel.values.items():
+        if x is not None and y is not None:
+            style = chosen[label]
+            axes.errorbar(
+                x.mean, y.mean, xerr=x.std, yerr=y.std, color=style.colour, marker=style.marker, markersize=7,
+                markeredgecolor="white", markeredgewidth=0.6, elinewidth=1.0, capsize=2, alpha=0.95,
+            )  # fmt: skip
+    axes.set_xlabel(panel.xlabel)
+    axes.set_ylabel(panel.ylabel)
+    tidy(axes, panel.title)
+    if panel.log_x:
+        axes.set_xscale("log", nonpositive="clip")
+        plain_numbers(axes.xaxis)
+    if panel.log_y:
+        axes.set_yscale("log", nonpositive="clip")
+        plain_numbers(axes.yaxis)
+
+
+def accuracy_matrices(results: Results, label: str | None = None, metric: str = METRIC) -> dict[int, list[list[Any]]]:
+    """By seed: a[t][j] for j ≤ t, the accuracy on experience j after experience t, from records
+    ``accuracy/experience_<j>`` at the step where each experience ended.
+
+    Experiences that have not been seen are None, whatever was measured on them. A seed of which an experience is
+    missing is left out.
+    """
+    curves: list[dict[int, dict[int, float]]] = []  # by experience j and seed: value by step
+    while rows := results.select(metric.format(len(curves)), results.label if label is None else label):
+        by_seed: dict[int, dict[int, float]] = {}
+        for row in rows:
+            if row["step"] is not None:
+                by_seed.setdefault(row["seed"], {})[row["step"]] = row["value"]
+        curves.append(by_seed)
+    found = {}
+    for seed in curves[0] if curves else ():
+        steps, columns = sorted(curves[0][seed]), [by_seed.get(seed, {}) for by_seed in curves]
+        if len(steps) == len(columns):
+            found[seed] = [
+                [column.get(step) if j <= t else None for j, column in enumerate(columns)]
+                for t, step in enumerate(steps)
+            ]
+    return found
+
+
+def accuracy_matrix(results: Results, label: str | None = None, metric: str = METRIC) -> list[list[Summary | None]]:
+    """The mean and standard deviation over seeds of each a[t][j] (`accuracy_matrices`); empty where there is none."""
+    matrices = list(accuracy_matrices(results, label, metric).values())
+    size = len(matrices[0]) if matrices else 0
+
+    def over_seeds(t: int, j: int) -> Summary | None:
+        known = [matrix[t][j] for matrix in matrices if matrix[t][j] is not None]
+        return summarise(known) if known else None
+
+    return [[over_seeds(t, j) for j in range(size)] for t in range(size)]
+
+
+def plot_matrices(path: Path, matrices: Mapping[str, Matrix], *, title: str = "accuracy") -> Path:
+    """One heat map for each label, a common scale from 0 to 1, numbers in the cells of up to twelve experiences.
+
+    ::
+
+        plot_matrices(out / "matrices.png", {label: accuracy_matrix(results, label) for label in shown})
+    """
+    drawn = {label: matrix for label, matrix in matrices.items() if matrix}
+    if not drawn:
+        raise ValueError("There is no matrix to draw. Leave the figure out where all are empty.")
+    across = min(ACROSS, len(drawn))
+    down = math.ceil(len(drawn) / across)
+    size = max(len(matrix) for matrix in drawn.values())
+    side = min(3.9, max(2.3, 0.42 * size + 0.7))
+    titles = {label: textwrap.fill(label, int(11 * side)) for label in drawn}
+    lines = max(written.count("\n") + 1 for written in titles.values())
+    figure = new_figure(side * across + 0.9, (side + 0.3 + 0.2 * lines) * down + 0.2)
+    grid = figure.subplots(down, across, squeeze=False)
+    panels = [axes for row in grid for axes in row]
+    for axes in panels[len(drawn) :]:
+        axes.set_visible(False)
+    for number, (axes, (label, matrix)) in enumerate(zip(panels, drawn.items())):
+        image = _draw_matrix(axes, matrix, titles[label])
+        if number % across == 0:
+            axes.set_ylabel("after experience", fontsize=9)
+        if number + across >= len(drawn):
+            axes.set_xlabel("accuracy on experience", fontsize=9)
+    figure.colorbar(image, ax=panels, label=title, shrink=min(1.0, 0.9 / down + 0.15), aspect=24, pad=0.02)
+    return saved(figure, path)
+
+
+def _draw_matrix(axes: Axes, matrix: Matrix, title: str) -> AxesImage:
+    import numpy as np
+
+    values = np.array([[_number(cell) for cell in row] for row in matrix], dtype=float)
+    image = axes.imshow(np.ma.masked_invalid(values), vmin=0.0, vmax=1.0, cmap="cividis", aspect="equal")
+    axes.set_title(title, fontsize=9.5, loc="left")
+    rows, columns = values.shape
+    if max(rows, columns) <= LEGIBLE:
+        for t, j in zip(*np.nonzero(np.isfinite(values))):
+            value = values[t, j]
+            ink = "white" if value < 0.55 else "black"
+            axes.text(j, t, f"{value:.2f}".replace("0.", "."), ha="center", va="center", fontsize=7.5, color=ink)
+    every = max(1, math.ceil(columns / LEGIBLE))
+    axes.set_xticks(range(0, columns, every), [str(j + 1) for j in range(0, columns, every)])
+    axes.set_yticks(range(0, rows, every), [str(t + 1) for t in range(0, rows, every)])
+    axes.tick_params(length=0, labelsize=8)
+    axes.spines[:].set_visible(False)
+    return image
+
+
+def _number(cell: Summary | float | None) -> float:
+    if cell is None:
+        return math.nan
+    return cell.mean if isinstance(cell, Summary) else float(cell)
+
+
+def new_figure(width: float, height: float) -> Figure:
     """A figure without pyplot, so that nothing global changes."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -122,7 +304,7 @@ def new_figure(width: float, height: float) -> "Figure":
     return figure
 
 
-def tidy(axes: "Axes", title: str) -> None:
+def tidy(axes: Axes, title: str) -> None:
     """The title, a light grid, and no frame."""
     axes.set_title(title, loc="left", fontsize=11)
     axes.grid(color="#e4e4e4", linewidth=0.7)
@@ -132,7 +314,7 @@ def tidy(axes: "Axes", title: str) -> None:
     axes.tick_params(color=MUTED, labelsize=9)
 
 
-def plain_numbers(axis: "Axis") -> None:
+def plain_numbers(axis: Axis) -> None:
     """0.3 rather than 3 × 10⁻¹, where a logarithmic axis spans about a decade."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
@@ -143,7 +325,7 @@ def plain_numbers(axis: "Axis") -> None:
         axis.set_minor_formatter(NullFormatter())
 
 
-def legend(figure: "Figure", chosen: Mapping[str, Style], used: Collection[str], **look: Any) -> None:
+def legend(figure: Figure, chosen: Mapping[str, Style], used: Collection[str], **look: Any) -> None:
     """The labels in use, in the order of the grid; `look` replaces parts of their style."""
     from matplotlib.lines import Line2D
 
@@ -152,7 +334,7 @@ def legend(figure: "Figure", chosen: Mapping[str, Style], used: Collection[str],
     figure.legend(handles=lines, loc="outside right upper", frameon=False, fontsize=9, handlelength=2.8)
 
 
-def saved(figure: "Figure", path: Path) -> Path:
+def saved(figure: Figure, path: Path) -> Path:
     """Write a PNG file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=DPI)

@@ -1,25 +1,36 @@
 """Published results: of a results folder what its tables need, small enough to keep in the repository.
 
-``benchmarks/published/<name>.json`` holds the manifest, the headers of the units (one configuration for each label) and
-the records that are left, one line for each metric with its values over the units.
+``benchmarks/experiments/<experiment>/published/<name>.json`` holds the manifest, the headers of the units (one
+configuration for each label) and the records that are left, one line for each metric with its values over the units.
+Documents show it between lines that cog fills (``python -m benchmarks readme``)::
+
+    <!-- [[[cog from benchmarks.harness.published import show; show("compare", "tables") ]]] -->
+    <!-- [[[end]]] -->
 """
 
 import json
 import re
-from collections.abc import Callable, Container, Iterable, Mapping
-from dataclasses import dataclass, field
+import shutil
+from collections import Counter
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, TypeAlias
 
-from benchmarks.harness.errors import UsageError
+from benchmarks.harness.errors import UsageError, unknown
 from benchmarks.harness.results import Results, Row, last_step, load
 from benchmarks.harness.store import Store, write_atomically
+from benchmarks.registry import EXPERIMENTS, Registered, found
 
-FOLDER = Path(__file__).parents[1] / "published"
-FIGURES = Path(__file__).parents[1] / "figures"
+FOLDER = Path(__file__).parents[1] / "experiments"
+Experiments: TypeAlias = Mapping[str, Registered]
 LARGEST = 200_000
 DIGITS = 6
 UNIT_KEYS = ("label", "seed", "seconds", "peak_memory", "started", "commit")
+TABLES = "tables"
+FIGURE = re.compile(r"^!\[.*\]\(.*\)\n*", re.MULTILINE)
+NOTES = "⁰¹²³⁴⁵⁶⁷⁸⁹"
 NAMES = ("label", "seed", "metric", "value")
 
 
@@ -33,6 +44,127 @@ class Watched(Results):
         self.asked.update(self.metrics if metric is None else [metric])
         return super().select(metric, label, **where)
 
+shown: dict[str, tuple[Results, str]] = {}
+"""The published results that documents have shown since cog began, and their reports."""
+
+
+def files() -> dict[str, Path]:
+    """The published files by name."""
+    return {path.stem: path for path in sorted(FOLDER.glob("*/published/*.json"))}
+
+
+def show(name: str, part: str = "") -> None:
+    """Print by cog, for a document: the report over published results without its figures, or of it the section of a
+    heading, or its "tables" alone. Raises UsageError for a name or a part that there is not."""
+    import cog  # there while cog fills a document
+
+    published = files()
+    if name not in published:
+        problem = unknown("published result", name, published) if published else "nothing is published."
+        raise UsageError(f"{problem} Publish: python -m benchmarks publish FOLDER")
+    if name not in shown:
+        results = read(published[name])
+        shown[name] = results, rendered(results, EXPERIMENTS)
+    results, markdown = shown[name]
+    cog.out(f"\n{excerpt(markdown, results, part)}\n\n")
+
+
+def publish_folder(folder: Path, name: str | None, figures: Sequence[str], experiments: Experiments) -> list[str]:
+    """Publish a results folder under a name (default: its own), with some of its figures, beside its experiment.
+    Returns what to say of it. Raises UsageError for a figure that is not there, and as `publish`."""
+    name = name or folder.resolve().name
+    absent = [figure for figure in figures if not (folder / figure).is_file()]
+    if absent:
+        known = ", ".join(sorted(path.name for path in folder.glob("*.png"))) or "none"
+        raise UsageError(f"there is no figure {', '.join(absent)} in {folder}. Those that are there: {known}.")
+    results = read_results(folder)
+    place = FOLDER / results.manifest["experiment"] / "published"
+    path, dropped = publish(results, name, lambda some: rendered(some, experiments), place)
+    kept = [place / (figure if Path(figure).stem == name else f"{name}-{figure}") for figure in figures]
+    for figure, copy in zip(figures, kept):
+        shutil.copyfile(folder / figure, copy)
+    line = f"<!-- [[[cog from benchmarks.harness.published import show; show({name!r}) ]]] -->"
+    return [str(path), f"dropped: {dropped}", *map(str, kept), f"To show it in a document: {line}, <!-- [[[end]]] -->"]
+
+
+def rendered(results: Results, experiments: Experiments) -> str:
+    """The report of the results' experiment over them, without its figures."""
+    report = found(results.manifest.get("experiment", ""), experiments).report
+    with TemporaryDirectory() as nowhere:
+        return FIGURE.sub("", report(results, Path(nowhere))).strip()
+
+
+def excerpt(markdown: str, results: Results, part: str = "") -> str:
+    """A report for the middle of a document: its source instead of its title, and lower headings.
+
+    >>> manifest = {"command": "python -m benchmarks run x"}
+    >>> results = Results((), (), ({"commit": "0123456789-dirty"},), manifest)
+    >>> print(excerpt("# Title\\n\\n## Part\\n\\nText", results))
+    `python -m benchmarks run x` at commit 0123456-dirty.
+    <BLANKLINE>
+    #### Part
+    <BLANKLINE>
+    Text
+    >>> print(excerpt("# Title\\n\\nText\\n\\n| a |\\n| - |", results, "tables").splitlines()[2:])
+    ['| a |', '| - |']
+    """
+    commits = sorted({_short(header.get("commit")) for header in results.headers})
+    command = abbreviated(results.manifest["command"])
+    source = f"`{command}` at commit{'s' if len(commits) > 1 else ''} {', '.join(commits)}."
+    if results.missing:
+        source += f" {results.missing} of {len(results.manifest['units'])} units are missing."
+    body = re.sub(r"\A# .*\n", "", markdown.strip())
+    body = _tables(body) if part == TABLES else _section(body, part) if part else body
+    body = re.sub(r"^(#+ )", r"##\1", body, flags=re.MULTILINE)
+    return f"{source}\n\n{body.strip()}"
+
+
+def abbreviated(command: str, most: int = 3) -> str:
+    """The command with an option that is given more than `most` times written once, without its value.
+
+    >>> abbreviated("run x --row a --row 'b c' --seeds 5 --row d --row e")
+    'run x --row … --seeds 5'
+    """
+    options = re.compile(r" (--[\w-]+)[ =](?:'[^']*'|\S+)")
+    counts = Counter(options.findall(command))
+    seen: set[str] = set()
+
+    def once(found: re.Match[str]) -> str:
+        option = found[1]
+        if counts[option] <= most:
+            return found[0]
+        first = option not in seen
+        seen.add(option)
+        return f" {option} …" if first else ""
+
+    return options.sub(once, command)
+
+
+def _tables(body: str) -> str:
+    """The blocks that are tables, or notes below one."""
+    blocks = re.split(r"\n{2,}", body)
+    return "\n\n".join(block for block in blocks if block.startswith(("|", *NOTES)))
+
+
+def _section(body: str, heading: str) -> str:
+    """What stands below a heading, up to the next one of its level or above."""
+    lines = body.splitlines()
+    levels = {i: len(found[1]) for i, line in enumerate(lines) if (found := re.match(r"(#+) ", line))}
+    titles = {lines[i][level + 1 :].strip(): i for i, level in levels.items()}
+    if heading not in titles:
+        raise UsageError(unknown("part of a report", heading, [TABLES, *titles]))
+    start = titles[heading]
+    end = next((i for i, level in levels.items() if i > start and level <= levels[start]), len(lines))
+    return "\n".join(lines[start + 1 : end])
+
+
+def _short(commit: str | None) -> str:
+    """Seven digits, and whether the checkout had changes."""
+    if not commit:
+        return "unknown"
+    digits, _, changed = commit.partition("-")
+    return digits[:7] + (f"-{changed}" if changed else "")
+
 
 def read_results(path: Path) -> Results:
     """The results of a folder or of a published file. Raises UsageError for anything else."""
@@ -41,7 +173,7 @@ def read_results(path: Path) -> Results:
     if not (path / "manifest.json").is_file():
         raise UsageError(
             f"'{path}' holds no results: expected a folder with manifest.json and units/, such as results/compare, or "
-            "a file of benchmarks/published."
+            "a published file."
         )
     store = Store(path)
     command = json.loads(store.manifest.read_text(encoding="utf-8")).get("command", "python -m benchmarks run NAME")
@@ -139,7 +271,7 @@ def last_records(results: Results) -> Results:
             last[key] = place
     kept = set(last.values())
     rows = tuple(row for place, row in enumerate(results.rows) if row["step"] is None or place in kept)
-    return Results(results.labels, rows, results.headers, results.manifest)
+    return replace(results, rows=rows)
 
 
 def _columns(results: Results) -> list[dict[str, Any]]:
@@ -168,12 +300,12 @@ def _key(row: Row, names: Iterable[str]) -> str:
 
 def _of_metrics(results: Results, metrics: Container[str]) -> Results:
     rows = tuple(row for row in results.rows if row["metric"] in metrics)
-    return Results(results.labels, rows, results.headers, results.manifest)
+    return replace(results, rows=rows)
 
 
 def _rounded(results: Results) -> Results:
     rows = tuple({**row, "value": float(f"{row['value']:.{DIGITS}g}")} for row in results.rows)
-    return Results(results.labels, rows, results.headers, results.manifest)
+    return replace(results, rows=rows)
 
 
 def _lines(items: Iterable[Any]) -> str:

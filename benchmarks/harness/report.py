@@ -6,23 +6,23 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from benchmarks.harness.errors import UsageError
-from benchmarks.harness.experiment import Experiment
 from benchmarks.harness.html import Part, page, pages
 from benchmarks.harness.manifest import PACKAGES
 from benchmarks.harness.results import Results, load
 from benchmarks.harness.store import Store, write_atomically
 
+Report = Callable[[Results, Path], str]
 SELECTED = 40  # so many runs TensorBoard selects when it opens
 
 
-def write_report(experiment: Experiment, results: Results, store: Store) -> str:
-    """Write the report, as Markdown and as one page, and return the experiment's part of it.
+def write_report(report: Report, results: Results, store: Store) -> str:
+    """Write what an experiment's `report` says of the results, as Markdown and as one page, and return it.
 
     It takes the place of the last one as a whole, so that a report which fails leaves that as it was.
     """
     with TemporaryDirectory(dir=store.root, prefix=".report-") as folder:
         new = Store(Path(folder))
-        markdown = experiment.report(results, new.root).strip()
+        markdown = report(results, new.root).strip()
         notice = f"> {_incomplete(results)}\n\n" if results.missing else ""
         text = f"{notice}{markdown}\n\n{provenance(results)}\n"
         write_atomically(new.report, text)
@@ -36,8 +36,8 @@ def write_report(experiment: Experiment, results: Results, store: Store) -> str:
     return markdown
 
 
-def write_reports(out: Path, experiment: Callable[[str], Experiment]) -> tuple[list[Path], list[str]]:
-    """Write each report below a folder again, and one page of all of them, ``report.html``.
+def write_reports(out: Path, report: Callable[[str], Report]) -> tuple[list[Path], list[str]]:
+    """Write each report below a folder again, by `report(experiment's name)`, and one page of all, ``report.html``.
 
     Returns the folders, and why others could not be reported on. Raises UsageError where there is none.
     """
@@ -47,7 +47,7 @@ def write_reports(out: Path, experiment: Callable[[str], Experiment]) -> tuple[l
         store = Store(folder)
         try:
             manifest = json.loads(store.manifest.read_text(encoding="utf-8"))
-            write_report(experiment(manifest["experiment"]), load(store, manifest["command"]), store)
+            write_report(report(manifest["experiment"]), load(store, manifest["command"]), store)
             parts.append(Part(folder.name, store.report.read_text(encoding="utf-8"), folder))
         except Exception as error:  # what is wrong with one folder must not cost the page of the others
             problems.append(f"{folder}: {error if isinstance(error, UsageError) else repr(error)}")

@@ -1,22 +1,59 @@
-"""What was measured, read back from the files of the units."""
+"""What was measured, read back from the files of the units: a table of records with typed columns."""
+
+from __future__ import annotations
 
 import json
 from collections import defaultdict
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from benchmarks.harness.errors import UsageError
+from benchmarks.harness.experiment import columns
 from benchmarks.harness.store import Store
-from benchmarks.harness.summary import Summary, summarise
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Row = dict[str, Any]
 """A record together with the label and the seed of its unit."""
 
 
 @dataclass(frozen=True)
+class Summary:
+    """The mean of n values and their sample standard deviation, which a single value has not."""
+
+    mean: float
+    std: float | None
+    n: int
+
+
+def summarise(values: Iterable[float]) -> Summary:
+    """Mean and sample standard deviation, (1/(n − 1)) Σ (x − mean)² under the root.
+
+    >>> summarise([1.0, 2.0, 3.0])
+    Summary(mean=2.0, std=1.0, n=3)
+    """
+    numbers = np.asarray(list(values), dtype=np.float64)
+    if not numbers.size:
+        raise ValueError("There is no value to summarise. Ask `Results.finals` first whether there are any.")
+    with np.errstate(all="ignore"):  # a run that diverged gives an infinite or undefined mean, and a table that says so
+        std = float(numbers.std(ddof=1)) if numbers.size > 1 else None
+        return Summary(float(numbers.mean()), std, int(numbers.size))
+
+
+@dataclass(frozen=True)
 class Results:
-    """The records of the finished units of a grid."""
+    """The records of the finished units of a grid, or of those that `where` and `by` select from it.
+
+    Reports select by columns, those of the configurations (see `experiment.columns`), and show labels::
+
+        for rank, part in results.where(method="hard").by("rank"):
+            part.final("accuracy"), part.first["strength"], part.label
+    """
 
     labels: tuple[str, ...]
     """In the order of the grid, whether or not a unit of it has finished."""
@@ -24,6 +61,83 @@ class Results:
     headers: tuple[dict[str, Any], ...] = ()
     """One per finished unit: label, seed, config, seconds, peak_memory, started, commit."""
     manifest: dict[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def frame(self) -> pd.DataFrame:
+        """One row for each record: the unit's columns (label, seed, those of its configuration), then metric, step,
+        value, and further keys of the records."""
+        import pandas as pd
+
+        known = self.columns
+        return pd.DataFrame([{"label": row["label"], **known.get(row["label"], {}), **row} for row in self.rows])
+
+    @cached_property
+    def units(self) -> pd.DataFrame:
+        """One row for each finished unit: its columns, then seconds, peak_memory, started and commit."""
+        import pandas as pd
+
+        known = self.columns
+        of_units = [{key: value for key, value in header.items() if key != "config"} for header in self.headers]
+        return pd.DataFrame([{"label": unit["label"], **known.get(unit["label"], {}), **unit} for unit in of_units])
+
+    @cached_property
+    def columns(self) -> dict[str, dict[str, Any]]:
+        """By label: the columns of its configuration; of labels with a finished unit, in the order of the grid."""
+        configs = {header["label"]: header.get("config", {}) for header in self.headers}
+        known = [label for label in self.labels if label in configs]
+        return dict(zip(known, columns([configs[label] for label in known])))
+
+    @property
+    def first(self) -> dict[str, Any]:
+        """The columns of the first label, for what all labels share. Raises ValueError where nothing has finished."""
+        if not self.columns:
+            raise ValueError("No unit of this selection has finished. Ask `Results.columns` first whether one has.")
+        return next(iter(self.columns.values()))
+
+    @property
+    def label(self) -> str:
+        """The label of results that have one. Raises ValueError for others."""
+        if len(self.labels) != 1:
+            raise ValueError(f"Expected results of one label, got {len(self.labels)}: select by `where` or `by` first.")
+        return self.labels[0]
+
+    def where(self, **columns: Any) -> Results:
+        """The part with those values in those columns; a callable asks for values that it is true of. Raises
+        ValueError for a column that no configuration has."""
+        known = {name for found in self.columns.values() for name in found}
+        if self.columns and columns.keys() - known:
+            raise ValueError(f"No column {sorted(columns.keys() - known)}; there are {sorted(known)}.")
+
+        def fits(found: dict[str, Any]) -> bool:
+            asked = ((found.get(name), value) for name, value in columns.items())
+            return all(value(own) if callable(value) else own == value for own, value in asked)
+
+        return self.of(label for label, found in self.columns.items() if fits(found))
+
+    def by(self, *names: str) -> Iterator[tuple[Any, Results]]:
+        """Pairs of a value of the column (of several columns: their values) and the part that has it, in the order of
+        the grid."""
+        groups: dict[Any, tuple[Any, list[str]]] = {}
+        for label, found in self.columns.items():
+            values = tuple(found.get(name) for name in names)
+            groups.setdefault(json.dumps(values), (values, []))[1].append(label)
+        for values, labels in groups.values():
+            yield (values[0] if len(names) == 1 else values), self.of(labels)
+
+    def each(self) -> Iterator[Results]:
+        """The part of each label that has a finished unit, in the order of the grid."""
+        return (self.of([label]) for label in self.columns)
+
+    def of(self, labels: Iterable[str]) -> Results:
+        """The part of some labels."""
+        kept = set(labels)
+        part = replace(
+            self, labels=tuple(label for label in self.labels if label in kept),
+            rows=tuple(row for label in self.labels if label in kept for row in self._by_label.get(label, ())),
+            headers=tuple(header for header in self.headers if header["label"] in kept),
+        )  # fmt: skip
+        part.__dict__["columns"] = {label: found for label, found in self.columns.items() if label in kept}
+        return part
 
     @property
     def missing(self) -> int:
@@ -42,32 +156,32 @@ class Results:
         """The configuration of a label as a dict; empty while none of its units has finished."""
         return next((header["config"] for header in self.headers if header["label"] == label), {})
 
-    def select(self, metric: str | None = None, label: str | None = None, **where: Any) -> list[Row]:
+    def select(self, metric: str | None = None, label: str | None = None, **keys: Any) -> list[Row]:
         """The rows of a metric and a label; further keywords select by any other key of the records."""
         if metric is not None and label is not None:
             found = self._places.get((metric, label), [])
         else:
             found = [row for row in self.rows if metric in (None, row["metric"]) and label in (None, row["label"])]
-        return [row for row in found if all(row.get(key) == value for key, value in where.items())]
+        return [row for row in found if all(row.get(key) == value for key, value in keys.items())]
 
-    def finals(self, metric: str, label: str, **where: Any) -> dict[int, float]:
-        """By seed: the value at the last step, what a comparison seed by seed takes."""
+    def finals(self, metric: str, label: str | None = None, **keys: Any) -> dict[int, float]:
+        """By seed: the value at the last step, for comparisons seed by seed. Without `label`, of the only one."""
         last: dict[int, Row] = {}
-        for row in self.select(metric, label, **where):
+        for row in self.select(metric, self.label if label is None else label, **keys):
             known = last.get(row["seed"])
             if known is None or last_step(row) >= last_step(known):
                 last[row["seed"]] = row
         return {seed: row["value"] for seed, row in last.items()}
 
-    def final(self, metric: str, label: str, **where: Any) -> Summary | None:
+    def final(self, metric: str, label: str | None = None, **keys: Any) -> Summary | None:
         """Over seeds: the value at the last step of each. None without rows; n is the number of seeds."""
-        values = self.finals(metric, label, **where)
+        values = self.finals(metric, label, **keys)
         return summarise(values.values()) if values else None
 
-    def curve(self, metric: str, label: str, **where: Any) -> list[tuple[float, Summary]]:
+    def curve(self, metric: str, label: str | None = None, **keys: Any) -> list[tuple[float, Summary]]:
         """Over seeds: the value at each step that all seeds of the label have, so that no seed enters half-way."""
         values: dict[int, dict[int, float]] = defaultdict(dict)
-        for row in self.select(metric, label, **where):
+        for row in self.select(metric, self.label if label is None else label, **keys):
             if row["step"] is not None:
                 values[row["step"]][row["seed"]] = row["value"]
         seeds = {seed for at_step in values.values() for seed in at_step}
@@ -82,9 +196,17 @@ class Results:
             places[row["metric"], row["label"]].append(row)
         return dict(places)
 
+    @cached_property
+    def _by_label(self) -> dict[str, list[Row]]:
+        places: dict[str, list[Row]] = defaultdict(list)
+        for row in self.rows:
+            places[row["label"]].append(row)
+        return dict(places)
+
 
 def load(store: Store, command: str) -> Results:
-    """The results of the grid of the last run. `command` is the one that would produce them."""
+    """The results of the grid of the last run. `command` is the one that would produce them. Raises UsageError where
+    there are none."""
     if not store.manifest.exists():
         raise UsageError(f"there are no results in {store.root}. Run them first: {command}")
     manifest = json.loads(store.manifest.read_text(encoding="utf-8"))

@@ -2,9 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import isfinite, isnan, nan, sqrt
+from math import isfinite, sqrt
 
-from benchmarks.harness.summary import Summary, summarise
+import numpy as np
+
+from benchmarks.harness.results import Summary, summarise
 from benchmarks.pairs import LEVEL
 
 IDENTICAL = "identical"
@@ -48,60 +50,41 @@ def compared(a: Mapping[int, float], b: Mapping[int, float]) -> Comparison:
     'identical'
     """
     shared = sorted(a.keys() & b.keys())
-    if shared and a.keys() == b.keys() and all(_equal(a[seed], b[seed]) for seed in shared):
+    if shared and a.keys() == b.keys() and np.array_equal(*_values(a, b, shared), equal_nan=True):
         return Comparison(summarise(a.values()), summarise(b.values()), 0.0, IDENTICAL, None, None)
-    return _paired({s: a[s] for s in shared}, {s: b[s] for s in shared}) if len(shared) >= 2 else _welch(a, b)
-
-
-def _paired(a: Mapping[int, float], b: Mapping[int, float]) -> Comparison:
-    """Student 1908, for samples of the same seeds in the same order."""
-    from scipy.stats import ttest_rel
-
-    ours, theirs = summarise(a.values()), summarise(b.values())
-    gap = summarise(b[seed] - a[seed] for seed in a)
-    if gap.std is None or not isfinite(gap.mean):
-        return Comparison(ours, theirs, gap.mean, NONE, None, None)
-    if gap.std <= ROUNDING * max(map(abs, (*a.values(), *b.values()))):
-        return _without_spread(ours, theirs, gap.mean)
-    p = float(ttest_rel(list(b.values()), list(a.values())).pvalue) if gap.n >= LEAST else None
-    return Comparison(ours, theirs, gap.mean, "paired", p, gap.mean / gap.std)
-
-
-def _welch(a: Mapping[int, float], b: Mapping[int, float]) -> Comparison:
-    """Welch 1947: unequal variances."""
-    from scipy.stats import ttest_ind
-
-    ours, theirs = summarise(a.values()), summarise(b.values())
-    difference = theirs.mean - ours.mean
+    paired = len(shared) >= 2  # Student 1908; else Welch 1947, for unequal variances
+    x, y = _values(a, b, shared) if paired else (np.array([*a.values()]), np.array([*b.values()]))
+    ours, theirs = summarise(x), summarise(y)
+    gap = summarise(y - x) if paired else None
+    difference = gap.mean if gap else theirs.mean - ours.mean
     if ours.std is None or theirs.std is None or not isfinite(difference):
         return Comparison(ours, theirs, difference, NONE, None, None)
-    spread = sqrt((ours.std**2 + theirs.std**2) / 2)
-    if spread <= ROUNDING * max(map(abs, (*a.values(), *b.values()))):
-        return _without_spread(ours, theirs, difference)
+    spread = gap.std or 0.0 if gap else sqrt((ours.std**2 + theirs.std**2) / 2)
     tested = min(ours.n, theirs.n) >= LEAST
-    p = float(ttest_ind(list(b.values()), list(a.values()), equal_var=False).pvalue) if tested else None
-    return Comparison(ours, theirs, difference, "Welch", p, difference / spread)
+    if spread <= ROUNDING * max(np.abs(x).max(), np.abs(y).max()):
+        told = NONE if not tested else CONSTANT if difference else IDENTICAL
+        return Comparison(ours, theirs, difference, told, None, None)
+    from scipy.stats import ttest_ind, ttest_rel
+
+    p = float((ttest_rel(y, x) if paired else ttest_ind(y, x, equal_var=False)).pvalue) if tested else None
+    return Comparison(ours, theirs, difference, "paired" if paired else "Welch", p, difference / spread)
 
 
-def _without_spread(a: Summary, b: Summary, difference: float) -> Comparison:
-    told = NONE if min(a.n, b.n) < LEAST else CONSTANT if difference else IDENTICAL
-    return Comparison(a, b, difference, told, None, None)
+def _values(a: Mapping[int, float], b: Mapping[int, float], seeds: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    return np.array([a[seed] for seed in seeds]), np.array([b[seed] for seed in seeds])
 
 
 def holm(values: Sequence[float]) -> list[float]:
     """Holm's correction (1979): p₍ᵢ₎ becomes max_{j ≤ i} min(1, (m − j + 1) p₍ⱼ₎), so that the chance of any false
     alarm among the m tests stays below the level. NaN stays NaN, and is none of the m.
 
-    >>> holm([0.01, 0.04, 0.03])
+    >>> [round(p, 9) for p in holm([0.01, 0.04, 0.03])]
     [0.03, 0.06, 0.06]
     """
-    corrected, highest = [nan] * len(values), 0.0
-    tests = sorted((i for i in range(len(values)) if not isnan(values[i])), key=lambda i: values[i])
-    for place, index in enumerate(tests):
-        highest = max(highest, min(1.0, (len(tests) - place) * values[index]))
-        corrected[index] = highest
-    return corrected
+    from statsmodels.stats.multitest import multipletests
 
-
-def _equal(a: float, b: float) -> bool:
-    return a == b or (isnan(a) and isnan(b))
+    corrected = np.array(values, dtype=float)
+    known = ~np.isnan(corrected)
+    if known.any():
+        corrected[known] = multipletests(corrected[known], method="holm")[1]
+    return corrected.tolist()

@@ -11,10 +11,17 @@
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
+
+from benchmarks.harness.errors import UsageError, full_disk
+
+LOCK = ".lock"
 
 
 @dataclass(frozen=True)
@@ -77,3 +84,25 @@ def write_atomically(path: Path, text: str) -> None:
     except BaseException:  # such as a full disk, to which the temporary file would be left
         temporary.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def only_run_in(folder: Path) -> Iterator[None]:
+    """Make the folder, and keep other runs out of it while the context is open; a process that ends in whatever way
+    leaves it free. Raises UsageError where another run has it, or where the folder cannot be written."""
+    lock = FileLock(folder / LOCK, timeout=0)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        raise UsageError(f"another run is at work in {folder}: wait for it, or choose another --out.") from None
+    except NotImplementedError:  # a file system that has no locks
+        pass
+    except OSError as error:
+        raise full_disk(error, folder) or UsageError(
+            f"results cannot be written in {folder} ({error.strerror}): choose another folder with --out DIR."
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()

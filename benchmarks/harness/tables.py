@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from benchmarks.harness.summary import Summary
+from benchmarks.harness.results import Summary
 
 Cell: TypeAlias = str | int | float | Summary | None
 """A summary is written "mean ± std", or its mean alone where n = 1; None, a value that is missing, as a dash."""

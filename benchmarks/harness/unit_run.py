@@ -9,22 +9,21 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from benchmarks.harness.board import Options, publish
-from benchmarks.harness.errors import UsageError, full_disk
-from benchmarks.harness.experiment import Context, Experiment, Record
-from benchmarks.harness.grid import Unit, describe
-from benchmarks.harness.memory import PeakMemory
-from benchmarks.harness.overheard import overhearing_a_full_disk
+from benchmarks.harness.errors import UsageError, full_disk, overhearing_a_full_disk
+from benchmarks.harness.experiment import Context, Experiment, Record, Unit, describe, is_timing
 from benchmarks.harness.store import Store, write_atomically
-from benchmarks.harness.timings import is_timing
 
 ONE_AT_A_TIME = threading.Lock()
+SAMPLED = 0.05  # seconds between two looks at the memory
 
 
 @dataclass(frozen=True)
@@ -35,8 +34,8 @@ class Job:
     store: Store
     dataset_root: Path | None
     commit: str | None
-    columns: Options
-    """Every option of any unit: the columns of TensorBoard's table of runs."""
+    table: Mapping[str, Options]
+    """By label: its row in TensorBoard's table of runs."""
 
     def absolute(self) -> "Job":
         """The job for a process with another working folder."""
@@ -108,7 +107,7 @@ def _run_and_write(job: Job, unit: Unit, met: list[UsageError]) -> None:
         gc.collect()  # closes Avalanche's loggers, so that the events of a finished unit are on disk
     finally:
         gc.unfreeze()
-    publish(tensorboard, unit, job.columns, records)
+    publish(tensorboard, unit, job.table, records)
     header = {
         "label": unit.label,
         "seed": unit.seed,
@@ -157,3 +156,35 @@ def _checked(records: Iterable[Record]) -> list[dict[str, Any]]:
         json.dumps(plain)
         checked.append(plain)
     return checked
+
+
+class PeakMemory:
+    """The largest resident memory of this process while the context is open, in bytes, as `peak`.
+
+    A thread samples it every 50 ms, since the peak that the system itself counts never falls and so would carry over
+    from unit to unit. It includes the interpreter and all libraries (several hundred MB with Avalanche), misses shorter
+    spikes, and does not see GPU memory. Compare units of one experiment; do not read it as the memory of a method.
+    """
+
+    def __init__(self) -> None:
+        self.peak = 0
+        self._process = psutil.Process()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> "PeakMemory":
+        self._sample()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._sample()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(SAMPLED):
+            self._sample()
+
+    def _sample(self) -> None:
+        self.peak = max(self.peak, self._process.memory_info().rss)

@@ -13,14 +13,14 @@ from benchmarks.harness import cluster
 from benchmarks.harness.cluster import Cluster, _run_if_shared, _wait_until_visible
 from benchmarks.harness.command import main
 from benchmarks.harness.errors import UsageError
-from benchmarks.harness.registered import Registered
 from benchmarks.harness.store import Store
 from benchmarks.harness.unit_run import Job, Outcome
+from benchmarks.registry import Registered
 
 distributed = pytest.importorskip("distributed")
 
 HERE = Path(__file__).parent
-EXPERIMENTS = {"tiny": Registered("tiny_experiment:experiment", "a tiny experiment")}
+EXPERIMENTS = {"tiny": Registered("tiny_experiment:experiment", "a tiny experiment", "tiny_experiment:report")}
 QUIET = {"dashboard_address": None, "silence_logs": 50}
 
 

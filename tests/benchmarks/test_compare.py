@@ -12,8 +12,7 @@ from benchmarks.experiments.compare.setting import FIRST_SEED, Setting
 from benchmarks.experiments.compare.tuning import Tuning, TuningOptions, best_strengths
 from benchmarks.harness import Results, UsageError
 from benchmarks.harness.command import main
-from benchmarks.harness.experiment import Context
-from benchmarks.harness.timings import is_timing
+from benchmarks.harness.experiment import Context, is_timing
 
 SETTING = Setting("split_digits", "class", experiences=3, steps=4, batch=32, rate=3e-3, every=0, test_limit=60)
 

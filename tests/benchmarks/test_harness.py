@@ -16,20 +16,19 @@ from joblib.externals.loky import get_reusable_executor
 
 from benchmarks import registry
 from benchmarks.harness.command import main
+from benchmarks.harness.engines import Engine, Lost, run_units
 from benchmarks.harness.errors import UsageError
-from benchmarks.harness.grid import Unit, digest
-from benchmarks.harness.lock import only_run_in
-from benchmarks.harness.pool import Engine, Lost, run_units
-from benchmarks.harness.registered import Registered
+from benchmarks.harness.experiment import Unit, digest
 from benchmarks.harness.results import Results
-from benchmarks.harness.store import Store
+from benchmarks.harness.store import Store, only_run_in
 from benchmarks.harness.unit_run import Job, Outcome, _checked
+from benchmarks.registry import Registered
 
 HERE = Path(__file__).parent
 EXPERIMENTS = {
-    "tiny": Registered("tiny_experiment:experiment", "a tiny experiment"),
+    "tiny": Registered("tiny_experiment:experiment", "a tiny experiment", "tiny_experiment:report"),
     "titan": Registered("nowhere:experiment", "another"),
-    "staged": Registered("tiny_experiment:staged", "one that needs the tiny one"),
+    "staged": Registered("tiny_experiment:staged", "one that needs the tiny one", "tiny_experiment:report"),
 }
 CHOICES = "Choices: staged, tiny, titan."
 COMMAND = """
@@ -37,8 +36,9 @@ import signal
 import sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell makes what it starts in the background deaf to it
 from benchmarks.harness.command import main
-from benchmarks.harness.registered import Registered
-sys.exit(main(sys.argv[1:], {"tiny": Registered("tiny_experiment:experiment", "a tiny experiment")}))
+from benchmarks.registry import Registered
+tiny = Registered("tiny_experiment:experiment", "a tiny experiment", "tiny_experiment:report")
+sys.exit(main(sys.argv[1:], {"tiny": tiny}))
 """
 
 
@@ -326,12 +326,15 @@ def test_a_run_and_its_prerequisite_keep_their_folders_while_they_work(tiny, tmp
             attempt("tiny")  # its results have just been read
             return super().settled(options, results)
 
-        def report(self, results, out):
+    def watched(results, out):
+        if len(results.labels) == 1:  # of the staged one
             attempt("staged")
             with only_run_in(tmp_path / "out" / "tiny"):
-                return super().report(results, out)
+                pass
+        return "nothing"
 
     monkeypatch.setattr("tiny_experiment.staged", Watched())
+    monkeypatch.setattr("tiny_experiment.report", watched)
     words = ["run", "staged", "--jobs", "1", "--seeds", "1", "--out", str(tmp_path / "out")]
     assert main(words, EXPERIMENTS) == 0
     assert kept == ["tiny", "staged"]
@@ -340,7 +343,7 @@ def test_a_run_and_its_prerequisite_keep_their_folders_while_they_work(tiny, tmp
 def test_the_folder_of_a_killed_run_is_free(tmp_path):
     code = f"""
 import pathlib
-from benchmarks.harness.lock import only_run_in
+from benchmarks.harness.store import only_run_in
 with only_run_in(pathlib.Path({str(tmp_path)!r})):
     print("in", flush=True)
     input()
@@ -372,14 +375,12 @@ def test_a_report_that_fails_leaves_the_last_one_as_it_was(tiny, monkeypatch):
     (tiny.out / "old.png").write_bytes(b"a figure that no report has now")
     before = {name: (tiny.out / name).read_bytes() for name in names}
 
-    from tiny_experiment import Tiny
-
-    def report(self, results, out):
+    def report(results, out):
         (out / "accuracy.png").write_bytes(b"half a figure")
         raise UsageError("a unit is missing")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Tiny, "report", report)
+        patch.setattr("tiny_experiment.report", report)
         assert tiny("report") == 2
     assert {name: (tiny.out / name).read_bytes() for name in names} == before
     listed = {path.name for path in tiny.out.iterdir()}
@@ -436,8 +437,8 @@ def test_quick_runs_and_variants_have_folders_of_their_own(tiny):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["run", "tinny"], f"argument NAME: unknown experiment 'tinny'; did you mean 'tiny'? {CHOICES}"),
-        (["run", "xyz"], f"argument NAME: unknown experiment 'xyz'. {CHOICES}"),
+        (["run", "tinny"], f"unknown experiment 'tinny'; did you mean 'tiny'? {CHOICES}"),
+        (["run", "xyz"], f"unknown experiment 'xyz'. {CHOICES}"),
         (
             ["run", "tiny", "--stream", "sin"],
             "argument --stream: unknown stream 'sin'; did you mean 'sine'? Choices: digits, sine.",
@@ -446,7 +447,7 @@ def test_quick_runs_and_variants_have_folders_of_their_own(tiny):
         (["run", "tiny", "--jobs", "two"], "argument --jobs: expected a whole number of at least 1, got 'two'."),
         (
             ["run", "tiny", "--jobs", "2", "--scheduler", "tcp://10.0.0.1:8786"],
-            "argument --scheduler: not allowed with argument --jobs. See python -m benchmarks run --help.",
+            "--scheduler and --jobs exclude each other. See python -m benchmarks run tiny --help.",
         ),
         (["run", "tiny", "--out", __file__], f"argument --out: expected a folder, but '{__file__}' is a file."),
     ],

@@ -9,9 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.experiments import rank_cut, soft_hard
 from benchmarks.experiments.leakage import experiment as leakage
 from benchmarks.experiments.leakage.closed_form import expected
+from benchmarks.experiments.rank_cut import experiment as rank_cut
+from benchmarks.experiments.rank_cut import report as rank_cut_report
+from benchmarks.experiments.soft_hard import experiment as soft_hard
+from benchmarks.experiments.soft_hard import report as soft_hard_report
 from benchmarks.harness import Options
 from benchmarks.harness.experiment import Context
 from benchmarks.harness.grid import describe
@@ -194,7 +197,7 @@ def test_a_cut_beyond_all_parameters_freezes_them_exactly_though_batches_fluctua
 
 
 def test_batches_of_a_model_that_stands_still_fluctuate_as_drawing_without_replacement_does():
-    from benchmarks.experiments.rank_cut.run import fluctuation
+    from benchmarks.experiments.rank_cut.experiment import fluctuation
 
     rng = np.random.default_rng(0)
     right = np.arange(200) < 140
@@ -207,7 +210,7 @@ def test_batches_of_a_model_that_stands_still_fluctuate_as_drawing_without_repla
 
 
 def test_the_report_of_the_cuts_says_that_nothing_moved(cuts, tmp_path):
-    written = rank_cut.experiment.report(cuts, tmp_path)
+    written = rank_cut_report.report(cuts, tmp_path)
     row = next(line for line in written.splitlines() if line.startswith("| rank 1000"))
     assert "0 exactly" in row
     assert (tmp_path / "rank_cut.png").exists()
@@ -218,7 +221,7 @@ def test_soft_and_hard_see_the_same_examples():
     from avalanche_curv.core.projection.protection import some_of
     from avalanche_curv.core.quadratic.policies import part_of
     from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
-    from benchmarks.experiments.soft_hard.run import plugins
+    from benchmarks.experiments.soft_hard.experiment import plugins
 
     (hard,), (soft,) = (
         plugins(next(c for c in soft_hard.experiment.configs(Options()) if c.method == method), 1438)
@@ -239,7 +242,7 @@ def test_soft_and_hard_are_run_and_reported(tmp_path):
     configs = soft_hard.rows(setting, (3,), (1.0,))
     assert [c.method for c in configs] == [soft_hard.NAIVE, soft_hard.HARD, soft_hard.FLAT, soft_hard.TRUE]
     found = results_of(soft_hard.experiment, configs, tmp_path)
-    written = soft_hard.experiment.report(found, tmp_path)
+    written = soft_hard_report.report(found, tmp_path)
     assert "| k = 3, soft, flat, λ = 1 |" in written
     assert (tmp_path / "soft_hard.png").exists()
     for config in configs:

@@ -4,14 +4,21 @@ import math
 
 import pytest
 
-from benchmarks.harness import Results
-from benchmarks.harness.matrices import accuracy_matrices, accuracy_matrix, plot_matrices
-from benchmarks.harness.plots import Curves, Dots, plot_curves, plot_dots
+from benchmarks.harness import Results, Summary, summarise
+from benchmarks.harness.plots import (
+    Curves,
+    Dots,
+    Points,
+    accuracy_matrices,
+    accuracy_matrix,
+    plot_curves,
+    plot_dots,
+    plot_matrices,
+    plot_scatter,
+    styles,
+)
 from benchmarks.harness.report import where
-from benchmarks.harness.scatter import Points, plot_scatter
 from benchmarks.harness.store import Store
-from benchmarks.harness.styles import styles
-from benchmarks.harness.summary import Summary, summarise
 from benchmarks.harness.tables import Column, table
 
 TABLE = """\

@@ -22,12 +22,12 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from avalanche_curv.tensorboard import CHARTS, write_hparams
 from benchmarks.harness import Experiment
-from benchmarks.harness.board import columns, options, results
+from benchmarks.harness.board import options, results
 from benchmarks.harness.command import main
-from benchmarks.harness.grid import Unit
-from benchmarks.harness.registered import Registered
+from benchmarks.harness.experiment import Unit
 from benchmarks.harness.store import Store
 from benchmarks.harness.unit_run import Job, run_unit
+from benchmarks.registry import Registered
 
 RUNS = ["CurvatureEWC, refresh/seed0", "CurvatureEWC, refresh/seed1", "Naive/seed0", "Naive/seed1"]
 GROUPS = {"accuracy", "fidelity", "gradient", "growth", "landscape", "results"}
@@ -46,7 +46,7 @@ class Labelled:
 def board(tmp_path_factory):
     """The TensorBoard folder of two strategies with two seeds each; the second seed in a second run."""
     out = tmp_path_factory.mktemp("board")
-    experiments = {"drawn": Registered("drawn_experiment:experiment", "two strategies")}
+    experiments = {"drawn": Registered("drawn_experiment:experiment", "two strategies", "drawn_experiment:report")}
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(Path(__file__).parent))
         for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
@@ -116,16 +116,13 @@ class Tangled(Experiment):
         weakref.finalize(logger, self.closed.append, logger.writer)
         return [{"metric": "accuracy", "value": 0.5}]
 
-    def report(self, results, out):
-        return ""
-
 
 def test_when_a_unit_has_finished_its_last_event_is_on_disk(tmp_path):
     experiment, store = Tangled(), Store(tmp_path)
     unit = Unit("tangled", 1, Labelled("a", 1.0), 0, False)
     gc.disable()
     try:
-        assert run_unit(Job(experiment, store, None, None, columns([unit])), unit).error is None
+        assert run_unit(Job(experiment, store, None, None, options([unit])), unit).error is None
         assert len(experiment.closed) == 1
         (event,) = events_of(store.tensorboard("a", 0)).Scalars("accuracy/stored")
     finally:
@@ -196,13 +193,14 @@ class Outer:
 
 def test_options_are_flat_short_and_unambiguous():
     unit = Unit("e", 1, Outer("a", Inner(3, tuple(range(99)))), 7, False)
-    flat = options(unit)
-    assert list(flat) == ["strategy", "seed", "inner.seed", "sizes", "kind"]  # a class that says no more than its field
-    assert (flat["strategy"], flat["seed"], flat["inner.seed"]) == ("a", 7, 3)
+    flat = options([unit])["a"]
+    assert list(flat) == ["strategy", "inner.seed", "sizes", "kind"]  # a class that says no more than its field
+    assert (flat["strategy"], flat["inner.seed"]) == ("a", 3)
     assert flat["sizes"].startswith("[0, 1, 2")
     assert len(flat["sizes"]) == 60
     assert flat["kind"].endswith("Path")
-    assert columns([unit, Unit("e", 1, Labelled("b", 1.0), 0, False)]).keys() == {*flat, "strength"}
+    both = options([unit, Unit("e", 1, Labelled("b", 1.0), 0, False)])
+    assert both == {"a": flat, "b": {"strategy": "b", "strength": 1.0}}
 
 
 def test_an_option_that_tensorboard_cannot_show_is_refused(tmp_path):

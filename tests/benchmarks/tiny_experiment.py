@@ -13,8 +13,10 @@ import time
 import weakref
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated
 
-from benchmarks.harness import Experiment, Options, one_of
+from benchmarks.harness import Experiment, Options
+from benchmarks.harness.options import one_of
 from benchmarks.harness.plots import Curves, plot_curves
 from benchmarks.harness.tables import Column, table
 
@@ -32,15 +34,13 @@ class TinyConfig:
 
 @dataclass(frozen=True)
 class TinyOptions(Options):
-    stream: str = "sine"
+    stream: Annotated[str, one_of("stream", ["sine", "digits"])] = "sine"
+    row: tuple[str, ...] = ()
 
 
 class Tiny(Experiment):
     name = "tiny"
     options_type = TinyOptions
-
-    def add_arguments(self, parser):
-        parser.add_argument("--stream", type=one_of("stream", ["sine", "digits"]), default="sine")
 
     def variant(self, options):
         return "" if options.stream == "sine" else options.stream
@@ -63,12 +63,13 @@ class Tiny(Experiment):
             yield {"metric": "accuracy", "value": start + config.slope.value * step, "step": step}
         yield {"metric": "seconds", "value": time.perf_counter()}
 
-    def report(self, results, out):
-        curves = {label: results.curve("accuracy", label) for label in results.labels}
-        plot_curves(out / "accuracy.png", [Curves(curves, "accuracy")], xlabel="step", labels=results.labels)
-        finals = {label: results.final("accuracy", label) for label in results.labels}
-        rows = [[label, final, final.n if final else 0] for label, final in finals.items()]
-        return table([Column("config"), Column("accuracy", best=max), Column("n")], rows)
+
+def report(results, out):
+    curves = {label: results.curve("accuracy", label) for label in results.labels}
+    plot_curves(out / "accuracy.png", [Curves(curves, "accuracy")], xlabel="step", labels=results.labels)
+    finals = {label: results.final("accuracy", label) for label in results.labels}
+    rows = [[label, final, final.n if final else 0] for label, final in finals.items()]
+    return table([Column("config"), Column("accuracy", best=max), Column("n")], rows)
 
 
 def fail(fault, times):

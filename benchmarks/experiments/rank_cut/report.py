@@ -35,38 +35,36 @@ MEASURES = ("fluctuation", "sampling", "past", "present", "average")
 
 def report(results: Results, out: Path) -> str:
     """A table by rank, and the course of one run's batches and distances."""
-    known = [label for label in results.labels if results.config(label)]
-    config = results.config(known[0])
-    marks = [float(i * config["steps"]) for i in range(1, config["experiences"])]
+    parts, setting = {one.label: one for one in results.each()}, results.first
+    marks = [float(i * setting["steps"]) for i in range(1, setting["experiences"])]
     accuracy, distance = (
-        {label: results.curve(metric, label, seed=0) for label in known} for metric in ("batch_accuracy", "distance")
+        {label: one.curve(metric, seed=0) for label, one in parts.items()} for metric in ("batch_accuracy", "distance")
     )
-    shown = {label: accuracy[label] for label in (known[0], known[-1])}
+    first, last = next(iter(parts)), list(parts)[-1]
     plot_curves(
         out / "rank_cut.png",
         [
-            Curves(shown, "accuracy", "Accuracy of each training batch, seed 0", marks=marks),
+            Curves({label: accuracy[label] for label in (first, last)}, "accuracy",
+                   "Accuracy of each training batch, seed 0", marks=marks),
             Curves(distance, "‖θ − a‖₂", "Distance from the start of the task, seed 0", marks=marks),
         ],
         xlabel="training iteration", labels=results.labels,
-    )
-    parts = ["# A rank cut beyond the number of parameters", TEXT.format_map(config), _table(results, known)]
-    return "\n\n".join([*parts, "![Batch accuracy and distance](rank_cut.png)"])
-
-
-def _table(results: Results, labels: list[str]) -> str:
-    rows: list[list[Cell]] = []
-    for label in labels:
-        last = results.config(label)["experiences"] - 1
-        free = [results.final(f"free/{number}", label) for number in (1, last)]
-        far = results.final("largest_distance", label)
-        rows.append([
-            label, *(cell and f"{cell.mean:.0f}" for cell in free), results.final("bent", label),
-            far and (f"{far.mean:.3f}" if far.mean else "0 exactly"),
-            *(results.final(metric, label) for metric in MEASURES), far.n if far else 0,
-        ])
+    )  # fmt: skip
     columns = [
         Column("cut"), Column("free, second task"), Column("free, last"), Column("bent", 0), Column("distance"),
         Column("fluctuation"), Column("of sampling"), Column("past"), Column("present"), Column("average"), Column("n"),
-    ]
-    return table(columns, rows)
+    ]  # fmt: skip
+    text = [TEXT.format_map(setting), table(columns, [_row(one) for one in parts.values()])]
+    return "\n\n".join(
+        ["# A rank cut beyond the number of parameters", *text, "![Batch accuracy and distance](rank_cut.png)"]
+    )
+
+
+def _row(results: Results) -> list[Cell]:
+    free = [results.final(f"free/{number}") for number in (1, results.first["experiences"] - 1)]
+    far = results.final("largest_distance")
+    return [
+        results.label, *(cell and f"{cell.mean:.0f}" for cell in free), results.final("bent"),
+        far and (f"{far.mean:.3f}" if far.mean else "0 exactly"),
+        *(results.final(metric) for metric in MEASURES), far.n if far else 0,
+    ]  # fmt: skip

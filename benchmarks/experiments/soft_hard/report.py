@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from benchmarks.experiments.soft_hard import FLAT, HARD, NAIVE, TRUE
+from benchmarks.experiments.soft_hard.experiment import FLAT, HARD, NAIVE, TRUE
 from benchmarks.harness.plots import new_figure, saved, tidy
 from benchmarks.harness.styles import COLOURS, MUTED
 from benchmarks.harness.tables import Cell, Column, table
@@ -40,65 +40,63 @@ deviation over n seeds."""
 
 def report(results: Results, out: Path) -> str:
     """A section for each stream, and one figure."""
-    known = [label for label in results.labels if results.config(label)]
-    streams = list(dict.fromkeys(results.config(label)["setting"]["stream"] for label in known))
-    _figure(results, known, streams, out)
-    sections = [_section(results, known, stream) for stream in streams]
+    sections = [_section(TITLES[stream], part) for stream, part in results.by("stream")]
+    _figure(results, out)
     return "\n\n".join(["# Soft against hard", TEXT, *sections, "![Past against present](soft_hard.png)"])
 
 
-def _section(results: Results, labels: list[str], stream: str) -> str:
-    own = [label for label in labels if results.config(label)["setting"]["stream"] == stream]
-    setting = results.config(own[0])["setting"]
+def _section(title: str, results: Results) -> str:
     rows: list[list[Cell]] = []
-    for label in own:
-        found = [results.final(measure, label) for measure in (*MEASURES, "moved")]
-        rows.append([_name(results.config(label)), *found, found[0].n if found[0] else 0])
+    for one in results.each():
+        found = [one.final(measure) for measure in (*MEASURES, "moved")]
+        rows.append([_name(one), *found, found[0].n if found[0] else 0])
+    setting = results.first
     drawn = "all" if setting["examples"] is None else f"{setting['examples']}"
     text = (
         f"{setting['experiences']} tasks of {setting['steps']} steps with batches of {setting['batch']}, MLP "
         f"64-100-{setting['outputs']}, Adam at {setting['rate']:g}; Fisher of {drawn} examples of each task."
     )
     columns = [Column("method"), *(Column(measure, 3, max) for measure in MEASURES), Column("moved", 2), Column("n")]
-    return f"## {TITLES[stream]}\n\n{text}\n\n{table(columns, rows)}\n\n{_seen(results, own)}"
+    return f"## {title}\n\n{text}\n\n{table(columns, rows)}\n\n{_best(results)}"
 
 
-def _seen(results: Results, labels: list[str]) -> str:
+def _best(results: Results) -> str:
     """For each rank the projection beside the best strength of each penalty, by the average."""
-    best: dict[tuple[int, str], tuple[float, str]] = {}
-    for label in labels:
-        config, average = results.config(label), results.final("average", label)
-        if config["rank"] is not None and average is not None:
-            strength = "" if config["strength"] is None else f" at λ = {config['strength']:g}"
-            key = config["rank"], config["method"]
-            best[key] = max(best.get(key, (0.0, "")), (average.mean, strength))
     lines = []
-    for rank in sorted({rank for rank, _ in best}):
-        found = [(method, *best[rank, method]) for method in METHODS if (rank, method) in best]
-        lines.append(f"- k = {rank}: " + ", ".join(f"{method} {mean:.3f}{at}" for method, mean, at in found))
+    for rank in sorted(_ranks(results)):
+        found = []
+        for method in METHODS:
+            averages = [
+                (average.mean, one.first["strength"] or 0.0)
+                for one in results.where(rank=rank, method=method).each() if (average := one.final("average"))
+            ]  # fmt: skip
+            if averages:
+                mean, strength = max(averages)
+                found.append(f"{method} {mean:.3f}" + (f" at λ = {strength:g}" if strength else ""))
+        lines.append(f"- k = {rank}: {', '.join(found)}")
     head = "The best average at every k; the penalties' is picked after the fact, on the seeds shown, and so flattered:"
     return "\n".join([head, "", *lines])
 
 
-def _name(config: dict[str, Any]) -> str:
-    if config["rank"] is None:
-        return config["method"]
-    strength = "" if config["strength"] is None else f", λ = {config['strength']:g}"
-    return f"k = {config['rank']}, {config['method']}{strength}"
+def _ranks(results: Results) -> list[int]:
+    return [rank for rank, _ in results.where(rank=bool).by("rank")]
 
 
-def _figure(results: Results, labels: list[str], streams: list[str], out: Path) -> None:
-    configs = {label: results.config(label) for label in labels}
-    ranks = sorted({config["rank"] for config in configs.values() if config["rank"]})
+def _name(results: Results) -> str:
+    row = results.first
+    if row["rank"] is None:
+        return row["method"]
+    strength = "" if row["strength"] is None else f", λ = {row['strength']:g}"
+    return f"k = {row['rank']}, {row['method']}{strength}"
+
+
+def _figure(results: Results, out: Path) -> None:
+    streams, ranks = dict(results.by("stream")), sorted(_ranks(results))
     figure = new_figure(2.9 * max(1, len(ranks)) + 0.6, 3.0 * len(streams) + 0.7)
     panels = figure.subplots(len(streams), max(1, len(ranks)), squeeze=False, sharex="row", sharey="row")
-    for axes_row, stream in zip(panels, streams):
+    for axes_row, (stream, part) in zip(panels, streams.items()):
         for axes, rank in zip(axes_row, ranks):
-            here = {
-                label: config for label, config in configs.items()
-                if config["setting"]["stream"] == stream and config["rank"] in (rank, None)
-            }
-            _draw(axes, results, here)
+            _draw(axes, part.where(rank=lambda own, rank=rank: own in (rank, None)))
             tidy(axes, f"{TITLES[stream].partition(',')[0]}, k = {rank}")
             axes.set_xlabel("accuracy on the present")
         axes_row[0].set_ylabel("accuracy on the past")
@@ -109,13 +107,13 @@ def _figure(results: Results, labels: list[str], streams: list[str], out: Path) 
     saved(figure, out / "soft_hard.png")
 
 
-def _draw(axes: Axes, results: Results, configs: dict[str, dict[str, Any]]) -> None:
+def _draw(axes: Axes, results: Results) -> None:
     """The fronts of both penalties over their strengths, the projection and Naive."""
     points: dict[str, list[tuple[float, float]]] = {}
-    for label, config in sorted(configs.items(), key=lambda item: item[1]["strength"] or 0.0):
-        past, present = results.final("past", label), results.final("present", label)
+    for one in sorted(results.each(), key=lambda one: one.first["strength"] or 0.0):
+        past, present = one.final("past"), one.final("present")
         if past and present:
-            points.setdefault(config["method"], []).append((present.mean, past.mean))
+            points.setdefault(one.first["method"], []).append((present.mean, past.mean))
     for method, (colour, marker) in DRAWN.items():
         if method in points:
             axes.plot(*zip(*points[method]), color=colour, linewidth=1.2, label=method)

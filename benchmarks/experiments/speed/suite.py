@@ -11,11 +11,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
+from benchmarks.harness.engines import Engine, Processes, ThisProcess
 from benchmarks.harness.experiment import Context, Experiment, Options, Record
-from benchmarks.harness.pool import Engine, ThisProcess
-from benchmarks.harness.processes import Processes
 from benchmarks.harness.results import Results, load
-from benchmarks.harness.run import run
+from benchmarks.harness.run import Runner
 from benchmarks.harness.store import Store
 from benchmarks.harness.tables import Column, table
 
@@ -81,16 +80,16 @@ def suite(config: Config) -> Times:
     length = config.steps * config.period
     grid = Grid([Training(f"run {number}", length, config.hidden) for number in range(UNITS)])
     with TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        stores = [Store(Path(folder) / name) for name in ("one", "two")]
-        whole = [_seconds(grid, store, engine) for store, engine in zip(stores, (ThisProcess(), Processes(2)))]
-        rows = load(stores[0], "").select("training_seconds")
+        one, two = (Path(folder) / name for name in ("one", "two"))
+        whole = [_seconds(grid, one, ThisProcess()), _seconds(grid, two, Processes(2))]
+        rows = load(Store(one / grid.name), "").select("training_seconds")
     training = sum(row["value"] for row in rows)
     return {"training": [training], "one_job": [whole[0]], "two_jobs": [whole[1]]}
 
 
-def _seconds(grid: Grid, store: Store, engine: Engine) -> float:
+def _seconds(grid: Grid, out: Path, engine: Engine) -> float:
     begin = time.perf_counter()
-    status = run(grid, Options(seeds=1), store, engine, "python -m benchmarks run speed")
+    status = Runner(out, engine, lambda name: grid.report, "python -m benchmarks run speed").run(grid, Options(seeds=1))
     if status:
         raise RuntimeError(f"The grid that times the suite ended with exit status {status}; expected 0.")
     return time.perf_counter() - begin

@@ -7,11 +7,10 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
-from benchmarks.harness import Experiment
 from benchmarks.harness.manifest import PACKAGES
-from benchmarks.harness.registered import Registered
 from benchmarks.harness.store import Store
 from benchmarks.harness.tables import Column, table
+from benchmarks.registry import Registered
 
 
 def write_results(folder, values, experiment="stored", **manifest):
@@ -44,24 +43,14 @@ def write_results(folder, values, experiment="stored", **manifest):
     return folder
 
 
-class Stored(Experiment):
-    """Reports the final accuracy of each label, with a figure and a heading."""
-
-    name = "stored"
-
-    def configs(self, options):
-        raise NotImplementedError
-
-    def run(self, config, seed, context):
-        raise NotImplementedError
-
-    def report(self, results, out):
-        finals = {label: results.final("accuracy", label) for label in results.labels}
-        Image.new("RGB", (200, 100), "white").save(out / "dots.png")
-        rows = [[label, final] for label, final in finals.items()]
-        notes = {"a": "a <script>alert(1)</script> note"}
-        tables = table([Column("label"), Column("accuracy", 3, max)], rows, notes)
-        return f"# Stored\n\nWords.\n\n## Accuracy\n\n{tables}\n\n![Accuracy by label](dots.png)\n\n## Last\n\nThe end."
+def report_of_accuracy(results, out):
+    """The final accuracy of each label, with a figure and a heading."""
+    finals = {label: results.final("accuracy", label) for label in results.labels}
+    Image.new("RGB", (200, 100), "white").save(out / "dots.png")
+    rows = [[label, final] for label, final in finals.items()]
+    notes = {"a": "a <script>alert(1)</script> note"}
+    tables = table([Column("label"), Column("accuracy", 3, max)], rows, notes)
+    return f"# Stored\n\nWords.\n\n## Accuracy\n\n{tables}\n\n![Accuracy by label](dots.png)\n\n## Last\n\nThe end."
 
 
 @pytest.fixture
@@ -70,12 +59,13 @@ def stored():
 
 
 @pytest.fixture
-def experiment():
-    return Stored()
+def report():
+    return report_of_accuracy
 
 
 @pytest.fixture
-def experiments(monkeypatch, experiment):
-    """A registry of that experiment alone."""
-    monkeypatch.setitem(sys.modules, "stored_results", SimpleNamespace(experiment=experiment))
-    return {"stored": Registered("stored_results:experiment", "stored results")}
+def experiments(monkeypatch):
+    """A registry of an experiment "stored", with that report."""
+    module = SimpleNamespace(report=report_of_accuracy, experiment=None)
+    monkeypatch.setitem(sys.modules, "stored_results", module)
+    return {"stored": Registered("stored_results:experiment", "stored results", "stored_results:report")}

@@ -20,10 +20,10 @@ ARGUMENTS = [
 
 
 @pytest.fixture
-def folder(tmp_path, stored, experiment):
+def folder(tmp_path, stored, report):
     """A results folder with its report."""
     store = Store(stored(tmp_path / "out" / "stored", VALUES))
-    write_report(experiment, load(store, "run"), store)
+    write_report(report, load(store, "run"), store)
     return store.root
 
 
@@ -51,6 +51,13 @@ def test_a_figure_that_is_absent_is_told_and_not_asked_for(tmp_path):
     html = part("![A figure](gone.png)", tmp_path)
     assert "<img" not in html
     assert "A figure (the figure gone.png is absent)" in html
+
+
+def test_a_figure_from_outside_of_the_folder_does_not_enter_the_page(tmp_path):
+    (tmp_path / "secret.png").write_bytes(b"PNG")
+    (tmp_path / "folder").mkdir()
+    for place in ("../secret.png", str(tmp_path / "secret.png")):
+        assert "<img" not in part(f"![A figure]({place})", tmp_path / "folder")
 
 
 def test_tables_scroll_in_a_frame_and_keep_their_bars(tmp_path):

@@ -1,87 +1,82 @@
-"""What is published of results, and the places of the README that it fills."""
+"""What is published of results, and the places of the documents that it fills."""
 
 import json
-from pathlib import Path
 
 import pytest
 
-from benchmarks.harness import Results, UsageError
+from benchmarks.harness import Results, UsageError, published
 from benchmarks.harness.command import main
-from benchmarks.harness.markers import replaced
-from benchmarks.harness.published import FOLDER, LARGEST, parsed, publish, read, read_results, written
-from benchmarks.harness.readme import excerpt, filled, rendered
-from benchmarks.registry import EXPERIMENTS
+from benchmarks.harness.documents import fill, filled
+from benchmarks.harness.published import LARGEST, excerpt, parsed, publish, read, read_results, rendered, written
 
-ROOT = Path(__file__).parents[3]
-DOCUMENT = "# Title\n\n<!-- tiny:begin -->\nold\n<!-- tiny:end -->\n\nAfter.\n"
+SHOW = "<!-- [[[cog from benchmarks.harness.published import show; show({}) ]]] -->\n{}<!-- [[[end]]] -->\n"
 VALUES = {"a": {0: 0.1234567, 1: 0.2}, "b | c": {0: 0.5, 1: 0.75}}
 
 
 @pytest.fixture
-def load(experiment):
-    return lambda name: experiment
+def folder(tmp_path, monkeypatch, experiments):
+    """Where that experiment publishes."""
+    monkeypatch.setattr(published, "FOLDER", tmp_path)
+    monkeypatch.setattr(published, "EXPERIMENTS", experiments)
+    return tmp_path / "stored" / "published"
 
 
 @pytest.fixture
-def render(load):
-    return lambda results: rendered(results, load)
-
-
-@pytest.fixture
-def published(tmp_path, stored, render, load):
-    """A published result and a README with two of its parts."""
+def document(tmp_path, stored, folder, experiments):
+    """A document with two parts of a published result."""
     results = read_results(stored(tmp_path / "results", VALUES))
-    publish(results, "stored", render, tmp_path / "published")
-    readme = tmp_path / "README.md"
-    readme.write_text("Before.\n<!-- stored/Accuracy:begin -->\n<!-- stored/Accuracy:end -->\nBetween.\n"
-                      "<!-- stored/tables:begin -->\n<!-- stored/tables:end -->\n")  # fmt: skip
-    readme.write_text(filled(readme, load, tmp_path / "published")[0])
-    return readme
+    publish(results, "stored", lambda some: rendered(some, experiments), folder)
+    path = tmp_path / "README.md"
+    parts = [SHOW.format(f'"stored", "{part}"', "") for part in ("Accuracy", "tables")]
+    path.write_text("Before.\n" + "Between.\n".join(parts))
+    assert fill([path]) == 0
+    return path
 
 
-def test_the_readme_of_the_project_is_what_its_published_results_say():
-    from benchmarks.harness.registered import load
-
-    assert filled(ROOT / "README.md", lambda name: load(name, EXPERIMENTS), FOLDER)[1] == []
+def test_the_documents_of_the_project_are_what_their_published_results_say(capsys):
+    assert fill(check=True) == 0
 
 
-def test_publishing_and_filling_gives_the_tables_of_the_report(published, tmp_path):
-    text = published.read_text()
+def test_publishing_and_filling_gives_the_tables_of_the_report(document, folder):
+    text = document.read_text()
     source = "`python -m benchmarks run stored` at commit 0123456.\n"  # not the folder of one machine
     assert text.count(source) == 2
     assert text.count("| a¹     |     0.162 ± 0.054 |") == 2
     assert text.count("| b \\| c | **0.625 ± 0.177** |") == 2
     assert text.count("¹ a <script>") == 2
-    assert "Words." not in text
-    assert "The end." not in text
-    assert "dots.png" not in text
-    assert "/somewhere" not in (tmp_path / "published" / "stored.json").read_text()
+    assert text.startswith("Before.\n")
+    for absent in ("Words.", "The end.", "dots.png"):
+        assert absent not in text
+    assert "/somewhere" not in (folder / "stored.json").read_text()
 
 
-def test_a_changed_digit_is_found_by_its_name(published, tmp_path, load):
-    folder = tmp_path / "published"
-    assert filled(published, load, folder)[1] == []
-    published.write_text(published.read_text().replace("0.162", "0.163", 1))
-    assert filled(published, load, folder)[1] == ["stored/Accuracy"]
+@pytest.mark.parametrize("place", ["README.md", "stored/published/stored.json"])
+def test_a_changed_digit_in_a_document_or_a_published_file_is_found(document, tmp_path, capsys, place):
+    assert fill([document], check=True) == 0
+    path, before = tmp_path / place, document.read_text()
+    path.write_text(path.read_text().replace("0.162", "0.163", 1).replace("0.75", "0.85"))
+    assert fill([document], check=True) == 1
+    assert f"{document}: not what its published results say." in capsys.readouterr().err
+    assert (document.read_text() == before) == (place != "README.md")
+    assert fill([document]) == 0
+    assert fill([document], check=True) == 0
 
 
-def test_a_changed_published_number_is_found_too(published, tmp_path, load):
-    path = tmp_path / "published" / "stored.json"
-    path.write_text(path.read_text().replace("0.75", "0.85"))
-    assert filled(published, load, tmp_path / "published")[1] == ["stored/Accuracy", "stored/tables"]
+@pytest.mark.parametrize(("shown", "message"), [
+    ('"stord"', "unknown published result 'stord'; did you mean 'stored'"),
+    ('"stored", "Acuracy"', "unknown part of a report 'Acuracy'; did you mean 'Accuracy'"),
+])  # fmt: skip
+def test_what_there_is_not_is_an_error_that_names_the_nearest(document, shown, message):
+    with pytest.raises(UsageError, match=f"README.md: {message}"):
+        filled(document, SHOW.format(shown, ""))
 
 
-def test_a_marker_of_nothing_and_a_result_without_marker_are_errors(published, tmp_path, load):
-    folder, text = tmp_path / "published", published.read_text()
-    published.write_text(text + "<!-- stord:begin -->\n<!-- stord:end -->\n")
-    with pytest.raises(UsageError, match="marker 'stord': unknown published result 'stord'; did you mean 'stored'"):
-        filled(published, load, folder)
-    published.write_text("nothing")
-    with pytest.raises(UsageError, match="has no place in"):
-        filled(published, load, folder)
-    published.write_text(text.replace("stored/Accuracy", "stored/Acuracy"))
-    with pytest.raises(UsageError, match="unknown part of a report 'Acuracy'; did you mean 'Accuracy'"):
-        filled(published, load, folder)
+def test_a_published_result_that_no_document_shows_is_an_error(document, monkeypatch):
+    monkeypatch.setattr("benchmarks.harness.documents.DOCUMENTS", [document])
+    assert fill() == 0
+    document.write_text("nothing")
+    with pytest.raises(UsageError, match=r'stored.json has no place in a document: show."stored". it'):
+        fill()
 
 
 def test_a_published_file_keeps_what_results_say(tmp_path, stored):
@@ -135,20 +130,17 @@ def test_what_is_no_published_file_says_so(tmp_path):
         read_results(path)
 
 
-def test_the_command_publishes_fills_and_checks(tmp_path, monkeypatch, capsys, stored, experiments):
-    monkeypatch.setattr("benchmarks.harness.published.FOLDER", tmp_path / "published")
-    monkeypatch.setattr("benchmarks.harness.published.FIGURES", tmp_path / "figures")
+def test_the_command_publishes_fills_and_checks(tmp_path, capsys, stored, folder, experiments):
     (stored(tmp_path / "results", VALUES) / "dots.png").write_bytes(b"PNG")
     readme = tmp_path / "README.md"
-    readme.write_text(before := DOCUMENT.replace("tiny", "short"))
+    readme.write_text(before := SHOW.format('"short"', "old\n"))
     command = ["publish", str(tmp_path / "results"), "--as", "short", "--figure"]
     assert main([*command, "dot.png"], experiments) == 2
     assert "there is no figure dot.png" in capsys.readouterr().err
     assert main([*command, "dots.png"], experiments) == 0
     assert "numbers rounded to 6 significant digits" in capsys.readouterr().out
-    assert (tmp_path / "figures" / "short-dots.png").read_bytes() == b"PNG"
+    assert (folder / "short-dots.png").read_bytes() == b"PNG"
     assert main(["readme", "--check", str(readme)], experiments) == 1
-    assert "'short' is not what its published results say" in capsys.readouterr().err
     assert readme.read_text() == before
     assert main(["readme", str(readme)], experiments) == 0
     assert main(["readme", "--check", str(readme)], experiments) == 0
@@ -161,25 +153,3 @@ def test_an_excerpt_of_an_incomplete_run_says_so():
     assert excerpt("# T\n\nText", results) == (
         "`run` at commits 0123456, 9876543-dirty. 1 of 3 units are missing.\n\nText"
     )
-
-
-def test_text_between_markers_is_replaced_and_nothing_else():
-    once = replaced(DOCUMENT, "tiny", "new", Path("README.md"))
-    assert once == "# Title\n\n<!-- tiny:begin -->\n\nnew\n\n<!-- tiny:end -->\n\nAfter.\n"
-    assert replaced(once, "tiny", "new", Path("README.md")) == once
-
-
-@pytest.mark.parametrize(
-    "document",
-    [
-        "",
-        "<!-- tiny:begin -->\n",
-        "<!-- tiny:end -->\n<!-- tiny:begin -->\n",
-        DOCUMENT + DOCUMENT,
-        "`<!-- tiny:begin -->` and `<!-- tiny:end -->`\n",
-    ],
-    ids=["none", "no end", "wrong order", "twice", "mentioned in a line"],
-)
-def test_missing_or_doubled_markers_are_an_error_that_names_them(document):
-    with pytest.raises(UsageError, match=r"README.md needs the line '<!-- tiny:begin -->' once and, below it"):
-        replaced(document, "tiny", "new", Path("README.md"))
