@@ -11,6 +11,7 @@ from torch import distributed, nn
 from avalanche_curv import (
     GGN,
     Accumulate,
+    AdaptiveRefresh,
     BlockDiagonal,
     Curvature,
     Dense,
@@ -238,7 +239,10 @@ def test_a_structure_of_ones_own_works_with_every_curvature(kind, architecture, 
 
 
 @pytest.mark.parametrize(
-    "policy", [Accumulate(), Accumulate(fraction=0.5), Merge(decay=0.5), Refresh(fraction=0.5), Refresh(gradient=True)]
+    "policy",
+    [Accumulate(), Accumulate(fraction=0.5), Merge(decay=0.5), Refresh(fraction=0.5), Refresh(gradient=True),
+     AdaptiveRefresh(fraction=0.5)],
+    ids=str,
 )
 @pytest.mark.parametrize("kind", [GradientAndWeightDecay(), Margin()])
 @pytest.mark.parametrize("structure", [MeanDiagonal(), Diagonal(), Dense()])

@@ -2,25 +2,32 @@
 
 import pytest
 import torch
+from torch import nn
 
 from avalanche_curv import (
     GGN,
     Absolute,
     BatchedEmpiricalFisher,
+    BlockDiagonal,
     Clip,
     Curvature,
+    Dense,
+    Diagonal,
     EmpiricalFisher,
+    EmpiricalRisk,
     Energy,
     Fisher,
     FromLinearOperator,
     Hessian,
     LowRank,
     OutputGradient,
+    PerLayer,
     Rank,
     estimate,
 )
+from avalanche_curv.core import eigen
 from avalanche_curv.core.curvature.operators import GramOperator, WithFallback
-from avalanche_curv.core.structures import DiagonalMatrix
+from avalanche_curv.core.structures import DiagonalMatrix, low_rank
 from avalanche_curv.core.structures.rules import check_pair
 
 
@@ -127,7 +134,9 @@ def test_the_terms_of_shards_weigh_their_curvatures(kind, problem, close):
     close(sum(some), whole)
 
 
-@pytest.mark.parametrize(("counts", "fits"), [([3, 6, 1], True), ([3, 4, 0], True), ([4, 3], False), ([0, 1, 3], False)])
+@pytest.mark.parametrize(
+    ("counts", "fits"), [([3, 6, 1], True), ([3, 4, 0], True), ([4, 3], False), ([0, 1, 3], False)]
+)
 def test_no_mini_batch_lies_on_two_shards(counts, fits):
     GGN().check_shards(counts)
     if fits:
@@ -163,3 +172,35 @@ def test_a_kind_that_says_so_is_cut_at_a_part_of_its_trace(problem):
     """∇L ∇Lᵀ has one direction."""
     matrix = estimate(Signed(), LowRank(Energy(0.9)), problem("mlp", "cross_entropy").risk).curvature
     assert len(matrix.values) == 1
+
+
+class Attentive(nn.Module):
+    def __init__(self, batch_first: bool = True) -> None:
+        super().__init__()
+        self.batch_first = batch_first
+        self.attention, self.head = nn.MultiheadAttention(4, 2, batch_first=batch_first), nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.unflatten(1, (3, 4))
+        x = x if self.batch_first else x.transpose(0, 1)
+        mixed, _ = self.attention(x, x, x, need_weights=False)
+        return self.head(mixed.mean(1 if self.batch_first else 0))
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("structure", [LowRank(Rank(3)), BlockDiagonal(PerLayer(), Diagonal())], ids=str)
+def test_products_that_lack_forward_derivatives_go_in_reverse(structure, batch_first, monkeypatch) -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(9, 12).double(), torch.randint(3, (9,))
+    batches = [(x[:4], y[:4]), (x[4:], y[4:])]
+    risk = EmpiricalRisk.snapshot(Attentive(batch_first).double(), nn.CrossEntropyLoss(), batches)
+    exact = estimate(Fisher(), Dense(), risk).curvature.dense()
+    monkeypatch.setattr(low_rank, "WHOLE", 0)
+    monkeypatch.setattr(low_rank, "GRAM_ROWS", 0)
+    monkeypatch.setattr(eigen, "WHOLE", 0)
+    matrix = estimate(Fisher(), structure, risk).curvature
+    if isinstance(structure, LowRank):
+        values = torch.linalg.eigvalsh(exact).flip(0)[:3]
+        torch.testing.assert_close(matrix.values, values, rtol=1e-6, atol=1e-12)
+    else:
+        torch.testing.assert_close(matrix.dense().diagonal(), exact.diagonal(), rtol=1e-8, atol=1e-12)

@@ -110,7 +110,8 @@ EVERY = [*MATRICES, *(f"damped {name}" for name in MATRICES)]
 def made(name, seed=0):
     """A matrix and its entries."""
     matrix, entries = MATRICES[name.removeprefix("damped ")](symmetric(10, seed))
-    return (matrix.damped(TAU), entries + TAU * torch.eye(10).double()) if name.startswith("damped") else (matrix, entries)
+    damped = matrix.damped(TAU), entries + TAU * torch.eye(10).double()
+    return damped if name.startswith("damped") else (matrix, entries)
 
 
 @pytest.fixture(params=EVERY)
@@ -147,6 +148,7 @@ def test_the_top_of_the_spectrum(name, close):
     close(vectors @ vectors.T, torch.eye(3).double(), 1e-8)
     close(entries @ vectors.T, vectors.T * values, 1e-8)
     assert matrix.largest() == pytest.approx(float(exact.max()), rel=1e-2)
+    assert matrix.scaled(-1.0).largest() == pytest.approx(-float(exact.min()), rel=1e-2, abs=1e-6)
 
 
 def test_sums_and_multiples_are_those_of_the_entries(name, close):
@@ -177,7 +179,7 @@ def test_operations_leave_the_matrix_as_it_was(name):
 def test_a_function_of_the_spectrum_acts_on_the_eigenvalues_where_they_are_at_hand(name, close):
     matrix, entries = made(name)
     if isinstance(matrix, DampedMatrix | MatrixFreeMatrix):
-        with pytest.raises(TypeError, match="not at hand|map that of the matrix, and then damp it"):
+        with pytest.raises(TypeError, match=r"not at hand|map that of the matrix, and then damp it"):
             matrix.map_spectrum(torch.square)
     elif matrix.tensors()[-1].shape == (10,) and isinstance(matrix, LowRankMatrix):  # each part by itself
         part, beside = entries - matrix.diagonal.diag(), matrix.diagonal
