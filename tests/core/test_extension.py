@@ -1,37 +1,50 @@
-"""What a user may add without touching the package: a curvature, a structure, a shortcut for both, a loss."""
+"""What a user may add without touching the package, each in one file such as this one: a curvature, a structure, a
+policy, a shortcut, a loss. Everything that takes the package's own takes them too, or says why not."""
 
 from dataclasses import dataclass
 from importlib import import_module
 
 import pytest
 import torch
-from torch import nn
+from torch import distributed, nn
 
 from avalanche_curv import (
     GGN,
     Accumulate,
+    AdaptiveRefresh,
     BlockDiagonal,
     Curvature,
     Dense,
     Diagonal,
+    Eigenspace,
     EmpiricalFisher,
     EmpiricalRisk,
     ExampleLoss,
     Fisher,
+    FlatSpectrum,
     Hessian,
+    Kronecker,
+    LowRank,
     Matrix,
+    MatrixFree,
     Merge,
     OutputCurvature,
     ParameterSpace,
     Past,
+    PerLayer,
+    Policy,
     QuadraticModel,
+    Rank,
     Refresh,
     Structure,
     estimate,
     example_loss,
+    landscape,
     rule,
 )
-from avalanche_curv.core.fidelity.monitor import example_models
+from avalanche_curv.core.distributed import ShardedRisk, estimate_sharded
+from avalanche_curv.core.fidelity.monitor import PastModels, example_models
+from avalanche_curv.core.quadratic.penalty import Penalty
 
 
 @dataclass(frozen=True)
@@ -138,6 +151,22 @@ class AbsoluteError(ExampleLoss):
             raise ValueError("AbsoluteError needs targets of the outputs' shape.")
 
 
+@dataclass(frozen=True)
+class Sliding(Policy):
+    """The sum of the newest two quadratic models; what it keeps more than any policy extends `Past`."""
+
+    def absorb(self, past, risk, curvature, structure):
+        new = estimate(curvature, structure, risk)
+        newest = getattr(past, "newest", None)
+        total = new if newest is None else newest + new
+        return SlidingPast(total, experiences=past.experiences + 1, newest=new)
+
+
+@dataclass(frozen=True)
+class SlidingPast(Past):
+    newest: QuadraticModel | None = None
+
+
 class SmoothL1(nn.Module):
     """A criterion of the user's own."""
 
@@ -210,7 +239,10 @@ def test_a_structure_of_ones_own_works_with_every_curvature(kind, architecture, 
 
 
 @pytest.mark.parametrize(
-    "policy", [Accumulate(), Accumulate(fraction=0.5), Merge(decay=0.5), Refresh(fraction=0.5), Refresh(gradient=True)]
+    "policy",
+    [Accumulate(), Accumulate(fraction=0.5), Merge(decay=0.5), Refresh(fraction=0.5), Refresh(gradient=True),
+     AdaptiveRefresh(fraction=0.5)],
+    ids=str,
 )
 @pytest.mark.parametrize("kind", [GradientAndWeightDecay(), Margin()])
 @pytest.mark.parametrize("structure", [MeanDiagonal(), Diagonal(), Dense()])
@@ -227,6 +259,84 @@ def test_policies_fold_them_while_the_head_grows(policy, kind, structure, experi
     close(found, slope + past.model.curvature.dense() @ delta)
     if policy == Accumulate():
         close(past.model(model), sum(estimate(kind, structure, risk)(model) for risk in risks))
+
+
+@pytest.mark.parametrize("kind", [GradientAndWeightDecay(), Margin(), GGN()], ids=str)
+@pytest.mark.parametrize("structure", [MeanDiagonal(), Diagonal(), LowRank(Rank(2)), MatrixFree()], ids=str)
+def test_a_policy_of_ones_own_takes_every_kind_and_structure(kind, structure, experiences, close):
+    model, risks = experiences
+    past = Past()
+    for iteration, risk in enumerate(risks):
+        assert Sliding().revise(past, model, iteration, kind, structure) is past
+        past = Sliding().absorb(past, risk, kind, structure)
+    assert (past.experiences, past.refreshes, Sliding().revises) == (3, (), False)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.1
+    close(past.model(model), sum(estimate(kind, structure, risk)(model) for risk in risks[1:]), 1e-8)
+
+
+KINDS_OF_ONES_OWN = {
+    GradientAndWeightDecay(): lambda g, J: torch.outer(g, g) + 0.5 * torch.eye(43).double(),
+    Margin(): lambda g, J: torch.einsum("ncp,ncq->pq", J, J) / 7,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_ONES_OWN, ids=str)
+def test_structures_landscape_projection_and_operators_take_a_kind_of_ones_own(kind, problem, close):
+    known = problem("mlp", "cross_entropy")
+    exact = KINDS_OF_ONES_OWN[kind](known.paper.gradients.mean(0), known.paper.jacobians)
+    values, vectors = torch.linalg.eigh(exact)
+    for structure in (MatrixFree(), LowRank(Rank(43))):
+        close(estimate(kind, structure, known.risk).curvature.dense(), exact, 1e-8)
+    flat = estimate(kind, FlatSpectrum(LowRank(Rank(2))), known.risk).curvature
+    close(flat.values, values[-1].expand(2), 1e-8)
+    found = landscape(kind, known.risk, k=2)
+    assert (found.sharpness, found.trace) == pytest.approx((float(values[-1]), float(exact.trace())))
+    (eigenvectors,) = Eigenspace(kind, Rank(1), examples=None).find(known.risk, 0).findings
+    close((eigenvectors.rows @ vectors[:, -1]).abs(), torch.ones(1).double(), 1e-8)
+    v = torch.linspace(-1, 1, 43).double()
+    close(kind.linear_operator(known.risk) @ v, exact @ v)
+
+
+def test_fidelity_and_kronecker_factors_name_what_a_kind_of_ones_own_lacks(problem):
+    risk = problem("mlp", "cross_entropy").risk
+    for ask in (lambda: example_models(GradientAndWeightDecay(), risk), lambda: PastModels(GradientAndWeightDecay())):
+        with pytest.raises(TypeError, match="or a subclass of OutputCurvature"):
+            ask()
+    with pytest.raises(TypeError, match=r"register one with @rule\(GradientAndWeightDecay, Kronecker\)"):
+        estimate(GradientAndWeightDecay(), Kronecker(), risk)
+    assert estimate(Margin(), Kronecker(), risk).curvature.trace() > 0
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    """A process group of one."""
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(not distributed.is_available(), reason="this torch has no torch.distributed")
+def test_they_are_estimated_over_processes(one_process, problem, close):
+    known = problem("mlp", "cross_entropy")
+    shards = ShardedRisk.snapshot(known.model, known.criterion, known.risk.batches)
+    for kind in KINDS_OF_ONES_OWN:
+        for structure in (MeanDiagonal(), Dense(), LowRank(Rank(2)), MatrixFree()):
+            found = estimate_sharded(kind, structure, shards).curvature.dense()
+            close(found, estimate(kind, structure, known.risk).curvature.dense(), 1e-8)
+
+
+@pytest.mark.parametrize("structure", [MeanDiagonal(), BlockDiagonal(PerLayer(), MeanDiagonal())], ids=str)
+def test_a_matrix_of_ones_own_has_what_is_derived_from_its_products(structure, problem, net, close):
+    past = estimate(GGN(), structure, problem("mlp", "cross_entropy").risk)
+    matrix, whole = past.curvature, past.curvature.dense()
+    v = torch.linspace(-1, 1, 43).double()
+    close(matrix.damped(0.5).product(v), whole @ v + 0.5 * v)
+    close(matrix.quadratic_form(v), v @ whole @ v)
+    assert matrix.trace() == pytest.approx(float(whole.trace()))
+    assert matrix.largest() == pytest.approx(float(whole.diagonal().max()), rel=1e-2)
+    close(Penalty(past, 2.0)(net), 2 * past(net))
 
 
 def test_a_shortcut_of_ones_own_is_taken_for_its_pair_and_subclasses(registered, problem, close):

@@ -88,8 +88,8 @@ class ChosenOperator:
 def linear_operator(
     matmat: Callable[[Float[Tensor, "P k"]], Float[Tensor, "P k"]], shapes: Sequence[torch.Size], like: Tensor
 ) -> LinearOperator:
-    """A symmetric matrix, known by its products, as a linear operator of curvlinops on parameters of these shapes, in
-    the type and on the device of `like`."""
+    """A symmetric matrix as a linear operator of curvlinops on parameters of these shapes, in the type and on the
+    device of `like`; `matmat` maps M [P, k] to C M [P, k]."""
     return _Products(matmat, shapes, like)
 
 

@@ -27,19 +27,21 @@ class NonFiniteCurvatureError(FloatingPointError):
 class Curvature(ABC):
     """A kind of curvature C(θ) of an empirical risk, always of the mean over examples.
 
-    A kind of your own needs `operator` and nothing else; every structure but Kronecker factors, and every policy, then
-    works with it. The other methods say what more is known of a kind: faster rules and measurements ask for it.
+    A kind of your own needs `operator` and nothing else. Every policy then works with it, and every structure but
+    `Kronecker` and `EKFAC`; `Energy` cuts need `is_semidefinite` too. The other methods say what more is
+    known of a kind: faster rules and measurements ask for it.
     """
 
     is_semidefinite: bool = False
     """Whether C has no negative eigenvalues. Say so for a kind of your own: others are taken to be indefinite."""
 
     is_known_of_examples: bool = False
-    """Whether `example_expansion` gives the curvature of the loss of one example, as fidelity compares it."""
+    """Whether the kind defines the curvature C_i of the loss of one example, as fidelity compares it: by `factor` for
+    an `OutputCurvature`, by `example_expansion` for other kinds."""
 
     @abstractmethod
     def operator(self, risk: EmpiricalRisk) -> Operator:
-        """The curvature at the frozen parameters of `risk` as an operator on its parameter space."""
+        """C at the frozen parameters of `risk`, as an operator with products C M [P, k] on its parameter space."""
 
     def linear_operator(self, risk: EmpiricalRisk) -> LinearOperator:
         """The curvature at the frozen parameters of `risk` as a linear operator of curvlinops, for its traces, norms,
@@ -47,7 +49,7 @@ class Curvature(ABC):
         return linear_operator(self.operator(risk).matmat, risk.space.shapes, risk.anchor)
 
     def check_loss(self, loss: ExampleLoss) -> None:  # noqa: B027  most need no more of a loss than that it is known
-        """Raises ValueError for a loss of which this curvature is not defined."""
+        """Raises ValueError for a loss for which this curvature is not defined."""
 
     @property
     def is_mended(self) -> bool:
@@ -55,11 +57,11 @@ class Curvature(ABC):
         return False
 
     def mended(self, matrix: M) -> M:
-        """An estimate of C with its spectrum as this kind wants it; the matrix itself for most kinds."""
+        """`matrix`, an estimate of C, with the eigenvalues that this kind asks for; itself for most kinds."""
         return matrix
 
     def unmended(self) -> Curvature:
-        """The kind whose spectrum stays as it is."""
+        """This kind of curvature without `mended`: its eigenvalues stay as they are."""
         return self
 
     def row_count(self, risk: EmpiricalRisk) -> int | None:
@@ -91,11 +93,12 @@ class Curvature(ABC):
         )
 
     def terms(self, examples: int) -> int:
-        """How many terms the mean C = (1/B) Σ_b C_b of so many examples runs over: one for each example."""
+        """B, the number of terms of the mean C = (1/B) Σ_b C_b over this number of examples: one for each, unless a
+        kind averages over mini-batches."""
         return examples
 
     def check_shards(self, counts: Sequence[int]) -> None:  # noqa: B027
-        """Raises ValueError where C of all examples is no mean of those of shards of these sizes."""
+        """Raises ValueError where C of all examples is no mean of the C of shards with these numbers of examples."""
 
 
 class OutputCurvature(Curvature, ABC):
@@ -112,10 +115,11 @@ class OutputCurvature(Curvature, ABC):
     def factor(
         self, loss: ExampleLoss, outputs: Float[Tensor, "N C"], targets: Tensor, generator: torch.Generator
     ) -> Float[Tensor, "N C R"]:
-        """S_i for each example. `generator` gives the draws of a kind that samples, and is ignored by the others."""
+        """S_i for each of N examples, from their outputs and targets, with any number R of columns. `generator` gives
+        the draws of a kind that samples."""
 
     def generator(self) -> torch.Generator:
-        """The source of the draws of one pass over the data: the same at every pass."""
+        """A new source of random draws for one pass over the data, equal at every pass: it starts from `seed`."""
         return torch.Generator().manual_seed(self.seed or 0)
 
     def operator(self, risk: EmpiricalRisk) -> Operator:
@@ -125,14 +129,15 @@ class OutputCurvature(Curvature, ABC):
         return WithFallback(output_operator(risk, data), Relinearised(self, risk))
 
     def row_count(self, risk: EmpiricalRisk) -> int:
-        """N R, with R the number of columns of S."""
+        """N R, the number of rows of G: N examples, and R columns of S for each."""
         x, y = next(iter(risk))
         with torch.no_grad():
             outputs = risk.outputs(x[:1])
         return risk.examples * self.factor(risk.loss, outputs, y[:1], self.generator()).shape[2]
 
     def rows(self, risk: EmpiricalRisk, names: Collection[str] | None = None) -> Iterator[Float[Tensor, "n P"]]:
-        """J_iᵀ S_i / √N for one chunk of examples after the other; the columns of some parameters by `names`."""
+        """Rows of G with C = GᵀG: the columns of J_iᵀ S_i / √N, one chunk of examples after the other. `names`
+        restricts them to some parameters, in the order given."""
         parameters, generator = parameters_of(risk), self.generator()
         width = sum(parameters[name].numel() for name in names or parameters)
         with torch.no_grad():

@@ -43,7 +43,7 @@ class BatchedEmpiricalFisher(Curvature):
         return GramOperator(torch.cat(list(self.rows(risk))))
 
     def row_count(self, risk: EmpiricalRisk) -> int:
-        """B, the number of mini-batches."""
+        """B, the number of mini-batches, which give a row each."""
         return self.terms(risk.examples)
 
     def rows(self, risk: EmpiricalRisk) -> Iterator[Float[Tensor, "1 P"]]:
@@ -52,11 +52,11 @@ class BatchedEmpiricalFisher(Curvature):
             yield risk.summed_gradient(x, y)[None] / (len(y) * self.terms(risk.examples) ** 0.5)
 
     def terms(self, examples: int) -> int:
-        """B, the number of mini-batches of so many examples."""
+        """B, the number of mini-batches that this number of examples makes; the last may be smaller."""
         return -(-examples // self.batch_size)
 
     def check_shards(self, counts: Sequence[int]) -> None:
-        """Raises ValueError where a mini-batch would lie on two shards."""
+        """Raises ValueError where a mini-batch would lie on two shards of these numbers of examples."""
         last = max(shard for shard, count in enumerate(counts) if count)
         if any(count % self.batch_size for count in counts[:last]):
             raise ValueError(

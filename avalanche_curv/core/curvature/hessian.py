@@ -22,7 +22,7 @@ class PositivePart(ABC):
 
     @abstractmethod
     def __call__(self, eigenvalues: Tensor) -> Tensor:
-        """The new eigenvalues."""
+        """The eigenvalues of the positive semi-definite matrix, in place of `eigenvalues`, of the same shape."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Hessian(Curvature):
 
     @property
     def is_known_of_examples(self) -> bool:  # type: ignore[override]
-        """Whether the spectrum stays as it is: that of single examples is not mended."""
+        """Whether the curvature of single examples is defined: it is not with `psd`, which acts on the mean."""
         return self.psd is None
 
     @property
@@ -76,7 +76,8 @@ class Hessian(Curvature):
     def example_expansion(
         self, risk: EmpiricalRisk, inputs: Tensor, targets: Tensor, displacement: Float[Tensor, "P"]
     ) -> tuple[Float[Tensor, "n P"], Float[Tensor, "n P"]]:
-        """∇ℓ_i(a) and ∇²ℓ_i(a) δ, the second as the forward derivative of the first."""
+        """∇ℓ_i(a) and ∇²ℓ_i(a) δ, each [n, P], of n examples at the anchor a; the second is the forward derivative of
+        the first along δ. Raises TypeError with `psd`."""
         if self.psd is not None:
             return super().example_expansion(risk, inputs, targets, displacement)
         here, step = parameters_of(risk), parameters_of(risk, displacement)

@@ -14,7 +14,7 @@ from avalanche_curv.core.risk.losses import ExampleLoss
 
 
 class Operator(Protocol):
-    """A symmetric matrix known by its products."""
+    """A symmetric matrix known by its products: `size` is P, `matmat` maps M [P, k] to C M [P, k]."""
 
     @property
     def size(self) -> int: ...
@@ -23,7 +23,8 @@ class Operator(Protocol):
 
 
 class Spectral(Protocol):
-    """What a kind of curvature asks of a matrix whose eigenvalues it changes: see `structures.Matrix`."""
+    """A matrix whose eigenvalues a kind of curvature may change: `map_spectrum` returns the matrix with `function`
+    applied to its eigenvalues, `is_finite` says whether it holds no NaN and no infinity."""
 
     def is_finite(self) -> bool: ...
 
@@ -31,7 +32,8 @@ class Spectral(Protocol):
 
 
 class FactorInOutputs(Protocol):
-    """What operators need of a kind of curvature (1/N) Σ_i J_iᵀ S_i S_iᵀ J_i: see `OutputCurvature`."""
+    """What operators need of a kind of curvature (1/N) Σ_i J_iᵀ S_i S_iᵀ J_i: `factor` gives S_i for each example,
+    `generator` the source of its random draws for one pass over the data."""
 
     def factor(
         self, loss: ExampleLoss, outputs: Float[Tensor, "N C"], targets: Tensor, generator: torch.Generator
@@ -41,9 +43,10 @@ class FactorInOutputs(Protocol):
 
 
 class WithFallback:
-    """An operator, and another for models of whose modules torch lacks the derivatives that the first one takes.
+    """An operator, and a second one of equal products for modules that lack the derivatives of the first.
 
-    Which of them works is found at the first product, and holds for all that follow.
+    The first product tries `first`; where torch raises NotImplementedError, that product and all that follow take
+    `second`.
     """
 
     def __init__(self, first: Operator, second: Operator) -> None:

@@ -1,4 +1,4 @@
-"""A trust region for the quadratic model of past loss: where it is believed, how it stays bounded, when it is made
+"""A trust region for the quadratic model of past loss: where it is trusted, how it stays bounded, when it is estimated
 anew."""
 
 from __future__ import annotations
@@ -127,11 +127,11 @@ class Damping(ABC):
 
     @abstractmethod
     def amount(self, model: QuadraticModel) -> float:
-        """τ."""
+        """τ ≥ 0 for a quadratic model with its slope g and anchor a."""
 
 
 def damped(model: QuadraticModel, tau: float) -> QuadraticModel:
-    """q + ½ τ ‖δ‖²."""
+    """The quadratic model q + ½ τ ‖δ‖² with the same anchor; q itself for τ = 0."""
     return replace(model, curvature=model.curvature.damped(tau)) if tau else model
 
 
@@ -187,7 +187,8 @@ class AdaptivePast(Past):
 
     @classmethod
     def of(cls, past: Past) -> AdaptivePast:
-        """The past itself, or one of another policy without a loss and damping."""
+        """`past` itself where it is an `AdaptivePast`; otherwise one of its model, stored examples and number of
+        experiences, with a loss and damping of 0 and no refreshes."""
         return past if isinstance(past, cls) else cls(past.model, past.stored, past.experiences)
 
 

@@ -38,7 +38,7 @@ class QuadraticModel:
     constant: float = 0.0
 
     def displacement(self, model: nn.Module) -> Float[Tensor, "P"]:
-        """δ of `model`, detached."""
+        """δ = θ − a [P] for the parameters θ of `model`, detached."""
         return self.space.vector(model).to(self.anchor) - self.anchor
 
     def __call__(self, model: nn.Module) -> Tensor:
@@ -74,7 +74,7 @@ class QuadraticModel:
         )
 
     def reanchored(self, anchor: Float[Tensor, "P"]) -> QuadraticModel:
-        """This function of θ, written around another anchor."""
+        """This function of θ, written around another anchor [P]: equal everywhere, with another g and c."""
         if torch.equal(anchor, self.anchor):
             return self
         shift = anchor - self.anchor

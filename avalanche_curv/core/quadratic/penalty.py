@@ -34,7 +34,7 @@ class Penalty:
         return _Penalty.apply(self, *self.space.tensors(model))
 
     def evaluate(self, parameters: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """strength · q(θ), and strength · (g + C δ) for each parameter."""
+        """strength · q(θ) at these parameters θ, and its gradient strength · (g + C δ) in the shape of each of them."""
         past = self.past
         for parameter, anchor, displacement in zip(parameters, self.anchors, self.displacements):
             torch.sub(parameter, anchor, out=displacement)

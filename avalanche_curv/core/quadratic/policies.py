@@ -59,8 +59,11 @@ class Policy(ABC):
 
     @abstractmethod
     def absorb(self, past: Past, risk: EmpiricalRisk, curvature: Curvature, structure: Structure) -> Past:
-        """The past including the experience whose risk, frozen at the end of its training, is given. The first one is
-        absorbed into `Past()`."""
+        """The past with one more experience, as a new object; the first one is absorbed into `Past()`.
+
+        `risk` is that of the experience, frozen at the end of its training; `curvature` and `structure` are those of
+        the quadratic model. Raises what `estimate` raises.
+        """
 
     def revise(
         self, past: Past, model: nn.Module, iteration: int, curvature: Curvature, structure: Structure
@@ -134,7 +137,8 @@ class Refresh(Policy):
 
 
 def part_of(risk: EmpiricalRisk, fraction: float, seed: int, experience: int) -> EmpiricalRisk:
-    """The random part that is kept of an experience: the same for every policy and metric of the same seed."""
+    """The random `fraction` of the examples of `risk` that is kept of experience number `experience`, counted from 0:
+    equal for every policy and metric of one `seed`; the risk itself for a fraction of 1."""
     return risk if fraction == 1 else risk.subset(fraction, part_seed(seed, experience))
 
 
@@ -144,6 +148,6 @@ def part_seed(seed: int, experience: int) -> int:
 
 
 def check_fraction(name: str, fraction: float) -> None:
-    """Raises ValueError for a share of the examples that is none."""
+    """Raises ValueError where `fraction`, an option of `name`, does not lie in (0, 1]."""
     if not (is_number(fraction) and 0 < fraction <= 1):
         raise ValueError(f"{name} needs a fraction in (0, 1]; got {fraction}. 0.1 keeps one example in ten.")

@@ -71,7 +71,8 @@ class Descent:
 
 
 def stability(optimizer: torch.optim.Optimizer, strength: float, sharpness: float) -> Stability | None:
-    """What is known of the penalty's own dynamics; None where the optimizer is not SGD, and where λ_max ≤ 0.
+    """The stability of `optimizer` on strength · ½ δᵀCδ, with `sharpness` = λ_max(C); None where the optimizer is not
+    SGD, and where the learning rate, the strength or λ_max is not positive.
 
     >>> sgd = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.5)
     >>> found = stability(sgd, strength=2.0, sharpness=3.0)
@@ -85,7 +86,7 @@ def stability(optimizer: torch.optim.Optimizer, strength: float, sharpness: floa
 
 
 def sharpness_of(past: QuadraticModel) -> float:
-    """λ_max(C), to within one percent."""
+    """λ_max(C) of a quadratic model, to within one percent."""
     return past.curvature.largest()
 
 
@@ -94,12 +95,12 @@ class Guard(ABC):
 
     @abstractmethod
     def strength(self, found: Stability) -> float:
-        """The strength to train with; `found` diverges."""
+        """The strength to train with, where `found` says that the penalty would diverge."""
 
 
 @dataclass(frozen=True)
 class WarnIfUnstable(Guard):
-    """Says so, and trains on."""
+    """Warns of a penalty that would diverge, and trains on with it."""
 
     def strength(self, found: Stability) -> float:
         warnings.warn(f"{found} Or let guard=RescaleIfUnstable() lower it.", UserWarning, stacklevel=2)
@@ -141,7 +142,7 @@ class Guarded:
         self._passed = guard is None
 
     def allowed(self, optimizer: torch.optim.Optimizer) -> float:
-        """The strength for the next step."""
+        """The strength for the next step of `optimizer`. Raises what the guard raises."""
         descent = None if self._passed else Descent.of(optimizer)
         if self.guard is None or descent is None or descent == self._descent:
             return self.strength

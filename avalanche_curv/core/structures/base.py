@@ -46,7 +46,8 @@ class CurvatureSource(Protocol):
 class Structure(ABC):
     """Which entries of a curvature matrix are kept, and how.
 
-    A structure of your own is this recipe and a `Matrix`; every curvature kind and policy then works with it.
+    A structure of your own is this recipe and a `Matrix`. Every policy then works with it, and every kind of
+    curvature; `Hessian(psd=...)` only where the eigenvalues of the matrix are at hand (`Matrix.map_spectrum`).
     """
 
     is_mean: bool = False
@@ -65,11 +66,11 @@ class Structure(ABC):
 
     @abstractmethod
     def bytes(self, space: ParameterSpace, itemsize: int) -> int:
-        """Memory of the matrix, known before it is built."""
+        """Bytes of the matrix over `space`, known before it is built, with numbers of `itemsize` bytes."""
 
     @abstractmethod
     def check(self, space: ParameterSpace, itemsize: int) -> None:
-        """Raises MemoryError where `bytes` exceeds what this recipe allows."""
+        """Raises MemoryError where `bytes(space, itemsize)` exceeds what this recipe allows, with a remedy."""
 
 
 class Matrix(ABC):
@@ -88,7 +89,7 @@ class Matrix(ABC):
 
     @abstractmethod
     def plus(self, other: Matrix) -> Matrix:
-        """C + other, where other is of the same structure and space."""
+        """C + other, for a matrix of the same structure and space. Raises TypeError for another structure."""
 
     def compressed(self) -> Matrix:
         """C as a sum keeps it: itself, or an approximation where the structure bounds its size."""
@@ -104,7 +105,7 @@ class Matrix(ABC):
 
     @abstractmethod
     def map_spectrum(self, function: Callable[[Tensor], Tensor]) -> Matrix:
-        """`function` applied to the eigenvalues. Raises TypeError where they are not at hand."""
+        """The matrix with `function` applied to its eigenvalues. Raises TypeError where they are not at hand."""
 
     copies_to_scale: bool = False
     """Whether `scaled` holds as much again as the matrix, which then is better scaled product by product."""
@@ -118,7 +119,8 @@ class Matrix(ABC):
         return None
 
     def eigenvectors_beside_diagonal(self) -> tuple[Pairs, Float[Tensor, "P"] | None] | None:
-        """λ, V and d of a matrix that is stored as Vᵀ Λ V + diag(d) and whose sums are; None for any other."""
+        """((λ, V), d) of a matrix that is stored as Vᵀ diag(λ) V + diag(d), with V [k, P], and whose sums are stored so
+        too; d is None where it is zero. None for any other matrix."""
         return None
 
     def in_blocks(self, space: ParameterSpace) -> list[tuple[ParameterSpace, Matrix | None]]:
@@ -186,13 +188,13 @@ def check_memory(name: str, needed: int, allowed: int, remedy: str) -> None:
 
 
 def check_limit(name: str, max_bytes: object) -> None:
-    """Raises ValueError for a limit that is no number of bytes."""
+    """Raises ValueError where `max_bytes`, the limit of the structure `name`, is no integer of at least 1."""
     if not is_count(max_bytes):
         raise ValueError(f"{name}(max_bytes=...) needs an integer of at least 1; got {max_bytes!r}. 2**30 is a GiB.")
 
 
 def human_bytes(count: float) -> str:
-    """A size for people.
+    """A number of bytes in B, KiB, MiB or GiB, with one decimal.
 
     >>> human_bytes(3 * 2**30)
     '3.0 GiB'

@@ -15,7 +15,7 @@ from avalanche_curv.core.structures.rules import refusal, rule
 
 @dataclass(frozen=True)
 class FlatSpectrum(Structure):
-    """V √λ_max: every kept direction is as stiff as the sharpest, C = λ_max V Vᵀ.
+    """C = λ_max Vᵀ V: every kept direction, a row of V [k, P], is as stiff as the sharpest.
 
     A soft projection: the penalty does not tell kept directions apart. `basis` says which are kept. Sums hold the
     directions of both, each with the stiffness of its own experience.

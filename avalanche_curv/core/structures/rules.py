@@ -27,12 +27,13 @@ def check_pair(curvature: Curvature, structure: Structure) -> None:
 
 
 def curvature_matrix(curvature: Curvature, structure: Structure, risk: EmpiricalRisk) -> Matrix:
-    """The structured curvature alone, without checks."""
+    """The matrix of `structure` for the curvature of `risk`, mended where the kind asks for it, without checks."""
     return curvature.mended(structured(curvature, structure, risk))
 
 
 def structured(curvature: Curvature, structure: Structure, risk: EmpiricalRisk) -> Matrix:
-    """The structured curvature before the kind mends its spectrum."""
+    """The matrix of `structure` for the curvature of `risk`, before the kind mends its eigenvalues: by the nearest
+    registered rule, or else by products."""
     return _rule_for(curvature, structure)(curvature, structure, risk)
 
 

@@ -32,14 +32,15 @@ CLASSES = {
     GGN(): curvlinops.GGNLinearOperator,
     EmpiricalFisher(): curvlinops.EFLinearOperator,
 }
+NOT_OF_GRADIENTS = {"summed_binary": "curvlinops takes binary targets only"}
 
 
 @pytest.mark.parametrize("kind", CLASSES, ids=str)
-@pytest.mark.parametrize("loss", ["cross_entropy", "summed_square", "summed_binary"])
-def test_an_operator_of_curvlinops_is_the_kind_of_its_name(kind, loss, problem, close):
-    risk = problem("mlp", loss).risk
-    if loss == "summed_binary" and kind == EmpiricalFisher():
-        pytest.skip("curvlinops takes binary targets only")
+@pytest.mark.parametrize("loss", ["cross_entropy", "smoothed", "weighted", "summed_square", "summed_binary"])
+def test_an_operator_of_curvlinops_is_the_kind_of_its_name(kind, loss, architecture, problem, close):
+    risk = problem(architecture, loss).risk
+    if loss in NOT_OF_GRADIENTS and kind == EmpiricalFisher():
+        pytest.skip(NOT_OF_GRADIENTS[loss])
     theirs = FromLinearOperator(CLASSES[kind])
     close(estimate(theirs, Dense(), risk).curvature.dense(), estimate(kind, Dense(), risk).curvature.dense())
 

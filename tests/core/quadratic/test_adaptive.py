@@ -19,12 +19,13 @@ from avalanche_curv import (
     Past,
     Rank,
     RatioBand,
+    Refresh,
     RelativeError,
     StepBound,
     Tikhonov,
     estimate,
 )
-from avalanche_curv.core.quadratic.adaptive import TrustCheck, memory_loss, predicted_loss
+from avalanche_curv.core.quadratic.adaptive import AdaptivePast, TrustCheck, memory_loss, predicted_loss
 
 ALWAYS = AbsoluteError(1e-300)
 
@@ -135,6 +136,19 @@ def test_without_damping_the_slope_may_leave_the_range_and_q_has_no_bound(net):
     assert downhill.norm() > 1e-3
     assert free.model.increase(1e6 * downhill) < -1
     assert bound.model.increase(1e6 * downhill) > 0
+
+
+def test_a_past_of_another_policy_is_taken_over_and_its_own_kept(net):
+    x, y = torch.randn(5, 4, generator=torch.Generator().manual_seed(0)).double(), torch.tensor([0, 1, 2, 0, 1])
+    past = absorbed(Refresh(1.0), net, nn.CrossEntropyLoss(), x, y, GGN(), Diagonal(), times=2)
+    taken = AdaptivePast.of(past)
+    assert (taken.model, taken.stored, taken.experiences) == (past.model, past.stored, 2)
+    assert (taken.loss, taken.damping, taken.refreshes) == (0.0, 0.0, ())
+    assert AdaptivePast.of(taken) is taken
+    risk = EmpiricalRisk.snapshot(net, nn.CrossEntropyLoss(), [(x, y)])
+    on = AdaptiveRefresh(fraction=1.0).absorb(past, risk, GGN(), Diagonal())
+    assert on.experiences == len(on.stored) == 3
+    assert on.loss == pytest.approx(3 * risk.value())
 
 
 def test_the_cap_counts_for_each_experience_and_the_end_of_one_always_refreshes():

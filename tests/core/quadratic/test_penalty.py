@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
+from avalanche_curv import GGN, BlockDiagonal, Dense, Diagonal, Kronecker, LowRank, MatrixFree, Rank, estimate
 from avalanche_curv.core.quadratic.model import QuadraticModel
 from avalanche_curv.core.quadratic.penalty import Penalty
 from avalanche_curv.core.risk.parameters import ParameterSpace
-from avalanche_curv.core.structures import DenseMatrix, DiagonalMatrix
+from avalanche_curv.core.structures import DiagonalMatrix
 
 
 def model_and_quadratics(count: int, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, list[QuadraticModel]]:
@@ -107,9 +110,23 @@ def test_slope_outside_the_range_of_the_curvature_keeps_its_value(curvature: flo
     torch.testing.assert_close(penalty(model), sloped(model))
 
 
-def test_other_structures_take_the_general_way() -> None:
-    model, (past,) = model_and_quadratics(1)
-    dense = QuadraticModel(past.space, past.anchor, DenseMatrix(past.curvature.dense()))
-    general, special = Penalty(dense, 3.0)(model), Penalty(past, 3.0)(model)
-    torch.testing.assert_close(general, special, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(gradients(general, model), gradients(special, model), rtol=1e-12, atol=1e-12)
+@pytest.mark.parametrize(
+    ("structure", "copies"),
+    [(Dense(), True), (BlockDiagonal(), True), (Diagonal(), False), (LowRank(Rank(2)), False), (Kronecker(), False),
+     (MatrixFree(), False)],
+    ids=str,
+)  # fmt: skip
+def test_strength_goes_into_the_curvature_of_every_structure_that_scales_without_a_copy(structure, copies, problem):
+    known = problem("mlp", "cross_entropy")
+    past, model = estimate(GGN(), structure, known.risk), copy.deepcopy(known.model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1)
+    penalty = Penalty(past, 3.0)
+    assert past.curvature.copies_to_scale is copies
+    assert (penalty.past.curvature is past.curvature) is copies
+    assert penalty.strength == (3.0 if copies else 1.0)
+    torch.testing.assert_close(penalty(model), 3 * past.penalty(model), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        gradients(penalty(model), model), 3 * gradients(past.penalty(model), model), rtol=1e-12, atol=1e-12
+    )

@@ -190,14 +190,12 @@ def test_factors_agree_with_those_of_curvlinops(kind, fisher_type, criterion, ca
 
 
 @pytest.mark.parametrize("structure", [Kronecker(), EKFAC()], ids=str)
-@pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_products_traces_and_tops_are_those_of_the_entries(kind, structure, constructor, case, close):
-    matrix = estimate(kind, structure, case(constructor).risk).curvature
+def test_products_traces_and_tops_are_those_of_the_entries(structure, constructor, case, close):
+    matrix = estimate(GGN(), structure, case(constructor).risk).curvature
     whole = matrix.dense()
     v = torch.linspace(-1, 1, matrix.size).double()
     close(whole, whole.T)
     close(matrix.product(v), whole @ v)
-    close(matrix.scaled(-2.5).dense(), -2.5 * whole)
     assert matrix.trace() == pytest.approx(float(whole.trace()))
     values, vectors = matrix.top(5)
     exact = torch.linalg.eigvalsh(whole).flip(0)[:5]
@@ -343,11 +341,6 @@ def test_a_model_with_nothing_to_factorise_is_refused(model, shape, structure, c
         estimate(GGN(), structure, case(lambda: nn.Sequential(model(), nn.Flatten()), shape=shape).risk)
 
 
-def test_corrected_eigenvalues_have_no_factors_to_merge():
-    with pytest.raises(TypeError, match="positional"):
-        EKFAC(PiWeighted())
-
-
 @pytest.mark.parametrize("structure", [Kronecker(), EKFAC()], ids=str)
 def test_class_weights_go_with_the_ggn_and_not_with_the_fisher(structure, case, close):
     here = case(perceptron)
@@ -398,11 +391,6 @@ def test_a_table_of_words_does_not_count_as_a_layer_that_is_too_large(case):
             return self.body(index.abs().long())
 
     estimate(GGN(), Kronecker(max_bytes=2**20), case(Indices, shape=(3,)).risk)
-
-
-def test_memory_is_that_of_the_stored_numbers(case):
-    risk = case(perceptron).risk
-    assert estimate(GGN(), Kronecker(), risk).curvature.nbytes == Kronecker().bytes(risk.space, 8)
 
 
 # Sums and growth
@@ -489,29 +477,6 @@ def test_merging_with_nothing_changes_nothing(close):
         close(total.compressed().dense(), one.dense())
 
 
-@pytest.mark.parametrize("corrected", [False, True])
-def test_a_larger_layer_has_the_entries_of_the_smaller_at_their_places(corrected, close):
-    """Rows and columns of the weight and entries of the bias are new, and other parameters stand between."""
-    grown = ParameterSpace(("scale", "weight", "more", "bias", "new"),
-                           (Size(()), Size((5, 4)), Size((2,)), Size((5,)), Size((3,))))  # fmt: skip
-    matrix = random_kronecker(0)
-    if corrected:
-        matrix = matrix.map_spectrum(torch.sqrt)
-    found = matrix.embedded(SPACE, grown)
-    # scale 0 | weight 1-20, rows of 4 | more 21-22 | bias 23-27 | new 28-30
-    where = torch.tensor([28, 29, 23, 24, 25, 0, 1, 2, 5, 6, 9, 10])
-    expected = torch.zeros(31, 31).double()
-    expected[where[:, None], where] = matrix.dense()
-    close(found.dense(), expected)
-    close(found.product(torch.linspace(-1, 1, 31).double()), expected @ torch.linspace(-1, 1, 31).double())
-    assert found.trace() == pytest.approx(matrix.trace())
-    twice = found.plus(found)
-    close(twice.dense(), 2 * expected)
-    values, vectors = found.top(3)
-    close(values, torch.linalg.eigvalsh(expected).flip(0)[:3])
-    close(expected @ vectors.T, vectors.T * values)
-
-
 def test_a_larger_convolution_has_the_entries_of_the_smaller_at_their_places(close):
     small, large = (ParameterSpace(("weight",), (Size(shape),)) for shape in ((2, 2, 2, 3), (3, 4, 2, 3)))
     generator = torch.Generator().manual_seed(0)
@@ -588,14 +553,3 @@ def test_an_output_curvature_of_ones_own_needs_no_rule(structure, case, close):
     close(
         estimate(Mine(), structure, risk).curvature.dense(), 4 * estimate(GGN(), structure, risk).curvature.dense()
     )
-
-
-@pytest.mark.parametrize("structure", [Kronecker(), EKFAC()], ids=str)
-def test_single_precision_agrees(structure, case):
-    here = case(convolutional)
-    batches = [(x.float(), y) for x, y in here.risk.batches]
-    single = EmpiricalRisk.snapshot(copy.deepcopy(here.model).float(), nn.CrossEntropyLoss(), batches)
-    found = estimate(GGN(), structure, single).curvature.dense()
-    expected = estimate(GGN(), structure, here.risk).curvature.dense()
-    assert found.dtype == torch.float32
-    assert (found.double() - expected).norm() < 1e-4 * expected.norm()

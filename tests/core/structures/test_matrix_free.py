@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from torch import Size, nn
+from torch import nn
 from torchvision.models import VisionTransformer
 
 from avalanche_curv import (
@@ -19,16 +19,9 @@ from avalanche_curv import (
     Fisher,
     Hessian,
     MatrixFree,
-    Merge,
-    NonFiniteCurvatureError,
-    ParameterSpace,
-    Past,
     estimate,
 )
-from avalanche_curv.core.curvature.operators import GramOperator
-from avalanche_curv.core.structures import DiagonalMatrix, MatrixFreeMatrix
 from avalanche_curv.core.structures import matrix_free as rules
-from avalanche_curv.core.structures.matrix_free import OperatorTerm
 from avalanche_curv.core.structures.rules import check_pair
 
 KINDS = [EmpiricalFisher(), Fisher(), Fisher(samples=2, seed=1), GGN(), BatchedEmpiricalFisher(2), Hessian()]
@@ -155,69 +148,3 @@ def test_a_hessian_to_be_mended_is_refused_when_it_is_asked_for(psd, problem):
     ):
         with pytest.raises(TypeError, match=r"cannot be mended where only products are known. Use Hessian\(\) or GGN"):
             ask()
-
-
-@pytest.mark.parametrize("fraction", [0, -0.1, 1.1, float("nan"), "all"])
-def test_a_fraction_outside_the_unit_interval_is_refused(fraction):
-    with pytest.raises(ValueError, match=r"MatrixFree needs a fraction in \(0, 1\]"):
-        MatrixFree(fraction)
-
-
-SPACE = ParameterSpace(("weight", "scale", "bias"), (Size((3, 2)), Size(()), Size((3,))))
-GROWN = ParameterSpace(("new", "bias", "scale", "weight"), (Size((2,)), Size((5,)), Size(()), Size((5, 2))))
-LARGER = ParameterSpace(("new", "bias", "weight", "scale", "last"),
-                        (Size((2,)), Size((6,)), Size((5, 2)), Size(()), Size((2,))))  # fmt: skip
-
-
-def of_rows(seed, size=SPACE.size):
-    rows = torch.randn(4, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return MatrixFreeMatrix(size, rows.new_empty(0), (OperatorTerm(GramOperator(rows)),)), rows.T @ rows
-
-
-def test_sums_multiples_and_growth_are_those_of_the_entries(close):
-    (one, a), (two, b) = of_rows(0), of_rows(1)
-    close(one.plus(two).scaled(-2.5).dense(), -2.5 * (a + b))
-    grown = one.plus(two.scaled(0.5)).embedded(SPACE, GROWN)
-    where = torch.tensor([8, 9, 10, 11, 12, 13, 7, 2, 3, 4])
-    expected = torch.zeros(18, 18).double()
-    expected[where[:, None], where] = a + 0.5 * b
-    close(grown.dense(), expected)
-    third, c = of_rows(2, GROWN.size)
-    close(grown.plus(third).dense(), expected + c)
-    # new 0-1 | bias 2-7 | weight 8-17 | scale 18 | last 19-20
-    where = torch.tensor([0, 1, 2, 3, 4, 5, 6, 18, *range(8, 18)])
-    larger = torch.zeros(21, 21).double()
-    larger[where[:, None], where] = expected + c
-    close(grown.plus(third).embedded(GROWN, LARGER).dense(), larger)
-    with pytest.raises(TypeError, match="only another such can be added; got DiagonalMatrix"):
-        one.plus(DiagonalMatrix(torch.ones(SPACE.size)))
-    with pytest.raises(TypeError, match="not at hand"):
-        one.map_spectrum(torch.exp)
-
-
-def test_merging_scales_the_past(problem, new_problem, net, close):
-    risks = [new_problem(net, "cross_entropy", seed=seed).risk for seed in range(3)]
-    past = Past()
-    for risk in risks:
-        past = Merge(0.5).absorb(past, risk, GGN(), MatrixFree())
-    separate = [estimate(GGN(), Dense(), risk).curvature.dense() for risk in risks]
-    close(past.model.curvature.dense(), 0.25 * separate[0] + 0.5 * separate[1] + separate[2])
-
-
-def test_nothing_finite_is_refused(new_problem, net):
-    with torch.no_grad():
-        net[2].weight[0, 0] = float("nan")
-    with pytest.raises(NonFiniteCurvatureError):
-        estimate(GGN(), MatrixFree(), new_problem(net, "cross_entropy").risk)
-
-
-def test_single_precision_agrees(problem):
-    known = problem("conv", "cross_entropy")
-    batches = [(x.float(), y) for x, y in known.risk.batches]
-    single = EmpiricalRisk.snapshot(copy.deepcopy(known.model).float(), known.criterion, batches)
-    for kind in KINDS:
-        v = random_vectors(known.risk.space.size)[0]
-        found = estimate(kind, MatrixFree(), single).curvature.product(v.float())
-        expected = estimate(kind, MatrixFree(), known.risk).curvature.product(v)
-        assert found.dtype == torch.float32
-        assert (found.double() - expected).norm() < 1e-4 * expected.norm()

@@ -3,7 +3,6 @@ import math
 
 import pytest
 import torch
-from curvlinops import EFLinearOperator, FisherMCLinearOperator, GGNLinearOperator, HessianLinearOperator
 from torch import nn
 
 from avalanche_curv import (
@@ -201,23 +200,6 @@ def test_the_draws_of_the_monte_carlo_fisher_belong_to_its_seed(problem):
     assert not torch.allclose(first, other)
 
 
-def test_the_empirical_fisher_is_not_the_fisher_of_an_untrained_model(problem):
-    """Kunstner et al. (2019): they agree where the model is right about its labels, and at this model it is not."""
-    risk = problem("mlp", "cross_entropy").risk
-    fisher, empirical = dense(Fisher(), risk), dense(EmpiricalFisher(), risk)
-    assert (empirical - fisher).norm() > 0.3 * fisher.norm()
-
-
-def test_the_empirical_fisher_nears_zero_where_every_residual_does_and_the_fisher_of_regression_does_not(
-    exact_problem, make_model, losses
-):
-    model = make_model(lambda: nn.Linear(4, 2))
-    inputs = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)).double()
-    risk = exact_problem(model, losses["summed_square"], inputs, model(inputs).detach()).risk
-    assert dense(EmpiricalFisher(), risk).abs().max() == 0
-    assert dense(Fisher(), risk).trace() > 1
-
-
 @pytest.mark.parametrize("kind", [GGN(), Fisher(), Fisher(samples=2, seed=0), EmpiricalFisher()])
 def test_outer_products_are_positive_semi_definite(kind, likelihood, problem):
     assert torch.linalg.eigvalsh(dense(kind, problem("mlp", likelihood).risk)).min() > -1e-12
@@ -239,46 +221,6 @@ def test_the_positive_part_changes_the_eigenvalues_of_what_is_kept(part, functio
         mended = estimate(Hessian(psd=part), structure, known.risk).curvature.dense()
         close(torch.linalg.eigvalsh(mended), function(torch.linalg.eigvalsh(kept)).sort().values, 1e-9)
         close(mended @ kept, kept @ mended, 1e-9)  # the same eigenvectors
-
-
-@pytest.fixture
-def peer(problem, losses):
-    """An operator of curvlinops used directly, with the criterion summed, as the matrix of the mean."""
-
-    def matrix(operator, model, name, **options):
-        known, criterion = problem(model, name), losses[name].criterion
-        scale = 1.0
-        if isinstance(criterion, nn.CrossEntropyLoss):
-            summed = nn.CrossEntropyLoss(criterion.weight, reduction="sum", label_smoothing=criterion.label_smoothing)
-        else:
-            scale = 1.0 if criterion.reduction == "sum" else 1 / 3
-            summed = type(criterion)(reduction="sum")
-        built = operator(
-            known.risk.base, summed, known.risk.parameters, known.risk.batches, check_deterministic=False, **options
-        )
-        return scale, built @ torch.eye(known.risk.space.size).double() / 7
-
-    return matrix
-
-
-@pytest.mark.parametrize("name", ["smoothed", "weighted", "binary"])
-def test_ggn_and_hessian_agree_with_curvlinops(architecture, name, peer, problem, close):
-    for kind, operator in ((GGN(), GGNLinearOperator), (Hessian(), HessianLinearOperator)):
-        scale, matrix = peer(operator, architecture, name)
-        close(dense(kind, problem(architecture, name).risk), scale * matrix)
-
-
-@pytest.mark.parametrize("name", ["cross_entropy", "mean_square", "summed_square", "binary"])
-def test_empirical_fisher_agrees_with_curvlinops(architecture, name, peer, problem, close):
-    scale, matrix = peer(EFLinearOperator, architecture, name)
-    close(dense(EmpiricalFisher(), problem(architecture, name).risk), scale**2 * matrix)
-
-
-@pytest.mark.parametrize("name", ["cross_entropy", "summed_square", "summed_binary"])
-def test_fisher_is_the_expectation_of_the_monte_carlo_fisher_of_curvlinops(name, peer, problem):
-    scale, matrix = peer(FisherMCLinearOperator, "mlp", name, mc_samples=4000, seed=0)
-    exact = dense(Fisher(), problem("mlp", name).risk)
-    assert (scale * matrix - exact).norm() < 0.03 * exact.norm()
 
 
 def test_monte_carlo_fisher_names_its_mistakes():

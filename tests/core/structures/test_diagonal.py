@@ -69,7 +69,8 @@ def test_hessian_and_fisher_agree_on_relu_and_not_on_tanh(make_model):
 def test_what_is_no_chain_of_linear_layers_goes_by_products(make_model, close):
     twice = nn.Linear(3, 3).double()
     norm = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3)).double()
-    for model in (nn.Sequential(twice, nn.Tanh(), twice), norm, nn.Linear(3, 3).double()):
+    shared = [nn.Sequential(twice, between, twice) for between in (nn.Tanh(), nn.LeakyReLU())]
+    for model in (*shared, norm, nn.Linear(3, 3).double()):
         risk = risk_of(model)
         assert diagonal_by_units(risk) is None
         products = Hessian().operator(risk).matmat(torch.eye(risk.space.size, dtype=torch.float64)).diagonal()
@@ -77,3 +78,16 @@ def test_what_is_no_chain_of_linear_layers_goes_by_products(make_model, close):
     x = torch.zeros(2, 4, 3, dtype=torch.float64)
     tokens = EmpiricalRisk.snapshot(nn.Sequential(nn.Linear(3, 3)).double(), nn.MSELoss(), [(x, x)])
     assert diagonal_by_units(tokens) is None
+
+
+@pytest.mark.parametrize(
+    "activation", [nn.ReLU, nn.LeakyReLU, nn.Hardtanh, lambda: nn.Sequential(nn.ReLU6(), nn.Dropout(0.5))]
+)
+@pytest.mark.parametrize("name", ["cross_entropy", "summed_square", "weighted_binary"])
+def test_the_diagonal_of_the_hessian_of_a_piecewise_linear_chain(activation, name, new_problem, make_model, close):
+    """Where its shortcut is taken; the matrix off the diagonal is another than that of the GGN."""
+    chain = make_model(lambda: nn.Sequential(nn.Flatten(), nn.Linear(4, 5), activation(), nn.Linear(5, 3)), seed=1)
+    known = new_problem(chain.eval(), name)
+    exact = known.paper.hessians.mean(0)
+    close(estimate(Hessian(), Diagonal(), known.risk).curvature.dense(), exact.diagonal().diag())
+    assert (exact - known.paper.ggns.mean(0)).norm() > 1e-3
