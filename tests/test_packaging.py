@@ -11,8 +11,8 @@ tomllib = pytest.importorskip("tomllib")  # from Python 3.11 on
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 DISTRIBUTIONS = {  # of modules that are not named like theirs
-    "avalanche": "avalanche-lib", "backpack": "backpack-for-pytorch", "curvlinops": "curvlinops-for-pytorch",
-    "gymnasium": "stable-baselines3", "laplace": "laplace-torch", "sklearn": "scikit-learn",
+    "avalanche": "avalanche-lib", "backpack": "backpack-for-pytorch", "cog": "cogapp",
+    "curvlinops": "curvlinops-for-pytorch", "gymnasium": "stable-baselines3", "laplace": "laplace-torch", "sklearn": "scikit-learn",
     "stable_baselines3": "stable-baselines3",
 }  # fmt: skip
 
