@@ -12,8 +12,8 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 DISTRIBUTIONS = {  # of modules that are not named like theirs
     "avalanche": "avalanche-lib", "backpack": "backpack-for-pytorch", "cog": "cogapp",
-    "curvlinops": "curvlinops-for-pytorch", "gymnasium": "stable-baselines3", "laplace": "laplace-torch", "sklearn": "scikit-learn",
-    "stable_baselines3": "stable-baselines3",
+    "curvlinops": "curvlinops-for-pytorch", "gymnasium": "stable-baselines3", "laplace": "laplace-torch",
+    "sklearn": "scikit-learn", "stable_baselines3": "stable-baselines3",
 }  # fmt: skip
 
 
