@@ -1,6 +1,8 @@
 """Quadratic models of past loss for continual learning with Avalanche, and what keeps networks able to learn.
 
 The names of the core are at hand at once; those that need Avalanche are imported when first used.
+
+.. include:: README.md
 """
 
 from __future__ import annotations
@@ -83,7 +85,8 @@ __all__ = [*core.__all__, *plasticity.__all__, *_LAZY]
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module 'avalanche_curv' has no attribute '{name}'")
-    return getattr(import_module(f"avalanche_curv.{_LAZY[name]}"), name)
+    value = globals()[name] = getattr(import_module(f"avalanche_curv.{_LAZY[name]}"), name)
+    return value
 
 
 def __dir__() -> list[str]:

@@ -33,7 +33,9 @@ class CurvatureEWCPlugin(SupervisedPlugin):
 
     `strength` is λ and means the same for every curvature and structure. Avalanche's EWC has no ½ and squares
     mini-batch gradients: its `ewc_lambda` equals strength / 2 with
-    `curvature=BatchedEmpiricalFisher(batch_size=train_mb_size)`. Strength 0 trains exactly as without the plugin.
+    `curvature=BatchedEmpiricalFisher(batch_size=train_mb_size)`: both train equal weights with
+    `train(experience, shuffle=False)`; shuffled, Avalanche's importance pass moves the global random state. Strength 0
+    trains exactly as without the plugin.
 
     `guard` looks at each new model of the past under SGD: where lr · strength · λ_max(C) says that the penalty alone
     diverges, it warns (`WarnIfUnstable()`), lowers the strength for as long as that model is in use

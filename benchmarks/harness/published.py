@@ -23,6 +23,18 @@ from benchmarks.harness.results import Results, Row, last_step, load
 from benchmarks.harness.store import Store, write_atomically
 from benchmarks.registry import EXPERIMENTS, Registered, found
 
+COMPARED = ("Naive", "EWC", "CurvatureEWC Fisher, Kronecker, adaptive", "Replay", "JointTraining")
+HEADLINE = (  # stream, published results, page, and the rows of Naive, EWC, CurvatureEWC, Replay and all at once
+    ("permuted digits", "compare", "compare/README.md#permuted-digits", COMPARED),
+    ("split MNIST, task-incremental", "compare-split_mnist-task", "compare/README.md#task-incremental", COMPARED),
+    ("split MNIST, domain-incremental", "compare-split_mnist-domain", "compare/README.md#domain-incremental", COMPARED),
+    ("split MNIST, class-incremental", "compare-split_mnist-class", "compare/README.md#class-incremental", COMPARED),
+    (
+        "permuted MNIST, ten tasks", "ewc_permuted_mnist", "ewc_permuted_mnist/README.md",
+        ("Naive, as row 7", "1 Avalanche's recipe", "7 Kronecker", None, "multitask, as row 7"),
+    ),
+)  # fmt: skip
+
 FOLDER = Path(__file__).parents[1] / "experiments"
 Experiments: TypeAlias = Mapping[str, Registered]
 LARGEST = 200_000
@@ -310,3 +322,19 @@ def _rounded(results: Results) -> Results:
 
 def _lines(items: Iterable[Any]) -> str:
     return ",\n".join(json.dumps(item, ensure_ascii=False, separators=(",", ":")) for item in items)
+
+
+def headline() -> None:
+    """Print by cog, for the README: the average accuracy after the last experience, by stream and method."""
+    import cog  # there while cog fills a document
+
+    lines = [
+        "| stream | Naive | EWC | CurvatureEWC | Replay | all at once |",
+        "| :--- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for stream, name, page, labels in HEADLINE:
+        results = read(files()[name])
+        finals = [results.final("average_accuracy", label) if label else None for label in labels]
+        cells = [f"{final.mean:.3f} ± {final.std:.3f}" if final else "–" for final in finals]
+        lines.append(f"| [{stream}](benchmarks/experiments/{page}) | {' | '.join(cells)} |")
+    cog.out("\n" + "\n".join(lines) + "\n\n")

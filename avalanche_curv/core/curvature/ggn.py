@@ -13,7 +13,11 @@ from avalanche_curv.core.risk.losses import ExampleLoss
 
 @dataclass(frozen=True)
 class GGN(OutputCurvature):
-    """The generalised Gauss-Newton matrix (1/N) Σ_i J_iᵀ (∇²_f ℓ_i) J_i (Schraudolph 2002)."""
+    """The generalised Gauss-Newton matrix (1/N) Σ_i J_iᵀ (∇²_f ℓ_i) J_i (Schraudolph 2002).
+
+    It equals the `Fisher` for cross-entropy and squared error. On a network of linear and piecewise linear layers its
+    diagonal is also that of the `Hessian`, since each output is piecewise linear in any single weight.
+    """
 
     def factor(self, loss: ExampleLoss, outputs: Tensor, targets: Tensor, generator: torch.Generator) -> Tensor:
         return loss.hessian_factor(outputs, targets)

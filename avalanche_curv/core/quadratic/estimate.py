@@ -18,6 +18,10 @@ def estimate(
     anchor for a minimum. Raises TypeError for a pair that does not go together, MemoryError before computing a matrix
     over the structure's limit, and NonFiniteCurvatureError for NaN or infinity in the result, its anchor included.
 
+    Beside the matrix and the activations of one batch it takes a copy of the model and of one gradient, and rows of up
+    to 2 MiB at once (`Diagonal`, `Kronecker`, `EKFAC`), up to 1 GiB of rows or a Gram matrix of 3,000 rows (`LowRank`),
+    or chunks of 128 MiB (`Dense`, dense blocks, and parameters that no layer explains).
+
     >>> import torch
     >>> from avalanche_curv import GGN, Diagonal
     >>> x = torch.tensor([[1.0], [3.0]])

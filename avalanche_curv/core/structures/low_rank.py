@@ -115,7 +115,10 @@ class LowRankMatrix(Matrix):
 
     def products(self, vector: Tensor, space: ParameterSpace) -> list[Tensor]:
         weights = self.values * (self.vectors @ vector)
-        parts = [(weights @ part.flatten(1)).view(part.shape[1:]) for part in space.split(self.vectors)]
+        parts = [
+            (weights @ (part.flatten(1) if part.ndim > 1 else part[:, None])).view(part.shape[1:])
+            for part in space.split(self.vectors)
+        ]
         if self.diagonal is not None:
             for part, diagonal, own in zip(parts, space.split(self.diagonal), space.split(vector)):
                 part.addcmul_(diagonal, own)

@@ -129,10 +129,7 @@ def test_entries_products_forms_and_traces(name, close):
     assert matrix.trace() == pytest.approx(float(entries.trace()))
 
 
-def test_products_come_in_the_shapes_of_the_parameters(name, close, request):
-    if "low rank" in name:
-        reason = "LowRankMatrix.products flattens the rows of a parameter without axes"
-        request.applymarker(pytest.mark.xfail(raises=IndexError, strict=True, reason=reason))
+def test_products_come_in_the_shapes_of_the_parameters(name, close):
     matrix, entries = made(name)
     v = torch.arange(1.0, 11).double()
     parts = matrix.products(v, SPACE)
