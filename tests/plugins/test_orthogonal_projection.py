@@ -94,6 +94,7 @@ def projected(learner):
 class Clipping(SupervisedPlugin):
     def before_update(self, strategy, **kwargs):
         nn.utils.clip_grad_norm_(strategy.model.parameters(), 0.5)
+        nn.utils.clip_grad_value_(strategy.model.parameters(), 0.02)
 
 
 def state(model):

@@ -8,6 +8,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
+from operator import add
 
 import numpy as np
 import scipy.linalg
@@ -23,6 +25,7 @@ from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.parameters import ParameterSpace
 
 GRAM_BYTES = 2**30  # of rows that are held at once
+COLUMNS = 2**16  # that are summed at once in float64
 
 
 class Rows(ABC):
@@ -31,6 +34,10 @@ class Rows(ABC):
     @abstractmethod
     def gram(self) -> Float[Tensor, "M M"]:
         """Their part of GGᵀ."""
+
+    @abstractmethod
+    def gram_in_float64(self) -> Float[Tensor, "M M"]:
+        """Their part of GGᵀ, with products in float64."""
 
     @abstractmethod
     def lifted(self, weights: Float[Tensor, "M k"]) -> dict[str, Float[Tensor, "k p"]]:
@@ -50,6 +57,11 @@ class PlainRows(Rows):
 
     def gram(self) -> Tensor:
         return self.rows @ self.rows.T
+
+    def gram_in_float64(self) -> Tensor:
+        """Summed over some columns at a time, so that no copy of all rows is made."""
+        parts = (columns.double() for columns in self.rows.split(COLUMNS, dim=1))
+        return reduce(add, (part @ part.T for part in parts))
 
     def lifted(self, weights: Tensor) -> dict[str, Tensor]:
         return dict(zip(self.sizes, (weights.T @ self.rows).split(list(self.sizes.values()), dim=1)))
@@ -75,6 +87,9 @@ class OuterRows(Rows):
         a = self.inputs @ self.inputs.T if "weight" in self.names else b.new_zeros(examples, examples)
         a = a + 1 if "bias" in self.names else a
         return (b @ b.T).mul_(a.repeat_interleave(columns, 0).repeat_interleave(columns, 1))
+
+    def gram_in_float64(self) -> Tensor:
+        return replace(self, inputs=self.inputs.double(), sensitivities=self.sensitivities.double()).gram()
 
     def lifted(self, weights: Tensor) -> dict[str, Tensor]:
         examples, columns, _ = self.sensitivities.shape

@@ -158,7 +158,7 @@ def input_roots(risk: EmpiricalRisk, layers: Layers) -> tuple[dict[nn.Module, Ro
     for inputs, _ in risk:
         with torch.no_grad(), layers.tapped() as taps:
             outputs = risk.outputs(inputs)
-        finite = finite and bool(outputs.isfinite().all())  # no layer explains NaN, or is tapped then
+        finite = finite and all(bool(t.isfinite().all()) for t in (inputs, outputs))  # no layer explains NaN
         called |= {tap.layer for tap in taps}
         for tap in taps:
             if isinstance(tap.layer, nn.Linear | _ConvNd):

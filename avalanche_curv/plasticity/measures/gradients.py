@@ -4,21 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import reduce
-from operator import add
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from avalanche_curv.core.curvature.empirical_fisher import EmpiricalFisher
-from avalanche_curv.core.per_example.gram import OuterRows, PlainRows, Rows, rows_of
+from avalanche_curv.core.per_example.gram import rows_of
 from avalanche_curv.core.per_example.layers import Layers
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.plasticity.measures.singular_values import condition_number, effective_rank, singular_values_of_gram
 
 ROW_BYTES = 256 * 2**20  # of explicit gradients in memory at once
-COLUMNS = 2**16  # of explicit gradients that are multiplied at once in float64
 
 
 @dataclass(frozen=True)
@@ -54,7 +51,7 @@ def gradient_gram(risk: EmpiricalRisk) -> Float[Tensor, "m m"]:
     total = torch.zeros(risk.examples, risk.examples, dtype=torch.float64, device=risk.anchor.device)
     for part in _parts(Layers.of(risk), risk):
         for rows in rows_of(EmpiricalFisher(), risk, part):
-            total += _gram(rows)
+            total += rows.gram_in_float64()
     return total
 
 
@@ -73,13 +70,3 @@ def _parts(layers: Layers, risk: EmpiricalRisk) -> Iterator[Layers]:
             size, part = 0, replace(layers, names={}, rest=())
         size, part = size + more, replace(part, names=part.names | one.names, rest=part.rest + one.rest)
     yield part
-
-
-def _gram(rows: Rows) -> Tensor:
-    """The Gram matrix of the gradients in some parameters, with products in float64."""
-    if isinstance(rows, OuterRows):
-        return replace(rows, inputs=rows.inputs.double(), sensitivities=rows.sensitivities.double()).gram()
-    if not isinstance(rows, PlainRows):
-        return rows.gram().double()
-    parts = (columns.double() for columns in rows.rows.split(COLUMNS, dim=1))
-    return reduce(add, (part @ part.T for part in parts))

@@ -54,6 +54,16 @@ def test_a_mean_over_outputs_is_known_to_hessian_and_ggn(kind, problem, close):
         estimate(FromLinearOperator(curvlinops.EFLinearOperator), Dense(), risk)
 
 
+@pytest.mark.parametrize("loss", ["cross_entropy", "summed_square"])
+def test_the_monte_carlo_fisher_of_curvlinops_and_ours_estimate_the_same_matrix(loss, problem):
+    risk, samples = problem("mlp", loss).risk, 3000
+    exact = estimate(Fisher(), Dense(), risk).curvature.dense()
+    theirs = FromLinearOperator(partial(curvlinops.FisherMCLinearOperator, mc_samples=samples, seed=0))
+    for kind in (theirs, Fisher(samples=samples, seed=0)):
+        found = estimate(kind, Dense(), risk).curvature.dense()
+        assert (found - exact).norm() < 0.05 * exact.norm()
+
+
 def test_kfac_of_curvlinops_is_ours_and_leaves_no_hooks(problem, close):
     risk = problem("mlp", "cross_entropy").risk
     theirs = FromLinearOperator(

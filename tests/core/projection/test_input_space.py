@@ -316,3 +316,13 @@ def test_what_is_not_finite_is_refused(bad, place, make_model):
 def test_options_that_cannot_be_used_are_refused(options, error, remedy):
     with pytest.raises(error, match=remedy):
         InputSpace(**options)
+
+
+def test_an_infinite_input_is_refused_where_the_outputs_are_finite(make_model):
+    """tanh makes an infinity finite, and no layer explains its gradient."""
+    model = make_model(lambda: nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)))
+    inputs = torch.ones(6, 3, dtype=torch.float64)
+    inputs[0, 1] = torch.inf
+    risk = EmpiricalRisk.snapshot(model, nn.MSELoss(), [(inputs, torch.zeros(6, 2, dtype=torch.float64))])
+    with pytest.raises(NonFiniteCurvatureError, match="NaN or infinity"):
+        ProtectedSpace().absorb(risk, InputSpace())

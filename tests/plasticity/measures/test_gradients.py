@@ -81,7 +81,7 @@ def test_it_does_not_depend_on_how_many_gradients_are_held_at_once(name, row_byt
     inputs, targets = examples(11)
     risk = EmpiricalRisk.snapshot(model, CRITERION, list(zip(inputs.split(4), targets.split(4))))
     monkeypatch.setattr(gradients, "ROW_BYTES", row_bytes)
-    monkeypatch.setattr(gradients, "COLUMNS", 7)
+    monkeypatch.setattr("avalanche_curv.core.per_example.gram.COLUMNS", 7)
     assert_as_on_paper(gradient_diversity(risk), explicit(model, inputs, targets))
 
 

@@ -68,6 +68,7 @@ def test_starting_anew_is_starting_as_torch_does(layer, make):
             assert torch.equal(ours, theirs), name
         else:
             tolerance = 0.03 if theirs.numel() > 20_000 else 0.02 + 2.5 * theirs.numel() ** -0.5
+            tolerance = min(tolerance, 0.15) if theirs.numel() >= 200 else tolerance
             assert ours.std().item() == pytest.approx(theirs.std().item(), rel=tolerance), name
             if theirs.numel() > 20_000:  # normal
                 assert abs(ours.mean()) < 0.02 * ours.std()
