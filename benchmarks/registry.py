@@ -90,14 +90,6 @@ OLD = {  # until every experiment is converted
         "benchmarks.experiments.taylor.experiment:experiment",
         "When a diagonal stands for the Hessian, and where its error ends and that of the expansion begins",
     ),
-    "trust_region": Registered(
-        "benchmarks.experiments.trust_region.experiment:experiment",
-        "Accuracy against the number of refreshes, between one at each task's end and replay",
-    ),
-    "tune": Registered(
-        "benchmarks.experiments.tune.experiment:experiment",
-        "Strengths for the other experiments, on seeds that they never report",
-    ),
     "sources": Registered(
         "benchmarks.experiments.sources.experiment:experiment",
         "Why quadratic pictures fail: how stale, which curvature, which trajectory",
