@@ -82,25 +82,9 @@ OLD = {  # until every experiment is converted
         "benchmarks.experiments.compare.tuning:experiment",
         "Strengths for compare, on held-out examples and seeds that it never reports",
     ),
-    "ewc_hessian": Registered(
-        "benchmarks.experiments.ewc_hessian.experiment:experiment",
-        "The Hessian's diagonal against squared gradients in EWC, each at its own strength, on permuted MNIST",
-    ),
-    "taylor": Registered(
-        "benchmarks.experiments.taylor.experiment:experiment",
-        "When a diagonal stands for the Hessian, and where its error ends and that of the expansion begins",
-    ),
     "sources": Registered(
         "benchmarks.experiments.sources.experiment:experiment",
         "Why quadratic pictures fail: how stale, which curvature, which trajectory",
-    ),
-    "speed": Registered(
-        "benchmarks.experiments.speed.experiment:experiment",
-        "Cost of a penalty step, of estimates and of fidelity, as ratios to plain training work",
-    ),
-    "cost": Registered(
-        "benchmarks.experiments.cost.experiment:experiment",
-        "Price and accuracy of every curvature and structure, beside other tools",
     ),
     "plasticity": Registered(
         "benchmarks.experiments.plasticity.experiment:experiment",
