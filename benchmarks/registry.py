@@ -82,14 +82,6 @@ OLD = {  # until every experiment is converted
         "benchmarks.experiments.compare.tuning:experiment",
         "Strengths for compare, on held-out examples and seeds that it never reports",
     ),
-    "sources": Registered(
-        "benchmarks.experiments.sources.experiment:experiment",
-        "Why quadratic pictures fail: how stale, which curvature, which trajectory",
-    ),
-    "plasticity": Registered(
-        "benchmarks.experiments.plasticity.experiment:experiment",
-        "Accuracy at the end of each task against its number: whether a network stays able to learn, and by what",
-    ),
     "projections": Registered(
         "benchmarks.experiments.projections.experiment:experiment",
         "Gradient projection memory and its family on ten permuted MNIST tasks, beside EWC and the multitask bound",
