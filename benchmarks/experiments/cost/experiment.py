@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,8 +37,17 @@ from avalanche_curv import (
 from benchmarks.experiments.cost.models import MLP, ConvNet, Family, ResNet18, Transformer, digits
 from benchmarks.experiments.cost.peers import Batches, Peer, absent, installed, peer_of
 from benchmarks.harness import Context, Experiment, Options, Record
-from benchmarks.harness.options import positive
-from benchmarks.timing import Stopwatch, batches_of, clocked, experience, gradient_passes, interleaved, naive, perturb
+from benchmarks.timing import (
+    Repetitions,
+    Stopwatch,
+    batches_of,
+    clocked,
+    experience,
+    gradient_passes,
+    interleaved,
+    naive,
+    perturb,
+)
 
 FEW = 1000  # examples of the structures that look at rows
 DIGITS = 500
@@ -86,19 +95,11 @@ class Config:
     cost: float = 1.0
 
 
-@dataclass(frozen=True)
-class CostOptions(Options):
-    """One seed unless asked for more: each repeats the measurement."""
-
-    seeds: Annotated[int, positive()] = 1
-    """how often all is measured"""
-
-
 class Cost(Experiment):
     """Build time in gradient passes, step time in steps of Naive, bytes, and distance from the exact matrix."""
 
     name = "cost"
-    options_type = CostOptions
+    options_type = Repetitions
 
     def configs(self, options: Options) -> Sequence[Config]:
         return [_quick(config) for config in grid()] if options.quick else grid()

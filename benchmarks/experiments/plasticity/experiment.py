@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from torch import nn
 
@@ -38,7 +38,7 @@ PARTS = METHODS, STRENGTHS, LAYER_NORM, EPOCHS = "methods", "strengths", "layer_
 TRIED = (1e-2, 1e-3, 1e-4)
 LONGER = (2, 3)
 TRAINED_LONGER = ("SpectralReg", "L2", "L2 init")
-QUICK = {"count": 64, "batch": 32, "epochs": 1, "tasks": 2}
+QUICK: dict[str, Any] = {"count": 64, "batch": 32, "epochs": 1, "tasks": 2}
 
 
 @dataclass(frozen=True)
@@ -210,7 +210,7 @@ def setting_for(options: PlasticityOptions) -> Setting:
     setting = Setting(
         images, preset.count, preset.batch, epochs, tasks, network, options.change, validation=preset.validation
     )
-    asked = {"tasks": options.tasks, "epochs": options.epochs, "count": options.examples}
+    asked: dict[str, Any] = {"tasks": options.tasks, "epochs": options.epochs, "count": options.examples}
     return replace(setting, **(QUICK if options.quick else {}) | {k: v for k, v in asked.items() if v is not None})
 
 

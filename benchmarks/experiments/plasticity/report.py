@@ -96,7 +96,7 @@ def against(one: Results, results: Results) -> Summary | None:
     if reference is None or reference.label == one.label:
         return None
     pair = paired(one.finals(LATE), reference.finals(LATE))
-    return pair and pair.difference
+    return None if pair is None else pair.difference
 
 
 def late_mean(results: Results, metric: str) -> Summary | None:

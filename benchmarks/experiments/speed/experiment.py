@@ -1,15 +1,17 @@
-"""What curvature costs: ratios of times measured in one process, interleaved, medians."""
+"""Time of a penalty step, of estimates, metrics and mitigators, as ratios to plain training work.
+
+Medians of interleaved rounds in one process.
+"""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated
 
 from benchmarks.experiments.speed import mitigators, passes, steps, suite
 from benchmarks.harness import Context, Experiment, Options, Record
-from benchmarks.harness.options import positive
+from benchmarks.timing import Repetitions
 
 GROUPS = {
     "step": steps.penalised,
@@ -44,19 +46,11 @@ class Config:
     images: int = 32
 
 
-@dataclass(frozen=True)
-class SpeedOptions(Options):
-    """One seed unless asked for more: each repeats the measurement."""
-
-    seeds: Annotated[int, positive()] = 1
-    """how often all is measured"""
-
-
 class Speed(Experiment):
     """Times of a penalty step, of estimates and of fidelity, each relative to plain training work on the same data."""
 
     name = "speed"
-    options_type = SpeedOptions
+    options_type = Repetitions
 
     def configs(self, options: Options) -> Sequence[Config]:
         few = {"examples": 256, "experiences": 3, "rounds": 2, "steps": 3, "period": 4, "images": 2}

@@ -1,7 +1,7 @@
-"""Section 3 of "An Optimization View of EWC": a diagonal for the Hessian, and a quadratic for the loss.
+"""How far a diagonal stands for the Hessian and a quadratic model for the loss: which error is larger, and where.
 
-Two tasks in a row, and the errors of the first one's expansion and of its diagonal along training on the second; and
-how much of the Hessian of a linear regression lies on its diagonal.
+Section 3 of "An Optimization View of EWC": two tasks in a row, and the errors of the first one's expansion and of its
+diagonal along training on the second; and how much of the Hessian of a linear regression lies on its diagonal.
 """
 
 from __future__ import annotations

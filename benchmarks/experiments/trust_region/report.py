@@ -95,7 +95,7 @@ def closed(results: Results, name: str) -> float | None:
 def _accuracy(results: Results, name: str) -> float | None:
     """The mean accuracy of a method of one stream."""
     found = next((one.final("average_accuracy") for one in results.where(name=name).each()), None)
-    return found and found.mean
+    return None if found is None else found.mean
 
 
 def _figure(streams: dict[str, Results], out: Path) -> None:
