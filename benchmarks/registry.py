@@ -82,38 +82,6 @@ OLD = {  # until every experiment is converted
         "benchmarks.experiments.compare.tuning:experiment",
         "Strengths for compare, on held-out examples and seeds that it never reports",
     ),
-    "ewc_hessian": Registered(
-        "benchmarks.experiments.ewc_hessian.experiment:experiment",
-        "The Hessian's diagonal against squared gradients in EWC, each at its own strength, on permuted MNIST",
-    ),
-    "taylor": Registered(
-        "benchmarks.experiments.taylor.experiment:experiment",
-        "When a diagonal stands for the Hessian, and where its error ends and that of the expansion begins",
-    ),
-    "trust_region": Registered(
-        "benchmarks.experiments.trust_region.experiment:experiment",
-        "Accuracy against the number of refreshes, between one at each task's end and replay",
-    ),
-    "tune": Registered(
-        "benchmarks.experiments.tune.experiment:experiment",
-        "Strengths for the other experiments, on seeds that they never report",
-    ),
-    "sources": Registered(
-        "benchmarks.experiments.sources.experiment:experiment",
-        "Why quadratic pictures fail: how stale, which curvature, which trajectory",
-    ),
-    "speed": Registered(
-        "benchmarks.experiments.speed.experiment:experiment",
-        "Cost of a penalty step, of estimates and of fidelity, as ratios to plain training work",
-    ),
-    "cost": Registered(
-        "benchmarks.experiments.cost.experiment:experiment",
-        "Price and accuracy of every curvature and structure, beside other tools",
-    ),
-    "plasticity": Registered(
-        "benchmarks.experiments.plasticity.experiment:experiment",
-        "Accuracy at the end of each task against its number: whether a network stays able to learn, and by what",
-    ),
     "projections": Registered(
         "benchmarks.experiments.projections.experiment:experiment",
         "Gradient projection memory and its family on ten permuted MNIST tasks, beside EWC and the multitask bound",
@@ -125,10 +93,6 @@ OLD = {  # until every experiment is converted
     "fisher_estimators": Registered(
         "benchmarks.experiments.fisher_estimators.experiment:experiment",
         "Five methods to compute the Fisher information, each across strengths that differ by orders of magnitude",
-    ),
-    "sac": Registered(
-        "benchmarks.experiments.sac.experiment:experiment",
-        "Spectral regularisation of actor and critic: SAC at a replay ratio of 16, on the DeepMind control suite",
     ),
     "leakage": Registered(
         "benchmarks.experiments.leakage.experiment:experiment",

@@ -5,7 +5,8 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Annotated, Any, TypeVar
 
 import torch
 from avalanche.training import Naive
@@ -13,10 +14,19 @@ from avalanche.training.plugins import EvaluationPlugin, SupervisedPlugin
 from torch import Tensor, nn
 
 from avalanche_curv.streams._benchmark import Examples, benchmark
+from benchmarks.harness.options import Options, positive
 
 Key = TypeVar("Key")
 Times = dict[str, list[float]]
 """Seconds of each work, one for each round."""
+
+
+@dataclass(frozen=True)
+class Repetitions(Options):
+    """One seed unless asked for more: each repeats the measurement."""
+
+    seeds: Annotated[int, positive()] = 1
+    """how often all is measured; take --jobs 1, since a second job would disturb the times"""
 
 
 class Stopwatch(SupervisedPlugin):

@@ -91,8 +91,10 @@ def tiny_data(tmp_path_factory):
 
 @pytest.fixture
 def unchecked(monkeypatch):
-    """torchvision compares the checksums of CIFAR with those of the true files."""
-    from torchvision.datasets import CIFAR10, cifar
+    """torchvision compares the checksums of CIFAR and SVHN with those of the true files."""
+    from torchvision.datasets import CIFAR10, SVHN, cifar, svhn
 
-    monkeypatch.setattr(cifar, "check_integrity", lambda *args: True)
-    monkeypatch.setattr(CIFAR10, "_check_integrity", lambda self: True)
+    for module in (cifar, svhn):
+        monkeypatch.setattr(module, "check_integrity", lambda *args: True)
+    for kind in (CIFAR10, SVHN):
+        monkeypatch.setattr(kind, "_check_integrity", lambda self: True)

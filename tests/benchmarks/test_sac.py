@@ -2,26 +2,24 @@
 
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from benchmarks.experiments.sac import experiment as sac
 from benchmarks.experiments.sac.experiment import SETTINGS, Config, SACOptions, Setting, experiment
-from benchmarks.experiments.sac.report import report
-from benchmarks.harness import UsageError
-from benchmarks.harness.experiment import Context
-from benchmarks.harness.results import Results
+from benchmarks.experiments.sac.report import COLUMNS, PANELS, report
+from benchmarks.harness import Context, Results, UsageError
+from benchmarks.harness.experiment import describe
 
 TINY = Setting("cartpole-balance", steps=60, prefill=20, every=30, reset_every=30, width=32, batch=16, episodes=1)
 NORMALISED, PLAIN = Config("LayerNorm", TINY), Config("SAC", TINY, layer_norm=False)
 
 
 def test_without_the_extra_one_line_says_what_to_install(monkeypatch):
-    place = "benchmarks.experiments.sac.experiment.find_spec"
-    monkeypatch.setattr(place, lambda name: None if name == "shimmy" else object())
+    monkeypatch.setattr(sac, "find_spec", lambda name: None if name == "shimmy" else object())
     with pytest.raises(UsageError, match=r"^experiment 'sac' needs shimmy: pip install -e '\.\[rl\]'\.$"):
         experiment.configs(SACOptions())
 
@@ -33,23 +31,21 @@ def test_a_preset_and_a_task_have_a_folder_of_their_own():
 
 def test_a_report_of_few_results_says_what_it_has(tmp_path):
     row = {"metric": "mean_return", "label": "LayerNorm", "seed": 0, "step": None, "value": 7.0}
-    written = report(Results(("SAC", "LayerNorm"), (row,)), tmp_path)
+    header = {"label": "LayerNorm", "seed": 0, "config": describe(NORMALISED)}
+    written = report(Results(("SAC", "LayerNorm"), (row,), (header,)), tmp_path)
     assert "| LayerNorm |       **7** |" in written
     assert (tmp_path / "sac.png").exists()
 
 
 @pytest.fixture(scope="module")
-def sac():
-    """The module that builds agents, or a skip."""
+def rl():
+    """Skips where the extra is absent."""
     for name in ("stable_baselines3", "shimmy", "dm_control"):
         pytest.importorskip(name, reason="needs pip install -e '.[rl]'")
-    from benchmarks.experiments.sac import agent
-
-    return agent
 
 
 @pytest.fixture
-def train(sac):
+def train(rl):
     """Make an agent with a regulariser of some strength, and train it so many updates on the same random steps."""
 
     def make(strength, updates, config=NORMALISED):
@@ -104,19 +100,17 @@ def test_a_step_adds_the_gradient_of_the_penalty_to_that_of_the_loss(train, name
     assert torch.allclose(added, torch.full_like(added, expected), rtol=1e-4)
 
 
-def test_spectral_norms_of_the_critic_grow_and_are_held_by_the_regulariser(sac, train):
-    from benchmarks.experiments.sac.agent import mean_spectral_norm
-
+def test_spectral_norms_of_the_critic_grow_and_are_held_by_the_regulariser(rl, train):
     fast = replace(PLAIN, setting=replace(TINY, rate=3e-3))
     start, plain, held = (
-        mean_spectral_norm(train(*how, fast).critic) for how in ((0.0, 0), (0.0, 200), (1e-2, 200))
+        sac.mean_spectral_norm(train(*how, fast).critic) for how in ((0.0, 0), (0.0, 200), (1e-2, 200))
     )
     assert plain > start + 0.2
     assert abs(held - 1) < 0.5 * abs(plain - 1)
 
 
 @pytest.mark.parametrize("normalised", [True, False])
-def test_layer_norm_stands_before_each_relu_of_actor_critic_and_target(sac, normalised):
+def test_layer_norm_stands_before_each_relu_of_actor_critic_and_target(rl, normalised):
     agent = sac.build(NORMALISED if normalised else PLAIN)
     for network in (agent.actor.latent_pi, agent.critic.qf0, agent.critic_target.qf0):
         kinds = [type(module) for module in network.modules() if not isinstance(module, nn.Sequential)]
@@ -125,7 +119,7 @@ def test_layer_norm_stands_before_each_relu_of_actor_critic_and_target(sac, norm
         assert nn.LayerNorm not in kinds[2 * len(hidden) :]
 
 
-def test_a_reset_draws_weights_anew_and_keeps_the_buffer_and_what_is_attached(sac, train):
+def test_a_reset_draws_weights_anew_and_keeps_the_buffer_and_what_is_attached(rl, train):
     agent = train(0.0, 5)
     trained, optimizers, stored = values(agent.critic), agent.critic.optimizer, agent.replay_buffer.size()
     called = []
@@ -145,12 +139,10 @@ def test_a_reset_draws_weights_anew_and_keeps_the_buffer_and_what_is_attached(sa
     assert not same(values(agent.critic), values(agent.critic_target))
 
 
-def test_gradient_norms_are_those_of_the_loss_alone(sac):
-    from benchmarks.experiments.sac.agent import GradientNorms
-
+def test_gradient_norms_are_those_of_the_loss_alone(rl):
     def norm(strength):
         agent = sac.build(NORMALISED, seed=0)
-        norms = GradientNorms(agent.critic)
+        norms = sac.GradientNorms(agent.critic)
         sac.regularise(agent, strength)
         agent.learn(TINY.prefill)
         agent.train(1, batch_size=TINY.batch)
@@ -159,10 +151,8 @@ def test_gradient_norms_are_those_of_the_loss_alone(sac):
     assert norm(0.0) == norm(10.0) > 0
 
 
-def test_q_values_are_taken_at_the_actions_that_the_critic_trains_on(sac, train):
+def test_q_values_are_taken_at_the_actions_that_the_critic_trains_on(rl, train):
     from gymnasium.spaces import Box
-
-    from benchmarks.experiments.sac.agent import q_value
 
     agent = train(0.0, 1)
     agent.policy.action_space = Box(-3.0, 3.0, (1,))  # the critic sees actions scaled to [-1, 1]
@@ -170,26 +160,24 @@ def test_q_values_are_taken_at_the_actions_that_the_critic_trains_on(sac, train)
     observations, actions = buffer.observations[:8, 0], buffer.actions[:8, 0]
     (expected,) = agent.critic(torch.as_tensor(observations), torch.as_tensor(actions))
     played = agent.policy.unscale_action(actions)
-    assert torch.allclose(torch.as_tensor(q_value(agent, observations, played)), expected[:, 0].detach(), atol=1e-6)
+    assert torch.allclose(torch.as_tensor(sac.q_value(agent, observations, played)), expected[:, 0].detach(), atol=1e-6)
 
 
-def test_an_episode_is_a_thousand_steps_that_begin_where_the_seed_says(sac):
-    from benchmarks.experiments.sac.environment import environment, play
-
-    agent, env = sac.build(NORMALISED, seed=0), environment(TINY.task)
-    first, again, other = (play(agent, env, seed) for seed in (3, 3, 4))
+def test_an_episode_is_a_thousand_steps_that_begin_where_the_seed_says(rl):
+    agent, env = sac.build(NORMALISED, seed=0), sac.environment(TINY.task)
+    first, again, other = (sac.play(agent, env, seed) for seed in (3, 3, 4))
     assert first.observations.shape == (1000, 5)
     assert first.actions.shape == (1000, 1)
     assert np.array_equal(first.rewards, again.rewards)
     assert not np.array_equal(first.rewards, other.rewards)
 
 
-def test_a_task_that_the_suite_has_not_is_answered_with_the_nearest(sac):
+def test_a_task_that_the_suite_has_not_is_answered_with_the_nearest(rl):
     with pytest.raises(UsageError, match="unknown task 'walker-rum'; did you mean 'walker-run'"):
         experiment.configs(SACOptions(task="walker-rum"))
 
 
-def test_the_grid_holds_the_settings_of_the_paper(sac):
+def test_the_grid_holds_the_settings_of_the_paper(rl):
     configs = {config.label: config for config in experiment.configs(SACOptions(preset="paper"))}
     assert configs["LayerNorm, spectral"].strength == 1e-4
     assert {c.setting for c in configs.values()} == {SETTINGS["paper"]}
@@ -201,11 +189,9 @@ def test_the_grid_holds_the_settings_of_the_paper(sac):
     assert len(agent.critic.q_networks) == 1
 
 
-def test_one_run_records_what_the_report_shows(sac, tmp_path):
-    from benchmarks.experiments.sac.report import COLUMNS, PANELS
-
+def test_one_run_records_what_the_report_shows(rl, tmp_path):
     config = Config("LayerNorm, spectral, resets", TINY, strength=1e-4, resets=True)
-    records = experiment.run(config, 0, Context(0, True, None, Path(tmp_path)))
+    records = experiment.run(config, 0, Context(0, True, None, tmp_path))
     assert all(math.isfinite(record["value"]) for record in records)
     assert {*COLUMNS, *PANELS} <= {record["metric"] for record in records}
     assert [r["step"] for r in records if r["metric"] == "return"] == [30, 60]

@@ -6,18 +6,17 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.experiments.sources.experiment import BATCH, all_recipes, experiment
+from avalanche_curv import EmpiricalRisk
+from benchmarks.experiments.sources.experiment import BATCH, Watcher, all_recipes, experiment
+from benchmarks.experiments.sources.per_example import derivatives, losses_at
 from benchmarks.experiments.sources.report import Measured, report
-from benchmarks.harness import Options
-from benchmarks.harness.results import Results
+from benchmarks.harness import Options, Results
 
 QUICK = Options(quick=True)
 
 
 @pytest.fixture(scope="module")
 def risk():
-    from avalanche_curv import EmpiricalRisk
-
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 2)).double()
     x, y = torch.randn(6, 2).double(), torch.tensor([0, 1, 1, 0, 1, 0])
@@ -31,11 +30,15 @@ def matrix_of(kind, risk, examples):
     return kind.operator(part).matmat(torch.eye(risk.space.size).double())
 
 
+def restricted_to(structure, matrix, sizes):
+    if structure == "diagonal":
+        return matrix.diagonal().diag()
+    return matrix if structure == "dense" else matrix * torch.block_diag(*[torch.ones(n, n).double() for n in sizes])
+
+
 @pytest.mark.parametrize("name", ["Hessian", "GGN", "empirical", "batched"])
 @pytest.mark.parametrize("structure", ["dense", "block", "diagonal"])
-def test_the_increase_of_an_example_is_that_of_its_own_restricted_matrix(risk, name, structure, restricted_to):
-    from benchmarks.experiments.sources.per_example import derivatives
-
+def test_the_increase_of_an_example_is_that_of_its_own_restricted_matrix(risk, name, structure):
     kind = next(recipe.curvature for recipe in all_recipes() if recipe.kind_name == name)
     delta = torch.randn(risk.space.size, generator=torch.Generator().manual_seed(1)).double()
     found = derivatives(kind, risk).increase(structure, delta)
@@ -47,21 +50,7 @@ def test_the_increase_of_an_example_is_that_of_its_own_restricted_matrix(risk, n
         assert float(value) == pytest.approx(float(0.5 * delta @ matrix @ delta), rel=1e-9)
 
 
-@pytest.fixture
-def restricted_to():
-    def restrict(structure, matrix, sizes):
-        if structure == "diagonal":
-            return matrix.diagonal().diag()
-        if structure == "dense":
-            return matrix
-        return matrix * torch.block_diag(*[torch.ones(n, n).double() for n in sizes])
-
-    return restrict
-
-
 def test_losses_of_units_are_means_over_batches(risk):
-    from benchmarks.experiments.sources.per_example import losses_at
-
     single = losses_at(1, risk, risk.anchor)
     expected = [float(single[:4].mean()), float(single[4:].mean())]
     assert losses_at(4, risk, risk.anchor).tolist() == pytest.approx(expected)
@@ -105,8 +94,6 @@ def test_a_difference_says_whether_it_is_within_noise():
 
 def test_derivatives_are_those_of_the_anchor_of_the_moment(monkeypatch):
     """An adaptive policy frees its old models during training, and Python gives their places to new ones."""
-    from benchmarks.experiments.sources.trajectory import Watcher
-
     looked = []
 
     def spy(self, recipe, number, risk, original=Watcher._derivatives):
@@ -126,4 +113,4 @@ def test_derivatives_are_those_of_the_anchor_of_the_moment(monkeypatch):
 def test_a_report_of_few_results_says_what_it_has():
     names = {"trajectory": "replay", "policy": "refresh", "kind": "GGN", "structure": "low rank"}
     row = {"metric": "error", "label": "replay", "seed": 0, "step": None, "value": 0.25, **names}
-    assert "| low rank, refresh | 0.250 |" in report(Results(("replay",), (row,))).replace("  ", "")
+    assert "| low rank, refresh | 0.250 |" in report(Results(("replay",), (row,)), None).replace("  ", "")

@@ -8,13 +8,12 @@ import pytest
 import torch
 from torch import nn
 
+from avalanche_curv import EmpiricalRisk
 from benchmarks.experiments.taylor import experiment as taylor
 from benchmarks.experiments.taylor.ratio import INPUTS, Inputs, expected_ratio, explained, fitted, hessian, ratio
 from benchmarks.experiments.taylor.report import agreement, ends_beyond, report
-from benchmarks.harness import Options
-from benchmarks.harness.experiment import Context
-from benchmarks.harness.grid import describe
-from benchmarks.harness.results import Results
+from benchmarks.harness import Context, Options, Results
+from benchmarks.harness.experiment import describe
 
 GRID = taylor.sizes((4, 16, 64), (1, 4, 16, 64))
 
@@ -72,26 +71,16 @@ def test_the_law_of_the_note_loses_to_the_closed_form():
     assert at_four[4] > 2 * at_four[64]
 
 
-@pytest.fixture(scope="module")
-def path():
-    """The module of the runs."""
-    from benchmarks.experiments.taylor import path
-
-    return path
+def expansion_of(model, criterion, x, y):
+    return taylor.Expansion.of(EmpiricalRisk.snapshot(model, criterion, [(x, y)]))
 
 
-def expansion_of(path, model, criterion, x, y):
-    from avalanche_curv import EmpiricalRisk
-
-    return path.Expansion.of(EmpiricalRisk.snapshot(model, criterion, [(x, y)]))
-
-
-def test_errors_in_two_dimensions_are_those_on_paper(path):
+def test_errors_in_two_dimensions_are_those_on_paper():
     """X = (1 1; 1 0) and y = 0 at w = 0: H = (2 1; 1 1). For δ = (3, −2): ½ δᵀHδ = 5, ½ δᵀ diag(H) δ = 11."""
     x = torch.tensor([[1.0, 1.0], [1.0, 0.0]], dtype=torch.float64)
     model = nn.Linear(2, 1, bias=False).double()
     nn.init.zeros_(model.weight)
-    expansion = expansion_of(path, model, nn.MSELoss(), x, torch.zeros(2, 1, dtype=torch.float64))
+    expansion = expansion_of(model, nn.MSELoss(), x, torch.zeros(2, 1, dtype=torch.float64))
     model.weight.data = torch.tensor([[3.0, -2.0]], dtype=torch.float64)
     found = expansion.errors(model)
     expected = {"distance": math.sqrt(13), "increase": 5, "predicted": 11, "diagonal": 6, "slope": 0, "taylor": 0}
@@ -99,21 +88,21 @@ def test_errors_in_two_dimensions_are_those_on_paper(path):
         assert found[name] == pytest.approx(value, abs=1e-12)
 
 
-def test_a_quadratic_loss_is_its_expansion_and_not_its_diagonal(path):
+def test_a_quadratic_loss_is_its_expansion_and_not_its_diagonal():
     config = next(c for c in taylor.paths(None) if c.label == "linear regression")
-    records = list(path.run(replace(config, steps=20), 0, None))
+    records = list(taylor.along(replace(config, steps=20), 0, None))
     names = "taylor", "ggn", "slope", "diagonal"
     errors = {name: [record["value"] for record in records if record["metric"] == name] for name in names}
-    assert len(errors["taylor"]) == len(path.measured_steps(20))
+    assert len(errors["taylor"]) == len(taylor.measured_steps(20))
     assert max(errors["taylor"] + errors["ggn"] + errors["slope"]) < 1e-12  # the anchor is the minimum
     assert min(errors["diagonal"]) > 1e-4
 
 
-def test_near_the_anchor_the_taylor_error_is_cubic_and_the_diagonal_error_quadratic(path):
+def test_near_the_anchor_the_taylor_error_is_cubic_and_the_diagonal_error_quadratic():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).double()
     x, y = torch.randn(20, 3, dtype=torch.float64), torch.randint(3, (20,))
-    expansion = expansion_of(path, model, nn.CrossEntropyLoss(), x, y)
+    expansion = expansion_of(model, nn.CrossEntropyLoss(), x, y)
     start = [p.detach().clone() for p in model.parameters()]
     direction = [torch.randn_like(p) for p in start]
     found = []
@@ -125,14 +114,14 @@ def test_near_the_anchor_the_taylor_error_is_cubic_and_the_diagonal_error_quadra
         assert found[0][name] / found[1][name] == pytest.approx(2**power, rel=0.05)
 
 
-def test_the_crossover_is_the_first_place_where_the_expansion_is_worse(path):
+def test_the_crossover_is_the_first_place_where_the_expansion_is_worse():
     found = [
         {"distance": float(d), "increase": 10.0 * d, "taylor": t, "diagonal": 1.0}
         for d, t in ((1, 0.5), (2, 2.0), (3, 0.9), (4, 3.0))
     ]
-    records = {record["metric"]: record["value"] for record in path.crossover(found)}
+    records = {record["metric"]: record["value"] for record in taylor.crossover(found)}
     assert records == {"dominated": 0.5, "crossover": 2.0, "crossover_increase": 20.0}
-    assert [record["metric"] for record in path.crossover(found[:1])] == ["dominated"]
+    assert [record["metric"] for record in taylor.crossover(found[:1])] == ["dominated"]
 
 
 @pytest.fixture(scope="module")
@@ -159,15 +148,15 @@ def test_a_report_of_incomplete_results_is_written(results, tmp_path):
     assert "| linear regression, step 1 " in written
     assert (tmp_path / "ratio.png").exists()
     assert (tmp_path / "errors.png").exists()
-    for assumption, kind in ((2, "Path"), (1, "Ratio")):
-        headers = tuple(header for header in results.headers if header["config"]["class"] == kind)
-        assert f"## Assumption {assumption}" not in report(Results(results.labels, results.rows, headers), tmp_path)
+    for own, other in ((1, 2), (2, 1)):
+        assert f"## Assumption {other}" not in report(results.where(assumption=own), tmp_path)
 
 
 def test_the_summary_counts_runs(results):
-    assert not ends_beyond(results, "linear regression", 0)
-    rows = [{"metric": name, "label": "digits, tanh", "seed": 1, "step": s, "value": v} for name, s, v in (
-        ("distance", 1, 1.0), ("taylor", 1, 0.0), ("taylor", 2, 2.0), ("diagonal", 1, 1.0), ("diagonal", 2, 1.0),
-        ("crossover", None, 1.0),
-    )]
-    assert ends_beyond(Results(("digits, tanh",), tuple(rows)), "digits, tanh", 1)
+    assert ends_beyond(results.of(["linear regression"])) == 0
+    rows = tuple(
+        {"metric": name, "label": "digits, tanh", "seed": 1, "step": step, "value": value}
+        for name, *values in (("taylor", 0.0, 2.0), ("diagonal", 1.0, 1.0))
+        for step, value in enumerate(values)
+    )
+    assert ends_beyond(Results(("digits, tanh",), rows)) == 1

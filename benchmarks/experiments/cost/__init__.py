@@ -1,1 +1,0 @@
-"""Price and accuracy of every curvature and structure, beside other tools."""

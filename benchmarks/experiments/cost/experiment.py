@@ -2,23 +2,58 @@
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Iterable, Sequence
+import copy
+import statistics
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import Any
 
-from benchmarks.experiments.cost.report import report
-from benchmarks.harness import Experiment, Options
-from benchmarks.harness.experiment import Context, Record
+import torch
+from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from avalanche_curv import Curvature, Structure
-    from benchmarks.experiments.cost.models import Family
-    from benchmarks.harness.results import Results
-
+from avalanche_curv import (
+    EKFAC,
+    Accumulate,
+    BlockDiagonal,
+    Curvature,
+    CurvatureEWCPlugin,
+    Dense,
+    Diagonal,
+    EmpiricalFisher,
+    EmpiricalRisk,
+    Fisher,
+    FlatSpectrum,
+    Kronecker,
+    LowRank,
+    MatrixFree,
+    ParameterSpace,
+    Past,
+    PerLayer,
+    Rank,
+    Structure,
+    estimate,
+)
+from benchmarks.experiments.cost.models import MLP, ConvNet, Family, ResNet18, Transformer, digits
+from benchmarks.experiments.cost.peers import Batches, Peer, absent, installed, peer_of
+from benchmarks.harness import Context, Experiment, Options, Record
+from benchmarks.timing import (
+    Repetitions,
+    Stopwatch,
+    batches_of,
+    clocked,
+    experience,
+    gradient_passes,
+    interleaved,
+    naive,
+    perturb,
+)
 
 FEW = 1000  # examples of the structures that look at rows
+DIGITS = 500
+TRAINING_STEPS = 100
+Pair = tuple[Callable[[], float], Callable[[], float]]
+"""The seconds of a reference, and of some work."""
 
 
 @dataclass(frozen=True)
@@ -64,41 +99,34 @@ class Cost(Experiment):
     """Build time in gradient passes, step time in steps of Naive, bytes, and distance from the exact matrix."""
 
     name = "cost"
-
-    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        parser.set_defaults(seeds=1, jobs=1)  # each seed repeats the measurement; a second worker would disturb it
+    options_type = Repetitions
 
     def configs(self, options: Options) -> Sequence[Config]:
         return [_quick(config) for config in grid()] if options.quick else grid()
 
-    def run(self, config: Config, seed: int, context: Context) -> Iterable[Record]:
-        from benchmarks.experiments.cost.prices import run
-
-        return run(config)
-
-    def report(self, results: Results, out: Path) -> str:
-        return report(results)
+    def run(self, config: Config, seed: int, context: Context) -> Iterator[Record]:
+        """Prices on the model, sizes, and errors on the small one; `row` names the work."""
+        model = config.model.build().eval()
+        batches, peers = [config.model.examples(8)], []
+        for peer in (peer_of(tool.title) for tool in config.peers):
+            try:
+                peer.ready(model, batches)()
+                peers.append(peer)
+            except Exception as error:  # of others' code, whose kinds of errors are not known here; the report shows it
+                yield {"metric": "failed", "value": 1.0, "row": peer.title, "reason": _reason(error)}
+        for package in absent():
+            yield {"metric": "absent", "value": 1.0, "row": package, "package": package}
+        space = ParameterSpace.of(model)
+        yield {"metric": "parameters", "value": space.size, "row": "model"}
+        yield from builds(config, model, peers)
+        yield from sizes(config, model, space)
+        yield from steps(config)
+        if config.small is not None:
+            yield from errors(config, config.small, peers)
 
 
 def grid() -> list[Config]:
     """One configuration for each model."""
-    from avalanche_curv import (
-        EKFAC,
-        BlockDiagonal,
-        Dense,
-        Diagonal,
-        EmpiricalFisher,
-        Fisher,
-        FlatSpectrum,
-        Kronecker,
-        LowRank,
-        MatrixFree,
-        PerLayer,
-        Rank,
-    )
-    from benchmarks.experiments.cost.models import MLP, ConvNet, ResNet18, Transformer
-    from benchmarks.experiments.cost.peers import installed
-
     sampled, top = Fisher(samples=1, seed=0), LowRank(Rank(10))
     diagonals = (
         Work("empirical Fisher, diagonal", EmpiricalFisher(), Diagonal()),
@@ -158,6 +186,150 @@ def _quick(config: Config) -> Config:
     if config.model.large:
         return replace(tiny, examples=16, peer_examples=16, batch=8, steps=2)
     return replace(tiny, examples=256, peer_examples=64, batch=32, steps=3)
+
+
+def builds(config: Config, model: nn.Module, peers: list[Peer]) -> Iterator[Record]:
+    """Each beside an epoch of plain gradient passes over the same examples."""
+    work: dict[str, Pair] = {}
+
+    def add(name: str, examples: int, make: Callable[[Batches], Callable[[], Any]]) -> None:
+        own = batches_of(config.model.examples(examples), config.batch)
+        work[name] = (clocked(gradient_passes(model, own)), clocked(make(own)))
+
+    for row in config.works:
+        add(row.name, row.examples or config.examples, partial(_build, row, model))
+    for peer in peers:
+        few = min(config.peer_examples, config.examples)
+        add(peer.title, config.examples if peer.decomposes else few, partial(peer.ready, model))
+    yield from _records("build", work, config.rounds)
+
+
+def sizes(config: Config, model: nn.Module, space: ParameterSpace) -> Iterator[Record]:
+    """Bytes of a matrix, and what its structure says beforehand."""
+    itemsize = next(model.parameters()).element_size()
+    for row in config.works:
+        batches = batches_of(config.model.examples(row.examples or config.examples), config.batch)
+        enough = batches if _needs_examples(row) else batches[:1]
+        held = _build(row, model, enough)().curvature.nbytes
+        yield {"metric": "bytes/held", "value": held, "row": row.name}
+        yield {"metric": "bytes/foreseen", "value": row.structure.bytes(space, itemsize), "row": row.name}
+
+
+def steps(config: Config) -> Iterator[Record]:
+    """A training step with each structure's past beside one of Naive; rows of one structure share the number."""
+    plain = _Timed(config, None, 0)
+    for count in config.pasts:
+        first: dict[Any, Work] = {}
+        for row in config.works:
+            if count == min(config.pasts) or _grows(row.structure):
+                first.setdefault(row.structure, row)
+        timed = {row.name: (plain.seconds, _Timed(config, row, count).seconds) for row in first.values()}
+        found = list(_records(f"step{count}", timed, config.rounds))
+        for row in config.works:
+            if row.structure in first:
+                like = first[row.structure].name
+                yield from ({**record, "row": row.name} for record in found if record["row"] == like)
+
+
+def errors(config: Config, small: Family, peers: list[Peer]) -> Iterator[Record]:
+    """‖Ĉ − C‖ / ‖C‖ in the Frobenius norm and tr Ĉ / tr C, with C the exact matrix, after some training on digits."""
+    data = digits(small, DIGITS)
+    model, batches = _trained(small.build(), *data), batches_of(data, config.batch)
+    yield {"metric": "parameters", "value": ParameterSpace.of(model).size, "row": "small model"}
+    exact: dict[Curvature, Tensor] = {}
+
+    def distance(name: str, kind: Curvature, matrix: Tensor) -> Iterator[Record]:
+        if kind not in exact:
+            exact[kind] = estimate(kind, Dense(), _risk(model, batches)).curvature.dense().double()
+        true, found = exact[kind], matrix.detach().double()
+        yield {"metric": "error", "value": float((found - true).norm() / true.norm()), "row": name}
+        yield {"metric": "trace", "value": float(found.trace() / true.trace()), "row": name}
+
+    for row in config.works:
+        kind = Fisher() if isinstance(row.curvature, Fisher) else row.curvature
+        yield from distance(row.name, kind, _build(row, model, batches)().curvature.dense())
+    for peer in peers:
+        try:
+            matrix = peer.ready(model, batches)()()
+        except Exception as error:  # as in `run`
+            yield {"metric": "no error", "value": 1.0, "row": peer.title, "reason": _reason(error)}
+            continue
+        yield from distance(peer.title, peer.exact, matrix)
+
+
+class _Timed:
+    """A strategy that remembers so many experiences, and will remember no more."""
+
+    def __init__(self, config: Config, row: Work | None, count: int) -> None:
+        model, self.watch = config.model.build(), Stopwatch()
+        plugins: list[Any] = [self.watch]
+        if row is not None:
+            plugin: Any = CurvatureEWCPlugin(1.0, curvature=row.curvature, structure=row.structure)
+            plugin.past = _past(config, row, model, count)
+            plugin.after_training_exp = lambda *args, **kwargs: None
+            plugins.insert(0, plugin)
+        self.experience = experience(*config.model.examples(config.steps * config.batch))
+        self.strategy = naive(model, config.batch, plugins)
+
+    def seconds(self) -> float:
+        self.strategy.train(self.experience, eval_streams=[])
+        return self.watch.take()
+
+
+def _past(config: Config, row: Work, model: nn.Module, count: int) -> Past:
+    """What the plugin would hold after so many experiences: their exact sum, each at an anchor of its own."""
+    own = copy.deepcopy(model).eval()
+    past, policy, some = Past(), Accumulate(), row.examples or config.examples
+    for number in range(count):
+        data = config.model.examples(some if _needs_examples(row) else config.batch, seed=number)
+        past = policy.absorb(past, _risk(own, batches_of(data, config.batch)), row.curvature, row.structure)
+        perturb(own, number)
+    return past
+
+
+def _needs_examples(row: Work) -> bool:
+    """Whether the matrix holds examples, so that its size and its products depend on their number."""
+    return isinstance(row.structure, MatrixFree)
+
+
+def _grows(structure: Structure) -> bool:
+    """Whether a sum holds the terms of all its summands."""
+    inner = structure.block if isinstance(structure, BlockDiagonal) else structure
+    return isinstance(inner, (Kronecker, LowRank, FlatSpectrum, MatrixFree))
+
+
+def _build(row: Work, model: nn.Module, batches: Batches) -> Callable[[], Any]:
+    return lambda: estimate(row.curvature, row.structure, _risk(model, batches))
+
+
+def _risk(model: nn.Module, batches: Batches) -> EmpiricalRisk:
+    return EmpiricalRisk.snapshot(model, nn.CrossEntropyLoss(), batches)
+
+
+def _trained(model: nn.Module, inputs: Tensor, targets: Tensor) -> nn.Module:
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for _ in range(TRAINING_STEPS):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(inputs), targets).backward()
+        optimizer.step()
+    optimizer.zero_grad()
+    return model.eval()
+
+
+def _reason(error: Exception) -> str:
+    return ": ".join(part for part in (type(error).__name__, str(error)) if part)
+
+
+def _records(group: str, work: dict[str, Pair], rounds: int) -> Iterator[Record]:
+    """Each beside its reference, timed just before it."""
+    timed = {(name, part): seconds for name, pair in work.items() for part, seconds in enumerate(pair)}
+    times = interleaved(timed, rounds)
+    for name in work:
+        references, works = times[name, 0], times[name, 1]
+        ratio = statistics.median(work / reference for reference, work in zip(references, works))
+        yield {"metric": f"{group}/ratio", "value": ratio, "row": name}
+        yield {"metric": f"{group}/milliseconds", "value": 1e3 * statistics.median(works), "row": name}
+        yield {"metric": f"{group}/reference", "value": 1e3 * statistics.median(references), "row": name}
 
 
 experiment = Cost()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.harness.tables import Column, table
@@ -33,15 +34,14 @@ reference timed just before, one thread. Held: MiB of the matrix; foreseen: what
 Fisher) on a small model of the family, trained for 100 steps on 500 digits. Goals are for quiet machines."""
 
 
-def report(results: Results) -> str:
+def report(results: Results, out: Path) -> str:
     """Markdown: a table for each model, then how to get the peers that were not there."""
     parts = [HEAD]
-    for label in results.labels:
-        if results.config(label):
-            parts += [_heading(results, label), _table(results, label)]
-    tools = [tool for label in results.labels for tool in results.config(label).get("peers", [])]
+    for one in results.each():
+        parts += [_heading(one), _table(one)]
+    tools = {f"{tool['package']} {tool['version']}" for row in results.columns.values() for tool in row["peers"]}
     if tools:
-        parts.append(f"Peers: {', '.join(sorted({' '.join((t['package'], t['version'])) for t in tools}))}.")
+        parts.append(f"Peers: {', '.join(sorted(tools))}.")
     if missing := sorted({row["package"] for row in results.select("absent")}):
         parts.append(
             f"Not installed, and so not in the tables: {', '.join(missing)}. "
@@ -50,10 +50,10 @@ def report(results: Results) -> str:
     return "\n\n".join(parts)
 
 
-def _heading(results: Results, label: str) -> str:
-    config = results.config(label)
-    reference = results.final("build/reference", label, row=config["works"][0]["name"])
-    size, small = (results.final("parameters", label, row=row) for row in ("model", "small model"))
+def _heading(results: Results) -> str:
+    config = results.first
+    reference = results.final("build/reference", row=config["works"][0]["name"])
+    size, small = (results.final("parameters", row=row) for row in ("model", "small model"))
     lines = [f"{size.mean:,.0f} parameters" if size else "", f"N = {config['examples']:,}, batch {config['batch']}"]
     if reference:
         lines.append(f"one epoch of gradient passes {reference.mean:.0f} ms")
@@ -65,41 +65,30 @@ def _heading(results: Results, label: str) -> str:
     if config["peers"]:
         seen = min(config["peer_examples"], config["examples"])
         lines.append(f"peers on the first {seen:,} examples, on all where they decompose matrices")
-    return f"## {label}\n\n{'; '.join(line for line in lines if line)}; {config['rounds']} rounds."
+    return f"## {results.label}\n\n{'; '.join(line for line in lines if line)}; {config['rounds']} rounds."
 
 
-def _table(results: Results, label: str) -> str:
-    config = results.config(label)
+def _table(results: Results) -> str:
     columns = [
         Column("curvature"), Column("build", 2), Column("build goal"), Column("step", 2), Column("step goal"),
         Column("step, 5 past", 2), Column("held", 2), Column("foreseen", 2), Column("error"), Column("trace", 2),
-    ]
+    ]  # fmt: skip
+    config = results.first
     names = [*(work["name"] for work in config["works"]), *(tool["title"] for tool in config["peers"])]
-    rows = [[name, *_cells(results, label, name)] for name in names]
     reasons = {
-        row["row"]: f"{_cut(row['reason'])}."
-        for metric in ("failed", "no error") for row in results.select(metric, label)
+        row["row"]: f"{_cut(row['reason'])}." for metric in ("failed", "no error") for row in results.select(metric)
     }
-    return table(columns, rows, footnotes=reasons)
+    return table(columns, [[name, *_cells(results, name)] for name in names], footnotes=reasons)
 
 
-def _cells(results: Results, label: str, name: str) -> list[Any]:
-    def value(metric: str) -> Any:
-        return results.final(metric, label, row=name)
-
-    held, foreseen = value("bytes/held"), value("bytes/foreseen")
-    key = label, name
-    return [
-        value("build/ratio"),
-        _goal(BUILD_GOALS.get(key)),
-        value("step1/ratio"),
-        _goal(STEP_GOALS.get(key)),
-        value("step5/ratio"),
-        held and held.mean / 2**20,
-        foreseen and foreseen.mean / 2**20,
-        value("error"),
-        value("trace"),
-    ]
+def _cells(results: Results, name: str) -> list[Any]:
+    build, one, five, held, foreseen, error, trace = (
+        results.final(metric, row=name)
+        for metric in ("build/ratio", "step1/ratio", "step5/ratio", "bytes/held", "bytes/foreseen", "error", "trace")
+    )
+    build_goal, step_goal = (_goal(known.get((results.label, name))) for known in (BUILD_GOALS, STEP_GOALS))
+    sizes = (size and size.mean / 2**20 for size in (held, foreseen))
+    return [build, build_goal, one, step_goal, five, *sizes, error, trace]
 
 
 def _goal(goal: float | None) -> str:

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from benchmarks.experiments.ewc_hessian.experiment import BORROWED, FRACTION, PLAIN, REFERENCE, SQUARED
 from benchmarks.harness.plots import Curves, Dots, plot_curves, plot_dots
 from benchmarks.harness.tables import Cell, Column, table
 from benchmarks.pairs import paired
 
 if TYPE_CHECKING:
     from benchmarks.harness.results import Results
-
-PLAIN, REFERENCE, SQUARED = "no penalty", "Fisher", "squared batch gradient"
-BORROWED = f"{SQUARED} at the Hessian's λ"  # the note's comparison: one strength for both
-FRACTION = 0.25  # of an experience's training examples: those that its curvature is estimated on
-Places = dict[str, dict[str, str]]
-"""The label by activation and penalty, of what has run."""
 
 TITLE = '# The Hessian in EWC: Figure 2 of "An Optimization View of EWC"'
 WANTING = """\
@@ -37,18 +33,13 @@ Fisher, and nothing is left to win by second derivatives; with tanh they differ.
 
 def report(results: Results, out: Path) -> str:
     """Markdown, with figures in `out`; from whatever has finished."""
-    places: Places = {}
-    setting: dict[str, Any] = {}
-    for label in results.labels:
-        if config := results.config(label):
-            setting = config["setting"]
-            places.setdefault(setting["activation"], {})[config["penalty"]] = label
-    blocks = [TITLE, WANTING, *([_setting(setting)] if setting else [])]
-    blocks += [_table(results, places), _claim(results, places), _pairs(results, places), _matrices(results, places)]
-    return "\n\n".join([*blocks, *_figures(results, places, out)])
+    networks = dict(results.by("activation"))
+    tables = [_table(results), _claim(networks), _pairs(networks), _matrices(networks)]
+    return "\n\n".join([TITLE, WANTING, _setting(results), *tables, *_figures(results, networks, out)])
 
 
-def _setting(setting: dict[str, Any]) -> str:
+def _setting(results: Results) -> str:
+    setting = results.first
     return (
         f"{setting['stream']}, {setting['experiences']} experiences of {setting['steps']} steps with batches of "
         f"{setting['batch']} from {setting['examples']:,} random training examples each (all where there are fewer), "
@@ -57,32 +48,35 @@ def _setting(setting: dict[str, Any]) -> str:
     )
 
 
-def _table(results: Results, places: Places) -> str:
+def _table(results: Results) -> str:
     rows: list[list[Cell]] = []
-    for label in (label for labels in places.values() for label in labels.values()):
-        values = [results.final(name, label) for name in ("average_accuracy", "forgetting", "learned", "seconds")]
-        strength = results.config(label)["method"].get("strength")
-        rows.append([label, "" if strength is None else f"{strength:g}", *values, values[0].n if values[0] else 0])
+    for one in results.each():
+        values = [one.final(name) for name in ("average_accuracy", "forgetting", "learned", "seconds")]
+        strength = one.first.get("strength")
+        rows.append([one.label, "" if strength is None else f"{strength:g}", *values, values[0].n if values[0] else 0])
     columns = [
         Column("penalty"), Column("λ"), Column("average accuracy", 4), Column("forgetting", 4),
         Column("accuracy when learned", 4), Column("train s", 1), Column("n"),
-    ]
+    ]  # fmt: skip
     return table(columns, rows)
 
 
-def _compared(results: Results, label: str | None, reference: str | None) -> list[Cell]:
-    """The cells of a comparison of final average accuracies, seed by seed."""
-    pair = paired(*(results.finals("average_accuracy", name or "") for name in (label, reference)))
+def _compared(network: Results, penalty: str, reference: str) -> list[Cell]:
+    """The cells of a comparison of final average accuracies on a network, seed by seed."""
+    pair = paired(*(
+        next((one.finals("average_accuracy") for one in network.where(penalty=name).each()), {})
+        for name in (penalty, reference)
+    ))  # fmt: skip
     if pair is None:
         return [None, None, None, 0]
     return [pair.difference, "–" if pair.p is None else f"{pair.p:.2g}", pair.verdict, pair.difference.n]
 
 
-def _claim(results: Results, places: Places) -> str:
+def _claim(networks: Mapping[str, Results]) -> str:
     """The note's claim, with and without a strength of its own for the squared batch gradient."""
     rows: list[list[Cell]] = [
-        [f"{activation}, {title}", *_compared(results, labels.get("Hessian"), labels.get(name))]
-        for activation, labels in places.items()
+        [f"{activation}, {title}", *_compared(network, "Hessian", name)]
+        for activation, network in networks.items()
         for name, title in ((BORROWED, "both at the Hessian's λ"), (SQUARED, "each at its own λ"))
     ]
     columns = [Column("strengths"), Column("gain", 4), Column("p"), Column("verdict"), Column("n")]
@@ -93,11 +87,11 @@ def _claim(results: Results, places: Places) -> str:
     )
 
 
-def _pairs(results: Results, places: Places) -> str:
+def _pairs(networks: Mapping[str, Results]) -> str:
     rows: list[list[Cell]] = [
-        [label, *_compared(results, label, labels.get(REFERENCE))]
-        for labels in places.values() for name, label in labels.items() if name != REFERENCE
-    ]
+        [one.label, *_compared(network, one.first["penalty"], REFERENCE)]
+        for network in networks.values() for one in network.each() if one.first["penalty"] != REFERENCE
+    ]  # fmt: skip
     columns = [Column("penalty"), Column("less the Fisher", 4), Column("p"), Column("verdict"), Column("n")]
     return (
         "Average accuracy less that of the Fisher on the same network, by the same test. With ReLU the Hessian and the "
@@ -105,14 +99,14 @@ def _pairs(results: Results, places: Places) -> str:
     )
 
 
-def _matrices(results: Results, places: Places) -> str:
+def _matrices(networks: Mapping[str, Results]) -> str:
     """How the matrices differ at the first anchor."""
     rows: list[list[Cell]] = []
-    for activation, labels in places.items():
-        label = labels.get(PLAIN, "")
-        for name in dict.fromkeys(row["matrix"] for row in results.select("trace", label)):
-            found = [results.final(metric, label, matrix=name) for metric in ("trace", "negative", "gap")]
-            rows.append([f"{activation}, {name}", *found])
+    for activation, network in networks.items():
+        for one in network.where(penalty=PLAIN).each():
+            for name in dict.fromkeys(row["matrix"] for row in one.select("trace")):
+                found = [one.final(metric, matrix=name) for metric in ("trace", "negative", "gap")]
+                rows.append([f"{activation}, {name}", *found])
     columns = [Column("matrix"), Column("trace", 2), Column("negative entries", 4), Column("‖C − F‖ / ‖F‖", 4)]
     return (
         "The diagonals themselves after the first experience, before negative entries are clipped; F is the "
@@ -120,27 +114,25 @@ def _matrices(results: Results, places: Places) -> str:
     )
 
 
-def _figures(results: Results, places: Places, out: Path) -> list[str]:
+def _figures(results: Results, networks: Mapping[str, Results], out: Path) -> list[str]:
     """Links to what was drawn: the tuned penalties also by themselves, once there are any; the others are far off."""
     panels = [
         Curves(
-            {name: curve for name, label in labels.items() if (curve := results.curve("accuracy/seen", label))},
+            {one.first["penalty"]: curve for one in network.each() if (curve := one.curve("accuracy/seen"))},
             "accuracy on seen tasks", activation,
         )
-        for activation, labels in places.items()
+        for activation, network in networks.items()
     ]
-    names = list(dict.fromkeys(name for labels in places.values() for name in labels))
+    names = [penalty for penalty, _ in results.by("penalty")]
     plot_curves(out / "seen.png", panels, xlabel="training iteration", labels=names)
     links = ["![Accuracy on the tasks seen so far](seen.png)"]
-    shown = [
-        label for labels in places.values() for name, label in labels.items()
-        if name not in (PLAIN, BORROWED) and results.finals("average_accuracy", label)
-    ]
+    tuned = results.where(penalty=lambda own: own not in (PLAIN, BORROWED))
+    shown = [one for one in tuned.each() if one.finals("average_accuracy")]
     if not shown:
         return links
     dots = [
-        Dots({label: results.final(metric, label) for label in shown}, text)
+        Dots({one.label: one.final(metric) for one in shown}, text)
         for metric, text in (("average_accuracy", "average accuracy"), ("forgetting", "forgetting"))
     ]
-    plot_dots(out / "final.png", dots, labels=shown)
+    plot_dots(out / "final.png", dots, labels=[one.label for one in shown])
     return [*links, "![Final accuracy and forgetting of the tuned penalties](final.png)"]

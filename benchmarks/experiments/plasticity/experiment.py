@@ -1,38 +1,133 @@
-"""Lewandowski et al. 2024: accuracy at the end of each task against its number, for every mitigator."""
+"""Accuracy at the end of each task against its number: whether a network stays able to learn, and by what.
+
+Lewandowski et al. 2024, with every mitigator.
+"""
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Annotated, Any, ClassVar
 
-from benchmarks.data import SOURCES, check, has
-from benchmarks.experiments.plasticity.networks import Mlp
-from benchmarks.experiments.plasticity.presets import (
-    CHANGES,
-    NETWORKS,
-    PRESETS,
-    RANDOM,
-    Preset,
-    Setting,
+from torch import nn
+
+from avalanche_curv.plasticity.mitigators import (
+    L2,
+    L2Init,
+    Mitigator,
+    Parseval,
+    ReDO,
+    Regularizer,
+    ShrinkAndPerturb,
+    SpectralRegularizer,
+    StreamingEWC,
+    Wasserstein,
 )
-from benchmarks.experiments.plasticity.report import NONE, SCRATCH, report
-from benchmarks.harness import Experiment, Options, UsageError, one_of, positive
+from avalanche_curv.plasticity.mitigators.crelu import CReLU
+from avalanche_curv.plasticity.mitigators.shrink_perturb import AfterTask
+from benchmarks.data import SOURCES, check, has
+from benchmarks.experiments.plasticity.learner import run
+from benchmarks.experiments.plasticity.settings import CHANGES, NETWORKS, PRESETS, RANDOM, Mlp, Preset, Setting
+from benchmarks.harness import Context, Experiment, Options, Record, UsageError
 from benchmarks.harness.errors import selected
-from benchmarks.harness.experiment import Context, Record
+from benchmarks.harness.options import one_of, positive
 
-if TYPE_CHECKING:
-    from benchmarks.experiments.plasticity.methods import Method
-    from benchmarks.harness.results import Results
-
+NONE, SCRATCH = "none", "from scratch"
 PARTS = METHODS, STRENGTHS, LAYER_NORM, EPOCHS = "methods", "strengths", "layer_norm", "epochs"
 TRIED = (1e-2, 1e-3, 1e-4)
 LONGER = (2, 3)
 TRAINED_LONGER = ("SpectralReg", "L2", "L2 init")
-QUICK = {"count": 64, "batch": 32, "epochs": 1, "tasks": 2}
+QUICK: dict[str, Any] = {"count": 64, "batch": 32, "epochs": 1, "tasks": 2}
+
+
+@dataclass(frozen=True)
+class Method:
+    """Plain training with ReLU. `begins_anew`: a new network and optimiser for each task."""
+
+    begins_anew: ClassVar[bool] = False
+
+    def activation(self) -> nn.Module:
+        """A new nonlinearity for each layer."""
+        return nn.ReLU()
+
+    def mitigator(self, setting: Setting, seed: int) -> Mitigator | None:
+        return None
+
+    def begin_task(self, mitigator: Mitigator | None, setting: Setting, number: int, steps: int) -> None:
+        """Called before task `number`, from 0, of so many steps: for methods that know when tasks begin."""
+
+
+@dataclass(frozen=True)
+class FromScratch(Method):
+    """The reference: what a network that has learned nothing before makes of each task."""
+
+    begins_anew = True
+
+
+@dataclass(frozen=True)
+class Concatenated(Method):
+    """CReLU in the place of ReLU after as many units, so that the layers after it read twice as many."""
+
+    def activation(self) -> nn.Module:
+        return CReLU()
+
+
+@dataclass(frozen=True)
+class Regularised(Method):
+    """A regulariser of all parameters."""
+
+    regularizer: type[Regularizer]
+    strength: float
+
+    def mitigator(self, setting: Setting, seed: int) -> Mitigator:
+        return self.regularizer(self.strength)
+
+
+@dataclass(frozen=True)
+class Orthogonal(Method):
+    """Parseval regularisation of all layers but the last, as in its source."""
+
+    strength: float
+
+    def mitigator(self, setting: Setting, seed: int) -> Mitigator:
+        return Parseval(self.strength, exclude=(setting.network.output,))
+
+
+@dataclass(frozen=True)
+class Perturbed(Method):
+    """θ ← (1 − s) θ + s ε at every step, ε of the spread of initial values: s of the way to a network drawn anew."""
+
+    strength: float
+
+    def mitigator(self, setting: Setting, seed: int) -> Mitigator:
+        return ShrinkAndPerturb(self.strength, self.strength, seed=seed)
+
+
+@dataclass(frozen=True)
+class PerturbedAfterTask(Method):
+    """θ ← (1 − s) θ + s ε at the end of each task, which it has to know, s = `part`: the form of Ash & Adams 2020."""
+
+    part: float
+
+    def mitigator(self, setting: Setting, seed: int) -> Mitigator:
+        return ShrinkAndPerturb(self.part, self.part, when=AfterTask(), seed=seed)
+
+
+@dataclass(frozen=True)
+class Recycled(Method):
+    """ReDO once a task, after half of its steps (rounded up), so that accuracy is not measured just after."""
+
+    threshold: float
+
+    def mitigator(self, setting: Setting, seed: int) -> Mitigator:
+        return ReDO(self.threshold, every=setting.task_steps, seed=seed)
+
+    def begin_task(self, mitigator: Mitigator | None, setting: Setting, number: int, steps: int) -> None:
+        """Set the mitigator's count of steps so that its period ends half-way through a task of any length."""
+        if mitigator is not None:
+            due = (number + 1) * setting.task_steps
+            mitigator.load_state_dict(mitigator.state_dict() | {"steps": due - (steps - steps // 2)})
 
 
 @dataclass(frozen=True)
@@ -58,16 +153,26 @@ class Config:
 
 @dataclass(frozen=True)
 class PlasticityOptions(Options):
-    """None leaves what the preset has; `part` None is all parts, `method` None all rows of these."""
+    """None leaves what the preset has; without `part` all parts, without `method` all rows of these."""
 
-    preset: str = "small"
-    change: str = RANDOM
-    network: str | None = None
-    tasks: int | None = None
-    epochs: int | None = None
-    examples: int | None = None
-    part: str | None = None
-    method: Sequence[str] | None = None
+    seeds: Annotated[int, positive()] = 3
+    """run seeds 0 to SEEDS - 1"""
+    preset: Annotated[str, one_of("preset", PRESETS)] = "small"
+    """data set, sizes and network"""
+    change: Annotated[str, one_of("change", CHANGES)] = RANDOM
+    """what is new in each task"""
+    network: Annotated[str | None, one_of("network", NETWORKS)] = None
+    """default: that of the preset"""
+    tasks: Annotated[int | None, positive()] = None
+    """so many tasks instead of the preset's"""
+    epochs: Annotated[int | None, positive()] = None
+    """so many epochs of each task"""
+    examples: Annotated[int | None, positive()] = None
+    """the first N images only"""
+    part: Annotated[str | None, one_of("part", PARTS)] = None
+    """default: all"""
+    method: tuple[str, ...] = ()
+    """one row, by its label; repeatable"""
 
 
 class Plasticity(Experiment):
@@ -75,17 +180,6 @@ class Plasticity(Experiment):
 
     name = "plasticity"
     options_type = PlasticityOptions
-
-    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--preset", type=one_of("preset", PRESETS), default="small", help="default: small")
-        parser.add_argument("--change", type=one_of("change", CHANGES), default=RANDOM, help=f"default: {RANDOM}")
-        parser.add_argument("--network", type=one_of("network", NETWORKS), help="default: that of the preset")
-        parser.add_argument("--tasks", type=positive, metavar="N", help="so many tasks instead of the preset's")
-        parser.add_argument("--epochs", type=positive, metavar="N", help="so many epochs of each task")
-        parser.add_argument("--examples", type=positive, metavar="N", help="the first N images only")
-        parser.add_argument("--part", type=one_of("part", PARTS), help="default: all")
-        parser.add_argument("--method", action="append", metavar="LABEL", help="one row, by its label; repeatable")
-        parser.set_defaults(seeds=3)
 
     def variant(self, options: PlasticityOptions) -> str:
         chosen = (options.preset, options.change if options.change != RANDOM else "", options.network or "")
@@ -95,18 +189,13 @@ class Plasticity(Experiment):
         parts = (options.part,) if options.part else PARTS
         strength = PRESETS[options.preset].strength
         known = {config.label: config for config in rows(setting_for(options), strength, parts, options.quick)}
-        return selected("method", known, options.method)
+        return selected("method", known, options.method or None)
 
-    def run(self, config: Config, seed: int, context: Context) -> Iterable[Record]:
-        from benchmarks.experiments.plasticity.learner import run
-
+    def run(self, config: Config, seed: int, context: Context) -> Iterator[Record]:
         return run(config, seed, context)
 
-    def report(self, results: Results, out: Path) -> str:
-        return report(results, out)
 
-
-def setting_for(options: Any) -> Setting:
+def setting_for(options: PlasticityOptions) -> Setting:
     """The setting that the options ask for. `small` takes MNIST where it is at hand, and scikit-learn's digits else."""
     preset: Preset = PRESETS[options.preset]
     images = "mnist" if options.preset == "small" and has("mnist", options.dataset_root) else preset.images
@@ -121,7 +210,7 @@ def setting_for(options: Any) -> Setting:
     setting = Setting(
         images, preset.count, preset.batch, epochs, tasks, network, options.change, validation=preset.validation
     )
-    asked = {"tasks": options.tasks, "epochs": options.epochs, "count": options.examples}
+    asked: dict[str, Any] = {"tasks": options.tasks, "epochs": options.epochs, "count": options.examples}
     return replace(setting, **(QUICK if options.quick else {}) | {k: v for k, v in asked.items() if v is not None})
 
 
@@ -131,14 +220,6 @@ def rows(setting: Setting, strength: float, parts: Sequence[str], quick: bool) -
 
     LayerNorm is for the multilayer perceptron; others have norm layers.
     """
-    from benchmarks.experiments.plasticity.methods import (
-        Concatenated,
-        FromScratch,
-        Method,
-        PerturbedAfterTask,
-        Recycled,
-    )
-
     makers = regularisers()
 
     def regularised(name: str, s: float, part: str) -> Config:
@@ -169,9 +250,6 @@ def rows(setting: Setting, strength: float, parts: Sequence[str], quick: bool) -
 
 def regularisers() -> dict[str, Callable[[float], Method]]:
     """The methods that are tried at several strengths."""
-    from avalanche_curv.plasticity.mitigators import L2, L2Init, SpectralRegularizer, StreamingEWC, Wasserstein
-    from benchmarks.experiments.plasticity.methods import Orthogonal, Perturbed, Regularised
-
     return {
         "SpectralReg": partial(Regularised, SpectralRegularizer),
         "L2": partial(Regularised, L2),

@@ -1,13 +1,17 @@
-"""One run: a plain loop over tensors in memory, and what is measured at the beginning and the end of each task."""
+"""One run: the tasks that a change makes of images, a plain loop over tensors in memory, and what is measured at the
+beginning and the end of each task."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import Adam, Optimizer
@@ -23,10 +27,17 @@ from avalanche_curv.plasticity.measures import (
     weight_spectra,
 )
 from avalanche_curv.plasticity.mitigators.base import Mitigator
-from benchmarks.data import SOURCES
-from benchmarks.experiments.plasticity.data import Task, Tasks
-from benchmarks.experiments.plasticity.report import ACCURACY, TEST_ACCURACY
-from benchmarks.harness.experiment import Context, Record
+from avalanche_curv.streams.changes import (
+    GrowingClasses,
+    LabelFlip,
+    PixelPermutation,
+    RandomLabels,
+    TaskChange,
+    TaskVariant,
+)
+from benchmarks.data import SOURCES, Images, read
+from benchmarks.experiments.plasticity.settings import CHANGES, Setting
+from benchmarks.harness import Context, Record
 
 if TYPE_CHECKING:
     from benchmarks.experiments.plasticity.experiment import Config
@@ -34,6 +45,8 @@ if TYPE_CHECKING:
 PROBE = 64
 AT_ONCE = 1000
 Batch = tuple[Tensor, Tensor]
+ACCURACY, TEST_ACCURACY = "plasticity_experience/accuracy", "plasticity_experience/test_accuracy"
+MADE: dict[str, TaskChange] = dict(zip(CHANGES, (RandomLabels(), PixelPermutation(), LabelFlip(), GrowingClasses())))
 
 
 def run(config: Config, seed: int, context: Context) -> Iterator[Record]:
@@ -146,3 +159,42 @@ def summary(accuracies: list[float]) -> dict[str, float]:
     one), and a_1 − that."""
     late = fmean(accuracies[-max(1, len(accuracies) // 3) :])
     return {"final_accuracy": accuracies[-1], "late_accuracy": late, "drop": accuracies[0] - late}
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """Images as a change shows them; without a copy."""
+
+    images: Images
+    variant: TaskVariant
+
+    def __len__(self) -> int:
+        return len(self.variant.targets)
+
+    def batch(self, places: Int[Tensor, "n"]) -> tuple[Float[Tensor, "n C H W"], Int[Tensor, "n"]]:
+        """The examples at these places, in this order."""
+        indices, pixels = self.variant.indices, self.variant.pixels
+        inputs = self.images.scaled(places if indices is None else indices[places])
+        return (inputs if pixels is None else pixels.of(inputs)), self.variant.targets[places]
+
+    def batches(self, order: Int[Tensor, "n"], size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """All of them in an order, the last batch smaller where it must."""
+        return (self.batch(places) for places in order.split(size))
+
+
+class Tasks:
+    """The training and test examples of each task of a run. Random labels have no test examples."""
+
+    def __init__(self, setting: Setting, seed: int, dataset_root: Path | None) -> None:
+        self.train, self.test = read(setting.images, setting.count, setting.validation, dataset_root)
+        self.change, self.seed = MADE[setting.change], seed
+        self.classes = self.train.targets.unique()
+        longest = self.change.longest(self.classes)
+        self.count = setting.tasks if longest is None else min(longest, setting.tasks)
+
+    def of(self, number: int) -> tuple[Task, Task | None]:
+        """Task `number`: to train and to test on."""
+        return self._shown(self.train, number), None if self.change.memorised else self._shown(self.test, number)
+
+    def _shown(self, images: Images, number: int) -> Task:
+        return Task(images, self.change.of(images.targets, self.classes, number, self.seed))

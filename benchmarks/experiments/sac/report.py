@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from benchmarks.harness.plots import Curves, plot_curves
 from benchmarks.harness.tables import Cell, Column, table
@@ -39,29 +39,22 @@ deviation over n seeds."""
 
 def report(results: Results, out: Path) -> str:
     """What was run, one row for each agent, and the curves."""
-    settings = (config["setting"] for label in results.labels if (config := results.config(label)))
-    parts = ["# Spectral regularisation of SAC", *(_setting(setting) for setting in list(settings)[:1]), EXPLANATION]
-    rows = [_row(results, label) for label in results.labels]
+    agents = {one.label: one for one in results.each()}
     panels = [
-        Curves({label: results.curve(metric, label) for label in results.labels}, name, log="gradient" in metric)
+        Curves({label: one.curve(metric) for label, one in agents.items()}, name, log="gradient" in metric)
         for metric, name in PANELS.items()
     ]
     plot_curves(out / "sac.png", panels, xlabel="environment step", labels=results.labels)
-    columns = [Column("agent"), *COLUMNS.values(), Column("n")]
-    return "\n\n".join([*parts, table(columns, rows), "![Curves](sac.png)"])
+    setting = (
+        "{task} of the DeepMind control suite, {steps:,} environment steps of which the first {prefill:,} are random, "
+        "{replay_ratio} gradient steps for each other; two layers of {width}, one critic, batch {batch}, Adam at "
+        "{rate:g}, resets every {reset_every:,} steps; {episodes} episodes with the mean action every {every:,} steps."
+    ).format_map(results.first)
+    rows = table([Column("agent"), *COLUMNS.values(), Column("n")], [_row(one) for one in agents.values()])
+    return "\n\n".join(["# Spectral regularisation of SAC", setting, EXPLANATION, rows, "![Curves](sac.png)"])
 
 
-def _setting(setting: dict[str, Any]) -> str:
-    return (
-        f"{setting['task']} of the DeepMind control suite, {setting['steps']:,} environment steps of which the first "
-        f"{setting['prefill']:,} are random, {setting['replay_ratio']} gradient steps for each other; two layers of "
-        f"{setting['width']}, one critic, batch {setting['batch']}, Adam at {setting['rate']:g}, resets every "
-        f"{setting['reset_every']:,} steps; {setting['episodes']} episodes with the mean action every "
-        f"{setting['every']:,} steps."
-    )
-
-
-def _row(results: Results, label: str) -> list[Cell]:
-    found = [results.final(metric, label) for metric in COLUMNS]
-    strength = results.config(label).get("strength")
-    return [f"{label} (λ = {strength:g})" if strength else label, *found, found[0].n if found[0] else 0]
+def _row(results: Results) -> list[Cell]:
+    found, strength = [results.final(metric) for metric in COLUMNS], results.first["strength"]
+    name = f"{results.label} (λ = {strength:g})" if strength else results.label
+    return [name, *found, found[0].n if found[0] else 0]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.harness.summary import Summary, summarise
+from benchmarks.harness import Summary, summarise
 from benchmarks.harness.tables import Cell, Column, table
 from benchmarks.pairs import paired
 
@@ -78,7 +79,7 @@ class Measured:
         return f"{pair.difference.mean:+.3f}{mark}"
 
 
-def report(results: Results) -> str:
+def report(results: Results, out: Path) -> str:
     """Markdown over whatever has finished."""
     measured = Measured.of(results)
     parts = ["# Three sources of error", EXPLANATION]

@@ -24,7 +24,7 @@ from avalanche_curv.plasticity.mitigators import (
     Wasserstein,
 )
 from avalanche_curv.plasticity.roles import ShiftRole, WeightRole, parameter_roles
-from benchmarks.experiments.speed.inputs import synthetic
+from benchmarks.experiments.speed.steps import synthetic
 from benchmarks.timing import Times, interleaved
 
 if TYPE_CHECKING:

@@ -26,7 +26,7 @@ from avalanche_curv.core.fidelity.monitor import PastModels
 from avalanche_curv.core.projection.subspace import Subspace
 from avalanche_curv.core.quadratic.adaptive import memory_loss
 from avalanche_curv.core.risk.parameters import ParameterSpace
-from benchmarks.experiments.speed.inputs import network, orthonormal, synthetic
+from benchmarks.experiments.speed.steps import network, orthonormal, synthetic
 from benchmarks.timing import Times, batches_of, clocked, experience, gradient_passes, interleaved, perturb
 
 if TYPE_CHECKING:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks.harness.tables import Cell, Column, table
@@ -62,17 +63,16 @@ TITLES = {
 """By group and work: what it is, and the ratio that is the goal on a quiet machine."""
 
 
-def report(results: Results) -> str:
+def report(results: Results, out: Path) -> str:
     """One row for each work."""
-    label = results.labels[0]
     columns = [Column("work"), Column("milliseconds", 2), Column("ratio", 2), Column("goal"), Column("n")]
     rows: list[list[Cell]] = []
     for name, (title, goal) in TITLES.items():
-        time, ratio = results.final(f"{name}/milliseconds", label), results.final(f"{name}/ratio", label)
+        time, ratio = results.final(f"{name}/milliseconds"), results.final(f"{name}/ratio")
         rows.append([title, time, ratio, f"≤ {goal}" if goal else "", ratio.n if ratio else 0])
     return (
-        f"# Cost on {label}\n\nMedians over interleaved rounds in one process, one thread; ratios to the first row "
-        "of each group, over n repetitions of the benchmark. Metrics that are not attached cost nothing. "
+        f"# Cost on {results.label}\n\nMedians over interleaved rounds in one process, one thread; ratios to the first "
+        "row of each group, over n repetitions of the benchmark. Metrics that are not attached cost nothing. "
         "A round of a mitigator on the MLP has as many steps as the longest of its periods, so that it holds all "
         "of its work.\n\n"
         + table(columns, rows)

@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
 from benchmarks.experiments.taylor.ratio import Inputs, expected_ratio, explained, fitted
-from benchmarks.harness.plots import legend, new_figure, saved, tidy
-from benchmarks.harness.styles import MUTED, styles
-from benchmarks.harness.summary import Summary, summarise
+from benchmarks.harness import Summary, summarise
+from benchmarks.harness.plots import MUTED, legend, new_figure, saved, styles, tidy
 from benchmarks.harness.tables import Column, table
 
 if TYPE_CHECKING:
@@ -45,37 +44,34 @@ COLUMNS = {
     "increase": "increase", "predicted": "predicted by diag(H)", "taylor": "Taylor error", "diagonal": "diagonal error",
     "slope": "gradient term", "ggn": "GGN for H",
 }
-Ratios = Mapping[tuple[int, int], Summary]
+Ratios: TypeAlias = Mapping[tuple[int, int], Summary]
 """The ratio over seeds by (M, D)."""
-Configs = Mapping[str, dict[str, Any]]
-"""The configuration of each label that has run."""
+Measured: TypeAlias = "Sequence[tuple[Results, Inputs]]"
+"""The results of each kind of inputs."""
 
 
 def report(results: Results, out: Path) -> str:
     """Markdown, with figures in `out`, of the two assumptions where they were measured."""
-    configs = {label: config for label in results.labels if (config := results.config(label))}
-    ratios, paths = ({k: c for k, c in configs.items() if c["class"] == kind} for kind in ("Ratio", "Path"))
-    return "\n\n".join([TITLE, *(_ratios(results, ratios, out) if ratios else []),
-                        *(_paths(results, paths, out) if paths else [])])
+    parts = dict(results.by("assumption"))
+    return "\n\n".join([TITLE, *(_ratios(parts[2], out) if 2 in parts else []),
+                        *(_paths(parts[1], out) if 1 in parts else [])])
 
 
-def _ratios(results: Results, configs: Configs, out: Path) -> list[str]:
+def _ratios(results: Results, out: Path) -> list[str]:
     """Figure 1 of the note again: the ratio against the note's law and against the closed form."""
-    inputs = {label: Inputs(config["inputs"]["mean"], config["inputs"]["correlation"])
-              for label, config in configs.items()}
-    measured = {label: grouped(results, label) for label in configs}
-    blocks = [RATIO_HEAD, _laws(results, inputs), _limits(measured, inputs)]
-    for label, own in inputs.items():
+    measured = [(one, Inputs(one.first["mean"], one.first["correlation"])) for one in results.each()]
+    blocks = [RATIO_HEAD, _laws(measured), _limits(measured)]
+    for one, own in measured:
         if own == Inputs():  # standard normal
-            blocks += [_grid(label, measured[label]), "![The ratio against M/D and against M/D²](ratio.png)"]
-            _ratio_figure(measured[label], out / "ratio.png")
+            points = _by_size(one)
+            blocks += [_grid(one.label, points), "![The ratio against M/D and against M/D²](ratio.png)"]
+            _ratio_figure(points, out / "ratio.png")
     return blocks
 
 
-def grouped(results: Results, label: str) -> dict[tuple[int, int], Summary]:
-    """(M, D) ↦ the ratio over seeds."""
+def _by_size(results: Results) -> Ratios:
     values: dict[tuple[int, int], list[float]] = {}
-    for row in results.select("ratio", label):
+    for row in results.select("ratio"):
         values.setdefault((row["examples"], row["dimension"]), []).append(row["value"])
     return {size: summarise(found) for size, found in values.items()}
 
@@ -97,11 +93,11 @@ def agreement(rows: Sequence[Mapping[str, Any]], inputs: Inputs) -> dict[str, fl
     return {name: explained(values, prediction) for name, prediction in found.items()}
 
 
-def _laws(results: Results, inputs: Mapping[str, Inputs]) -> str:
+def _laws(measured: Measured) -> str:
     rows: list[list] = []
-    for label, own in inputs.items():
-        found = results.select("ratio", label)
-        rows.append([label, *agreement(found, own).values(), len({row["seed"] for row in found})])
+    for one, own in measured:
+        found = one.select("ratio")
+        rows.append([one.label, *agreement(found, own).values(), len({row["seed"] for row in found})])
     columns = [
         Column("inputs"), Column("b log(M/D)"), Column("a + b log(M/D)"), Column("a_D + b_D log(M/D)"),
         Column("closed form", 4), Column("seeds"),
@@ -112,14 +108,15 @@ def _laws(results: Results, inputs: Mapping[str, Inputs]) -> str:
     )
 
 
-def _limits(measured: Mapping[str, Ratios], inputs: Mapping[str, Inputs]) -> str:
+def _limits(measured: Measured) -> str:
     """The ratio at the most examples of each dimension, and where it goes."""
     rows: list[list] = []
-    for label, points in measured.items():
+    for one, inputs in measured:
+        points = _by_size(one)
         for size in sorted({d for _, d in points}):
             most = max(m for m, d in points if d == size)
-            closed = (expected_ratio(inputs[label], m, size) for m in (most, math.inf))
-            rows.append([label, size, most, points[most, size], *closed])
+            closed = (expected_ratio(inputs, m, size) for m in (most, math.inf))
+            rows.append([one.label, size, most, points[most, size], *closed])
     columns = [
         Column("inputs"), Column("D"), Column("M"), Column("r measured"), Column("closed form"),
         Column("closed form, M → ∞"),
@@ -172,41 +169,40 @@ def _ratio_figure(points: Ratios, path: Path) -> None:
     saved(figure, path)
 
 
-def _paths(results: Results, configs: Configs, out: Path) -> list[str]:
+def _paths(results: Results, out: Path) -> list[str]:
     """Which approximation is worse how far from the anchor."""
-    _error_figure(results, configs, out / "errors.png")
-    return [
-        PATH_HEAD, _setting(configs), _crossovers(results, configs), _counts(results, configs),
-        _places(results, configs), "![Errors against the distance from the anchor](errors.png)",
-    ]
+    paths = list(results.each())
+    _error_figure(paths, out / "errors.png")
+    return [PATH_HEAD, *(part(paths) for part in (_setting, _crossovers, _counts, _places)),
+            "![Errors against the distance from the anchor](errors.png)"]
 
 
-def _setting(configs: Configs) -> str:
+def _setting(paths: Sequence[Results]) -> str:
     lines = ["Double precision. Task B: another linear function (regression) or permutation of the pixels (images).\n"]
-    for label, config in configs.items():
-        if config["strength"]:
-            lines.append(f"- {label}: with EWC's penalty (diagonal Fisher) at λ = {config['strength']:g} on B.")
+    for one in paths:
+        row = one.first
+        if row["strength"]:
+            lines.append(f"- {one.label}: with EWC's penalty (diagonal Fisher) at λ = {row['strength']:g} on B.")
         else:
-            problem = ", ".join(f"{key} {value}" for key, value in config["problem"].items() if key != "class")
-            lines.append(f"- {label}: {problem}; then {config['steps']} steps of SGD on B at {config['rate']:g}.")
+            problem = one.config(one.label)["problem"].items()
+            details = ", ".join(f"{key} {value}" for key, value in problem if key != "class")
+            lines.append(f"- {one.label}: {details}; then {row['steps']} steps of SGD on B at {row['rate']:g}.")
     return "\n".join(lines)
 
 
-def _crossovers(results: Results, configs: Configs) -> str:
+def _crossovers(paths: Sequence[Results]) -> str:
     """How far out the diagonal error is the larger one."""
     rows: list[list] = []
-    for label in configs:
-        seeds = {row["seed"] for row in results.select("distance", label)}
-        dominated, crossed, increase, loss, gradient = (
-            results.final(metric, label)
-            for metric in ("dominated", "crossover", "crossover_increase", "anchor_loss", "anchor_gradient")
+    for one in paths:
+        dominated, crossed, increase, loss, gradient = map(
+            one.final, ("dominated", "crossover", "crossover_increase", "anchor_loss", "anchor_gradient")
         )
-        count = f"{crossed.n if crossed else 0} of {len(seeds)}"
-        rows.append([label, dominated, count, crossed, increase, loss, gradient])
+        count = f"{crossed.n if crossed else 0} of {len(one.finals('distance'))}"
+        rows.append([one.label, dominated, count, crossed, increase, loss, gradient])
     columns = [
         Column("training on B", 2), Column("diagonal error larger", 2), Column("Taylor overtakes"),
         Column("at distance", 2), Column("with increase", 2), Column("L(a)"), Column("‖g‖ at a", 2),
-    ]
+    ]  # fmt: skip
     return (
         "Share of measured steps (1, 2, 3, 5, …, each half larger) at which the diagonal error is larger; seeds in "
         "which the Taylor error exceeds it at any of them, the first such distance, and the increase of L there:\n\n"
@@ -214,38 +210,37 @@ def _crossovers(results: Results, configs: Configs) -> str:
     )
 
 
-def _counts(results: Results, configs: Configs) -> str:
+def _counts(paths: Sequence[Results]) -> str:
     """In how many runs on networks the Taylor error is the larger one somewhere."""
     lines = []
     for name, penalised in (("plain training", False), ("training with EWC's penalty", True)):
-        some = [label for label, c in configs.items() if _is_network(c) and bool(c["strength"]) == penalised]
-        runs, crossed = ({(label, row["seed"]) for label in some for row in results.select(metric, label)}
-                         for metric in ("distance", "crossover"))
+        some = [one for one in paths if _is_network(one) and bool(one.first["strength"]) == penalised]
+        runs, crossed = (sum(len(one.finals(metric)) for one in some) for metric in ("distance", "crossover"))
         if runs:
-            last = sum(ends_beyond(results, *run) for run in runs)
-            lines.append(f"in {len(crossed)} of {len(runs)} runs of {name} (in {last} at their last step)")
+            last = sum(map(ends_beyond, some))
+            lines.append(f"in {crossed} of {runs} runs of {name} (in {last} at their last step)")
     if not lines:
         return "No network was measured."
     return f"On networks the Taylor error exceeds the diagonal error somewhere {' and '.join(lines)}."
 
 
-def ends_beyond(results: Results, label: str, seed: int) -> bool:
-    """Whether the Taylor error is the larger one at the last step of a run."""
-    last = {name: results.select(name, label, seed=seed)[-1]["value"] for name in ("taylor", "diagonal")}
-    return last["taylor"] > last["diagonal"]
+def ends_beyond(results: Results) -> int:
+    """In how many runs of a path the Taylor error is the larger one at the last step."""
+    diagonal = results.finals("diagonal")
+    return sum(value > diagonal[seed] for seed, value in results.finals("taylor").items())
 
 
-def _is_network(config: Mapping[str, Any]) -> bool:
-    return config["problem"]["class"] != "LinearRegression"
+def _is_network(results: Results) -> bool:
+    return results.first["problem"] != "LinearRegression"
 
 
-def _places(results: Results, configs: Configs) -> str:
+def _places(paths: Sequence[Results]) -> str:
     rows: list[list] = []
-    for label in configs:
-        steps = [int(step) for step, _ in results.curve("distance", label)]
+    for one in paths:
+        steps = [int(step) for step, _ in one.curve("distance")]
         for step in dict.fromkeys(steps[place] for place in (0, len(steps) // 3, 2 * len(steps) // 3, -1)):
-            found = [short(results.final(name, label, step=step)) for name in COLUMNS]
-            rows.append([f"{label}, step {step}", results.final("distance", label, step=step), *found])
+            found = [short(one.final(name, step=step)) for name in COLUMNS]
+            rows.append([f"{one.label}, step {step}", one.final("distance", step=step), *found])
     columns = [Column("training on B"), Column("distance", 2), *map(Column, COLUMNS.values())]
     return (
         "Mean ± standard deviation over seeds. \"Predicted by diag(H)\" is ½ δᵀ diag(H) δ, which EWC holds against the "
@@ -264,29 +259,28 @@ def short(summary: Summary | None) -> str | None:
     return f"{summary.mean:.1e}" + ("" if summary.std is None else f" ± {summary.std:.0e}")
 
 
-def _error_figure(results: Results, configs: Configs, path: Path) -> None:
+def _error_figure(paths: Sequence[Results], path: Path) -> None:
     """A panel for each path, networks first: errors against distance, and a line at the first crossover."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
-    rows = math.ceil(len(configs) / 2)
+    rows = math.ceil(len(paths) / 2)
     figure = new_figure(11.0, 0.5 + 2.9 * rows)
     grid = list(figure.subplots(rows, 2, squeeze=False).flat)
     chosen = styles([*SERIES.values()])
-    labels = sorted(configs, key=lambda label: not _is_network(configs[label]))
-    for axes, label in zip(grid, labels):
-        if crossed := results.final("crossover", label):
+    for axes, one in zip(grid, sorted(paths, key=lambda one: not _is_network(one))):
+        if crossed := one.final("crossover"):
             axes.axvline(crossed.mean, color=MUTED, linewidth=1.0, linestyle="--", zorder=0)
-        distances = dict(results.curve("distance", label))
+        distances = dict(one.curve("distance"))
         for name, title in SERIES.items():
-            points = [(distances[step].mean, value.mean) for step, value in results.curve(name, label)]
+            points = [(distances[step].mean, value.mean) for step, value in one.curve(name)]
             if shown := [(x, y) for x, y in points if y > 0]:
                 axes.plot(*zip(*shown), linewidth=1.6, **chosen[title].line)
         axes.set(xscale="log", yscale="log", xlabel="distance ‖θ − a‖")
-        tidy(axes, label)
+        tidy(axes, one.label)
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_formatter(NullFormatter())
-    for axes in grid[len(labels) :]:
+    for axes in grid[len(paths) :]:
         axes.set_visible(False)
     legend(figure, chosen, [*chosen])
     saved(figure, path)

@@ -1,1 +1,0 @@
-"""Accuracy against the number of refreshes, between one at each task's end and replay."""

@@ -2,21 +2,42 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Annotated, Any
 
-from benchmarks.experiments.trust_region.report import EWC, NAIVE, PER_TASK, REPLAY, WITH_SLOPE, report
-from benchmarks.harness import Experiment, Options, UsageError, one_of
-from benchmarks.harness.experiment import Context, Record
+import torch
+from avalanche.logging import TensorboardLogger
+from torch import nn
 
-if TYPE_CHECKING:
-    from avalanche_curv import Structure
-    from benchmarks.harness.results import Results
-    from benchmarks.methods import Method
+from avalanche_curv import (
+    GGN,
+    AdaptiveRefresh,
+    CurvatureEWCPlugin,
+    Dense,
+    Diagonal,
+    Kronecker,
+    LowRank,
+    MatrixFree,
+    PermutedDigits,
+    Rank,
+    Refresh,
+    RelativeError,
+    SineBoundary,
+    SplitDigits,
+    Structure,
+    penalty_metrics,
+)
+from benchmarks.harness import Context, Experiment, Options, Record, UsageError
+from benchmarks.harness.options import one_of, positive
+from benchmarks.methods import AvalancheEWC, MemoryReplay, Method, Ours, Plain, Rehearsal
+from benchmarks.storage import stored_bytes
+from benchmarks.streams.makers import mnist_pairs
+from benchmarks.training import CosinePerExperience, TimedEvaluation, Trainer, learner, summary, test_sets
 
+NAIVE, EWC, REPLAY = "Naive", "Avalanche's EWC", "replay"
+PER_TASK, WITH_SLOPE = "refresh per task", "refresh per task, slope"
 TOLERANCES = (1.0, 0.5, 0.3, 0.2, 0.1, 0.05, 0.02)
 MNIST_TOLERANCES = (0.5, 0.2, 0.1, 0.05)
 CHOSEN = 0.1
@@ -63,13 +84,6 @@ class Config:
         return 5.0 if self.setting.mnist else 1.0
 
 
-@dataclass(frozen=True)
-class TrustRegionOptions(Options):
-    """`stream` is one of `SETTINGS`, or None for all that can be had."""
-
-    stream: str | None = None
-
-
 SETTINGS = {
     setting.stream: setting
     for setting in (
@@ -99,15 +113,21 @@ STRENGTHS = {  # `run tune --target trust_region --seeds 2 --dataset-root DIR`
 }
 
 
+@dataclass(frozen=True)
+class TrustRegionOptions(Options):
+    """Ten seeds, and every stream that can be had, unless asked for others."""
+
+    seeds: Annotated[int, positive()] = 10
+    """run seeds 0 to SEEDS - 1"""
+    stream: Annotated[str | None, one_of("stream", SETTINGS)] = None
+    """default: all, MNIST with --dataset-root"""
+
+
 class TrustRegion(Experiment):
     """Final accuracy on all tasks, refreshes in each task, and the price of both."""
 
     name = "trust_region"
     options_type = TrustRegionOptions
-
-    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--stream", type=one_of("stream", SETTINGS), help="default: all, MNIST with --dataset-root")
-        parser.set_defaults(seeds=10)
 
     def variant(self, options: TrustRegionOptions) -> str:
         return options.stream or ""
@@ -115,11 +135,26 @@ class TrustRegion(Experiment):
     def configs(self, options: TrustRegionOptions) -> Sequence[Config]:
         return [config for setting in settings(options) for config in rows(setting, options.quick)]
 
-    def run(self, config: Config, seed: int, context: Context) -> Sequence[Record]:
-        return run(config, seed, context)
-
-    def report(self, results: Results, out: Path) -> str:
-        return report(results, out)
+    def run(self, config: Config, seed: int, context: Context) -> list[Record]:
+        """Train on all experiences; accuracy on all test sets after each."""
+        setting = config.setting
+        benchmark = stream(setting, seed, context.dataset_root)
+        experiences = list(benchmark.train_stream)
+        torch.manual_seed(seed)  # every method starts from the same weights
+        model = nn.Sequential(nn.Linear(setting.inputs, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, setting.outputs))
+        evaluation = TimedEvaluation(*penalty_metrics(every=10), loggers=[TensorboardLogger(context.tensorboard_dir)])
+        plugins = config.method.plugins(sum(len(e.dataset) for e in experiences))
+        plugins += [CosinePerExperience(setting.steps)] if setting.cosine else []
+        strategy = learner(model, setting, plugins, evaluation, weight_decay=setting.weight_decay)
+        trainer, tests = Trainer(strategy, evaluation), test_sets(benchmark, TESTED)
+        records = [record for found in trainer.course(experiences, tests) for record in found]
+        refreshes = sum(len(p.past.refreshes) for p in strategy.plugins if isinstance(p, CurvatureEWCPlugin))
+        scalars = summary(trainer.rows) | {
+            "refreshes": refreshes / (len(experiences) - 1),  # during a task, per task after the first
+            "seconds": trainer.seconds,
+            "stored_bytes": float(stored_bytes(strategy)),
+        }
+        return records + [{"metric": name, "value": value} for name, value in scalars.items()]
 
 
 def settings(options: TrustRegionOptions) -> list[Setting]:
@@ -136,20 +171,6 @@ def settings(options: TrustRegionOptions) -> list[Setting]:
 def rows(setting: Setting, quick: bool) -> list[Config]:
     """The methods of a stream, from the loosest to the tightest, between what forgets and what replays. Those that
     adapt have strength 1: the criterion plus the summed loss of past experiences, as in replay."""
-    from avalanche_curv import (
-        GGN,
-        AdaptiveRefresh,
-        Dense,
-        Diagonal,
-        Kronecker,
-        LowRank,
-        MatrixFree,
-        Rank,
-        Refresh,
-        RelativeError,
-    )
-    from benchmarks.methods import AvalancheEWC, MemoryReplay, Ours, Plain, Rehearsal
-
     usual: Structure = Dense() if setting.stream == "sine" else LowRank(Rank(20))
 
     def adaptive(tolerance: float, cap: int | None = None, structure: Structure = usual) -> Method:
@@ -174,44 +195,10 @@ def rows(setting: Setting, quick: bool) -> list[Config]:
     return [Config(name, method, setting, curve.get(name)) for name, method in found.items()]
 
 
-def run(config: Config, seed: int, context: Context) -> list[Record]:
-    """Train on all experiences; accuracy on all test sets after each."""
-    import torch
-    from avalanche.logging import TensorboardLogger
-    from torch import nn
-
-    from avalanche_curv import CurvatureEWCPlugin, penalty_metrics
-    from benchmarks.storage import stored_bytes
-    from benchmarks.training import CosinePerExperience, TimedEvaluation, Trainer, learner, summary, test_sets
-
-    setting = config.setting
-    benchmark = stream(setting, seed, context.dataset_root)
-    experiences = list(benchmark.train_stream)
-    torch.manual_seed(seed)  # every method starts from the same weights
-    model = nn.Sequential(nn.Linear(setting.inputs, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, setting.outputs))
-    evaluation = TimedEvaluation(*penalty_metrics(every=10), loggers=[TensorboardLogger(context.tensorboard_dir)])
-    plugins = config.method.plugins(sum(len(e.dataset) for e in experiences))
-    plugins += [CosinePerExperience(setting.steps)] if setting.cosine else []
-    strategy = learner(model, setting, plugins, evaluation, weight_decay=setting.weight_decay)
-    trainer, tests = Trainer(strategy, evaluation), test_sets(benchmark, TESTED)
-    records = [record for found in trainer.course(experiences, tests) for record in found]
-    refreshes = sum(len(p.past.refreshes) for p in strategy.plugins if isinstance(p, CurvatureEWCPlugin))
-    scalars = summary(trainer.rows) | {
-        "refreshes": refreshes / (len(experiences) - 1),  # during a task, per task after the first
-        "seconds": trainer.seconds,
-        "stored_bytes": float(stored_bytes(strategy)),
-    }
-    return records + [{"metric": name, "value": value} for name, value in scalars.items()]
-
-
 def stream(setting: Setting, seed: int, dataset_root: Path | None) -> Any:
     """The benchmark of a setting."""
-    from avalanche_curv import PermutedDigits, SineBoundary, SplitDigits
-
     count = setting.experiences
     if setting.mnist:
-        from benchmarks.streams.makers import mnist_pairs
-
         return mnist_pairs(count, seed, dataset_root, domain=setting.domain)
     if setting.stream == "sine":
         return SineBoundary(count, seed=seed)

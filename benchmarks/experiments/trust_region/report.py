@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from benchmarks.harness.plots import new_figure, saved, tidy
-from benchmarks.harness.styles import COLOURS, MUTED
+from benchmarks.experiments.trust_region.experiment import EWC, NAIVE, PER_TASK, REPLAY, WITH_SLOPE
+from benchmarks.harness.plots import COLOURS, MUTED, new_figure, saved, tidy
 from benchmarks.harness.tables import Cell, Column, table
 from benchmarks.pairs import mean_ratio
 
 if TYPE_CHECKING:
     from benchmarks.harness.results import Results
 
-NAIVE, EWC, REPLAY = "Naive", "Avalanche's EWC", "replay"
-PER_TASK, WITH_SLOPE = "refresh per task", "refresh per task, slope"
 TITLES = {
     "sine": "Sine boundary, 9 slices",
     "split_digits": "Split digits, class-incremental",
@@ -45,80 +43,79 @@ time divided by that of Naive in the same seed. Mean ± standard deviation over 
 
 def report(results: Results, out: Path) -> str:
     """A section for each stream that has run, and one figure."""
-    streams: dict[str, dict[str, str]] = {}  # the label by stream and method
-    for label in results.labels:
-        if config := results.config(label):
-            streams.setdefault(config["setting"]["stream"], {})[config["name"]] = label
-    sections = [_section(results, stream, labels) for stream, labels in streams.items()]
+    streams = dict(results.by("stream"))
+    sections = [_section(stream, part) for stream, part in streams.items()]
     if streams:
-        _figure(results, streams, out)
+        _figure(streams, out)
         sections.append("![Accuracy against refreshes](trust_region.png)")
     return "\n\n".join(["# Refreshing where the quadratic model breaks", EXPLANATION, *sections])
 
 
-def _section(results: Results, stream: str, labels: dict[str, str]) -> str:
+def _section(stream: str, results: Results) -> str:
     columns = [
         Column("method"), Column("accuracy", 3, max), Column("gap closed", 2), Column("refreshes", 1),
         Column("just learned", 3), Column("time", 2), Column("stored KiB", 0), Column("n"),
-    ]
-    setting: dict[str, Any] = results.config(next(iter(labels.values())))["setting"]
+    ]  # fmt: skip
+    setting = results.first
     text = (
         f"{setting['experiences']} tasks of {setting['steps']} steps with batches of {setting['batch']}, one hidden "
         f"layer of 100 ReLU units, Adam at {setting['rate']:g}; {setting['memory']:.2%} of each task's examples "
         f"stored. {TRIALS.get(stream, '')}"
     )
-    return f"## {TITLES[stream]}\n\n{text}\n\n{table(columns, [_row(results, labels, name) for name in labels])}"
+    return f"## {TITLES[stream]}\n\n{text}\n\n{table(columns, [_row(results, one) for one in results.each()])}"
 
 
-def _row(results: Results, labels: dict[str, str], name: str) -> list[Cell]:
-    label = labels[name]
-    accuracy, refreshes, learned, stored = (
-        results.final(metric, label) for metric in ("average_accuracy", "refreshes", "learned", "stored_bytes")
-    )
-    strength = results.config(label)["method"].get("strength")
-    time = mean_ratio(results.finals("seconds", label), results.finals("seconds", labels.get(NAIVE, "")))
+def _row(results: Results, one: Results) -> list[Cell]:
+    accuracy, refreshes, learned, stored = map(one.final, ("average_accuracy", "refreshes", "learned", "stored_bytes"))
+    row = one.first
+    reference = next((naive.finals("seconds") for naive in results.where(name=NAIVE).each()), {})
+    strength = row.get("strength")
     return [
-        name + ("" if strength in (None, 1) else f" (λ = {strength:g})"),
+        row["name"] + ("" if strength in (None, 1) else f" (λ = {strength:g})"),
         accuracy,
-        closed(results, labels, name),
+        closed(results, row["name"]),
         refreshes and refreshes.mean,
         learned,
-        time,
+        mean_ratio(one.finals("seconds"), reference),
         stored and stored.mean / 1024,
         accuracy.n if accuracy else 0,
     ]
 
 
-def closed(results: Results, labels: dict[str, str], name: str) -> float | None:
-    """(accuracy − per task) / (replay − per task), with the better of the refreshes per task; `labels` are those of the
-    methods of one stream. None where one of these has not run."""
-    own, replay, *per_task = (
-        results.final("average_accuracy", labels.get(other, "")) for other in (name, REPLAY, PER_TASK, WITH_SLOPE)
-    )
-    known = [summary.mean for summary in per_task if summary]
-    if own is None or replay is None or not known or replay.mean == max(known):
+def closed(results: Results, name: str) -> float | None:
+    """(accuracy − per task) / (replay − per task) of a method among the results of one stream, with the better of the
+    refreshes per task. None where one of these has not run."""
+    own, replay, *per_task = (_accuracy(results, other) for other in (name, REPLAY, PER_TASK, WITH_SLOPE))
+    known = [accuracy for accuracy in per_task if accuracy is not None]
+    if own is None or replay is None or not known or replay == max(known):
         return None
-    return (own.mean - max(known)) / (replay.mean - max(known))
+    return (own - max(known)) / (replay - max(known))
 
 
-def _figure(results: Results, streams: dict[str, dict[str, str]], out: Path) -> None:
+def _accuracy(results: Results, name: str) -> float | None:
+    """The mean accuracy of a method of one stream."""
+    found = next((one.final("average_accuracy") for one in results.where(name=name).each()), None)
+    return None if found is None else found.mean
+
+
+def _figure(streams: dict[str, Results], out: Path) -> None:
     figure = new_figure(3.6 * len(streams) + 0.6, 3.8)
     panels = figure.subplots(1, len(streams), squeeze=False)[0]
-    for axes, (stream, labels) in zip(panels, streams.items()):
+    for axes, (stream, results) in zip(panels, streams.items()):
         tidy(axes, TITLES[stream])
         axes.set_xlabel("refreshes per task")
         for name, colour in ((REPLAY, COLOURS[2]), (PER_TASK, COLOURS[1]), (EWC, MUTED)):
-            if known := results.final("average_accuracy", labels.get(name, "")):
-                axes.axhline(known.mean, color=colour, linestyle="--", linewidth=1.4, label=name)
-        curve = [label for label in labels.values() if results.config(label)["tolerance"] is not None]
-        pairs = ((results.final("refreshes", label), results.final("average_accuracy", label)) for label in curve)
+            if known := _accuracy(results, name):
+                axes.axhline(known, color=colour, linestyle="--", linewidth=1.4, label=name)
+        curve = results.where(tolerance=lambda own: own is not None).each()
+        pairs = ((one.final("refreshes"), one.final("average_accuracy")) for one in curve)
         points = sorted(((count.mean, value) for count, value in pairs if count and value), key=lambda point: point[0])
         if points:
             counts, values = zip(*points)
             axes.errorbar(
                 counts, [v.mean for v in values], yerr=[v.std or 0.0 for v in values], color=COLOURS[0], marker="o",
                 capsize=3, markersize=5, linewidth=1.6, label="adaptive, loose to tight",
-            )
+            )  # fmt: skip
     panels[0].set_ylabel("accuracy on all tasks")
     handles, names = panels[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=max(1, len(names)), frameon=False, fontsize=9)

@@ -1,1 +1,0 @@
-"""Strengths for the other experiments, chosen on seeds that they never report."""

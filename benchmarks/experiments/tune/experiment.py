@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Annotated, Any
 
-from benchmarks.experiments import refresh
 from benchmarks.experiments.ewc_hessian import experiment as ewc_hessian
+from benchmarks.experiments.refresh import experiment as refresh
 from benchmarks.experiments.trust_region import experiment as trust_region
-from benchmarks.experiments.tune.report import FIRST_SEED, report
-from benchmarks.harness import Experiment, Options, one_of
-from benchmarks.harness.experiment import Context, Record
+from benchmarks.harness import Context, Experiment, Options, Record
+from benchmarks.harness.options import one_of
 
-if TYPE_CHECKING:
-    from benchmarks.harness.results import Results
+FIRST_SEED = 1000
 
 
 @dataclass(frozen=True)
@@ -79,9 +75,10 @@ class Config:
 
 @dataclass(frozen=True)
 class TuneOptions(Options):
-    """`target` is the experiment to tune."""
+    """Which experiment is tuned."""
 
-    target: str = "refresh"
+    target: Annotated[str, one_of("experiment", TARGETS)] = "refresh"
+    """the experiment to tune"""
 
 
 class Tune(Experiment):
@@ -89,9 +86,6 @@ class Tune(Experiment):
 
     name = "tune"
     options_type = TuneOptions
-
-    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--target", type=one_of("experiment", TARGETS), default="refresh")
 
     def variant(self, options: TuneOptions) -> str:
         return options.target
@@ -109,9 +103,6 @@ class Tune(Experiment):
         target = TARGETS[config.target]
         records = target.experiment.run(config.inner, FIRST_SEED + seed, context)
         return [{"metric": "accuracy", "value": r["value"]} for r in records if r["metric"] == target.metric]
-
-    def report(self, results: Results, out: Path) -> str:
-        return report(results)
 
 
 experiment = Tune()

@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from benchmarks.experiments.tune.experiment import FIRST_SEED
 from benchmarks.harness.tables import Cell, Column, table
 
 if TYPE_CHECKING:
     from benchmarks.harness.results import Results
-    from benchmarks.harness.summary import Summary
-
-FIRST_SEED = 1000
 
 
-def report(results: Results) -> str:
+def report(results: Results, out: Path) -> str:
     """The accuracy of each method that has run at each strength, and the best."""
-    found: dict[str, dict[float, Summary | None]] = {}
-    for label in results.labels:
-        if config := results.config(label):
-            found.setdefault(config["method"], {})[config["strength"]] = results.final("accuracy", label)
-    strengths = sorted({strength for cells in found.values() for strength in cells})
+    strengths = sorted(strength for strength, _ in results.by("strength"))
     rows: list[list[Cell]] = []
-    for method, cells in found.items():
-        means = {s: cell.mean for s, cell in cells.items() if cell and cell.mean == cell.mean}
-        best = f"{max(means, key=lambda s: means[s]):g}" if means else "–"
-        rows.append([method, *(cells.get(s) for s in strengths), best])
-    columns = [Column("method"), *(Column(f"λ = {s:g}") for s in strengths), Column("best λ")]
+    for method, part in results.by("method"):
+        cells = {one.first["strength"]: one.final("accuracy") for one in part.each()}
+        means = {strength: cell.mean for strength, cell in cells.items() if cell and cell.mean == cell.mean}
+        best = f"{max(means, key=lambda strength: means[strength]):g}" if means else None
+        rows.append([method, *map(cells.get, strengths), best])
+    columns = [Column("method"), *(Column(f"λ = {strength:g}") for strength in strengths), Column("best λ")]
     return f"# Average accuracy by strength, seeds from {FIRST_SEED} on\n\n" + table(columns, rows)

@@ -1,15 +1,16 @@
-"""The networks of the paper's appendix B; torch is imported when one is built."""
+"""The settings by name: networks and presets of the paper's appendix B, and two presets of seconds and minutes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
-if TYPE_CHECKING:
-    from torch import nn
+import torch
+from torch import nn
+from torchvision.models import VisionTransformer, resnet18
 
-Activation = Callable[[], "nn.Module"]
+Activation = Callable[[], nn.Module]
 
 
 class Network(Protocol):
@@ -34,8 +35,6 @@ class Mlp:
     output = "output"
 
     def build(self, shape: tuple[int, int, int], classes: int, activation: Activation) -> nn.Module:
-        from torch import nn
-
         model = nn.Sequential()
         model.add_module("flatten", nn.Flatten())
         inputs = shape[0] * shape[1] * shape[2]
@@ -56,8 +55,6 @@ class ResNet18:
     output = "fc"
 
     def build(self, shape: tuple[int, int, int], classes: int, activation: Activation) -> nn.Module:
-        from torchvision.models import resnet18
-
         return resnet18(num_classes=classes)
 
 
@@ -72,8 +69,6 @@ class VitTiny:
     output = "heads"
 
     def build(self, shape: tuple[int, int, int], classes: int, activation: Activation) -> nn.Module:
-        from torchvision.models import VisionTransformer
-
         return VisionTransformer(
             image_size=shape[1], patch_size=shape[1] // 8, num_layers=self.layers, num_heads=self.heads,
             hidden_dim=self.width, mlp_dim=4 * self.width, num_classes=classes,
@@ -82,6 +77,63 @@ class VitTiny:
 
 def _outputs_per_unit(activation: nn.Module) -> int:
     """2 for the concatenated ReLU, 1 for most."""
-    import torch
-
     return activation(torch.zeros(1, 1)).shape[1]
+
+
+RANDOM, PIXELS, FLIP, GROWING = CHANGES = ("random_labels", "pixel_permutation", "label_flip", "class_incremental")
+MLP, RESNET = Mlp(), ResNet18()
+NETWORKS: dict[str, Network] = {"mlp": MLP, "resnet18": RESNET, "vit_tiny": VitTiny()}
+
+
+@dataclass(frozen=True)
+class Preset:
+    """`images` of a data set, the first `count` of them; (epochs, tasks) for random labels, and for other changes.
+
+    `strength` is the one of the first table. The first `validation` test images are left out, as the paper tunes on
+    them.
+    """
+
+    images: str
+    count: int
+    batch: int
+    random: tuple[int, int]
+    other: tuple[int, int]
+    network: Network = MLP
+    strength: float = 1e-3
+    validation: int = 0
+
+
+PRESETS = {
+    "small": Preset("digits", 640, 64, (20, 15), (20, 15), Mlp(128)),
+    "mnist": Preset("mnist", 12_800, 512, (40, 50), (40, 50)),
+    "fashion": Preset("fashion", 12_800, 512, (40, 50), (40, 50)),
+    "emnist": Preset("emnist", 100_000, 500, (100, 50), (20, 200)),
+    "cifar10": Preset("cifar10", 50_000, 250, (20, 30), (10, 100), RESNET, 1e-4, 1_000),
+    "cifar100": Preset("cifar100", 50_000, 250, (20, 30), (10, 100), RESNET, 1e-4, 1_000),
+    "svhn": Preset("svhn", 50_000, 500, (20, 25), (10, 100), RESNET, 1e-3, 5_000),
+    "tiny_imagenet": Preset("tiny_imagenet", 100_000, 250, (20, 30), (20, 100), RESNET, 1e-4),
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all methods share: Adam at `rate`, `epochs` of each of `tasks`, drawn by `change`."""
+
+    images: str
+    count: int
+    batch: int
+    epochs: int
+    tasks: int
+    network: Network
+    change: str = RANDOM
+    rate: float = 1e-3
+    validation: int = 0
+
+    @property
+    def task_steps(self) -> int:
+        """Steps in a task that has all images."""
+        return self.steps(self.count)
+
+    def steps(self, images: int) -> int:
+        """Steps in a task of so many images."""
+        return self.epochs * -(-images // self.batch)
