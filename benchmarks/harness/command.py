@@ -172,7 +172,8 @@ def _diff(words: Sequence[str], experiments: Experiments) -> int:
         from benchmarks.harness.html import Part, page
         from benchmarks.harness.store import write_atomically
 
-        write_atomically(chosen.html, page(Part(f"{chosen.a} and {chosen.b}", markdown, chosen.html.parent)))
+        title = f"{chosen.a} and {chosen.b}"
+        write_atomically(chosen.html, page(title, [Part(title, markdown, chosen.html.parent)]))
     print(markdown)
     return 0
 
@@ -187,7 +188,7 @@ def _publish(words: Sequence[str], experiments: Experiments) -> int:
 
 
 def _readme(words: Sequence[str], experiments: Experiments) -> int:
-    from benchmarks.harness.documents import fill
+    from benchmarks.harness.published import fill
 
     chosen = parsed(Readme, words[1:], f"{PROGRAM} readme")
     return fill(chosen.files, chosen.check)

@@ -6,7 +6,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from benchmarks.harness.errors import UsageError
-from benchmarks.harness.html import Part, page, pages
+from benchmarks.harness.html import Part, page
 from benchmarks.harness.manifest import PACKAGES
 from benchmarks.harness.results import Results, load
 from benchmarks.harness.store import Store, write_atomically
@@ -26,7 +26,7 @@ def write_report(report: Report, results: Results, store: Store) -> str:
         notice = f"> {_incomplete(results)}\n\n" if results.missing else ""
         text = f"{notice}{markdown}\n\n{provenance(results)}\n"
         write_atomically(new.report, text)
-        write_atomically(new.page, page(Part(store.root.name, text, new.root)))
+        write_atomically(new.page, page(store.root.name, [Part(store.root.name, text, new.root)]))
         written = {file.name for file in new.root.iterdir()}
         for name in written:
             (new.root / name).replace(store.root / name)
@@ -54,7 +54,7 @@ def write_reports(out: Path, report: Callable[[str], Report]) -> tuple[list[Path
     if not parts:
         found = "; ".join(problems) or "there are no results in it."
         raise UsageError(f"nothing to report on in {out}: {found} Run something first: python -m benchmarks run NAME")
-    write_atomically(out / "report.html", pages(f"Results in {out.resolve().name}", parts))
+    write_atomically(out / "report.html", page(f"Results in {out.resolve().name}", parts))
     return [part.figures for part in parts], problems
 
 

@@ -28,7 +28,7 @@ def folder(tmp_path, stored, report):
 
 
 def part(markdown, folder):
-    return page(Part("A title", markdown, folder))
+    return page("A title", [Part("A title", markdown, folder)])
 
 
 def test_the_page_refers_to_nothing_outside_itself(folder):
