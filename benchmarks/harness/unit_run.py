@@ -18,9 +18,9 @@ from typing import Any
 import psutil
 
 from benchmarks.harness.board import Options, publish
-from benchmarks.harness.errors import UsageError, full_disk, overhearing_a_full_disk
+from benchmarks.harness.errors import UsageError
 from benchmarks.harness.experiment import Context, Experiment, Record, Unit, describe, is_timing
-from benchmarks.harness.store import Store, write_atomically
+from benchmarks.harness.store import Store, collecting_full_disks, full_disk, write_atomically
 
 ONE_AT_A_TIME = threading.Lock()
 SAMPLED = 0.05  # seconds between two looks at the memory
@@ -67,7 +67,7 @@ def run_unit(job: Job, unit: Unit) -> Outcome:
 
     Raises `UsageError` where the disk is full, since all other units would fail as well.
     """
-    with overhearing_a_full_disk(job.store.root) as met:
+    with collecting_full_disks(job.store.root) as met:
         outcome = _attempt(job, unit, met)
         if outcome.error:
             gc.collect()  # closes its loggers, which would have the last word on the screen if they closed at exit
@@ -168,23 +168,19 @@ class PeakMemory:
 
     def __init__(self) -> None:
         self.peak = 0
-        self._process = psutil.Process()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> "PeakMemory":
-        self._sample()
         self._thread.start()
         return self
 
     def __exit__(self, *error: object) -> None:
         self._stop.set()
         self._thread.join()
-        self._sample()
 
     def _watch(self) -> None:
-        while not self._stop.wait(SAMPLED):
-            self._sample()
-
-    def _sample(self) -> None:
-        self.peak = max(self.peak, self._process.memory_info().rss)
+        process, ended = psutil.Process(), False
+        while not ended:
+            ended = self._stop.wait(SAMPLED)
+            self.peak = max(self.peak, process.memory_info().rss)
