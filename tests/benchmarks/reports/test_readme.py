@@ -122,7 +122,7 @@ def test_only_the_records_that_the_report_needs_are_published(tmp_path, stored, 
 def test_results_that_stay_large_are_refused(tmp_path, stored):
     records = [{"metric": f"metric {k}", "value": 1.0, "step": None} for k in range(LARGEST // 40)]
     results = read_results(stored(tmp_path / "results", {"a": {0: records}}))
-    with pytest.raises(UsageError, match="the report of 'a' needs take .* expected at most 200 kB"):
+    with pytest.raises(UsageError, match=r"the report of 'a' needs take .* expected at most 200 kB"):
         publish(results, "a", lambda some: str([some.final(name, "a") for name in some.metrics]), tmp_path)
     assert not (tmp_path / "a.json").exists()
 
