@@ -118,8 +118,7 @@ def _run(words: Sequence[str], experiments: Experiments) -> int:
     chosen = _chosen(Run, experiment, words)
     if chosen.jobs and chosen.scheduler:
         raise UsageError(f"--scheduler and --jobs exclude each other. See {PROGRAM} run {words[1]} --help.")
-    from benchmarks.harness.cluster import Cluster  # these need torch
-    from benchmarks.harness.engines import Processes, ThisProcess
+    from benchmarks.harness.engines import Cluster, Processes, ThisProcess  # these need torch
     from benchmarks.harness.manifest import cpus
     from benchmarks.harness.run import Runner
 

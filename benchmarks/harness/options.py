@@ -83,8 +83,11 @@ def folder() -> PrimitiveConstructorSpec:
 
 @dataclass(frozen=True)
 class Options:
-    """The options of an experiment on the command line. A subclass adds options: each field with a default is one of the
-    same name, the string below it is its help, and a tuple makes it repeatable."""
+    """The options of an experiment on the command line.
+
+    A subclass adds some: each field with a default is an option of the same name, the string below it is its help, and
+    a tuple makes it repeatable.
+    """
 
     seeds: Annotated[int, positive()] = 5
     """run seeds 0 to SEEDS - 1"""

@@ -77,49 +77,38 @@ def run_unit(job: Job, unit: Unit) -> Outcome:
 
 
 def _attempt(job: Job, unit: Unit, met: list[UsageError]) -> Outcome:
+    """Run a unit, and write its file unless its events met a full disk; a full disk is added to `met`."""
+    store, tensorboard = job.store, job.store.tensorboard(unit.label, unit.seed)
+    started = datetime.now(timezone.utc).isoformat(timespec="seconds")
     try:
-        _run_and_write(job, unit, met)
+        shutil.rmtree(tensorboard, ignore_errors=True)
+        _seed(unit.seed)
+        begin = time.perf_counter()
+        gc.freeze()  # what was there before the unit, which would make the collection below take a second
+        try:
+            with PeakMemory() as memory:
+                context = Context(unit.seed, unit.quick, job.dataset_root, tensorboard)
+                records = _checked(job.experiment.run(unit.config, unit.seed, context))
+            seconds = time.perf_counter() - begin
+            gc.collect()  # closes Avalanche's loggers, so that the events of a finished unit are on disk
+        finally:
+            gc.unfreeze()
+        publish(tensorboard, unit, job.table, records)
+        header = {
+            "label": unit.label, "seed": unit.seed, "quick": unit.quick, "config": describe(unit.config),
+            "seconds": round(seconds, 3), "peak_memory": memory.peak, "started": started, "commit": job.commit,
+        }  # fmt: skip
+        if not met:
+            store.write_unit(unit.digest, header, records)
     except Exception as error:
-        full = full_disk(error, job.store.root)
+        full = full_disk(error, store.root)
         if full is None:
-            write_atomically(job.store.error(unit.digest), traceback.format_exc())
+            write_atomically(store.error(unit.digest), traceback.format_exc())
         else:
             met.append(full)
             error.__traceback__ = None  # TensorBoard's thread keeps the error, and so would keep the logger
         return Outcome(unit, traceback.format_exception_only(error)[-1].strip())
     return Outcome(unit)
-
-
-def _run_and_write(job: Job, unit: Unit, met: list[UsageError]) -> None:
-    """Run a unit, and write its file unless its events met a full disk."""
-    store = job.store
-    tensorboard = store.tensorboard(unit.label, unit.seed)
-    shutil.rmtree(tensorboard, ignore_errors=True)
-    context = Context(unit.seed, unit.quick, job.dataset_root, tensorboard)
-    started = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    begin = time.perf_counter()
-    _seed(unit.seed)
-    gc.freeze()  # what was there before the unit, which would make the collection below take a second
-    try:
-        with PeakMemory() as memory:
-            records = _checked(job.experiment.run(unit.config, unit.seed, context))
-        seconds = time.perf_counter() - begin
-        gc.collect()  # closes Avalanche's loggers, so that the events of a finished unit are on disk
-    finally:
-        gc.unfreeze()
-    publish(tensorboard, unit, job.table, records)
-    header = {
-        "label": unit.label,
-        "seed": unit.seed,
-        "quick": unit.quick,
-        "config": describe(unit.config),
-        "seconds": round(seconds, 3),
-        "peak_memory": memory.peak,
-        "started": started,
-        "commit": job.commit,
-    }
-    if not met:
-        store.write_unit(unit.digest, header, records)
 
 
 def use_one_thread() -> None:

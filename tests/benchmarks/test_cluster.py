@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.harness import cluster
-from benchmarks.harness.cluster import Cluster, _run_if_shared, _wait_until_visible
+from benchmarks.harness import engines
 from benchmarks.harness.command import main
+from benchmarks.harness.engines import Cluster, _run_if_shared, _wait_until_visible
 from benchmarks.harness.errors import UsageError
 from benchmarks.harness.store import Store
 from benchmarks.harness.unit_run import Job, Outcome
@@ -67,7 +67,7 @@ def test_workers_with_several_threads_are_refused_before_any_unit_runs(tiny, cap
 
 @pytest.mark.parametrize("address", ["tcp://127.0.0.1:9", "nowhere", "tcp://127.0.0.1", "no://127.0.0.1:80"])
 def test_an_address_without_a_scheduler_says_how_to_start_one(tiny, capsys, monkeypatch, address):
-    monkeypatch.setattr(cluster, "CONNECT", 0.5)
+    monkeypatch.setattr(engines, "CONNECT", 0.5)
     if not address.endswith(":9"):
         monkeypatch.setattr(distributed, "Client", None)  # the client of what is no address takes 20 s to close
     assert tiny("out", "--scheduler", address) == 2
@@ -86,7 +86,7 @@ def test_a_folder_that_the_machines_do_not_share_is_named(tmp_path, monkeypatch)
     job = Job(None, Store(tmp_path / "elsewhere"), None, None, {})
     with pytest.raises(UsageError, match=r"do not see the same files in .*elsewhere"):
         _run_if_shared(job, None)
-    monkeypatch.setattr(cluster, "VISIBLE", 0.0)
+    monkeypatch.setattr(engines, "VISIBLE", 0.0)
     unit = type("Unit", (), {"digest": "0" * 12})
     with pytest.raises(UsageError, match=r"do not see the same files in .*elsewhere"):
         _wait_until_visible(job.store, Outcome(unit))
