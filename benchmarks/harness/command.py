@@ -166,7 +166,7 @@ def _diff(words: Sequence[str], experiments: Experiments) -> int:
     chosen = parsed(Diff, words[1:], f"{PROGRAM} diff")
     markdown = difference(chosen.a, chosen.b, chosen.metric)
     if chosen.html is not None:
-        from benchmarks.harness.html import Part, page
+        from benchmarks.harness.report import Part, page
         from benchmarks.harness.store import write_atomically
 
         title = f"{chosen.a} and {chosen.b}"

@@ -1,4 +1,4 @@
-"""``diff A B``: what two results folders have in common, what changed, and whether it is noise."""
+"""``diff A B``: the differences between two results folders, and which of them are beyond noise."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from benchmarks.harness.significance import LEVEL, Comparison, compared, holm
 from benchmarks.harness.tables import Cell, Column, table
 
 RESULTS = "Results"
-FINGERPRINT = "weights"  # a sum over all weights, by which runs that are equal are known: no result to be tested
+FINGERPRINT = "weights"  # a sum over all weights, which identifies equal runs and is not tested
 OWN = ("metric", "value", "step", "label", "seed", "timing")
 APART = ("units", "seconds", "unit_seconds", "grid", "version", "workers", "threads_per_worker", "jobs")
-"""What a manifest says of how a run went, rather than of what was run."""
+"""Keys of a manifest that describe the course of a run, which two equal runs need not share."""
 OF_UNITS = {"seconds": ("seconds of a unit, s", 1.0), "peak_memory": ("peak memory of a unit, MiB", 2.0**20)}
 LONGEST = 160
 
@@ -71,7 +71,7 @@ def _series(row: Row) -> str:
 
 
 def _finals(results: Results, metrics: Sequence[str]) -> Values:
-    """The last value of each series, label and seed; and what was measured of whole units."""
+    """The last value of each series, label and seed; and time and memory of whole units as further series."""
     finals: Values = {}
     for metric in metrics:
         for row in sorted(results.select(metric), key=last_step):
@@ -131,7 +131,7 @@ def _row(label: str, found: Comparison, adjusted: float | None, verdict: str) ->
 
 
 def environment(a: Results, b: Results) -> str:
-    """What the two ran with, where it is not the same."""
+    """A section on options, versions, commits and machines that differ."""
     before, after = (_flat({k: v for k, v in r.manifest.items() if k not in APART}) for r in (a, b))
     before["commit of the units"], after["commit of the units"] = (
         ", ".join(sorted({str(header.get("commit"))[:12] for header in results.headers})) for results in (a, b)
@@ -143,7 +143,7 @@ def environment(a: Results, b: Results) -> str:
 
 
 def coverage(a: Results, b: Results) -> str:
-    """Units of one side only, and labels whose configuration is not the same."""
+    """A section on units of one side only, and on labels whose configurations differ."""
     lines = []
     ours, theirs = ({(header["label"], header["seed"]) for header in results.headers} for results in (a, b))
     for name, results, alone in (("A", a, ours - theirs), ("B", b, theirs - ours)):

@@ -240,8 +240,8 @@ def _draw_matrix(axes: Axes, matrix: Matrix) -> AxesImage:
                 ink = "white" if value < 0.55 else "black"
                 axes.text(j, t, f"{value:.2f}".replace("0.", "."), ha="center", va="center", fontsize=7.5, color=ink)
     every = max(1, math.ceil(columns / LEGIBLE))
-    axes.set_xticks(range(0, columns, every), range(1, columns + 1, every))
-    axes.set_yticks(range(0, rows, every), range(1, rows + 1, every))
+    axes.set_xticks(range(0, columns, every), map(str, range(1, columns + 1, every)))
+    axes.set_yticks(range(0, rows, every), map(str, range(1, rows + 1, every)))
     axes.tick_params(length=0, labelsize=8)
     axes.spines[:].set_visible(False)
     return image

@@ -1,4 +1,4 @@
-"""Where results lie on disk, written so that a file is either complete or absent.
+"""The files of results, written so that each is either complete or absent.
 
 ``<out>/<experiment>/``
     ``units/<digest>.jsonl``      a finished unit: a header line, then one line per record, the timings marked as such
@@ -75,7 +75,7 @@ class Store:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a temporary file beside it, bring it to the disk, and rename it: a kill leaves the old file or the new."""
+    """Write a temporary file beside the path, sync it, and rename it: a kill leaves the old file or the new."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -91,8 +91,8 @@ def write_atomically(path: Path, text: str) -> None:
 
 @contextmanager
 def only_run_in(folder: Path) -> Iterator[None]:
-    """Make the folder, and keep other runs out of it while the context is open; a process that ends in whatever way
-    leaves it free. Raises UsageError where another run has it, or where the folder cannot be written."""
+    """Make the folder and lock it against other runs while the context is open; the end of the process, however it
+    comes, frees it. Raises UsageError where another run has it, or where the folder cannot be written."""
     lock = FileLock(folder / LOCK, timeout=0)
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Run one unit in this process, from seeding to its file on disk."""
+"""One unit in this process, from seeding to its file on disk."""
 
 import gc
 import json
@@ -28,7 +28,7 @@ SAMPLED = 0.05  # seconds between two looks at the memory
 
 @dataclass(frozen=True)
 class Job:
-    """What all units of one run share."""
+    """The inputs that all units of one run share."""
 
     experiment: Experiment
     store: Store
@@ -70,7 +70,7 @@ def run_unit(job: Job, unit: Unit) -> Outcome:
     with collecting_full_disks(job.store.root) as met:
         outcome = _attempt(job, unit, met)
         if outcome.error:
-            gc.collect()  # closes its loggers, which would have the last word on the screen if they closed at exit
+            gc.collect()  # closes its loggers, which would print after the error if they closed at exit
     if met:
         raise met[0]
     return outcome
@@ -84,7 +84,7 @@ def _attempt(job: Job, unit: Unit, met: list[UsageError]) -> Outcome:
         shutil.rmtree(tensorboard, ignore_errors=True)
         _seed(unit.seed)
         begin = time.perf_counter()
-        gc.freeze()  # what was there before the unit, which would make the collection below take a second
+        gc.freeze()  # older objects, which would make the collection below take a second
         try:
             with PeakMemory() as memory:
                 context = Context(unit.seed, unit.quick, job.dataset_root, tensorboard)

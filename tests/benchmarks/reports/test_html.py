@@ -5,8 +5,7 @@ import re
 import pytest
 
 from benchmarks.harness.command import main
-from benchmarks.harness.html import Part, page
-from benchmarks.harness.report import write_report
+from benchmarks.harness.report import Part, page, write_report
 from benchmarks.harness.results import load
 from benchmarks.harness.store import Store
 
