@@ -82,7 +82,7 @@ class Runner:
         with (
             tqdm(
                 total=total, initial=total - len(missing), unit="unit", dynamic_ncols=terminal, smoothing=0.0,
-                mininterval=0.1 if terminal else 10.0, miniters=1,
+                mininterval=0.1 if terminal else 10.0, miniters=1, disable=not missing,
             ) as progress,
             closing(run_units(job, missing, self.engine)) as outcomes,  # closing it ends the workers
         ):  # fmt: skip
