@@ -1,4 +1,4 @@
-"""What an experiment is written with: run, resumed, reported, compared and published by ``python -m benchmarks``.
+"""The building blocks of experiments, which ``python -m benchmarks`` runs, reports, compares and publishes.
 
 How to add an experiment: add the folder ``benchmarks/experiments/NAME`` with
 
@@ -43,7 +43,7 @@ How to add an experiment: add the folder ``benchmarks/experiments/NAME`` with
             return "# Title\\n\\n" + table([Column("method"), Column("accuracy", 3, max), Column("λ", 1)], rows)
 
 ``README.md``
-    What it shows, with the tables of published results (see `published`), which lie in ``published/`` beside it.
+    The question and its answer, with the tables of published results (`published`) from ``published/`` beside it.
 """
 
 from benchmarks.harness.arguments import fraction, one_of, positive  # until every experiment is converted

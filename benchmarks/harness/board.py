@@ -1,4 +1,4 @@
-"""What TensorBoard shows of a unit beside its curves: the charts that overlay runs, and its row in a table."""
+"""TensorBoard's view of a unit beside its curves: the charts that overlay runs, and its row in the table of runs."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -34,8 +34,8 @@ def publish(folder: Path, unit: Unit, table: Mapping[str, Options], records: Seq
 
 
 def options(units: Sequence[Unit]) -> dict[str, Options]:
-    """By label: it as "strategy", and the columns of the configuration but those that are None. What is neither a
-    number nor a truth value becomes a short text."""
+    """By label: the label as "strategy", and the columns of its configuration that are not None. Values other than
+    numbers and truth values become a short text."""
     configs = {unit.label: describe(unit.config) for unit in units}
     found = columns(list(configs.values()))
     return {
@@ -46,7 +46,7 @@ def options(units: Sequence[Unit]) -> dict[str, Options]:
 
 def results(records: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     """The last value of each metric, as `results/<metric>`: of those without steps, and of the curves that have a
-    chart; the most telling first."""
+    chart; those of RESULTS_FIRST first."""
     from avalanche_curv.tensorboard import CHARTS
 
     curves = {tag for group in CHARTS.values() for tag in group.values()}

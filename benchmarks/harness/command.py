@@ -17,6 +17,7 @@ from benchmarks.harness.options import Options, folder, parsed, positive
 from benchmarks.registry import EXPERIMENTS, Registered, found
 
 PROGRAM = "python -m benchmarks"
+HELP = ("-h", "--help")
 Experiments = Mapping[str, Registered]
 O = TypeVar("O", bound=Options)  # noqa: E741
 
@@ -89,7 +90,7 @@ def main(argv: Sequence[str] | None = None, experiments: Experiments = EXPERIMEN
     words = list(sys.argv[1:] if argv is None else argv)
     commands = {"list": _list, "run": _run, "report": _report, "diff": _diff, "publish": _publish, "readme": _readme}
     try:
-        if not words or words[0] in ("-h", "--help"):
+        if not words or words[0] in HELP:
             print(f"usage: {PROGRAM} {{{','.join(commands)}}} ...\n\nRun the experiments and report on them.")
             return 0 if words else 2
         if words[0] not in commands:
@@ -110,23 +111,19 @@ def _list(words: Sequence[str], experiments: Experiments) -> int:
 
 
 def _run(words: Sequence[str], experiments: Experiments) -> int:
-    if len(words) < 2 or words[1] in ("-h", "--help"):
+    if len(words) < 2 or words[1] in HELP:
         print(f"usage: {PROGRAM} run NAME [options]: see {PROGRAM} run NAME --help. Names: {', '.join(experiments)}.")
         return 0 if len(words) > 1 else 2
     experiment = found(words[1], experiments).experiment
     chosen = _chosen(Run, experiment, words)
     if chosen.jobs and chosen.scheduler:
         raise UsageError(f"--scheduler and --jobs exclude each other. See {PROGRAM} run {words[1]} --help.")
-    from benchmarks.harness.engines import Engine, Processes, ThisProcess  # they need torch
+    from benchmarks.harness.engines import Cluster, Processes, ThisProcess  # these need torch
     from benchmarks.harness.manifest import cpus
     from benchmarks.harness.run import Runner
 
     jobs = chosen.jobs or cpus()
-    engine: Engine = ThisProcess() if jobs == 1 else Processes(jobs)
-    if chosen.scheduler:
-        from benchmarks.harness.cluster import Cluster
-
-        engine = Cluster(chosen.scheduler)
+    engine = Cluster(chosen.scheduler) if chosen.scheduler else ThisProcess() if jobs == 1 else Processes(jobs)
     runner = Runner(chosen.out, engine, lambda name: found(name, experiments).report, f"{PROGRAM} {shlex.join(words)}")
     return runner.run(experiment, chosen.options)
 
@@ -155,7 +152,7 @@ def _report(words: Sequence[str], experiments: Experiments) -> int:
 
 
 def _chosen(kind: Any, experiment: Experiment, words: Sequence[str]) -> Any:
-    """What a command line says of an experiment, as `Run` or `Place` with its options."""
+    """The command line of an experiment, as `Run` or `Place` with its options."""
     if hasattr(experiment, "add_arguments"):  # until every experiment is converted
         from benchmarks.harness.arguments import parse
 
@@ -169,10 +166,11 @@ def _diff(words: Sequence[str], experiments: Experiments) -> int:
     chosen = parsed(Diff, words[1:], f"{PROGRAM} diff")
     markdown = difference(chosen.a, chosen.b, chosen.metric)
     if chosen.html is not None:
-        from benchmarks.harness.html import Part, page
+        from benchmarks.harness.report import Part, page
         from benchmarks.harness.store import write_atomically
 
-        write_atomically(chosen.html, page(Part(f"{chosen.a} and {chosen.b}", markdown, chosen.html.parent)))
+        title = f"{chosen.a} and {chosen.b}"
+        write_atomically(chosen.html, page(title, [Part(title, markdown, chosen.html.parent)]))
     print(markdown)
     return 0
 
@@ -187,7 +185,7 @@ def _publish(words: Sequence[str], experiments: Experiments) -> int:
 
 
 def _readme(words: Sequence[str], experiments: Experiments) -> int:
-    from benchmarks.harness.documents import fill
+    from benchmarks.harness.published import fill
 
     chosen = parsed(Readme, words[1:], f"{PROGRAM} readme")
     return fill(chosen.files, chosen.check)

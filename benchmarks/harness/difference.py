@@ -1,4 +1,4 @@
-"""``diff A B``: what two results folders have in common, what changed, and whether it is noise."""
+"""``diff A B``: the differences between two results folders, and which of them are beyond noise."""
 
 from __future__ import annotations
 
@@ -8,25 +8,23 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
 from benchmarks.harness.errors import UsageError, unknown
 from benchmarks.harness.experiment import is_timing
 from benchmarks.harness.published import read_results
 from benchmarks.harness.results import Results, Row, last_step
-from benchmarks.harness.significance import IDENTICAL, LEVEL, Comparison, compared, holm
+from benchmarks.harness.significance import LEVEL, Comparison, compared, holm
 from benchmarks.harness.tables import Cell, Column, table
 
 RESULTS = "Results"
-FINGERPRINT = "weights"  # a sum over all weights, by which runs that are equal are known: no result to be tested
+FINGERPRINT = "weights"  # a sum over all weights, which identifies equal runs and is not tested
 OWN = ("metric", "value", "step", "label", "seed", "timing")
 APART = ("units", "seconds", "unit_seconds", "grid", "version", "workers", "threads_per_worker", "jobs")
-"""What a manifest says of how a run went, rather than of what was run."""
+"""Keys of a manifest that describe the course of a run, which two equal runs need not share."""
 OF_UNITS = {"seconds": ("seconds of a unit, s", 1.0), "peak_memory": ("peak memory of a unit, MiB", 2.0**20)}
 LONGEST = 160
 
-Changes = dict[str, dict[str, Comparison]]
-"""By series (a metric with the further keys of its records) and label."""
+Values = dict[tuple[str, str], dict[int, float]]
+"""By series (a metric with the further keys of its records) and label: values by seed."""
 
 
 def difference(a: Path, b: Path, metrics: Sequence[str] = ()) -> str:
@@ -36,31 +34,35 @@ def difference(a: Path, b: Path, metrics: Sequence[str] = ()) -> str:
     but for the fingerprint of the weights.
     Raises UsageError where a folder holds no results, and for a metric that neither has.
     """
-    before, after = read_results(a), read_results(b)
-    rows = [*before.rows, *after.rows]
+    both = before, after = read_results(a), read_results(b)
+    rows = [row for results in both for row in results.rows]
     known = dict.fromkeys(row["metric"] for row in rows)
     for name in metrics:
         if name not in known:
             raise UsageError(unknown("metric", name, known))
     plain = dict.fromkeys(row["metric"] for row in rows if row["step"] is None and row["metric"] != FINGERPRINT)
-    chosen = metrics or list(plain or known)
+    ours, theirs = (_finals(results, metrics or list(plain or known)) for results in both)
+    changes: dict[str, dict[str, Comparison]] = {}
+    for series, label in ours:
+        if (series, label) in theirs:
+            found = compared(ours[series, label], theirs[series, label])
+            changes.setdefault(series, {})[label] = found
     timings = {_series(row) for row in rows if row.get("timing") or is_timing(row["metric"])}
-    ours, theirs = _finals(before, chosen), _finals(after, chosen)
-    changes: Changes = {series: {} for series, _ in ours}
-    for series, found in changes.items():
-        for label in (label for label in before.labels if label in after.labels):
-            if (series, label) in ours and (series, label) in theirs:
-                found[label] = compared(ours[series, label], theirs[series, label])
     timings |= {series for series, _ in OF_UNITS.values()}
-    lines = [
+    described = [
+        f"- {name}: `{path}`, {results.manifest.get('experiment', '?')}, {len(results.headers)} units"
+        + (f" ({results.missing} missing)" if results.missing else "")
+        for name, path, results in zip("AB", (a, b), both)
+    ]
+    sections = [
         "# What changed from A to B",
-        f"- A: `{a}`, {_described(before)}\n- B: `{b}`, {_described(after)}",
+        "\n".join(described),
         environment(before, after),
         coverage(before, after),
         _section(RESULTS, {series: found for series, found in changes.items() if series not in timings}),
         _section("Timings", {series: found for series, found in changes.items() if series in timings}),
     ]
-    return "\n\n".join(line for line in lines if line)
+    return "\n\n".join(section for section in sections if section)
 
 
 def _series(row: Row) -> str:
@@ -68,70 +70,57 @@ def _series(row: Row) -> str:
     return f"{row['metric']} ({extra})" if extra else row["metric"]
 
 
-def _finals(results: Results, metrics: Sequence[str]) -> dict[tuple[str, str], dict[int, float]]:
-    """By series and label: the last value of each seed; and what was measured of whole units."""
-    found = [
-        (_series(row), row["label"], row["seed"], last_step(row), row["value"])
-        for metric in metrics for row in results.select(metric)
-    ]  # fmt: skip
-    found += [
-        (name, header["label"], header["seed"], 0.0, header[key] / scale)
-        for key, (name, scale) in OF_UNITS.items() for header in results.headers if header.get(key)
-    ]  # fmt: skip
-    frame = pd.DataFrame(found, columns=["series", "label", "seed", "step", "value"])
-    unit = ["series", "label", "seed"]
-    last = frame.sort_values("step", kind="stable").drop_duplicates(unit, keep="last").sort_index()
-    groups = last.groupby(["series", "label"], sort=False)
-    return {key: dict(zip(group["seed"], group["value"])) for key, group in groups}
+def _finals(results: Results, metrics: Sequence[str]) -> Values:
+    """The last value of each series, label and seed; and time and memory of whole units as further series."""
+    finals: Values = {}
+    for metric in metrics:
+        for row in sorted(results.select(metric), key=last_step):
+            finals.setdefault((_series(row), row["label"]), {})[row["seed"]] = row["value"]
+    for key, (name, scale) in OF_UNITS.items():
+        for header in results.headers:
+            if header.get(key):
+                finals.setdefault((name, header["label"]), {})[header["seed"]] = header[key] / scale
+    order = {label: place for place, label in enumerate(results.labels)}
+    return dict(sorted(finals.items(), key=lambda item: order[item[0][1]]))
 
 
-def _described(results: Results) -> str:
-    units = len(results.headers)
-    missing = f" ({results.missing} missing)" if results.missing else ""
-    return f"{results.manifest.get('experiment', '?')}, {units} units{missing}"
-
-
-def _section(title: str, changes: Changes) -> str:
+def _section(title: str, changes: Mapping[str, Mapping[str, Comparison]]) -> str:
     """The changes of some series, corrected together: Holm over all their tests."""
+    if not changes:
+        return f"## {title}\n\nThere is no metric that both have for the same label." if title == RESULTS else ""
     known = [change.p for found in changes.values() for change in found.values() if change.p is not None]
     corrected = iter(holm(known))
     blocks, verdicts, equal = [], [], []
     for series, found in changes.items():
         adjusted = [None if change.p is None else next(corrected) for change in found.values()]
-        told = [change.verdict(p) for change, p in zip(found.values(), adjusted)]
-        verdicts += told
-        if set(told) == {IDENTICAL}:
+        words = [change.verdict(p) for change, p in zip(found.values(), adjusted)]
+        verdicts += words
+        if set(words) == {"identical"}:
             equal.append(f"- {series}: {', '.join(found)}")
-        elif found:
-            rows = [_row(*row) for row in zip(found, found.values(), adjusted, told)]
+        else:
+            rows = [_row(*row) for row in zip(found, found.values(), adjusted, words)]
             blocks.append(f"### {series}\n\n{table(_columns(found.values()), rows)}")
-    if not verdicts:
-        return f"## {title}\n\nThere is no metric that both have for the same label." if title == RESULTS else ""
     if equal:
         blocks.append("### Identical in every seed\n\n" + "\n".join(equal))
-    return "\n\n".join([f"## {title}", _method(len(known), verdicts), *blocks])
-
-
-def _method(tests: int, verdicts: Sequence[str]) -> str:
-    told = ", ".join(f"{count} {name.strip('*')}" for name, count in Counter(verdicts).items())
-    return (
-        f"{len(verdicts)} comparisons: {told}. Mean ± standard deviation over seeds. Tests: the paired t-test over "
+    counts = ", ".join(f"{count} {name.strip('*')}" for name, count in Counter(verdicts).items())
+    method = (
+        f"{len(verdicts)} comparisons: {counts}. Mean ± standard deviation over seeds. Tests: the paired t-test over "
         "shared seeds, Welch's where fewer than two are shared, none of fewer than three seeds or of a difference "
-        f"that is the same in all; p is corrected for the {tests} tests of this section (Holm 1979) and beyond noise "
-        f"below {LEVEL}. Effect: the difference in standard deviations, of the differences (paired) or of the root "
-        "mean of both variances (Welch)."
+        f"that is the same in all; p is corrected for the {len(known)} tests of this section (Holm 1979) and beyond "
+        f"noise below {LEVEL}. Effect: the difference in standard deviations, of the differences (paired) or of the "
+        "root mean of both variances (Welch)."
     )
+    return "\n\n".join([f"## {title}", method, *blocks])
 
 
 def _columns(found: Collection[Comparison]) -> list[Column]:
     """The columns, with about four digits of the largest mean."""
-    means = [mean for change in found for mean in (change.a.mean, change.b.mean)]
-    largest = max((abs(mean) for mean in means if isfinite(mean) and mean), default=1.0)
+    means = [abs(mean) for change in found for mean in (change.a.mean, change.b.mean) if isfinite(mean) and mean]
+    largest = max(means, default=1.0)
     decimals = 1 if largest >= 100 else 2 if largest >= 10 else 4 if largest >= 0.01 else 7
-    return [
-        Column("label"), Column("A", decimals), Column("B", decimals), Column("B − A"), Column("effect", 2),
-        Column("test"), Column("p"), Column("p, Holm"), Column("verdict"),
-    ]  # fmt: skip
+    digits = {"A": decimals, "B": decimals, "effect": 2}
+    titles = ("label", "A", "B", "B − A", "effect", "test", "p", "p, Holm", "verdict")
+    return [Column(title, digits.get(title, 3)) for title in titles]
 
 
 def _row(label: str, found: Comparison, adjusted: float | None, verdict: str) -> list[Cell]:
@@ -142,7 +131,7 @@ def _row(label: str, found: Comparison, adjusted: float | None, verdict: str) ->
 
 
 def environment(a: Results, b: Results) -> str:
-    """What the two ran with, where it is not the same."""
+    """A section on options, versions, commits and machines that differ."""
     before, after = (_flat({k: v for k, v in r.manifest.items() if k not in APART}) for r in (a, b))
     before["commit of the units"], after["commit of the units"] = (
         ", ".join(sorted({str(header.get("commit"))[:12] for header in results.headers})) for results in (a, b)
@@ -154,16 +143,16 @@ def environment(a: Results, b: Results) -> str:
 
 
 def coverage(a: Results, b: Results) -> str:
-    """Units of one side only, and labels whose configuration is not the same."""
+    """A section on units of one side only, and on labels whose configurations differ."""
     lines = []
-    seeds = [{label: {h["seed"] for h in r.headers if h["label"] == label} for label in r.labels} for r in (a, b)]
-    for name, one, other in (("A", *seeds), ("B", *seeds[::-1])):
-        for label, own in one.items():
-            alone = [str(seed) for seed in sorted(own - other.get(label, set()))]
-            if alone:
-                lines.append(f"- only in {name}: {label}, seed{'s' * (len(alone) > 1)} {', '.join(alone)}")
-    for label in (label for label in a.labels if label in b.labels and a.config(label) and b.config(label)):
-        lines += [f"- {label}: {line}" for line in _changed(_flat(a.config(label)), _flat(b.config(label)), "`")]
+    ours, theirs = ({(header["label"], header["seed"]) for header in results.headers} for results in (a, b))
+    for name, results, alone in (("A", a, ours - theirs), ("B", b, theirs - ours)):
+        for label in results.labels:
+            if seeds := [str(seed) for own, seed in sorted(alone) if own == label]:
+                lines.append(f"- only in {name}: {label}, seed{'s' * (len(seeds) > 1)} {', '.join(seeds)}")
+    for label in a.labels:
+        if (one := a.config(label)) and (other := b.config(label)):
+            lines += [f"- {label}: {line}" for line in _changed(_flat(one), _flat(other), "`")]
     return "## Units and configurations\n\n" + ("\n".join(lines) or "The same labels, seeds and configurations.")
 
 

@@ -1,13 +1,8 @@
 """The errors that the command line shows as one line."""
 
 import difflib
-import errno
-import sys
-import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, TypeVar
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeVar
 
 T = TypeVar("T")
 
@@ -61,55 +56,3 @@ def selected(what: str, choices: Mapping[str, T], names: Sequence[str] | None) -
         if name not in choices:
             raise UsageError(unknown(what, name, choices))
     return [choice for name, choice in choices.items() if names is None or name in names]
-
-
-def full_disk(error: BaseException | None, folder: Path) -> UsageError | None:
-    """What to tell where an error, or the one that it comes from, says that there was no space left to write; without
-    a file's name it was in the folder."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            place = Path(error.filename).parent if error.filename else folder
-            return UsageError(
-                f"no space is left on the disk of {place}. What has finished is kept: make space, and the same command "
-                "runs the rest."
-            )
-        error = error.__cause__ or error.__context__
-    return None
-
-
-@contextmanager
-def telling_of_a_full_disk(folder: Path) -> Iterator[None]:
-    """`UsageError` for the error of a write that found no space left."""
-    try:
-        yield
-    except OSError as error:
-        full = full_disk(error, folder)
-        if full is None:
-            raise
-        raise full from error
-
-
-@contextmanager
-def overhearing_a_full_disk(folder: Path) -> Iterator[list[UsageError]]:
-    """The errors of a full disk that threads and finalisers meet while the context is open, each as `UsageError`.
-
-    TensorBoard writes its events so; Python would print such an error and go on. All others it prints as ever.
-    """
-    met: list[UsageError] = []
-
-    def listening(hook: Any) -> Any:
-        def hear(arguments: Any) -> None:
-            found = full_disk(arguments.exc_value, folder)
-            if found is None:
-                hook(arguments)
-            else:
-                met.append(found)
-
-        return hear
-
-    before = threading.excepthook, sys.unraisablehook
-    threading.excepthook, sys.unraisablehook = map(listening, before)
-    try:
-        yield met
-    finally:
-        threading.excepthook, sys.unraisablehook = before

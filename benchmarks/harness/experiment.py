@@ -1,5 +1,5 @@
-"""What an experiment is: an explicit grid of configurations, each run with each seed. Its units of work, and the digest
-by which a finished one is recognised."""
+"""Experiments: an explicit grid of configurations, each run with each seed. Their units of work, and the digest by
+which a finished unit is recognised."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Config(Protocol):
 
 @dataclass(frozen=True)
 class Context:
-    """What a run may know beside its configuration.
+    """The inputs of a run beside its configuration.
 
     Everything that changes the numbers belongs in the configuration instead, because a finished run is recognised by
     configuration, seed and `quick` alone.
@@ -58,12 +58,12 @@ class Context:
     quick: bool
     dataset_root: Path | None
     tensorboard_dir: Path
-    """For `TensorboardLogger`; what an interrupted run left there is gone."""
+    """The folder of `TensorboardLogger`; files of an interrupted run have been removed."""
 
 
 class Experiment(ABC):
-    """A named question to answer with numbers. The object travels to worker processes, so define its class at the top
-    of a module."""
+    """A named question to answer with numbers. The object is pickled for worker processes, so define its class at the
+    top of a module."""
 
     name: ClassVar[str]
     version: ClassVar[int] = 1
@@ -84,7 +84,7 @@ class Experiment(ABC):
         return None
 
     def settled(self, options: Any, results: Results) -> Any:
-        """The options with what the results of the prerequisite decide."""
+        """The options, changed by the results of the prerequisite."""
         return options
 
     @abstractmethod
@@ -121,8 +121,8 @@ class Unit:
 
 
 def grid(experiment: Experiment, options: Options) -> list[Unit]:
-    """All units of an experiment, in the order of its configurations. Raises ValueError or TypeError for a grid that is
-    empty, and for configurations that cannot be told apart."""
+    """All units of an experiment, in the order of its configurations. Raises ValueError or TypeError for an empty grid,
+    for configurations that are no frozen dataclasses, and for labels or configurations that are equal."""
     configs = list(experiment.configs(options))
     if not configs:
         raise ValueError("The grid is empty. Return at least one configuration from `configs`.")
@@ -146,7 +146,7 @@ def grid(experiment: Experiment, options: Options) -> list[Unit]:
 
 
 def in_running_order(units: Sequence[Unit]) -> list[Unit]:
-    """All configurations of one seed before the next seed; within a seed the costly ones first."""
+    """The units in the order in which they start: seed by seed, within a seed the costly ones first."""
     return sorted(units, key=lambda unit: (unit.seed, -unit.cost))
 
 
@@ -177,7 +177,7 @@ def describe(value: Any) -> Any:
 
 
 def digest(value: Any) -> str:
-    """The first 12 hexadecimal digits of the SHA-256 of the canonical JSON of a value; the order of keys is nothing."""
+    """The first 12 hexadecimal digits of the SHA-256 of the canonical JSON of a value, for any order of its keys."""
     canonical = json.dumps(describe(value), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:12]
 

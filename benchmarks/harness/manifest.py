@@ -1,4 +1,4 @@
-"""The manifest: the grid of a run, and what it ran on."""
+"""The manifest: the grid of a run, and the versions and the machine that it ran on."""
 
 import json
 import os
@@ -32,7 +32,9 @@ class Manifest:
 
     def __init__(self, store: Store, units: Sequence[Unit], options: Options, command: str, jobs: int | None) -> None:
         self._store = store
-        self._entries = {unit.digest: _entry(unit, store) for unit in units}
+        self._entries: dict[str, dict[str, Any]] = {}
+        for unit in units:
+            self.update(unit)
         self._content: dict[str, Any] = {
             "experiment": units[0].experiment,
             "version": units[0].version,
@@ -50,10 +52,14 @@ class Manifest:
         commit = self._content["commit"]
         return f"{commit}-dirty" if commit and self._content["dirty"] else commit
 
-    def finished(self, unit: Unit) -> None:
-        self._entries[unit.digest] = _entry(unit, self._store)
+    def update(self, unit: Unit) -> None:
+        """Read what the store has of a unit."""
+        header = self._store.header(unit.digest) or {}
+        measured = {key: header.get(key) for key in ("seconds", "peak_memory")}
+        self._entries[unit.digest] = {"label": unit.label, "seed": unit.seed, "digest": unit.digest, **measured}
 
     def write(self, seconds: float) -> None:
+        """Write the file; `seconds` have passed since the run began."""
         entries = list(self._entries.values())
         total = sum(entry["seconds"] or 0.0 for entry in entries)
         times = {"seconds": round(seconds, 3), "unit_seconds": round(total, 3)}
@@ -62,36 +68,36 @@ class Manifest:
 
 
 def environment() -> dict[str, Any]:
-    """Versions, commit and machine; null for what cannot be told."""
+    """Versions, commit and machine; null for what is unknown."""
+    import torch
+
+    gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
     return {
         "python": platform.python_version(),
         **{name: _version(package) for name, package in PACKAGES.items()},
         **git_state(Path(__file__).parent),
         "platform": platform.platform(),
-        "device": _devices(),
+        "device": {"cpu": _processor(), "gpu": gpu},
         "cpus": cpus(),
     }
 
 
 def cpus() -> int:
     """The CPUs that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def git_state(folder: Path) -> dict[str, Any]:
     """The commit of a folder and whether it has uncommitted changes; null for both without git or a commit."""
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=True, timeout=30)
+        return done.stdout.strip()
+
     try:
-        commit = _git(folder, "rev-parse", "--verify", "HEAD")
-        return {"commit": commit, "dirty": bool(_git(folder, "status", "--porcelain"))}
+        return {"commit": git("rev-parse", "--verify", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
     except (OSError, subprocess.SubprocessError):
         return {"commit": None, "dirty": None}
-
-
-def _git(folder: Path, *arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True, timeout=30)
-    return done.stdout.strip()
 
 
 def _version(package: str) -> str | None:
@@ -101,27 +107,8 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _devices() -> dict[str, str | None]:
-    """The processor, and the GPU that runs could have used."""
-    import torch
-
-    gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
-    return {"cpu": _processor(), "gpu": gpu}
-
-
 def _processor() -> str:
     information = Path("/proc/cpuinfo")
     lines = information.read_text().splitlines() if information.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
-
-
-def _entry(unit: Unit, store: Store) -> dict[str, Any]:
-    header = store.header(unit.digest) or {}
-    return {
-        "label": unit.label,
-        "seed": unit.seed,
-        "digest": unit.digest,
-        "seconds": header.get("seconds"),
-        "peak_memory": header.get("peak_memory"),
-    }

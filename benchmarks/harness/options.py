@@ -48,25 +48,22 @@ def one_of(what: str, choices: Iterable[str]) -> PrimitiveConstructorSpec:
 
 def positive(metavar: str = "N") -> PrimitiveConstructorSpec:
     """A whole number of at least 1: ``steps: Annotated[int | None, positive()] = None``."""
-
-    def parse(given: str) -> int:
-        if not given.isdecimal() or int(given) < 1:
-            raise ValueError(f"expected a whole number of at least 1, got '{given}'.")
-        return int(given)
-
-    return checked(metavar, parse)
+    return _number(metavar, int, lambda number: number >= 1, "a whole number of at least 1")
 
 
 def fraction(metavar: str = "X") -> PrimitiveConstructorSpec:
     """A number in (0, 1]."""
+    return _number(metavar, float, lambda number: 0.0 < number <= 1.0, "a number above 0 and at most 1")
 
-    def parse(given: str) -> float:
+
+def _number(metavar: str, kind: Any, fits: Callable[[Any], bool], expected: str) -> PrimitiveConstructorSpec:
+    def parse(given: str) -> Any:
         try:
-            number = float(given)
+            number = kind(given)
         except ValueError:
-            number = 0.0
-        if not 0.0 < number <= 1.0:
-            raise ValueError(f"expected a number above 0 and at most 1, got '{given}'.")
+            number = float("nan")
+        if not fits(number):
+            raise ValueError(f"expected {expected}, got '{given}'.")
         return number
 
     return checked(metavar, parse)
@@ -86,8 +83,11 @@ def folder() -> PrimitiveConstructorSpec:
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line chose for an experiment. One with options of its own extends this class: a field with its
-    default is an option of the same name, the string below it its help, and a tuple an option that may be repeated."""
+    """The options of an experiment on the command line.
+
+    A subclass adds some: each field with a default is an option of the same name, the string below it is its help, and
+    a tuple makes it repeatable.
+    """
 
     seeds: Annotated[int, positive()] = 5
     """run seeds 0 to SEEDS - 1"""
@@ -109,11 +109,12 @@ def parsed(kind: type[T], words: Sequence[str], program: str) -> T:
             raise
         raise UsageError(f"{_first(said.getvalue())} See {program} --help.") from None
     sys.stderr.write(said.getvalue())
+    options = dict(_options(found))
     if rest:
-        guess = nearest(rest[0].partition("=")[0], [option for option, _ in _options(found)])
+        guess = nearest(rest[0].partition("=")[0], [*options])
         hint = f"; did you mean {guess[0]}?" if guess else "."
         raise UsageError(f"unknown option '{rest[0]}'{hint} See {program} --help.")
-    for option, value in _options(found):
+    for option, value in options.items():
         for error in value if isinstance(value, tuple) else (value,):
             if isinstance(error, ValueError):
                 raise UsageError(f"argument {option}: {error}")
@@ -124,10 +125,7 @@ def _options(chosen: Any) -> Iterator[tuple[str, Any]]:
     """The options of a dataclass and of those in it, with their values."""
     for field in fields(chosen):
         value = getattr(chosen, field.name)
-        if is_dataclass(value):
-            yield from _options(value)
-        else:
-            yield f"--{field.name.replace('_', '-')}", value
+        yield from _options(value) if is_dataclass(value) else [(f"--{field.name.replace('_', '-')}", value)]
 
 
 def _first(box: str) -> str:

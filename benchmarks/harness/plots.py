@@ -18,24 +18,22 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
 
-DPI = 150
 MUTED = "#8a8a8a"
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#333333")
 """Okabe and Ito (2008), without the yellow that is too faint on white."""
 DASHES = ("-", (0, (5, 1.6)), (0, (1.2, 1.2)), (0, (6, 1.4, 1.2, 1.4)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
 
-
 Matrix: TypeAlias = Sequence[Sequence[Summary | float | None]]
 """Accuracies a[t][j] on experience j after experience t; None, or not a number, where nothing is known."""
 METRIC = "accuracy/experience_{}"
 LEGIBLE = 12  # experiences up to which the cells have room for numbers
-ACROSS = 4  # panels in a row
+ACROSS = 4  # matrices in a row
 
 
 @dataclass(frozen=True)
 class Style:
-    """How one label is drawn."""
+    """The colour, dashes and marker of one label."""
 
     colour: str
     dash: Any
@@ -107,59 +105,41 @@ def plot_curves(path: Path, panels: Sequence[Curves], *, xlabel: str, labels: Se
     return saved(figure, path)
 
 
+def _draw_curves(axes: Axes, panel: Curves, chosen: Mapping[str, Style]) -> None:
+    for mark in panel.marks:
+        axes.axvline(mark, color=MUTED, linewidth=0.8, linestyle=(0, (2, 3)), zorder=0)
+    for place, (label, curve) in enumerate(panel.series.items()):
+        every = max(1, len(curve) // 10)
+        steps = [step for step, _ in curve]
+        means = [summary.mean for _, summary in curve]
+        spreads = [summary.std or 0.0 for _, summary in curve]
+        axes.plot(steps, means, linewidth=1.7, markevery=(place % every, every), **chosen[label].line)
+        if any(spreads):
+            low, high = ([m + sign * s for m, s in zip(means, spreads)] for sign in (-1, 1))
+            axes.fill_between(steps, low, high, color=chosen[label].colour, alpha=0.15, linewidth=0)
+    tidy(axes, panel.title, ylabel=panel.ylabel, log_y=panel.log)
+    positive = [summary.mean for curve in panel.series.values() for _, summary in curve if summary.mean > 0]
+    if panel.log and positive:  # a band that reaches below zero must not stretch the axis
+        axes.set_ylim(bottom=max(axes.get_ylim()[0], min(positive) / 3))
+
+
 def plot_dots(path: Path, panels: Sequence[Dots], *, labels: Sequence[str]) -> Path:
     """Panels side by side with one row per label, mean ± std. A label absent from one panel keeps its row there."""
     shown = [label for label in labels if any(panel.values.get(label) for panel in panels)]
     longest = max((len(label) for label in shown), default=0)
     figure = new_figure(0.08 * longest + 3.6 * len(panels) + 0.6, 1.2 + 0.3 * len(shown))
-    all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    chosen = styles(labels)
-    for axes, panel in zip(all_axes, panels):
-        _draw_dots(axes, panel, shown, chosen)
+    for axes, panel in zip(figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels):
+        if panel.reference is not None:
+            axes.axvline(panel.reference, color=MUTED, linewidth=1.0, linestyle="--", zorder=0)
+        for label, style in styles(labels).items():
+            if summary := panel.values.get(label):
+                axes.errorbar(summary.mean, shown.index(label), xerr=summary.std, color=style.colour,
+                              marker=style.marker, capsize=3, markersize=6.5)  # fmt: skip
+        axes.set_yticks(range(len(shown)), shown)
+        axes.set_ylim(len(shown) - 0.5, -0.5)
+        tidy(axes, panel.title, xlabel=panel.xlabel, log_x=panel.log)
+        axes.tick_params(axis="y", length=0)
     return saved(figure, path)
-
-
-def _draw_curves(axes: Axes, panel: Curves, chosen: Mapping[str, Style]) -> None:
-    for mark in panel.marks:
-        axes.axvline(mark, color=MUTED, linewidth=0.8, linestyle=(0, (2, 3)), zorder=0)
-    for place, (label, curve) in enumerate(panel.series.items()):
-        style = chosen[label]
-        every = max(1, len(curve) // 10)
-        steps = [step for step, _ in curve]
-        means = [summary.mean for _, summary in curve]
-        spreads = [summary.std or 0.0 for _, summary in curve]
-        axes.plot(steps, means, linewidth=1.7, markevery=(place % every, every), **style.line)
-        if any(spreads):
-            lower = [mean - spread for mean, spread in zip(means, spreads)]
-            upper = [mean + spread for mean, spread in zip(means, spreads)]
-            axes.fill_between(steps, lower, upper, color=style.colour, alpha=0.15, linewidth=0)
-    axes.set_ylabel(panel.ylabel)
-    tidy(axes, panel.title)
-    if panel.log:
-        axes.set_yscale("log", nonpositive="clip")
-        positive = [summary.mean for curve in panel.series.values() for _, summary in curve if summary.mean > 0]
-        if positive:  # a band that reaches below zero must not stretch the axis
-            axes.set_ylim(bottom=max(axes.get_ylim()[0], min(positive) / 3))
-
-
-def _draw_dots(axes: Axes, panel: Dots, shown: Sequence[str], chosen: Mapping[str, Style]) -> None:
-    if panel.reference is not None:
-        axes.axvline(panel.reference, color=MUTED, linewidth=1.0, linestyle="--", zorder=0)
-    for row, label in enumerate(shown):
-        summary = panel.values.get(label)
-        if summary is not None:
-            style = chosen[label]
-            axes.errorbar(
-                summary.mean, row, xerr=summary.std, color=style.colour, marker=style.marker, capsize=3, markersize=6.5
-            )
-    axes.set_yticks(range(len(shown)), shown)
-    axes.set_ylim(len(shown) - 0.5, -0.5)
-    axes.set_xlabel(panel.xlabel)
-    tidy(axes, panel.title)
-    axes.tick_params(axis="y", length=0)
-    if panel.log:
-        axes.set_xscale("log", nonpositive="clip")
-        plain_numbers(axes.xaxis)
 
 
 def plot_scatter(path: Path, panels: Sequence[Points], *, labels: Sequence[str]) -> Path:
@@ -176,28 +156,15 @@ def plot_scatter(path: Path, panels: Sequence[Points], *, labels: Sequence[str])
     figure = new_figure(4.6 * len(panels) + 2.6, max(3.9, 0.5 + 0.24 * len(used)))
     chosen = styles(labels)
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
-        _draw_points(axes, panel, chosen)
+        for label, (x, y) in panel.values.items():
+            if x is not None and y is not None:
+                axes.errorbar(
+                    x.mean, y.mean, xerr=x.std, yerr=y.std, color=chosen[label].colour, marker=chosen[label].marker,
+                    markersize=7, markeredgecolor="white", markeredgewidth=0.6, elinewidth=1.0, capsize=2, alpha=0.95,
+                )  # fmt: skip
+        tidy(axes, panel.title, panel.xlabel, panel.ylabel, panel.log_x, panel.log_y)
     legend(figure, chosen, used, linestyle="")
     return saved(figure, path)
-
-
-def _draw_points(axes: Axes, panel: Points, chosen: Mapping[str, Style]) -> None:
-    for label, (x, y) in panel.values.items():
-        if x is not None and y is not None:
-            style = chosen[label]
-            axes.errorbar(
-                x.mean, y.mean, xerr=x.std, yerr=y.std, color=style.colour, marker=style.marker, markersize=7,
-                markeredgecolor="white", markeredgewidth=0.6, elinewidth=1.0, capsize=2, alpha=0.95,
-            )  # fmt: skip
-    axes.set_xlabel(panel.xlabel)
-    axes.set_ylabel(panel.ylabel)
-    tidy(axes, panel.title)
-    if panel.log_x:
-        axes.set_xscale("log", nonpositive="clip")
-        plain_numbers(axes.xaxis)
-    if panel.log_y:
-        axes.set_yscale("log", nonpositive="clip")
-        plain_numbers(axes.yaxis)
 
 
 def accuracy_matrices(results: Results, label: str | None = None, metric: str = METRIC) -> dict[int, list[list[Any]]]:
@@ -207,34 +174,28 @@ def accuracy_matrices(results: Results, label: str | None = None, metric: str = 
     Experiences that have not been seen are None, whatever was measured on them. A seed of which an experience is
     missing is left out.
     """
-    curves: list[dict[int, dict[int, float]]] = []  # by experience j and seed: value by step
-    while rows := results.select(metric.format(len(curves)), results.label if label is None else label):
-        by_seed: dict[int, dict[int, float]] = {}
+    values: dict[int, dict[int, dict[int, float]]] = {}  # by seed, step and experience
+    count = 0
+    while rows := results.select(metric.format(count), results.label if label is None else label):
         for row in rows:
             if row["step"] is not None:
-                by_seed.setdefault(row["seed"], {})[row["step"]] = row["value"]
-        curves.append(by_seed)
-    found = {}
-    for seed in curves[0] if curves else ():
-        steps, columns = sorted(curves[0][seed]), [by_seed.get(seed, {}) for by_seed in curves]
-        if len(steps) == len(columns):
-            found[seed] = [
-                [column.get(step) if j <= t else None for j, column in enumerate(columns)]
-                for t, step in enumerate(steps)
-            ]
-    return found
+                values.setdefault(row["seed"], {}).setdefault(row["step"], {})[count] = row["value"]
+        count += 1
+    return {
+        seed: [[at[step].get(j) if j <= t else None for j in range(count)] for t, step in enumerate(sorted(at))]
+        for seed, at in values.items() if len(at) == count
+    }  # fmt: skip
 
 
 def accuracy_matrix(results: Results, label: str | None = None, metric: str = METRIC) -> list[list[Summary | None]]:
     """The mean and standard deviation over seeds of each a[t][j] (`accuracy_matrices`); empty where there is none."""
-    matrices = list(accuracy_matrices(results, label, metric).values())
-    size = len(matrices[0]) if matrices else 0
+    matrices = accuracy_matrices(results, label, metric).values()
 
-    def over_seeds(t: int, j: int) -> Summary | None:
-        known = [matrix[t][j] for matrix in matrices if matrix[t][j] is not None]
+    def over_seeds(cells: Sequence[float | None]) -> Summary | None:
+        known = [cell for cell in cells if cell is not None]
         return summarise(known) if known else None
 
-    return [[over_seeds(t, j) for j in range(size)] for t in range(size)]
+    return [[over_seeds(cells) for cells in zip(*rows)] for rows in zip(*matrices)]
 
 
 def plot_matrices(path: Path, matrices: Mapping[str, Matrix], *, title: str = "accuracy") -> Path:
@@ -249,17 +210,16 @@ def plot_matrices(path: Path, matrices: Mapping[str, Matrix], *, title: str = "a
         raise ValueError("There is no matrix to draw. Leave the figure out where all are empty.")
     across = min(ACROSS, len(drawn))
     down = math.ceil(len(drawn) / across)
-    size = max(len(matrix) for matrix in drawn.values())
-    side = min(3.9, max(2.3, 0.42 * size + 0.7))
-    titles = {label: textwrap.fill(label, int(11 * side)) for label in drawn}
-    lines = max(written.count("\n") + 1 for written in titles.values())
+    side = min(3.9, max(2.3, 0.42 * max(map(len, drawn.values())) + 0.7))
+    titles = [textwrap.fill(label, int(11 * side)) for label in drawn]
+    lines = max(written.count("\n") + 1 for written in titles)
     figure = new_figure(side * across + 0.9, (side + 0.3 + 0.2 * lines) * down + 0.2)
-    grid = figure.subplots(down, across, squeeze=False)
-    panels = [axes for row in grid for axes in row]
+    panels = figure.subplots(down, across, squeeze=False).ravel()
     for axes in panels[len(drawn) :]:
         axes.set_visible(False)
-    for number, (axes, (label, matrix)) in enumerate(zip(panels, drawn.items())):
-        image = _draw_matrix(axes, matrix, titles[label])
+    for number, (axes, name, matrix) in enumerate(zip(panels, titles, drawn.values())):
+        image = _draw_matrix(axes, matrix)
+        axes.set_title(name, fontsize=9.5, loc="left")
         if number % across == 0:
             axes.set_ylabel("after experience", fontsize=9)
         if number + across >= len(drawn):
@@ -268,34 +228,27 @@ def plot_matrices(path: Path, matrices: Mapping[str, Matrix], *, title: str = "a
     return saved(figure, path)
 
 
-def _draw_matrix(axes: Axes, matrix: Matrix, title: str) -> AxesImage:
+def _draw_matrix(axes: Axes, matrix: Matrix) -> AxesImage:
     import numpy as np
 
-    values = np.array([[_number(cell) for cell in row] for row in matrix], dtype=float)
-    image = axes.imshow(np.ma.masked_invalid(values), vmin=0.0, vmax=1.0, cmap="cividis", aspect="equal")
-    axes.set_title(title, fontsize=9.5, loc="left")
+    values = np.array([[getattr(cell, "mean", cell) for cell in row] for row in matrix], dtype=float)  # None is nan
+    image = axes.imshow(values, vmin=0.0, vmax=1.0, cmap="cividis")
     rows, columns = values.shape
     if max(rows, columns) <= LEGIBLE:
-        for t, j in zip(*np.nonzero(np.isfinite(values))):
-            value = values[t, j]
-            ink = "white" if value < 0.55 else "black"
-            axes.text(j, t, f"{value:.2f}".replace("0.", "."), ha="center", va="center", fontsize=7.5, color=ink)
+        for (t, j), value in np.ndenumerate(values):
+            if np.isfinite(value):
+                ink = "white" if value < 0.55 else "black"
+                axes.text(j, t, f"{value:.2f}".replace("0.", "."), ha="center", va="center", fontsize=7.5, color=ink)
     every = max(1, math.ceil(columns / LEGIBLE))
-    axes.set_xticks(range(0, columns, every), [str(j + 1) for j in range(0, columns, every)])
-    axes.set_yticks(range(0, rows, every), [str(t + 1) for t in range(0, rows, every)])
+    axes.set_xticks(range(0, columns, every), map(str, range(1, columns + 1, every)))
+    axes.set_yticks(range(0, rows, every), map(str, range(1, rows + 1, every)))
     axes.tick_params(length=0, labelsize=8)
     axes.spines[:].set_visible(False)
     return image
 
 
-def _number(cell: Summary | float | None) -> float:
-    if cell is None:
-        return math.nan
-    return cell.mean if isinstance(cell, Summary) else float(cell)
-
-
 def new_figure(width: float, height: float) -> Figure:
-    """A figure without pyplot, so that nothing global changes."""
+    """A figure of that size in inches, without pyplot, so that nothing global changes."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -304,9 +257,19 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
-def tidy(axes: Axes, title: str) -> None:
-    """The title, a light grid, and no frame."""
+def tidy(axes: Axes, title: str, xlabel: str = "", ylabel: str = "", log_x: bool = False, log_y: bool = False) -> None:
+    """The title and the names of a panel's axes, logarithmic ones where asked for, a light grid, and no frame."""
     axes.set_title(title, loc="left", fontsize=11)
+    if xlabel:
+        axes.set_xlabel(xlabel)
+    if ylabel:
+        axes.set_ylabel(ylabel)
+    if log_x:
+        axes.set_xscale("log", nonpositive="clip")
+        _plain_numbers(axes.xaxis)
+    if log_y:
+        axes.set_yscale("log", nonpositive="clip")
+        _plain_numbers(axes.yaxis)
     axes.grid(color="#e4e4e4", linewidth=0.7)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
@@ -314,14 +277,14 @@ def tidy(axes: Axes, title: str) -> None:
     axes.tick_params(color=MUTED, labelsize=9)
 
 
-def plain_numbers(axis: Axis) -> None:
+def _plain_numbers(axis: Axis) -> None:
     """0.3 rather than 3 × 10⁻¹, where a logarithmic axis spans about a decade."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     low, high = axis.get_view_interval()
     if low > 0 and high / low < 30:
         axis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set_major_formatter("{x:g}")
         axis.set_minor_formatter(NullFormatter())
 
 
@@ -337,5 +300,5 @@ def legend(figure: Figure, chosen: Mapping[str, Style], used: Collection[str], *
 def saved(figure: Figure, path: Path) -> Path:
     """Write a PNG file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=DPI)
+    figure.savefig(path, dpi=150)
     return path

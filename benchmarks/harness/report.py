@@ -1,32 +1,43 @@
-"""``report.md`` and ``report.html``: what the experiment says of its results, and where the numbers come from."""
+"""``report.md`` and ``report.html``: the report of an experiment, and the origin of its numbers."""
 
 import json
-from collections.abc import Callable
+import re
+from base64 import b64encode
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from html import unescape
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from urllib.parse import unquote
+
+from jinja2 import Environment, FileSystemLoader
+from markdown import Markdown
+from markdown.extensions.toc import TocExtension, slugify
 
 from benchmarks.harness.errors import UsageError
-from benchmarks.harness.html import Part, page, pages
 from benchmarks.harness.manifest import PACKAGES
 from benchmarks.harness.results import Results, load
 from benchmarks.harness.store import Store, write_atomically
 
 Report = Callable[[Results, Path], str]
 SELECTED = 40  # so many runs TensorBoard selects when it opens
+PAGE = Path(__file__).parent / "page"
+IMAGE = re.compile(r'<p><img alt="([^"]*)" src="([^"]*)" /></p>')
 
 
 def write_report(report: Report, results: Results, store: Store) -> str:
-    """Write what an experiment's `report` says of the results, as Markdown and as one page, and return it.
+    """Write an experiment's `report` on the results, as Markdown and as one page, and return its Markdown.
 
-    It takes the place of the last one as a whole, so that a report which fails leaves that as it was.
+    It replaces the last one as a whole: where it fails, that stays as it was.
     """
     with TemporaryDirectory(dir=store.root, prefix=".report-") as folder:
         new = Store(Path(folder))
         markdown = report(results, new.root).strip()
-        notice = f"> {_incomplete(results)}\n\n" if results.missing else ""
+        missing = f"{results.missing} of {len(results.manifest['units'])} units are missing; n says how many entered"
+        notice = f"> {missing} a number.\n\n" if results.missing else ""
         text = f"{notice}{markdown}\n\n{provenance(results)}\n"
         write_atomically(new.report, text)
-        write_atomically(new.page, page(Part(store.root.name, text, new.root)))
+        write_atomically(new.page, page(store.root.name, [Part(store.root.name, text, new.root)]))
         written = {file.name for file in new.root.iterdir()}
         for name in written:
             (new.root / name).replace(store.root / name)
@@ -54,12 +65,12 @@ def write_reports(out: Path, report: Callable[[str], Report]) -> tuple[list[Path
     if not parts:
         found = "; ".join(problems) or "there are no results in it."
         raise UsageError(f"nothing to report on in {out}: {found} Run something first: python -m benchmarks run NAME")
-    write_atomically(out / "report.html", pages(f"Results in {out.resolve().name}", parts))
+    write_atomically(out / "report.html", page(f"Results in {out.resolve().name}", parts))
     return [part.figures for part in parts], problems
 
 
 def where(store: Store) -> str:
-    """Where the report and its figures are, and how to open the curves."""
+    """Lines with the paths of the report and its figures, and the command that opens the curves."""
     lines = [f"Report: {store.report}", f"Page: {store.page}"]
     lines += [f"Figure: {path}" for path in sorted(store.root.glob("*.png"))]
     runs = sum(1 for _ in (store.root / "tensorboard").glob("*/*"))
@@ -71,7 +82,7 @@ def where(store: Store) -> str:
 
 
 def provenance(results: Results) -> str:
-    """A section that says how to get the same numbers again."""
+    """A section with the command, versions and machine behind the numbers."""
     manifest = results.manifest
     commits = sorted({header["commit"] or "unknown" for header in results.headers})
     seeds = sorted({header["seed"] for header in results.headers})
@@ -92,5 +103,47 @@ def provenance(results: Results) -> str:
     return "\n".join(lines)
 
 
-def _incomplete(results: Results) -> str:
-    return f"{results.missing} of {len(results.manifest['units'])} units are missing; n says how many entered a number."
+@dataclass(frozen=True)
+class Part:
+    """Markdown and the folder of its figures; `name` is its title, and its folded section on a page of several."""
+
+    name: str
+    markdown: str
+    figures: Path
+
+
+def page(title: str, parts: Sequence[Part]) -> str:
+    """One report, or several reports each in a section that folds, as a page.
+
+    Figures are inline as data URIs, raw HTML in the Markdown is shown as text, tables scroll within the page and sort
+    by a click on a heading.
+    """
+    template = Environment(loader=FileSystemLoader(PAGE), autoescape=True).get_template("page.html")
+    sections = []
+    for number, part in enumerate(parts, start=1):
+        place = f"part-{number}"
+        body, contents = _rendered(part, f"{place}-" if len(parts) > 1 else "")
+        sections.append({"id": place, "name": part.name, "body": body, "contents": contents})
+    return template.render(title=title, sections=sections)
+
+
+def _rendered(part: Part, prefix: str) -> tuple[str, str]:
+    """The HTML of a part and of its table of contents; the anchors of its headings begin with the prefix."""
+    headings = TocExtension(toc_depth="1-3", slugify=lambda text, separator: prefix + slugify(text, separator, True))
+    converter = Markdown(extensions=["tables", "fenced_code", "sane_lists", headings])
+    converter.preprocessors.deregister("html_block")
+    converter.inlinePatterns.deregister("html")
+    body = converter.convert(part.markdown)
+    body = body.replace("<table>", '<div class="table" tabindex="0">\n<table>').replace("</table>", "</table>\n</div>")
+    return IMAGE.sub(lambda image: _figure(image[1], image[2], part.figures), body), getattr(converter, "toc", "")
+
+
+def _figure(caption: str, source: str, folder: Path) -> str:
+    """A figure with its alternative text as the caption; the caption alone where the folder has no such file."""
+    path, image = folder / unquote(unescape(source)), ""
+    if path.is_file() and path.resolve().is_relative_to(folder.resolve()):  # no file from elsewhere enters a page
+        data = b64encode(path.read_bytes()).decode()
+        image = f'<img alt="{caption}" src="data:image/png;base64,{data}" loading="lazy">'
+    else:
+        caption += f" (the figure {source.rpartition('/')[2]} is absent)"
+    return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"

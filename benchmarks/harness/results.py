@@ -1,4 +1,4 @@
-"""What was measured, read back from the files of the units: a table of records with typed columns."""
+"""The measurements of a grid, read back from the files of its units: a table of records with typed columns."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Summary:
-    """The mean of n values and their sample standard deviation, which a single value has not."""
+    """The mean of n values and their sample standard deviation, None for a single value."""
 
     mean: float
     std: float | None
@@ -32,7 +32,7 @@ class Summary:
 
 
 def summarise(values: Iterable[float]) -> Summary:
-    """Mean and sample standard deviation, (1/(n − 1)) Σ (x − mean)² under the root.
+    """Mean and sample standard deviation, (1/(n − 1)) Σ (x − mean)² under the root. Raises ValueError without values.
 
     >>> summarise([1.0, 2.0, 3.0])
     Summary(mean=2.0, std=1.0, n=3)
@@ -53,6 +53,8 @@ class Results:
 
         for rank, part in results.where(method="hard").by("rank"):
             part.final("accuracy"), part.first["strength"], part.label
+
+    Methods that take a label may be called without it on results of a single label.
     """
 
     labels: tuple[str, ...]
@@ -66,19 +68,17 @@ class Results:
     def frame(self) -> pd.DataFrame:
         """One row for each record: the unit's columns (label, seed, those of its configuration), then metric, step,
         value, and further keys of the records."""
-        import pandas as pd
-
-        known = self.columns
-        return pd.DataFrame([{"label": row["label"], **known.get(row["label"], {}), **row} for row in self.rows])
+        return self._frame(self.rows)
 
     @cached_property
     def units(self) -> pd.DataFrame:
         """One row for each finished unit: its columns, then seconds, peak_memory, started and commit."""
+        return self._frame({key: value for key, value in unit.items() if key != "config"} for unit in self.headers)
+
+    def _frame(self, rows: Iterable[Row]) -> pd.DataFrame:
         import pandas as pd
 
-        known = self.columns
-        of_units = [{key: value for key, value in header.items() if key != "config"} for header in self.headers]
-        return pd.DataFrame([{"label": unit["label"], **known.get(unit["label"], {}), **unit} for unit in of_units])
+        return pd.DataFrame([{"label": row["label"], **self.columns.get(row["label"], {}), **row} for row in rows])
 
     @cached_property
     def columns(self) -> dict[str, dict[str, Any]]:
@@ -89,7 +89,8 @@ class Results:
 
     @property
     def first(self) -> dict[str, Any]:
-        """The columns of the first label, for what all labels share. Raises ValueError where nothing has finished."""
+        """The columns of the first label, for values that all labels share. Raises ValueError where no unit has
+        finished."""
         if not self.columns:
             raise ValueError("No unit of this selection has finished. Ask `Results.columns` first whether one has.")
         return next(iter(self.columns.values()))
@@ -102,7 +103,7 @@ class Results:
         return self.labels[0]
 
     def where(self, **columns: Any) -> Results:
-        """The part with those values in those columns; a callable asks for values that it is true of. Raises
+        """The part with those values in those columns; a callable selects the values of which it is true. Raises
         ValueError for a column that no configuration has."""
         known = {name for found in self.columns.values() for name in found}
         if self.columns and columns.keys() - known:
@@ -117,10 +118,10 @@ class Results:
     def by(self, *names: str) -> Iterator[tuple[Any, Results]]:
         """Pairs of a value of the column (of several columns: their values) and the part that has it, in the order of
         the grid."""
-        groups: dict[Any, tuple[Any, list[str]]] = {}
+        groups: dict[str, tuple[Any, list[str]]] = {}
         for label, found in self.columns.items():
-            values = tuple(found.get(name) for name in names)
-            groups.setdefault(json.dumps(values), (values, []))[1].append(label)
+            values = [found.get(name) for name in names]
+            groups.setdefault(json.dumps(values), (tuple(values), []))[1].append(label)
         for values, labels in groups.values():
             yield (values[0] if len(names) == 1 else values), self.of(labels)
 
@@ -133,7 +134,7 @@ class Results:
         kept = set(labels)
         part = replace(
             self, labels=tuple(label for label in self.labels if label in kept),
-            rows=tuple(row for label in self.labels if label in kept for row in self._by_label.get(label, ())),
+            rows=tuple(row for row in self.rows if row["label"] in kept),
             headers=tuple(header for header in self.headers if header["label"] in kept),
         )  # fmt: skip
         part.__dict__["columns"] = {label: found for label, found in self.columns.items() if label in kept}
@@ -141,15 +142,17 @@ class Results:
 
     @property
     def missing(self) -> int:
-        """The units of the grid that have not finished."""
+        """The number of units of the grid that have not finished."""
         return len(self.manifest.get("units", self.headers)) - len(self.headers)
 
     @property
     def quick(self) -> bool:
+        """Whether this is a quick run."""
         return bool(self.manifest.get("options", {}).get("quick"))
 
     @property
     def metrics(self) -> tuple[str, ...]:
+        """The metrics of all records."""
         return tuple(dict.fromkeys(row["metric"] for row in self.rows))
 
     def config(self, label: str) -> dict[str, Any]:
@@ -157,21 +160,26 @@ class Results:
         return next((header["config"] for header in self.headers if header["label"] == label), {})
 
     def select(self, metric: str | None = None, label: str | None = None, **keys: Any) -> list[Row]:
-        """The rows of a metric and a label; further keywords select by any other key of the records."""
-        if metric is not None and label is not None:
-            found = self._places.get((metric, label), [])
-        else:
-            found = [row for row in self.rows if metric in (None, row["metric"]) and label in (None, row["label"])]
-        return [row for row in found if all(row.get(key) == value for key, value in keys.items())]
+        """The rows of a metric and a label (default: of all); further keywords select by any other key of the
+        records."""
+        keys |= {} if label is None else {"label": label}
+        rows = self.rows if metric is None else self._of_metric.get((metric, label), ())
+        return [row for row in rows if all(row.get(key) == value for key, value in keys.items())]
+
+    @cached_property
+    def _of_metric(self) -> dict[tuple[str, str | None], list[Row]]:
+        """The rows by metric, and by metric and label, since reports ask for hundreds of such pairs."""
+        places: dict[tuple[str, str | None], list[Row]] = defaultdict(list)
+        for row in self.rows:
+            places[row["metric"], None].append(row)
+            places[row["metric"], row["label"]].append(row)
+        return places
 
     def finals(self, metric: str, label: str | None = None, **keys: Any) -> dict[int, float]:
-        """By seed: the value at the last step, for comparisons seed by seed. Without `label`, of the only one."""
-        last: dict[int, Row] = {}
-        for row in self.select(metric, self.label if label is None else label, **keys):
-            known = last.get(row["seed"])
-            if known is None or last_step(row) >= last_step(known):
-                last[row["seed"]] = row
-        return {seed: row["value"] for seed, row in last.items()}
+        """By seed: the value at the last step, for comparisons seed by seed."""
+        rows = self.select(metric, self.label if label is None else label, **keys)
+        last = {row["seed"]: row["value"] for row in sorted(rows, key=last_step)}  # of equal steps the later record
+        return {row["seed"]: last[row["seed"]] for row in rows}
 
     def final(self, metric: str, label: str | None = None, **keys: Any) -> Summary | None:
         """Over seeds: the value at the last step of each. None without rows; n is the number of seeds."""
@@ -187,21 +195,6 @@ class Results:
         seeds = {seed for at_step in values.values() for seed in at_step}
         shared = sorted(step for step, at_step in values.items() if len(at_step) == len(seeds))
         return [(float(step), summarise(values[step].values())) for step in shared]
-
-    @cached_property
-    def _places(self) -> dict[tuple[str, str], list[Row]]:
-        """The rows by metric and label, since reports ask for hundreds of such pairs."""
-        places: dict[tuple[str, str], list[Row]] = defaultdict(list)
-        for row in self.rows:
-            places[row["metric"], row["label"]].append(row)
-        return dict(places)
-
-    @cached_property
-    def _by_label(self) -> dict[str, list[Row]]:
-        places: dict[str, list[Row]] = defaultdict(list)
-        for row in self.rows:
-            places[row["label"]].append(row)
-        return dict(places)
 
 
 def load(store: Store, command: str) -> Results:

@@ -3,15 +3,13 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite, sqrt
+from statistics import fmean
 
 import numpy as np
 
 from benchmarks.harness.results import Summary, summarise
 from benchmarks.pairs import LEVEL
 
-IDENTICAL = "identical"
-NONE = "none"
-CONSTANT = "constant difference"
 LEAST = 3  # seeds for a test: two leave a single degree of freedom
 ROUNDING = 1e-12  # of the values: a smaller spread of their differences is none
 
@@ -24,22 +22,23 @@ class Comparison:
     b: Summary
     difference: float
     name: str
-    p: float | None
-    effect: float | None
+    p: float | None = None
+    effect: float | None = None
     """The difference in standard deviations: of the differences where seeds are paired (d_z), of the root mean of both
     variances elsewhere (Cohen's d)."""
 
     def verdict(self, corrected: float | None) -> str:
-        """In words, from p after the correction."""
+        """In words, from p after the correction for the number of tests."""
         if not isfinite(self.difference):
             return "undefined"
         if corrected is None:
-            return self.name if self.name in (IDENTICAL, CONSTANT) else "too few seeds"
+            return self.name
         return "**beyond noise**" if corrected < LEVEL else "within noise"
 
 
 def compared(a: Mapping[int, float], b: Mapping[int, float]) -> Comparison:
-    """Student's paired t-test over the seeds that both have, where they share at least two, Welch's t-test elsewhere.
+    """Student's paired t-test (1908) over the seeds that both have, where they share at least two; elsewhere Welch's
+    (1947), for unequal variances.
 
     No test is made of fewer than three seeds, nor of differences that are the same in every seed.
 
@@ -49,29 +48,26 @@ def compared(a: Mapping[int, float], b: Mapping[int, float]) -> Comparison:
     >>> compared({0: 1.0, 1: 2.0}, {0: 1.0, 1: 2.0}).verdict(None)
     'identical'
     """
-    shared = sorted(a.keys() & b.keys())
-    if shared and a.keys() == b.keys() and np.array_equal(*_values(a, b, shared), equal_nan=True):
-        return Comparison(summarise(a.values()), summarise(b.values()), 0.0, IDENTICAL, None, None)
-    paired = len(shared) >= 2  # Student 1908; else Welch 1947, for unequal variances
-    x, y = _values(a, b, shared) if paired else (np.array([*a.values()]), np.array([*b.values()]))
-    ours, theirs = summarise(x), summarise(y)
-    gap = summarise(y - x) if paired else None
-    difference = gap.mean if gap else theirs.mean - ours.mean
-    if ours.std is None or theirs.std is None or not isfinite(difference):
-        return Comparison(ours, theirs, difference, NONE, None, None)
-    spread = gap.std or 0.0 if gap else sqrt((ours.std**2 + theirs.std**2) / 2)
-    tested = min(ours.n, theirs.n) >= LEAST
-    if spread <= ROUNDING * max(np.abs(x).max(), np.abs(y).max()):
-        told = NONE if not tested else CONSTANT if difference else IDENTICAL
-        return Comparison(ours, theirs, difference, told, None, None)
     from scipy.stats import ttest_ind, ttest_rel
 
-    p = float((ttest_rel(y, x) if paired else ttest_ind(y, x, equal_var=False)).pvalue) if tested else None
-    return Comparison(ours, theirs, difference, "paired" if paired else "Welch", p, difference / spread)
-
-
-def _values(a: Mapping[int, float], b: Mapping[int, float], seeds: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    return np.array([a[seed] for seed in seeds]), np.array([b[seed] for seed in seeds])
+    shared = sorted(a.keys() & b.keys())
+    same = a.keys() == b.keys()
+    paired = len(shared) >= 2 or same
+    x, y = (np.array([some[seed] for seed in (shared if paired else some)]) for some in (a, b))
+    ours, theirs = summarise(x), summarise(y)
+    if same and np.array_equal(x, y, equal_nan=True):
+        return Comparison(ours, theirs, 0.0, "identical")
+    gap = summarise(y - x) if paired else None
+    difference = gap.mean if gap else theirs.mean - ours.mean
+    spreads = [some.std for some in ([gap] if gap else [ours, theirs]) if some.std is not None]
+    spread = sqrt(fmean(std**2 for std in spreads)) if len(spreads) == (1 if gap else 2) else 0.0
+    effect = difference / spread if spread > ROUNDING * max(np.abs(x).max(), np.abs(y).max()) else None
+    if min(ours.n, theirs.n) < LEAST:
+        return Comparison(ours, theirs, difference, "too few seeds", None, effect)
+    if effect is None:
+        return Comparison(ours, theirs, difference, "constant difference" if difference else "identical")
+    p = float((ttest_rel(y, x) if paired else ttest_ind(y, x, equal_var=False)).pvalue)
+    return Comparison(ours, theirs, difference, "paired" if paired else "Welch", p, effect)
 
 
 def holm(values: Sequence[float]) -> list[float]:

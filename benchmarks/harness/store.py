@@ -1,16 +1,19 @@
-"""Where results lie on disk, written so that a file is either complete or absent.
+"""The files of results, written so that each is either complete or absent.
 
 ``<out>/<experiment>/``
     ``units/<digest>.jsonl``      a finished unit: a header line, then one line per record, the timings marked as such
     ``units/<digest>.error.txt``  the traceback of a unit that failed
-    ``tensorboard/<label>/seed<k>``  event files: what the run logged, and its row and charts (``*.results``)
+    ``tensorboard/<label>/seed<k>``  event files: the run's own, and its row and charts (``*.results``)
     ``manifest.json``             the grid of the last run and what it ran on
     ``report.md``, ``report.html``, ``*.png``
-    ``.lock``                     what a run that is at work holds
+    ``.lock``                     held by a run that is at work
 """
 
+import errno
 import json
 import os
+import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +22,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from benchmarks.harness.errors import UsageError, full_disk
+from benchmarks.harness.errors import UsageError
 
 LOCK = ".lock"
 
@@ -72,7 +75,7 @@ class Store:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a temporary file beside it, bring it to the disk, and rename it: a kill leaves the old file or the new."""
+    """Write a temporary file beside the path, sync it, and rename it: a kill leaves the old file or the new."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -88,8 +91,8 @@ def write_atomically(path: Path, text: str) -> None:
 
 @contextmanager
 def only_run_in(folder: Path) -> Iterator[None]:
-    """Make the folder, and keep other runs out of it while the context is open; a process that ends in whatever way
-    leaves it free. Raises UsageError where another run has it, or where the folder cannot be written."""
+    """Make the folder and lock it against other runs while the context is open; the end of the process, however it
+    comes, frees it. Raises UsageError where another run has it, or where the folder cannot be written."""
     lock = FileLock(folder / LOCK, timeout=0)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -106,3 +109,54 @@ def only_run_in(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def full_disk(error: BaseException | None, folder: Path) -> UsageError | None:
+    """The message for an error that was caused by a full disk, None for any other. `folder` is named where the error
+    does not name a file."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            place = Path(error.filename).parent if error.filename else folder
+            return UsageError(
+                f"no space is left on the disk of {place}. What has finished is kept: make space, and the same command "
+                "runs the rest."
+            )
+        error = error.__cause__ or error.__context__
+    return None
+
+
+@contextmanager
+def reporting_a_full_disk(folder: Path) -> Iterator[None]:
+    """Raise `UsageError` in place of the error of a write to a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if full := full_disk(error, folder):
+            raise full from error
+        raise
+
+
+@contextmanager
+def collecting_full_disks(folder: Path) -> Iterator[list[UsageError]]:
+    """The errors of a full disk that are raised in threads and finalisers while the context is open, as `UsageError`.
+
+    TensorBoard writes its events there, where Python prints an error and goes on. Other errors are printed as usual.
+    """
+    met: list[UsageError] = []
+
+    def wrapped(hook: Any) -> Any:
+        def handle(arguments: Any) -> None:
+            error = full_disk(arguments.exc_value, folder)
+            if error is None:
+                hook(arguments)
+            else:
+                met.append(error)
+
+        return handle
+
+    before = threading.excepthook, sys.unraisablehook
+    threading.excepthook, sys.unraisablehook = map(wrapped, before)
+    try:
+        yield met
+    finally:
+        threading.excepthook, sys.unraisablehook = before

@@ -1,4 +1,4 @@
-"""Run one unit in this process, from seeding to its file on disk."""
+"""One unit in this process, from seeding to its file on disk."""
 
 import gc
 import json
@@ -18,9 +18,9 @@ from typing import Any
 import psutil
 
 from benchmarks.harness.board import Options, publish
-from benchmarks.harness.errors import UsageError, full_disk, overhearing_a_full_disk
+from benchmarks.harness.errors import UsageError
 from benchmarks.harness.experiment import Context, Experiment, Record, Unit, describe, is_timing
-from benchmarks.harness.store import Store, write_atomically
+from benchmarks.harness.store import Store, collecting_full_disks, full_disk, write_atomically
 
 ONE_AT_A_TIME = threading.Lock()
 SAMPLED = 0.05  # seconds between two looks at the memory
@@ -28,7 +28,7 @@ SAMPLED = 0.05  # seconds between two looks at the memory
 
 @dataclass(frozen=True)
 class Job:
-    """What all units of one run share."""
+    """The inputs that all units of one run share."""
 
     experiment: Experiment
     store: Store
@@ -67,59 +67,48 @@ def run_unit(job: Job, unit: Unit) -> Outcome:
 
     Raises `UsageError` where the disk is full, since all other units would fail as well.
     """
-    with overhearing_a_full_disk(job.store.root) as met:
+    with collecting_full_disks(job.store.root) as met:
         outcome = _attempt(job, unit, met)
         if outcome.error:
-            gc.collect()  # closes its loggers, which would have the last word on the screen if they closed at exit
+            gc.collect()  # closes its loggers, which would print after the error if they closed at exit
     if met:
         raise met[0]
     return outcome
 
 
 def _attempt(job: Job, unit: Unit, met: list[UsageError]) -> Outcome:
+    """Run a unit, and write its file unless its events met a full disk; a full disk is added to `met`."""
+    store, tensorboard = job.store, job.store.tensorboard(unit.label, unit.seed)
+    started = datetime.now(timezone.utc).isoformat(timespec="seconds")
     try:
-        _run_and_write(job, unit, met)
+        shutil.rmtree(tensorboard, ignore_errors=True)
+        _seed(unit.seed)
+        begin = time.perf_counter()
+        gc.freeze()  # older objects, which would make the collection below take a second
+        try:
+            with PeakMemory() as memory:
+                context = Context(unit.seed, unit.quick, job.dataset_root, tensorboard)
+                records = _checked(job.experiment.run(unit.config, unit.seed, context))
+            seconds = time.perf_counter() - begin
+            gc.collect()  # closes Avalanche's loggers, so that the events of a finished unit are on disk
+        finally:
+            gc.unfreeze()
+        publish(tensorboard, unit, job.table, records)
+        header = {
+            "label": unit.label, "seed": unit.seed, "quick": unit.quick, "config": describe(unit.config),
+            "seconds": round(seconds, 3), "peak_memory": memory.peak, "started": started, "commit": job.commit,
+        }  # fmt: skip
+        if not met:
+            store.write_unit(unit.digest, header, records)
     except Exception as error:
-        full = full_disk(error, job.store.root)
+        full = full_disk(error, store.root)
         if full is None:
-            write_atomically(job.store.error(unit.digest), traceback.format_exc())
+            write_atomically(store.error(unit.digest), traceback.format_exc())
         else:
             met.append(full)
             error.__traceback__ = None  # TensorBoard's thread keeps the error, and so would keep the logger
         return Outcome(unit, traceback.format_exception_only(error)[-1].strip())
     return Outcome(unit)
-
-
-def _run_and_write(job: Job, unit: Unit, met: list[UsageError]) -> None:
-    """Run a unit, and write its file unless its events met a full disk."""
-    store = job.store
-    tensorboard = store.tensorboard(unit.label, unit.seed)
-    shutil.rmtree(tensorboard, ignore_errors=True)
-    context = Context(unit.seed, unit.quick, job.dataset_root, tensorboard)
-    started = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    begin = time.perf_counter()
-    _seed(unit.seed)
-    gc.freeze()  # what was there before the unit, which would make the collection below take a second
-    try:
-        with PeakMemory() as memory:
-            records = _checked(job.experiment.run(unit.config, unit.seed, context))
-        seconds = time.perf_counter() - begin
-        gc.collect()  # closes Avalanche's loggers, so that the events of a finished unit are on disk
-    finally:
-        gc.unfreeze()
-    publish(tensorboard, unit, job.table, records)
-    header = {
-        "label": unit.label,
-        "seed": unit.seed,
-        "quick": unit.quick,
-        "config": describe(unit.config),
-        "seconds": round(seconds, 3),
-        "peak_memory": memory.peak,
-        "started": started,
-        "commit": job.commit,
-    }
-    if not met:
-        store.write_unit(unit.digest, header, records)
 
 
 def use_one_thread() -> None:
@@ -168,23 +157,19 @@ class PeakMemory:
 
     def __init__(self) -> None:
         self.peak = 0
-        self._process = psutil.Process()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> "PeakMemory":
-        self._sample()
         self._thread.start()
         return self
 
     def __exit__(self, *error: object) -> None:
         self._stop.set()
         self._thread.join()
-        self._sample()
 
     def _watch(self) -> None:
-        while not self._stop.wait(SAMPLED):
-            self._sample()
-
-    def _sample(self) -> None:
-        self.peak = max(self.peak, self._process.memory_info().rss)
+        process, ended = psutil.Process(), False
+        while not ended:
+            ended = self._stop.wait(SAMPLED)
+            self.peak = max(self.peak, process.memory_info().rss)

@@ -1,11 +1,28 @@
-"""Data sets of a few random pictures, in the files of the true ones."""
+"""Data sets of a few random images in the files of the true ones, the tiny experiment, and a browser."""
 
 import pickle
+import shutil
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
+from joblib.externals.loky import get_reusable_executor
 
+from benchmarks.harness.command import main
+from benchmarks.registry import Registered
+
+HERE = Path(__file__).parent
+TINY = {
+    "tiny": Registered("tiny_experiment:experiment", "a tiny experiment", "tiny_experiment:report"),
+    "titan": Registered("nowhere:experiment", "another"),
+    "staged": Registered("tiny_experiment:staged", "one that needs the tiny one", "tiny_experiment:report"),
+}
+ARGUMENTS = (
+    "headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking",
+    "disable-component-update", "disable-sync", "disable-dev-shm-usage", "window-size=1600,2400",
+    "host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
+)  # fmt: skip
 TINY_CLASSES, CORE50_CLASSES = 200, 50
 
 
@@ -98,3 +115,50 @@ def unchecked(monkeypatch):
         monkeypatch.setattr(module, "check_integrity", lambda *args: True)
     for kind in (CIFAR10, SVHN):
         monkeypatch.setattr(kind, "_check_integrity", lambda self: True)
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    """Run a command line of the tiny experiment, or any with `main`, in this process: the exit status."""
+    monkeypatch.syspath_prepend(str(HERE))
+    monkeypatch.setenv("TINY_LOG", str(tmp_path / "log"))
+    monkeypatch.delenv("TINY_FAULT", raising=False)
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        monkeypatch.setenv(name, "1")
+
+    def command(*words, out="out", jobs=1):
+        extra = ["--jobs", str(jobs)] if words[0] == "run" and jobs else []
+        status = main([words[0], "tiny", *words[1:], "--out", str(tmp_path / out), *extra], TINY)
+        if jobs and jobs > 1:  # so that the next run starts processes that know its environment
+            get_reusable_executor(reuse=True).shutdown(kill_workers=True)
+        return status
+
+    def records(out="out"):
+        """The lines of each unit that are the same in every run: neither the header nor the timings."""
+        units = {path.name: path.read_text().splitlines()[1:] for path in (tmp_path / out).glob("tiny/units/*.jsonl")}
+        return {name: [line for line in lines if '"timing": true' not in line] for name, lines in units.items()}
+
+    command.out = tmp_path / "out" / "tiny"
+    command.started = lambda: (tmp_path / "log").read_text().split() if (tmp_path / "log").exists() else []
+    command.main = lambda *words: main([*words], TINY)
+    command.units = lambda: {path.name: path.read_bytes() for path in command.out.glob("units/*.jsonl")}
+    command.records = records
+    return command
+
+
+@pytest.fixture
+def browser(tmp_path):
+    """A headless Chromium with a profile of its own that reaches only this machine."""
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is missing: pip install -e '.[test]'")
+    names = ("chromium", "chromium-browser", "google-chrome")
+    chromium, driver = next(filter(None, map(shutil.which, names)), None), shutil.which("chromedriver")
+    if not (chromium and driver):
+        pytest.skip("a browser is missing: apt-get install chromium chromium-driver")
+    chosen = webdriver.ChromeOptions()
+    chosen.binary_location = chromium
+    chosen.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    for argument in [*ARGUMENTS, f"user-data-dir={tmp_path / 'profile'}"]:
+        chosen.add_argument(f"--{argument}")
+    opened = webdriver.Chrome(options=chosen, service=webdriver.ChromeService(driver))
+    yield opened
+    opened.quit()

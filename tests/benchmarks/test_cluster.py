@@ -5,72 +5,54 @@ import os
 import signal
 import threading
 import time
-from pathlib import Path
 
 import pytest
 
-from benchmarks.harness import cluster
-from benchmarks.harness.cluster import Cluster, _run_if_shared, _wait_until_visible
-from benchmarks.harness.command import main
+from benchmarks.harness import engines
+from benchmarks.harness.engines import Cluster, _run_if_shared, _wait_until_visible
 from benchmarks.harness.errors import UsageError
 from benchmarks.harness.store import Store
 from benchmarks.harness.unit_run import Job, Outcome
-from benchmarks.registry import Registered
 
 distributed = pytest.importorskip("distributed")
 
-HERE = Path(__file__).parent
-EXPERIMENTS = {"tiny": Registered("tiny_experiment:experiment", "a tiny experiment", "tiny_experiment:report")}
 QUIET = {"dashboard_address": None, "silence_logs": 50}
 
 
-@pytest.fixture
-def tiny(tmp_path, monkeypatch):
-    """Run the tiny experiment in a folder: the exit status. `tiny.started()` names the units in their order."""
-    monkeypatch.syspath_prepend(str(HERE))
-    monkeypatch.setenv("TINY_LOG", str(tmp_path / "log"))
-    monkeypatch.delenv("TINY_FAULT", raising=False)
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """A working folder, from which the folder of the results is relative."""
     monkeypatch.chdir(tmp_path)
-    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-        monkeypatch.setenv(name, "1")
-
-    def command(out, *words, seeds=2):
-        return main(["run", "tiny", "--seeds", str(seeds), "--out", out, *words], EXPERIMENTS)
-
-    command.started = lambda: (tmp_path / "log").read_text().split() if (tmp_path / "log").exists() else []
-    return command
 
 
-def records(out):
-    """The records of each unit that are the same in every run."""
-    files = (Path(out) / "tiny" / "units").glob("*.jsonl")
-    return {p.name: [line for line in p.read_text().splitlines()[1:] if '"timing": true' not in line] for p in files}
+def run(tiny, address, seeds=2):
+    return tiny.main("run", "tiny", "--seeds", str(seeds), "--scheduler", address, "--out", "far")
 
 
-def test_a_scheduler_runs_every_unit_once_with_the_numbers_of_this_process(tiny):
+def test_a_scheduler_runs_every_unit_once_with_the_numbers_of_this_process(tiny, tmp_path):
     with distributed.LocalCluster(n_workers=1, threads_per_worker=1, processes=False, **QUIET) as workers:
-        assert tiny("far", "--scheduler", workers.scheduler_address) == 0
+        assert run(tiny, workers.scheduler_address) == 0
         assert workers.scheduler.transition_counter >= 4
     assert sorted(tiny.started()) == ["a0", "a1", "b0", "b1"]
-    assert json.loads(Path("far/tiny/manifest.json").read_text())["jobs"] is None
-    assert tiny("near", "--jobs", "1") == 0
-    assert records("far") == records("near")
-    assert len(records("far")) == 4
+    assert json.loads((tmp_path / "far/tiny/manifest.json").read_text())["jobs"] is None
+    assert tiny("run", "--seeds", "2", out="near") == 0
+    assert tiny.records("far") == tiny.records("near")
+    assert len(tiny.records("far")) == 4
 
 
 def test_workers_with_several_threads_are_refused_before_any_unit_runs(tiny, capsys):
     with distributed.LocalCluster(n_workers=1, threads_per_worker=2, processes=False, **QUIET) as workers:
-        assert tiny("out", "--scheduler", workers.scheduler_address) == 2
+        assert run(tiny, workers.scheduler_address) == 2
     assert "has 2. Start workers with `dask worker ADDRESS --nthreads 1" in capsys.readouterr().err
     assert tiny.started() == []
 
 
 @pytest.mark.parametrize("address", ["tcp://127.0.0.1:9", "nowhere", "tcp://127.0.0.1", "no://127.0.0.1:80"])
 def test_an_address_without_a_scheduler_says_how_to_start_one(tiny, capsys, monkeypatch, address):
-    monkeypatch.setattr(cluster, "CONNECT", 0.5)
+    monkeypatch.setattr(engines, "CONNECT", 0.5)
     if not address.endswith(":9"):
         monkeypatch.setattr(distributed, "Client", None)  # the client of what is no address takes 20 s to close
-    assert tiny("out", "--scheduler", address) == 2
+    assert run(tiny, address) == 2
     error = capsys.readouterr().err
     assert f"error: no Dask scheduler answers at '{address}'" in error
     assert "`dask scheduler`" in error
@@ -78,7 +60,7 @@ def test_an_address_without_a_scheduler_says_how_to_start_one(tiny, capsys, monk
 
 def test_without_dask_the_message_names_the_extra(tiny, capsys, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "distributed", None)
-    assert tiny("out", "--scheduler", "tcp://127.0.0.1:9") == 2
+    assert run(tiny, "tcp://127.0.0.1:9") == 2
     assert capsys.readouterr().err == "error: --scheduler needs Dask: python -m pip install -e '.[cluster]'.\n"
 
 
@@ -86,7 +68,7 @@ def test_a_folder_that_the_machines_do_not_share_is_named(tmp_path, monkeypatch)
     job = Job(None, Store(tmp_path / "elsewhere"), None, None, {})
     with pytest.raises(UsageError, match=r"do not see the same files in .*elsewhere"):
         _run_if_shared(job, None)
-    monkeypatch.setattr(cluster, "VISIBLE", 0.0)
+    monkeypatch.setattr(engines, "VISIBLE", 0.0)
     unit = type("Unit", (), {"digest": "0" * 12})
     with pytest.raises(UsageError, match=r"do not see the same files in .*elsewhere"):
         _wait_until_visible(job.store, Outcome(unit))
@@ -94,12 +76,12 @@ def test_a_folder_that_the_machines_do_not_share_is_named(tmp_path, monkeypatch)
 
 
 @pytest.mark.slow
-def test_a_worker_killed_while_it_runs_a_unit_loses_none_and_none_counts_twice(tiny, monkeypatch):
+def test_a_worker_killed_while_it_runs_a_unit_loses_none_and_none_counts_twice(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("TINY_FAULT", "hang once")
 
     def kill():
         end = time.monotonic() + 60
-        while len(records("far")) < 5 or "b1" not in tiny.started():
+        while len(tiny.records("far")) < 5 or "b1" not in tiny.started():
             assert time.monotonic() < end
             time.sleep(0.1)
         (busy,) = (worker for worker, tasks in client.processing().items() if tasks)
@@ -112,14 +94,14 @@ def test_a_worker_killed_while_it_runs_a_unit_loses_none_and_none_counts_twice(t
         pids = client.run(os.getpid)
         killer = threading.Thread(target=kill)
         killer.start()
-        assert tiny("far", "--scheduler", workers.scheduler_address, seeds=3) == 0
+        assert run(tiny, workers.scheduler_address, seeds=3) == 0
         killer.join()
     assert sorted(tiny.started()) == ["a0", "a1", "a2", "b0", "b1", "b1", "b2"]
-    units = json.loads(Path("far/tiny/manifest.json").read_text())["units"]
+    units = json.loads((tmp_path / "far/tiny/manifest.json").read_text())["units"]
     assert [unit["seconds"] is not None for unit in units] == [True] * 6
-    assert tiny("near", "--jobs", "1", seeds=3) == 0
-    assert records("far") == records("near")
-    assert len(list(Path("far/tiny/tensorboard/b/seed1").iterdir())) == 1
+    assert tiny("run", "--seeds", "3", out="near") == 0
+    assert tiny.records("far") == tiny.records("near")
+    assert len(list((tmp_path / "far/tiny/tensorboard/b/seed1").iterdir())) == 1
 
 
 @pytest.mark.slow
@@ -127,10 +109,10 @@ def test_a_unit_that_kills_every_worker_fails_alone(tiny, monkeypatch, capsys):
     monkeypatch.setenv("TINY_FAULT", "die")
     with distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=True, **QUIET) as workers:
         workers.scheduler.allowed_failures = 0
-        assert tiny("out", "--scheduler", workers.scheduler_address) == 1
+        assert run(tiny, workers.scheduler_address) == 1
     said = "b seed 1: the worker process died twice, the second time with no other unit beside it (workers lost: 1, the"
     assert said in capsys.readouterr().err
-    assert len(records("out")) == 3
+    assert len(tiny.records("far")) == 3
     assert tiny.started().count("b1") == 2
 
 

@@ -12,24 +12,16 @@ from pathlib import Path
 
 import psutil
 import pytest
-from joblib.externals.loky import get_reusable_executor
 
 from benchmarks import registry
-from benchmarks.harness.command import main
 from benchmarks.harness.engines import Engine, Lost, run_units
 from benchmarks.harness.errors import UsageError
 from benchmarks.harness.experiment import Unit, digest
 from benchmarks.harness.results import Results
 from benchmarks.harness.store import Store, only_run_in
 from benchmarks.harness.unit_run import Job, Outcome, _checked
-from benchmarks.registry import Registered
 
 HERE = Path(__file__).parent
-EXPERIMENTS = {
-    "tiny": Registered("tiny_experiment:experiment", "a tiny experiment", "tiny_experiment:report"),
-    "titan": Registered("nowhere:experiment", "another"),
-    "staged": Registered("tiny_experiment:staged", "one that needs the tiny one", "tiny_experiment:report"),
-}
 CHOICES = "Choices: staged, tiny, titan."
 COMMAND = """
 import signal
@@ -42,30 +34,8 @@ sys.exit(main(sys.argv[1:], {"tiny": tiny}))
 """
 
 
-@pytest.fixture
-def tiny(tmp_path, monkeypatch):
-    """Run a command line of the tiny experiment in this process; `tiny.out` is where it writes."""
-    monkeypatch.syspath_prepend(str(HERE))
-    monkeypatch.setenv("TINY_LOG", str(tmp_path / "log"))
-    monkeypatch.delenv("TINY_FAULT", raising=False)
-    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-        monkeypatch.setenv(name, "1")
-
-    def command(*words, out="out", jobs=1):
-        extra = ["--jobs", str(jobs)] if words[0] == "run" else []
-        status = main([words[0], "tiny", *words[1:], "--out", str(tmp_path / out), *extra], EXPERIMENTS)
-
-        if jobs > 1:  # so that the next run starts processes that know its environment
-            get_reusable_executor(reuse=True).shutdown(kill_workers=True)
-        return status
-
-    command.out = tmp_path / "out" / "tiny"
-    command.started = lambda: (tmp_path / "log").read_text().split()
-    return command
-
-
 def begin(tmp_path, *words):
-    """The same in a process of its own, in which b with seed 1 hangs."""
+    """A command line of the tiny experiment in a process of its own, in which b with seed 1 hangs."""
     environment = {**os.environ, "PYTHONPATH": str(HERE), "TINY_FAULT": "hang", "TINY_LOG": str(tmp_path / "log")}
     command = [sys.executable, "-c", COMMAND, *words, "--out", str(tmp_path / "out")]
     return subprocess.Popen(
@@ -79,16 +49,6 @@ def wait_until(condition, seconds=60.0):
         if time.monotonic() > end:
             pytest.fail("waited in vain")
         time.sleep(0.05)
-
-
-def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.glob("*.jsonl")}
-
-
-def records(folder):
-    """The bytes of each unit, without the lines that hold times: the header and the timings."""
-    units = {name: content.splitlines(keepends=True)[1:] for name, content in contents(folder).items()}
-    return {name: [line for line in lines if b'"timing": true' not in line] for name, lines in units.items()}
 
 
 @dataclass(frozen=True)
@@ -139,35 +99,35 @@ def test_digest_refuses_what_has_no_canonical_description():
 
 def test_a_run_resumes_with_the_missing_units_only(tiny, capsys):
     assert tiny("run", "--seeds", "1") == 0
-    before = contents(tiny.out / "units")
+    before = tiny.units()
     assert tiny("run", "--seeds", "2") == 0
     assert "2 of 4 units already finished" in capsys.readouterr().err
     assert tiny.started() == ["a0", "b0", "a1", "b1"]
-    assert before.items() <= contents(tiny.out / "units").items()
+    assert before.items() <= tiny.units().items()
 
 
 def test_a_killed_run_keeps_what_finished_and_its_rerun_gives_the_numbers_of_a_fresh_run(tiny, tmp_path):
     process = begin(tmp_path, "run", "tiny", "--seeds", "2", "--jobs", "2")
-    wait_until(lambda: len(contents(tiny.out / "units")) == 3 and "b1" in tiny.started())
+    wait_until(lambda: len(tiny.units()) == 3 and "b1" in tiny.started())
     workers = psutil.Process(process.pid).children(recursive=True)
     process.kill()
     process.communicate()
     assert not psutil.wait_procs(workers, timeout=5)[1]
-    kept = contents(tiny.out / "units")
+    kept = tiny.units()
     assert len(kept) == 3
 
     assert tiny("run", "--seeds", "2") == 0
     assert tiny("run", "--seeds", "2", out="fresh") == 0
-    assert kept.items() <= contents(tiny.out / "units").items()
-    assert records(tiny.out / "units") == records(tmp_path / "fresh" / "tiny" / "units")
-    assert [len(lines) for lines in records(tiny.out / "units").values()] == [3] * 4
+    assert kept.items() <= tiny.units().items()
+    assert tiny.records() == tiny.records("fresh")
+    assert [len(lines) for lines in tiny.records().values()] == [3] * 4
     assert len(list((tiny.out / "tensorboard" / "b" / "seed1").iterdir())) == 1
 
 
 @pytest.mark.slow
 def test_ctrl_c_ends_the_workers_and_says_how_to_resume(tiny, tmp_path):
     process = begin(tmp_path, "run", "tiny", "--seeds", "2", "--jobs", "2")
-    wait_until(lambda: len(contents(tiny.out / "units")) == 3)
+    wait_until(lambda: len(tiny.units()) == 3)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=15)
     assert process.returncode == 130
@@ -182,7 +142,7 @@ def test_a_unit_that_raises_does_not_lose_the_others(tiny, monkeypatch, capsys):
     assert "1 units failed" in printed.err
     assert "b seed 1: ArithmeticError: the loss is not finite" in printed.err
     assert printed.out.splitlines()[3].endswith("|   2 |")
-    assert len(contents(tiny.out / "units")) == 5
+    assert len(tiny.units()) == 5
     (trace,) = (tiny.out / "units").glob("*.error.txt")
     assert "in fail" in trace.read_text()
 
@@ -197,7 +157,7 @@ def test_a_unit_whose_process_dies_runs_again_alone_and_fails_if_that_dies_too(t
     assert tiny("run", "--seeds", "3", jobs=2) == 1
     said = "b seed 1: the worker process died twice, the second time with no other unit beside it (exit code SIGKILL"
     assert said in capsys.readouterr().err
-    assert len(contents(tiny.out / "units")) == 5
+    assert len(tiny.units()) == 5
     assert tiny.started().count("b1") == 2
 
 
@@ -206,7 +166,7 @@ def test_a_worker_killed_once_costs_no_unit(tiny, monkeypatch, tmp_path):
     monkeypatch.setenv("TINY_FAULT", "die once")
     assert tiny("run", "--seeds", "2", jobs=2) == 0
     assert tiny("run", "--seeds", "2", out="fresh") == 0
-    assert records(tiny.out / "units") == records(tmp_path / "fresh" / "tiny" / "units")
+    assert tiny.records() == tiny.records("fresh")
 
 
 class Breaking(Engine):
@@ -246,14 +206,14 @@ def test_a_full_disk_ends_the_run_with_one_message_and_the_same_command_resumes(
     folder = tiny.out
     expected = f"error: no space is left on the disk of {folder}. What has finished is kept: make space, and the same"
     assert expected in capsys.readouterr().err
-    kept = contents(folder / "units")
+    kept = tiny.units()
     assert not list(folder.glob("units/*.error.txt"))
     assert len(kept) >= 2 if jobs == 1 else kept
 
     monkeypatch.delenv("TINY_FAULT")
     assert tiny("run", "--seeds", "2", jobs=jobs) == 0
-    assert kept.items() <= contents(folder / "units").items()
-    assert len(contents(folder / "units")) == 4
+    assert kept.items() <= tiny.units().items()
+    assert len(tiny.units()) == 4
 
 
 @pytest.mark.parametrize("where", ["in a thread", "when a logger closes", "while logging"])
@@ -262,7 +222,7 @@ def test_a_unit_whose_events_met_a_full_disk_unseen_has_not_finished(tiny, monke
     assert tiny("run", "--seeds", "2") == 2
     said = capsys.readouterr().err.splitlines()[-1]
     assert said.startswith(f"error: no space is left on the disk of {tiny.out}.")
-    assert len(contents(tiny.out / "units")) == 3
+    assert len(tiny.units()) == 3
     assert tiny.started()[4:] == ["closed"] * (where != "in a thread")  # and not when Python exits, after the message
     assert not list(tiny.out.glob("units/*.error.txt"))
     monkeypatch.delenv("TINY_FAULT")
@@ -283,22 +243,22 @@ def test_wherever_the_disk_is_full_no_half_file_is_left(tiny, monkeypatch, capsy
     assert tiny("run", "--seeds", "1") == 2
     assert f"error: no space is left on the disk of {tiny.out}." in capsys.readouterr().err
     assert not list(tiny.out.rglob("*.tmp"))
-    for content in contents(tiny.out / "units").values():
+    for content in tiny.units().values():
         assert [json.loads(line) for line in content.decode().splitlines()]
 
 
 def test_a_prerequisite_runs_first_and_decides_the_options(tiny, tmp_path, monkeypatch, capsys):
     words = ["run", "staged", "--jobs", "1", "--seeds", "1", "--out", str(tmp_path / "out")]
     monkeypatch.setenv("TINY_FAULT", "raise")
-    assert main(words, EXPERIMENTS) == 1
+    assert tiny.main(*words) == 1
     assert "'staged' has not begun, because 'tiny' has not finished." in capsys.readouterr().err
     assert not (tmp_path / "out" / "staged" / "units").exists()
     monkeypatch.delenv("TINY_FAULT")
-    assert main(words, EXPERIMENTS) == 0
+    assert tiny.main(*words) == 0
     manifest = json.loads((tmp_path / "out" / "staged" / "manifest.json").read_text())
     assert [unit["label"] for unit in manifest["units"]] == ["slope2_"]  # the better of the two in the prerequisite
     assert tiny.started() == ["a0", "b0", "a1", "b1", "b1", "slope2_0"]
-    assert main([*words, "--seeds", "1"], EXPERIMENTS) == 0
+    assert tiny.main(*words, "--seeds", "1") == 0
     assert len(tiny.started()) == 6
 
 
@@ -336,7 +296,7 @@ def test_a_run_and_its_prerequisite_keep_their_folders_while_they_work(tiny, tmp
     monkeypatch.setattr("tiny_experiment.staged", Watched())
     monkeypatch.setattr("tiny_experiment.report", watched)
     words = ["run", "staged", "--jobs", "1", "--seeds", "1", "--out", str(tmp_path / "out")]
-    assert main(words, EXPERIMENTS) == 0
+    assert tiny.main(*words) == 0
     assert kept == ["tiny", "staged"]
 
 
@@ -453,13 +413,13 @@ def test_quick_runs_and_variants_have_folders_of_their_own(tiny):
     ],
 )
 def test_a_wrong_request_is_one_line_that_names_the_choices(tiny, capsys, words, message):
-    assert main(words, EXPERIMENTS) == 2
+    assert tiny.main(*words) == 2
     assert capsys.readouterr().err == f"error: {message}\n"
 
 
-def test_list_imports_neither_torch_nor_matplotlib():
+def test_list_imports_neither_torch_nor_matplotlib_nor_pandas():
     code = "import sys; from benchmarks.harness.command import main; main(['list'])\n"
-    code += "print({'torch', 'avalanche', 'matplotlib'} & set(sys.modules))"
+    code += "print({'torch', 'avalanche', 'matplotlib', 'pandas'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=HERE.parents[1], capture_output=True, text=True, check=True)
     lines = done.stdout.splitlines()
     assert [line.split()[0] for line in lines[:-1]] == sorted(registry.EXPERIMENTS)

@@ -3,14 +3,12 @@
 import gc
 import json
 import re
-import shutil
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
 import weakref
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -212,31 +210,18 @@ def test_an_option_that_tensorboard_cannot_show_is_refused(tmp_path):
 
 # In a browser ---------------------------------------------------------------------------------------------------------
 
-TEXT = """
-const texts = [];
+SEEN = """
+const texts = [], images = [];
 function walk(node) {
   if (node.nodeType === 3 && node.textContent.trim()) texts.push(node.textContent.trim());
+  if (node.tagName === 'IMG' && node.complete && node.naturalWidth > 0) images.push(node.naturalWidth);
   if (['STYLE', 'SCRIPT', 'TEMPLATE', 'NOSCRIPT'].includes(node.tagName)) return;
   if (node.shadowRoot) walk(node.shadowRoot);
   node.childNodes.forEach(walk);
 }
 walk(document.body);
-return texts;
+return [texts, images];
 """
-IMAGES = """
-const loaded = [];
-function walk(node) {
-  if (node.tagName === 'IMG' && node.complete && node.naturalWidth > 0) loaded.push(node.naturalWidth);
-  if (node.shadowRoot) walk(node.shadowRoot);
-  node.childNodes.forEach(walk);
-}
-walk(document.body);
-return loaded;
-"""
-CHROMIUM = [
-    "headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking",
-    "disable-component-update", "disable-sync", "disable-dev-shm-usage", "window-size=1600,2400",
-]  # fmt: skip
 
 
 @pytest.fixture
@@ -256,24 +241,6 @@ def server(board):
     finally:
         process.terminate()
         process.wait(10)
-
-
-@pytest.fixture
-def browser(tmp_path):
-    """A headless Chromium with a profile of its own."""
-    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is missing: pip install -e '.[test]'")
-    chromium, driver = (next(filter(None, map(shutil.which, names)), None) for names in (
-        ("chromium", "chromium-browser", "google-chrome"), ("chromedriver",)
-    ))  # fmt: skip
-    if not (chromium and driver):
-        pytest.skip("a browser is missing: apt-get install chromium chromium-driver")
-    chosen = webdriver.ChromeOptions()
-    chosen.binary_location = chromium
-    for argument in [*CHROMIUM, f"user-data-dir={tmp_path / 'profile'}"]:
-        chosen.add_argument(f"--{argument}")
-    opened = webdriver.Chrome(options=chosen, service=webdriver.ChromeService(driver))
-    yield opened
-    opened.quit()
 
 
 def answer(address):
@@ -304,29 +271,16 @@ def waited(condition, seconds=90.0):
     return value
 
 
-@contextmanager
-def page(browser, address, name, folder):
-    """read(words): the texts of a page of TensorBoard, once it shows all words; `without` words must have gone by then.
-    A screenshot stays in the folder."""
+def read(browser, address, name, *words, without=(), images=0):
+    """The texts of a page of TensorBoard, once it shows all words and so many images, and none of `without`."""
     browser.get("about:blank")
     browser.get(f"{address}/#{name}")
 
-    def read(*words, without=()):
-        end = time.monotonic() + 60
-        while True:
-            texts = browser.execute_script(TEXT)
-            wrong = (set(words) - set(texts), set(without) & set(texts))
-            if not any(wrong):
-                return texts
-            if time.monotonic() > end:
-                pytest.fail(f"the page {name} does not show {wrong[0]}, and shows {wrong[1]}")
-            time.sleep(0.3)
+    def shown():
+        texts, loaded = browser.execute_script(SEEN)
+        return texts if set(words) <= set(texts) and not set(without) & set(texts) and len(loaded) >= images else None
 
-    try:
-        yield read
-    finally:
-        time.sleep(1.5)  # lines and images are drawn after the texts
-        browser.save_screenshot(str(folder / f"{name}.png"))
+    return waited(shown, 60)
 
 
 @pytest.mark.slow
@@ -336,20 +290,15 @@ def test_runs_sort_by_final_accuracy_and_by_forgetting(server):
 
 
 @pytest.mark.slow
-def test_a_person_sees_strategies_groups_charts_a_table_and_figures(browser, server, tmp_path):
-    with page(browser, server, "timeseries", tmp_path) as read:
-        read(*RUNS, "accuracy", "fidelity")
-    with page(browser, server, "scalars", tmp_path) as read:
-        read(*RUNS, *GROUPS, "penalty")
-    with page(browser, server, "custom_scalars", tmp_path) as read:
-        read(*RUNS, *TITLES, *TITLES["Accuracy"], *TITLES["Fidelity"], "Matches (4)", without=["Matches (0)"])
-    with page(browser, server, "hparams", tmp_path) as read:
-        texts = read("Trial ID", *RUNS, *RESULTS, "strategy", "strength", "policy")
-        table = texts[texts.index("Trial ID") :]
-        for run in RUNS:
-            row = table[table.index(run) :][:8]
-            assert run.split("/")[0] in row
-            assert ("0.75000" if run.startswith("Curvature") else "0.50000") in row
-    with page(browser, server, "images", tmp_path) as read:
-        read(*RUNS, "fidelity/kappa_against_distance")
-        assert len(waited(lambda: browser.execute_script(IMAGES))) >= 1
+def test_a_person_sees_strategies_groups_charts_a_table_and_figures(browser, server):
+    read(browser, server, "timeseries", *RUNS, "accuracy", "fidelity")
+    read(browser, server, "scalars", *RUNS, *GROUPS, "penalty")
+    charts = [*TITLES, *TITLES["Accuracy"], *TITLES["Fidelity"], "Matches (4)"]
+    read(browser, server, "custom_scalars", *RUNS, *charts, without=["Matches (0)"])
+    texts = read(browser, server, "hparams", "Trial ID", *RUNS, *RESULTS, "strategy", "strength", "policy")
+    table = texts[texts.index("Trial ID") :]
+    for run in RUNS:
+        row = table[table.index(run) :][:8]
+        assert run.split("/")[0] in row
+        assert ("0.75000" if run.startswith("Curvature") else "0.50000") in row
+    read(browser, server, "images", *RUNS, "fidelity/kappa_against_distance", images=1)

@@ -1,22 +1,16 @@
 """The page of a report: one file, which a browser opens from disk without a network."""
 
 import re
-import shutil
 
 import pytest
 
 from benchmarks.harness.command import main
-from benchmarks.harness.html import Part, page
-from benchmarks.harness.report import write_report
+from benchmarks.harness.report import Part, page, write_report
 from benchmarks.harness.results import load
 from benchmarks.harness.store import Store
 
 VALUES = {"a": {0: 0.1, 1: 0.2}, "b": {0: 0.5, 1: 0.75}, "c": {0: 0.3, 1: 0.3}}
 FROM_ELSEWHERE = re.compile(r"""(?:src|href)\s*=\s*["'](?!data:|\#)|url\(|@import|<link(?![^>]*"data:)""")
-ARGUMENTS = [
-    "headless", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", "no-first-run", "disable-background-networking",
-    "disable-component-update", "disable-sync", "window-size=1400,1000",
-]  # fmt: skip
 
 
 @pytest.fixture
@@ -28,7 +22,7 @@ def folder(tmp_path, stored, report):
 
 
 def part(markdown, folder):
-    return page(Part("A title", markdown, folder))
+    return page("A title", [Part("A title", markdown, folder)])
 
 
 def test_the_page_refers_to_nothing_outside_itself(folder):
@@ -86,24 +80,6 @@ def test_one_page_holds_all_reports_of_a_folder_each_with_places_of_its_own(fold
 def test_nothing_to_report_on_says_what_to_run(tmp_path, capsys):
     assert main(["report", "--out", str(tmp_path)]) == 2
     assert "Run something first: python -m benchmarks run NAME" in capsys.readouterr().err
-
-
-@pytest.fixture
-def browser(tmp_path):
-    """A headless Chromium that reaches no network."""
-    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is missing: pip install -e '.[test]'")
-    names = ("chromium", "chromium-browser", "google-chrome")
-    chromium, driver = next(filter(None, map(shutil.which, names)), None), shutil.which("chromedriver")
-    if not (chromium and driver):
-        pytest.skip("a browser is missing: apt-get install chromium chromium-driver")
-    chosen = webdriver.ChromeOptions()
-    chosen.binary_location = chromium
-    chosen.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    for argument in [*ARGUMENTS, f"user-data-dir={tmp_path / 'profile'}", "host-resolver-rules=MAP * ~NOTFOUND"]:
-        chosen.add_argument(f"--{argument}")
-    opened = webdriver.Chrome(options=chosen, service=webdriver.ChromeService(driver))
-    yield opened
-    opened.quit()
 
 
 @pytest.mark.slow

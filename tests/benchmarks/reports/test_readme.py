@@ -6,8 +6,18 @@ import pytest
 
 from benchmarks.harness import Results, UsageError, published
 from benchmarks.harness.command import main
-from benchmarks.harness.documents import fill, filled
-from benchmarks.harness.published import LARGEST, excerpt, parsed, publish, read, read_results, rendered, written
+from benchmarks.harness.published import (
+    LARGEST,
+    excerpt,
+    fill,
+    filled,
+    parsed,
+    publish,
+    read,
+    read_results,
+    rendered,
+    written,
+)
 
 SHOW = "<!-- [[[cog from benchmarks.harness.published import show; show({}) ]]] -->\n{}<!-- [[[end]]] -->\n"
 VALUES = {"a": {0: 0.1234567, 1: 0.2}, "b | c": {0: 0.5, 1: 0.75}}
@@ -27,7 +37,7 @@ def document(tmp_path, stored, folder, experiments):
     results = read_results(stored(tmp_path / "results", VALUES))
     publish(results, "stored", lambda some: rendered(some, experiments), folder)
     path = tmp_path / "README.md"
-    parts = [SHOW.format(f'"stored", "{part}"', "") for part in ("Accuracy", "tables")]
+    parts = [SHOW.format(f'"stored", "{part}"', "") for part in ("Accuracy", "Accuracy")]
     path.write_text("Before.\n" + "Between.\n".join(parts))
     assert fill([path]) == 0
     return path
@@ -72,7 +82,7 @@ def test_what_there_is_not_is_an_error_that_names_the_nearest(document, shown, m
 
 
 def test_a_published_result_that_no_document_shows_is_an_error(document, monkeypatch):
-    monkeypatch.setattr("benchmarks.harness.documents.DOCUMENTS", [document])
+    monkeypatch.setattr("benchmarks.harness.published.DOCUMENTS", [document])
     assert fill() == 0
     document.write_text("nothing")
     with pytest.raises(UsageError, match=r'stored.json has no place in a document: show."stored". it'):
@@ -93,32 +103,26 @@ def test_a_published_file_keeps_what_results_say(tmp_path, stored):
     assert [header["seconds"] for header in again.headers] == [1.0, 2.0]
 
 
-def test_steps_before_the_last_are_dropped_unless_the_report_needs_them(tmp_path, stored):
+@pytest.mark.parametrize(("render", "kept"), [
+    (lambda some: str(some.final("loss", "a").mean), [("loss", 3)]),
+    (lambda some: str(len(some.curve("loss", "a"))), [("loss", step) for step in range(4)]),
+    (lambda some: str(some.frame["value"].sum()), [*[("loss", step) for step in range(4)], ("time", None)]),
+], ids=["finals", "curves", "all"])  # fmt: skip
+def test_only_the_records_that_the_report_needs_are_published(tmp_path, stored, render, kept):
     records = [{"metric": "loss", "value": 1.23456789 * step, "step": step} for step in range(4)]
+    records.append({"metric": "time", "value": 1.0, "step": None})
     results = read_results(stored(tmp_path / "results", {"a": {0: records}}))
-    path, dropped = publish(results, "short", lambda some: f"{some.final('loss', 'a').mean:.2f}", tmp_path)
-    assert [(row["step"], row["value"]) for row in read(path).rows] == [(3, 3.7037)]
-    assert dropped.startswith("records before the last of each series, numbers rounded to 6")
-    path, _ = publish(results, "exact", lambda some: f"{some.final('loss', 'a').mean:.9f}", tmp_path)
-    assert [row["value"] for row in read(path).rows] == [1.23456789 * 3]
-    path, _ = publish(results, "long", lambda some: str(len(some.curve("loss", "a"))), tmp_path)
-    assert len(read(path).rows) == 4
-
-
-def test_metrics_that_the_report_does_not_ask_for_are_dropped_unless_it_needs_them(tmp_path, stored):
-    records = [{"metric": name, "value": 1.0, "step": None} for name in ("loss", "time")]
-    results = read_results(stored(tmp_path / "results", {"a": {0: records}}))
-    path, dropped = publish(results, "loss", lambda some: str(some.final("loss", "a")), tmp_path)
-    assert read(path).metrics == ("loss",)
-    assert dropped.startswith("metrics that no table takes")
-    path, _ = publish(results, "both", lambda some: str(some.metrics), tmp_path)
-    assert read(path).metrics == ("loss", "time")
+    path, said = publish(results, "short", render, tmp_path)
+    again = read(path)
+    assert [(row["metric"], row["step"]) for row in again.rows] == kept
+    assert again.final("loss", "a") == results.final("loss", "a")
+    assert said.endswith(f"{len(kept)} of 5 records")
 
 
 def test_results_that_stay_large_are_refused(tmp_path, stored):
     records = [{"metric": f"metric {k}", "value": 1.0, "step": None} for k in range(LARGEST // 40)]
     results = read_results(stored(tmp_path / "results", {"a": {0: records}}))
-    with pytest.raises(UsageError, match="no short form of 'a' gives the tables that all records give below 200 kB"):
+    with pytest.raises(UsageError, match=r"the report of 'a' needs take .* expected at most 200 kB"):
         publish(results, "a", lambda some: str([some.final(name, "a") for name in some.metrics]), tmp_path)
     assert not (tmp_path / "a.json").exists()
 
@@ -138,7 +142,7 @@ def test_the_command_publishes_fills_and_checks(tmp_path, capsys, stored, folder
     assert main([*command, "dot.png"], experiments) == 2
     assert "there is no figure dot.png" in capsys.readouterr().err
     assert main([*command, "dots.png"], experiments) == 0
-    assert "numbers rounded to 6 significant digits" in capsys.readouterr().out
+    assert "4 of 4 records" in capsys.readouterr().out
     assert (folder / "short-dots.png").read_bytes() == b"PNG"
     assert main(["readme", "--check", str(readme)], experiments) == 1
     assert readme.read_text() == before
