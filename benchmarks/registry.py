@@ -122,10 +122,6 @@ OLD = {  # until every experiment is converted
         "benchmarks.experiments.ewc_permuted_mnist.experiment:experiment",
         "EWC on ten permuted MNIST tasks: from Avalanche's setting to the paper's 0.94, a factor at a time",
     ),
-    "fisher_estimators": Registered(
-        "benchmarks.experiments.fisher_estimators.experiment:experiment",
-        "Five methods to compute the Fisher information, each across strengths that differ by orders of magnitude",
-    ),
     "sac": Registered(
         "benchmarks.experiments.sac.experiment:experiment",
         "Spectral regularisation of actor and critic: SAC at a replay ratio of 16, on the DeepMind control suite",
