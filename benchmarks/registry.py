@@ -118,10 +118,6 @@ OLD = {  # until every experiment is converted
         "benchmarks.experiments.projections.experiment:experiment",
         "Gradient projection memory and its family on ten permuted MNIST tasks, beside EWC and the multitask bound",
     ),
-    "ewc_permuted_mnist": Registered(
-        "benchmarks.experiments.ewc_permuted_mnist.experiment:experiment",
-        "EWC on ten permuted MNIST tasks: from Avalanche's setting to the paper's 0.94, a factor at a time",
-    ),
     "sac": Registered(
         "benchmarks.experiments.sac.experiment:experiment",
         "Spectral regularisation of actor and critic: SAC at a replay ratio of 16, on the DeepMind control suite",
