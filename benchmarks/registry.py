@@ -114,10 +114,6 @@ OLD = {  # until every experiment is converted
         "benchmarks.experiments.plasticity.experiment:experiment",
         "Accuracy at the end of each task against its number: whether a network stays able to learn, and by what",
     ),
-    "projections": Registered(
-        "benchmarks.experiments.projections.experiment:experiment",
-        "Gradient projection memory and its family on ten permuted MNIST tasks, beside EWC and the multitask bound",
-    ),
     "sac": Registered(
         "benchmarks.experiments.sac.experiment:experiment",
         "Spectral regularisation of actor and critic: SAC at a replay ratio of 16, on the DeepMind control suite",
