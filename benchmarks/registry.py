@@ -118,10 +118,6 @@ OLD = {  # until every experiment is converted
         "benchmarks.experiments.sac.experiment:experiment",
         "Spectral regularisation of actor and critic: SAC at a replay ratio of 16, on the DeepMind control suite",
     ),
-    "leakage": Registered(
-        "benchmarks.experiments.leakage.experiment:experiment",
-        "What leaks back into a protected subspace: sequential against one basis, gradient against step",
-    ),
 }
 
 EXPERIMENTS = OLD | discovered(FOLDER, "benchmarks.experiments")
