@@ -74,14 +74,6 @@ def found(name: str, experiments: Mapping[str, Registered]) -> Registered:
 
 
 OLD = {  # until every experiment is converted
-    "compare": Registered(
-        "benchmarks.experiments.compare.experiment:experiment",
-        "Accuracy and forgetting of the strategies of this package and of Avalanche, on one stream",
-    ),
-    "tune_compare": Registered(
-        "benchmarks.experiments.compare.tuning:experiment",
-        "Strengths for compare, on held-out examples and seeds that it never reports",
-    ),
     "ewc_hessian": Registered(
         "benchmarks.experiments.ewc_hessian.experiment:experiment",
         "The Hessian's diagonal against squared gradients in EWC, each at its own strength, on permuted MNIST",
