@@ -28,7 +28,7 @@ class Registered:
 
     target: str
     summary: str
-    reporter: str = ""
+    reporter: str
 
     @property
     def experiment(self) -> Experiment:
@@ -37,8 +37,6 @@ class Registered:
     @property
     def report(self) -> Callable[[Results, Path], str]:
         """report(results, out): Markdown over the results, which may be incomplete, its figures in the folder `out`."""
-        if not self.reporter or hasattr(self.experiment, "report"):  # until every experiment is converted
-            return self.experiment.report  # type: ignore[attr-defined]
         return _loaded(self.reporter)
 
 
@@ -73,31 +71,4 @@ def found(name: str, experiments: Mapping[str, Registered]) -> Registered:
     return experiments[name]
 
 
-OLD = {  # until every experiment is converted
-    "compare": Registered(
-        "benchmarks.experiments.compare.experiment:experiment",
-        "Accuracy and forgetting of the strategies of this package and of Avalanche, on one stream",
-    ),
-    "tune_compare": Registered(
-        "benchmarks.experiments.compare.tuning:experiment",
-        "Strengths for compare, on held-out examples and seeds that it never reports",
-    ),
-    "projections": Registered(
-        "benchmarks.experiments.projections.experiment:experiment",
-        "Gradient projection memory and its family on ten permuted MNIST tasks, beside EWC and the multitask bound",
-    ),
-    "ewc_permuted_mnist": Registered(
-        "benchmarks.experiments.ewc_permuted_mnist.experiment:experiment",
-        "EWC on ten permuted MNIST tasks: from Avalanche's setting to the paper's 0.94, a factor at a time",
-    ),
-    "fisher_estimators": Registered(
-        "benchmarks.experiments.fisher_estimators.experiment:experiment",
-        "Five methods to compute the Fisher information, each across strengths that differ by orders of magnitude",
-    ),
-    "leakage": Registered(
-        "benchmarks.experiments.leakage.experiment:experiment",
-        "What leaks back into a protected subspace: sequential against one basis, gradient against step",
-    ),
-}
-
-EXPERIMENTS = OLD | discovered(FOLDER, "benchmarks.experiments")
+EXPERIMENTS = discovered(FOLDER, "benchmarks.experiments")

@@ -46,7 +46,6 @@ How to add an experiment: add the folder ``benchmarks/experiments/NAME`` with
     The question and its answer, with the tables of published results (`published`) from ``published/`` beside it.
 """
 
-from benchmarks.harness.arguments import fraction, one_of, positive  # until every experiment is converted
 from benchmarks.harness.errors import UsageError
 from benchmarks.harness.experiment import Config, Context, Experiment, Record
 from benchmarks.harness.options import Options
@@ -61,8 +60,5 @@ __all__ = [
     "Results",
     "Summary",
     "UsageError",
-    "fraction",
-    "one_of",
-    "positive",
     "summarise",
 ]

@@ -153,10 +153,6 @@ def _report(words: Sequence[str], experiments: Experiments) -> int:
 
 def _chosen(kind: Any, experiment: Experiment, words: Sequence[str]) -> Any:
     """The command line of an experiment, as `Run` or `Place` with its options."""
-    if hasattr(experiment, "add_arguments"):  # until every experiment is converted
-        from benchmarks.harness.arguments import parse
-
-        return parse(kind, experiment, words)
     return parsed(kind[experiment.options_type], words[2:], f"{PROGRAM} {shlex.join(words[:2])}")
 
 

@@ -162,3 +162,21 @@ def browser(tmp_path):
     opened = webdriver.Chrome(options=chosen, service=webdriver.ChromeService(driver))
     yield opened
     opened.quit()
+
+
+@pytest.fixture(scope="session")
+def results_of(tmp_path_factory):
+    """results_of(experiment, configs, seed=0): the results of quick runs of some configurations with one seed."""
+    from benchmarks.harness import Context, Results
+    from benchmarks.harness.experiment import describe
+
+    def measured(experiment, configs, seed=0):
+        rows, headers = [], []
+        for config in configs:
+            unit = {"label": config.label, "seed": seed}
+            for record in experiment.run(config, seed, Context(seed, True, None, tmp_path_factory.mktemp("board"))):
+                rows.append({"step": None, **record, "value": float(record["value"]), **unit})
+            headers.append({**unit, "config": describe(config)})
+        return Results(tuple(config.label for config in configs), tuple(rows), tuple(headers))
+
+    return measured

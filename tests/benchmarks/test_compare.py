@@ -8,13 +8,15 @@ import pytest
 import torch
 
 from benchmarks.experiments.compare.experiment import CompareOptions, experiment
-from benchmarks.experiments.compare.setting import FIRST_SEED, Setting
-from benchmarks.experiments.compare.tuning import Tuning, TuningOptions, best_strengths
-from benchmarks.harness import Results, UsageError
+from benchmarks.experiments.compare.report import _on_edges
+from benchmarks.experiments.compare.run import FIRST_SEED, Setting, build, course, data_for, run
+from benchmarks.experiments.tune_compare.experiment import Tuning, TuningOptions, best_strengths
+from benchmarks.harness import Context, Results, UsageError
 from benchmarks.harness.command import main
-from benchmarks.harness.experiment import Context, is_timing
+from benchmarks.harness.experiment import is_timing
+from benchmarks.methods import AllAtOnce, Plain, methods
 
-SETTING = Setting("split_digits", "class", experiences=3, steps=4, batch=32, rate=3e-3, every=0, test_limit=60)
+SETTING = Setting("split_digits", "class", experiences=3, steps=4, batch=32, rate=3e-3, fidelity_every=0, test_limit=60)
 
 
 def pixels(dataset):
@@ -27,8 +29,6 @@ def context(seed, folder):
 
 
 def test_tuning_trains_and_tests_on_disjoint_parts_of_the_training_examples():
-    from benchmarks.experiments.compare.run import data_for
-
     whole, held = (
         data_for(replace(SETTING, test_limit=None, validation=part), 3, None).benchmark for part in (0.0, 0.2)
     )
@@ -44,9 +44,8 @@ def test_tuning_trains_and_tests_on_disjoint_parts_of_the_training_examples():
 
 def test_the_first_k_protocol_sees_no_later_experience():
     (config,) = Tuning().configs(
-        TuningOptions(stream="split_digits", strategy=["EWC"], protocol="first", first=2, quick=True)
+        TuningOptions(stream="split_digits", strategy=("EWC",), protocol="first", first=2, quick=True)
     )
-    from benchmarks.experiments.compare.run import data_for
 
     found = data_for(config.setting, FIRST_SEED, None)
     assert len(found.benchmark.train_stream) == 2
@@ -57,9 +56,6 @@ def test_the_first_k_protocol_sees_no_later_experience():
 @pytest.mark.parametrize("scenario", ["task", "domain", "class"])
 def test_accuracies_equal_a_count_over_the_test_examples(scenario, tmp_path):
     from avalanche.models import avalanche_forward
-
-    from benchmarks.experiments.compare.run import build, course, data_for
-    from benchmarks.methods import Plain
 
     setting = replace(SETTING, scenario=scenario)
     data = data_for(setting, 0, None)
@@ -78,9 +74,6 @@ def test_accuracies_equal_a_count_over_the_test_examples(scenario, tmp_path):
 
 
 def test_joint_training_is_measured_once_on_all(tmp_path):
-    from benchmarks.experiments.compare.run import run
-    from benchmarks.methods import AllAtOnce
-
     records = run(AllAtOnce(), SETTING, 0, context(0, tmp_path))
     measured = [record["metric"] for record in records if "experience" in record["metric"]]
     assert measured == [f"accuracy/experience_{number}" for number in range(3)]
@@ -89,18 +82,14 @@ def test_joint_training_is_measured_once_on_all(tmp_path):
 
 @pytest.mark.parametrize("name", ["EWC", "CurvatureEWC Fisher, accumulate"])
 def test_weights_that_diverge_have_no_accuracy(name, tmp_path):
-    from benchmarks.experiments.compare.run import run
-
-    records = run(SETTING.methods()[name].with_strength(1e42), SETTING, 0, context(0, tmp_path))
+    records = run(methods(SETTING.memory)[name].with_strength(1e42), SETTING, 0, context(0, tmp_path))
     assert [math.isnan(r["value"]) for r in records if r["metric"] == "average_accuracy"] == [True]
 
 
 def test_two_runs_of_a_unit_with_one_seed_give_the_same_records(tmp_path):
-    from benchmarks.experiments.compare.run import run
-
-    setting = replace(SETTING, every=2)
+    setting = replace(SETTING, fidelity_every=2)
     for name in ("CurvatureEWC Fisher MC, refresh", "DER++", "GEM"):
-        method = setting.methods()[name]
+        method = methods(setting.memory)[name]
         first, second = (
             json.dumps([r for r in run(method, setting, 5, context(5, tmp_path)) if not is_timing(r["metric"])])
             for _ in range(2)
@@ -110,7 +99,7 @@ def test_two_runs_of_a_unit_with_one_seed_give_the_same_records(tmp_path):
 
 def row(name, strength, seed, value):
     label = f"{name} at {strength:g}"
-    header = {"label": label, "seed": seed, "config": {"name": name, "strength": strength}}
+    header = {"label": label, "seed": seed, "config": {"strategy": name, "strength": strength}}
     return header, {"metric": "average_accuracy", "value": value, "step": None, "label": label, "seed": seed}
 
 
@@ -131,7 +120,7 @@ def test_a_method_that_diverges_at_every_strength_is_named():
 
 
 def test_the_baseline_joins_the_strategies_that_are_asked_for():
-    found = experiment.configs(CompareOptions(stream="split_digits", strategy=["EWC"], baseline="Cumulative"))
+    found = experiment.configs(CompareOptions(stream="split_digits", strategy=("EWC",), baseline="Cumulative"))
     assert [config.label for config in found] == ["EWC", "Cumulative"]
 
 
@@ -147,21 +136,20 @@ def test_one_command_tunes_on_other_seeds_and_reports_at_the_strengths_it_found(
     assert "held out" in written
 
 
-def test_a_strength_at_an_end_of_its_grid_is_told(tmp_path):
-    from benchmarks.experiments.compare.report import _on_edges
-
-    def one(label, strength, tuned_on):
-        return {"label": label, "seed": 0, "config": {"method": {"strength": strength}, "tuned_on": tuned_on}}
+def test_a_strength_at_an_end_of_its_grid_is_named():
+    def one(name, strength, tuned_on):
+        config = {"strategy": name, "method": {"strength": strength}, "tuned_on": tuned_on}
+        return {"label": name, "seed": 0, "config": config}
 
     headers = (one("EWC", 1.0, "this stream"), one("EWC online", 10.0, "this stream"), one("SI fixed", 1.0, None))
     found = _on_edges(Results(tuple(header["label"] for header in headers), (), headers))
     assert found.endswith("perhaps better beyond it: EWC.")
 
 
-def test_tuning_what_has_no_strength_is_left_out(tmp_path):
-    assert experiment.prerequisite(CompareOptions(strategy=["Replay", "GPM"], tune="stream")) is None
+def test_tuning_what_has_no_strength_is_left_out():
+    assert experiment.prerequisite(CompareOptions(strategy=("Replay", "GPM"), tune="stream")) is None
     with pytest.raises(UsageError, match="Replay, GPM: without a strength, there is nothing to tune"):
-        Tuning().configs(TuningOptions(strategy=["Replay", "GPM"]))
+        Tuning().configs(TuningOptions(strategy=("Replay", "GPM")))
 
 
 @pytest.mark.parametrize(
@@ -187,9 +175,9 @@ def test_options_that_would_do_nothing_are_refused(options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"strategy": ["EWC onlin", "Naive"]}, "did you mean 'EWC online'"),
-        ({"strategy": ["Naive", "iCaRL"], "scenario": "task"}, "'iCaRL' does not run task-incrementally"),
-        ({"strategy": ["ewc ONLINE"]}, "did you mean 'EWC online'"),
+        ({"strategy": ("EWC onlin", "Naive")}, "did you mean 'EWC online'"),
+        ({"strategy": ("Naive", "iCaRL"), "scenario": "task"}, "'iCaRL' does not run task-incrementally"),
+        ({"strategy": ("ewc ONLINE",)}, "did you mean 'EWC online'"),
         ({"baseline": "Nave"}, "did you mean 'Naive'"),
         ({"stream": "sine", "scenario": "class"}, "has no scenario 'class'. It has: domain"),
     ],

@@ -10,9 +10,9 @@ from torch import nn
 
 from benchmarks.experiments.ewc_permuted_mnist import experiment as ewc
 from benchmarks.experiments.ewc_permuted_mnist.experiment import Adam, Config, EwcOptions, Setting, Sgd
-from benchmarks.harness.experiment import Context
-from benchmarks.harness.grid import describe
-from benchmarks.harness.results import Results
+from benchmarks.experiments.ewc_permuted_mnist.report import report
+from benchmarks.harness.experiment import describe
+from benchmarks.methods import AvalancheEWC, Multitask
 
 SMALL = Setting(Sgd(0.05), "digits", tasks=2, hidden=10, steps=50, batch=32)
 
@@ -21,18 +21,6 @@ SMALL = Setting(Sgd(0.05), "digits", tasks=2, hidden=10, steps=50, batch=32)
 def grid():
     """The path, and the rows beside it."""
     return ewc.penalised()
-
-
-@pytest.fixture(scope="module")
-def run():
-    from benchmarks.experiments.ewc_permuted_mnist import run
-
-    return run
-
-
-def records(run, config, tmp_path):
-    context = Context(0, True, None, tmp_path)
-    return [{"step": None, **r, "value": float(r["value"])} for r in run.run(config, 0, context)]
 
 
 def test_each_row_of_the_path_changes_one_thing_beside_its_strength(grid):
@@ -53,18 +41,16 @@ def test_each_row_of_the_path_changes_one_thing_beside_its_strength(grid):
         assert not row.tried or row.method.strength in row.tried
 
 
-def test_the_first_row_is_what_avalanche_does(grid, run):
+def test_the_first_row_is_what_avalanche_does(grid):
     """The squares of mini-batch gradients, at twice the strength for the ½."""
-    from benchmarks.methods import AvalancheEWC
-
     ours = grid[0][0].method.with_strength(500 * ewc.THEIRS)
     kind = replace(ours.curvature, batch_size=SMALL.batch)
     ours = replace(ours, curvature=kind, policy=replace(ours.policy, fraction=1.0))
     found = []
     for method in (ours, AvalancheEWC(500.0), AvalancheEWC(0.0)):
-        stream = run.stream(SMALL, 0, None, at_once=False)
+        stream = ewc.stream(SMALL, 0, None, at_once=False)
         torch.manual_seed(5)
-        trainer = run.build(Config("one", method, SMALL), stream)
+        trainer = ewc.build(Config("one", method, SMALL), stream)
         for task, experience in enumerate(stream.benchmark.train_stream):
             torch.manual_seed(task)  # the loader of Avalanche's own estimate draws from the global state
             trainer.train(experience)
@@ -90,35 +76,33 @@ def test_adam_in_one_kernel_steps_as_adam_does():
     torch.testing.assert_close(*ends)
 
 
-def test_pixels_lie_between_0_and_1_or_are_shifted_and_scaled(run):
+def test_pixels_lie_between_0_and_1_or_are_shifted_and_scaled():
     plain, shifted = (
-        run.stream(replace(SMALL, mean=mean, deviation=deviation), 0, None, at_once=False).parts[0].inputs
+        ewc.stream(replace(SMALL, mean=mean, deviation=deviation), 0, None, at_once=False).parts[0].inputs
         for mean, deviation in ((0.0, 1.0), (0.5, 0.25))
     )
     assert (plain.min(), plain.max()) == (0, 1)
     torch.testing.assert_close(shifted, (plain - 0.5) * 4)
 
 
-def test_weights_that_diverge_end_the_run_without_an_accuracy(grid, run, tmp_path):
+def test_weights_that_diverge_end_the_run_without_an_accuracy(grid, results_of):
     row = replace(grid[0][3], setting=replace(SMALL, optimiser=Sgd(1e30), tasks=3))
-    found = records(run, replace(row, method=row.method.with_strength(1e6)).config(), tmp_path)
-    assert [r["metric"] for r in found] == ["average_accuracy"]
-    assert math.isnan(found[0]["value"])
+    (found,) = results_of(ewc.experiment, [replace(row, method=row.method.with_strength(1e6)).config()]).rows
+    assert found["metric"] == "average_accuracy"
+    assert math.isnan(found["value"])
 
 
-def test_multitask_has_the_steps_and_the_images_of_all_tasks(run, tmp_path):
-    from benchmarks.methods import Multitask
-
+def test_multitask_has_the_steps_and_the_images_of_all_tasks(results_of):
     config = Config("multitask", Multitask(), SMALL)
-    joint, apart = (run.stream(SMALL, 0, None, at_once=at_once) for at_once in (True, False))
+    joint, apart = (ewc.stream(SMALL, 0, None, at_once=at_once) for at_once in (True, False))
     (whole,), parts = joint.parts, apart.parts
     assert len(whole) == sum(map(len, parts))
     assert all(torch.equal(whole[len(parts[0]) + i][0], parts[1][i][0]) for i in range(3))
-    trainer = run.build(config, joint)
+    trainer = ewc.build(config, joint)
     trainer.train(joint.benchmark.train_stream[0])
     assert trainer.strategy.clock.train_iterations == SMALL.steps * SMALL.tasks
-    found = records(run, config, tmp_path)
-    assert [r["step"] for r in found if r["metric"] == "accuracy/seen"] == [SMALL.tasks]
+    found = results_of(ewc.experiment, [config])
+    assert [row["step"] for row in found.select("accuracy/seen")] == [SMALL.tasks]
 
 
 @pytest.mark.parametrize("part", ewc.PARTS)
@@ -129,28 +113,22 @@ def test_every_part_has_a_quick_form_without_data_and_tunes_on_seeds_of_its_own(
     assert len({str(describe(replace(config, label=""))) for config in configs}) == len(configs)
 
 
-def test_the_report_says_what_each_row_changes_and_which_reach_the_paper(run, tmp_path):
-    chosen = ewc.experiment.configs(
-        EwcOptions(quick=True, row=["1 Avalanche's recipe", "7 Kronecker", "multitask, as row 7"])
-    )
-    rows = [
-        {**record, "label": config.label, "seed": 0} for config in chosen for record in records(run, config, tmp_path)
-    ]
-    final = [row for row in rows if row["metric"] == "average_accuracy" and row["label"] == "7 Kronecker"]
-    final[0]["value"] = 0.951
-    headers = tuple({"label": config.label, "seed": 0, "config": describe(config)} for config in chosen)
-    results = Results(tuple(config.label for config in chosen), tuple(rows), headers)
-    written = ewc.experiment.report(results, tmp_path)
+def test_the_report_says_what_each_row_changes_and_which_reach_the_paper(results_of, tmp_path):
+    chosen = ("1 Avalanche's recipe", "7 Kronecker", "multitask, as row 7")
+    results = results_of(ewc.experiment, ewc.experiment.configs(EwcOptions(quick=True, row=chosen)))
+    (final,) = results.where(changed="KFAC for the diagonal, λ tuned").select("average_accuracy")
+    final["value"] = 0.951
+    written = report(results, tmp_path)
     assert "KFAC for the diagonal" in written
     assert "At or above 0.94: 7 Kronecker (0.9510)." in written
     assert {path.name for path in tmp_path.glob("*.png")} == {"ewc_permuted_mnist.png", "ewc_permuted_mnist_rows.png"}
 
 
-def test_tuning_tests_on_training_images_that_it_does_not_train_on(run):
+def test_tuning_tests_on_training_images_that_it_does_not_train_on():
     (config,) = (c for c in ewc.rows("tune") if c.label == "4 per-example Fisher at 3")
     setting = replace(config.setting, images="digits", tasks=2)
-    found = run.stream(setting, 1000, None, at_once=False)
-    whole = run.stream(replace(setting, validation=0.0), 1000, None, at_once=False)
+    found = ewc.stream(setting, 1000, None, at_once=False)
+    whole = ewc.stream(replace(setting, validation=0.0), 1000, None, at_once=False)
 
     def images(part):
         return sorted(row.numpy().tobytes() for row in part.inputs)

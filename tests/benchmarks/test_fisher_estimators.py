@@ -8,21 +8,11 @@ import torch
 from torch import nn
 
 from benchmarks.experiments.fisher_estimators import experiment as fisher
-from benchmarks.experiments.fisher_estimators.experiment import Config, Estimator, Setting, estimators, rows
-from benchmarks.experiments.fisher_estimators.report import COMMON, curves, level_of, works
-from benchmarks.harness.experiment import Context
-from benchmarks.harness.grid import describe
-from benchmarks.harness.results import Results
-from benchmarks.harness.summary import Summary
+from benchmarks.experiments.fisher_estimators.experiment import COMMON, ESTIMATORS, EXPONENTS, Config, Setting
+from benchmarks.experiments.fisher_estimators.report import curves, level_of, report, works
+from benchmarks.harness import Summary
 
 SMALL = Setting("digits", tasks=3, hidden=10, steps=15, batch=32, rate=1e-2)
-
-
-@pytest.fixture(scope="module")
-def run():
-    from benchmarks.experiments.fisher_estimators import run
-
-    return run
 
 
 def configs(*strengths):
@@ -31,29 +21,23 @@ def configs(*strengths):
         Config("Naive", "Naive", SMALL),
         *(
             Config(f"{name} at {strength:g}", name, SMALL, estimator, strength)
-            for name, estimator in estimators().items()
+            for name, estimator in ESTIMATORS.items()
             for strength in strengths
         ),
     ]
 
 
 @pytest.fixture(scope="module")
-def results(run, tmp_path_factory):
+def results(results_of):
     """One seed of all estimators at two strengths."""
-    chosen = configs(10.0, 1000.0)
-    rows = []
-    for config in chosen:
-        for record in run.run(config, 0, Context(0, True, None, tmp_path_factory.getbasetemp())):
-            rows.append({"step": None, **record, "value": float(record["value"]), "label": config.label, "seed": 0})
-    headers = tuple({"label": config.label, "seed": 0, "config": describe(config)} for config in chosen)
-    return Results(tuple(config.label for config in chosen), tuple(rows), headers)
+    return results_of(fisher.experiment, configs(10.0, 1000.0))
 
 
 def value(results, metric, label):
     return results.final(metric, label).mean
 
 
-def test_a_sure_network_has_an_empirical_fisher_smaller_by_the_probability_of_the_wrong_label(run):
+def test_a_sure_network_has_an_empirical_fisher_smaller_by_the_probability_of_the_wrong_label():
     """With f the difference of the two logits and p the probability of the wrong label, an example has the exact
     diagonal p (1 − p) (∇f)² and the empirical one p² (∇f)²."""
     from avalanche_curv.core import Diagonal, EmpiricalFisher, EmpiricalRisk, Fisher, Past
@@ -67,20 +51,20 @@ def test_a_sure_network_has_an_empirical_fisher_smaller_by_the_probability_of_th
     risk = EmpiricalRisk.snapshot(model, nn.CrossEntropyLoss(), [(inputs, right)])
     traces = {}
     for kind in (Fisher(), EmpiricalFisher()):
-        watched = run.Watched(None, 0)
+        watched = fisher.Watched(None, 0)
         watched.absorb(Past(), risk, kind, Diagonal())
         traces[type(kind)] = watched.scalars()["trace"]
     assert traces[Fisher] == pytest.approx(float((wrong * (1 - wrong) * squares).mean()), rel=1e-5)
     assert traces[EmpiricalFisher] == pytest.approx(float((wrong**2 * squares).mean()), rel=1e-5)
 
 
-def test_fishers_are_summed_at_the_newest_anchor_each_of_so_many_examples(run):
+def test_fishers_are_summed_at_the_newest_anchor_each_of_so_many_examples():
     from avalanche_curv.core import Diagonal, EmpiricalRisk, Fisher, Past, estimate
     from avalanche_curv.core.risk.batches import random_part
 
     generator = torch.Generator().manual_seed(0)
     data = [(torch.randn(20, 3, generator=generator), torch.randint(2, (20,), generator=generator)) for _ in range(2)]
-    past, watched, expected = Past(), run.Watched(7, seed=5), 0.0
+    past, watched, expected = Past(), fisher.Watched(7, seed=5), 0.0
     for number, (inputs, targets) in enumerate(data):
         model = nn.Linear(3, 2)
         whole = EmpiricalRisk.snapshot(model, nn.CrossEntropyLoss(), [(inputs, targets)])
@@ -94,10 +78,10 @@ def test_fishers_are_summed_at_the_newest_anchor_each_of_so_many_examples(run):
     torch.testing.assert_close(past.model.anchor, torch.cat([p.detach().flatten() for p in model.parameters()]))
 
 
-def test_tasks_are_pairs_of_all_ten_digits_and_carry_their_labels(run):
+def test_tasks_are_pairs_of_all_ten_digits_and_carry_their_labels():
     from benchmarks.data import read
 
-    found = run.stream(Setting("digits"), 3, None)
+    found = fisher.stream(Setting("digits"), 3, None)
     images, _ = read("digits", 60_000, 0, None)
     assert sum(map(len, found.parts)) == len(images.targets)
     for task, (part, experience) in enumerate(zip(found.parts, found.benchmark.train_stream)):
@@ -118,13 +102,13 @@ def test_the_first_task_is_the_same_at_every_strength_and_later_ones_are_not(res
     assert len({value(results, "average_accuracy", label) for label in results.labels}) > 3
 
 
-def test_a_penalty_too_weak_to_matter_changes_nothing_but_past_heads_which_adam_goes_on_to_move(run):
+def test_a_penalty_too_weak_to_matter_changes_nothing_but_past_heads_which_adam_goes_on_to_move():
     ends = []
     for strength in (None, 1e-12):
         config = replace(configs(1.0)[0 if strength is None else 1], strength=strength)
-        found = run.stream(SMALL, 0, None)
+        found = fisher.stream(SMALL, 0, None)
         torch.manual_seed(0)
-        trainer = run.build(config, found, run.Watched(None, 0))
+        trainer = fisher.build(config, found, fisher.Watched(None, 0))
         for experience in found.benchmark.train_stream:
             trainer.train(experience)
         ends.append(dict(trainer.strategy.model.named_parameters()))
@@ -152,7 +136,7 @@ def test_the_level_is_nine_tenths_of_what_the_best_gains_over_naive(results):
 
 
 def test_the_report_compares_every_estimator_with_the_exact_one(results, tmp_path):
-    written = fisher.experiment.report(results, tmp_path)
+    written = report(results, tmp_path)
     lines = {line.split("|")[1].strip(): line for line in written.splitlines() if line.startswith("| ")}
     assert {"exact", "exact, 500 examples", "one sampled label", "empirical", "batches of 128"} < set(lines)
     ratio = value(results, "trace", "exact at 10") / value(results, "trace", "batches of 128 at 10")
@@ -165,21 +149,19 @@ def test_the_report_compares_every_estimator_with_the_exact_one(results, tmp_pat
 
 
 def test_every_estimator_is_tried_at_one_common_strength():
-    tried = {(config.name, config.strength) for config in rows(Setting(), quick=False)}
-    assert {(name, COMMON) for name in estimators()} < tried
+    assert EXPONENTS.keys() == ESTIMATORS.keys()
+    assert all(COMMON in {10.0**exponent for exponent in exponents} for exponents in EXPONENTS.values())
 
 
-def test_labels_are_drawn_anew_with_each_seed(run):
-    sampled = estimators()["one sampled label"].curvature
-    assert run.drawn_by(sampled, 1) != run.drawn_by(sampled, 2)
-    for name, estimator in estimators().items():
-        assert name == "one sampled label" or run.drawn_by(estimator.curvature, 1) == estimator.curvature
+def test_labels_are_drawn_anew_with_each_seed():
+    for name, estimator in ESTIMATORS.items():
+        assert (estimator.seeded(1) != estimator.seeded(2)) == (name == "one sampled label")
+        assert name == "one sampled label" or estimator.seeded(1) == estimator.curvature
 
 
-def test_all_examples_are_taken_where_there_are_fewer(run):
+def test_all_examples_are_taken_where_there_are_fewer():
     from avalanche_curv.core import Diagonal, EmpiricalRisk, Fisher, Past
 
     risk = EmpiricalRisk.snapshot(nn.Linear(2, 2), nn.CrossEntropyLoss(), [(torch.ones(4, 2), torch.zeros(4).long())])
-    few, all_of_them = (run.Watched(count, 0).absorb(Past(), risk, Fisher(), Diagonal()) for count in (500, None))
+    few, all_of_them = (fisher.Watched(count, 0).absorb(Past(), risk, Fisher(), Diagonal()) for count in (500, None))
     assert few.model.curvature.trace() == all_of_them.model.curvature.trace()
-    assert Estimator(Fisher()).examples is None

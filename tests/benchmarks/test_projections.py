@@ -9,6 +9,9 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from avalanche_curv import EmpiricalRisk, Energy, GradientProjection, InputSpace, ProtectedSpace
+from avalanche_curv.core.projection import Projector
+from benchmarks.experiments.projections import experiment as projections
 from benchmarks.experiments.projections.experiment import (
     FIRST_TUNING_SEED,
     GRIDS,
@@ -18,22 +21,24 @@ from benchmarks.experiments.projections.experiment import (
     TUNE,
     ProjectionsOptions,
     Setting,
+    build,
     experiment,
+    network,
     setting_for,
+    stream,
 )
+from benchmarks.experiments.projections.report import report
 from benchmarks.harness import UsageError
-from benchmarks.harness.experiment import Context
-from benchmarks.harness.results import Results
+from benchmarks.harness.experiment import describe
+from benchmarks.streams.whole_batches import WholeBatches
 
 THRESHOLDS = (0.95, 0.99, 0.99)
-SMALL = Setting("digits", tasks=3, examples=90, epochs=2, rate=0.05, hidden=40)
+SMALL = Setting("digits", tasks=3, size=90, epochs=2, rate=0.05, hidden=40)
 
 
 @pytest.fixture(scope="module")
 def parts():
     """Three permutations of a few digits."""
-    from benchmarks.experiments.projections.run import stream
-
     return stream(SMALL, 0, None, at_once=False)
 
 
@@ -44,9 +49,6 @@ def config(label, **options):
 def test_gpm_is_algorithm_1_of_the_paper(parts):
     """Saha et al. 2021 in plain torch, by singular value decompositions of representation matrices (their eqs. 5 to 9),
     against `InputSpace` and `GradientProjection()`: the same spans and the same weights."""
-    from avalanche_curv import EmpiricalRisk, Energy, GradientProjection, InputSpace, ProtectedSpace
-    from avalanche_curv.core.projection import Projector
-
     cuts = tuple(Energy(fraction, most_pairs=64) for fraction in THRESHOLDS)
     ours, theirs, space, bases = double_network(), double_network(), ProtectedSpace(), [None] * 3
     for part in parts.parts:
@@ -67,8 +69,6 @@ def test_gpm_is_algorithm_1_of_the_paper(parts):
 
 
 def double_network():
-    from benchmarks.experiments.projections.run import network
-
     torch.manual_seed(0)
     return network(64, SMALL).double()
 
@@ -115,9 +115,6 @@ def grown(basis, columns, threshold):
 
 def test_batches_loaded_at_once_are_those_of_avalanche(parts):
     """Bit-identical weights after two tasks, from the same random state and to the same random state."""
-    from benchmarks.experiments.projections.run import build
-    from benchmarks.streams.whole_batches import WholeBatches
-
     found = []
     for ours in (True, False):
         torch.manual_seed(3)
@@ -132,8 +129,6 @@ def test_batches_loaded_at_once_are_those_of_avalanche(parts):
 
 
 def test_all_tasks_at_once_are_the_tasks_one_after_another(parts):
-    from benchmarks.experiments.projections.run import stream
-
     (whole,), size = stream(SMALL, 0, None, at_once=True).parts, len(parts.parts[0])
     assert len(whole) == 3 * size
     for task, part in enumerate(parts.parts):
@@ -147,48 +142,41 @@ def test_all_tasks_at_once_are_the_tasks_one_after_another(parts):
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory):
-    """Records by label, of a few steps."""
-    context = Context(0, True, None, tmp_path_factory.mktemp("board"))
+def measured(results_of):
+    """Results of a few steps."""
     labels = ("Naive", "GPM", "GPM, momentum, gradient", "GPM, momentum, step", "multitask")
     configs = [config(label, tasks=3, examples=90, epochs=3) for label in labels]
     fast = [replace(c, setting=replace(c.setting, rate=20 * c.setting.rate)) for c in configs]  # learns in 27 steps
-    return {c.label: list(experiment.run(c, 0, context)) for c in fast}
+    return results_of(experiment, fast)
 
 
-def values(records, metric):
-    return [record["value"] for record in records if record["metric"] == metric]
+def values(results, metric, label):
+    return [row["value"] for row in results.select(metric, label)]
 
 
 def test_a_stale_momentum_buffer_leaks_through_projected_gradients_and_not_through_projected_steps(measured):
-    assert max(values(measured["GPM, momentum, step"], "leakage")) < 1e-4
-    assert min(values(measured["GPM, momentum, gradient"], "leakage")) > 1e-2
-    assert len(values(measured["GPM"], "leakage")) == 2  # nothing is protected before the first task ends
+    assert max(values(measured, "leakage", "GPM, momentum, step")) < 1e-4
+    assert min(values(measured, "leakage", "GPM, momentum, gradient")) > 1e-2
+    assert len(values(measured, "leakage", "GPM")) == 2  # nothing is protected before the first task ends
 
 
 def test_backward_transfer_is_final_less_learned_accuracy(measured):
-    records = measured["Naive"]
-    matrix = {(r["step"], r["task"]): r["value"] for r in records if r["metric"] == "accuracy"}
+    matrix = {(row["step"], row["task"]): row["value"] for row in measured.select("accuracy", "Naive")}
     changes = [matrix[3, task] - matrix[task + 1, task] for task in range(2)]
     assert sum(changes) < -0.1
-    assert values(records, "backward_transfer") == [pytest.approx(sum(changes) / 2)]
-    assert values(records, "average_accuracy") == [pytest.approx(sum(matrix[3, task] for task in range(3)) / 3)]
-    assert not values(measured["multitask"], "backward_transfer")
+    assert values(measured, "backward_transfer", "Naive") == [pytest.approx(sum(changes) / 2)]
+    assert values(measured, "average_accuracy", "Naive") == [pytest.approx(sum(matrix[3, k] for k in range(3)) / 3)]
+    assert not values(measured, "backward_transfer", "multitask")
 
 
-@pytest.mark.parametrize("like_the_paper", [False, True])
-def test_a_report_of_incomplete_results_is_written(like_the_paper, measured, tmp_path):
-    """With what the paper published, in its setting."""
-    from benchmarks.harness.grid import describe
-
-    labels = ("Naive", "GPM", "multitask")
-    rows = tuple({"step": None, **r, "label": label, "seed": 0} for label in labels[1:] for r in measured[label])
-    described = describe(config("GPM"))
-    described["setting"] |= describe(Setting()) if like_the_paper else {}
-    header = {"label": "GPM", "seed": 0, "config": described}
-    written = experiment.report(Results(labels, rows, (header,), {"units": labels}), tmp_path)
-    assert "| Naive " in written
-    assert ("93.91 ± 0.16" in written) == like_the_paper
+def test_a_report_of_incomplete_results_is_written_with_what_the_paper_published_in_its_setting(measured, tmp_path):
+    finished = measured.of(["GPM", "multitask"])
+    written = report(replace(finished, labels=measured.labels), tmp_path)
+    assert "| GPM " in written
+    assert "93.91 ± 0.16" not in written
+    paper = describe(Setting())
+    headers = [{**h, "config": {**h["config"], "setting": paper}} for h in finished.headers]
+    assert "93.91 ± 0.16" in report(replace(finished, headers=tuple(headers)), tmp_path)
     assert (tmp_path / "projections.png").exists()
 
 
@@ -210,9 +198,6 @@ def test_without_mnist_the_remedy_is_named(tmp_path):
 
 
 def test_the_setting_is_that_of_the_paper(monkeypatch):
-    from benchmarks.experiments.projections import experiment as projections
-    from benchmarks.experiments.projections.run import network
-
     monkeypatch.setattr(projections, "check", lambda *_: None)
     setting = setting_for(ProjectionsOptions())
     assert (setting.tasks, setting.epochs, setting.batch, setting.rate) == (10, 5, 10, 0.01)

@@ -31,8 +31,8 @@ def prepared(layer: nn.Module, inputs: Tensor, examples: int) -> Tensor | None:
 
 
 def surely_prepared(layer: nn.Module, inputs: Tensor, examples: int) -> Tensor:
-    """What the weight of a layer that explained its gradients is multiplied with: see `prepared`. Raises TypeError where
-    no form is known after all."""
+    """What the weight of a layer that explained its gradients is multiplied with: see `prepared`. Raises TypeError
+    where no form is known after all."""
     ready = prepared(layer, inputs, examples)
     if ready is None:
         raise _unknown(layer)

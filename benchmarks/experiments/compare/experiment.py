@@ -1,80 +1,59 @@
-"""The comparison: each method at its strength."""
+"""Accuracy and forgetting of the strategies of this package and of Avalanche, on one stream."""
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Annotated
 
-from benchmarks.experiments.compare import tuning
-from benchmarks.experiments.compare.report import report
-from benchmarks.experiments.compare.setting import (
+import tyro
+
+from benchmarks.experiments.compare.run import (
     DEFAULT_STREAM,
     EXPERIENCES,
     FIRST,
     PROTOCOLS,
-    Setting,
-    add_stream_arguments,
-    setting_for,
-    variant,
+    Config,
+    StreamOptions,
+    run,
 )
-from benchmarks.harness import Experiment, Options, UsageError, one_of, positive
-from benchmarks.harness.experiment import Context, Record
+from benchmarks.experiments.tune_compare.experiment import TuningOptions, best_strengths
+from benchmarks.experiments.tune_compare.experiment import experiment as tuning
+from benchmarks.harness import Context, Experiment, Options, Record, Results, UsageError
+from benchmarks.harness.options import one_of, positive
+from benchmarks.methods import methods
 from benchmarks.strategies import STRATEGIES, chosen
 from benchmarks.streams import STREAMS
 
-if TYPE_CHECKING:
-    from benchmarks.harness.results import Results
-    from benchmarks.methods import Method
-
-BASELINE = "Naive"
 TUNED = Path(__file__).with_name("strengths.json")  # what `run tune_compare` has found, by stream and scenario
 ELSEWHERE = f"{DEFAULT_STREAM}/{STREAMS[DEFAULT_STREAM].scenarios[0]}"
 HERE = "this stream"
 
 
 @dataclass(frozen=True)
-class Config:
-    """One method in one setting; `tuned_on` says where its strength was chosen, if it has one."""
+class CompareOptions(StreamOptions):
+    """Two seeds unless asked for others, so that the first look takes minutes."""
 
-    label: str
-    method: Method
-    setting: Setting
-    tuned_on: str | None = None
-
-
-@dataclass(frozen=True)
-class CompareOptions(Options):
-    """What `add_arguments` says of each; None is what the stream has. `strengths` are what tuning has found."""
-
-    stream: str = DEFAULT_STREAM
-    scenario: str | None = None
-    strategy: Sequence[str] | None = None
-    steps: int | None = None
-    every: int | None = None
-    tune: str | None = None
-    first: int | None = None
-    tuning_seeds: int | None = None
-    baseline: str = BASELINE
-    strengths: Sequence[tuple[str, float]] = ()
-    seeds: int = 2
+    seeds: Annotated[int, positive()] = 2
+    """run seeds 0 to SEEDS - 1"""
+    every: Annotated[int | None, positive()] = None
+    """measure fidelity every N steps"""
+    tune: Annotated[str | None, one_of("protocol", PROTOCOLS)] = None
+    """choose each strength first, on validation parts with seeds from 1000 on: on the whole stream, or on its first
+    experiences only (Chaudhry et al. 2019)"""
+    tuning_seeds: Annotated[int | None, positive()] = None
+    """for --tune; default: 1"""
+    baseline: str = "Naive"
+    """what differences are tested against"""
+    strengths: Annotated[tuple[tuple[str, float], ...], tyro.conf.Fixed, tyro.conf.Suppress] = ()
+    """what tuning has found; no option of the command line"""
 
     @property
-    def strategies(self) -> list[str] | None:
-        """The names that were asked for, and the baseline with them; None for all."""
-        return None if self.strategy is None else list(dict.fromkeys([*self.strategy, self.baseline]))
-
-    @property
-    def tuning_options(self) -> tuning.TuningOptions:
-        """The tuning that this asks for."""
-        return tuning.TuningOptions(
-            seeds=self.tuning_seeds or 1, quick=self.quick, dataset_root=self.dataset_root, stream=self.stream,
-            scenario=self.scenario, strategy=self.strategies, steps=self.steps,
-            protocol=self.tune or tuning.TuningOptions.protocol, first=self.first,
-        )
+    def strategies(self) -> tuple[str, ...]:
+        """The names that were asked for, and the baseline with them; none for all."""
+        return tuple(dict.fromkeys([*self.strategy, self.baseline])) if self.strategy else ()
 
 
 class Compare(Experiment):
@@ -84,56 +63,46 @@ class Compare(Experiment):
     version = 2  # since Adam is fused and accuracy is that of `strategy.eval`
     options_type = CompareOptions
 
-    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        add_stream_arguments(parser, "--tune first")
-        parser.set_defaults(seeds=2, strengths=())  # two seeds, so that the first look takes minutes
-        parser.add_argument("--every", type=positive, metavar="N", help="measure fidelity every N steps")
-        parser.add_argument(
-            "--tune", type=one_of("protocol", PROTOCOLS),
-            help="choose each strength first, on validation parts with seeds from 1000 on: on the whole stream, or on "
-            "its first experiences only (Chaudhry et al. 2019)",
-        )
-        parser.add_argument("--tuning-seeds", type=positive, metavar="N", help="for --tune (default 1)")
-        parser.add_argument("--baseline", default=BASELINE, help="what differences are tested against (default Naive)")
-
     def variant(self, options: CompareOptions) -> str:
         count = options.first or EXPERIENCES if options.tune == FIRST else ""
-        return variant(options, f"tuned-{options.tune}{count}" if options.tune else "")
+        return options.variant(f"tuned-{options.tune}{count}" if options.tune else "")
 
     def prerequisite(self, options: CompareOptions) -> tuple[Experiment, Options] | None:
         configs = self.configs(options)  # what cannot be met is said before the tuning
         if not options.tune and (options.first or options.tuning_seeds):
             raise UsageError("--first and --tuning-seeds are for tuning: add --tune stream or --tune first.")
-        tuned = options.tune and any(STRATEGIES[config.label].grid for config in configs)
-        return (tuning.experiment, options.tuning_options) if tuned else None
+        if not options.tune or not any(STRATEGIES[config.strategy].grid for config in configs):
+            return None
+        return tuning, TuningOptions(
+            seeds=options.tuning_seeds or 1, quick=options.quick, dataset_root=options.dataset_root,
+            stream=options.stream, scenario=options.scenario, strategy=options.strategies, steps=options.steps,
+            protocol=options.tune, first=options.first,
+        )  # fmt: skip
 
     def settled(self, options: CompareOptions, results: Results) -> CompareOptions:
-        return replace(options, strengths=tuple(tuning.best_strengths(results).items()))
+        return replace(options, strengths=tuple(best_strengths(results).items()))
 
     def configs(self, options: CompareOptions) -> Sequence[Config]:
         """A strength is that of `options.strengths`, else the one that was tuned before for this stream and scenario,
         else for the default stream."""
-        setting = setting_for(options)
+        setting = options.setting(options.every)
         chosen(setting.scenario, [options.baseline])
         place = f"{setting.stream}/{setting.scenario}"
         known: dict[str, dict[str, float]] = json.loads(TUNED.read_text(encoding="utf-8"))
         before = place if place in known else ELSEWHERE
         found = {name: (value, before) for name, value in known.get(before, {}).items()}
         found |= {name: (value, HERE) for name, value in options.strengths}
-        made, methods = [], setting.methods()
-        for name in chosen(setting.scenario, options.strategies):
-            strength, source = found.get(name, (None, None)) if STRATEGIES[name].grid else (None, None)
-            method = methods[name] if strength is None else methods[name].with_strength(strength)
-            made.append(Config(name, method, setting, source))
+        made, by_name = [], methods(setting.memory)
+        for name in chosen(setting.scenario, options.strategies or None):
+            method, source = by_name[name], None
+            if name in found and STRATEGIES[name].grid:
+                strength, source = found[name]
+                method = method.with_strength(strength)
+            made.append(Config(name, name, method, setting, source))
         return made
 
     def run(self, config: Config, seed: int, context: Context) -> Sequence[Record]:
-        from benchmarks.experiments.compare.run import run
-
         return run(config.method, config.setting, seed, context)
-
-    def report(self, results: Results, out: Path) -> str:
-        return report(results, out)
 
 
 experiment = Compare()

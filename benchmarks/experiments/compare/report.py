@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.experiments.compare.setting import EXPERIENCES, FIRST_SEED, STREAM
-from benchmarks.harness.matrices import accuracy_matrix, plot_matrices
-from benchmarks.harness.plots import Curves, Dots, plot_curves, plot_dots
-from benchmarks.harness.scatter import Points, plot_scatter
+from benchmarks.experiments.compare.run import EXPERIENCES, FIRST_SEED, STREAM
+from benchmarks.harness.plots import (
+    Curves,
+    Dots,
+    Points,
+    accuracy_matrix,
+    plot_curves,
+    plot_dots,
+    plot_matrices,
+    plot_scatter,
+)
 from benchmarks.harness.significance import compared, holm
 from benchmarks.harness.tables import Cell, Column, table
 from benchmarks.strategies import STRATEGIES
 
 if TYPE_CHECKING:
-    from benchmarks.harness.results import Results
+    from benchmarks.harness import Results
 
+NAIVE = "Naive"
 FISHER = "CurvatureEWC Fisher, accumulate"
 ACCURACY = "average_accuracy"
 FEW = 5
@@ -25,27 +34,26 @@ SHOWN = (
 )  # in figures that have no room for all
 
 
+SETTING = """{experiences} experiences of {steps} steps with batches of {batch}, Adam at {rate}; methods with a memory \
+store {memory:.3g} of the training examples. Mean ± standard deviation over n seeds. Accuracy is the mean over all \
+experiences at the end, as the strategy itself evaluates; forgetting the mean drop since each was learned."""
+FIDELITY = """κ is the mean absolute error of the quadratic model on stored examples, averaged over the trajectory, \
+with a measurement every {fidelity_every} steps: for each experience kept at its own anchor (accumulate) or moved to \
+the newest (refresh). CurvatureEWC keeps the diagonal where a row does not say otherwise. Training time is without \
+metrics, whose time is beside it."""
+
+
 def report(results: Results, out: Path) -> str:
     """Markdown, with figures in `out`."""
-    config = next((results.config(label) for label in results.labels if results.config(label)), {})
-    setting = config.get("setting", {})
-    every = setting.get("every")
+    setting = results.first
     lines = [
-        f"# Comparison on {setting.get('stream', '?')}, {setting.get('scenario', '?')}-incremental",
-        f"{setting.get('experiences')} experiences of {setting.get('steps')} steps with batches of "
-        f"{setting.get('batch')}, Adam at {setting.get('rate')}; methods with a memory store "
-        f"{setting.get('memory'):.3g} of the training examples. Mean ± standard deviation over n seeds. Accuracy is "
-        "the mean over all experiences at the end, as the strategy itself evaluates; forgetting the mean drop since "
-        "each was learned. "
-        f"{_on_strengths(results)}",
+        f"# Comparison on {setting['stream']}, {setting['scenario']}-incremental",
+        f"{SETTING.format_map(setting)} {_on_strengths(results)}",
         "## Accuracy",
         _accuracies(results),
-        _not_run(setting.get("scenario", "")),
+        _not_run(setting["scenario"]),
         "## Fidelity and cost",
-        "κ is the mean absolute error of the quadratic model on stored examples, averaged over the trajectory, with "
-        f"a measurement every {every} steps: for each experience kept at its own anchor (accumulate) or moved to the "
-        "newest (refresh). CurvatureEWC keeps the diagonal where a row does not say otherwise. Training time is "
-        "without metrics, whose time is beside it.",
+        FIDELITY.format_map(setting),
         _prices(results),
         "## Figures",
         draw(results, out),
@@ -58,15 +66,16 @@ def _accuracies(results: Results) -> str:
     columns = [
         Column("strategy"), Column("accuracy", 3, max), Column("forgetting", 3), Column("when learned", 3),
         Column(f"less {baseline}", 3), Column("p (Holm)"), Column("verdict"), Column("λ"), Column("n"),
-    ]
+    ]  # fmt: skip
     rows: list[list[Cell]] = []
     tests = _tests(results, baseline)
-    for label in results.labels:
-        accuracy, forgetting, learned = (results.final(name, label) for name in (ACCURACY, "forgetting", "learned"))
-        strength = results.config(label).get("method", {}).get("strength")
-        written = "" if strength is None else f"{strength:g}"
-        n = accuracy.n if accuracy else 0
-        rows.append([label, accuracy, forgetting, learned, *tests.get(label, ("", "", "")), written, n])
+    for one in results.each():
+        accuracy, forgetting, learned = (one.final(name) for name in (ACCURACY, "forgetting", "learned"))
+        strength = one.first.get("strength")  # no column where no row has one
+        rows.append([
+            one.label, accuracy, forgetting, learned, *tests.get(one.first["strategy"], ("", "", "")),
+            "" if strength is None else f"{strength:g}", accuracy.n if accuracy else 0,
+        ])  # fmt: skip
     test = (
         f"*less {baseline}* is the difference seed by seed, p that of the two-sided paired t-test, after Holm's "
         "correction for the number of rows, none below three seeds; the verdict is at 5 %."
@@ -77,37 +86,34 @@ def _accuracies(results: Results) -> str:
 
 
 def _tests(results: Results, baseline: str) -> dict[str, list[Cell]]:
-    """For each row but the baseline's: its difference from the baseline, p and the verdict."""
-    values = {label: results.finals(ACCURACY, label) for label in results.labels}
-    if not values.get(baseline):
+    """For each strategy but the baseline: its difference from the baseline, p and the verdict."""
+    values = {one.first["strategy"]: one.finals(ACCURACY) for one in results.each()}
+    least = values.pop(baseline, None)
+    if not least:
         return {}
-    found = {label: compared(values[baseline], own) for label, own in values.items() if own and label != baseline}
-    tested = {label: test.p for label, test in found.items() if test.p is not None}
+    found = {name: compared(least, own) for name, own in values.items() if own}
+    tested = {name: test.p for name, test in found.items() if test.p is not None}
     corrected = dict(zip(tested, holm(list(tested.values()))))
-    return {
-        label: [test.difference, _p(corrected.get(label)), test.verdict(corrected.get(label))]
-        for label, test in found.items()
-    }
 
+    def cells(name: str) -> list[Cell]:
+        p = corrected.get(name)
+        return [found[name].difference, None if p is None else f"{p:.2g}", found[name].verdict(p)]
 
-def _p(value: float | None) -> str | None:
-    return None if value is None else f"{value:.2g}"
+    return {name: cells(name) for name in found}
 
 
 def _prices(results: Results) -> str:
     columns = [
         Column("strategy"), Column("κ accumulate", 3), Column("κ refresh", 3), Column("train s", 2),
         Column("metrics s", 2), Column("stored KiB", 0),
-    ]
+    ]  # fmt: skip
     rows: list[list[Cell]] = []
-    for label in results.labels:
-        kappas = [results.final(f"fidelity_trajectory/{p}/kappa_abs", label) for p in ("accumulate", "refresh")]
-        seconds, measuring, stored = (
-            results.final(name, label) for name in ("seconds", "metric_seconds", "stored_bytes")
-        )
+    for one in results.each():
+        kappas = [one.final(f"fidelity_trajectory/{model}/kappa_abs") for model in ("accumulate", "refresh")]
+        seconds, measuring, stored = (one.final(name) for name in ("seconds", "metric_seconds", "stored_bytes"))
         rows.append([
-            label, *kappas, seconds and seconds.mean, measuring and measuring.mean, stored and stored.mean / 1024
-        ])
+            one.label, *kappas, seconds and seconds.mean, measuring and measuring.mean, stored and stored.mean / 1024
+        ])  # fmt: skip
     return table(columns, rows)
 
 
@@ -121,7 +127,7 @@ def _on_strengths(results: Results) -> str:
             f"Strengths λ were chosen on {part}, by the accuracy on a tenth of the training examples that was held "
             f"out, on seed{_range(options['tuning_seeds'] or 1)}."
         )
-    places = {str(place) for label in results.labels if (place := results.config(label).get("tuned_on"))}
+    places = {place for place, _ in results.by("tuned_on") if place}
     where = f" on {', '.join(sorted(places))}, by held-out examples and seeds from 1000 on" if places else " nowhere"
     return f"Strengths λ were tuned before{where}; `--tune` tunes them on the stream itself."
 
@@ -135,10 +141,10 @@ def _range(seeds: int) -> str:
 def _on_edges(results: Results) -> str:
     """The methods whose strength, chosen by tuning, is the least or the largest that was tried."""
     edges = []
-    for label in results.labels:
-        config, grid = results.config(label), STRATEGIES[label].grid if label in STRATEGIES else ()
-        if config.get("tuned_on") and grid and config["method"]["strength"] in (min(grid), max(grid)):
-            edges.append(label)
+    for one in results.where(tuned_on=bool).each():
+        grid = STRATEGIES[one.first["strategy"]].grid
+        if one.first["strength"] in (min(grid), max(grid)):
+            edges.append(one.label)
     return f" λ at an end of what was tried, so perhaps better beyond it: {'; '.join(edges)}." if edges else ""
 
 
@@ -151,48 +157,47 @@ def _not_run(scenario: str) -> str:
 
 def notes(results: Results) -> dict[str, str]:
     """Known upstream faults, and rows that are equal to another for whatever reason."""
-    weights = {
-        label: {row["seed"]: row["value"] for row in results.select("weights", label)} for label in results.labels
-    }
-    naive, fisher = weights.get("Naive", {}), weights.get(FISHER)
+    weights = {one.first["strategy"]: one.finals("weights") for one in results.each()}
+    naive, fisher = weights.get(NAIVE, {}), weights.get(FISHER)
     notes = {}
-    for label, own in weights.items():
-        said = [STRATEGIES[label].fault] if label in STRATEGIES and STRATEGIES[label].fault else []
+    for one in results.each():
+        name = one.first["strategy"]
+        own, said = weights[name], [STRATEGIES[name].fault] if STRATEGIES[name].fault else []
         shared = own.keys() & naive.keys()
-        if label != "Naive" and shared and all(own[seed] == naive[seed] for seed in shared):
+        if name != NAIVE and shared and all(own[seed] == naive[seed] for seed in shared):
             said.append("Ends with exactly the weights of Naive in every seed: it had no effect here.")
-        elif own and label != FISHER and own == fisher:
+        elif own and name != FISHER and own == fisher:
             said.append(
                 "Ends with the weights of the Fisher in every seed: on a ReLU network with cross-entropy the diagonals "
                 "of Hessian, GGN and Fisher are equal, so one policy stands for all."
             )
         if said:
-            notes[label] = " ".join(said)
+            notes[one.label] = " ".join(said)
     return notes
 
 
 def draw(results: Results, out: Path) -> str:
     """Write the figures and return the Markdown that shows them."""
-    _curves(results, out / "compare.png")
+    shown = list(results.where(strategy=lambda name: name in SHOWN).each())
+    shown.sort(key=lambda one: SHOWN.index(one.first["strategy"]))
+    _curves(shown, out / "compare.png", results.labels)
     _dots(results, out / "final.png")
-    _scatter(results, out / "fidelity.png")
+    _scatter(shown, out / "fidelity.png", results.labels)
     figures = [
         "![Average accuracy of seen tasks and error of the quadratic model](compare.png)",
         "![Final accuracy, forgetting and cost](final.png)",
         "![Accuracy against the error of the quadratic model](fidelity.png)",
     ]
-    matrices = {label: accuracy_matrix(results, label) for label in SHOWN if label in results.labels}
-    sequential = {label: matrix for label, matrix in matrices.items() if matrix}
+    sequential = {one.label: matrix for one in shown if (matrix := accuracy_matrix(one, one.label))}
     if sequential:
         plot_matrices(out / "matrices.png", sequential)
         figures.insert(2, "![Accuracy on experience j after experience t](matrices.png)")
     return "\n\n".join(figures)
 
 
-def _curves(results: Results, path: Path) -> None:
-    shown = [label for label in SHOWN if label in results.labels]
+def _curves(shown: Sequence[Results], path: Path, labels: Sequence[str]) -> None:
     accuracy, kappa, fresh = (
-        {label: results.curve(metric, label) for label in shown}
+        {one.label: one.curve(metric) for one in shown}
         for metric in ("accuracy/seen", "fidelity/accumulate/kappa_abs", "fidelity/refresh/kappa_abs")
     )
     panels = [
@@ -200,24 +205,23 @@ def _curves(results: Results, path: Path) -> None:
         Curves(kappa, "mean |κ|", "Error of the quadratic model kept at each experience's own anchor", log=True),
         Curves(fresh, "mean |κ|", "Error of the quadratic model moved to the newest anchor", log=True),
     ]
-    plot_curves(path, panels, xlabel="training iteration", labels=results.labels)
+    plot_curves(path, panels, xlabel="training iteration", labels=labels)
 
 
 def _dots(results: Results, path: Path) -> None:
-    panels = {"average_accuracy": "average accuracy", "forgetting": "forgetting", "seconds": "training time, s"}
+    panels = {ACCURACY: "average accuracy", "forgetting": "forgetting", "seconds": "training time, s"}
     dots = [
-        Dots({label: results.final(name, label) for label in results.labels}, text, log=name == "seconds")
+        Dots({one.label: one.final(name) for one in results.each()}, text, log=name == "seconds")
         for name, text in panels.items()
     ]
     plot_dots(path, dots, labels=results.labels)
 
 
-def _scatter(results: Results, path: Path) -> None:
+def _scatter(shown: Sequence[Results], path: Path, labels: Sequence[str]) -> None:
     titles = {"accumulate": "Kept at each anchor", "refresh": "Moved to the newest"}
     panels = []
     for model, title in titles.items():
         metric = f"fidelity_trajectory/{model}/kappa_abs"
-        shown = [label for label in SHOWN if label in results.labels]
-        points = {label: (results.final(metric, label), results.final("average_accuracy", label)) for label in shown}
+        points = {one.label: (one.final(metric), one.final(ACCURACY)) for one in shown}
         panels.append(Points(points, "mean |κ| over the trajectory", "average accuracy", title, log_x=True))
-    plot_scatter(path, panels, labels=results.labels)
+    plot_scatter(path, panels, labels=labels)

@@ -1,26 +1,35 @@
-"""The rows: a path from Avalanche's setting to one that keeps ten tasks, a factor at a time, and the bounds."""
+"""EWC on ten permuted MNIST tasks: from Avalanche's setting to the paper's 0.94, a factor at a time."""
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from math import nan
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Annotated
 
-from benchmarks.data import DEVIATION, MEAN, check
-from benchmarks.experiments.ewc_permuted_mnist.report import report
-from benchmarks.harness import Experiment, Options, one_of, positive
+import torch
+from torch import nn
+
+from avalanche_curv import (
+    Accumulate,
+    BatchedEmpiricalFisher,
+    Curvature,
+    Diagonal,
+    Fisher,
+    Kronecker,
+    PiWeighted,
+    Structure,
+)
+from avalanche_curv.core import NonFiniteCurvatureError
+from benchmarks.data import ALL, CLASSES, DEVIATION, MEAN, check, read
+from benchmarks.harness import Context, Experiment, Options, Record
 from benchmarks.harness.errors import selected
-from benchmarks.harness.experiment import Context, Record
-
-if TYPE_CHECKING:
-    from torch import nn
-    from torch.optim import Optimizer
-
-    from avalanche_curv import Curvature, Structure
-    from benchmarks.harness.results import Results
-    from benchmarks.methods import Method, Ours
+from benchmarks.harness.options import one_of, positive
+from benchmarks.methods import Method, Multitask, Ours, Plain
+from benchmarks.networks import mlp
+from benchmarks.streams.whole_batches import TensorStream, accuracy_records, permuted, plain_trainer
+from benchmarks.training import Data, Trainer, mean, summary
 
 MAIN, TUNE, ORIGINAL = PARTS = ("main", "tune", "original")
 FIRST_TUNING_SEED = 1000
@@ -35,10 +44,8 @@ class Sgd:
 
     rate: float
 
-    def of(self, model: nn.Module) -> Optimizer:
+    def of(self, model: nn.Module) -> torch.optim.Optimizer:
         """A new optimiser of the model."""
-        import torch
-
         return torch.optim.SGD(model.parameters(), lr=self.rate)
 
 
@@ -48,10 +55,8 @@ class Adam:
 
     rate: float
 
-    def of(self, model: nn.Module) -> Optimizer:
+    def of(self, model: nn.Module) -> torch.optim.Optimizer:
         """A new optimiser of the model."""
-        import torch
-
         return torch.optim.Adam(model.parameters(), lr=self.rate, fused=True)
 
 
@@ -134,9 +139,6 @@ class Row:
 
 def penalised() -> tuple[list[Row], list[Row]]:
     """The path, and the rows beside it; strengths are the best of `run ewc_permuted_mnist --part tune`."""
-    from avalanche_curv import Accumulate, BatchedEmpiricalFisher, Diagonal, Fisher, Kronecker, PiWeighted
-    from benchmarks.methods import Ours
-
     def at(strength: float, curvature: Curvature, structure: Structure) -> Ours:
         return Ours(strength, curvature, structure, Accumulate(fraction=PART))
 
@@ -167,9 +169,6 @@ def penalised() -> tuple[list[Row], list[Row]]:
 
 def rows(part: str) -> list[Config]:
     """The grid of a part."""
-    from avalanche_curv import Accumulate, BatchedEmpiricalFisher, Diagonal
-    from benchmarks.methods import Multitask, Ours, Plain
-
     if part == ORIGINAL:
         theirs = Ours(THEIRS, BatchedEmpiricalFisher(batch_size=256), Diagonal(), Accumulate())
         return [Config("Avalanche's setting", theirs, ORIGINALLY), Config("Naive in it", Plain(), ORIGINALLY)]
@@ -186,11 +185,14 @@ def rows(part: str) -> list[Config]:
 
 @dataclass(frozen=True)
 class EwcOptions(Options):
-    """None leaves what each row has; `row` None is all rows of the part."""
+    """None leaves what each row has; no `row` is all of the part."""
 
-    part: str = MAIN
-    tasks: int | None = None
-    row: Sequence[str] | None = None
+    part: Annotated[str, one_of("part", PARTS)] = MAIN
+    """tune: strengths, on held-out images and seeds from 1000 on; original: Avalanche's setting"""
+    tasks: Annotated[int | None, positive()] = None
+    """default: 10"""
+    row: tuple[str, ...] = ()
+    """one row, by its label; repeatable"""
 
 
 class EwcPermutedMnist(Experiment):
@@ -199,38 +201,71 @@ class EwcPermutedMnist(Experiment):
     name = "ewc_permuted_mnist"
     options_type = EwcOptions
 
-    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        parser.add_argument(
-            "--part", type=one_of("part", PARTS), default=MAIN,
-            help="main (default); tune: strengths, on held-out images and seeds from 1000 on; original: Avalanche's",
-        )
-        parser.add_argument("--tasks", type=positive, metavar="N", help="default: 10")
-        parser.add_argument("--row", action="append", metavar="LABEL", help="one row, by its label; repeatable")
-
     def variant(self, options: EwcOptions) -> str:
         return "" if options.part == MAIN else options.part
 
     def configs(self, options: EwcOptions) -> Sequence[Config]:
+        """The rows that were asked for; with `quick`, a few steps on two tasks of digits that need no download. Raises
+        UsageError for an unknown row, and where MNIST is absent."""
+        change = {"images": "digits", "tasks": 2, "hidden": 20, "steps": 20} if options.quick else {}
+        change |= {"tasks": options.tasks} if options.tasks else {}
         known = {config.label: config for config in rows(options.part)}
-        chosen = selected("row", known, options.row)
-        return [replace(config, setting=adapted(config.setting, options)) for config in chosen]
+        chosen = [
+            replace(config, setting=replace(config.setting, **change))
+            for config in selected("row", known, options.row or None)
+        ]
+        for config in chosen:
+            check(config.setting.images, options.dataset_root)
+        return chosen
 
-    def run(self, config: Config, seed: int, context: Context) -> Iterable[Record]:
-        from benchmarks.experiments.ewc_permuted_mnist.run import run
+    def run(self, config: Config, seed: int, context: Context) -> Iterator[Record]:
+        """Learn one task after another; the number of tasks learned is the step of a record. Weights that diverge end
+        the run, without an accuracy."""
+        seed += config.first_seed
+        setting, joint = config.setting, config.method.joint
+        found = stream(setting, seed, context.dataset_root, at_once=joint)
+        torch.manual_seed(seed)  # every row of one size starts from the same weights
+        trainer = build(config, found)
+        rows: list[list[float]] = []
+        for experience in found.benchmark.train_stream:
+            try:
+                trainer.train(experience)
+            except NonFiniteCurvatureError:
+                yield {"metric": "average_accuracy", "value": nan}
+                return
+            learned = setting.tasks if joint else len(rows) + 1
+            rows.append(trainer.accuracies(test.all() for test in found.tests[:learned]))
+            yield from accuracy_records(rows[-1], learned)
+        scalars = {"average_accuracy": mean(rows[-1])} if joint else summary(rows)
+        yield from ({"metric": name, "value": value} for name, value in {**scalars, "seconds": trainer.seconds}.items())
 
-        return run(config, config.first_seed + seed, context)
 
-    def report(self, results: Results, out: Path) -> str:
-        return report(results, out)
+def stream(setting: Setting, seed: int, dataset_root: Path | None, *, at_once: bool) -> TensorStream:
+    """Permutations of MNIST, or of what is left of its training images and what is held out of them."""
+    train, test = (
+        (part.vectors(setting.mean, setting.deviation), part.targets)
+        for part in read(setting.images, ALL, 0, dataset_root)
+    )
+    if setting.validation:
+        train, test = held_out(train, setting.validation, seed)
+    return permuted(train, test, setting.tasks, seed, at_once=at_once)
 
 
-def adapted(setting: Setting, options: Any) -> Setting:
-    """With `quick`, a few steps on two tasks of digits that need no download. Raises UsageError where MNIST is
-    absent."""
-    if options.quick:
-        setting = replace(setting, images="digits", tasks=2, hidden=20, steps=20)
-    check(setting.images, options.dataset_root)
-    return setting if options.tasks is None else replace(setting, tasks=options.tasks)
+def held_out(train: Data, part: float, seed: int) -> tuple[Data, Data]:
+    """Training images without a random part of them, and that part."""
+    order = torch.randperm(len(train[1]), generator=torch.Generator().manual_seed(seed))
+    kept, held = order.tensor_split([len(order) - round(part * len(order))])
+    return (train[0][kept], train[1][kept]), (train[0][held], train[1][held])
+
+
+def build(config: Config, found: TensorStream) -> Trainer:
+    """So many steps for each task; nothing is measured while it trains."""
+    setting, method = config.setting, config.method
+    model = mlp(found.parts[0].inputs.shape[1], setting.hidden, setting.hidden, CLASSES)
+    return plain_trainer(
+        found, model, setting.optimiser.of(model), method.plugins(sum(map(len, found.parts))), batch=setting.batch,
+        steps=setting.steps * (setting.tasks if method.joint else 1), kind=method.strategy,
+    )
 
 
 experiment = EwcPermutedMnist()

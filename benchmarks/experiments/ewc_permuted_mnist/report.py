@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from benchmarks.harness.plots import Curves, Dots, plot_curves, plot_dots
-from benchmarks.harness.summary import Summary
 from benchmarks.harness.tables import Cell, Column, table
 
 if TYPE_CHECKING:
-    from benchmarks.harness.results import Results
+    from benchmarks.harness import Results
 
 TITLE = "# EWC on ten permuted MNIST tasks"
 PUBLISHED, REPRODUCED = 0.94, 0.83
@@ -34,44 +33,38 @@ has no accuracy (nan). Mean ± standard deviation over n seeds."""
 
 def report(results: Results, out: Path) -> str:
     """Markdown with two figures, from whatever has finished."""
-    seen = {label: results.curve("accuracy/seen", label) for label in results.labels}
-    drawn = {label: curve for label, curve in seen.items() if len(curve) > 1}
-    panel = Curves(drawn, "mean accuracy", "on the tasks learned so far")
+    curves, accuracies = {}, {}
+    for one in results.each():
+        accuracies[one.label] = one.final("average_accuracy")
+        if len(curve := one.curve("accuracy/seen")) > 1:
+            curves[one.label] = curve
+    panel = Curves(curves, "mean accuracy", "on the tasks learned so far")
     plot_curves(out / "ewc_permuted_mnist.png", [panel], xlabel="tasks learned", labels=results.labels)
-    accuracies = {label: results.final("average_accuracy", label) for label in results.labels}
     dots = Dots(accuracies, "average accuracy", "dashed: as published", reference=PUBLISHED)
     plot_dots(out / "ewc_permuted_mnist_rows.png", [dots], labels=results.labels)
+    means = {label: accuracy.mean for label, accuracy in accuracies.items() if accuracy}
+    reached = [f"{label} ({mean:.4f})" for label, mean in means.items() if round(mean, 2) >= PUBLISHED]
     figures = "![Accuracy of each row](ewc_permuted_mnist_rows.png)\n\n![Accuracy over time](ewc_permuted_mnist.png)"
-    return "\n\n".join([TITLE, EXPLANATION, _table(results), _reached(accuracies), figures])
+    above = f"At or above {PUBLISHED}: {', '.join(reached) or 'none'}."
+    return "\n\n".join([TITLE, EXPLANATION, _table(results), above, figures])
 
 
 def _table(results: Results) -> str:
     columns = [
         Column("row"), Column("change"), Column("trained by"), Column("λ"), Column("average accuracy", 4, max),
         Column("when learned", 4), Column("forgetting", 4), Column("train min", 1), Column("n"),
-    ]
+    ]  # fmt: skip
     rows: list[list[Cell]] = []
-    for label in results.labels:
-        config, accuracy = results.config(label), results.final("average_accuracy", label)
-        if not config:
-            continue
-        seconds, strength = results.final("seconds", label), config["method"].get("strength")
+    for one in results.each():
+        row, accuracy, seconds = one.first, one.final("average_accuracy"), one.final("seconds")
+        strength = row.get("strength")  # no column where no row has one
         rows.append([
-            label, config["changed"], _trained(config["setting"]), None if strength is None else f"{strength:g}",
-            accuracy, results.final("learned", label), results.final("forgetting", label),
-            seconds.mean / 60 if seconds else None, accuracy.n if accuracy else 0,
-        ])
+            one.label, row["changed"], _trained(**row), None if strength is None else f"{strength:g}", accuracy,
+            one.final("learned"), one.final("forgetting"), seconds and seconds.mean / 60, accuracy.n if accuracy else 0,
+        ])  # fmt: skip
     return table(columns, rows)
 
 
-def _trained(setting: dict[str, Any]) -> str:
-    optimiser = setting["optimiser"]
-    name = {"Sgd": "SGD"}.get(optimiser["class"], optimiser["class"])
-    return f"{name} {optimiser['rate']:g}, {setting['steps']:,} × {setting['batch']}, {setting['hidden']} units"
-
-
-def _reached(accuracies: dict[str, Summary | None]) -> str:
-    """The rows at or above what was published."""
-    known = {label: summary.mean for label, summary in accuracies.items() if summary}
-    reached = [f"{label} ({mean:.4f})" for label, mean in known.items() if round(mean, 2) >= PUBLISHED]
-    return f"At or above {PUBLISHED}: {', '.join(reached) or 'none'}."
+def _trained(*, optimiser: str, rate: float, steps: int, batch: int, hidden: int, **others: object) -> str:
+    name = "SGD" if optimiser == "Sgd" else optimiser
+    return f"{name} {rate:g}, {steps:,} × {batch}, {hidden} units"

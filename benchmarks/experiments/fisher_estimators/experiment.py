@@ -1,4 +1,4 @@
-"""The estimators, and for each the strengths around those at which it works.
+"""Five methods to compute the Fisher information, each across strengths that differ by orders of magnitude.
 
 The comparison of van de Ven, "On the computation of the Fisher information in continual learning" (2025), on split
 MNIST with task labels.
@@ -6,21 +6,27 @@ MNIST with task labels.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from benchmarks.data import check
-from benchmarks.experiments.fisher_estimators.report import EXACT, NAIVE, report
-from benchmarks.harness import Experiment, Options
-from benchmarks.harness.experiment import Context, Record
+import torch
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from avalanche_curv import Curvature
-    from benchmarks.harness.results import Results
+from avalanche_curv import BatchedEmpiricalFisher, CurvatureEWCPlugin, EmpiricalFisher, Fisher
+from avalanche_curv.core import Curvature, EmpiricalRisk, Merge, Past, Policy, Structure
+from avalanche_curv.core.risk.batches import random_part
+from avalanche_curv.streams._benchmark import benchmark
+from benchmarks.data import ALL, CLASSES, DEVIATION, MEAN, Images, check, read
+from benchmarks.harness import Context, Experiment, Options, Record
+from benchmarks.networks import many_heads, mlp
+from benchmarks.streams.whole_batches import Examples, TensorStream, accuracy_records, plain_trainer
+from benchmarks.training import Trainer, summary
 
-EXPONENTS = {  # of ten: where accuracy rises, decade by decade, its plateau, and `report.COMMON`
+EXACT, NAIVE = "exact", "Naive"
+COMMON = 1e4  # a strength at which every estimator is tried
+EXPONENTS = {  # of ten: where accuracy rises, decade by decade, its plateau, and `COMMON`
     EXACT: (2, 3, 4, 5, 6),
     "exact, 500 examples": (2, 3, 4, 5),
     "one sampled label": (4, 5, 6, 7, 9),
@@ -49,6 +55,20 @@ class Estimator:
     curvature: Curvature
     examples: int | None = None
 
+    def seeded(self, seed: int) -> Curvature:
+        """The curvature, whose sampled labels, if any, are drawn by the seed of the run."""
+        kind = self.curvature
+        return replace(kind, seed=seed) if isinstance(kind, Fisher) and kind.samples else kind
+
+
+ESTIMATORS = {
+    EXACT: Estimator(Fisher()),
+    "exact, 500 examples": Estimator(Fisher(), examples=500),
+    "one sampled label": Estimator(Fisher(samples=1, seed=0)),
+    "empirical": Estimator(EmpiricalFisher()),
+    "batches of 128": Estimator(BatchedEmpiricalFisher(batch_size=128)),
+}
+
 
 @dataclass(frozen=True)
 class Config:
@@ -61,51 +81,100 @@ class Config:
     strength: float | None = None
 
 
-def estimators() -> dict[str, Estimator]:
-    """Those that are compared, by name."""
-    from avalanche_curv import BatchedEmpiricalFisher, EmpiricalFisher, Fisher
-
-    return {
-        EXACT: Estimator(Fisher()),
-        "exact, 500 examples": Estimator(Fisher(), examples=500),
-        "one sampled label": Estimator(Fisher(samples=1, seed=0)),
-        "empirical": Estimator(EmpiricalFisher()),
-        "batches of 128": Estimator(BatchedEmpiricalFisher(batch_size=128)),
-    }
-
-
-def rows(setting: Setting, quick: bool) -> list[Config]:
-    """Naive, and each estimator at every strength of its range, at two of them with `quick`."""
-    found = [Config(NAIVE, NAIVE, setting)]
-    for name, estimator in estimators().items():
-        for exponent in EXPONENTS[name][-2:] if quick else EXPONENTS[name]:
-            found.append(Config(f"{name}, 1e{exponent}", name, setting, estimator, 10.0**exponent))
-    return found
-
-
 class FisherEstimators(Experiment):
     """Average accuracy of online EWC for each estimator at each strength."""
 
     name = "fisher_estimators"
 
     def configs(self, options: Options) -> Sequence[Config]:
-        return rows(setting_for(options), options.quick)
+        """Naive, and each estimator at every strength of its range; with `quick` at two of them, a few steps on two
+        pairs of digits that need no download. Raises UsageError where MNIST is absent."""
+        setting = Setting("digits", tasks=2, hidden=20, steps=30) if options.quick else Setting()
+        check(setting.images, options.dataset_root)
+        return [Config(NAIVE, NAIVE, setting)] + [
+            Config(f"{name}, 1e{exponent}", name, setting, estimator, 10.0**exponent)
+            for name, estimator in ESTIMATORS.items()
+            for exponent in EXPONENTS[name][-2 if options.quick else 0 :]
+        ]
 
-    def run(self, config: Config, seed: int, context: Context) -> Iterable[Record]:
-        from benchmarks.experiments.fisher_estimators.run import run
+    def run(self, config: Config, seed: int, context: Context) -> Iterator[Record]:
+        """Learn one pair after another; the number of tasks learned is the step of a record."""
+        found = stream(config.setting, seed, context.dataset_root)
+        torch.manual_seed(seed)  # every estimator starts from the same weights and sees the same batches
+        watched = Watched(config.estimator.examples if config.estimator else None, seed)
+        trainer = build(config, found, watched)
+        rows: list[list[float]] = []
+        for learned, experience in enumerate(found.benchmark.train_stream, start=1):
+            trainer.train(experience)
+            rows.append(accuracies(trainer, found, learned))
+            yield from accuracy_records(rows[-1], learned)
+        scalars = summary(rows) | {"seconds": trainer.seconds} | watched.scalars()
+        yield from ({"metric": name, "value": value} for name, value in scalars.items())
 
-        return run(config, seed, context)
 
-    def report(self, results: Results, out: Path) -> str:
-        return report(results, out)
+def stream(setting: Setting, seed: int, dataset_root: Path | None) -> TensorStream:
+    """Every training and test image of two digits in each task, as its classes 0 and 1, the digits in an order drawn by
+    `seed`; normalised as Avalanche normalises MNIST."""
+    order = torch.randperm(CLASSES, generator=torch.Generator().manual_seed(seed))
+    digits = order.split(2)[: setting.tasks]
+    parts, tests = (
+        tuple(_pair(images, pair, task) for task, pair in enumerate(digits))
+        for images in read(setting.images, ALL, 0, dataset_root)
+    )
+    return TensorStream(benchmark(list(zip(parts, tests)), list(range(setting.tasks)), 2), parts, tests)
 
 
-def setting_for(options: Any) -> Setting:
-    """With `quick`, a few steps on two pairs of digits that need no download. Raises UsageError where MNIST is
-    absent."""
-    setting = Setting("digits", tasks=2, hidden=20, steps=30) if options.quick else Setting()
-    check(setting.images, options.dataset_root)
-    return setting
+def _pair(images: Images, digits: Tensor, task: int) -> Examples:
+    chosen = torch.isin(images.targets, digits).nonzero().squeeze(1)
+    pixels = images.scaled(chosen).flatten(1).sub_(MEAN).div_(DEVIATION)
+    return Examples(pixels, (images.targets[chosen] == digits[1]).long(), task=task)
+
+
+class Watched(Policy):
+    """Online EWC with γ = 1, the newest anchor and the sum of all Fishers, each of so many random examples; and what
+    the first of them is."""
+
+    def __init__(self, examples: int | None, seed: int) -> None:
+        self.examples, self.seed = examples, seed
+        self.traces: list[float] = []
+        self.seconds: list[float] = []
+
+    def absorb(self, past: Past, risk: EmpiricalRisk, curvature: Curvature, structure: Structure) -> Past:
+        start = time.perf_counter()
+        if self.examples is not None and self.examples < risk.examples:
+            fraction = self.examples / risk.examples
+            risk = risk.select(random_part(risk.examples, fraction, self.seed * 1_000_003 + past.experiences))
+        found = Merge().absorb(past, risk, curvature, structure)
+        self.seconds.append(time.perf_counter() - start)
+        if found.model is not None:
+            self.traces.append(found.model.curvature.trace())
+        return found
+
+    def scalars(self) -> dict[str, float]:
+        """The trace of the first Fisher, and the seconds it took."""
+        return {"trace": self.traces[0], "estimate_seconds": self.seconds[0]} if self.traces else {}
+
+
+def build(config: Config, found: TensorStream, policy: Watched) -> Trainer:
+    """Adam, on a network with two hidden layers and a head of two outputs for each task; Naive has no penalty."""
+    setting, plugins = config.setting, []
+    body = mlp(found.parts[0].inputs.shape[1], setting.hidden, setting.hidden).append(torch.nn.ReLU())
+    model = many_heads(body, setting.hidden, 2)
+    optimizer = torch.optim.Adam(model.parameters(), lr=setting.rate, fused=True)
+    if config.estimator is not None and config.strength is not None:
+        curvature = config.estimator.seeded(policy.seed)
+        plugins.append(CurvatureEWCPlugin(config.strength, curvature=curvature, policy=policy))
+    return plain_trainer(found, model, optimizer, plugins, batch=setting.batch, steps=setting.steps)
+
+
+def accuracies(trainer: Trainer, found: TensorStream, learned: int) -> list[float]:
+    """On the test images of each task learned so far, by the head of the task."""
+    model = trainer.strategy.model.eval()
+    with torch.no_grad():
+        return [
+            (model(test.inputs, test.task).argmax(1) == test.targets).float().mean().item()
+            for test in found.tests[:learned]
+        ]
 
 
 experiment = FisherEstimators()

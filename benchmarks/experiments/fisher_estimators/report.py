@@ -7,16 +7,14 @@ from math import inf, log10
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.harness.plots import new_figure, saved, tidy
-from benchmarks.harness.styles import MUTED, styles
-from benchmarks.harness.summary import Summary
+from benchmarks.experiments.fisher_estimators.experiment import COMMON, EXACT, NAIVE
+from benchmarks.harness.plots import MUTED, new_figure, saved, styles, tidy
+from benchmarks.harness.results import Summary
 from benchmarks.harness.tables import Cell, Column, table
 
 if TYPE_CHECKING:
     from benchmarks.harness.results import Results
 
-EXACT, NAIVE = "exact", "Naive"
-COMMON = 1e4  # a strength at which every estimator is tried
 TITLE = "# Five methods to compute the Fisher information"
 PART = 0.9
 EXPLANATION = """\
@@ -62,11 +60,16 @@ Curve = dict[float, Summary]
 def curves(results: Results) -> dict[str, Curve]:
     """By estimator: average accuracy by strength, of those that have finished."""
     found: dict[str, Curve] = {}
-    for label in results.labels:
-        config, accuracy = results.config(label), results.final("average_accuracy", label)
-        if accuracy and config["strength"] is not None:
-            found.setdefault(config["name"], {})[config["strength"]] = accuracy
+    for one in results.each():
+        accuracy, row = one.final("average_accuracy"), one.first
+        if accuracy and row["strength"] is not None:
+            found.setdefault(row["name"], {})[row["strength"]] = accuracy
     return found
+
+
+def naive(results: Results) -> Summary | None:
+    """The average accuracy without a penalty, where it has finished."""
+    return next((one.final("average_accuracy") for one in results.where(name=NAIVE).each()), None)
 
 
 def works(curve: Curve, level: float) -> float | None:
@@ -86,21 +89,18 @@ def works(curve: Curve, level: float) -> float | None:
 
 def level_of(results: Results, found: dict[str, Curve]) -> float:
     """Naive's mean, and nine tenths of the gap to the best of all estimators above it; infinite without Naive."""
-    naive = results.final("average_accuracy", NAIVE)
+    least = naive(results)
     best = max((summary.mean for curve in found.values() for summary in curve.values()), default=inf)
-    return naive.mean + PART * (best - naive.mean) if naive else inf
+    return least.mean + PART * (best - least.mean) if least else inf
 
 
 def _setting(results: Results) -> str:
-    setting: dict = next((results.config(label)["setting"] for label in results.labels if results.config(label)), {})
-    h = setting["hidden"]
-    naive = results.final("average_accuracy", NAIVE)
-    without = f" Without a penalty: {_written(naive)}." if naive else ""
+    least = naive(results)
+    without = f" Without a penalty: {_written(least)}." if least else ""
     return (
-        f"{setting['tasks']} tasks on {setting['images']}, two digits each, with task labels; a ReLU network with two "
-        f"hidden layers of {h} and a head for each task, Adam at {setting['rate']:g}, batches of {setting['batch']}, "
-        f"{setting['steps']:,} steps a task.{without}"
-    )
+        "{tasks} tasks on {images}, two digits each, with task labels; a ReLU network with two hidden layers of "
+        "{hidden} and a head for each task, Adam at {rate:g}, batches of {batch}, {steps:,} steps a task."
+    ).format_map(results.first) + without
 
 
 def _table(results: Results, found: dict[str, Curve]) -> str:
@@ -126,7 +126,7 @@ def _table(results: Results, found: dict[str, Curve]) -> str:
 
 def _first(results: Results, metric: str, name: str) -> float | None:
     """The mean over seeds of what is measured after the first task, where no strength has acted yet."""
-    found = (results.final(metric, label) for label in results.labels if results.config(label).get("name") == name)
+    found = (one.final(metric) for one in results.where(name=name).each())
     known = next((summary for summary in found if summary), None)
     return known.mean if known else None
 
@@ -148,9 +148,9 @@ def _written(summary: Summary) -> str:
 
 def _figure(results: Results, found: dict[str, Curve], out: Path) -> None:
     figure = new_figure(8.6, 4.0)
-    axes, naive = figure.subplots(), results.final("average_accuracy", NAIVE)
-    if naive:
-        axes.axhline(naive.mean, color=MUTED, linestyle="--", linewidth=1.2, label=NAIVE)
+    axes, least = figure.subplots(), naive(results)
+    if least:
+        axes.axhline(least.mean, color=MUTED, linestyle="--", linewidth=1.2, label=NAIVE)
     for name, style in styles(list(found)).items():
         points = sorted(found[name].items())
         strengths, means = [strength for strength, _ in points], [summary.mean for _, summary in points]

@@ -1,1 +1,0 @@
-"""What leaks back into a protected subspace: one projection after another, and projected gradients."""

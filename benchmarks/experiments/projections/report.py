@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from benchmarks.experiments.projections.experiment import EWC, GPM, MULTITASK, OGD
 from benchmarks.harness.plots import Curves, plot_curves
-from benchmarks.harness.summary import Summary
-from benchmarks.harness.tables import Column, table
+from benchmarks.harness.results import Summary
+from benchmarks.harness.tables import Cell, Column, table
 
 if TYPE_CHECKING:
-    from benchmarks.harness.results import Results
+    from benchmarks.harness import Results
 
 TITLE = "# Orthogonal projections on permuted MNIST"
-PAPERS = {"images": "mnist", "tasks": 10, "examples": 60_000, "epochs": 5, "momentum": 0.0}  # of its setting
-PUBLISHED = {  # by method, and by what it projects out, the curvature or else the protection
-    ("AvalancheEWC", None): "89.97",
-    ("Multitask", None): "96.70",
-    ("Projected", "InputSpace"): "93.91 ± 0.16",
-    ("Projected", "OutputGradient"): "82.56",
-}
+PAPERS = {"images": "mnist", "tasks": 10, "size": 60_000, "epochs": 5, "momentum": 0.0}  # of its setting
+PUBLISHED = {EWC: "89.97", MULTITASK: "96.70", GPM: "93.91 ± 0.16", OGD: "82.56"}  # by family, for any rank
 EXPLANATION = """\
 *GPM* keeps the span of each layer's inputs, with the thresholds 0.95 for the first layer and 0.99 for the others, of
 300 examples of each task; *eigenspace* the top eigenvectors of the Fisher, so many a task, in one basis or by layers;
@@ -38,22 +34,22 @@ quoted: their own runs, 5 seeds, with strengths and memories of their own (A-GEM
 Mean ± standard deviation over n seeds."""
 
 
+SETTING = (
+    "{tasks} tasks on {images}, {size:,} training images each (all where there are fewer), every test image; a ReLU "
+    "network with two hidden layers of {hidden} without biases, one head, SGD at {rate:g}, batches of {batch}, "
+    "{epochs} epochs a task."
+)
+
+
 def report(results: Results, out: Path) -> str:
     """Markdown with one figure, from whatever has finished."""
-    setting: dict = next((results.config(label)["setting"] for label in results.labels if results.config(label)), {})
     _figure(results, out)
+    known = {one.label: one.first.get("strength") for one in results.each()}  # no column where no row has one
+    strengths = "; ".join(f"{label}: λ = {strength:g}" for label, strength in known.items() if strength is not None)
+    parts = [TITLE, SETTING.format_map(results.first), EXPLANATION, _table(results)]
+    parts += [f"Strengths: {strengths}."] if strengths else []
     figure = "![Accuracy after each task, final accuracy of each task, and protected dimensions](projections.png)"
-    parts = [TITLE, _setting(setting), EXPLANATION, _table(results), _strengths(results), figure]
-    return "\n\n".join(part for part in parts if part)
-
-
-def _setting(setting: dict[str, Any]) -> str:
-    h = setting["hidden"]
-    return (
-        f"{setting['tasks']} tasks on {setting['images']}, {setting['examples']:,} training images each (all where "
-        f"there are fewer), every test image; a ReLU network with two hidden layers of {h} without biases, one head, "
-        f"SGD at {setting['rate']:g}, batches of {setting['batch']}, {setting['epochs']} epochs a task."
-    )
+    return "\n\n".join([*parts, figure])
 
 
 def _table(results: Results) -> str:
@@ -61,35 +57,18 @@ def _table(results: Results) -> str:
         Column("method"), Column("average accuracy", 4, max), Column("as published"), Column("backward transfer", 4),
         Column("accuracy when learned", 4), Column("used", 3), Column("energy", 3), Column("basis MiB", 1),
         Column("leak"), Column("train min", 1), Column("n"),
-    ]
-    rows: list[list] = []
-    for label in results.labels:
-        accuracy = results.final("average_accuracy", label)
-        values = [results.final(name, label) for name in ("backward_transfer", "learned", "used", "energy")]
+    ]  # fmt: skip
+    rows: list[list[Cell]] = []
+    for one in results.each():
+        accuracy, leak, row = one.final("average_accuracy"), one.final("leakage"), one.first
+        like_the_paper = all(row[name] == value for name, value in PAPERS.items())
         rows.append([
-            label, accuracy, _published(results.config(label)), *values,
-            _scaled(results.final("basis_bytes", label), 2**20), _leak(results.final("leakage", label)),
-            _scaled(results.final("seconds", label), 60), accuracy.n if accuracy else 0,
-        ])
+            one.label, accuracy, PUBLISHED.get(row["family"], "") if like_the_paper else "",
+            *(one.final(name) for name in ("backward_transfer", "learned", "used", "energy")),
+            _scaled(one.final("basis_bytes"), 2**20), leak and f"{leak.mean:.0e}", _scaled(one.final("seconds"), 60),
+            accuracy.n if accuracy else 0,
+        ])  # fmt: skip
     return table(columns, rows)
-
-
-def _published(config: dict[str, Any]) -> str:
-    """The accuracy of the method in the paper, for any rank; nothing beside a setting that is not the paper's."""
-    if not config or any(config["setting"][name] != value for name, value in PAPERS.items()):
-        return ""
-    protect = config["method"].get("protect", {})
-    return PUBLISHED.get((config["method"]["class"], protect.get("curvature", protect).get("class")), "")
-
-
-def _strengths(results: Results) -> str:
-    known = {label: results.config(label).get("method", {}).get("strength") for label in results.labels}
-    found = [f"{label}: λ = {strength:g}" for label, strength in known.items() if strength is not None]
-    return f"Strengths: {'; '.join(found)}." if found else ""
-
-
-def _leak(leak: Summary | None) -> str | None:
-    return None if leak is None else f"{leak.mean:.0e}"
 
 
 def _scaled(value: Summary | None, unit: float) -> Summary | None:
@@ -105,6 +84,6 @@ def _figure(results: Results, out: Path) -> None:
         ("final_accuracy", "accuracy", "on each task, after the last"),
         ("used", "part of all dimensions", "protected, after each task"),
     ):
-        curves = {label: results.curve(metric, label) for label in results.labels}
-        panels.append(Curves({label: curve for label, curve in curves.items() if curve}, ylabel, title))
+        curves = {one.label: curve for one in results.each() if (curve := one.curve(metric))}
+        panels.append(Curves(curves, ylabel, title))
     plot_curves(out / "projections.png", panels, xlabel="task", labels=results.labels)

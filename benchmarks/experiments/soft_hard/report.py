@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks.experiments.soft_hard.experiment import FLAT, HARD, NAIVE, TRUE
-from benchmarks.harness.plots import new_figure, saved, tidy
-from benchmarks.harness.styles import COLOURS, MUTED
+from benchmarks.harness.plots import COLOURS, MUTED, new_figure, saved, tidy
 from benchmarks.harness.tables import Cell, Column, table
 
 if TYPE_CHECKING:
