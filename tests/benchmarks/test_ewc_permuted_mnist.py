@@ -92,12 +92,8 @@ def test_weights_that_diverge_end_the_run_without_an_accuracy(grid, results_of):
     assert math.isnan(found["value"])
 
 
-def test_multitask_has_the_steps_and_the_images_of_all_tasks(results_of):
-    config = Config("multitask", Multitask(), SMALL)
-    joint, apart = (ewc.stream(SMALL, 0, None, at_once=at_once) for at_once in (True, False))
-    (whole,), parts = joint.parts, apart.parts
-    assert len(whole) == sum(map(len, parts))
-    assert all(torch.equal(whole[len(parts[0]) + i][0], parts[1][i][0]) for i in range(3))
+def test_multitask_has_the_steps_of_all_tasks(results_of):
+    config, joint = Config("multitask", Multitask(), SMALL), ewc.stream(SMALL, 0, None, at_once=True)
     trainer = ewc.build(config, joint)
     trainer.train(joint.benchmark.train_stream[0])
     assert trainer.strategy.clock.train_iterations == SMALL.steps * SMALL.tasks

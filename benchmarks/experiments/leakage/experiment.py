@@ -68,12 +68,6 @@ class Optimiser:
     options: dict[str, Any]
     plugin: type[SupervisedPlugin] | None = None
 
-    def make(self, model: torch.nn.Module) -> Any:
-        return self.kind(model.parameters(), **self.options)
-
-    def plugins(self) -> list[SupervisedPlugin]:
-        return [] if self.plugin is None else [self.plugin()]
-
 
 SGD, MOMENTUM, ADAM = {"lr": 0.1}, {"lr": 0.02, "momentum": 0.9}, {"lr": 1e-3}
 OPTIMISERS = {
@@ -234,11 +228,11 @@ def trained(config: Training, seed: int) -> list[Record]:
     watched = OrthogonalProjectionPlugin(
         Eigenspace(Fisher(), Rank(config.rank), examples=config.examples), projection=config.projection
     )
-    watcher = Watcher(watched)
+    watcher, chosen = Watcher(watched), config.optimiser
     strategy = Naive(
-        model=model, optimizer=config.optimiser.make(model), criterion=nn.CrossEntropyLoss(),
+        model=model, optimizer=chosen.kind(model.parameters(), **chosen.options), criterion=nn.CrossEntropyLoss(),
         train_mb_size=config.batch, train_epochs=config.steps,
-        plugins=[watched, *config.optimiser.plugins(), watcher, Steps(config.steps)],
+        plugins=[watched, *([chosen.plugin()] if chosen.plugin else []), watcher, Steps(config.steps)],
         evaluator=EvaluationPlugin(loggers=[]),
     )
     for experience in experiences:

@@ -174,7 +174,13 @@ class Projections(Experiment):
             yield from ({"metric": name, "value": value, "step": learned} for name, value in scalars.items())
             for task, value in enumerate(rows[-1]):
                 yield {"metric": "accuracy", "value": value, "step": learned, "task": task}
-        yield from _at_the_end(rows, trainer)
+        scalars = {"average_accuracy": mean(rows[-1]), "seconds": trainer.seconds}
+        if len(rows) > 1:
+            of_tasks = summary(rows)
+            scalars |= {"learned": of_tasks["learned"], "backward_transfer": -of_tasks["forgetting"]}
+        yield from ({"metric": name, "value": value} for name, value in scalars.items())
+        for task, value in enumerate(rows[-1], start=1):
+            yield {"metric": "final_accuracy", "value": value, "step": task}
 
 
 def setting_for(options: ProjectionsOptions) -> Setting:
@@ -236,16 +242,6 @@ class Guard:
         if not self.space.is_empty:
             found["leakage"] = self.space.leakage(self.space.values(self.model), self.start)
         return found
-
-
-def _at_the_end(rows: list[list[float]], trainer: Trainer) -> Iterator[Record]:
-    scalars = {"average_accuracy": mean(rows[-1]), "seconds": trainer.seconds}
-    if len(rows) > 1:
-        of_tasks = summary(rows)
-        scalars |= {"learned": of_tasks["learned"], "backward_transfer": -of_tasks["forgetting"]}
-    yield from ({"metric": name, "value": value} for name, value in scalars.items())
-    for task, value in enumerate(rows[-1], start=1):
-        yield {"metric": "final_accuracy", "value": value, "step": task}
 
 
 experiment = Projections()
