@@ -122,7 +122,7 @@ def _run(words: Sequence[str], experiments: Experiments) -> int:
     from benchmarks.harness.manifest import cpus
     from benchmarks.harness.run import Runner
 
-    jobs = chosen.jobs or cpus()
+    jobs = chosen.jobs or experiment.jobs or cpus()
     engine = Cluster(chosen.scheduler) if chosen.scheduler else ThisProcess() if jobs == 1 else Processes(jobs)
     runner = Runner(chosen.out, engine, lambda name: found(name, experiments).report, f"{PROGRAM} {shlex.join(words)}")
     return runner.run(experiment, chosen.options)

@@ -69,6 +69,8 @@ class Experiment(ABC):
     version: ClassVar[int] = 1
     """Increase it when the same configuration gives other numbers than before: finished runs then count no more."""
     options_type: ClassVar[type[Options]] = Options
+    jobs: ClassVar[int | None] = None
+    """How many units run side by side unless the command says; None for one a CPU. 1 where they measure times."""
 
     def variant(self, options: Any) -> str:
         """A suffix of the results folder, for options that ask a different question (such as the stream)."""

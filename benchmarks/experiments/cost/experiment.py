@@ -100,6 +100,7 @@ class Cost(Experiment):
 
     name = "cost"
     options_type = Repetitions
+    jobs = 1  # a second one would disturb the times
 
     def configs(self, options: Options) -> Sequence[Config]:
         return [_quick(config) for config in grid()] if options.quick else grid()

@@ -51,6 +51,7 @@ class Speed(Experiment):
 
     name = "speed"
     options_type = Repetitions
+    jobs = 1  # a second one would disturb the times
 
     def configs(self, options: Options) -> Sequence[Config]:
         few = {"examples": 256, "experiences": 3, "rounds": 2, "steps": 3, "period": 4, "images": 2}
