@@ -124,7 +124,7 @@ class Leakage(Experiment):
 
     def configs(self, options: Options) -> Sequence[Subspaces | Training]:
         random = [Subspaces(f"cosine {c:g}", c, TASKS[:2] if options.quick else TASKS) for c in COSINES]
-        size = {"steps": 10} if options.quick else {}
+        size: dict[str, Any] = {"steps": 10} if options.quick else {}
         trained = [
             Training(f"{name}, {kind}", name, OPTIMISERS[name], projection, **size)
             for name in (QUICK if options.quick else OPTIMISERS)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.experiments.leakage.experiment import RANDOM, TRAINED, expected
 from benchmarks.harness.plots import new_figure, saved, tidy
@@ -183,7 +183,7 @@ def _optimisers_figure(choices: Choices, out: Path) -> None:
     axes = figure.subplots()
     for place, kind in enumerate(KINDS):
         points = [(value.mean, names.index(name)) for name, value in _of_kind(choices, kind).items()]
-        style = {"color": COLOURS[place], "marker": MARKERS[place], "linestyle": "", "markersize": 7}
+        style: dict[str, Any] = {"color": COLOURS[place], "marker": MARKERS[place], "linestyle": "", "markersize": 7}
         axes.plot(*(zip(*points) if points else ((), ())), **style, label=f"{kind}()")
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.5, -0.5)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from avalanche.training.plugins import SupervisedPlugin
@@ -190,7 +190,7 @@ def setting_for(options: ProjectionsOptions) -> Setting:
     if options.quick:
         setting = Setting("digits", tasks=2, size=400, hidden=20)
     check(setting.images, options.dataset_root)
-    asked = {"tasks": options.tasks, "epochs": options.epochs, "size": options.examples}
+    asked: dict[str, Any] = {"tasks": options.tasks, "epochs": options.epochs, "size": options.examples}
     return replace(setting, **{name: value for name, value in asked.items() if value is not None})
 
 
