@@ -207,7 +207,8 @@ class EwcPermutedMnist(Experiment):
     def configs(self, options: EwcOptions) -> Sequence[Config]:
         """The rows that were asked for; with `quick`, a few steps on two tasks of digits that need no download. Raises
         UsageError for an unknown row, and where MNIST is absent."""
-        change: dict[str, Any] = {"images": "digits", "tasks": 2, "hidden": 20, "steps": 20} if options.quick else {}
+        small = {"images": "digits", "tasks": 2, "hidden": 20, "steps": 20}
+        change: dict[str, Any] = small if options.quick else {}
         change |= {"tasks": options.tasks} if options.tasks else {}
         known = {config.label: config for config in rows(options.part)}
         chosen = [
