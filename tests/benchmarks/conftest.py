@@ -15,7 +15,7 @@ from benchmarks.registry import Registered
 HERE = Path(__file__).parent
 TINY = {
     "tiny": Registered("tiny_experiment:experiment", "a tiny experiment", "tiny_experiment:report"),
-    "titan": Registered("nowhere:experiment", "another"),
+    "titan": Registered("nowhere:experiment", "another", "nowhere:report"),
     "staged": Registered("tiny_experiment:staged", "one that needs the tiny one", "tiny_experiment:report"),
 }
 ARGUMENTS = (
