@@ -71,7 +71,7 @@ def learn(model: nn.Module, task: Task, past: Past | None, *, rank: int = 0, ran
 
 
 def together(task: Task, model: nn.Module, rank: int, ranks: int) -> Past:
-    """The penalty from examples of all processes; each keeps its share."""
+    """The penalty from the examples of all processes; each keeps its share of anchor and matrix."""
     own = [part.tensor_split(ranks)[rank] for part in (task.inputs, task.targets)]
     risk = ShardedRisk.snapshot(model, nn.CrossEntropyLoss(), [(own[0], own[1])])
     return ShardedQuadratic.of(estimate_sharded(Fisher(), Diagonal(), risk)).scaled(STRENGTH).penalty

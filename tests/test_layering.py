@@ -12,7 +12,8 @@ import avalanche_curv
 PACKAGE = Path(avalanche_curv.__file__).parent
 ROOT = PACKAGE.parent
 HEIGHT = {
-    "core": 0, "plasticity": 1, "plugins": 2, "metrics": 2, "streams": 2, "loggers": 2, "strategies": 3,
+    "core": 0, "plasticity": 1, "plugins": 2, "metrics": 2, "streams": 2, "loggers": 2, "tensorboard": 2,
+    "checkpointing": 2, "strategies": 3,
     "benchmarks": 4,
 }  # fmt: skip
 LOOSE = 10  # files in the core outside its rooms, at most
@@ -70,7 +71,7 @@ def circle_in(edges):
 
 
 def part_of(name):
-    """The part of the house that a name of ours belongs to; None for the names of others."""
+    """The part of the project that a name of ours belongs to; None for the names of others."""
     head, _, rest = name.partition(".")
     if head == "benchmarks":
         return "benchmarks"

@@ -1,5 +1,6 @@
 """Avalanche metrics: each wraps a measurement of the core for any strategy and logger."""
 
+from avalanche_curv.metrics._published import ScalarMetric
 from avalanche_curv.metrics.fidelity import FidelityMetric, fidelity_metrics
 from avalanche_curv.metrics.gradients import GradientMetric
 from avalanche_curv.metrics.landscape import LandscapeMetric, landscape_metrics
@@ -15,6 +16,7 @@ __all__ = [
     "LandscapeMetric",
     "PenaltyMetric",
     "ProjectionMetric",
+    "ScalarMetric",
     "fidelity_metrics",
     "landscape_metrics",
     "penalty_metrics",

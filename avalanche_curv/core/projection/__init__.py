@@ -1,7 +1,7 @@
 """Orthogonal projection: steps that stay out of the directions that past tasks need."""
 
 from avalanche_curv.core.projection.blocks import Layout
-from avalanche_curv.core.projection.eigenspace import Eigenspace
+from avalanche_curv.core.projection.eigenspace import Eigenspace, Eigenvectors
 from avalanche_curv.core.projection.input_space import InputSpace
 from avalanche_curv.core.projection.projections import (
     GradientProjection,
@@ -17,6 +17,7 @@ from avalanche_curv.core.projection.subspace import Subspace, principal_angles
 __all__ = [
     "BasisBound",
     "Eigenspace",
+    "Eigenvectors",
     "Finding",
     "FreezeUncovered",
     "GradientProjection",

@@ -115,7 +115,8 @@ class RescaleIfUnstable(Guard):
 
     def __post_init__(self) -> None:
         if not (is_number(self.margin) and 0 < self.margin <= 1):
-            raise ValueError(f"Rescale needs a margin in (0, 1]; got {self.margin!r}. 1 is the edge of stability.")
+            expected = f"RescaleIfUnstable needs a margin in (0, 1]; got {self.margin!r}."
+            raise ValueError(f"{expected} 1 is the edge of stability.")
 
     def strength(self, found: Stability) -> float:
         return self.margin * found.largest_strength

@@ -128,7 +128,7 @@ class Matrix(ABC):
         return [(space, self)]
 
     def damped(self, tau: float) -> Matrix:
-        """C + τI, in the same structure where that has room for it.
+        """C + τI, in the same structure where that can hold it.
 
         >>> from avalanche_curv.core.structures import DiagonalMatrix
         >>> DiagonalMatrix(torch.tensor([1.0, 0.0])).damped(0.5).values
