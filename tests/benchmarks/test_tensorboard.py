@@ -237,6 +237,7 @@ def server(board):
     address = f"http://127.0.0.1:{port}"
     try:
         waited(lambda: len(answer(f"{address}/data/plugin/custom_scalars/layout").get("category", [])) == len(TITLES))
+        waited(lambda: len(sorted_by(address, "average_accuracy")) == len(RUNS))  # the table lags behind the charts
         yield address
     finally:
         process.terminate()
@@ -258,7 +259,7 @@ def sorted_by(server, result):
     question = {"allowedStatuses": statuses, "colParams": [column], "startIndex": 0, "sliceSize": 100}
     address, headers = f"{server}/data/plugin/hparams/session_groups", {"Content-Type": "application/json"}
     request = urllib.request.Request(address, json.dumps(question).encode(), headers)
-    return [row["name"] for row in answer(request)["sessionGroups"]]
+    return [row["name"] for row in answer(request).get("sessionGroups", [])]
 
 
 def waited(condition, seconds=90.0):
