@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from avalanche.benchmarks import OnlineCLExperience
 from avalanche.models import MultiTaskModule, avalanche_forward
@@ -17,17 +15,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from avalanche_curv.core.curvature.base import Curvature
+from avalanche_curv.core.curvature.base import NonFiniteCurvatureError
+from avalanche_curv.core.risk.batches import CountedBatches, untouched_randomness
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.frozen import unwrapped
-from avalanche_curv.core.risk.losses import ExampleLoss, example_loss
 from avalanche_curv.core.risk.parameters import ParameterSpace
 
 IN_MEMORY_BYTES = 2**30  # data sets up to this size are loaded once, larger ones at every pass
 
 
 @dataclass(frozen=True)
-class LoadedBatches:
+class LoadedBatches(CountedBatches):
     """(inputs, targets) of a data set, loaded anew at every pass and in the same order."""
 
     dataset: Any
@@ -38,11 +36,8 @@ class LoadedBatches:
         return len(self.dataset)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        batches = iter(loader(self.dataset, self.size))
-        for _ in range(len(batches)):
-            with untouched_randomness():
-                batch = next(batches)
-            yield batch[0], batch[1]
+        for batch in loader(self.dataset, self.size):
+            yield batch if isinstance(batch, Mapping) else (batch[0], batch[1])
 
 
 @dataclass(frozen=True)
@@ -96,14 +91,26 @@ def tells_tasks(strategy: Any) -> bool:
     return not isinstance(experience, OnlineCLExperience) or bool(experience.access_task_boundaries)
 
 
-def check_criterion(strategy: Any, curvature: Curvature) -> None:
-    """Raises TypeError for a criterion without a per-example form, ValueError for one that `curvature` does not fit."""
-    curvature.check_loss(loss_of(strategy))
+FEW = 4  # examples on which everything is tried
+REFUSALS = (TypeError, ValueError, MemoryError, NonFiniteCurvatureError)
 
 
-def loss_of(strategy: Any) -> ExampleLoss:
-    """The strategy's criterion as a loss of single examples. Raises TypeError where no such form is known."""
-    return example_loss(strategy._criterion)
+def preflight(strategy: Any, trial: Callable[[EmpiricalRisk], object]) -> None:
+    """To be called before the first step of an experience: raises what would keep its loss from being remembered,
+    measured or projected at its end. `trial` does that to the risk of a few of its examples.
+
+    In a task that an online stream splits it looks at the first part only.
+    """
+    experience = strategy.experience
+    if tells_tasks(strategy) and not getattr(experience, "is_first_subexp", True):
+        return
+    try:
+        trial(current_risk(strategy, FEW, range(min(FEW, len(data_of(experience))))))
+    except Exception as error:
+        kind = next((kind for kind in REFUSALS if isinstance(error, kind)), RuntimeError)
+        text = str(error) if kind is not RuntimeError else f"{type(error).__name__}: {error}"
+        raise kind(f"Experience {current_number(strategy)}: {text} It was tried on {FEW} examples; nothing was trained "
+                   "on the experience.") from error
 
 
 def current_space(strategy: Any) -> ParameterSpace:
@@ -167,18 +174,6 @@ def loader(dataset: Any, batch_size: int) -> DataLoader:
     """Batches in order; a generator of its own keeps the global random state as it is."""
     collate = getattr(dataset, "collate_fn", None)
     return DataLoader(dataset, batch_size=batch_size, collate_fn=collate, generator=torch.Generator())
-
-
-@contextmanager
-def untouched_randomness() -> Iterator[None]:
-    """Restores the random states of torch, numpy and Python afterwards, whatever a data set's transforms draw."""
-    states = random.getstate(), np.random.get_state()  # noqa: NPY002  the legacy state is the one transforms use
-    with torch.random.fork_rng(devices=[]):
-        try:
-            yield
-        finally:
-            random.setstate(states[0])
-            np.random.set_state(states[1])  # noqa: NPY002
 
 
 @contextmanager

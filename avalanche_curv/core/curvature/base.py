@@ -11,8 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from avalanche_curv.core.curvature._curvlinops import LinearOperator, linear_operator, output_operator
-from avalanche_curv.core.curvature.operators import Operator, Spectral, WithFallback
-from avalanche_curv.core.curvature.products import Relinearised
+from avalanche_curv.core.curvature.operators import Operator, Spectral
+from avalanche_curv.core.curvature.products import Relinearised, right_products
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.jacobians import chunk_size, parameters_of, pulled_back
 from avalanche_curv.core.risk.losses import ExampleLoss
@@ -123,10 +123,13 @@ class OutputCurvature(Curvature, ABC):
         return torch.Generator().manual_seed(self.seed or 0)
 
     def operator(self, risk: EmpiricalRisk) -> Operator:
+        return right_products(self, risk, {"forward": self._forward, "graphs": lambda r: Relinearised(self, r)})
+
+    def _forward(self, risk: EmpiricalRisk) -> Operator:
         generator = self.generator()
         with torch.no_grad():
             data = [(x, self.factor(risk.loss, risk.outputs(x), y, generator)) for x, y in risk]
-        return WithFallback(output_operator(risk, data), Relinearised(self, risk))
+        return output_operator(risk, data)
 
     def row_count(self, risk: EmpiricalRisk) -> int:
         """N R, the number of rows of G: N examples, and R columns of S for each."""

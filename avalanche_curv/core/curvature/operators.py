@@ -42,33 +42,6 @@ class FactorInOutputs(Protocol):
     def generator(self) -> torch.Generator: ...
 
 
-class WithFallback:
-    """An operator, and a second one of equal products for modules that lack the derivatives of the first.
-
-    The first product tries `first`; where torch raises NotImplementedError, that product and all that follow take
-    `second`.
-    """
-
-    def __init__(self, first: Operator, second: Operator) -> None:
-        self._works = first
-        self._untried: Operator | None = second
-
-    @property
-    def size(self) -> int:
-        return self._works.size
-
-    def matmat(self, matrix: Float[Tensor, "P k"]) -> Float[Tensor, "P k"]:
-        """C M."""
-        if self._untried is not None:
-            try:
-                return self._works.matmat(matrix)
-            except NotImplementedError:
-                self._works = self._untried
-            finally:
-                self._untried = None
-        return self._works.matmat(matrix)
-
-
 @dataclass(frozen=True)
 class GramOperator:
     """GᵀG for rows G [B, P]."""

@@ -7,7 +7,6 @@ from abc import ABC, abstractmethod
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.func import grad, jvp, vmap
 
 from avalanche_curv.core.curvature.base import Curvature, OutputCurvature
 from avalanche_curv.core.fidelity.measures import Comparison, GradientProducts, concatenated
@@ -15,9 +14,8 @@ from avalanche_curv.core.quadratic.model import half
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.jacobians import (
     Parameters,
+    change_of_outputs,
     chunk_size,
-    example_rows,
-    loss_of_one,
     outputs_of,
     parameters_of,
     pulled_back,
@@ -58,7 +56,7 @@ class OutputModels(ExampleModels):
     def _chunk(self, here: dict, there: dict, step: dict, x: Tensor, y: Tensor, factor: Tensor) -> Comparison:
         outputs, loss = outputs_of(self.risk), self.risk.loss
         now = outputs(there, x)
-        then, change = jvp(lambda p: outputs(p, x), (here,), (step,))[:2]
+        then, change = change_of_outputs(self.risk, here, x, step)
         residual = loss.gradient(then, y)
         curved, linear, quadratic = output_increase(factor, residual, change)
         true = pulled_back(self.risk, there, x, loss.gradient(now, y)[:, :, None])[:, 0]
@@ -84,9 +82,10 @@ class ExpandedModels(ExampleModels):
     def _chunk(self, there: Parameters, displacement: Float[Tensor, "P"], x: Tensor, y: Tensor) -> Comparison:
         outputs, loss = outputs_of(self.risk), self.risk.loss
         slopes, products = self.curvature.example_expansion(self.risk, x, y, displacement)
-        true = example_rows(vmap(grad(loss_of_one(self.risk)), in_dims=(None, 0, 0))(there, x, y))
+        now = outputs(there, x)
+        true = pulled_back(self.risk, there, x, loss.gradient(now, y)[:, :, None])[:, 0]
         quadratic, linear = half_product(products, displacement), slopes @ displacement
-        actual = loss.per_example(outputs(there, x), y) - loss.per_example(outputs(parameters_of(self.risk), x), y)
+        actual = loss.per_example(now, y) - loss.per_example(outputs(parameters_of(self.risk), x), y)
         gradients = GradientProducts.of(true, torch.stack([products, products + slopes]))
         return Comparison.of(gradients, actual, torch.stack([quadratic, quadratic + linear]))
 

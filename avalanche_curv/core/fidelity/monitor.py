@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from avalanche_curv.core.curvature.base import Curvature, OutputCurvature
 from avalanche_curv.core.fidelity.examples import ExampleModels, ExpandedModels, OutputModels
-from avalanche_curv.core.fidelity.layerwise import LayerwiseModels
+from avalanche_curv.core.fidelity.layerwise import LayerwiseModels, layered
 from avalanche_curv.core.fidelity.measures import Comparison, Fidelity, concatenated
-from avalanche_curv.core.per_example.layers import linear_layers
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk, frozen_together, joined_risk
 from avalanche_curv.core.risk.parameters import ParameterSpace
 
@@ -152,7 +151,7 @@ def _grouped(curvature: Curvature, functions: list[list[EmpiricalRisk]]) -> list
 
 
 def _are_layered(curvature: Curvature, functions: list[list[EmpiricalRisk]]) -> bool:
-    return isinstance(curvature, OutputCurvature) and all(linear_layers(risks[0]) for risks in functions)
+    return all(layered(curvature, risks[0]) is not None for risks in functions)
 
 
 def example_models(curvature: Curvature, *risks: EmpiricalRisk) -> ExampleModels:
@@ -164,9 +163,9 @@ def example_models(curvature: Curvature, *risks: EmpiricalRisk) -> ExampleModels
     curvature.check_examples()
     if not isinstance(curvature, OutputCurvature):
         return ExpandedModels(curvature, *risks)
-    layers = [linear_layers(risk) for risk in risks]
-    layered = [(risk, own) for risk, own in zip(risks, layers) if own is not None]
-    return LayerwiseModels(curvature, *layered) if len(layered) == len(risks) else OutputModels(curvature, *risks)
+    layers = [layered(curvature, risk) for risk in risks]
+    pairs = [(risk, own) for risk, own in zip(risks, layers) if own is not None]
+    return LayerwiseModels(curvature, *pairs) if len(pairs) == len(risks) else OutputModels(curvature, *risks)
 
 
 def _distance(model: nn.Module, risk: EmpiricalRisk) -> Tensor:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float
@@ -19,6 +18,7 @@ from avalanche_curv.core.landscape.lanczos import Lanczos
 from avalanche_curv.core.landscape.spectrum import Density, Spectrum, SpectrumMethod
 from avalanche_curv.core.options import is_count, is_number
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
+from avalanche_curv.core.risk.frozen import copied_without_graphs
 from avalanche_curv.core.risk.parameters import ParameterSpace
 
 METHODS: tuple[SpectrumMethod, ...] = (WholeMatrix(), GramMatrix(), Lanczos())
@@ -105,12 +105,12 @@ def moved(risks: Sequence[EmpiricalRisk], model: nn.Module) -> list[EmpiricalRis
     were. Parameters that came later do not count, and grown ones are cut to their former shape."""
     if not risks:
         return []
-    base = copy.deepcopy(risks[0].base)
+    base = copied_without_graphs(risks[0].base)
     own = (parameter for parameter in base.parameters() if parameter.requires_grad)
     with torch.no_grad():
         for parameter, value in zip(own, risks[0].space.tensors(model)):
             parameter.copy_(value)
-    return [replace(risk, base=base) for risk in risks]
+    return [risk.with_base(base) for risk in risks]
 
 
 def _landscape(found: Spectrum, averaged: AveragedCurvature, epsilon: float) -> Landscape:

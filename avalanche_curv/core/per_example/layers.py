@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float
@@ -15,10 +16,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from avalanche_curv.core.per_example import layer_kinds
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.parameters import ParameterSpace, canonical_name
+from avalanche_curv.core.risk.trust import TOLERANCE, nearby
 
-TOLERANCE = 3e-3  # relative: more than rounding, also that of TF32, and less than any mistake
-SHOWN = 2  # examples on which layers are tried
-NEARBY = 0.02  # the width of the interval of parameters around the anchor in which this is done
+T = TypeVar("T")
 
 
 @dataclass(eq=False)
@@ -41,9 +41,9 @@ class Layers:
     """The layers of a frozen model that explain their parameters' per-example gradients, and `rest`: the names of the
     parameters that none explains.
 
-    A layer is taken only if it reproduces the gradients of single examples on two of the data: one that is called
-    twice, shares a tensor, is bypassed, or mixes examples falls out by itself, whatever it is. A model is taken to use
-    its weights alike for all examples.
+    A layer is taken only if it reproduces the gradients of single examples on a few of the data: one that is called
+    twice, shares a tensor, is bypassed, or mixes examples falls out by itself, whatever it is. A layer that turns out to
+    see other examples otherwise falls out then (`by_layers`).
     """
 
     space: ParameterSpace
@@ -55,7 +55,13 @@ class Layers:
 
     @classmethod
     def of(cls, risk: EmpiricalRisk) -> Layers:
-        """The layers of the risk's model."""
+        """The layers of the risk's model, looked for once."""
+        if "layers" not in risk.verdicts:
+            risk.verdicts["layers"] = cls._candidates(risk)._explaining(risk)
+        return risk.verdicts["layers"]
+
+    @classmethod
+    def _candidates(cls, risk: EmpiricalRisk) -> Layers:
         known = ((n, m) for n, m in risk.base.named_modules() if layer_kinds.is_known(m))
         found = {m: canonical_name(f"{n}.weight").removesuffix("weight").removesuffix(".") for n, m in known}
         tried = cls(risk.space, {})
@@ -64,7 +70,15 @@ class Layers:
             trainable = candidate.trainable(layer)
             if trainable and set(trainable) <= set(risk.space.names):
                 tried.names[layer] = name
-        return tried._explaining(risk)
+        return tried
+
+    def without(self, layer: nn.Module) -> Layers:
+        """These layers but for one, whose parameters join the rest."""
+        names = {one: name for one, name in self.names.items() if one is not layer}
+        freed = {*self.rest, *self.trainable(layer)}
+        return replace(
+            self, names=names, rest=tuple(name for name in self.space.names if name in freed), flat=self.flat - {layer}
+        )
 
     def trainable(self, layer: nn.Module) -> list[str]:
         """The names of the trainable parameters of `layer`."""
@@ -109,20 +123,28 @@ class Layers:
         wanted = self.places(layer)
         return {wanted[short]: part for short, part in parts.items() if short in wanted}
 
+    def check_calls(self, taps: list[Tap], examples: int) -> None:
+        """Raises LayerDiffers unless each layer is called once, or never, with as many rows an example as for the
+        examples on which it was tried."""
+        called = [tap.layer for tap in taps]
+        for tap in taps:
+            rows = tuple(n * examples for n in self.folded.get(tap.layer, ()))
+            if called.count(tap.layer) > 1 or rows != (len(tap.inputs), len(tap.outputs)):
+                raise LayerDiffers(tap.layer)
+
     @torch.enable_grad()
     def _explaining(self, risk: EmpiricalRisk) -> Layers:
         """Those of the layers that reproduce the gradients of single examples on a few of them.
 
-        These are gradients of fixed combinations of the outputs at parameters close by, since those of the loss vanish
-        at a minimum, and all of them below a head of zeros.
+        These are gradients of fixed combinations of the outputs at parameters close by.
         """
-        inputs, _ = next(iter(risk.rebatched(SHOWN)))
-        generator = torch.Generator().manual_seed(0)
-        noise = (NEARBY * (torch.rand(p.shape, generator=generator) - 0.5).to(p) for p in risk.parameters)
-        values = [(p.detach() + shift).requires_grad_() for p, shift in zip(risk.parameters, noise)]
-        with self.tapped() as taps:
-            outputs = risk.outputs_at(values, inputs)
-            mixed = outputs @ torch.linspace(1, 2, outputs.shape[1]).to(outputs)
+        inputs, values = risk.few[0], nearby(risk)
+        try:
+            with self.tapped() as taps:
+                outputs = risk.outputs_at(values, inputs)
+        except Exception:  # of any kind: a layer that is called by torch.func, say, cannot be tapped
+            return Layers(self.space, {}, self.space.names)
+        mixed = outputs @ torch.linspace(1, 2, outputs.shape[1]).to(outputs)
         called = [tap.layer for tap in taps]
         kept = [tap for tap in taps if called.count(tap.layer) == 1 and _divides(len(inputs), tap)]
         sensitivities = dict(zip(kept, gradients(mixed.sum(), [tap.outputs for tap in kept])))
@@ -158,6 +180,25 @@ class Layers:
             and bool((found[name][index] - exact[name]).norm() <= TOLERANCE * exact[name].norm())
             for name in self.trainable(tap.layer)
         )
+
+
+class LayerDiffers(Exception):
+    """A layer is called otherwise for some examples than for those on which it was tried."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__(layer)
+        self.layer = layer
+
+
+def by_layers(risk: EmpiricalRisk, compute: Callable[[Layers], T]) -> T:
+    """What `compute` makes of the layers of a risk: where it meets one that is called otherwise for other examples,
+    once more without that layer."""
+    while True:
+        layers = Layers.of(risk)
+        try:
+            return compute(layers)
+        except LayerDiffers as found:
+            risk.verdicts["layers"] = layers.without(found.layer)
 
 
 def linear_layers(risk: EmpiricalRisk) -> Layers | None:

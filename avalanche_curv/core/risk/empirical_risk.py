@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import islice
 from typing import Any
 
 import torch
@@ -14,10 +12,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from avalanche_curv.core.risk.batches import Batches, Rebatched, like, random_part, without_drawing
-from avalanche_curv.core.risk.frozen import check_function, frozen_copy
+from avalanche_curv.core.risk.batches import Batches, Rebatched, count, kept, like, merged, random_part
+from avalanche_curv.core.risk.frozen import copied_without_graphs, frozen_copy
 from avalanche_curv.core.risk.losses import ExampleLoss, example_loss
 from avalanche_curv.core.risk.parameters import ParameterSpace
+from avalanche_curv.core.risk.preflight import check_risk, drop_hooks
+
+FEW = 4  # examples on which derivatives are tried
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,9 @@ class EmpiricalRisk:
     loss: ExampleLoss
     batches: Batches
     adapter: Callable[[nn.Module], nn.Module] | None = None
+    verdicts: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    """What was found out of the frozen model by trying: which of several ways to a derivative is right, for instance.
+    Risks of one frozen model share it."""
 
     @classmethod
     def snapshot(
@@ -49,14 +53,16 @@ class EmpiricalRisk:
     ) -> EmpiricalRisk:
         """Freeze `model` and look at `batches` of (inputs, targets), which may be any iterable.
 
-        `adapter` wraps the frozen copy where the model is not called as `model(inputs)`; the wrapper keeps the copy
-        under the attribute `module`. Raises TypeError for a criterion without a per-example form, ValueError for a
-        model without trainable parameters, for empty data and for data that the loss does not cover.
+        A list is kept as it is now. A loader is passed over several times, each time from the same random states, so
+        that it may shuffle. `adapter` wraps the frozen copy where the model is not called as `model(inputs)`; the
+        wrapper keeps the copy under the attribute `module`.
+
+        Raises TypeError for a criterion without a per-example form and for a model that cannot be copied or gives no
+        tensor, ValueError for a model without trainable parameters or that is no function of single examples, for
+        empty data and for data that the loss does not cover.
         """
-        loss = example_loss(criterion)
-        kept = tuple(batches) if iter(batches) is batches else batches
-        risk = cls(frozen_copy(model), loss, kept, adapter)
-        risk._check()
+        risk = cls(frozen_copy(model), example_loss(criterion), kept(batches), adapter)
+        check_risk(risk)
         return risk
 
     @cached_property
@@ -76,9 +82,8 @@ class EmpiricalRisk:
 
     @cached_property
     def examples(self) -> int:
-        """N, the number of examples: the attribute `examples` of the batches, or counted in one pass."""
-        known = getattr(self.batches, "examples", None)
-        return sum(len(targets) for _, targets in self.batches) if known is None else known
+        """N, the number of examples: as `CountedBatches` say, or counted in one pass."""
+        return count(self.batches)
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -86,18 +91,44 @@ class EmpiricalRisk:
         return [p for p in self.base.parameters() if p.requires_grad]
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches, on the model's device and in its floating point type."""
-        for inputs, targets in without_drawing(self.batches):
+        """The batches, on the model's device and in its floating point type, without empty ones."""
+        for inputs, targets in self.batches:
+            if not len(targets):
+                continue
             x, y = like(inputs, self.anchor), like(targets, self.anchor)
             self.loss.check(self.one_output.expand(len(y), *self.one_output.shape[1:]), y)
             yield x, y
 
     @cached_property
+    def few(self) -> tuple[Tensor, Tensor]:
+        """Some examples of one shape, up to four: of the whole of data in memory, else of the first batch. Raises
+        ValueError where there is none."""
+        first = next((batch for batch in self.batches if len(batch[1])), None)
+        if first is None:
+            raise ValueError(
+                "The risk of no examples is not defined: got no batch, or only empty ones. Give one or more."
+            )
+        found = [first]
+        if isinstance(self.batches, tuple):
+            alike = [b for b in self.batches if len(b[1]) and b[0].shape[1:] == first[0].shape[1:]]
+            ends = torch.tensor([len(y) for _, y in alike]).cumsum(0)
+            count = min(FEW, int(ends[-1]))
+            places = [i * int(ends[-1]) // count for i in range(count)]
+            of_batch = torch.bucketize(torch.tensor(places), ends, right=True).tolist()
+            starts = [0, *ends.tolist()]
+            found = [tuple(t[p - starts[b] :][:1] for t in alike[b]) for p, b in zip(places, of_batch)]
+        x, y = (torch.cat([part[:FEW] for part in parts]) for parts in zip(*found))
+        return like(x, self.anchor), like(y, self.anchor)
+
+    def trial(self) -> EmpiricalRisk:
+        """The risk of those few examples."""
+        return replace(self, batches=(self.few,))
+
+    @cached_property
     def one_output(self) -> Float[Tensor, "1 *C"]:
         """The outputs of one example, for their shape."""
-        inputs, _ = next(without_drawing(self.batches))
         with torch.no_grad():
-            outputs = self.model(like(inputs[:1], self.anchor))
+            outputs = self.model(self.few[0][:1])
         return outputs if outputs.ndim > 1 else outputs[:, None]
 
     def outputs(self, inputs: Tensor) -> Float[Tensor, "N C"]:
@@ -123,8 +154,18 @@ class EmpiricalRisk:
 
     def copied_model(self) -> tuple[nn.Module, list[nn.Parameter]]:
         """A copy of `model`, and its trainable parameters in the order of `space`."""
-        base = copy.deepcopy(self.base)
-        return replace(self, base=base).model, [p for p in base.parameters() if p.requires_grad]
+        base = copied_without_graphs(self.base)
+        return self.with_base(base).model, [p for p in base.parameters() if p.requires_grad]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> EmpiricalRisk:
+        copied = object.__new__(type(self))
+        memo[id(self)] = copied
+        copied.__dict__.update(copied_without_graphs(self.__dict__, memo))
+        return copied
+
+    def with_base(self, base: nn.Module) -> EmpiricalRisk:
+        """The same examples, loss and adapter with another frozen model."""
+        return replace(self, base=base, verdicts={})
 
     def value(self) -> float:
         """L at the frozen parameters, summed in float64."""
@@ -146,6 +187,17 @@ class EmpiricalRisk:
         return total / self.examples
 
     @torch.enable_grad()
+    def gradient_at(self, parameters: Float[Tensor, "P"]) -> Float[Tensor, "P"]:
+        """∇L of the frozen past function at other parameters."""
+        leaves = [part.detach().requires_grad_() for part in self.space.split(parameters)]
+        total = torch.zeros_like(parameters)
+        for x, y in self:
+            loss = self.loss.per_example(self.outputs_at(leaves, x), y).sum()
+            parts = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+            total += self.space.flatten(list(parts))
+        return total / self.examples
+
+    @torch.enable_grad()
     def summed_gradient(self, inputs: Tensor, targets: Tensor) -> Float[Tensor, "P"]:
         """Σ_i ∇ℓ_i over one batch."""
         loss = self.loss.per_example(self.outputs(inputs), targets).sum()
@@ -157,15 +209,14 @@ class EmpiricalRisk:
         return self.select(random_part(self.examples, fraction, seed))
 
     def select(self, indices: Tensor) -> EmpiricalRisk:
-        """The risk of the examples at sorted `indices`, held in memory as one batch."""
+        """The risk of the examples at sorted `indices`, held in memory in as few batches as their shapes allow."""
         chosen, start = [], 0
         for inputs, targets in self.batches:
             here = indices[(indices >= start) & (indices < start + len(targets))] - start
             start += len(targets)
             if len(here):
                 chosen.append((inputs[here.to(inputs.device)], targets[here.to(targets.device)]))
-        inputs, targets = (torch.cat(parts) for parts in zip(*chosen))
-        return replace(self, batches=((inputs, targets),))
+        return replace(self, batches=merged(chosen))
 
     def rebatched(self, size: int) -> EmpiricalRisk:
         """The same examples in the same order, in batches of `size`."""
@@ -173,36 +224,21 @@ class EmpiricalRisk:
 
     def at(self, other: EmpiricalRisk) -> EmpiricalRisk:
         """The same examples, loss and adapter at the parameters where `other` is frozen."""
-        return replace(self, base=other.base)
+        return replace(self, base=other.base, verdicts=other.verdicts)
 
     def frozen_at(self, model: nn.Module) -> EmpiricalRisk:
         """The same examples, loss and adapter with a new frozen copy of `model` as the past function."""
-        return replace(self, base=frozen_copy(model))
-
-    def _check(self) -> None:
-        _ = self.space
-        first: Any = next(without_drawing(self.batches), None)
-        if first is not None and (len(first) != 2 or not all(isinstance(part, Tensor) for part in first)):
-            raise ValueError(
-                f"Each batch must be a pair of tensors (inputs, targets); got {[type(p).__name__ for p in first]}."
-            )
-        if first is None or not len(first[1]):
-            raise ValueError("The risk of no examples is not defined: got no batch, or an empty one. Give one or more.")
-        check_function(self.model, like(first[0][:2], self.anchor).clone())
-        whole = isinstance(self.batches, (tuple, list))  # what has to be loaded is checked as it comes
-        for _ in self if whole else islice(self, 1):
-            pass
+        risk = self.with_base(frozen_copy(model))
+        drop_hooks(risk)
+        return risk
 
 
 def joined_risk(risks: list[EmpiricalRisk]) -> EmpiricalRisk:
-    """The risk of the examples of all `risks`, in order, which must share the frozen model of the first; one batch
-    where the inputs have one shape."""
+    """The risk of the examples of all `risks`, in order, which must share the frozen model of the first; in as few
+    batches as their shapes allow."""
     if len(risks) == 1:
         return risks[0]
-    inputs, targets = zip(*(batch for risk in risks for batch in risk.batches))
-    same = len({x.shape[1:] for x in inputs}) == 1
-    batches = ((torch.cat(inputs), torch.cat(targets)),) if same else tuple(zip(inputs, targets))
-    return replace(risks[0], batches=batches)
+    return replace(risks[0], batches=merged(batch for risk in risks for batch in risk.batches if len(batch[1])))
 
 
 def frozen_together(risks: Sequence[EmpiricalRisk], model: nn.Module) -> tuple[EmpiricalRisk, ...]:

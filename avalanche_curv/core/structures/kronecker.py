@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from avalanche_curv.core.curvature.base import Curvature, OutputCurvature
 from avalanche_curv.core.curvature.operators import Operator
 from avalanche_curv.core.per_example import layer_kinds
-from avalanche_curv.core.per_example.layers import Layers, Tap
+from avalanche_curv.core.per_example.layers import Layers, Tap, by_layers
 from avalanche_curv.core.per_example.passes import layer_passes
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.parameters import ParameterSpace
@@ -147,7 +147,12 @@ def factors_need_examples(curvature: Curvature, structure: Factorised) -> str | 
 @rule(OutputCurvature, Kronecker)
 def kronecker(curvature: OutputCurvature, structure: Factorised, risk: EmpiricalRisk) -> KroneckerMatrix:
     """Factors of every layer that has one weight matrix, and the exact diagonal of the others."""
-    layers = Layers.of(risk)
+    return by_layers(risk, lambda layers: _factorised(curvature, structure, layers, risk))
+
+
+def _factorised(
+    curvature: OutputCurvature, structure: Factorised, layers: Layers, risk: EmpiricalRisk
+) -> KroneckerMatrix:
     factors = {layer: _Sums.of(layers, layer, risk.anchor) for layer in layers.names if layer_kinds.is_outer(layer)}
     if not factors:
         raise TypeError(

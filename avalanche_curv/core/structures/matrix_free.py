@@ -13,7 +13,12 @@ from torch import Tensor
 from avalanche_curv.core.curvature.base import Curvature, OutputCurvature
 from avalanche_curv.core.curvature.hessian import Hessian
 from avalanche_curv.core.curvature.operators import Operator
-from avalanche_curv.core.curvature.products import Linearised, LinearisedHessian
+from avalanche_curv.core.curvature.products import (
+    Linearised,
+    LinearisedHessian,
+    is_differentiated_twice,
+    right_products,
+)
 from avalanche_curv.core.options import is_number
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.parameters import ParameterSpace
@@ -154,13 +159,16 @@ class TracedLinearised(Linearised):
 @rule(OutputCurvature, MatrixFree)
 def linearised(curvature: OutputCurvature, structure: MatrixFree, risk: EmpiricalRisk) -> MatrixFreeMatrix:
     """J and Jᵀ from graphs that are kept."""
-    return structure.from_operator(TracedLinearised(curvature, _chosen(structure, risk).rebatched(BATCH)), risk)
+    ways = {"graphs": lambda risk: TracedLinearised(curvature, risk)}
+    return structure.from_operator(right_products(curvature, _chosen(structure, risk).rebatched(BATCH), ways), risk)
 
 
 @rule(Hessian, MatrixFree)
 def linearised_hessian(curvature: Hessian, structure: MatrixFree, risk: EmpiricalRisk) -> MatrixFreeMatrix:
-    """The derivative of the gradient, whose graph is kept."""
-    return structure.from_operator(LinearisedHessian(_chosen(structure, risk).rebatched(BATCH)), risk)
+    """The derivative of the gradient, whose graph is kept where that is right."""
+    chosen = _chosen(structure, risk).rebatched(BATCH)
+    right = is_differentiated_twice(risk)
+    return structure.from_operator(LinearisedHessian(chosen) if right else curvature.operator(chosen), risk)
 
 
 @refusal(Curvature, MatrixFree)

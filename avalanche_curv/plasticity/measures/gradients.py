@@ -11,7 +11,7 @@ from torch import Tensor
 
 from avalanche_curv.core.curvature.empirical_fisher import EmpiricalFisher
 from avalanche_curv.core.per_example.gram import rows_of
-from avalanche_curv.core.per_example.layers import Layers
+from avalanche_curv.core.per_example.layers import Layers, by_layers
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.plasticity.measures.singular_values import condition_number, effective_rank, singular_values_of_gram
 
@@ -48,8 +48,12 @@ def gradient_diversity(risk: EmpiricalRisk) -> GradientDiversity:
 
 def gradient_gram(risk: EmpiricalRisk) -> Float[Tensor, "m m"]:
     """The Gram matrix with entries (1/m) g_iᵀg_j in float64, of the gradients at the observed targets."""
+    return by_layers(risk, lambda layers: _gram(layers, risk))
+
+
+def _gram(layers: Layers, risk: EmpiricalRisk) -> Float[Tensor, "m m"]:
     total = torch.zeros(risk.examples, risk.examples, dtype=torch.float64, device=risk.anchor.device)
-    for part in _parts(Layers.of(risk), risk):
+    for part in _parts(layers, risk):
         for rows in rows_of(EmpiricalFisher(), risk, part):
             total += rows.gram_in_float64()
     return total

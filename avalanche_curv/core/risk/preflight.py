@@ -1,0 +1,117 @@
+"""Whether the loss of some data under a model is a mean over single examples that can be differentiated, looked at
+before anything is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from avalanche_curv.core.risk.batches import untouched_randomness
+from avalanche_curv.core.risk.frozen import close, drop_idle_hooks
+
+if TYPE_CHECKING:
+    from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
+
+ONE_BY_ONE = "past loss is a mean over single examples. Use normalisation with running statistics."
+
+
+def check_risk(risk: EmpiricalRisk) -> None:
+    """Raises ValueError, or TypeError for outputs that are no tensor, where the risk cannot be computed: for a model
+    without trainable parameters, for no data, batches that are no pairs of tensors, outputs and targets that the loss
+    does not cover, and for a model that is no function of single examples. Forward hooks of the frozen model that only
+    look on are dropped.
+
+    It is seen on a few examples of the first batch that holds some, or, of data in memory, of all; of these all targets
+    are looked at besides.
+    """
+    _ = risk.space
+    in_memory = isinstance(risk.batches, tuple)
+    for batch in risk.batches:
+        check_batch(batch)
+        if len(batch[1]) and not in_memory:
+            break
+    inputs, targets = risk.few
+    check_function(risk.model, inputs.clone())
+    drop_hooks(risk)
+    risk.loss.check(_outputs(risk.model, inputs), targets)
+    for _ in risk if in_memory else ():
+        pass
+
+
+def drop_hooks(risk: EmpiricalRisk) -> None:
+    """Takes forward hooks that only look on from the frozen model of a risk."""
+    with untouched_randomness():
+        drop_idle_hooks(risk.base, lambda: _differentiated(risk, risk.few[0].clone()))
+
+
+def check_batch(batch: Any) -> None:
+    """Raises ValueError unless a batch is a pair of tensors (inputs, targets) of one length."""
+    if isinstance(batch, (tuple, list)) and len(batch) == 2 and all(isinstance(part, Tensor) for part in batch):
+        if all(part.ndim for part in batch) and len(batch[0]) == len(batch[1]):
+            return
+        shapes = " and ".join(str(tuple(part.shape)) for part in batch)
+        raise ValueError(f"Inputs and targets of a batch must be as many; got shapes {shapes}. Put examples first.")
+    if isinstance(batch, Mapping):
+        got = f"a {type(batch).__name__} of {', '.join(map(str, batch))}"
+    elif isinstance(batch, (tuple, list)):
+        got = str([type(part).__name__ for part in batch])
+    else:
+        got = type(batch).__name__
+    raise ValueError(
+        f"Each batch must be a pair of tensors (inputs, targets); got {got}. Make pairs of it, as by "
+        "[(batch[...], batch[...]) for batch in loader], and let an `adapter` or the model take one tensor of inputs."
+    )
+
+
+def check_function(model: nn.Module, inputs: Tensor) -> None:
+    """Raises ValueError, or TypeError where the outputs are no tensor, unless `model` maps each of a few examples to
+    outputs of its own, the same every time, alone or with others, in any order."""
+    name, version = type(model).__name__, inputs._version
+    with torch.no_grad(), untouched_randomness():
+        first, again = _outputs(model, inputs), _outputs(model, inputs)
+        if inputs._version != version:
+            raise ValueError(f"{name} writes into its inputs, which would change stored examples. Clone them in forward.")
+        if first.ndim == 0 or len(first) != len(inputs):
+            got = "one number" if first.ndim == 0 else f"{len(first)} outputs"
+            raise ValueError(f"{name} gives {got} for {len(inputs)} examples. Put the batch axis first.")
+        if not close(first, again):
+            raise ValueError(f"{name} draws at random in eval mode: its loss is no function. Give dropout self.training.")
+        try:
+            alone, turned = model(inputs[:1]), model(inputs.flip(0)).flip(0)
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(f"{name} cannot be evaluated on one example ({error}); {ONE_BY_ONE}") from error
+    if not (close(first[:1], alone) and close(first, turned)):
+        raise ValueError(f"The outputs of {name} for one example depend on the others in the batch; {ONE_BY_ONE}")
+
+
+def _outputs(model: nn.Module, inputs: Tensor) -> Tensor:
+    try:
+        outputs = model(inputs)
+    except Exception as error:
+        raise ValueError(
+            f"{type(model).__name__} cannot be evaluated in eval mode on inputs of shape {tuple(inputs.shape)} and "
+            f"{inputs.dtype}: {type(error).__name__}: {error}. Give inputs as in training, or an `adapter` that calls "
+            "the model with one tensor."
+        ) from error
+    if not isinstance(outputs, Tensor):
+        raise TypeError(
+            f"{type(model).__name__} gives a {type(outputs).__name__}; expected one tensor of outputs. Give an "
+            "`adapter` that picks it."
+        )
+    return outputs
+
+
+@torch.enable_grad()
+def _differentiated(risk: EmpiricalRisk, inputs: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The outputs of a few examples, and the gradient of a mixture of them in each parameter."""
+    outputs = risk.outputs(inputs)
+    if not outputs.requires_grad:
+        return outputs, ()
+    mixture = torch.linspace(1, 2, outputs.numel()).to(outputs).view_as(outputs)
+    gradients = torch.autograd.grad(
+        outputs, risk.parameters, mixture, allow_unused=True, materialize_grads=True
+    )
+    return outputs.detach(), gradients
