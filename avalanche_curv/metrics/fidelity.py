@@ -15,6 +15,7 @@ from avalanche_curv.core.curvature.fisher import Fisher
 from avalanche_curv.core.fidelity.monitor import PastModels
 from avalanche_curv.core.options import is_number
 from avalanche_curv.core.quadratic.policies import Policy, part_of
+from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.metrics._published import ScalarMetric
 from avalanche_curv.metrics.accuracy import TaskAccuracyMetric
 from avalanche_curv.metrics.penalty import PenaltyMetric
@@ -103,14 +104,18 @@ class FidelityMetric(ScalarMetric):
         self._curves = DistanceCurves()
         self._begun = False  # the task, of which an online stream gives one part after another
 
-    def before_training(self, strategy: Any) -> None:
-        _bridge.check_criterion(strategy, self.past.curvature)
-
     def before_training_exp(self, strategy: Any) -> list[MetricValue]:
         if self._begun:
             return []
+        _bridge.preflight(strategy, self._try)
         self._begun = True
         return self._published(strategy, "growth", self.past.growth(strategy.model))
+
+    def _try(self, risk: EmpiricalRisk) -> None:
+        """Raises what would keep an experience from being measured, as seen on a few of its examples."""
+        self.past.curvature.check_loss(risk.loss)
+        if not self.past.accumulate:
+            PastModels(self.past.curvature).with_experience(risk).measure(risk.base)
 
     def after_training_iteration(self, strategy: Any) -> list[MetricValue]:
         if not self.past.accumulate or not self.due(strategy):

@@ -20,6 +20,7 @@ from avalanche_curv.core.risk.batches import CountedBatches, untouched_randomnes
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.frozen import unwrapped
 from avalanche_curv.core.risk.parameters import ParameterSpace
+from avalanche_curv.core.risk.preflight import check_batch
 
 IN_MEMORY_BYTES = 2**30  # data sets up to this size are loaded once, larger ones at every pass
 
@@ -91,13 +92,13 @@ def tells_tasks(strategy: Any) -> bool:
     return not isinstance(experience, OnlineCLExperience) or bool(experience.access_task_boundaries)
 
 
-FEW = 4  # examples on which everything is tried
+FIRST = 256  # examples that are looked at before an experience is trained
 REFUSALS = (TypeError, ValueError, MemoryError, NonFiniteCurvatureError)
 
 
 def preflight(strategy: Any, trial: Callable[[EmpiricalRisk], object]) -> None:
     """To be called before the first step of an experience: raises what would keep its loss from being remembered,
-    measured or projected at its end. `trial` does that to the risk of a few of its examples.
+    measured or projected at its end. `trial` does that to the risk of a few examples of its first batch.
 
     In a task that an online stream splits it looks at the first part only.
     """
@@ -105,12 +106,12 @@ def preflight(strategy: Any, trial: Callable[[EmpiricalRisk], object]) -> None:
     if tells_tasks(strategy) and not getattr(experience, "is_first_subexp", True):
         return
     try:
-        trial(current_risk(strategy, FEW, range(min(FEW, len(data_of(experience))))))
+        size = min(FIRST, int(strategy.train_mb_size), len(data_of(experience)))
+        trial(current_risk(strategy, size, range(size)).trial())
     except Exception as error:
         kind = next((kind for kind in REFUSALS if isinstance(error, kind)), RuntimeError)
         text = str(error) if kind is not RuntimeError else f"{type(error).__name__}: {error}"
-        raise kind(f"Experience {current_number(strategy)}: {text} It was tried on {FEW} examples; nothing was trained "
-                   "on the experience.") from error
+        raise kind(f"Experience {current_number(strategy)}: {text} Nothing was trained on it yet.") from error
 
 
 def current_space(strategy: Any) -> ParameterSpace:
@@ -208,8 +209,9 @@ def collected(dataset: Any, indices: list[int]) -> tuple[Tensor, Tensor, Tensor]
 
 def _batches(dataset: Any, size: int) -> Any:
     batches = LoadedBatches(dataset, size)
-    first = next(iter(batches))[0]
-    fits = first.nbytes / len(first) * len(dataset) <= IN_MEMORY_BYTES
+    first = next(iter(batches))
+    check_batch(first)
+    fits = first[0].nbytes / len(first[0]) * len(dataset) <= IN_MEMORY_BYTES
     return tuple(batches) if fits else batches
 
 

@@ -17,6 +17,7 @@ from avalanche_curv.core.options import check_kind, is_count, is_number
 from avalanche_curv.core.quadratic.penalty import Penalty
 from avalanche_curv.core.quadratic.policies import Accumulate, Past, Policy
 from avalanche_curv.core.quadratic.stability import Guard, Guarded, WarnIfUnstable
+from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.frozen import unwrapped
 from avalanche_curv.core.structures import Diagonal, Structure
 from avalanche_curv.core.structures.rules import check_pair
@@ -44,10 +45,11 @@ class CurvatureEWCPlugin(SupervisedPlugin):
     once; results do not depend on it. `past` holds the quadratic model, what the policy stores and, of
     `AdaptiveRefresh`, every refresh with its reason, which are also logged to the logger `avalanche_curv`.
 
-    Raises TypeError or ValueError for unusable options when it is made; before training for a criterion without
+    Raises TypeError or ValueError for unusable options when it is made; before the first step of an experience for
+    whatever would keep it from being absorbed at its end, which is tried on four of its examples: a criterion without
     per-example form, an empty experience, several tasks in one experience of a multi-task model, a model without
-    trainable parameters, or (MemoryError) a matrix over its structure's limit; NonFiniteCurvatureError at the end of
-    an experience that diverged: `past` then still holds what came before.
+    trainable parameters or that cannot be copied, or (MemoryError) a matrix over its structure's limit;
+    NonFiniteCurvatureError at the end of an experience that diverged: `past` then still holds what came before.
     """
 
     def __init__(
@@ -72,16 +74,20 @@ class CurvatureEWCPlugin(SupervisedPlugin):
         self._weighted: Penalty | None = None
         self._updates = 0  # of the current task, of which an online stream gives one part after another
 
-    def before_training(self, strategy: Any, **kwargs: Any) -> None:
-        _bridge.check_criterion(strategy, self.curvature)
-
     def before_train_dataset_adaptation(self, strategy: Any, **kwargs: Any) -> None:
         _bridge.check_experience(strategy)
 
     def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
-        self.structure.check(_bridge.current_space(strategy), _bridge.current_itemsize(strategy))
+        _bridge.preflight(strategy, self._try)
         if self._updates == 0:
             self._revise(strategy)
+
+    def _try(self, risk: EmpiricalRisk) -> None:
+        """Raises what would keep an experience from being absorbed, as seen on a few of its examples."""
+        self.curvature.check_loss(risk.loss)
+        self.structure.check(risk.space, risk.anchor.element_size())
+        if not self.past.experiences:
+            self.policy.absorb(Past(), risk, self.curvature, self.structure)
 
     def before_backward(self, strategy: Any, **kwargs: Any) -> None:
         if self.past.model is None:

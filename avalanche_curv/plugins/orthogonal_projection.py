@@ -20,6 +20,7 @@ from avalanche_curv.core.projection import (
     StepProjection,
     Uncovered,
 )
+from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.structures.base import check_limit
 from avalanche_curv.plugins import _bridge
 
@@ -45,9 +46,10 @@ class OrthogonalProjectionPlugin(SupervisedPlugin):
     known, hold still from the end of the first experience (`uncovered=FreezeUncovered()`), norm layers in eval mode, or
     go on as they are (`uncovered=LeaveUncovered()`). Other buffers are not looked at.
 
-    Raises TypeError or ValueError for unusable options when it is made; before training TypeError for an optimiser
-    that needs a closure, for a criterion without a per-example form, ValueError for an empty experience; MemoryError
-    before an experience after which the bases may be over `max_bytes`; NonFiniteCurvatureError at the end of one that
+    Raises TypeError or ValueError for unusable options when it is made; before the first step of an experience
+    TypeError for an optimiser that needs a closure, TypeError or ValueError for whatever would keep it from being
+    absorbed at its end, which is tried on four of its examples (a criterion without a per-example form, no examples);
+    MemoryError before an experience after which the bases may be over `max_bytes`; NonFiniteCurvatureError at the end of one that
     diverged, when `protected` still holds what came before.
     """
 
@@ -74,12 +76,12 @@ class OrthogonalProjectionPlugin(SupervisedPlugin):
 
     def before_training(self, strategy: Any, **kwargs: Any) -> None:
         _check_optimizer(strategy.optimizer)
-        self.protect.check_loss(_bridge.loss_of(strategy))
 
     def before_train_dataset_adaptation(self, strategy: Any, **kwargs: Any) -> None:
         _bridge.check_experience(strategy)
 
     def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
+        _bridge.preflight(strategy, self._try)
         self.protected.check(
             self.protect, _bridge.current_space(strategy), _bridge.current_itemsize(strategy),
             max_rank=self.max_rank, max_bytes=self.max_bytes,
@@ -88,6 +90,12 @@ class OrthogonalProjectionPlugin(SupervisedPlugin):
         self._resting = [m for m in self.protected.resting(strategy.model) if m.training]
         for module in self._resting:
             module.eval()
+
+    def _try(self, risk: EmpiricalRisk) -> None:
+        """Raises what would keep an experience from being absorbed, as seen on a few of its examples."""
+        self.protect.check_loss(risk.loss)
+        if not self.protected.experiences:
+            ProtectedSpace().absorb(risk, self.protect, uncovered=self.uncovered, max_rank=self.max_rank)
 
     def before_update(self, strategy: Any, **kwargs: Any) -> None:
         if self._projector is not None:

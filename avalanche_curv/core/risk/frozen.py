@@ -93,6 +93,8 @@ def drop_idle_hooks(base: nn.Module, evaluate: Callable[[], tuple[Tensor, Gradie
     try:
         wanted = evaluate()
     except Exception as error:
+        with _without(hooked):
+            evaluate()  # which raises where it is not the hooks that fail
         raise ValueError(
             f"{type(base).__name__} with its forward hooks cannot be evaluated in eval mode: {error}. Remove the hooks "
             "before curvature is estimated, or let them return early where not module.training."

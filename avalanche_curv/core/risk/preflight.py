@@ -34,8 +34,8 @@ def check_risk(risk: EmpiricalRisk) -> None:
         if len(batch[1]) and not in_memory:
             break
     inputs, targets = risk.few
-    check_function(risk.model, inputs.clone())
     drop_hooks(risk)
+    check_function(risk.model, inputs.clone())
     risk.loss.check(_outputs(risk.model, inputs), targets)
     for _ in risk if in_memory else ():
         pass
@@ -107,7 +107,7 @@ def _outputs(model: nn.Module, inputs: Tensor) -> Tensor:
 @torch.enable_grad()
 def _differentiated(risk: EmpiricalRisk, inputs: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The outputs of a few examples, and the gradient of a mixture of them in each parameter."""
-    outputs = risk.outputs(inputs)
+    outputs = _outputs(risk.model, inputs)
     if not outputs.requires_grad:
         return outputs, ()
     mixture = torch.linspace(1, 2, outputs.numel()).to(outputs).view_as(outputs)
