@@ -17,7 +17,8 @@ from avalanche_curv.core.curvature.operators import FactorInOutputs, Operator
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.batches import untouched_randomness
 from avalanche_curv.core.risk.frozen import copied_without_graphs
-from avalanche_curv.core.risk.trust import at_nearby, differing, directions, is_plain, right_way
+from avalanche_curv.core.risk.known import is_plain
+from avalanche_curv.core.risk.trust import at_nearby, differing, directions, right_way
 
 
 class _OfRisk:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from avalanche_curv.core.risk.batches import untouched_randomness
 from avalanche_curv.core.risk.frozen import close, drop_idle_hooks
+from avalanche_curv.core.risk.known import is_plain
 
 if TYPE_CHECKING:
     from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
@@ -36,6 +37,9 @@ def check_risk(risk: EmpiricalRisk) -> None:
     inputs, targets = risk.few
     drop_hooks(risk)
     check_function(risk.model, inputs.clone())
+    if not is_plain(risk.model):
+        with untouched_randomness():
+            check_gradients(risk, inputs.clone())
     risk.loss.check(_outputs(risk.model, inputs), targets)
     for _ in risk if in_memory else ():
         pass
@@ -104,14 +108,35 @@ def _outputs(model: nn.Module, inputs: Tensor) -> Tensor:
     return outputs
 
 
+def check_gradients(risk: EmpiricalRisk, inputs: Tensor) -> None:
+    """Raises ValueError unless the gradient over a few examples is the sum of those of single ones."""
+    _, together = _differentiated(risk, inputs)
+    alone = [_differentiated(risk, one, weight)[1] for one, weight in zip(inputs.split(1), _weights(len(inputs)))]
+    for name, whole, parts in zip(risk.space.names, together, zip(*alone)):
+        if whole.isfinite().all() and not close(sum(parts[1:], parts[0]), whole):
+            raise ValueError(
+                f"The gradient that {type(risk.base).__name__} gives of one example in '{name}' depends on the others "
+                f"in the batch; {ONE_BY_ONE}"
+            )
+
+
+def _weights(examples: int) -> list[float]:
+    return [1 + i / examples for i in range(examples)]
+
+
 @torch.enable_grad()
-def _differentiated(risk: EmpiricalRisk, inputs: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The outputs of a few examples, and the gradient of a mixture of them in each parameter."""
+def _differentiated(
+    risk: EmpiricalRisk, inputs: Tensor, weight: float | None = None
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The outputs of a few examples, and the gradient of a mixture of them in each parameter; of one example with its
+    `weight` in the mixture."""
     outputs = _outputs(risk.model, inputs)
     if not outputs.requires_grad:
         return outputs, ()
-    mixture = torch.linspace(1, 2, outputs.numel()).to(outputs).view_as(outputs)
+    weights = _weights(len(inputs)) if weight is None else [weight]
+    width = outputs.numel() // max(1, len(outputs))
+    mixture = torch.tensor(weights)[:, None] * torch.linspace(1, 2, width)
     gradients = torch.autograd.grad(
-        outputs, risk.parameters, mixture, allow_unused=True, materialize_grads=True
+        outputs, risk.parameters, mixture.to(outputs).view_as(outputs), allow_unused=True, materialize_grads=True
     )
     return outputs.detach(), gradients

@@ -6,43 +6,17 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from avalanche_curv.core.risk.batches import untouched_randomness
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.frozen import copied_without_graphs
+from avalanche_curv.core.risk.known import is_plain
 
 TOLERANCE = 3e-3  # relative: more than rounding, also that of TF32, and less than any mistake
 NEARBY = 0.02  # the width of the interval of parameters around the anchor in which derivatives are tried
 
-PIECEWISE_LINEAR = (
-    nn.Linear, nn.ReLU, nn.LeakyReLU, nn.Hardtanh, nn.ReLU6, nn.Identity, nn.Flatten, nn.Dropout
-)
-KNOWN = (
-    *PIECEWISE_LINEAR, nn.Unflatten, nn.Tanh, nn.Sigmoid, nn.GELU, nn.ELU, nn.SiLU, nn.Softplus,
-    nn.Conv1d, nn.Conv2d, nn.AvgPool1d, nn.AvgPool2d, nn.Dropout1d, nn.Dropout2d,
-)  # fmt: skip
-
 W = TypeVar("W", bound=str)
-
-
-def is_plain(model: nn.Module, kinds: Sequence[type[nn.Module]] = KNOWN) -> bool:
-    """Whether the model is made only of modules of these types and of `nn.Sequential`, as they come: none that is
-    derived from them, carries forward hooks or has parameters computed from others.
-
-    >>> is_plain(nn.Sequential(nn.Linear(2, 3), nn.Tanh())), is_plain(nn.utils.parametrizations.weight_norm(nn.Linear(2, 3)))
-    (True, False)
-    """
-    if is_altered(model):
-        return False
-    if type(model) is nn.Sequential:
-        return all(is_plain(part, kinds) for part in model)
-    return type(model) in kinds
-
-
-def is_altered(module: nn.Module) -> bool:
-    """Whether a module computes something else than its type does, by hooks or by a forward method of its own."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
 Parts = Sequence[Tensor]

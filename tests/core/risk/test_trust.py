@@ -25,7 +25,7 @@ from avalanche_curv.core import (
 )
 from avalanche_curv.core.fidelity.monitor import example_models
 from avalanche_curv.core.landscape import Lanczos
-from avalanche_curv.core.risk.trust import is_plain
+from avalanche_curv.core.risk.known import is_plain
 
 CE = nn.CrossEntropyLoss()
 STRUCTURES = (Dense(), Diagonal(), BlockDiagonal(), LowRank(Rank(50)), MatrixFree())
