@@ -36,7 +36,7 @@ class LoadedBatches(CountedBatches):
     def examples(self) -> int:
         return len(self.dataset)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[Any]:
         for batch in loader(self.dataset, self.size):
             yield batch if isinstance(batch, Mapping) else (batch[0], batch[1])
 

@@ -49,8 +49,8 @@ class OrthogonalProjectionPlugin(SupervisedPlugin):
     Raises TypeError or ValueError for unusable options when it is made; before the first step of an experience
     TypeError for an optimiser that needs a closure, TypeError or ValueError for whatever would keep it from being
     absorbed at its end, which is tried on four of its examples (a criterion without a per-example form, no examples);
-    MemoryError before an experience after which the bases may be over `max_bytes`; NonFiniteCurvatureError at the end of one that
-    diverged, when `protected` still holds what came before.
+    MemoryError before an experience after which the bases may be over `max_bytes`; NonFiniteCurvatureError at the end
+    of one that diverged, when `protected` still holds what came before.
     """
 
     def __init__(

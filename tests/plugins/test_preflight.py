@@ -114,7 +114,7 @@ class SetUp:
     model: object = net
     criterion: nn.Module = nn.CrossEntropyLoss()  # noqa: RUF009
     data: tuple = (X, Y)
-    plugin: object = lambda: CurvatureEWCPlugin(1.0)  # noqa: E731
+    plugin: object = lambda: CurvatureEWCPlugin(1.0)
     metrics: object = tuple
     optimizer: object = None
 
@@ -149,7 +149,9 @@ SETUPS = {
     "outputs in a tuple": SetUp(TypeError, "Give an `adapter` that picks it", lambda: Changed(lambda f, x: (f, x))),
     "batch axis second": SetUp(ValueError, "Put the batch axis first", lambda: Changed(lambda f, x: f.T)),
     "one number": SetUp(ValueError, "Put the batch axis first", lambda: Changed(lambda f, x: f.mean())),
-    "writes into inputs": SetUp(ValueError, "Clone them in forward", lambda: Changed(lambda f, x: f + x.mul_(2)[:, :3])),
+    "writes into inputs": SetUp(
+        ValueError, "Clone them in forward", lambda: Changed(lambda f, x: f + x.mul_(2)[:, :3])
+    ),
     "inputs of another width": SetUp(ValueError, "Give inputs as in training", data=(X[:, :3], Y)),
     "a lock in the model": SetUp(TypeError, "Keep locks, files and generators out", Locked),
     "nothing to train": SetUp(ValueError, "Set requires_grad=True", lambda: net().requires_grad_(False)),

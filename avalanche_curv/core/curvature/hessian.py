@@ -82,10 +82,10 @@ class Hessian(Curvature):
         the first along δ. Raises TypeError with `psd`."""
         if self.psd is not None:
             return super().example_expansion(risk, inputs, targets, displacement)
-        few = tuple(part[:2] for part in risk.few)
+        x, y = (part[:2] for part in risk.few)
         step = directions(risk.space.size, like=risk.anchor)
-        ways = {"forward": lambda: [*_forward(risk, *few, step)]}
-        way = right_way(risk, "expansion", ways, lambda: [*_one_by_one(risk, *few, step)], "loop")
+        ways = {"forward": lambda: [*_forward(risk, x, y, step)]}
+        way = right_way(risk, "expansion", ways, lambda: [*_one_by_one(risk, x, y, step)], "loop")
         return (_forward if way == "forward" else _one_by_one)(risk, inputs, targets, displacement)
 
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from avalanche_curv.core.curvature.operators import FactorInOutputs, Operator
-from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.batches import untouched_randomness
+from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.frozen import copied_without_graphs
 from avalanche_curv.core.risk.known import is_plain
 from avalanche_curv.core.risk.trust import at_nearby, differing, directions, right_way
@@ -316,9 +316,9 @@ def _no_hessian(risk: EmpiricalRisk, wrong: list[int]) -> str:
     names = [risk.space.names[place] for place in wrong]
     modules = dict(risk.base.named_modules())
     owners = {name.rpartition(".")[0] for name in names}
-    kinds = sorted({f"{type(modules[o]).__name__} '{o}'" if o else type(risk.base).__name__ for o in owners if o in modules})
+    kinds = sorted(f"{type(modules[owner]).__name__} '{owner}'" for owner in owners if owner in modules)
     return (
-        f"torch gives another second derivative of {', '.join(kinds)} than differences of gradients do, in the parameters "
-        f"{', '.join(names[:5])}. Use GGN(), Fisher() or EmpiricalFisher(), which take first derivatives only; or let the "
-        "model run in double precision, in which the Hessian is taken by differences."
+        f"torch gives another second derivative of {', '.join(kinds)} than differences of gradients do, in the "
+        f"parameters {', '.join(names[:5])}. Use GGN(), Fisher() or EmpiricalFisher(), which take first derivatives "
+        "only; or let the model run in double precision, in which the Hessian is taken by differences."
     )

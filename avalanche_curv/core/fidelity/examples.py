@@ -16,7 +16,6 @@ from avalanche_curv.core.risk.jacobians import (
     Parameters,
     change_of_outputs,
     chunk_size,
-    outputs_of,
     parameters_of,
     pulled_back,
 )
@@ -54,8 +53,7 @@ class OutputModels(ExampleModels):
         return joined(parts)
 
     def _chunk(self, here: dict, there: dict, step: dict, x: Tensor, y: Tensor, factor: Tensor) -> Comparison:
-        outputs, loss = outputs_of(self.risk), self.risk.loss
-        now = outputs(there, x)
+        loss, now = self.risk.loss, outputs_there(self.risk, there, x)
         then, change = change_of_outputs(self.risk, here, x, step)
         residual = loss.gradient(then, y)
         curved, linear, quadratic = output_increase(factor, residual, change)
@@ -80,14 +78,19 @@ class ExpandedModels(ExampleModels):
             return joined([self._chunk(there, displacement, x, y) for x, y in pieces])
 
     def _chunk(self, there: Parameters, displacement: Float[Tensor, "P"], x: Tensor, y: Tensor) -> Comparison:
-        outputs, loss = outputs_of(self.risk), self.risk.loss
+        loss, now = self.risk.loss, outputs_there(self.risk, there, x)
         slopes, products = self.curvature.example_expansion(self.risk, x, y, displacement)
-        now = outputs(there, x)
         true = pulled_back(self.risk, there, x, loss.gradient(now, y)[:, :, None])[:, 0]
         quadratic, linear = half_product(products, displacement), slopes @ displacement
-        actual = loss.per_example(now, y) - loss.per_example(outputs(parameters_of(self.risk), x), y)
+        actual = loss.per_example(now, y) - loss.per_example(self.risk.outputs(x), y)
         gradients = GradientProducts.of(true, torch.stack([products, products + slopes]))
         return Comparison.of(gradients, actual, torch.stack([quadratic, quadratic + linear]))
+
+
+def outputs_there(risk: EmpiricalRisk, parameters: Parameters, inputs: Tensor) -> Float[Tensor, "N C"]:
+    """f(inputs) at other parameters, without a graph."""
+    with risk.holding(list(parameters.values())):
+        return risk.outputs(inputs)
 
 
 def output_increase(

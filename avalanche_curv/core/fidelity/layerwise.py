@@ -128,12 +128,13 @@ class _AnchoredBatch:
 
     def _truth(self, values: list[Tensor]) -> tuple[list[Tap], tuple[Tensor, ...], Tensor]:
         """Inputs and outputs of its layers, B and losses of the past function at other parameters."""
-        with self.layers.tapped() as taps:
-            outputs = self.risk.outputs_at(values, self.x)
-        self.layers.check_calls(taps, len(self.x))
-        loss = self.risk.loss.per_example(outputs.detach(), self.y)
-        residual = self.risk.loss.gradient(outputs.detach(), self.y)
-        return taps, _sensitivities(outputs, taps, residual, keep=False), loss
+        with self.risk.holding(values):
+            with self.layers.tapped() as taps:
+                outputs = self.risk.outputs(self.x)
+            self.layers.check_calls(taps, len(self.x))
+            loss = self.risk.loss.per_example(outputs.detach(), self.y)
+            residual = self.risk.loss.gradient(outputs.detach(), self.y)
+            return taps, _sensitivities(outputs, taps, residual, keep=False), loss
 
     def _output_change(self, now: list[Tap], parameters: dict[str, Tensor]) -> Float[Tensor, "N C"]:
         """u = J δ: each layer's own change A δWᵀ + δb, propagated to the outputs."""

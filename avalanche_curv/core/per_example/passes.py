@@ -10,8 +10,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from avalanche_curv.core.curvature.base import OutputCurvature
-from avalanche_curv.core.per_example.layers import Layers, Tap, gradients
+from avalanche_curv.core.per_example.layers import Layers, Tap
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
+from avalanche_curv.core.risk.jacobians import gradients
 
 CHUNK = 512  # examples that go through the model at once, fewer where they are large
 CHUNK_BYTES = 32 * 2**20  # of what leaves the layers, for these examples and for the columns of S at once

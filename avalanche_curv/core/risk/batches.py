@@ -1,4 +1,4 @@
-"""Batches of examples: the same at every pass, of another size, without a change of the random state, random subsets."""
+"""Batches of examples: the same at every pass, of another size, and random subsets of them."""
 
 from __future__ import annotations
 
@@ -42,14 +42,15 @@ def kept(batches: Batches) -> Batches:
     """Batches that later changes of a list, a shuffling loader and random transforms leave as they are.
 
     A list or an iterator becomes a tuple. Of what has to be loaded at each pass, every pass is made from the same
-    random states: see `SamePass`.
+    random states: see `SamePass`. A loader that begins otherwise all the same is held in memory as it comes once.
     """
     if isinstance(batches, SamePass):
         return batches
-    if isinstance(batches, (tuple, list, Iterator)):
-        with untouched_randomness():
-            return tuple(batches)
-    return SamePass(batches)
+    loaded = not isinstance(batches, (tuple, list, Iterator))
+    if loaded and SamePass(batches).repeats():
+        return SamePass(batches)
+    with untouched_randomness():
+        return tuple(batches)
 
 
 @dataclass(eq=False)
@@ -82,6 +83,15 @@ class SamePass:
             yield batch
         if number < len(self._seen):
             raise self._differs(f"{number} batches instead of at least {len(self._seen)}")
+
+    def repeats(self) -> bool:
+        """Whether two passes begin alike."""
+        try:
+            for _ in range(2):
+                next(iter(self), None)
+        except ValueError:
+            return False
+        return True
 
     def _check(self, number: int, batch: Any) -> None:
         if not isinstance(batch, (tuple, list)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -16,7 +17,7 @@ from avalanche_curv.core.risk.batches import Batches, Rebatched, count, kept, li
 from avalanche_curv.core.risk.frozen import copied_without_graphs, frozen_copy
 from avalanche_curv.core.risk.losses import ExampleLoss, example_loss
 from avalanche_curv.core.risk.parameters import ParameterSpace
-from avalanche_curv.core.risk.preflight import check_risk, drop_hooks
+from avalanche_curv.core.risk.preflight import check_batch, check_risk, drop_hooks
 
 FEW = 4  # examples on which derivatives are tried
 
@@ -102,14 +103,19 @@ class EmpiricalRisk:
     @cached_property
     def few(self) -> tuple[Tensor, Tensor]:
         """Some examples of one shape, up to four: of the whole of data in memory, else of the first batch. Raises
-        ValueError where there is none."""
-        first = next((batch for batch in self.batches if len(batch[1])), None)
+        ValueError where there is none, and for batches that are no pairs of tensors."""
+        in_memory, first = isinstance(self.batches, tuple), None
+        for batch in self.batches:
+            check_batch(batch)
+            first = batch if first is None and len(batch[1]) else first
+            if first is not None and not in_memory:
+                break
         if first is None:
             raise ValueError(
                 "The risk of no examples is not defined: got no batch, or only empty ones. Give one or more."
             )
         found = [first]
-        if isinstance(self.batches, tuple):
+        if in_memory:
             alike = [b for b in self.batches if len(b[1]) and b[0].shape[1:] == first[0].shape[1:]]
             ends = torch.tensor([len(y) for _, y in alike]).cumsum(0)
             count = min(FEW, int(ends[-1]))
@@ -135,8 +141,23 @@ class EmpiricalRisk:
         """f(inputs) of the frozen model, as a matrix."""
         return as_matrix(self.model(inputs))
 
+    @contextmanager
+    def holding(self, parameters: Sequence[Tensor]) -> Iterator[None]:
+        """Gives the frozen model other values, in the order of `space`, for as long as the context is open. `outputs`
+        and derivatives in `parameters` are then those at these values, by plain reverse mode."""
+        own, _ = self.parameters, self.anchor
+        before = [parameter.data for parameter in own]
+        try:
+            for parameter, value in zip(own, parameters):
+                parameter.data = value.detach().to(parameter)
+            yield
+        finally:
+            for parameter, value in zip(own, before):
+                parameter.data = value
+
     def outputs_at(self, parameters: Sequence[Tensor], inputs: Tensor) -> Float[Tensor, "N C"]:
-        """f(inputs) of the frozen past function at other parameters, given in the order of `space`."""
+        """f(inputs) of the frozen past function as a function of its parameters, given in the order of `space`, for
+        the transforms of torch.func."""
         values = {place: parameters[index] for place, index in self._places.items()}
         return as_matrix(functional_call(self.model, values, (inputs,), tie_weights=False))
 
@@ -174,10 +195,8 @@ class EmpiricalRisk:
 
     def value_at(self, parameters: Float[Tensor, "P"]) -> float:
         """L of the frozen past function at other parameters."""
-        tensors = self.space.split(parameters)
-        with torch.no_grad():
-            losses = (self.loss.per_example(self.outputs_at(tensors, x), y).double().sum().item() for x, y in self)
-            return sum(losses) / self.examples
+        with self.holding(self.space.split(parameters)):
+            return self.value()
 
     def gradient(self) -> Float[Tensor, "P"]:
         """∇L at the frozen parameters."""
@@ -186,16 +205,10 @@ class EmpiricalRisk:
             total += self.summed_gradient(x, y)
         return total / self.examples
 
-    @torch.enable_grad()
     def gradient_at(self, parameters: Float[Tensor, "P"]) -> Float[Tensor, "P"]:
         """∇L of the frozen past function at other parameters."""
-        leaves = [part.detach().requires_grad_() for part in self.space.split(parameters)]
-        total = torch.zeros_like(parameters)
-        for x, y in self:
-            loss = self.loss.per_example(self.outputs_at(leaves, x), y).sum()
-            parts = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
-            total += self.space.flatten(list(parts))
-        return total / self.examples
+        with self.holding(self.space.split(parameters)):
+            return self.gradient()
 
     @torch.enable_grad()
     def summed_gradient(self, inputs: Tensor, targets: Tensor) -> Float[Tensor, "P"]:

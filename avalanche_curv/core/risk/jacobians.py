@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -79,16 +79,23 @@ def _one_by_one(
     risk: EmpiricalRisk, parameters: Parameters, inputs: Tensor, cotangents: Tensor, names: Collection[str]
 ) -> Tensor:
     """For modules that `vmap` has no rule for, such as recurrent ones, or a wrong one, such as distances."""
-    leaves = {name: parameters[name].detach().requires_grad_() for name in names}
-    rows = []
-    for x, s in zip(inputs, cotangents):
-        outputs = outputs_of(risk)({**parameters, **leaves}, x[None])[0]
-        for column in s.unbind(1):
-            parts = torch.autograd.grad(
-                outputs, list(leaves.values()), column, retain_graph=True, allow_unused=True, materialize_grads=True
-            )
-            rows.append(torch.cat([part.reshape(-1) for part in parts]))
+    of_name = dict(zip(risk.space.names, risk.parameters))
+    moved, rows = [of_name[name] for name in names], []
+    with risk.holding(list(parameters.values())):
+        for x, s in zip(inputs, cotangents):
+            outputs = risk.outputs(x[None])[0]
+            rows += [torch.cat([p.reshape(-1) for p in gradients(outputs, moved, c)]) for c in s.unbind(1)]
     return torch.stack(rows).view(len(inputs), cotangents.shape[2], -1)
+
+
+def gradients(scalar: Tensor, tensors: Sequence[Tensor], weight: Tensor | None = None) -> Sequence[Tensor]:
+    """∂(scalar)/∂ each tensor, or of weightᵀ(scalar) for several, zero where it does not depend on one; the graph
+    stays."""
+    if not tensors or not scalar.requires_grad:
+        return [torch.zeros_like(tensor) for tensor in tensors]
+    return torch.autograd.grad(
+        scalar, tensors, weight, retain_graph=True, allow_unused=True, materialize_grads=True
+    )
 
 
 def can_vmap(risk: EmpiricalRisk) -> bool:
@@ -115,7 +122,8 @@ def change_of_outputs(
         return jvp(lambda p: outputs_of(risk)(p, inputs), (parameters,), (step,))[:2]
 
     def by_rows(inputs: Tensor) -> tuple[Tensor, Tensor]:
-        outputs = outputs_of(risk)(parameters, inputs)
+        with risk.holding(list(parameters.values())):
+            outputs = risk.outputs(inputs)
         columns = torch.eye(outputs.shape[1]).to(outputs).expand(len(outputs), -1, -1).split(1, dim=2)
         return outputs, torch.cat([pulled_back(risk, parameters, inputs, e) @ direction for e in columns], dim=1)
 

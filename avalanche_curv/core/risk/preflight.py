@@ -3,7 +3,7 @@ before anything is computed."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,10 +30,6 @@ def check_risk(risk: EmpiricalRisk) -> None:
     """
     _ = risk.space
     in_memory = isinstance(risk.batches, tuple)
-    for batch in risk.batches:
-        check_batch(batch)
-        if len(batch[1]) and not in_memory:
-            break
     inputs, targets = risk.few
     drop_hooks(risk)
     check_function(risk.model, inputs.clone())
@@ -77,12 +73,16 @@ def check_function(model: nn.Module, inputs: Tensor) -> None:
     with torch.no_grad(), untouched_randomness():
         first, again = _outputs(model, inputs), _outputs(model, inputs)
         if inputs._version != version:
-            raise ValueError(f"{name} writes into its inputs, which would change stored examples. Clone them in forward.")
+            raise ValueError(
+                f"{name} writes into its inputs, which would change stored examples. Clone them in forward."
+            )
         if first.ndim == 0 or len(first) != len(inputs):
             got = "one number" if first.ndim == 0 else f"{len(first)} outputs"
             raise ValueError(f"{name} gives {got} for {len(inputs)} examples. Put the batch axis first.")
         if not close(first, again):
-            raise ValueError(f"{name} draws at random in eval mode: its loss is no function. Give dropout self.training.")
+            raise ValueError(
+                f"{name} draws at random in eval mode: its loss is no function. Give dropout self.training."
+            )
         try:
             alone, turned = model(inputs[:1]), model(inputs.flip(0)).flip(0)
         except (RuntimeError, ValueError) as error:
@@ -109,15 +109,41 @@ def _outputs(model: nn.Module, inputs: Tensor) -> Tensor:
 
 
 def check_gradients(risk: EmpiricalRisk, inputs: Tensor) -> None:
-    """Raises ValueError unless the gradient over a few examples is the sum of those of single ones."""
+    """Raises ValueError unless the gradient over a few examples is the sum of those of single ones, and that which
+    `backward` gives in training."""
     _, together = _differentiated(risk, inputs)
+    _check_backward(risk, inputs, together)
     alone = [_differentiated(risk, one, weight)[1] for one, weight in zip(inputs.split(1), _weights(len(inputs)))]
+    floor = 1e-5 * float(torch.stack([part.norm() for part in together]).norm()) if together else 0.0
     for name, whole, parts in zip(risk.space.names, together, zip(*alone)):
-        if whole.isfinite().all() and not close(sum(parts[1:], parts[0]), whole):
+        distance = float((sum(parts[1:], parts[0]) - whole).norm())
+        if distance > 3e-3 * float(whole.norm()) + floor:
             raise ValueError(
                 f"The gradient that {type(risk.base).__name__} gives of one example in '{name}' depends on the others "
                 f"in the batch; {ONE_BY_ONE}"
             )
+
+
+@torch.enable_grad()
+def _check_backward(risk: EmpiricalRisk, inputs: Tensor, gradients: Sequence[Tensor]) -> None:
+    outputs = _outputs(risk.model, inputs)
+    if not gradients:
+        return
+    outputs.backward(_mixture(outputs, _weights(len(inputs))))
+    trained = [torch.zeros_like(p) if p.grad is None else p.grad for p in risk.parameters]
+    risk.base.zero_grad(set_to_none=True)
+    for name, own, found in zip(risk.space.names, trained, gradients):
+        if float((own - found).norm()) > 3e-3 * float(own.norm()):
+            raise ValueError(
+                f"torch.autograd.grad gives another gradient of {type(risk.base).__name__} in '{name}' than backward() "
+                "does, and no derivative follows from it. Checkpoint with use_reentrant=False."
+            )
+
+
+def _mixture(outputs: Tensor, weights: list[float]) -> Tensor:
+    """Numbers by which to add up outputs, with a weight for each example."""
+    width = outputs.numel() // max(1, len(outputs))
+    return (torch.tensor(weights)[:, None] * torch.linspace(1, 2, width)).to(outputs).view_as(outputs)
 
 
 def _weights(examples: int) -> list[float]:
@@ -133,10 +159,14 @@ def _differentiated(
     outputs = _outputs(risk.model, inputs)
     if not outputs.requires_grad:
         return outputs, ()
-    weights = _weights(len(inputs)) if weight is None else [weight]
-    width = outputs.numel() // max(1, len(outputs))
-    mixture = torch.tensor(weights)[:, None] * torch.linspace(1, 2, width)
-    gradients = torch.autograd.grad(
-        outputs, risk.parameters, mixture.to(outputs).view_as(outputs), allow_unused=True, materialize_grads=True
-    )
+    mixture = _mixture(outputs, _weights(len(inputs)) if weight is None else [weight])
+    try:
+        gradients = torch.autograd.grad(
+            outputs, risk.parameters, mixture, allow_unused=True, materialize_grads=True
+        )
+    except Exception as error:
+        raise ValueError(
+            f"{type(risk.base).__name__} cannot be differentiated in eval mode: {error}. Curvature is made of its "
+            "derivatives: give every operation one."
+        ) from error
     return outputs.detach(), gradients

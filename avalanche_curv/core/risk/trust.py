@@ -22,7 +22,9 @@ W = TypeVar("W", bound=str)
 Parts = Sequence[Tensor]
 
 
-def right_way(risk: EmpiricalRisk, what: str, ways: Mapping[W, Callable[[], Parts]], exact: Callable[[], Parts], last: W) -> W:
+def right_way(
+    risk: EmpiricalRisk, what: str, ways: Mapping[W, Callable[[], Parts]], exact: Callable[[], Parts], last: W
+) -> W:
     """The name of the first way that gives the `exact` tensors on a few examples, or `last` where none does; the first
     without a trial for a model of known modules. `what` names the question: it is asked once of a frozen model.
     """

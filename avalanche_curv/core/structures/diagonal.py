@@ -19,8 +19,8 @@ from avalanche_curv.core.eigen import Pairs
 from avalanche_curv.core.per_example.layers import Layers, by_layers, linear_layers
 from avalanche_curv.core.per_example.passes import layer_passes
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
-from avalanche_curv.core.risk.parameters import ParameterSpace
 from avalanche_curv.core.risk.known import PIECEWISE_LINEAR, is_altered, is_plain
+from avalanche_curv.core.risk.parameters import ParameterSpace
 from avalanche_curv.core.structures.base import Matrix, Structure, identity_columns
 from avalanche_curv.core.structures.rules import by_products, rule
 

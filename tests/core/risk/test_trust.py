@@ -175,7 +175,7 @@ def case(request):
 def test_curvature_is_that_of_loops_by_every_way(kind, case, monkeypatch) -> None:
     _, model, risk, x, y = case
     expected = ggn(model, x) if kind == GGN() else hessian(model, x, y)
-    tolerance = dict(rtol=1e-6, atol=1e-7 * float(expected.abs().max()))
+    tolerance = {"rtol": 1e-6, "atol": 1e-7 * float(expected.abs().max())}
     for structure in STRUCTURES:
         found = estimate(kind, structure, risk).curvature.dense()
         wanted = expected
