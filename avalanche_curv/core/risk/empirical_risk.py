@@ -97,8 +97,14 @@ class EmpiricalRisk:
         """The outputs of one example, for their shape."""
         inputs, _ = next(without_drawing(self.batches))
         with torch.no_grad():
-            outputs = self.model(like(inputs[:1], self.anchor))
-        return outputs if outputs.ndim > 1 else outputs[:, None]
+            return self.model(like(inputs[:1], self.anchor))
+
+    @cached_property
+    def one_loss(self) -> Float[Tensor, "1"]:
+        """The loss of one example, which is finite where logits masked with −inf are not."""
+        inputs, targets = next(without_drawing(self.batches))
+        with torch.no_grad():
+            return self.loss.per_example(self.outputs(like(inputs[:1], self.anchor)), like(targets[:1], self.anchor))
 
     def outputs(self, inputs: Tensor) -> Float[Tensor, "N C"]:
         """f(inputs) of the frozen model, as a matrix."""
