@@ -95,10 +95,17 @@ class CrossEntropy(ExampleLoss):
 
     def per_example(self, outputs: Tensor, targets: Tensor) -> Tensor:
         # relative to the largest logit, so that autograd's derivatives of either order keep their digits too
-        mass, top = self._label_mass(outputs, targets), _one_hot(outputs.argmax(1), outputs)
-        rest = outputs - torch.where(top, outputs, 0.0).sum(1, keepdim=True)
-        odds = torch.where(top, 0.0, rest.exp()).sum(1)
-        return mass.sum(1) * odds.log1p() - torch.where(top | (mass == 0), 0.0, mass * rest).sum(1)
+        label, top = targets.long()[:, None], outputs.argmax(1, keepdim=True)
+        own, peak = outputs.gather(1, torch.cat([label, top], dim=1)).split(1, dim=1)
+        is_top = _one_hot(top[:, 0], outputs)
+        others = outputs.masked_fill(is_top, -torch.inf) - peak
+        surprise = others.exp().sum(1).log1p()  # −log p of the top class
+        loss = surprise - torch.where(label == top, 0.0, own - peak)[:, 0]
+        weight = outputs.new_ones(outputs.shape[1]) if self.weight is None else self.weight.to(outputs)
+        if self.smoothing == 0:
+            return weight[label[:, 0]] * loss
+        spread = surprise * weight.mean() - (weight * others.masked_fill(is_top, 0.0)).mean(1)
+        return (1 - self.smoothing) * weight[label[:, 0]] * loss + self.smoothing * spread
 
     def gradient(self, outputs: Tensor, targets: Tensor) -> Tensor:
         mass, label = self._label_mass(outputs, targets), _one_hot(targets, outputs)
@@ -131,9 +138,7 @@ class CrossEntropy(ExampleLoss):
 
     def check(self, outputs: Tensor, targets: Tensor) -> None:
         if outputs.ndim != 2:
-            raise ValueError(
-                f"Cross-entropy needs logits of shape [N, C]; got {tuple(outputs.shape)}. Give each example one label."
-            )
+            raise ValueError(f"Cross-entropy needs logits of shape [N, C]; got {tuple(outputs.shape)}. Flatten them.")
         if targets.ndim != 1 or targets.dtype not in (torch.int64, torch.uint8):
             raise ValueError(
                 f"Cross-entropy needs integer class targets of shape [N], int64 or uint8 as for torch in training; got "
@@ -142,17 +147,14 @@ class CrossEntropy(ExampleLoss):
             )
         labels, classes = targets.long(), outputs.shape[1]
         if (labels == self.ignored).any():
-            raise ValueError(
-                f"Some targets equal ignore_index={self.ignored}: a mean over examples would count them. "
-                "Drop these examples before estimating curvature."
-            )
+            raise ValueError(f"Some targets equal ignore_index={self.ignored}. Drop these examples: means count them.")
         if labels.min() < 0 or labels.max() >= classes:
             raise ValueError(
                 f"Targets lie in [{int(labels.min())}, {int(labels.max())}] but the model has {classes} "
                 "logits. Give the model one logit a class."
             )
         if self.weight is not None and self.weight.shape != (classes,):
-            raise ValueError(f"CrossEntropyLoss has {len(self.weight)} class weights, but the model {classes} logits.")
+            raise ValueError(f"Got {len(self.weight)} class weights for {classes} logits. Give one weight a class.")
 
     def _label_mass(self, outputs: Tensor, targets: Tensor) -> Float[Tensor, "N C"]:
         """The weight m_c of −log p_c in the loss: ℓ = Σ_c m_c (−log p_c)."""
@@ -297,19 +299,12 @@ def _refuse_override(criterion: nn.Module, known: type[nn.Module]) -> None:
 @example_loss.register
 def _(criterion: nn.CrossEntropyLoss) -> ExampleLoss:
     _refuse_override(criterion, nn.CrossEntropyLoss)
-    return CrossEntropy(_class_weights(criterion), criterion.label_smoothing, criterion.ignore_index)
-
-
-def _class_weights(criterion: nn.CrossEntropyLoss) -> Tensor | None:
-    """The weights as `CrossEntropy` says; None for equal ones under a mean, which torch divides out."""
     weight = _copied(criterion.weight)
-    if weight is None:
-        return None
-    if not ((weight >= 0).all() and 0 < weight.mean() < torch.inf):
+    if weight is not None and not ((weight >= 0).all() and 0 < weight.mean() < torch.inf):
         raise ValueError(f"Class weights must be finite, at least 0 and not all 0; got {weight.tolist()}. Scale them.")
-    if criterion.reduction != "mean":
-        return weight
-    return None if (weight == weight[0]).all() else weight / weight.mean()
+    if weight is not None and criterion.reduction == "mean":
+        weight = None if (weight == weight[0]).all() else weight / weight.mean()
+    return CrossEntropy(weight, criterion.label_smoothing, criterion.ignore_index)
 
 
 @example_loss.register

@@ -17,7 +17,7 @@ from avalanche_curv.core.curvature.operators import Operator
 from avalanche_curv.core.eigen import Pairs
 from avalanche_curv.core.per_example.layers import Layers, linear_layers
 from avalanche_curv.core.per_example.passes import layer_passes
-from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
+from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk, as_matrix
 from avalanche_curv.core.risk.parameters import ParameterSpace
 from avalanche_curv.core.structures.base import Matrix, Structure, identity_columns
 from avalanche_curv.core.structures.rules import by_products, rule
@@ -221,7 +221,7 @@ def _layers(chain: nn.Sequential, risk: EmpiricalRisk, x: Tensor, y: Tensor) -> 
 
 def _following(rest: nn.Module, risk: EmpiricalRisk, y: Tensor) -> Callable[[Tensor], Tensor]:
     """The losses of examples from what enters the rest of the chain."""
-    return lambda signal: risk.loss.per_example(rest(signal), y)
+    return lambda signal: risk.loss.per_example(as_matrix(rest(signal)), y)
 
 
 @torch.enable_grad()

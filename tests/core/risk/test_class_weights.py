@@ -7,6 +7,7 @@ from torch import nn
 from avalanche_curv import (
     GGN,
     Dense,
+    Diagonal,
     EmpiricalFisher,
     EmpiricalRisk,
     Fisher,
@@ -88,6 +89,7 @@ def test_weights_of_binary_outputs_broadcast_as_in_torch(shape, reduction, batch
     close(estimate(EmpiricalFisher(), Dense(), risk).curvature.dense(), rows.T @ rows / 6)
     whole = estimate(GGN(), Dense(), risk).curvature.dense()
     close(whole, estimate(Hessian(), Dense(), risk).curvature.dense())  # the model is linear
+    close(whole.diagonal().diag(), estimate(Hessian(), Diagonal(), risk).curvature.dense())
     close(risk.loss.summed()(model(batch[0]), y) / 6, torch.stack(singles).mean())
 
 

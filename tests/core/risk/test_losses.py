@@ -159,7 +159,7 @@ def test_an_example_loss_is_its_own_form(losses):
         (torch.rand(3, 3), nn.CrossEntropyLoss(), "integer class targets.*register an ExampleLoss"),
         (torch.tensor([0, 1, 2]).int(), nn.CrossEntropyLoss(), r"int64 or uint8.*got torch.int32.*with \.long\(\)"),
         (torch.tensor([0, 1, 1]).bool(), nn.CrossEntropyLoss(), r"got torch.bool.*with \.long\(\)"),
-        (torch.tensor([0, 1, 2]), nn.CrossEntropyLoss(torch.tensor([1.0, 2.0])), "2 class weights, .* 3 logits"),
+        (torch.tensor([0, 1, 2]), nn.CrossEntropyLoss(torch.tensor([1.0, 2.0])), "Got 2 class weights for 3 logits"),
         (torch.rand(3, 2), nn.MSELoss(), r"MSELoss needs targets of the outputs' shape \(3, 3\); got \(3, 2\)"),
         (torch.rand(3), nn.MSELoss(), r"got \(3,\), which torch broadcasts or refuses. Reshape them"),
         (torch.rand(3, 1), nn.MSELoss(), r"got \(3, 1\), which torch broadcasts or refuses. Reshape them"),
