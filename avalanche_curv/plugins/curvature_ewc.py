@@ -45,9 +45,10 @@ class CurvatureEWCPlugin(SupervisedPlugin):
     `AdaptiveRefresh`, every refresh with its reason, which are also logged to the logger `avalanche_curv`.
 
     Raises TypeError or ValueError for unusable options when it is made; before training for a criterion without
-    per-example form, an empty experience, several tasks in one experience of a multi-task model, a model without
-    trainable parameters, or (MemoryError) a matrix over its structure's limit; NonFiniteCurvatureError at the end of
-    an experience that diverged: `past` then still holds what came before.
+    per-example form, a strategy that trains another loss than its criterion, an empty experience, several tasks in one
+    experience of a multi-task model, a model without trainable parameters, or (MemoryError) a matrix over its
+    structure's limit; NonFiniteCurvatureError at the end of an experience that diverged: `past` then still holds what
+    came before.
     """
 
     def __init__(
@@ -74,11 +75,14 @@ class CurvatureEWCPlugin(SupervisedPlugin):
 
     def before_training(self, strategy: Any, **kwargs: Any) -> None:
         _bridge.check_criterion(strategy, self.curvature)
+        if self.strength > 0:
+            _bridge.check_backward(strategy)
 
     def before_train_dataset_adaptation(self, strategy: Any, **kwargs: Any) -> None:
         _bridge.check_experience(strategy)
 
     def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
+        _bridge.check_trained_loss(strategy)
         self.structure.check(_bridge.current_space(strategy), _bridge.current_itemsize(strategy))
         if self._updates == 0:
             self._revise(strategy)
