@@ -47,9 +47,10 @@ class CurvatureEWCPlugin(SupervisedPlugin):
 
     Raises TypeError or ValueError for unusable options when it is made; before the first step of an experience for
     whatever would keep it from being absorbed at its end, which is tried on four of its examples: a criterion without
-    per-example form, an empty experience, several tasks in one experience of a multi-task model, a model without
-    trainable parameters or that cannot be copied, or (MemoryError) a matrix over its structure's limit;
-    NonFiniteCurvatureError at the end of an experience that diverged: `past` then still holds what came before.
+    per-example form, a strategy that trains another loss than its criterion, an empty experience, several tasks in one
+    experience of a multi-task model, a model without trainable parameters or that cannot be copied, or (MemoryError) a
+    matrix over its structure's limit; NonFiniteCurvatureError at the end of an experience that diverged: `past` then
+    still holds what came before.
     """
 
     def __init__(
@@ -73,6 +74,10 @@ class CurvatureEWCPlugin(SupervisedPlugin):
         self._guarded: Guarded | None = None  # made from `past` when it is needed, as is
         self._weighted: Penalty | None = None
         self._updates = 0  # of the current task, of which an online stream gives one part after another
+
+    def before_training(self, strategy: Any, **kwargs: Any) -> None:
+        if self.strength > 0:
+            _bridge.check_backward(strategy)
 
     def before_train_dataset_adaptation(self, strategy: Any, **kwargs: Any) -> None:
         _bridge.check_experience(strategy)

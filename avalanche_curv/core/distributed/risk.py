@@ -67,9 +67,9 @@ class ShardedRisk:
 
     @cached_property
     def is_finite(self) -> bool:
-        """Whether parameters and first outputs are, on every rank."""
+        """Whether parameters and first losses are, on every rank."""
         own = self.own
-        return all(self.ranks.gather_of(lambda: bool(own.anchor.isfinite().all() and own.one_output.isfinite().all())))
+        return all(self.ranks.gather_of(lambda: bool(own.anchor.isfinite().all() and own.one_loss.isfinite().all())))
 
     def value(self) -> float:
         """L at the frozen parameters."""

@@ -88,7 +88,7 @@ def landscape(
     """
     check_options(curvature, k, epsilon, methods)
     averaged = AveragedCurvature.of(curvature, risks)
-    for value in (averaged.like, *(risk.one_output for risk in averaged.functions)):
+    for value in (averaged.like, *(risk.one_loss for risk in averaged.functions)):
         averaged.checked(value)
     for method in methods:
         found = method.spectrum(averaged, k)

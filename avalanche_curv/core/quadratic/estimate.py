@@ -33,12 +33,12 @@ def estimate(
     check_pair(curvature, structure)
     structure.check(risk.space, risk.anchor.element_size())
     matrix = slope = None
-    if risk.anchor.isfinite().all() and risk.one_output.isfinite().all():
+    if risk.anchor.isfinite().all() and risk.one_loss.isfinite().all():
         matrix = curvature_matrix(curvature, structure, risk)
         slope = risk.gradient() if gradient else None
     if matrix is None or not matrix.is_finite() or (slope is not None and not slope.isfinite().all()):
         raise NonFiniteCurvatureError(
-            f"{curvature} of {risk.examples} examples holds NaN or infinity, so the model or its inputs do. "
+            f"{curvature} of {risk.examples} examples holds NaN or infinity, so the model, its loss or its inputs do. "
             "Look for diverged weights (lower the learning rate or the strength) and for NaN in the data."
         )
     return QuadraticModel(risk.space, risk.anchor, matrix, slope)

@@ -134,8 +134,14 @@ class EmpiricalRisk:
     def one_output(self) -> Float[Tensor, "1 *C"]:
         """The outputs of one example, for their shape."""
         with torch.no_grad():
-            outputs = self.model(self.few[0][:1])
-        return outputs if outputs.ndim > 1 else outputs[:, None]
+            return self.model(self.few[0][:1])
+
+    @cached_property
+    def one_loss(self) -> Float[Tensor, "1"]:
+        """The loss of one example, which is finite where logits masked with −inf are not."""
+        inputs, targets = self.few
+        with torch.no_grad():
+            return self.loss.per_example(self.outputs(inputs[:1]), targets[:1])
 
     def outputs(self, inputs: Tensor) -> Float[Tensor, "N C"]:
         """f(inputs) of the frozen model, as a matrix."""

@@ -18,7 +18,7 @@ from avalanche_curv.core.curvature.products import is_differentiated_twice
 from avalanche_curv.core.eigen import Pairs
 from avalanche_curv.core.per_example.layers import Layers, by_layers, linear_layers
 from avalanche_curv.core.per_example.passes import layer_passes
-from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
+from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk, as_matrix
 from avalanche_curv.core.risk.known import PIECEWISE_LINEAR, is_altered, is_plain
 from avalanche_curv.core.risk.parameters import ParameterSpace
 from avalanche_curv.core.structures.base import Matrix, Structure, identity_columns
@@ -217,7 +217,7 @@ def _layers(chain: nn.Sequential, risk: EmpiricalRisk, x: Tensor, y: Tensor) -> 
 
 def _following(rest: nn.Module, risk: EmpiricalRisk, y: Tensor) -> Callable[[Tensor], Tensor]:
     """The losses of examples from what enters the rest of the chain."""
-    return lambda signal: risk.loss.per_example(rest(signal), y)
+    return lambda signal: risk.loss.per_example(as_matrix(rest(signal)), y)
 
 
 @torch.enable_grad()
