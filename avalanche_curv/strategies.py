@@ -15,8 +15,8 @@ from avalanche_curv.core.curvature.fisher import Fisher
 from avalanche_curv.core.projection import Eigenspace, Projection, Protection, StepProjection
 from avalanche_curv.core.quadratic.policies import Accumulate, Policy
 from avalanche_curv.core.quadratic.stability import Guard, WarnIfUnstable
+from avalanche_curv.core.risk.selection import ParameterSelector
 from avalanche_curv.core.structures import Diagonal, Structure
-from avalanche_curv.plasticity.mitigators.base import ParameterSelector
 from avalanche_curv.plugins import CurvatureEWCPlugin, OrthogonalProjectionPlugin, SpectralRegPlugin
 
 

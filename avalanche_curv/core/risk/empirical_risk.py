@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from avalanche_curv.core.risk.batches import Batches, Rebatched, like, random_part, without_drawing
-from avalanche_curv.core.risk.frozen import check_function, frozen_copy
+from avalanche_curv.core.risk.frozen import check_function, frozen_copy, unwrapped
 from avalanche_curv.core.risk.losses import ExampleLoss, example_loss
-from avalanche_curv.core.risk.parameters import ParameterSpace
+from avalanche_curv.core.risk.parameters import ParameterSpace, canonical_name
+from avalanche_curv.core.risk.selection import ParameterSelector, Selection, selection_of
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class EmpiricalRisk:
     loss: ExampleLoss
     batches: Batches
     adapter: Callable[[nn.Module], nn.Module] | None = None
+    selection: Selection = Selection()  # noqa: RUF009  a frozen value
 
     @classmethod
     def snapshot(
@@ -46,16 +48,25 @@ class EmpiricalRisk:
         batches: Batches,
         *,
         adapter: Callable[[nn.Module], nn.Module] | None = None,
+        include: Iterable[ParameterSelector] = (),
+        exclude: Iterable[ParameterSelector] = (),
     ) -> EmpiricalRisk:
         """Freeze `model` and look at `batches` of (inputs, targets), which may be any iterable.
 
         `adapter` wraps the frozen copy where the model is not called as `model(inputs)`; the wrapper keeps the copy
-        under the attribute `module`. Raises TypeError for a criterion without a per-example form, ValueError for a
-        model without trainable parameters, for empty data and for data that the loss does not cover.
+        under the attribute `module`. The parameter space is that of the trainable parameters, or with `include` of
+        those that it selects by name ("head", "*.bias") or by type of module, also where they are frozen
+        (`requires_grad=False`) and train only later; without those that `exclude` selects.
+
+        Raises TypeError for a criterion without a per-example form and for selectors of another type, ValueError for a
+        model without trainable parameters, for a selector that fits none, for empty data and for data that the loss
+        does not cover.
         """
+        selection = selection_of(include, exclude)
+        selection.check(unwrapped(model))
         loss = example_loss(criterion)
         kept = tuple(batches) if iter(batches) is batches else batches
-        risk = cls(frozen_copy(model), loss, kept, adapter)
+        risk = cls(frozen_copy(model, selection), loss, kept, adapter, selection)
         risk._check()
         return risk
 
@@ -66,7 +77,7 @@ class EmpiricalRisk:
 
     @cached_property
     def space(self) -> ParameterSpace:
-        """The trainable parameters of the frozen model."""
+        """The selected parameters of the frozen model: those of its that require a gradient."""
         return ParameterSpace.of(self.base)
 
     @cached_property
@@ -133,7 +144,7 @@ class EmpiricalRisk:
 
     def value_at(self, parameters: Float[Tensor, "P"]) -> float:
         """L of the frozen past function at other parameters."""
-        tensors = self.space.split(parameters)
+        tensors = self.space.split(parameters.to(self.anchor))
         with torch.no_grad():
             losses = (self.loss.per_example(self.outputs_at(tensors, x), y).double().sum().item() for x, y in self)
             return sum(losses) / self.examples
@@ -176,8 +187,26 @@ class EmpiricalRisk:
         return replace(self, base=other.base)
 
     def frozen_at(self, model: nn.Module) -> EmpiricalRisk:
-        """The same examples, loss and adapter with a new frozen copy of `model` as the past function."""
-        return replace(self, base=frozen_copy(model))
+        """The same examples, loss, adapter and selection with a new frozen copy of `model` as the past function."""
+        return replace(self, base=frozen_copy(model, self.selection))
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """The names of the parameters outside of the space because they were frozen, and nothing else: they would be
+        in it if they had been trainable."""
+        return self.selection.frozen(self.base)
+
+    def covering(self, names: Collection[str]) -> EmpiricalRisk:
+        """This risk with those parameters of its model in its space, too, whose canonical names are given, even where
+        they were frozen or not selected. The risk itself where all are."""
+        missing = {*names} - {*self.space.names}
+        if not any(canonical_name(name) in missing and p.numel() for name, p in self.base.named_parameters()):
+            return self
+        base = copy.deepcopy(self.base)
+        for name, parameter in base.named_parameters():
+            if canonical_name(name) in missing:
+                parameter.requires_grad_(parameter.numel() > 0)
+        return replace(self, base=base)
 
     def _check(self) -> None:
         _ = self.space
@@ -206,10 +235,11 @@ def joined_risk(risks: list[EmpiricalRisk]) -> EmpiricalRisk:
 
 
 def frozen_together(risks: Sequence[EmpiricalRisk], model: nn.Module) -> tuple[EmpiricalRisk, ...]:
-    """The given risks, each with its own examples, at one common frozen copy of `model` as it is now."""
+    """The given risks, each with its own examples, at one common frozen copy of `model` as it is now, over its selected
+    parameters and all that are in the space of one of them already."""
     if not risks:
         return ()
-    first = risks[0].frozen_at(model)
+    first = risks[0].frozen_at(model).covering({name for risk in risks for name in risk.space.names})
     return (first, *(risk.at(first) for risk in risks[1:]))
 
 

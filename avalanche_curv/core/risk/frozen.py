@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from avalanche_curv.core.risk.selection import Selection
+
 ONE_BY_ONE = "past loss is a mean over single examples. Use normalisation with running statistics."
 
 
@@ -22,10 +24,14 @@ def unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
-def frozen_copy(model: nn.Module) -> nn.Module:
-    """A copy in eval mode, without gradients; half precision becomes float32."""
+def frozen_copy(model: nn.Module, selection: Selection = Selection()) -> nn.Module:  # noqa: B008  a frozen value
+    """A copy in eval mode, without gradients; half precision becomes float32. Those of its parameters require a
+    gradient that `selection` takes into a parameter space (`Selection.in_space`)."""
     copied = copy.deepcopy(unwrapped(model)).eval()
     copied.zero_grad(set_to_none=True)
+    kept = {id(parameter) for _, parameter in selection.in_space(copied)}
+    for parameter in copied.parameters():
+        parameter.requires_grad_(id(parameter) in kept)
     half = any(p.dtype in (torch.float16, torch.bfloat16) for p in copied.parameters())
     return copied.float() if half else copied
 
