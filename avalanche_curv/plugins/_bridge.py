@@ -22,6 +22,7 @@ from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.frozen import unwrapped
 from avalanche_curv.core.risk.losses import ExampleLoss, example_loss
 from avalanche_curv.core.risk.parameters import ParameterSpace
+from avalanche_curv.core.risk.selection import Selection, warn_unprotected
 
 IN_MEMORY_BYTES = 2**30  # data sets up to this size are loaded once, larger ones at every pass
 
@@ -106,14 +107,29 @@ def loss_of(strategy: Any) -> ExampleLoss:
     return example_loss(strategy._criterion)
 
 
-def current_space(strategy: Any) -> ParameterSpace:
-    """The trainable parameters of the strategy's model."""
-    return ParameterSpace.of(strategy.model)
+def current_space(strategy: Any, selection: Selection = Selection()) -> ParameterSpace:  # noqa: B008  a frozen value
+    """The trainable parameters of the strategy's model, or those that `selection` takes into the space of a risk.
+    Raises ValueError for a selector that fits none."""
+    selection.check(strategy.model)
+    return ParameterSpace.of_parameters(strategy.model, selection.in_space(strategy.model))
 
 
 def current_itemsize(strategy: Any) -> int:
     """Bytes of one number of the model's curvature: those of its parameters, float32 for half precision."""
-    return max(4, *(p.element_size() for p in strategy.model.parameters() if p.requires_grad))
+    return max(4, *(p.element_size() for p in strategy.model.parameters()))
+
+
+class Unprotected:
+    """Warns once of each set of parameters that train although the past does not know them."""
+
+    def __init__(self) -> None:
+        self._said: set[str] = set()
+
+    def say(self, names: Sequence[str]) -> None:
+        """`names` are those that train so now; nothing happens for those that were said before."""
+        if not self._said.issuperset(names):
+            self._said.update(names)
+            warn_unprotected(names)
 
 
 def current_number(strategy: Any) -> int:
@@ -128,8 +144,14 @@ def data_of(experience: Any) -> Any:
     return experience.dataset.eval()
 
 
-def current_risk(strategy: Any, batch_size: int, indices: Sequence[int] | None = None) -> EmpiricalRisk:
-    """The risk of the current experience, or of its examples at `indices`, frozen at the current parameters.
+def current_risk(
+    strategy: Any,
+    batch_size: int,
+    indices: Sequence[int] | None = None,
+    selection: Selection = Selection(),  # noqa: B008
+) -> EmpiricalRisk:
+    """The risk of the current experience, or of its examples at `indices`, frozen at the current parameters, over those
+    of them that `selection` takes.
 
     Raises ValueError for an empty experience and for several task labels in one experience of a multi-task model.
     """
@@ -139,7 +161,9 @@ def current_risk(strategy: Any, batch_size: int, indices: Sequence[int] | None =
         model = unwrapped(strategy.model)
         adapter = _adapter(model, dataset, current_number(strategy))
         batches = _batches(dataset if indices is None else dataset.subset(indices), batch_size)
-        risk = EmpiricalRisk.snapshot(model, strategy._criterion, batches, adapter=adapter)
+        risk = EmpiricalRisk.snapshot(
+            model, strategy._criterion, batches, adapter=adapter, include=selection.include, exclude=selection.exclude
+        )
         if adapter is not None:
             _check_same_outputs(risk, adapter.task)
     return risk

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
 from typing import Any
 
 from avalanche.training.plugins import SupervisedPlugin
@@ -20,6 +21,7 @@ from avalanche_curv.core.projection import (
     StepProjection,
     Uncovered,
 )
+from avalanche_curv.core.risk.selection import ParameterSelector, selection_of
 from avalanche_curv.core.structures.base import check_limit
 from avalanche_curv.plugins import _bridge
 
@@ -39,16 +41,20 @@ class OrthogonalProjectionPlugin(SupervisedPlugin):
     parameters there. It goes with penalties, replay and mitigators, but what these do between two tasks is not
     projected. `batch_size` is how many examples are loaded at once.
 
-    What a projection cannot protect: new heads and rows that grow later are free, though they may change what the model
-    says of old inputs (`growth/...` of `fidelity_metrics` shows it), and so are parameters that were frozen
-    (`requires_grad=False`) until now; running statistics of norm layers, and parameters of which no directions are
-    known, hold still from the end of the first experience (`uncovered=FreezeUncovered()`), norm layers in eval mode, or
-    go on as they are (`uncovered=LeaveUncovered()`). Other buffers are not looked at.
+    Protected are trainable parameters, or with `include` those that it selects by name ("head", "*.bias") or by type of
+    module, also where they are frozen (`requires_grad=False`) and train only later; without those that `exclude`
+    selects. What was ever protected stays so, also in experiences that end while it is frozen.
 
-    Raises TypeError or ValueError for unusable options when it is made; before training TypeError for an optimiser
-    that needs a closure, for a criterion without a per-example form, ValueError for an empty experience; MemoryError
-    before an experience after which the bases may be over `max_bytes`; NonFiniteCurvatureError at the end of one that
-    diverged, when `protected` still holds what came before.
+    What a projection cannot protect: new heads and rows that grow later are free, though they may change what the model
+    says of old inputs (`growth/...` of `fidelity_metrics` shows it), and so are parameters that were frozen until now
+    and not included, which is warned of before their first step; running statistics of norm layers, and parameters of
+    which no directions are known, hold still from the end of the first experience (`uncovered=FreezeUncovered()`), norm
+    layers in eval mode, or go on as they are (`uncovered=LeaveUncovered()`). Other buffers are not looked at.
+
+    Raises TypeError or ValueError for unusable options when it is made; before training TypeError for an optimiser that
+    needs a closure, for a criterion without a per-example form, ValueError for an empty experience and for selectors
+    that fit no parameter; MemoryError before an experience after which the bases may be over `max_bytes`;
+    NonFiniteCurvatureError at the end of one that diverged, when `protected` still holds what came before.
     """
 
     def __init__(
@@ -60,6 +66,8 @@ class OrthogonalProjectionPlugin(SupervisedPlugin):
         max_rank: int | None = None,
         max_bytes: int = 4 * 2**30,
         batch_size: int = 256,
+        include: Iterable[ParameterSelector] = (),
+        exclude: Iterable[ParameterSelector] = (),
     ) -> None:
         super().__init__()
         _check_options(protect, projection, uncovered, max_rank)
@@ -67,7 +75,9 @@ class OrthogonalProjectionPlugin(SupervisedPlugin):
         check_count("batch_size", batch_size)
         self.protect, self.projection, self.uncovered = protect, projection, uncovered
         self.max_rank, self.max_bytes, self.batch_size = max_rank, max_bytes, batch_size
+        self.selection = selection_of(include, exclude)
         self.protected = ProtectedSpace()
+        self._unprotected = _bridge.Unprotected()
         self._projector: Projector | None = None  # for the length of an experience
         self._task_ends = _bridge.TaskEnds()
         self._resting: list[nn.Module] = []  # norm layers in eval mode for the length of an experience
@@ -80,8 +90,9 @@ class OrthogonalProjectionPlugin(SupervisedPlugin):
         _bridge.check_experience(strategy)
 
     def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
+        space = _bridge.current_space(strategy, self.selection).union(self.protected.space)
         self.protected.check(
-            self.protect, _bridge.current_space(strategy), _bridge.current_itemsize(strategy),
+            self.protect, space, _bridge.current_itemsize(strategy),
             max_rank=self.max_rank, max_bytes=self.max_bytes,
         )
         self._projector = Projector(self.protected, self.projection)
@@ -90,6 +101,7 @@ class OrthogonalProjectionPlugin(SupervisedPlugin):
             module.eval()
 
     def before_update(self, strategy: Any, **kwargs: Any) -> None:
+        self._unprotected.say(self.protected.unprotected(strategy.model))
         if self._projector is not None:
             self._projector.before_step(strategy.model)
 
@@ -105,7 +117,7 @@ class OrthogonalProjectionPlugin(SupervisedPlugin):
             self._absorb(strategy)
 
     def _absorb(self, strategy: Any) -> None:
-        risk = _bridge.current_risk(strategy, self.batch_size)
+        risk = _bridge.current_risk(strategy, self.batch_size, selection=self.selection)
         try:
             self.protected = self.protected.absorb(
                 risk, self.protect, uncovered=self.uncovered, max_rank=self.max_rank

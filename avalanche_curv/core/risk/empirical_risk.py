@@ -190,7 +190,7 @@ class EmpiricalRisk:
         """The same examples, loss, adapter and selection with a new frozen copy of `model` as the past function."""
         return replace(self, base=frozen_copy(model, self.selection))
 
-    @property
+    @cached_property
     def frozen(self) -> tuple[str, ...]:
         """The names of the parameters outside of the space because they were frozen, and nothing else: they would be
         in it if they had been trainable."""

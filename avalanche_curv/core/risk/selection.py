@@ -113,13 +113,21 @@ def training(names: Collection[str], model: nn.Module) -> tuple[str, ...]:
 
 def warn_unprotected(names: Sequence[str], stacklevel: int = 2) -> None:
     """Warns that the parameters of these names train without a past that knows them, with the remedy."""
-    shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
     warnings.warn(
         f"Parameters train that were frozen (requires_grad=False) when the past was absorbed, so that nothing of it "
-        f"holds them: {shown}. Absorb the past with include=[...], which takes in parameters that train later: "
-        'include=["*"] is all of them.',
+        f"holds them: {in_words(names)}. Absorb the past with include=[...], which takes in parameters that train "
+        'later: include=["*"] is all of them.',
         stacklevel=stacklevel + 1,
     )
+
+
+def in_words(names: Sequence[str]) -> str:
+    """The first four of these names, and how many more there are.
+
+    >>> in_words(["a", "b", "c", "d", "e", "f"])
+    'a, b, c, d and 2 more'
+    """
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def _selects(selector: ParameterSelector, model: nn.Module, name: str) -> bool:
