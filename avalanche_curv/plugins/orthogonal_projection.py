@@ -95,6 +95,7 @@ class OrthogonalProjectionPlugin(SupervisedPlugin):
             self.protect, space, _bridge.current_itemsize(strategy),
             max_rank=self.max_rank, max_bytes=self.max_bytes,
         )
+        self.protected = self.protected.following(strategy.model)
         self._projector = Projector(self.protected, self.projection)
         self._resting = [m for m in self.protected.resting(strategy.model) if m.training]
         for module in self._resting:

@@ -108,6 +108,14 @@ class ProtectedSpace:
         )
         return replace(whole.restricted(frozenset(whole.space.names) - {*held.names}), held=held)
 
+    def following(self, model: nn.Module) -> ProtectedSpace:
+        """This space on the device of `model`, to which that may have been moved."""
+        device = next((parameter.device for parameter in model.parameters()), None)
+        if device is None or all(block.subspace.rows.device == device for block in self.blocks.values()):
+            return self
+        blocks = {key: replace(b, subspace=b.subspace.on(device)) for key, b in self.blocks.items()}
+        return replace(self, blocks=blocks)
+
     def unprotected(self, model: nn.Module) -> tuple[str, ...]:
         """The names of the parameters of `model` that train, but were frozen in all past tasks, so that no direction of
         theirs is protected. Parameters that came later are not among them."""
@@ -240,7 +248,7 @@ class ProtectedSpace:
 def _merged(held: Block | None, finding: Finding, like: Tensor, max_rank: int | None) -> Block:
     outer = finding.layout if held is None else held.layout.union(finding.layout)
     empty = Subspace.empty(like.new_empty(outer.columns.size))
-    before = empty if held is None else held.within(outer).subspace
+    before = empty if held is None else held.within(outer).subspace.on(like.device)
     return Block(outer, finding.added_to(before, outer).limited(max_rank))
 
 
