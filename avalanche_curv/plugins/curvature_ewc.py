@@ -16,6 +16,7 @@ from torch import nn
 from avalanche_curv.core.curvature.base import Curvature, NonFiniteCurvatureError
 from avalanche_curv.core.curvature.fisher import Fisher
 from avalanche_curv.core.options import check_kind, is_count, is_number
+from avalanche_curv.core.quadratic.model import QuadraticModel
 from avalanche_curv.core.quadratic.penalty import Penalty
 from avalanche_curv.core.quadratic.policies import Accumulate, Past, Policy
 from avalanche_curv.core.quadratic.stability import Guard, Guarded, WarnIfUnstable
@@ -98,7 +99,7 @@ class CurvatureEWCPlugin(SupervisedPlugin):
         space = _bridge.current_space(strategy, self.selection)
         if self.past.model is not None:
             space = space.union(self.past.model.space)
-            self._follow(strategy.model)
+            self._follow(self.past.model, strategy.model)
         self.structure.check(space, _bridge.current_itemsize(strategy))
         if self._updates == 0:
             self._revise(strategy)
@@ -146,11 +147,11 @@ class CurvatureEWCPlugin(SupervisedPlugin):
             self._takes(self.policy.absorb(self.past, risk, self.curvature, self.structure))
         self._updates = 0
 
-    def _follow(self, model: nn.Module) -> None:
-        """The past where the model is, which may have been moved to another device or floating point type. Raises
+    def _follow(self, past: QuadraticModel, model: nn.Module) -> None:
+        """Takes the past where the model is, which may have been moved to another device or floating point type. Raises
         ValueError where the model lacks a parameter of the past."""
-        moved = self.past.model.following(model)
-        if moved is not self.past.model:
+        moved = past.following(model)
+        if moved is not past:
             self._takes(replace(self.past, model=moved))
 
     def _takes(self, past: Past) -> None:

@@ -254,12 +254,12 @@ class AdaptiveRefresh(Policy):
     ) -> Past:
         if past.model is None or iteration % self.every or self._left(past) <= 0:
             return past
-        past = AdaptivePast.of(past)
+        begun, past = past.model.unprotected(model), AdaptivePast.of(past)
         predicted, frozen = predicted_loss(past, model), memory_loss(past.stored, model)
         grown = () if iteration else frozen_together(past.stored, model)
         actual = sum(risk.value() for risk in grown) if grown else frozen
         reason = self.trust.broken(TrustCheck(past.loss, actual, predicted))
-        if begun := past.model.unprotected(model):
+        if begun:
             reason = f"{in_words(begun)} train now and did not before"
         if reason is None:
             return past
