@@ -68,6 +68,7 @@ from avalanche_curv.core.quadratic import (
 from avalanche_curv.core.risk import (
     EmpiricalRisk,
     ExampleLoss,
+    ParameterSelector,
     ParameterSpace,
     example_loss,
 )
@@ -135,6 +136,7 @@ __all__ = [
     "Operator",
     "OutputCurvature",
     "OutputGradient",
+    "ParameterSelector",
     "ParameterSpace",
     "Past",
     "PerLayer",

@@ -23,6 +23,7 @@ from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.frozen import unwrapped
 from avalanche_curv.core.risk.parameters import ParameterSpace
 from avalanche_curv.core.risk.preflight import check_batch
+from avalanche_curv.core.risk.selection import Selection, warn_unprotected
 
 IN_MEMORY_BYTES = 2**30  # data sets up to this size are loaded once, larger ones at every pass
 
@@ -98,9 +99,12 @@ FIRST = 256  # examples that are looked at before an experience is trained
 REFUSALS = (TypeError, ValueError, MemoryError, NonFiniteCurvatureError)
 
 
-def preflight(strategy: Any, trial: Callable[[EmpiricalRisk], object]) -> None:
+def preflight(
+    strategy: Any, trial: Callable[[EmpiricalRisk], object], selection: Selection = Selection()  # noqa: B008
+) -> None:
     """To be called before the first step of an experience: raises what would keep its loss from being remembered,
-    measured or projected at its end. `trial` does that to the risk of a few examples of its first batch.
+    measured or projected at its end. `trial` does that to the risk of a few examples of its first batch, over the
+    parameters that `selection` takes.
 
     In a task that an online stream splits it looks at the first part only.
     """
@@ -109,7 +113,7 @@ def preflight(strategy: Any, trial: Callable[[EmpiricalRisk], object]) -> None:
         return
     try:
         size = min(FIRST, int(strategy.train_mb_size), len(data_of(experience)))
-        risk = current_risk(strategy, size, range(size))
+        risk = current_risk(strategy, size, range(size), selection)
         check_trained_loss(strategy)
         trial(risk.trial())
     except Exception as error:
@@ -202,14 +206,29 @@ def check_backward(strategy: Any) -> None:
         )
 
 
-def current_space(strategy: Any) -> ParameterSpace:
-    """The trainable parameters of the strategy's model."""
-    return ParameterSpace.of(strategy.model)
+def current_space(strategy: Any, selection: Selection = Selection()) -> ParameterSpace:  # noqa: B008  a frozen value
+    """The trainable parameters of the strategy's model, or those that `selection` takes into the space of a risk.
+    Raises ValueError for a selector that fits none."""
+    selection.check(strategy.model)
+    return ParameterSpace.of_parameters(strategy.model, selection.in_space(strategy.model))
 
 
 def current_itemsize(strategy: Any) -> int:
     """Bytes of one number of the model's curvature: those of its parameters, float32 for half precision."""
-    return max(4, *(p.element_size() for p in strategy.model.parameters() if p.requires_grad))
+    return max(4, *(p.element_size() for p in strategy.model.parameters()))
+
+
+class Unprotected:
+    """Warns once of each set of parameters that train although the past does not know them."""
+
+    def __init__(self) -> None:
+        self._said: set[str] = set()
+
+    def say(self, names: Sequence[str]) -> None:
+        """`names` are those that train so now; nothing happens for those that were said before."""
+        if not self._said.issuperset(names):
+            self._said.update(names)
+            warn_unprotected(names)
 
 
 def current_number(strategy: Any) -> int:
@@ -224,8 +243,14 @@ def data_of(experience: Any) -> Any:
     return experience.dataset.eval()
 
 
-def current_risk(strategy: Any, batch_size: int, indices: Sequence[int] | None = None) -> EmpiricalRisk:
-    """The risk of the current experience, or of its examples at `indices`, frozen at the current parameters.
+def current_risk(
+    strategy: Any,
+    batch_size: int,
+    indices: Sequence[int] | None = None,
+    selection: Selection = Selection(),  # noqa: B008
+) -> EmpiricalRisk:
+    """The risk of the current experience, or of its examples at `indices`, frozen at the current parameters, over those
+    of them that `selection` takes.
 
     Raises ValueError for an empty experience and for several task labels in one experience of a multi-task model.
     """
@@ -235,7 +260,9 @@ def current_risk(strategy: Any, batch_size: int, indices: Sequence[int] | None =
         model = unwrapped(strategy.model)
         adapter = _adapter(model, dataset, current_number(strategy))
         batches = _batches(dataset if indices is None else dataset.subset(indices), batch_size)
-        risk = EmpiricalRisk.snapshot(model, strategy._criterion, batches, adapter=adapter)
+        risk = EmpiricalRisk.snapshot(
+            model, strategy._criterion, batches, adapter=adapter, include=selection.include, exclude=selection.exclude
+        )
         if adapter is not None:
             _check_same_outputs(risk, adapter.task)
     return risk

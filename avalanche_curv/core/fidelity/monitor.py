@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
+from operator import is_
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from avalanche_curv.core.fidelity.examples import ExampleModels, ExpandedModels,
 from avalanche_curv.core.fidelity.layerwise import LayerwiseModels, layered
 from avalanche_curv.core.fidelity.measures import Comparison, Fidelity, concatenated
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk, frozen_together, joined_risk
-from avalanche_curv.core.risk.parameters import ParameterSpace
+from avalanche_curv.core.risk.selection import training
 
 
 @dataclass(frozen=True)
@@ -35,13 +36,25 @@ class PastModels:
         self.curvature.check_examples()
 
     def with_experience(self, stored: EmpiricalRisk) -> PastModels:
-        """The quadratic models after one more experience, whose stored examples are frozen at its end."""
+        """The quadratic models after one more experience, whose stored examples are frozen at its end; over its own
+        parameters and all that are in the space of an earlier one, also where they are frozen now."""
+        stored = stored.covering({name for risk in self.accumulate for name in risk.space.names})
         fresh = (*(risk.at(stored) for risk in self.refresh), stored)
         return PastModels(self.curvature, (*self.accumulate, stored), fresh)
 
+    def covering(self, model: nn.Module) -> PastModels:
+        """These quadratic models over the parameters, too, that were frozen at the anchors and train in `model`; the
+        object itself where there are none. All measurements are taken so: keep what is returned, to save the work."""
+        accumulate = tuple(risk.covering(training(risk.frozen, model)) for risk in self.accumulate)
+        refresh = tuple(risk.covering(training(risk.frozen, model)) for risk in self.refresh[:1])
+        refresh = (*refresh, *(risk.at(refresh[0]) for risk in self.refresh[1:]))
+        same = all(map(is_, (*accumulate, *refresh[:1]), (*self.accumulate, *self.refresh[:1])))
+        return self if same else PastModels(self.curvature, accumulate, refresh)
+
     def compare(self, model: nn.Module) -> dict[str, list[Comparison]]:
         """By the names `accumulate` and `refresh`, what `compare_one` returns."""
-        return {name: self.compare_one(name, model) for name in self._groups}
+        own = self.covering(model)
+        return {name: own.compare_one(name, model) for name in own._groups}
 
     def compare_one(self, name: str, model: nn.Module) -> list[Comparison]:
         """The quadratic model of that name, `accumulate` or `refresh`, against the truth at the current parameters of
@@ -49,12 +62,9 @@ class PastModels:
 
         Raises TypeError where torch lacks a derivative of an operation of the model.
         """
-        vectors: dict[ParameterSpace, Tensor] = {}
-        for group in self._groups[name]:
-            space = group.models.risk.space
-            if space not in vectors:
-                vectors[space] = space.vector(model)
-        return [part for group in self._groups[name] for part in group.compare(vectors[group.models.risk.space])]
+        groups = self.covering(model)._groups[name]
+        vectors = {space: space.vector(model) for space in {group.models.risk.space for group in groups}}
+        return [part for group in groups for part in group.compare(vectors[group.models.risk.space])]
 
     def measure(self, model: nn.Module) -> dict[str, float]:
         """`name/measure` over all stored examples and `name/measure/experience_t` for each past experience, at the
@@ -64,10 +74,11 @@ class PastModels:
         `Fidelity.means`, and `distance`, which does not depend on the linear term (see `distances`). Raises TypeError
         where torch lacks a derivative of an operation of the model.
         """
-        values = self.distances(model)
+        own = self.covering(model)
+        values = own.distances(model)
         if not values:
             return values
-        for name, comparisons in self.compare(model).items():
+        for name, comparisons in own.compare(model).items():
             for suffix, parts in (
                 ("", [c.quadratic for c in comparisons]),
                 ("_linear", [c.linear for c in comparisons]),
@@ -83,8 +94,8 @@ class PastModels:
         It is what new outputs, unmasked units and other buffers change by themselves, which no quadratic model in the
         parameters can foresee.
         """
-        values: dict[str, float] = {}
-        for name, risks in (("accumulate", self.accumulate), ("refresh", self.refresh)):
+        own, values = self.covering(model), dict[str, float]()
+        for name, risks in (("accumulate", own.accumulate), ("refresh", own.refresh)):
             grown = zip(risks, frozen_together(risks, model))
             jumps = [now.value() - risk.value_at(risk.space.vector(model)) for risk, now in grown]
             values |= {f"{name}/experience_{number}": jump for number, jump in enumerate(jumps)}
@@ -101,7 +112,8 @@ class PastModels:
         """
         if not self.accumulate:
             return {}
-        each = torch.stack([_distance(model, risk) for risk in (*self.accumulate, self.refresh[-1])]).tolist()
+        past = self.covering(model)
+        each = torch.stack([_distance(model, risk) for risk in (*past.accumulate, past.refresh[-1])]).tolist()
         own, newest = each[:-1], each[-1]
         values = {"accumulate/distance": sum(own) / len(own)}
         values |= {f"accumulate/distance/experience_{number}": value for number, value in enumerate(own)}
@@ -130,7 +142,7 @@ class _Group:
 
     def compare(self, parameters: Tensor) -> list[Comparison]:
         try:
-            return self.models.compare(parameters).split(self.sizes)
+            return self.models.compare(parameters.to(self.models.risk.anchor)).split(self.sizes)
         except NotImplementedError as error:
             raise TypeError(
                 f"torch lacks a derivative that fidelity needs of {type(self.models.risk.base).__name__}: {error} "
@@ -139,10 +151,10 @@ class _Group:
 
 
 def _grouped(curvature: Curvature, functions: list[list[EmpiricalRisk]]) -> list[_Group]:
-    """All experiences in order; each inner list shares its past function. Neighbours over one parameter space are
-    measured at once where all parameters lie in linear layers."""
+    """All experiences in order; each inner list shares its past function. Neighbours of one parameter space and type
+    are measured at once where all parameters lie in linear layers."""
     groups = []
-    for _, run in groupby(functions, key=lambda risks: risks[0].space):
+    for _, run in groupby(functions, key=lambda risks: (risks[0].space, risks[0].anchor.dtype, risks[0].anchor.device)):
         together = list(run)
         for some in [together] if _are_layered(curvature, together) else [[risks] for risks in together]:
             models = example_models(curvature, *(joined_risk(risks) for risks in some))
@@ -171,7 +183,7 @@ def example_models(curvature: Curvature, *risks: EmpiricalRisk) -> ExampleModels
 def _distance(model: nn.Module, risk: EmpiricalRisk) -> Tensor:
     """‖θ − a‖₂ as a 0-d tensor, one parameter tensor at a time, so that no vector of size P is made."""
     pairs = zip(risk.space.tensors(model), risk.parameters)
-    parts = [torch.linalg.vector_norm(now.detach() - anchor.detach()) for now, anchor in pairs]
+    parts = [torch.linalg.vector_norm(now.detach().to(anchor) - anchor.detach()) for now, anchor in pairs]
     return torch.linalg.vector_norm(torch.stack(parts))
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from avalanche_curv.core.options import check_kind
 from avalanche_curv.core.projection.protected import ProtectedSpace
 from avalanche_curv.core.risk.parameters import canonical_name
+from avalanche_curv.core.risk.selection import warn_unprotected
 
 
 @dataclass(frozen=True)
@@ -120,10 +121,16 @@ class Projector:
         self._within: tuple[frozenset[str], ProtectedSpace] = (frozenset(space.space.names), space)
         self._memory: StepMemory | None = None
         self._stepping = False
+        self._said: tuple[str, ...] = ()
 
     @contextmanager
     def around_step(self, model: nn.Module) -> Iterator[None]:
-        """Projects the step that is taken within, also where it raises half-way."""
+        """Projects the step that is taken within, also where it raises half-way. Warns where parameters train that are
+        `unprotected`, once for each set of them."""
+        free = self.space.unprotected(model)
+        if free and free != self._said:
+            self._said = free
+            warn_unprotected(free, stacklevel=4)  # beneath the context manager
         self.before_step(model)
         try:
             yield

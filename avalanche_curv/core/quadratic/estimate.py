@@ -41,4 +41,4 @@ def estimate(
             f"{curvature} of {risk.examples} examples holds NaN or infinity, so the model, its loss or its inputs do. "
             "Look for diverged weights (lower the learning rate or the strength) and for NaN in the data."
         )
-    return QuadraticModel(risk.space, risk.anchor, matrix, slope)
+    return QuadraticModel(risk.space, risk.anchor, matrix, slope, frozen=risk.frozen)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from avalanche_curv.core.risk.batches import Batches, Rebatched, count, kept, like, merged, random_part
-from avalanche_curv.core.risk.frozen import copied_without_graphs, frozen_copy
+from avalanche_curv.core.risk.frozen import copied_without_graphs, frozen_copy, unwrapped
 from avalanche_curv.core.risk.losses import ExampleLoss, example_loss
-from avalanche_curv.core.risk.parameters import ParameterSpace
+from avalanche_curv.core.risk.parameters import ParameterSpace, canonical_name
 from avalanche_curv.core.risk.preflight import check_batch, check_risk, drop_hooks
+from avalanche_curv.core.risk.selection import ParameterSelector, Selection, selection_of
 
 FEW = 4  # examples on which derivatives are tried
 
@@ -39,6 +40,7 @@ class EmpiricalRisk:
     loss: ExampleLoss
     batches: Batches
     adapter: Callable[[nn.Module], nn.Module] | None = None
+    selection: Selection = Selection()  # noqa: RUF009  a frozen value
     verdicts: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
     """What was found out of the frozen model by trying: which of several ways to a derivative is right, for instance.
     Risks of one frozen model share it."""
@@ -51,18 +53,26 @@ class EmpiricalRisk:
         batches: Batches,
         *,
         adapter: Callable[[nn.Module], nn.Module] | None = None,
+        include: Iterable[ParameterSelector] = (),
+        exclude: Iterable[ParameterSelector] = (),
     ) -> EmpiricalRisk:
         """Freeze `model` and look at `batches` of (inputs, targets), which may be any iterable.
 
         A list is kept as it is now. A loader is passed over several times, each time from the same random states, so
         that it may shuffle. `adapter` wraps the frozen copy where the model is not called as `model(inputs)`; the
-        wrapper keeps the copy under the attribute `module`.
+        wrapper keeps the copy under the attribute `module`. The parameter space is that of the trainable parameters, or
+        with `include` of those that it selects by name ("head", "*.bias") or by type of module, also where they are
+        frozen (`requires_grad=False`) and train only later; without those that `exclude` selects.
 
-        Raises TypeError for a criterion without a per-example form and for a model that cannot be copied or gives no
-        tensor, ValueError for a model without trainable parameters or that is no function of single examples, for
-        empty data and for data that the loss does not cover.
+        Raises TypeError for a criterion without a per-example form, for a model that cannot be copied or gives no
+        tensor, and for selectors of another type; ValueError for a model without trainable parameters or that is no
+        function of single examples, for a selector that fits none, for empty data and for data that the loss does not
+        cover.
         """
-        risk = cls(frozen_copy(model), example_loss(criterion), kept(batches), adapter)
+        selection = selection_of(include, exclude)
+        selection.check(unwrapped(model))
+        loss = example_loss(criterion)
+        risk = cls(frozen_copy(model, selection), loss, kept(batches), adapter, selection)
         check_risk(risk)
         return risk
 
@@ -73,7 +83,7 @@ class EmpiricalRisk:
 
     @cached_property
     def space(self) -> ParameterSpace:
-        """The trainable parameters of the frozen model."""
+        """The selected parameters of the frozen model: those of its that require a gradient."""
         return ParameterSpace.of(self.base)
 
     @cached_property
@@ -246,10 +256,28 @@ class EmpiricalRisk:
         return replace(self, base=other.base, verdicts=other.verdicts)
 
     def frozen_at(self, model: nn.Module) -> EmpiricalRisk:
-        """The same examples, loss and adapter with a new frozen copy of `model` as the past function."""
-        risk = self.with_base(frozen_copy(model))
+        """The same examples, loss, adapter and selection with a new frozen copy of `model` as the past function."""
+        risk = self.with_base(frozen_copy(model, self.selection))
         drop_hooks(risk)
         return risk
+
+    @cached_property
+    def frozen(self) -> tuple[str, ...]:
+        """The names of the parameters outside of the space because they were frozen, and nothing else: they would be
+        in it if they had been trainable."""
+        return self.selection.frozen(self.base)
+
+    def covering(self, names: Collection[str]) -> EmpiricalRisk:
+        """This risk with those parameters of its model in its space, too, whose canonical names are given, even where
+        they were frozen or not selected. The risk itself where all are."""
+        missing = {*names} - {*self.space.names}
+        if not any(canonical_name(name) in missing and p.numel() for name, p in self.base.named_parameters()):
+            return self
+        base = copied_without_graphs(self.base)
+        for name, parameter in base.named_parameters():
+            if canonical_name(name) in missing:
+                parameter.requires_grad_(parameter.numel() > 0)
+        return self.with_base(base)
 
 
 def joined_risk(risks: list[EmpiricalRisk]) -> EmpiricalRisk:
@@ -261,10 +289,11 @@ def joined_risk(risks: list[EmpiricalRisk]) -> EmpiricalRisk:
 
 
 def frozen_together(risks: Sequence[EmpiricalRisk], model: nn.Module) -> tuple[EmpiricalRisk, ...]:
-    """The given risks, each with its own examples, at one common frozen copy of `model` as it is now."""
+    """The given risks, each with its own examples, at one common frozen copy of `model` as it is now, over its selected
+    parameters and all that are in the space of one of them already."""
     if not risks:
         return ()
-    first = risks[0].frozen_at(model)
+    first = risks[0].frozen_at(model).covering({name for risk in risks for name in risk.space.names})
     return (first, *(risk.at(first) for risk in risks[1:]))
 
 

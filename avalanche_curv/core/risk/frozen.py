@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
 
+from avalanche_curv.core.risk.selection import Selection
+
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside `DataParallel`, `DistributedDataParallel` and `torch.compile`, which `torch.func` refuses."""
@@ -24,8 +26,9 @@ def unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
-def frozen_copy(model: nn.Module) -> nn.Module:
-    """A copy in eval mode, without gradients and backward hooks; half precision becomes float32.
+def frozen_copy(model: nn.Module, selection: Selection = Selection()) -> nn.Module:  # noqa: B008  a frozen value
+    """A copy in eval mode, without gradients and backward hooks; half precision becomes float32. Those of its
+    parameters require a gradient that `selection` takes into a parameter space (`Selection.in_space`).
 
     Embeddings give plain gradients in it: dense, unscaled, and with norms above `max_norm` already reduced. Tensors
     that a module keeps of its last call are copied without their graph. Raises TypeError for a model that cannot be
@@ -39,6 +42,9 @@ def frozen_copy(model: nn.Module) -> nn.Module:
             "copy. Keep locks, files and generators out of the module, or give them a __deepcopy__."
         ) from error
     copied.zero_grad(set_to_none=True)
+    kept = {id(parameter) for _, parameter in selection.in_space(copied)}
+    for parameter in copied.parameters():
+        parameter.requires_grad_(id(parameter) in kept)
     for module in copied.modules():
         module._backward_hooks.clear()
         module._backward_pre_hooks.clear()

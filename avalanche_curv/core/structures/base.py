@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -102,6 +103,13 @@ class Matrix(ABC):
     @abstractmethod
     def embedded(self, inner: ParameterSpace, outer: ParameterSpace) -> Matrix:
         """C as a matrix over `outer`, which holds `inner`; zero in the coordinates that `inner` lacks."""
+
+    def to(self, like: Tensor) -> Matrix:
+        """C with what is stored in the type and on the device of `like`: a copy, or C itself where it is so already."""
+        held = self.tensors()
+        if all(t.dtype == like.dtype and t.device == like.device for t in held):
+            return self
+        return copy.deepcopy(self, {id(tensor): tensor.to(like) for tensor in held})
 
     @abstractmethod
     def map_spectrum(self, function: Callable[[Tensor], Tensor]) -> Matrix:
@@ -263,6 +271,9 @@ class DampedMatrix(Matrix):
         diagonal = self.diagonal.new_zeros(outer.size)
         diagonal[outer.positions(inner).to(diagonal.device)] = self.diagonal
         return DampedMatrix(self.matrix.embedded(inner, outer), diagonal)
+
+    def to(self, like: Tensor) -> DampedMatrix:
+        return DampedMatrix(self.matrix.to(like), self.diagonal.to(like))
 
     def map_spectrum(self, function: Callable[[Tensor], Tensor]) -> Matrix:
         raise TypeError("The spectrum of a damped matrix is not mended: map that of the matrix, and then damp it.")

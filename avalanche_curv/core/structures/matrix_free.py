@@ -64,15 +64,18 @@ class MatrixFree(Structure):
 
 @dataclass(frozen=True)
 class OperatorTerm:
-    """factor · E C Eᵀ, with C an operator and E its embedding at `where` in a larger space."""
+    """factor · E C Eᵀ, with C an operator and E its embedding at `where` in a larger space; `own` is an empty tensor in
+    the type and on the device of C, where these are not those of the vectors."""
 
     operator: Operator
     factor: float = 1.0
     where: Tensor | None = None
+    own: Float[Tensor, "0"] | None = None
 
     def product(self, vector: Float[Tensor, "P"]) -> Float[Tensor, "P"]:
         inner = vector if self.where is None else vector[self.where]
-        found = self.factor * self.operator.matmat(inner[:, None])[:, 0]
+        inner = inner if self.own is None else inner.to(self.own)
+        found = (self.factor * self.operator.matmat(inner[:, None])[:, 0]).to(vector)
         if self.where is None:
             return found
         result = torch.zeros_like(vector)
@@ -108,6 +111,18 @@ class MatrixFreeMatrix(Matrix):
         where = outer.positions(inner).to(self.like.device)
         placed = (replace(t, where=where if t.where is None else where[t.where]) for t in self.terms)
         return MatrixFreeMatrix(outer.size, self.like, tuple(placed))
+
+    def to(self, like: Tensor) -> MatrixFreeMatrix:
+        """For vectors like `like`; products are still taken where the frozen model is, in its type."""
+        moved = (
+            replace(
+                t,
+                where=None if t.where is None else t.where.to(like.device),
+                own=self.like if t.own is None else t.own,
+            )
+            for t in self.terms
+        )
+        return replace(self, like=like.new_empty(0), terms=tuple(moved))
 
     def map_spectrum(self, function: Callable[[Tensor], Tensor]) -> Matrix:
         raise TypeError(

@@ -86,10 +86,11 @@ class _ActivationRecorder:
             module.register_forward_hook(leaving)
 
     def hidden(self, outputs: Tensor) -> Activations:
-        """The recorded activations, except those that are the outputs of the model."""
+        """The recorded activations, except those that are the outputs of the model, and those without units."""
         end = outputs.untyped_storage().data_ptr()
         kept = {n: h for n, h in self.after.items() if self.sources[n].untyped_storage().data_ptr() != end}
-        return kept or dict([*self.before.items()][1:])
+        found = kept or dict([*self.before.items()][1:])
+        return {name: activations for name, activations in found.items() if activations.shape[-1]}
 
 
 def _units_last(tensor: Tensor, layer: nn.Module | None) -> Tensor:

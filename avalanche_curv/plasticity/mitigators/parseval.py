@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from avalanche_curv.core.options import is_number
-from avalanche_curv.plasticity.mitigators.base import ParameterSelector
+from avalanche_curv.core.risk.selection import ParameterSelector
 from avalanche_curv.plasticity.mitigators.regularizer import Regularizer, at_least_float32, gradient_of, sum_of
 from avalanche_curv.plasticity.roles import WeightRole, parameter_roles
 

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from avalanche_curv.core.options import check_seed, is_number
-from avalanche_curv.plasticity.mitigators.base import ParameterSelector
+from avalanche_curv.core.risk.selection import ParameterSelector
 from avalanche_curv.plasticity.mitigators.regularizer import Regularizer, add_scaled, at_least_float32, gradient_of
 from avalanche_curv.plasticity.roles import (
     Role,
