@@ -13,6 +13,7 @@ from avalanche_curv.core.curvature.base import OutputCurvature
 from avalanche_curv.core.fidelity.examples import ExampleModels, joined, output_increase
 from avalanche_curv.core.fidelity.measures import Comparison, GradientProducts
 from avalanche_curv.core.per_example.layers import Layers, Tap
+from avalanche_curv.core.precision import in_own_precision
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 
 
@@ -32,6 +33,7 @@ class LayerwiseModels(ExampleModels):
         """Autograd graphs are not stored: they are computed again."""
         return {**self.__dict__, "_anchored": None}
 
+    @in_own_precision
     def compare(self, parameters: Float[Tensor, "P"]) -> Comparison:
         if self._anchored is None:
             self._anchored = [batch for pair in self.risks for batch in self._anchor(*pair)]

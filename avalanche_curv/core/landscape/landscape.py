@@ -18,6 +18,7 @@ from avalanche_curv.core.landscape.exact import GramMatrix, WholeMatrix
 from avalanche_curv.core.landscape.lanczos import Lanczos
 from avalanche_curv.core.landscape.spectrum import Density, Spectrum, SpectrumMethod
 from avalanche_curv.core.options import is_count, is_number
+from avalanche_curv.core.precision import in_own_precision
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.parameters import ParameterSpace
 
@@ -62,6 +63,7 @@ class Landscape:
         return {name: float(getattr(self, name)) for name in names}
 
 
+@in_own_precision
 def landscape(
     curvature: Curvature,
     *risks: EmpiricalRisk,
@@ -157,6 +159,7 @@ class Alignment:
     leakage: float
 
 
+@in_own_precision
 def alignment(vector: Float[Tensor, "P"], rows: Float[Tensor, "k P"]) -> Alignment:
     """Which part of a vector lies in the span of orthonormal rows, and which outside.
 
@@ -172,6 +175,7 @@ def alignment(vector: Float[Tensor, "P"], rows: Float[Tensor, "k P"]) -> Alignme
     return Alignment(float(inside.double().norm()) / length, float(rest.double().norm()) / length)
 
 
+@in_own_precision
 def overlap(old: Float[Tensor, "k P"], new: Float[Tensor, "l P"]) -> float:
     """How much the spans of two sets of orthonormal rows have in common, ‖V_old V_newᵀ‖_F² / max(k, l): 1 for the same
     span, 0 for orthogonal ones, and k / P on average for random ones of k rows. NaN where there are no rows.

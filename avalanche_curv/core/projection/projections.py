@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from avalanche_curv.core.options import check_kind
+from avalanche_curv.core.precision import in_own_precision
 from avalanche_curv.core.projection.protected import ProtectedSpace
 from avalanche_curv.core.risk.parameters import canonical_name
 
@@ -131,6 +132,7 @@ class Projector:
             self.after_step(model)
 
     @torch.no_grad()
+    @in_own_precision
     def before_step(self, model: nn.Module) -> None:
         """To be called between the backward pass and the step."""
         self._stepping = True
@@ -138,6 +140,7 @@ class Projector:
             self._memory = self.projection.before_step(self._movable(model), model, self._memory)
 
     @torch.no_grad()
+    @in_own_precision
     def after_step(self, model: nn.Module) -> None:
         """To be called after the step. Raises RuntimeError without a `before_step`."""
         if not self._stepping:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from avalanche_curv.core.curvature.base import Curvature, NonFiniteCurvatureError
+from avalanche_curv.core.precision import in_own_precision
 from avalanche_curv.core.quadratic.model import QuadraticModel
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.structures.base import Structure
 from avalanche_curv.core.structures.rules import check_pair, curvature_matrix
 
 
+@in_own_precision
 def estimate(
     curvature: Curvature, structure: Structure, risk: EmpiricalRisk, *, gradient: bool = False
 ) -> QuadraticModel:

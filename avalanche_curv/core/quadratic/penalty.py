@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from avalanche_curv.core.precision import in_own_precision
 from avalanche_curv.core.quadratic.model import QuadraticModel, check_first_order, half, times
 
 
@@ -19,6 +20,7 @@ class Penalty:
     gradient is handed over to autograd in memory of its own, to which that of the loss is then added in place.
     """
 
+    @in_own_precision
     def __init__(self, past: QuadraticModel, strength: float) -> None:
         past = _centre(past) or past
         self.strength = strength
@@ -33,6 +35,7 @@ class Penalty:
         """A scalar whose gradient in the parameters of `model` is exactly strength · (g + C δ)."""
         return _Penalty.apply(self, *self.space.tensors(model))
 
+    @in_own_precision
     def evaluate(self, parameters: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """strength · q(θ) at these parameters θ, and its gradient strength · (g + C δ) in the shape of each of them."""
         past = self.past

@@ -11,6 +11,7 @@ from torch import nn
 
 from avalanche_curv.core.curvature.base import Curvature
 from avalanche_curv.core.options import is_number
+from avalanche_curv.core.precision import in_own_precision
 from avalanche_curv.core.quadratic.estimate import estimate
 from avalanche_curv.core.quadratic.model import QuadraticModel
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
@@ -88,6 +89,7 @@ class Accumulate(Policy):
     def __post_init__(self) -> None:
         check_fraction("Accumulate", self.fraction)
 
+    @in_own_precision
     def absorb(self, past: Past, risk: EmpiricalRisk, curvature: Curvature, structure: Structure) -> Past:
         new = estimate(curvature, structure, part_of(risk, self.fraction, self.seed, past.experiences))
         return Past(new if past.model is None else past.model + new, experiences=past.experiences + 1)
@@ -103,6 +105,7 @@ class Merge(Policy):
         if not (is_number(self.decay) and 0 <= self.decay <= 1):
             raise ValueError(f"Merge needs a decay in [0, 1]; got {self.decay}. 1 keeps all of the past, 0 none of it.")
 
+    @in_own_precision
     def absorb(self, past: Past, risk: EmpiricalRisk, curvature: Curvature, structure: Structure) -> Past:
         new = estimate(curvature, structure, risk)
         if past.model is not None:
@@ -129,6 +132,7 @@ class Refresh(Policy):
     def __post_init__(self) -> None:
         check_fraction("Refresh", self.fraction)
 
+    @in_own_precision
     def absorb(self, past: Past, risk: EmpiricalRisk, curvature: Curvature, structure: Structure) -> Past:
         newest = part_of(risk, self.fraction, self.seed, past.experiences)
         stored = (*(old.at(risk) for old in past.stored), newest)

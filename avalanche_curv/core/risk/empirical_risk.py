@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from avalanche_curv.core.precision import in_own_precision
 from avalanche_curv.core.risk.batches import Batches, Rebatched, like, random_part, without_drawing
 from avalanche_curv.core.risk.frozen import check_function, frozen_copy
 from avalanche_curv.core.risk.losses import ExampleLoss, example_loss
@@ -39,6 +40,7 @@ class EmpiricalRisk:
     adapter: Callable[[nn.Module], nn.Module] | None = None
 
     @classmethod
+    @in_own_precision
     def snapshot(
         cls,
         model: nn.Module,
@@ -70,6 +72,7 @@ class EmpiricalRisk:
         return ParameterSpace.of(self.base)
 
     @cached_property
+    @in_own_precision
     def anchor(self) -> Float[Tensor, "P"]:
         """The frozen parameters as one vector."""
         return self.space.vector(self.base)
@@ -93,6 +96,7 @@ class EmpiricalRisk:
             yield x, y
 
     @cached_property
+    @in_own_precision
     def one_output(self) -> Float[Tensor, "1 *C"]:
         """The outputs of one example, for their shape."""
         inputs, _ = next(without_drawing(self.batches))
@@ -100,10 +104,12 @@ class EmpiricalRisk:
             outputs = self.model(like(inputs[:1], self.anchor))
         return outputs if outputs.ndim > 1 else outputs[:, None]
 
+    @in_own_precision
     def outputs(self, inputs: Tensor) -> Float[Tensor, "N C"]:
         """f(inputs) of the frozen model, as a matrix."""
         return as_matrix(self.model(inputs))
 
+    @in_own_precision
     def outputs_at(self, parameters: Sequence[Tensor], inputs: Tensor) -> Float[Tensor, "N C"]:
         """f(inputs) of the frozen past function at other parameters, given in the order of `space`."""
         values = {place: parameters[index] for place, index in self._places.items()}
@@ -126,11 +132,13 @@ class EmpiricalRisk:
         base = copy.deepcopy(self.base)
         return replace(self, base=base).model, [p for p in base.parameters() if p.requires_grad]
 
+    @in_own_precision
     def value(self) -> float:
         """L at the frozen parameters, summed in float64."""
         with torch.no_grad():
             return sum(self.loss.per_example(self.outputs(x), y).double().sum().item() for x, y in self) / self.examples
 
+    @in_own_precision
     def value_at(self, parameters: Float[Tensor, "P"]) -> float:
         """L of the frozen past function at other parameters."""
         tensors = self.space.split(parameters)
@@ -138,6 +146,7 @@ class EmpiricalRisk:
             losses = (self.loss.per_example(self.outputs_at(tensors, x), y).double().sum().item() for x, y in self)
             return sum(losses) / self.examples
 
+    @in_own_precision
     def gradient(self) -> Float[Tensor, "P"]:
         """∇L at the frozen parameters."""
         total = torch.zeros_like(self.anchor)
@@ -145,6 +154,7 @@ class EmpiricalRisk:
             total += self.summed_gradient(x, y)
         return total / self.examples
 
+    @in_own_precision
     @torch.enable_grad()
     def summed_gradient(self, inputs: Tensor, targets: Tensor) -> Float[Tensor, "P"]:
         """Σ_i ∇ℓ_i over one batch."""
@@ -156,6 +166,7 @@ class EmpiricalRisk:
         """The risk of a random `fraction` of the examples, at least one, drawn without replacement by `seed`."""
         return self.select(random_part(self.examples, fraction, seed))
 
+    @in_own_precision
     def select(self, indices: Tensor) -> EmpiricalRisk:
         """The risk of the examples at sorted `indices`, held in memory as one batch."""
         chosen, start = [], 0

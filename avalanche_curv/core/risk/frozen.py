@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from avalanche_curv.core.precision import differentiable, in_own_precision
+
 ONE_BY_ONE = "past loss is a mean over single examples. Use normalisation with running statistics."
 
 
@@ -22,9 +24,11 @@ def unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
+@in_own_precision
 def frozen_copy(model: nn.Module) -> nn.Module:
     """A copy in eval mode, without gradients; half precision becomes float32."""
-    copied = copy.deepcopy(unwrapped(model)).eval()
+    own = unwrapped(model)
+    copied = copy.deepcopy(own, differentiable(own)).eval()
     copied.zero_grad(set_to_none=True)
     half = any(p.dtype in (torch.float16, torch.bfloat16) for p in copied.parameters())
     return copied.float() if half else copied
