@@ -14,7 +14,7 @@ from avalanche.training.plugins import SupervisedPlugin
 from avalanche_curv.core.curvature.base import Curvature, NonFiniteCurvatureError
 from avalanche_curv.core.curvature.fisher import Fisher
 from avalanche_curv.core.options import check_kind, is_count, is_number
-from avalanche_curv.core.quadratic.penalty import Penalty
+from avalanche_curv.core.quadratic.penalty import Penalty, check_takes_dense_gradients
 from avalanche_curv.core.quadratic.policies import Accumulate, Past, Policy
 from avalanche_curv.core.quadratic.stability import Guard, Guarded, WarnIfUnstable
 from avalanche_curv.core.risk.frozen import unwrapped
@@ -79,6 +79,8 @@ class CurvatureEWCPlugin(SupervisedPlugin):
         _bridge.check_experience(strategy)
 
     def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
+        if self.strength:
+            check_takes_dense_gradients(strategy.optimizer)
         self.structure.check(_bridge.current_space(strategy), _bridge.current_itemsize(strategy))
         if self._updates == 0:
             self._revise(strategy)

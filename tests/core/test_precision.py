@@ -20,6 +20,7 @@ from avalanche_curv import (
     EmpiricalRisk,
     Fisher,
     FlatSpectrum,
+    GradientProjection,
     Hessian,
     Kronecker,
     LowRank,
@@ -37,7 +38,7 @@ from avalanche_curv import (
 )
 from avalanche_curv.core.fidelity import PastModels
 from avalanche_curv.core.precision import in_own_precision, own_precision
-from avalanche_curv.core.quadratic.penalty import Penalty
+from avalanche_curv.core.quadratic.penalty import Penalty, check_takes_dense_gradients
 from avalanche_curv.plasticity import Parseval, SpectralRegularizer, gradient_diversity, hidden_activations
 
 STRUCTURES = {
@@ -203,3 +204,141 @@ def test_the_callers_context_is_left_as_it_was():
             assert not torch.is_grad_enabled()
     with nullcontext(), own_precision():
         assert torch.is_grad_enabled()
+
+
+class Mixed(nn.Module):
+    """Layers of two types, each of which is given inputs of its own."""
+
+    def __init__(self, first, second):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 5).to(first), nn.Linear(5, 3).to(second)
+
+    def forward(self, x):
+        hidden = torch.tanh(self.first(x.to(self.first.weight.dtype)))
+        return self.second(hidden.to(self.second.weight.dtype))
+
+
+@pytest.mark.parametrize("structure", [Diagonal(), Kronecker(), EKFAC(), LowRank(Rank(6)), MatrixFree()])
+@pytest.mark.parametrize("types", [(torch.bfloat16, torch.float32), (torch.float32, torch.float64)])
+def test_models_of_layers_of_two_types(types, structure):
+    model, data = Mixed(*types), batches()
+    found = estimate(GGN(), structure, EmpiricalRisk.snapshot(model, CE, data))
+    whole = copy.deepcopy(model).double()
+    expected = estimate(GGN(), structure, EmpiricalRisk.snapshot(whole, CE, data))
+    now = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in now.parameters():
+            parameter += 0.5
+    step = found.displacement(now)
+    slope = expected.curvature.product(step.double())
+    torch.testing.assert_close(found.curvature.product(step).double(), slope, rtol=1e-3, atol=1e-5)
+    for penalty in (found.penalty, Penalty(found, 1.0)):
+        slopes = torch.autograd.grad(penalty(now), list(now.parameters()))
+        assert [s.dtype for s in slopes] == [p.dtype for p in now.parameters()]
+        torch.testing.assert_close(flat(slopes), slope, rtol=1e-2, atol=1e-4)
+
+
+class Casting(Mixed):
+    def forward(self, x):
+        return self.second(self.first(x.bfloat16()).float())
+
+
+class OwnAutocast(Mixed):
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.second(self.first(x)).float()
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (Casting(torch.bfloat16, torch.float32), r"does not take torch.float32 when frozen: .* Cast to the type of"),
+        (OwnAutocast(torch.float32, torch.float32), r"in torch.bfloat16 when frozen. .* enabled=self.training"),
+    ],
+    ids=["casts", "autocast"],
+)
+def test_models_that_compute_in_half_precision_when_frozen_are_refused(model, message):
+    with pytest.raises(ValueError, match=message):
+        EmpiricalRisk.snapshot(model, CE, batches())
+
+
+def of_one_lookup(**options):
+    class Lookup(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.head = nn.Embedding(6, 4, **options), nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.head(self.table(x).mean(1))
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Lookup()
+
+
+def lookups():
+    generator = torch.Generator().manual_seed(3)
+    return torch.randint(6, (7, 3), generator=generator), torch.randint(3, (7,), generator=generator)
+
+
+@pytest.mark.parametrize("mode", ["mean", "sum", "max"])
+@pytest.mark.parametrize("structure", [Diagonal(), LowRank(Rank(7))])
+def test_bags_of_embeddings_equal_a_loop_over_examples(mode, structure):
+    model = nn.Sequential(nn.EmbeddingBag(6, 4, mode=mode), nn.Linear(4, 3)).double()
+    x, y = lookups()
+    found = estimate(EmpiricalFisher(), structure, EmpiricalRisk.snapshot(model, CE, [(x, y)])).curvature.dense()
+    each = (torch.autograd.grad(CE(model(x[i : i + 1]), y[i : i + 1]), list(model.parameters())) for i in range(len(y)))
+    rows = torch.stack([flat(slopes) for slopes in each])
+    whole = rows.T @ rows / len(y)
+    expected = whole.diagonal().diag() if isinstance(structure, Diagonal) else whole
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_penalty_trains_sparse_embeddings_by_sgd_and_a_projected_gradient_is_refused():
+    model, dense = of_one_lookup(sparse=True), of_one_lookup()
+    x, y = lookups()
+    risk = EmpiricalRisk.snapshot(dense, CE, [(x, y)])
+    past = estimate(EmpiricalFisher(), Diagonal(), risk)
+    for one in (model, dense):
+        optimizer = torch.optim.SGD(one.parameters(), lr=0.1)
+        for _ in range(2):
+            optimizer.zero_grad()
+            (CE(one(x), y) + Penalty(past, 2.0)(one)).backward()
+            optimizer.step()
+    torch.testing.assert_close(flat(model.parameters()), flat(dense.parameters()))
+    space = ProtectedSpace().absorb(risk, Eigenspace(EmpiricalFisher(), Rank(3)))
+    model.zero_grad()
+    CE(model(x), y).backward()
+    with pytest.raises(TypeError, match=r"'table.weight'.* are sparse, .* Use StepProjection\(\)"):
+        Projector(space, GradientProjection()).before_step(model)
+    with pytest.raises(TypeError, match="SparseAdam steps sparse gradients alone"):
+        check_takes_dense_gradients(torch.optim.SparseAdam([model.table.weight]))
+
+
+@pytest.mark.parametrize("search", [None, "strong_wolfe"])
+@pytest.mark.parametrize("structure", [LowRank(Rank(5)), Diagonal()])
+def test_lbfgs_reaches_the_minimum_on_paper(structure, search):
+    """Of strength ½ (θ − a)ᵀC(θ − a) + ½ ‖θ − b‖², where (strength C + I) θ = strength C a + b."""
+    model, data, strength = net().double(), batches(), 1e3
+    data = [(x.double(), y) for x, y in data]
+    past = estimate(GGN(), structure, EmpiricalRisk.snapshot(model, CE, data))
+    start = past.space.vector(moved(model)) + 1
+    matrix = past.curvature.dense()
+    best = torch.linalg.solve(strength * matrix + torch.eye(len(start)), strength * matrix @ past.anchor + start)
+    for penalty in (lambda model: strength * past.penalty(model), Penalty(past, strength)):
+        with torch.no_grad():
+            for parameter, value in zip(model.parameters(), past.space.split(start)):
+                parameter.copy_(value)
+        optimizer = torch.optim.LBFGS(
+            model.parameters(), max_iter=300, tolerance_grad=1e-12, tolerance_change=0, line_search_fn=search
+        )
+
+        def closure(penalty=penalty, optimizer=optimizer):
+            optimizer.zero_grad()
+            values = torch.cat([parameter.reshape(-1) for parameter in model.parameters()])
+            loss = penalty(model) + (values - start).square().sum() / 2
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        torch.testing.assert_close(past.space.vector(model), best, rtol=0, atol=1e-6)

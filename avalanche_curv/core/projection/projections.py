@@ -69,6 +69,12 @@ class GradientProjection(Projection):
     def before_step(self, space: ProtectedSpace, model: nn.Module, memory: StepMemory | None) -> None:
         own = {canonical_name(name): parameter for name, parameter in model.named_parameters()}
         known = {name: own[name].grad for name in space.space.names}
+        sparse = [name for name, gradient in known.items() if gradient is not None and gradient.is_sparse]
+        if sparse:
+            raise TypeError(
+                f"The gradients of {sparse} are sparse, and their projections are dense. Use StepProjection(), or "
+                "sparse=False in the embedding."
+            )
         found = {name: torch.zeros_like(own[name]) if g is None else g for name, g in known.items()}
         protected = dict(zip(space.space.names, space.space.cut(found)))
         for name, left in space.outside(protected).items():

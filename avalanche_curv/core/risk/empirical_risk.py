@@ -16,7 +16,7 @@ from torch.func import functional_call
 
 from avalanche_curv.core.precision import in_own_precision
 from avalanche_curv.core.risk.batches import Batches, Rebatched, like, random_part, without_drawing
-from avalanche_curv.core.risk.frozen import check_function, frozen_copy
+from avalanche_curv.core.risk.frozen import check_function, check_precision, frozen_copy
 from avalanche_curv.core.risk.losses import ExampleLoss, example_loss
 from avalanche_curv.core.risk.parameters import ParameterSpace
 
@@ -199,7 +199,9 @@ class EmpiricalRisk:
             )
         if first is None or not len(first[1]):
             raise ValueError("The risk of no examples is not defined: got no batch, or an empty one. Give one or more.")
-        check_function(self.model, like(first[0][:2], self.anchor).clone())
+        few = like(first[0][:2], self.anchor).clone()
+        check_precision(self.model, few)
+        check_function(self.model, few)
         whole = isinstance(self.batches, (tuple, list))  # what has to be loaded is checked as it comes
         for _ in self if whole else islice(self, 1):
             pass

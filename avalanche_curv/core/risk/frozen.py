@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from avalanche_curv.core.precision import differentiable, in_own_precision
 
+HALF = {torch.float16, torch.bfloat16}
 ONE_BY_ONE = "past loss is a mean over single examples. Use normalisation with running statistics."
 
 
@@ -30,8 +33,40 @@ def frozen_copy(model: nn.Module) -> nn.Module:
     own = unwrapped(model)
     copied = copy.deepcopy(own, differentiable(own)).eval()
     copied.zero_grad(set_to_none=True)
-    half = any(p.dtype in (torch.float16, torch.bfloat16) for p in copied.parameters())
-    return copied.float() if half else copied
+    return copied.float() if any(p.dtype in HALF for p in copied.parameters()) else copied
+
+
+class _HalfPrecision(TorchDispatchMode):
+    """Notes the half precision types that operations return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.types: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = function(*args, **(kwargs or {}))
+        parts = found if isinstance(found, (tuple, list)) else (found,)
+        self.types |= {part.dtype for part in parts if isinstance(part, Tensor)} & HALF
+        return found
+
+
+def check_precision(model: nn.Module, inputs: Tensor) -> None:
+    """Raises ValueError unless the frozen `model` takes inputs of its type and computes in no half precision: what is
+    rounded to three digits has no derivatives to be relied on."""
+    name = type(model).__name__
+    remedy = (
+        "Cast to the type of the weights in forward, as by x.to(self.layer.weight.dtype), and open torch.autocast "
+        "around the model or in training alone, by enabled=self.training. Half precision is float32 in the frozen copy."
+    )
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), _HalfPrecision() as noted:
+        try:
+            model(inputs)
+        except RuntimeError as error:
+            if "dtype" not in str(error) and "scalar type" not in str(error):
+                raise
+            raise ValueError(f"{name} does not take {inputs.dtype} when frozen: {error}. {remedy}") from error
+    if noted.types:
+        raise ValueError(f"{name} computes in {', '.join(map(str, noted.types))} when frozen. {remedy}")
 
 
 def check_function(model: nn.Module, inputs: Tensor) -> None:
