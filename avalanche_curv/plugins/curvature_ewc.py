@@ -17,7 +17,7 @@ from avalanche_curv.core.curvature.base import Curvature, NonFiniteCurvatureErro
 from avalanche_curv.core.curvature.fisher import Fisher
 from avalanche_curv.core.options import check_kind, is_count, is_number
 from avalanche_curv.core.quadratic.model import QuadraticModel
-from avalanche_curv.core.quadratic.penalty import Penalty
+from avalanche_curv.core.quadratic.penalty import Penalty, check_takes_dense_gradients
 from avalanche_curv.core.quadratic.policies import Accumulate, Past, Policy
 from avalanche_curv.core.quadratic.stability import Guard, Guarded, WarnIfUnstable
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
@@ -99,6 +99,8 @@ class CurvatureEWCPlugin(SupervisedPlugin):
         _bridge.check_experience(strategy)
 
     def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
+        if self.strength:
+            check_takes_dense_gradients(strategy.optimizer)
         _bridge.preflight(strategy, self._try, self.selection)
         if self.past.model is not None:
             self._follow(self.past.model, strategy.model)

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from avalanche_curv.core.curvature.operators import FactorInOutputs, Operator
+from avalanche_curv.core.curvature.operators import FactorInOutputs, Operator, pieces
 from avalanche_curv.core.risk.batches import untouched_randomness
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.frozen import copied_without_graphs
@@ -114,7 +114,7 @@ class Relinearised(_OfRisk):
     def matmat(self, matrix: Float[Tensor, "P k"]) -> Float[Tensor, "P k"]:
         """C M, column by column."""
         generator, total = self.curvature.generator(), torch.zeros_like(matrix)
-        for x, y in self.risk:
+        for x, y in pieces(self.curvature, self.risk):
             total += _Batch(self.curvature, self.risk, x, y, generator).matmat(matrix)
         return total / self.risk.examples
 

@@ -9,7 +9,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from avalanche_curv.core.curvature.base import Curvature, OutputCurvature
+from avalanche_curv.core.curvature.operators import pieces
 from avalanche_curv.core.fidelity.measures import Comparison, GradientProducts, concatenated
+from avalanche_curv.core.precision import in_own_precision
 from avalanche_curv.core.quadratic.model import half
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.jacobians import (
@@ -39,13 +41,14 @@ class OutputModels(ExampleModels):
     def __init__(self, curvature: OutputCurvature, risk: EmpiricalRisk) -> None:
         self.curvature, self.risk = curvature, risk
 
+    @in_own_precision
     def compare(self, parameters: Float[Tensor, "P"]) -> Comparison:
         generator = self.curvature.generator()
         here, there = parameters_of(self.risk), parameters_of(self.risk, parameters)
         step = parameters_of(self.risk, parameters - self.risk.anchor)
         parts = []
         with torch.no_grad():
-            for x, y in self.risk:
+            for x, y in pieces(self.curvature, self.risk):
                 factor = self.curvature.factor(self.risk.loss, self.risk.outputs(x), y, generator)
                 size = chunk_size(self.risk, 3)
                 for piece in zip(x.split(size), y.split(size), factor.split(size)):
@@ -70,6 +73,7 @@ class ExpandedModels(ExampleModels):
     def __init__(self, curvature: Curvature, risk: EmpiricalRisk) -> None:
         self.curvature, self.risk = curvature, risk
 
+    @in_own_precision
     def compare(self, parameters: Float[Tensor, "P"]) -> Comparison:
         displacement, there = parameters - self.risk.anchor, parameters_of(self.risk, parameters)
         size = chunk_size(self.risk, 3)

@@ -13,6 +13,7 @@ from avalanche_curv.core.curvature.base import Curvature, OutputCurvature
 from avalanche_curv.core.fidelity.examples import ExampleModels, OutputModels, joined, output_increase
 from avalanche_curv.core.fidelity.measures import Comparison, GradientProducts
 from avalanche_curv.core.per_example.layers import LayerDiffers, Layers, Tap, linear_layers
+from avalanche_curv.core.precision import in_own_precision
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.trust import nearby, right_way
 
@@ -34,6 +35,7 @@ class LayerwiseModels(ExampleModels):
         """Autograd graphs are not stored: they are computed again."""
         return {**self.__dict__, "_anchored": None}
 
+    @in_own_precision
     def compare(self, parameters: Float[Tensor, "P"]) -> Comparison:
         if self._plain is None:
             try:

@@ -15,6 +15,7 @@ from avalanche_curv.core.curvature.base import Curvature, OutputCurvature
 from avalanche_curv.core.fidelity.examples import ExampleModels, ExpandedModels, OutputModels
 from avalanche_curv.core.fidelity.layerwise import LayerwiseModels, layered
 from avalanche_curv.core.fidelity.measures import Comparison, Fidelity, concatenated
+from avalanche_curv.core.precision import in_own_precision
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk, frozen_together, joined_risk
 from avalanche_curv.core.risk.selection import training
 
@@ -56,6 +57,7 @@ class PastModels:
         own = self.covering(model)
         return {name: own.compare_one(name, model) for name in own._groups}
 
+    @in_own_precision
     def compare_one(self, name: str, model: nn.Module) -> list[Comparison]:
         """The quadratic model of that name, `accumulate` or `refresh`, against the truth at the current parameters of
         `model`: one comparison for each past experience.
@@ -66,6 +68,7 @@ class PastModels:
         vectors = {space: space.vector(model) for space in {group.models.risk.space for group in groups}}
         return [part for group in groups for part in group.compare(vectors[group.models.risk.space])]
 
+    @in_own_precision
     def measure(self, model: nn.Module) -> dict[str, float]:
         """`name/measure` over all stored examples and `name/measure/experience_t` for each past experience, at the
         current parameters of `model`; empty without a past.
@@ -86,6 +89,7 @@ class PastModels:
                 values |= _named(name + suffix, parts)
         return values
 
+    @in_own_precision
     def growth(self, model: nn.Module) -> dict[str, float]:
         """`name/experience_t`: the loss L_t of the past function as `model` computes it now, less that of the function
         as it was frozen, at the same parameters; `name`, `accumulate` or `refresh`, the mean over experiences. Empty
@@ -103,6 +107,7 @@ class PastModels:
                 values[name] = sum(jumps) / len(jumps)
         return values
 
+    @in_own_precision
     def distances(self, model: nn.Module) -> dict[str, float]:
         """`accumulate/distance` and `refresh/distance`: ‖θ − a‖₂ of the parameters θ of `model` in the coordinates of
         the anchor a.

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from avalanche_curv.core.curvature.base import OutputCurvature
+from avalanche_curv.core.curvature.operators import pieces
 from avalanche_curv.core.per_example.layers import Layers, Tap
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.jacobians import gradients
@@ -43,7 +44,7 @@ def layer_passes(curvature: OutputCurvature, layers: Layers, risk: EmpiricalRisk
     """
     generator = curvature.generator()
     size = min(CHUNK, max(1, CHUNK_BYTES // max(1, layers.bytes_an_example)))
-    for x, y in risk.rebatched(size) if layers.names else ():
+    for x, y in pieces(curvature, risk.rebatched(size)) if layers.names else ():
         with torch.enable_grad(), layers.tapped() as taps:
             outputs = risk.outputs(x)
         layers.check_calls(taps, len(x))

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from avalanche_curv.core.options import check_count, check_kind
+from avalanche_curv.core.precision import in_own_precision
 from avalanche_curv.core.projection.blocks import Block, Parts
 from avalanche_curv.core.projection.protection import Finding, Protection
 from avalanche_curv.core.projection.subspace import Subspace, energy, orthonormal, principal_angles
@@ -72,6 +73,7 @@ class ProtectedSpace:
     experiences: int = 0
     frozen: tuple[str, ...] = ()
 
+    @in_own_precision
     def absorb(
         self,
         risk: EmpiricalRisk,
@@ -146,6 +148,7 @@ class ProtectedSpace:
         """The numbers of the tasks that have added directions."""
         return tuple(sorted({share.task for block in self.blocks.values() for share in block.subspace.shares}))
 
+    @in_own_precision
     def angles(self, first: int, second: int) -> Float[Tensor, "n"]:
         """The principal angles between the directions of two tasks that are still kept, over all blocks, in radians,
         smallest first; none for a task that has added no directions."""
@@ -173,6 +176,7 @@ class ProtectedSpace:
             whole = block.layout.space.union(whole)
         return whole
 
+    @in_own_precision
     def outside(self, vectors: Parts) -> dict[str, Tensor]:
         """The part of a vector outside of the protected space, for each parameter that has a part in that: exactly zero
         where nothing is free."""
@@ -182,6 +186,7 @@ class ProtectedSpace:
                 found |= block.outside(vectors)
         return found
 
+    @in_own_precision
     def correct(self, moved: Parts, start: Parts, rest: dict[str, Tensor], *, by_task: bool = False) -> None:
         """Projects a step in place: `moved` ← `start` + the part of `moved` − `start` outside of the protected space;
         `start` to the bit where nothing is free.
@@ -197,6 +202,7 @@ class ProtectedSpace:
         for name in self.held.names:
             moved[name].copy_(start[name])
 
+    @in_own_precision
     def leakage(self, moved: Parts, start: Parts) -> float:
         """‖Δ Uᵀ U‖ / ‖Δ‖ of the step Δ = `moved` − `start`: 0 outside of the protected space; NaN where Δ = 0."""
         norms = [block.norms(moved, start) for block in self.blocks.values()]

@@ -11,6 +11,7 @@ from torch import nn
 
 from avalanche_curv.core.curvature.base import Curvature
 from avalanche_curv.core.options import is_count, is_number
+from avalanche_curv.core.precision import in_own_precision
 from avalanche_curv.core.quadratic.estimate import estimate
 from avalanche_curv.core.quadratic.model import QuadraticModel, half
 from avalanche_curv.core.quadratic.policies import Past, Policy, RefreshEvent, check_fraction, check_stored, part_of
@@ -237,6 +238,7 @@ class AdaptiveRefresh(Policy):
                 f"AdaptiveRefresh needs max_refreshes of at least 0, or None for no limit; got {self.max_refreshes!r}."
             )
 
+    @in_own_precision
     def absorb(self, past: Past, risk: EmpiricalRisk, curvature: Curvature, structure: Structure) -> AdaptivePast:
         self.check_past(past)
         risk = past.widened(risk)
@@ -249,6 +251,7 @@ class AdaptiveRefresh(Policy):
         """Raises ValueError where the examples of an experience are not stored."""
         check_stored("AdaptiveRefresh()", past)
 
+    @in_own_precision
     def revise(
         self, past: Past, model: nn.Module, iteration: int, curvature: Curvature, structure: Structure
     ) -> Past:
@@ -288,6 +291,7 @@ class AdaptiveRefresh(Policy):
         return replace(past, model=damped(total, tau), loss=loss, damping=tau, stored=stored)
 
 
+@in_own_precision
 def predicted_loss(past: Past, model: nn.Module) -> float:
     """q(θ) without its damping: the Taylor expansion of the loss of the stored examples; 0 without a past."""
     if past.model is None:

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from avalanche_curv.core.curvature._curvlinops import LinearOperator, linear_operator
+from avalanche_curv.core.precision import in_own_precision
 from avalanche_curv.core.risk.parameters import ParameterSpace
 from avalanche_curv.core.risk.selection import training, warn_unprotected
 from avalanche_curv.core.structures.base import Matrix
@@ -46,14 +47,17 @@ class QuadraticModel:
         """δ = θ − a [P] for the parameters θ of `model`, detached."""
         return self.space.vector(model).to(self.anchor) - self.anchor
 
+    @in_own_precision
     def __call__(self, model: nn.Module) -> Tensor:
         """q(θ), detached."""
         return self.increase(self.displacement(model)) + self.constant
 
+    @in_own_precision
     def increase(self, displacement: Float[Tensor, "P"]) -> Tensor:
         """q(a + δ) − q(a) = gᵀδ + ½ δᵀ C δ."""
         return quadratic_increase(displacement, self.curvature.product(displacement), self.gradient)
 
+    @in_own_precision
     def gradient_at(self, displacement: Float[Tensor, "P"]) -> Float[Tensor, "P"]:
         """∇q(a + δ) = g + C δ."""
         product = self.curvature.product(displacement)
@@ -86,6 +90,7 @@ class QuadraticModel:
             self, curvature=self.curvature.scaled(factor), gradient=gradient, constant=factor * self.constant
         )
 
+    @in_own_precision
     def reanchored(self, anchor: Float[Tensor, "P"]) -> QuadraticModel:
         """This function of θ, written around another anchor [P]: equal everywhere, with another g and c."""
         if torch.equal(anchor, self.anchor):
@@ -96,6 +101,7 @@ class QuadraticModel:
         gradient = product if self.gradient is None else product + self.gradient
         return replace(self, anchor=anchor, gradient=gradient, constant=constant)
 
+    @in_own_precision
     def __add__(self, newer: QuadraticModel) -> QuadraticModel:
         """The sum as one quadratic model, anchored where `newer` is; a grown `newer` decides the space. It is exact
         unless the structure bounds the size of its sums."""
@@ -114,6 +120,7 @@ class QuadraticModel:
         )
         return exact.with_curvature(exact.curvature.compressed())
 
+    @in_own_precision
     def with_curvature(self, curvature: Matrix) -> QuadraticModel:
         """Another curvature around the minimum of this model, so that q stays bounded below where both are positive
         semi-definite: the slope g at the anchor would leave the range of a smaller C."""
@@ -173,6 +180,7 @@ class _Penalty(torch.autograd.Function):
     """Value and gradient of a quadratic model from one product; autograd through δᵀ(Cδ) would take two."""
 
     @staticmethod
+    @in_own_precision
     def forward(ctx: Any, past: QuadraticModel, *parameters: Tensor) -> Tensor:
         displacement = past.space.flatten(list(parameters)).to(past.anchor).sub_(past.anchor)
         product = past.curvature.product(displacement)

@@ -11,6 +11,7 @@ from torch import nn
 
 from avalanche_curv.core.curvature.base import Curvature
 from avalanche_curv.core.options import is_number
+from avalanche_curv.core.precision import in_own_precision
 from avalanche_curv.core.quadratic.estimate import estimate
 from avalanche_curv.core.quadratic.model import QuadraticModel, alike
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
@@ -96,6 +97,7 @@ class Accumulate(Policy):
     def __post_init__(self) -> None:
         check_fraction("Accumulate", self.fraction)
 
+    @in_own_precision
     def absorb(self, past: Past, risk: EmpiricalRisk, curvature: Curvature, structure: Structure) -> Past:
         risk = past.widened(risk)
         new = estimate(curvature, structure, part_of(risk, self.fraction, self.seed, past.experiences))
@@ -112,6 +114,7 @@ class Merge(Policy):
         if not (is_number(self.decay) and 0 <= self.decay <= 1):
             raise ValueError(f"Merge needs a decay in [0, 1]; got {self.decay}. 1 keeps all of the past, 0 none of it.")
 
+    @in_own_precision
     def absorb(self, past: Past, risk: EmpiricalRisk, curvature: Curvature, structure: Structure) -> Past:
         new = estimate(curvature, structure, past.widened(risk))
         if past.model is not None:
@@ -140,6 +143,7 @@ class Refresh(Policy):
     def __post_init__(self) -> None:
         check_fraction("Refresh", self.fraction)
 
+    @in_own_precision
     def absorb(self, past: Past, risk: EmpiricalRisk, curvature: Curvature, structure: Structure) -> Past:
         self.check_past(past)
         risk = past.widened(risk)

@@ -227,5 +227,7 @@ def random_part(examples: int, fraction: float, seed: int) -> Int[Tensor, "n"]:
 
 
 def like(tensor: Tensor, other: Tensor) -> Tensor:
-    """A tensor on the device of another and, if it holds floating point numbers, in its type."""
-    return tensor.to(other) if tensor.is_floating_point() else tensor.to(other.device)
+    """A tensor on the device of another and, if it holds floating point numbers, in its type; a copy of one that was
+    made in inference mode, with which nothing could be differentiated."""
+    own = tensor.clone() if tensor.is_inference() else tensor
+    return own.to(other) if own.is_floating_point() else own.to(other.device)

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from avalanche_curv.core.precision import in_own_precision
 from avalanche_curv.core.risk.batches import Batches, Rebatched, count, kept, like, merged, random_part
 from avalanche_curv.core.risk.frozen import copied_without_graphs, frozen_copy, unwrapped
 from avalanche_curv.core.risk.losses import ExampleLoss, example_loss
@@ -46,6 +47,7 @@ class EmpiricalRisk:
     Risks of one frozen model share it."""
 
     @classmethod
+    @in_own_precision
     def snapshot(
         cls,
         model: nn.Module,
@@ -87,6 +89,7 @@ class EmpiricalRisk:
         return ParameterSpace.of(self.base)
 
     @cached_property
+    @in_own_precision
     def anchor(self) -> Float[Tensor, "P"]:
         """The frozen parameters as one vector."""
         return self.space.vector(self.base)
@@ -141,6 +144,7 @@ class EmpiricalRisk:
         return replace(self, batches=(self.few,))
 
     @cached_property
+    @in_own_precision
     def one_output(self) -> Float[Tensor, "1 *C"]:
         """The outputs of one example, for their shape."""
         with torch.no_grad():
@@ -153,6 +157,7 @@ class EmpiricalRisk:
         with torch.no_grad():
             return self.loss.per_example(self.outputs(inputs[:1]), targets[:1])
 
+    @in_own_precision
     def outputs(self, inputs: Tensor) -> Float[Tensor, "N C"]:
         """f(inputs) of the frozen model, as a matrix."""
         return as_matrix(self.model(inputs))
@@ -171,6 +176,7 @@ class EmpiricalRisk:
             for parameter, value in zip(own, before):
                 parameter.data = value
 
+    @in_own_precision
     def outputs_at(self, parameters: Sequence[Tensor], inputs: Tensor) -> Float[Tensor, "N C"]:
         """f(inputs) of the frozen past function as a function of its parameters, given in the order of `space`, for
         the transforms of torch.func."""
@@ -204,16 +210,19 @@ class EmpiricalRisk:
         """The same examples, loss and adapter with another frozen model."""
         return replace(self, base=base, verdicts={})
 
+    @in_own_precision
     def value(self) -> float:
         """L at the frozen parameters, summed in float64."""
         with torch.no_grad():
             return sum(self.loss.per_example(self.outputs(x), y).double().sum().item() for x, y in self) / self.examples
 
+    @in_own_precision
     def value_at(self, parameters: Float[Tensor, "P"]) -> float:
         """L of the frozen past function at other parameters."""
         with self.holding(self.space.split(parameters)):
             return self.value()
 
+    @in_own_precision
     def gradient(self) -> Float[Tensor, "P"]:
         """∇L at the frozen parameters."""
         total = torch.zeros_like(self.anchor)
@@ -226,6 +235,7 @@ class EmpiricalRisk:
         with self.holding(self.space.split(parameters)):
             return self.gradient()
 
+    @in_own_precision
     @torch.enable_grad()
     def summed_gradient(self, inputs: Tensor, targets: Tensor) -> Float[Tensor, "P"]:
         """Σ_i ∇ℓ_i over one batch."""
@@ -237,6 +247,7 @@ class EmpiricalRisk:
         """The risk of a random `fraction` of the examples, at least one, drawn without replacement by `seed`."""
         return self.select(random_part(self.examples, fraction, seed))
 
+    @in_own_precision
     def select(self, indices: Tensor) -> EmpiricalRisk:
         """The risk of the examples at sorted `indices`, held in memory in as few batches as their shapes allow."""
         chosen, start = [], 0

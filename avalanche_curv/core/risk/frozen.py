@@ -12,7 +12,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
 
+from avalanche_curv.core.precision import differentiable, in_own_precision
 from avalanche_curv.core.risk.selection import Selection
+
+HALF = {torch.float16, torch.bfloat16}
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -26,6 +29,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
+@in_own_precision
 def frozen_copy(model: nn.Module, selection: Selection = Selection()) -> nn.Module:  # noqa: B008  a frozen value
     """A copy in eval mode, without gradients and backward hooks; half precision becomes float32. Those of its
     parameters require a gradient that `selection` takes into a parameter space (`Selection.in_space`).
@@ -35,7 +39,8 @@ def frozen_copy(model: nn.Module, selection: Selection = Selection()) -> nn.Modu
     copied.
     """
     try:
-        copied = copied_without_graphs(unwrapped(model)).eval()
+        own = unwrapped(model)
+        copied = copied_without_graphs(own, differentiable(own)).eval()
     except Exception as error:
         raise TypeError(
             f"{type(model).__name__} cannot be frozen, since it cannot be copied: {error}. Past loss is that of a "
@@ -50,8 +55,7 @@ def frozen_copy(model: nn.Module, selection: Selection = Selection()) -> nn.Modu
         module._backward_pre_hooks.clear()
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
             _give_plain_gradients(module)
-    half = any(p.dtype in (torch.float16, torch.bfloat16) for p in copied.parameters())
-    return copied.float() if half else copied
+    return copied.float() if any(p.dtype in HALF for p in copied.parameters()) else copied
 
 
 T = TypeVar("T")

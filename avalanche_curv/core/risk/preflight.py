@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from avalanche_curv.core.risk.batches import untouched_randomness
-from avalanche_curv.core.risk.frozen import close, drop_idle_hooks
+from avalanche_curv.core.risk.frozen import HALF, close, drop_idle_hooks
 from avalanche_curv.core.risk.known import is_plain
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ def check_risk(risk: EmpiricalRisk) -> None:
     in_memory = isinstance(risk.batches, tuple)
     inputs, targets = risk.few
     drop_hooks(risk)
+    check_precision(risk.model, inputs.clone())
     check_function(risk.model, inputs.clone())
     if not is_plain(risk.model):
         with untouched_randomness():
@@ -64,6 +66,39 @@ def check_batch(batch: Any) -> None:
         f"Each batch must be a pair of tensors (inputs, targets); got {got}. Make pairs of it, as by "
         "[(batch[...], batch[...]) for batch in loader], and let an `adapter` or the model take one tensor of inputs."
     )
+
+
+class _HalfPrecision(TorchDispatchMode):
+    """Notes the half precision types that operations return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.types: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = function(*args, **(kwargs or {}))
+        parts = found if isinstance(found, (tuple, list)) else (found,)
+        self.types |= {part.dtype for part in parts if isinstance(part, Tensor)} & HALF
+        return found
+
+
+def check_precision(model: nn.Module, inputs: Tensor) -> None:
+    """Raises ValueError unless the frozen `model` takes inputs of its type and computes in no half precision: what is
+    rounded to three digits has no derivatives to be relied on."""
+    name = type(model).__name__
+    remedy = (
+        "Cast to the type of the weights in forward, as by x.to(self.layer.weight.dtype), and open torch.autocast "
+        "around the model or in training alone, by enabled=self.training. Half precision is float32 in the frozen copy."
+    )
+    with torch.no_grad(), untouched_randomness(), _HalfPrecision() as noted:
+        try:
+            model(inputs)
+        except Exception as error:
+            if "dtype" not in str(error) and "scalar type" not in str(error):
+                return  # which is said by `check_function`
+            raise ValueError(f"{name} does not take {inputs.dtype} when frozen: {error}. {remedy}") from error
+    if noted.types:
+        raise ValueError(f"{name} computes in {', '.join(map(str, noted.types))} when frozen. {remedy}")
 
 
 def check_function(model: nn.Module, inputs: Tensor) -> None:

@@ -16,6 +16,7 @@ from avalanche_curv.core.curvature.base import Curvature
 from avalanche_curv.core.curvature.operators import Operator
 from avalanche_curv.core.eigen import Pairs, largest_of_products, top_of_products
 from avalanche_curv.core.options import is_count
+from avalanche_curv.core.precision import in_own_precision
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.parameters import ParameterSpace
 
@@ -74,8 +75,20 @@ class Structure(ABC):
         """Raises MemoryError where `bytes(space, itemsize)` exceeds what this recipe allows, with a remedy."""
 
 
+OPERATIONS = {
+    "product", "products", "quadratic_form", "plus", "compressed", "scaled", "embedded", "map_spectrum", "damped",
+    "largest", "minimum", "dense", "trace", "top",
+}  # fmt: skip
+
+
 class Matrix(ABC):
-    """A symmetric matrix C over a parameter space of size P. Its operations return new matrices."""
+    """A symmetric matrix C over a parameter space of size P. Its operations return new matrices, and are computed in
+    its own type, also inside `torch.autocast`."""
+
+    def __init_subclass__(cls, **options: object) -> None:
+        super().__init_subclass__(**options)
+        for name in OPERATIONS & vars(cls).keys():
+            setattr(cls, name, in_own_precision(vars(cls)[name]))
 
     if TYPE_CHECKING:
 
@@ -153,6 +166,7 @@ class Matrix(ABC):
     def tensors(self) -> tuple[Tensor, ...]:
         """What is stored."""
 
+    @in_own_precision
     def quadratic_form(self, vector: Float[Tensor, "P"]) -> Tensor:
         """vᵀ C v."""
         return vector @ self.product(vector)

@@ -12,6 +12,7 @@ from torch import Tensor
 from avalanche_curv.core.curvature.empirical_fisher import EmpiricalFisher
 from avalanche_curv.core.per_example.gram import rows_of
 from avalanche_curv.core.per_example.layers import Layers, by_layers
+from avalanche_curv.core.precision import in_own_precision
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.plasticity.measures.singular_values import condition_number, effective_rank, singular_values_of_gram
 
@@ -34,6 +35,7 @@ class GradientDiversity:
     examples: int
 
 
+@in_own_precision
 def gradient_diversity(risk: EmpiricalRisk) -> GradientDiversity:
     """The effective gradient diversity of the examples of `risk` at its frozen parameters, over the whole network.
 
@@ -46,6 +48,7 @@ def gradient_diversity(risk: EmpiricalRisk) -> GradientDiversity:
     return GradientDiversity(effective_rank(values), condition_number(values), len(values))
 
 
+@in_own_precision
 def gradient_gram(risk: EmpiricalRisk) -> Float[Tensor, "m m"]:
     """The Gram matrix with entries (1/m) g_iᵀg_j in float64, of the gradients at the observed targets."""
     return by_layers(risk, lambda layers: _gram(layers, risk))

@@ -13,6 +13,7 @@ from torch.nn.modules import activation
 from torch.nn.modules.conv import _ConvNd
 
 from avalanche_curv.core.options import is_number
+from avalanche_curv.core.precision import in_own_precision
 from avalanche_curv.core.risk.batches import like
 from avalanche_curv.core.risk.frozen import frozen_copy
 from avalanche_curv.core.risk.parameters import canonical_name
@@ -27,6 +28,7 @@ NONLINEARITIES: tuple[type[nn.Module], ...] = tuple(
 )
 
 
+@in_own_precision
 def hidden_activations(model: nn.Module, inputs: Tensor) -> Activations:
     """The activations of each hidden layer by its name, in the order of the forward pass, with the units as last axis.
 
