@@ -18,6 +18,7 @@ from benchmarks.harness.engines import Engine, Lost, run_units
 from benchmarks.harness.errors import UsageError
 from benchmarks.harness.experiment import Unit, digest
 from benchmarks.harness.results import Results
+from benchmarks.harness.signals import showing_stacks
 from benchmarks.harness.store import Store, only_run_in
 from benchmarks.harness.unit_run import Job, Outcome, _checked
 
@@ -124,15 +125,47 @@ def test_a_killed_run_keeps_what_finished_and_its_rerun_gives_the_numbers_of_a_f
     assert len(list((tiny.out / "tensorboard" / "b" / "seed1").iterdir())) == 1
 
 
+def test_sigquit_shows_the_stacks_of_a_process_and_its_workers_and_both_go_on(capfd):
+    code = "from benchmarks.harness.signals import *; leave_signals_to_parent(); print(1, flush=True); input()"
+    worker = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=HERE.parents[1], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert worker.stdout.readline() == "1\n"
+    before, said = signal.getsignal(signal.SIGQUIT), ""
+    with showing_stacks(lambda: [worker.pid]):
+        worker.send_signal(signal.SIGQUIT)  # as a terminal sends to all
+        os.kill(os.getpid(), signal.SIGQUIT)
+        end = time.monotonic() + 20
+        while 'File "<string>", line 1 in <module>' not in said:
+            assert time.monotonic() < end
+            said += capfd.readouterr().err
+    assert f'File "{__file__}", line' in said
+    assert "in test_sigquit_shows_the_stacks_of_a_process_and_its_workers_and_both_go_on" in said
+    assert signal.getsignal(signal.SIGQUIT) == before
+    worker.communicate("\n", timeout=20)
+    assert worker.returncode == 0
+
+
 @pytest.mark.slow
 def test_ctrl_c_ends_the_workers_and_says_how_to_resume(tiny, tmp_path):
     process = begin(tmp_path, "run", "tiny", "--seeds", "2", "--jobs", "2")
-    wait_until(lambda: len(tiny.units()) == 3)
+    wait_until(lambda: len(tiny.units()) == 3 and "b1" in tiny.started())
+    process.send_signal(signal.SIGQUIT)  # shows what it hangs at, and goes on
+    time.sleep(2.0)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=15)
     assert process.returncode == 130
+    assert 'tests/benchmarks/tiny_experiment.py", line' in errors  # of the worker
+    assert "in _run_missing" in errors
     assert "Stopped with 3 of 4 units finished. The same command resumes: python -m benchmarks run tiny" in errors
     assert "Traceback" not in errors
+
+
+def test_a_unit_that_asks_python_to_end_has_failed(tiny, monkeypatch, capsys):
+    monkeypatch.setenv("TINY_FAULT", "exit")
+    assert tiny("run", "--seeds", "2") == 1
+    assert "b seed 1: SystemExit: 0" in capsys.readouterr().err
+    assert len(tiny.units()) == 3
 
 
 def test_a_unit_that_raises_does_not_lose_the_others(tiny, monkeypatch, capsys):
