@@ -6,12 +6,12 @@ from __future__ import annotations
 import faulthandler
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 
 UNIX = hasattr(signal, "SIGQUIT")
+STDERR = 2
 APART = 0.1  # seconds between the stacks of two processes, so that their lines do not mix
 
 
@@ -30,7 +30,7 @@ def showing_stacks(workers: Callable[[], Iterable[int]] = lambda: ()) -> Iterato
                 os.kill(worker, signal.SIGUSR1)
 
     before = signal.signal(signal.SIGQUIT, ask)
-    faulthandler.register(signal.SIGQUIT, file=sys.__stderr__, chain=True)
+    faulthandler.register(signal.SIGQUIT, file=STDERR, chain=True)
     try:
         yield
     finally:
@@ -44,7 +44,7 @@ def leave_signals_to_parent() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if UNIX:
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGQUIT])
-        faulthandler.register(signal.SIGUSR1, file=sys.__stderr__)
+        faulthandler.register(signal.SIGUSR1, file=STDERR)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1])
 
 

@@ -73,7 +73,7 @@ def test_agem_has_the_records_of_this_process_whatever_its_worker_draws(tmp_path
         store.manifest.touch()
         (end,) = run_units(Job(experiment, store, None, None, table), units, engine)
         assert end.error is None
-        return [record for record in store.records(units[0].digest) if not record.get("timing")]
+        return [record for record in store.read(units[0].digest, "AGEM", 0)[1] if not record.get("timing")]
 
     options = experiment.options_type(seeds=1, quick=True, strategy=("AGEM",))
     units = [unit for unit in grid(experiment, options) if unit.label == "AGEM"]

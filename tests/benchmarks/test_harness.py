@@ -401,6 +401,47 @@ def test_report_of_an_incomplete_run_says_what_is_missing(tiny, capsys):
     assert (tiny.out / "report.md").read_text().startswith("> 1 of 4 units are missing")
 
 
+def test_a_broken_unit_is_left_out_of_the_report_and_runs_again(tiny, capsys):
+    tiny("run", "--seeds", "2")
+    kept = tiny.units()
+    for name, content in zip(kept, (b"", kept[[*kept][1]][:-9])):
+        (tiny.out / "units" / name).write_bytes(content)
+    capsys.readouterr()
+    assert tiny("report") == 1
+    said = capsys.readouterr().err
+    assert said.count("left out: ") == 2
+    assert "2 files could not be read; all others are in the report." in said
+    assert tiny("run", "--seeds", "2") == 0
+    assert capsys.readouterr().err.count("It is set aside, and its unit runs again.") == 2
+    assert len(tiny.started()) == 6
+    assert tiny.units().keys() == kept.keys()
+    assert len(list(tiny.out.glob("units/*.broken"))) == 2
+    assert tiny("report") == 0
+
+
+def test_results_of_another_experiment_or_version_are_said_to_be_such(tiny, capsys):
+    tiny("run", "--seeds", "1")
+    manifest = json.loads((tiny.out / "manifest.json").read_text())
+    (tiny.out / "manifest.json").write_text(json.dumps(manifest | {"version": 7}))
+    capsys.readouterr()
+    assert tiny("report") == 0
+    assert "holds results of version 7 of 'tiny', which is at version 1 now" in capsys.readouterr().err
+    (tiny.out / "manifest.json").write_text(json.dumps(manifest | {"experiment": "other"}))
+    assert tiny("report") == 2
+    assert capsys.readouterr().err == f"error: {tiny.out} holds results of 'other', not of 'tiny'.\n"
+
+
+def test_options_may_come_before_the_name_of_the_experiment(tiny, tmp_path, capsys):
+    words = ["--seeds", "1", "--quick", "--out", str(tmp_path / "out")]
+    assert tiny.main("run", *words, "tiny", "--jobs", "1") == 0
+    assert tiny.main("report", *words[2:], "tiny") == 0
+    assert (tmp_path / "out" / "tiny-quick" / "report.md").exists()
+    capsys.readouterr()
+    assert tiny.main("run", "--out", "tiny", "titan") == 2
+    said = "error: the name of the experiment comes first: python -m benchmarks run NAME --out tiny titan\n"
+    assert capsys.readouterr().err == said
+
+
 def test_report_without_results_says_how_to_get_them(tiny, capsys):
     assert tiny("report") == 2
     message = capsys.readouterr().err
