@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from avalanche.evaluation.metric_results import MetricValue
@@ -13,7 +14,7 @@ from avalanche.logging import TensorboardLogger, WandBLogger
 from avalanche_curv.core.curvature.base import Curvature
 from avalanche_curv.core.curvature.fisher import Fisher
 from avalanche_curv.core.fidelity.monitor import PastModels
-from avalanche_curv.core.options import is_number
+from avalanche_curv.core.options import Fixed, Setting, check_fraction, check_kind, check_seed
 from avalanche_curv.core.quadratic.policies import Policy, part_of
 from avalanche_curv.metrics._published import ScalarMetric
 from avalanche_curv.metrics.accuracy import TaskAccuracyMetric
@@ -71,7 +72,7 @@ def fidelity_metrics(
         curvature = _of_single_examples(of.curvature) if curvature is None else curvature
         fraction = _stored_fraction(of.policy) if fraction is None else fraction
         seed = getattr(of.policy, "seed", None) if seed is None else seed
-    fraction, seed = 0.1 if fraction is None else fraction, seed or 0
+    fraction, seed = 0.1 if fraction is None else fraction, 0 if seed is None else seed
     return [
         FidelityMetric(every, Fisher() if curvature is None else curvature, fraction, seed),
         TaskAccuracyMetric(every, stream, fraction, seed),
@@ -92,14 +93,16 @@ def _stored_fraction(policy: Policy) -> float | None:
 class FidelityMetric(ScalarMetric):
     """The values `fidelity...` and `growth/...` of `fidelity_metrics`, which says what the arguments mean."""
 
+    fraction, seed = Setting(check_fraction), Setting(check_seed)
+    past = Setting[PastModels](partial(check_kind, kind=PastModels, example="PastModels(Fisher())"))
+    trajectory = Fixed[defaultdict[str, "_Mean"]]()
+
     def __init__(self, every: int, curvature: Curvature, fraction: float, seed: int) -> None:
         super().__init__(every)
-        if not (is_number(fraction) and 0 < fraction <= 1):
-            raise ValueError(f"fraction must lie in (0, 1]; got {fraction}. 0.1 stores one example in ten.")
         self.fraction, self.seed = fraction, seed
         self.past = PastModels(curvature)
         self._task_ends = _bridge.TaskEnds()
-        self.trajectory: defaultdict[str, _Mean] = defaultdict(_Mean)
+        self.trajectory = defaultdict(_Mean)
         self._curves = DistanceCurves()
         self._begun = False  # the task, of which an online stream gives one part after another
 

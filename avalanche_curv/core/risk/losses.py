@@ -11,6 +11,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from avalanche_curv.core.options import ByValue
+
 
 class ExampleLoss(ABC):
     """The loss ℓ(f, y) of one example: what the criterion returns for a batch of one, class weights kept.
@@ -79,8 +81,8 @@ def example_loss(criterion: object) -> ExampleLoss:
     )
 
 
-@dataclass(frozen=True)
-class CrossEntropy(ExampleLoss):
+@dataclass(frozen=True, eq=False)
+class CrossEntropy(ByValue, ExampleLoss):
     """ℓ = w_y (−log softmax(f)_y), optionally with label smoothing ε, for integer targets."""
 
     weight: Tensor | None = None
@@ -179,8 +181,8 @@ class SquaredError(ExampleLoss):
         return 1 / outputs.shape[1] if self.mean else 1.0
 
 
-@dataclass(frozen=True)
-class BinaryCrossEntropy(ExampleLoss):
+@dataclass(frozen=True, eq=False)
+class BinaryCrossEntropy(ByValue, ExampleLoss):
     """ℓ = s Σ_c [softplus(f_c) − y_c f_c], positives weighted by `positive_weight`; s as in `SquaredError`."""
 
     mean: bool = True

@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from avalanche_curv.core.options import Fixed, Setting, check_whole, settle
 from avalanche_curv.core.risk.parameters import canonical_name
 
 
@@ -26,9 +27,15 @@ class Mitigator(ABC):  # noqa: B024  nothing is common to all of them but the ho
     and `exclude` select parameters by name ("head", "*.bias") or by type of module (nn.LayerNorm); frozen parameters,
     and those that the optimiser does not step, are never changed. Raises TypeError for other selectors.
 
+    Options that are attributes, such as `strength`, may be set at any time and act from the next step on, checked like
+    in the constructor; those that cannot be changed say so.
+
     A new mitigator overrides `before_step`, `after_step` or `after_task`, and `state_dict` and `load_state_dict` where
     it has state.
     """
+
+    selection = Fixed["Selection"]()
+    steps = Setting(check_whole)
 
     def __init__(self, *, include: Iterable[ParameterSelector] = (), exclude: Iterable[ParameterSelector] = ()) -> None:
         self.selection = Selection(as_selectors(include), as_selectors(exclude))
@@ -202,6 +209,7 @@ class Selection:
     exclude: tuple[ParameterSelector, ...] = ()
 
     def __post_init__(self) -> None:
+        settle(self, include=lambda _, value: as_selectors(value), exclude=lambda _, value: as_selectors(value))
         for selector in (*self.include, *self.exclude):
             if not isinstance(selector, str) and not (isinstance(selector, type) and issubclass(selector, nn.Module)):
                 raise TypeError(

@@ -6,6 +6,7 @@ import math
 import random
 import weakref
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.module import register_module_forward_hook
 from torch.optim import Optimizer
 
-from avalanche_curv.core.options import check_seed, is_count, is_number
+from avalanche_curv.core.options import Setting, check_count, check_number, check_seed
 from avalanche_curv.core.risk.frozen import unwrapped
 from avalanche_curv.plasticity.mitigators.base import Mitigator, ParameterSelector
 from avalanche_curv.plasticity.mitigators.unit_graph import HiddenLayer, UnitGraph, units
@@ -52,6 +53,10 @@ class ReDO(Mitigator):
     can be seen; RuntimeError where no training pass of the model was seen before a step that recycles.
     """
 
+    threshold = Setting(partial(check_number, at_least=0, below=1, hint="It is a share of the mean activity: try 0.1."))
+    every = Setting(partial(check_count, hint="The source takes 1,000."))
+    seed = Setting(check_seed)
+
     def __init__(
         self,
         threshold: float = 0.1,
@@ -62,16 +67,17 @@ class ReDO(Mitigator):
         seed: int = 0,
     ) -> None:
         super().__init__(include=include, exclude=exclude)
-        if not (is_number(threshold) and 0 <= threshold < 1):
-            raise ValueError(f"threshold must lie in [0, 1), a share of the mean activity; got {threshold!r}. Try 0.1.")
-        if not is_count(every):
-            raise ValueError(f"every must be at least 1 step; got {every!r}. The source takes 1,000.")
-        check_seed(seed)
-        self.threshold, self.every, self.seed = float(threshold), every, seed
-        self.graph = UnitGraph((), {})
+        self.threshold, self.every, self.seed = threshold, every, seed
+        self._graph = UnitGraph((), {})
+        self._due = -1  # the step after which units are recycled, whose passes are recorded
         self._counts: dict[str, Tensor] = {}
         self._activity = InputActivity(())
         self._model_parts: list[int] = []  # identities of modules and parameters that `graph` was traced from
+
+    @property
+    def graph(self) -> UnitGraph:
+        """Which layers read the units of which, in the model that `prepare` saw."""
+        return self._graph
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -94,7 +100,7 @@ class ReDO(Mitigator):
         if parts == self._model_parts:  # tracing takes as long as some steps, and online streams prepare often
             return
         self._model_parts = parts
-        self.graph = UnitGraph.of(model)
+        self._graph = UnitGraph.of(model)
         self._check_any(model)
         inner = unwrapped(model)
         readers = [inner.get_submodule(name) for layer in self.graph.hidden for name in layer.readers]
@@ -107,7 +113,7 @@ class ReDO(Mitigator):
 
     def after_step(self, model: nn.Module, optimizer: Optimizer) -> None:
         super().after_step(model, optimizer)
-        if self.steps % self.every == 0:
+        if self.steps == self._due:
             self._recycle(model, optimizer)
         self._record_if_due()
 
@@ -121,6 +127,7 @@ class ReDO(Mitigator):
 
     def _record_if_due(self) -> None:
         if (self.steps + 1) % self.every == 0:
+            self._due = self.steps + 1
             self._activity.start()
 
     @torch.no_grad()
@@ -150,7 +157,7 @@ class ReDO(Mitigator):
             if len(recorded) < len(readers):
                 continue
             if layer.batched and not all(map(self._activity.follows_batch_axis, readers)):
-                self.graph = self.graph.without(layer, "a norm layer on its way took another axis for its units")
+                self._graph = self.graph.without(layer, "a norm layer on its way took another axis for its units")
                 self._check_any(model)
                 continue
             activities = [sums.view(units(model.get_submodule(layer.name)), -1).sum(1) for sums in recorded]
