@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import FrozenInstanceError, fields
 from numbers import Integral, Real
 from typing import Any, Generic, TypeVar, overload
 
@@ -197,11 +197,43 @@ class Fixed(Setting[T]):
 
     def __set__(self, instance: Any, value: Any) -> None:
         if self.name in instance.__dict__:
-            kind = type(instance).__name__
-            raise AttributeError(
-                f"{self.name} of a {kind} cannot be changed, since it has been used already. Make a new {kind}."
-            )
+            raise AttributeError(_fixed(instance, self.name))
         super().__set__(instance, value)
+
+
+class Forwarded:
+    """An attribute of an object that this one holds, for an option that its constructor hands on.
+
+    >>> class Plugin:
+    ...     strength = Forwarded("mitigator")
+    ...     def __init__(self, strength):
+    ...         from avalanche_curv import L2
+    ...         self.mitigator = L2(strength)
+    >>> plugin = Plugin(0.5)
+    >>> plugin.strength = 2
+    >>> plugin.mitigator.strength
+    2.0
+    """
+
+    def __init__(self, holder: str) -> None:
+        self.holder = holder
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, instance: Any, owner: type) -> Any:
+        return self if instance is None else getattr(getattr(instance, self.holder), self.name)
+
+    def __set__(self, instance: Any, value: Any) -> None:
+        try:
+            setattr(getattr(instance, self.holder), self.name, value)
+        except FrozenInstanceError as error:
+            raise AttributeError(_fixed(instance, self.name)) from error
+
+
+def _fixed(instance: Any, name: str) -> str:
+    kind = type(instance).__name__
+    return f"{name} of a {kind} cannot be changed, since it has been used already. Make a new {kind}."
 
 
 class ByValue:

@@ -14,7 +14,7 @@ from avalanche.logging import TensorboardLogger, WandBLogger
 from avalanche_curv.core.curvature.base import Curvature
 from avalanche_curv.core.curvature.fisher import Fisher
 from avalanche_curv.core.fidelity.monitor import PastModels
-from avalanche_curv.core.options import Fixed, Setting, check_fraction, check_kind, check_seed
+from avalanche_curv.core.options import Fixed, Forwarded, Setting, check_fraction, check_kind, check_seed
 from avalanche_curv.core.quadratic.policies import Policy, part_of
 from avalanche_curv.metrics._published import ScalarMetric
 from avalanche_curv.metrics.accuracy import TaskAccuracyMetric
@@ -95,6 +95,7 @@ class FidelityMetric(ScalarMetric):
 
     fraction, seed = Setting(check_fraction), Setting(check_seed)
     past = Setting[PastModels](partial(check_kind, kind=PastModels, example="PastModels(Fisher())"))
+    curvature = Forwarded("past")
     trajectory = Fixed[defaultdict[str, "_Mean"]]()
 
     def __init__(self, every: int, curvature: Curvature, fraction: float, seed: int) -> None:

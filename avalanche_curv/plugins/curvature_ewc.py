@@ -147,7 +147,7 @@ class CurvatureEWCPlugin(SupervisedPlugin):
         with self._naming_the_experience(strategy):
             risk = _bridge.current_risk(strategy, self.batch_size)
             self.past = self.policy.absorb(self.past, risk, self.curvature, self.structure)
-        self._updates = 0
+        self._updates, self._guarded, self._weighted = 0, None, None
 
     @contextmanager
     def _naming_the_experience(self, strategy: Any) -> Iterator[None]:

@@ -1,3 +1,5 @@
+import pickle
+
 import pytest
 import torch
 from avalanche.training.plugins import SupervisedPlugin
@@ -80,6 +82,8 @@ def test_a_strength_that_is_set_acts_at_the_next_step_and_in_the_metrics(
             product = past.curvature.dense() @ delta + (0 if past.gradient is None else past.gradient)
             torch.testing.assert_close(slope, schedule[len(due)] * product, rtol=1e-3, atol=1e-5)
             slopes.append(float(slope.norm()))
+            copied = pickle.loads(pickle.dumps(ewc))
+            assert copied._guarded.past is copied.past.model  # the guard goes on with what it knows
             added.append(float(strategy.loss.detach() - strategy.criterion().detach()))
             due.append(schedule[len(due)] * float(past(net)))
 

@@ -201,6 +201,10 @@ class Guarded:
         groups = descents(optimizer)
         return None if groups is None else self._stability(strength, groups, model)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is known by the identity of parameters."""
+        return {**self.__dict__, "_seen": None}
+
     def _stability(
         self, strength: float, groups: list[tuple[Descent, frozenset[int]]], model: nn.Module
     ) -> Stability | None:

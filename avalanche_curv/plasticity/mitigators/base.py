@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from avalanche_curv.core.options import Fixed, Setting, check_whole, settle
+from avalanche_curv.core.options import Fixed, Forwarded, Setting, check_whole, settle
 from avalanche_curv.core.risk.parameters import canonical_name
 
 
@@ -35,6 +35,7 @@ class Mitigator(ABC):  # noqa: B024  nothing is common to all of them but the ho
     """
 
     selection = Fixed["Selection"]()
+    include, exclude = Forwarded("selection"), Forwarded("selection")
     steps = Setting(check_whole)
 
     def __init__(self, *, include: Iterable[ParameterSelector] = (), exclude: Iterable[ParameterSelector] = ()) -> None:

@@ -1,3 +1,5 @@
+import copy
+import pickle
 import warnings
 
 import pytest
@@ -154,7 +156,8 @@ def test_a_guard_looks_again_where_the_learning_rate_or_the_strength_has_changed
     assert rescale.allowed(10.0, sgd, model) == pytest.approx(0.25)
     assert rescale.allowed(0.1, sgd, model) == 0.1
     sgd.param_groups[0]["lr"] = 0.1
-    assert rescale.allowed(10.0, sgd, model) == pytest.approx(0.25)  # for as long as this model is in use
+    for guarded in (rescale, copy.deepcopy(rescale), pickle.loads(pickle.dumps(rescale))):
+        assert guarded.allowed(10.0, sgd, model) == pytest.approx(0.25)  # for as long as this model is in use
 
 
 def test_a_warning_is_given_once_for_a_picture(model):
