@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from avalanche_curv.core.curvature.base import Curvature
 from avalanche_curv.core.curvature.fisher import Fisher
+from avalanche_curv.core.options import Forwarded
 from avalanche_curv.core.projection import Eigenspace, Projection, Protection, StepProjection
 from avalanche_curv.core.quadratic.policies import Accumulate, Past, Policy
 from avalanche_curv.core.quadratic.stability import Guard, WarnIfUnstable
@@ -45,6 +46,10 @@ class CurvatureEWC(_WithPlugin):
     its errors.
     """
 
+    strength, guard = Forwarded("ewc"), Forwarded("ewc")
+    curvature, structure, policy = Forwarded("ewc"), Forwarded("ewc"), Forwarded("ewc")
+    past, include, exclude = Forwarded("ewc"), Forwarded("ewc"), Forwarded("ewc")
+
     def __init__(
         self,
         *,
@@ -77,6 +82,9 @@ class OrthogonalProjection(_WithPlugin):
     attribute `projection`. Raises as the plugin does.
     """
 
+    protect, max_rank = Forwarded("projection"), Forwarded("projection")
+    include, exclude = Forwarded("projection"), Forwarded("projection")
+
     def __init__(
         self,
         *,
@@ -102,6 +110,9 @@ class SpectralReg(_WithPlugin):
     arguments of Avalanche's strategies: `criterion` (cross-entropy), `train_mb_size`, `plugins` and so on. The plugin
     is the attribute `spectral`. Raises as the plugin does.
     """
+
+    strength, exponent, every = Forwarded("spectral"), Forwarded("spectral"), Forwarded("spectral")
+    include, exclude, seed = Forwarded("spectral"), Forwarded("spectral"), Forwarded("spectral")
 
     def __init__(
         self,

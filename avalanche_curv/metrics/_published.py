@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from avalanche.benchmarks import OnlineCLExperience
 from avalanche.evaluation import PluginMetric
 from avalanche.evaluation.metric_results import MetricValue
 
-from avalanche_curv.core.options import is_count
+from avalanche_curv.core.options import Setting, check_count
 
 
 class ScalarMetric(PluginMetric[dict[str, float]]):
@@ -17,10 +18,10 @@ class ScalarMetric(PluginMetric[dict[str, float]]):
     Raises ValueError unless `every` is an integer of at least 1.
     """
 
+    every = Setting(partial(check_count, hint="1 measures at each step."))
+
     def __init__(self, every: int) -> None:
         super().__init__()
-        if not is_count(every):
-            raise ValueError(f"every must be at least 1 iteration; got {every}. 1 measures at each step.")
         self.every = every
         self._last: dict[str, float] = {}
 

@@ -8,6 +8,7 @@ from typing import Any
 from avalanche.evaluation.metric_results import MetricValue
 from torch import Tensor
 
+from avalanche_curv.core.options import Fixed, Setting, check_count, check_fraction, check_seed
 from avalanche_curv.core.quadratic.policies import part_seed
 from avalanche_curv.core.risk.batches import random_part
 from avalanche_curv.metrics._published import ScalarMetric
@@ -24,6 +25,9 @@ class TaskAccuracyMetric(ScalarMetric):
     each past experience that fidelity looks at. For targets that are no classes nothing is
     published. Raises ValueError in training for an experience of `stream` that is empty or missing.
     """
+
+    stream = Fixed[Sequence[Any] | None]()
+    fraction, seed, limit = Setting(check_fraction), Setting(check_seed), Setting(check_count)
 
     def __init__(self, every: int, stream: Sequence[Any] | None, fraction: float, seed: int, limit: int = 1000) -> None:
         super().__init__(every)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from avalanche.evaluation.metric_results import MetricValue
@@ -13,7 +14,7 @@ from avalanche.logging import TensorboardLogger, WandBLogger
 from avalanche_curv.core.curvature.base import Curvature
 from avalanche_curv.core.curvature.fisher import Fisher
 from avalanche_curv.core.fidelity.monitor import PastModels
-from avalanche_curv.core.options import is_number
+from avalanche_curv.core.options import Fixed, Forwarded, Setting, check_fraction, check_kind, check_seed
 from avalanche_curv.core.quadratic.policies import Policy, part_of
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.selection import ParameterSelector, Selection, selection_of
@@ -78,7 +79,7 @@ def fidelity_metrics(
         fraction = _stored_fraction(of.policy) if fraction is None else fraction
         seed = getattr(of.policy, "seed", None) if seed is None else seed
         selection = of.selection if selection == Selection() else selection
-    fraction, seed = 0.1 if fraction is None else fraction, seed or 0
+    fraction, seed = 0.1 if fraction is None else fraction, 0 if seed is None else seed
     return [
         FidelityMetric(
             every, Fisher() if curvature is None else curvature, fraction, seed, selection
@@ -101,6 +102,12 @@ def _stored_fraction(policy: Policy) -> float | None:
 class FidelityMetric(ScalarMetric):
     """The values `fidelity...` and `growth/...` of `fidelity_metrics`, which says what the arguments mean."""
 
+    fraction, seed = Setting(check_fraction), Setting(check_seed)
+    past = Setting[PastModels](partial(check_kind, kind=PastModels, example="PastModels(Fisher())"))
+    curvature = Forwarded("past")
+    selection = Fixed[Selection]()
+    trajectory = Fixed[defaultdict[str, "_Mean"]]()
+
     def __init__(
         self,
         every: int,
@@ -110,12 +117,10 @@ class FidelityMetric(ScalarMetric):
         selection: Selection = Selection(),  # noqa: B008  a frozen value
     ) -> None:
         super().__init__(every)
-        if not (is_number(fraction) and 0 < fraction <= 1):
-            raise ValueError(f"fraction must lie in (0, 1]; got {fraction}. 0.1 stores one example in ten.")
         self.fraction, self.seed, self.selection = fraction, seed, selection
         self.past = PastModels(curvature)
         self._task_ends = _bridge.TaskEnds()
-        self.trajectory: defaultdict[str, _Mean] = defaultdict(_Mean)
+        self.trajectory = defaultdict(_Mean)
         self._curves = DistanceCurves()
         self._begun = False  # the task, of which an online stream gives one part after another
 

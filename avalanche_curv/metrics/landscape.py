@@ -25,7 +25,7 @@ from avalanche_curv.core.landscape.landscape import (
     moved,
 )
 from avalanche_curv.core.landscape.spectrum import Density, SpectrumMethod
-from avalanche_curv.core.options import in_short, is_number
+from avalanche_curv.core.options import Fixed, Setting, check_count, check_fraction, check_seed, in_short
 from avalanche_curv.core.quadratic.policies import part_of
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.metrics._published import ScalarMetric
@@ -82,6 +82,10 @@ def landscape_metrics(
 class LandscapeMetric(ScalarMetric):
     """The values `landscape...` of `landscape_metrics`, which says what the arguments mean."""
 
+    fraction, seed = Setting(check_fraction), Setting(check_seed)
+    curvature, methods = Fixed[Curvature](), Fixed[tuple[SpectrumMethod, ...]]()
+    k, epsilon = Fixed[int](check_count), Fixed[float]()
+
     def __init__(
         self,
         every: int,
@@ -93,8 +97,6 @@ class LandscapeMetric(ScalarMetric):
         methods: Sequence[SpectrumMethod],
     ) -> None:
         super().__init__(every)
-        if not (is_number(fraction) and 0 < fraction <= 1):
-            raise ValueError(f"fraction must lie in (0, 1]; got {fraction}. 0.1 looks at one example in ten.")
         check_options(curvature, k, epsilon, methods)
         self.curvature, self.fraction, self.seed = curvature, fraction, seed
         self.k, self.epsilon, self.methods = k, epsilon, tuple(methods)

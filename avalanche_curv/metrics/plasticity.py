@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import fields
+from functools import partial
 from typing import Any
 
 from avalanche.evaluation.metric_results import MetricValue
 
-from avalanche_curv.core.options import is_count
+from avalanche_curv.core.options import Setting, check_count, check_number, check_seed
 from avalanche_curv.core.quadratic.policies import part_seed
 from avalanche_curv.core.risk.batches import random_part
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
@@ -99,11 +100,12 @@ class WeightMetric(ScalarMetric):
 class ProbeMetric(ScalarMetric):
     """Publishes measures of the activations and gradients of some examples of the task; see `plasticity_metrics`."""
 
+    examples = Setting(partial(check_count, hint="128 is a fair probe."))
+    threshold = Setting(partial(check_number, at_least=0, hint="The source takes 0.025."))
+    seed = Setting(check_seed)
+
     def __init__(self, every: int, examples: int, threshold: float, seed: int) -> None:
         super().__init__(every)
-        if not is_count(examples):
-            raise ValueError(f"examples must be an integer of at least 1; got {examples!r}. 128 is a fair probe.")
-        representations({}, threshold)  # which checks it
         self.examples, self.threshold, self.seed = examples, threshold, seed
         self._task_ends = _bridge.TaskEnds()
         self._tasks = 0

@@ -22,6 +22,7 @@ from avalanche.training.plugins import EvaluationPlugin, SupervisedPlugin
 from torch import nn
 from torch.optim import Optimizer
 
+from avalanche_curv.core.options import Fixed, check_seed, settle
 from avalanche_curv.core.quadratic.policies import part_seed
 from avalanche_curv.core.risk.frozen import unwrapped
 from avalanche_curv.metrics._published import ScalarMetric
@@ -37,6 +38,8 @@ class TrainingAccuracyMetric(ScalarMetric):
 
     Raises TypeError for another `from_scratch`, and ValueError in training if it is given and targets are no classes.
     """
+
+    from_scratch = Fixed["FromScratch | None"]()
 
     def __init__(self, from_scratch: FromScratch | None) -> None:
         super().__init__(every=1)
@@ -119,6 +122,7 @@ class FromScratch:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        settle(self, seed=check_seed)
         if isinstance(self.optimizer, Optimizer) or not callable(self.optimizer):
             raise TypeError(
                 "FromScratch needs a callable that makes an optimiser of parameters, since each task has a fresh one; "

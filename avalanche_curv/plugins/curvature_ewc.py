@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,14 +16,14 @@ from torch import nn
 
 from avalanche_curv.core.curvature.base import Curvature, NonFiniteCurvatureError
 from avalanche_curv.core.curvature.fisher import Fisher
-from avalanche_curv.core.options import check_kind, is_count, is_number
+from avalanche_curv.core.options import Fixed, Forwarded, Setting, check_count, check_kind, check_number
 from avalanche_curv.core.quadratic.model import QuadraticModel
 from avalanche_curv.core.quadratic.penalty import Penalty, check_takes_dense_gradients
 from avalanche_curv.core.quadratic.policies import Accumulate, Past, Policy
-from avalanche_curv.core.quadratic.stability import Guard, Guarded, WarnIfUnstable
+from avalanche_curv.core.quadratic.stability import Guard, Guarded, WarnIfUnstable, check_guard
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.frozen import unwrapped
-from avalanche_curv.core.risk.selection import ParameterSelector, selection_of
+from avalanche_curv.core.risk.selection import ParameterSelector, Selection, selection_of
 from avalanche_curv.core.structures import Diagonal, Structure
 from avalanche_curv.core.structures.rules import check_pair
 from avalanche_curv.plugins import _bridge
@@ -44,9 +45,13 @@ class CurvatureEWCPlugin(SupervisedPlugin):
 
     `guard` looks at each new model of the past under SGD: where lr · strength · λ_max(C) says that the penalty alone
     diverges, it warns (`WarnIfUnstable()`), lowers the strength for as long as that model is in use
-    (`RescaleIfUnstable()`), or raises (`StopIfUnstable()`); None does not look. It looks again where the learning rate
-    changes, and at each plugin by itself: several penalties add up. `batch_size` is how many examples are loaded at
-    once; results do not depend on it. `past` holds the quadratic model, what the policy stores and, of
+    (`RescaleIfUnstable()`), or raises (`StopIfUnstable()`); None does not look. It looks at the rate of each parameter
+    group, again where a rate or the strength changes, and at each plugin by itself: several penalties add up.
+    `batch_size` is how many examples are loaded at once; results do not depend on it.
+
+    `strength`, `guard` and `past` may be set at any time and act from the next step on, so that the strength may follow
+    a schedule; `weight` is the strength of the last step, as the guard allowed it, and `penalty` q(θ) there. Others of
+    the arguments cannot be changed. `past` holds the quadratic model, what the policy stores and, of
     `AdaptiveRefresh`, every refresh with its reason, which are also logged to the logger `avalanche_curv`. It begins as
     the `past` given, empty by default: one that a policy has made of the data that a model was pretrained on.
 
@@ -63,6 +68,16 @@ class CurvatureEWCPlugin(SupervisedPlugin):
     NonFiniteCurvatureError at the end of an experience that diverged: `past` then still holds what came before.
     """
 
+    strength = Setting(partial(check_number, at_least=0, hint="0 only measures."))
+    guard = Setting[Guard | None](check_guard)
+    batch_size = Setting(check_count)
+    past = Setting[Past](partial(check_kind, kind=Past, example="Past()"))
+    curvature = Fixed[Curvature](partial(check_kind, kind=Curvature, example="Fisher()"))
+    structure = Fixed[Structure](partial(check_kind, kind=Structure, example="Diagonal()"))
+    policy = Fixed[Policy](partial(check_kind, kind=Policy, example="Accumulate()"))
+    selection = Fixed[Selection]()
+    include, exclude = Forwarded("selection"), Forwarded("selection")
+
     def __init__(
         self,
         strength: float,
@@ -77,19 +92,28 @@ class CurvatureEWCPlugin(SupervisedPlugin):
         exclude: Iterable[ParameterSelector] = (),
     ) -> None:
         super().__init__()
-        _check_options(strength, curvature, structure, policy, guard, batch_size)
-        self.strength = self.weight = float(strength)
+        self.strength, self.guard, self.batch_size = strength, guard, batch_size
         self.curvature, self.structure, self.policy = curvature, structure, policy
-        self.guard, self.batch_size = guard, batch_size
-        check_kind("past", past, Past, "Past()")
-        policy.check_past(past)
+        _check_curvature(curvature, structure)
         self.past, self.selection = past, selection_of(include, exclude)
+        policy.check_past(past)
         self._unprotected = _bridge.Unprotected()
         self._task_ends = _bridge.TaskEnds()
-        self.penalty: torch.Tensor | None = None  # q at the last step, without strength
-        self._guarded: Guarded | None = None  # made from `past` when it is needed, as is
-        self._weighted: Penalty | None = None
+        self._weight = self.strength
+        self._penalty: torch.Tensor | None = None
+        self._guarded: Guarded | None = None  # made from `guard` and `past` when it is needed
+        self._weighted: Penalty | None = None  # made from `past`
         self._updates = 0  # of the current task, of which an online stream gives one part after another
+
+    @property
+    def weight(self) -> float:
+        """The strength of the last step, which is lower than `strength` where the guard says so."""
+        return self._weight
+
+    @property
+    def penalty(self) -> torch.Tensor | None:
+        """q(θ) at the last step, without strength; None before there is a past."""
+        return self._penalty
 
     def before_training(self, strategy: Any, **kwargs: Any) -> None:
         if self.strength > 0:
@@ -116,19 +140,21 @@ class CurvatureEWCPlugin(SupervisedPlugin):
             self.policy.absorb(Past(), risk, self.curvature, self.structure)
 
     def before_backward(self, strategy: Any, **kwargs: Any) -> None:
-        if self.past.model is None:
+        past = self.past.model
+        if past is None:
             return
-        self._unprotected.say(self.past.model.unprotected(strategy.model))
-        if self.strength == 0:
-            self.penalty = self.past.model(strategy.model)
+        self._unprotected.say(past.unprotected(strategy.model))
+        if self._guarded is None or self._guarded.past is not past or self._guarded.guard is not self.guard:
+            self._guarded = Guarded(self.guard, past)
+        self._weight = self._guarded.allowed(self.strength, strategy.optimizer, strategy.model)
+        if self._weight == 0:
+            self._penalty = past(strategy.model)
             return
-        if self._guarded is None:
-            self._guarded = Guarded(self.guard, self.strength, self.past.model)
-        weight = self._guarded.allowed(strategy.optimizer)
-        if self._weighted is None or weight != self.weight:
-            self.weight, self._weighted = weight, Penalty(self.past.model, weight)
+        if self._weighted is None or self._weighted.of is not past:
+            self._weighted = Penalty(past, self._weight)
+        self._weighted.strength = self._weight
         weighted = self._weighted(strategy.model)
-        self.penalty = weighted.detach() / self.weight
+        self._penalty = weighted.detach() / self._weight
         strategy.loss = strategy.loss + weighted
 
     def after_update(self, strategy: Any, **kwargs: Any) -> None:
@@ -144,30 +170,25 @@ class CurvatureEWCPlugin(SupervisedPlugin):
             )
         for event in revised.refreshes[len(self.past.refreshes) :]:
             LOG.info("Refresh in experience %d after %d updates: %s", event.experience, event.iteration, event.reason)
-        if revised is not self.past:
-            self._takes(revised)
+        self.past = revised
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_weighted": None, "_guarded": None}
+        return {**self.__dict__, "_weighted": None}
 
     def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
         if not self._task_ends.here(strategy):
             return
         with self._naming_the_experience(strategy):
             risk = _bridge.current_risk(strategy, self.batch_size, selection=self.selection)
-            self._takes(self.policy.absorb(self.past, risk, self.curvature, self.structure))
-        self._updates = 0
+            self.past = self.policy.absorb(self.past, risk, self.curvature, self.structure)
+        self._updates, self._guarded, self._weighted = 0, None, None
 
     def _follow(self, past: QuadraticModel, model: nn.Module) -> None:
         """Takes the past where the model is, which may have been moved to another device or floating point type. Raises
         ValueError where the model lacks a parameter of the past."""
         moved = past.following(model)
         if moved is not past:
-            self._takes(replace(self.past, model=moved))
-
-    def _takes(self, past: Past) -> None:
-        """Another past, and nothing kept of what was made from the one before."""
-        self.past, self._guarded, self._weighted = past, None, None
+            self.past = replace(self.past, model=moved)
 
     @contextmanager
     def _naming_the_experience(self, strategy: Any) -> Iterator[None]:
@@ -180,23 +201,9 @@ class CurvatureEWCPlugin(SupervisedPlugin):
             ) from error
 
 
-def _check_options(
-    strength: float, curvature: object, structure: object, policy: object, guard: object, batch_size: int
-) -> None:
-    if not (is_number(strength) and strength >= 0):
-        raise ValueError(f"strength must be a finite number of at least 0; got {strength!r}. 0 only measures.")
-    if not is_count(batch_size):
-        raise ValueError(f"batch_size must be at least 1; got {batch_size}.")
-    if guard is not None and not isinstance(guard, Guard):
-        raise TypeError(
-            f"guard must be WarnIfUnstable(), RescaleIfUnstable(), StopIfUnstable() or None; got {guard!r}."
-        )
-    check_kind("curvature", curvature, Curvature, "Fisher()")
-    check_kind("structure", structure, Structure, "Diagonal()")
-    check_kind("policy", policy, Policy, "Accumulate()")
-    if isinstance(curvature, Curvature) and isinstance(structure, Structure):
-        check_pair(curvature, structure)
-    if isinstance(curvature, Curvature) and not (curvature.is_semidefinite or curvature.is_mended):
+def _check_curvature(curvature: Curvature, structure: Structure) -> None:
+    check_pair(curvature, structure)
+    if not (curvature.is_semidefinite or curvature.is_mended):
         warnings.warn(
             f"{curvature} may be indefinite, and a penalty with it may reward leaving the anchor without bound. Use "
             "Hessian(psd=Clip()) or Hessian(psd=Absolute()) unless that is what you study; say is_semidefinite = True "

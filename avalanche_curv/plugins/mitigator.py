@@ -6,6 +6,7 @@ from typing import Any
 
 from avalanche.training.plugins import SupervisedPlugin
 
+from avalanche_curv.core.options import Fixed
 from avalanche_curv.plasticity.mitigators.base import Mitigator
 from avalanche_curv.plugins import _bridge
 
@@ -22,6 +23,8 @@ class MitigatorPlugin(SupervisedPlugin):
     Raises TypeError for an argument that is no mitigator, and ValueError before training if its options do not fit the
     model.
     """
+
+    mitigator = Fixed[Mitigator]()
 
     def __init__(self, mitigator: Mitigator) -> None:
         super().__init__()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 from avalanche.training.plugins import SupervisedPlugin
 from torch import nn
 
 from avalanche_curv.core.curvature.base import NonFiniteCurvatureError
-from avalanche_curv.core.options import check_count, check_kind
+from avalanche_curv.core.options import Fixed, Forwarded, Setting, check_count, check_kind, optional
 from avalanche_curv.core.projection import (
     Eigenspace,
     FreezeUncovered,
@@ -22,8 +23,7 @@ from avalanche_curv.core.projection import (
     Uncovered,
 )
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
-from avalanche_curv.core.risk.selection import ParameterSelector, selection_of
-from avalanche_curv.core.structures.base import check_limit
+from avalanche_curv.core.risk.selection import ParameterSelector, Selection, selection_of
 from avalanche_curv.plugins import _bridge
 
 
@@ -59,6 +59,16 @@ class OrthogonalProjectionPlugin(SupervisedPlugin):
     NonFiniteCurvatureError at the end of one that diverged, when `protected` still holds what came before.
     """
 
+    protect = Fixed[Protection](partial(check_kind, kind=Protection, example="Eigenspace(Fisher(), Rank(20))"))
+    projection = Fixed[Projection](partial(check_kind, kind=Projection, example="StepProjection()"))
+    uncovered = Fixed[Uncovered](partial(check_kind, kind=Uncovered, example="FreezeUncovered()"))
+    max_rank = Fixed[int | None](optional(check_count))
+    selection = Fixed[Selection]()
+    include, exclude = Forwarded("selection"), Forwarded("selection")
+    max_bytes = Setting(partial(check_count, hint="It is a number of bytes."))
+    batch_size = Setting(check_count)
+    protected = Setting[ProtectedSpace](partial(check_kind, kind=ProtectedSpace, example="ProtectedSpace()"))
+
     def __init__(
         self,
         protect: Protection = Eigenspace(),  # noqa: B008  a frozen value
@@ -72,12 +82,10 @@ class OrthogonalProjectionPlugin(SupervisedPlugin):
         exclude: Iterable[ParameterSelector] = (),
     ) -> None:
         super().__init__()
-        _check_options(protect, projection, uncovered, max_rank)
-        check_limit("OrthogonalProjectionPlugin", max_bytes)
-        check_count("batch_size", batch_size)
         self.protect, self.projection, self.uncovered = protect, projection, uncovered
         self.max_rank, self.max_bytes, self.batch_size = max_rank, max_bytes, batch_size
         self.selection = selection_of(include, exclude)
+        projection.check_rank(max_rank)
         self.protected = ProtectedSpace()
         self._unprotected = _bridge.Unprotected()
         self._projector: Projector | None = None  # for the length of an experience
@@ -112,6 +120,8 @@ class OrthogonalProjectionPlugin(SupervisedPlugin):
     def before_update(self, strategy: Any, **kwargs: Any) -> None:
         self._unprotected.say(self.protected.unprotected(strategy.model))
         if self._projector is not None:
+            if self._projector.space is not self.protected:
+                self._projector = Projector(self.protected, self.projection)
             self._projector.before_step(strategy.model)
 
     def after_update(self, strategy: Any, **kwargs: Any) -> None:
@@ -136,15 +146,6 @@ class OrthogonalProjectionPlugin(SupervisedPlugin):
                 f"Experience {_bridge.current_number(strategy)}: {error} What the {self.protected.experiences} "
                 "experiences before it need is kept in `protected`."
             ) from error
-
-
-def _check_options(protect: object, projection: Projection, uncovered: object, max_rank: int | None) -> None:
-    check_kind("protect", protect, Protection, "Eigenspace(Fisher(), Rank(20))")
-    check_kind("projection", projection, Projection, "StepProjection()")
-    check_kind("uncovered", uncovered, Uncovered, "FreezeUncovered()")
-    if max_rank is not None:
-        check_count("max_rank", max_rank)
-    projection.check_rank(max_rank)
 
 
 def _check_optimizer(optimizer: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from avalanche_curv.core.options import Forwarded
 from avalanche_curv.core.risk.selection import ParameterSelector
 from avalanche_curv.plasticity.mitigators.spectral import SpectralRegularizer
 from avalanche_curv.plugins.mitigator import MitigatorPlugin
@@ -12,9 +13,13 @@ from avalanche_curv.plugins.mitigator import MitigatorPlugin
 class SpectralRegPlugin(MitigatorPlugin):
     """Pulls the spectral norm of each weight to 1, which keeps a network able to learn (Lewandowski et al. 2024).
 
-    The options and their errors are those of `SpectralRegularizer`, which is the attribute `mitigator`. It composes
+    The options and their errors are those of `SpectralRegularizer`, which is the attribute `mitigator`; set here, they
+    are set there. It composes
     with any other plugin: its gradient is added just before each step. Strength 0 trains exactly as without the plugin.
     """
+
+    strength, exponent, every = Forwarded("mitigator"), Forwarded("mitigator"), Forwarded("mitigator")
+    include, exclude, seed = Forwarded("mitigator"), Forwarded("mitigator"), Forwarded("mitigator")
 
     def __init__(
         self,

@@ -17,7 +17,7 @@ from avalanche.benchmarks.utils import (
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from avalanche_curv.core.options import is_count
+from avalanche_curv.core.options import check_whole, is_count, optional
 
 TEST_FRACTION = 0.2
 CLASS_SETS = ("classes_in_this_experience", "previous_classes", "classes_seen_so_far", "future_classes")
@@ -105,6 +105,11 @@ def check_length(n_experiences: int) -> None:
     """Raises ValueError unless `n_experiences` is an integer of at least 1."""
     if not is_count(n_experiences):
         raise ValueError(f"A stream needs a whole n_experiences >= 1; got {n_experiences!r}. Ask for at least one.")
+
+
+def check_stream_seed(seed: int | None) -> None:
+    """Raises ValueError unless `seed` is an integer of at least 0, or None for another stream each time."""
+    optional(check_whole)("seed", seed)
 
 
 def _datasets(

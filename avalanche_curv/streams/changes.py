@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Int, Shaped
 from torch import Tensor
 
-from avalanche_curv.core.options import is_count
+from avalanche_curv.core.options import check_count, settle
 
 Classes = Int[Tensor, "K"]
 """The classes of a data set, sorted."""
@@ -154,8 +154,7 @@ class GrowingClasses(TaskChange):
     step: int = 5
 
     def __post_init__(self) -> None:
-        if not (is_count(self.first) and is_count(self.step)):
-            raise ValueError(f"first and step must be at least 1 class each; got {self.first!r} and {self.step!r}.")
+        settle(self, first=check_count, step=check_count)
 
     def of(self, targets: Int[Tensor, "N"], classes: Classes, task: int, seed: int) -> TaskVariant:
         order = torch.from_numpy(np.random.default_rng((seed, 0)).permutation(len(classes)))

@@ -18,7 +18,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import rotate
 
-from avalanche_curv.streams._benchmark import Examples, benchmark, check_length, split_by_class
+from avalanche_curv.streams._benchmark import Examples, benchmark, check_length, check_stream_seed, split_by_class
 
 CLASSES = 10
 SIDE = 8
@@ -39,6 +39,7 @@ def SplitDigits(n_experiences: int = 5, *, task_labels: bool = False, seed: int 
     """
     digits = _load()
     check_length(n_experiences)
+    check_stream_seed(seed)
     if CLASSES % n_experiences:
         raise ValueError(
             f"SplitDigits gives every experience the same number of the {CLASSES} digits; {n_experiences} experiences "
@@ -67,6 +68,7 @@ def PermutedDigits(n_experiences: int = 5, *, seed: int | None = None) -> CLScen
     """
     digits = _load()
     check_length(n_experiences)
+    check_stream_seed(seed)
     rng = np.random.default_rng(seed)
     train, test = _train_and_test(digits, rng)
     orders = [torch.arange(SIDE**2)]
@@ -94,6 +96,7 @@ def RotatedDigits(
     """
     digits = _load()
     check_length(n_experiences)
+    check_stream_seed(seed)
     angles = [180 * t / n_experiences for t in range(n_experiences)] if rotations is None else list(rotations)
     if len(angles) != n_experiences:
         raise ValueError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ from jaxtyping import Int, Shaped
 from torch import Tensor
 from torch.utils.data import Subset, TensorDataset
 
-from avalanche_curv.streams._benchmark import Examples, benchmark, check_length
+from avalanche_curv.streams._benchmark import Examples, benchmark, check_length, check_stream_seed
 from avalanche_curv.streams.changes import PixelOrder, TaskChange, TaskVariant
 
 
@@ -49,7 +48,7 @@ def NonStationary(
     """
     check_length(n_experiences)
     _check_change(change, test)
-    _check_seed(seed)
+    check_stream_seed(seed)
     inputs, targets = _parts(train, training=True)
     classes = targets.unique()
     _check_end(change, classes, n_experiences)
@@ -176,11 +175,6 @@ def _check_change(change: Any, test: Any) -> None:
             f"{type(change).__name__} gives labels that say nothing of other images, so there is nothing to test on "
             "them. Leave test out: the test experiences are then the training examples, to see what is memorised."
         )
-
-
-def _check_seed(seed: Any) -> None:
-    if seed is not None and not (isinstance(seed, Integral) and not isinstance(seed, bool) and int(seed) >= 0):
-        raise ValueError(f"seed must be an integer of at least 0, or None for another stream each time; got {seed!r}.")
 
 
 def _check_end(change: TaskChange, classes: Int[Tensor, "K"], n_experiences: int) -> None:

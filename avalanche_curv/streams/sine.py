@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from itertools import pairwise
 
 import numpy as np
 import torch
 from avalanche.benchmarks import CLScenario
 
-from avalanche_curv.streams._benchmark import Examples, benchmark, check_length, split_by_class
+from avalanche_curv.core.options import is_count, is_number
+from avalanche_curv.streams._benchmark import Examples, benchmark, check_length, check_stream_seed, split_by_class
 
 LEFT, RIGHT = -5.0, 5.0
 FEWEST = 10
@@ -33,13 +33,14 @@ def SineBoundary(
     (200, 50, True)
     """
     check_length(n_experiences)
-    if examples < FEWEST:
+    check_stream_seed(seed)
+    if not is_count(examples) or examples < FEWEST:
         raise ValueError(
             f"An experience of SineBoundary needs examples >= {FEWEST}, so that either class is in both its training "
-            f"and its test part; got {examples}. Ask for more."
+            f"and its test part; got {examples!r}. Ask for more."
         )
-    if not 0 <= noise < math.inf:
-        raise ValueError(f"noise is a standard deviation, finite and >= 0; got {noise}. Use 0 to stay on the curve.")
+    if not is_number(noise) or noise < 0:
+        raise ValueError(f"noise is a standard deviation, finite and >= 0; got {noise!r}. Use 0 to stay on the curve.")
     rng = np.random.default_rng(seed)
     edges = np.linspace(LEFT, RIGHT, n_experiences + 1).tolist()
     splits = []

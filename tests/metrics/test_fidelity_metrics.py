@@ -388,5 +388,5 @@ def test_a_curvature_without_per_example_form_is_refused_and_of_a_plugin_with_a_
 
 @pytest.mark.parametrize("fraction", [0.0, -0.1, 1.5])
 def test_fraction_must_be_a_positive_part(fraction):
-    with pytest.raises(ValueError, match=r"fraction must lie in \(0, 1\]; got .* 0.1 stores one example in ten"):
+    with pytest.raises(ValueError, match=r"fraction must lie in \(0, 1\]; got .* 0.1 keeps one example in ten"):
         fidelity_metrics(fraction=fraction)

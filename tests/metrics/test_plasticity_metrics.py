@@ -417,7 +417,7 @@ def test_models_and_criteria_that_cannot_be_measured_are_refused_before_the_firs
 @pytest.mark.parametrize(
     ("options", "kind", "message"),
     [
-        ({"every": 0}, ValueError, "every must be at least 1 iteration; got 0"),
+        ({"every": 0}, ValueError, "every must be an integer of at least 1; got 0"),
         ({"examples": 0}, ValueError, "examples must be an integer of at least 1; got 0"),
         ({"threshold": -1}, ValueError, "threshold must be a finite number, at least 0; got -1"),
         ({"from_scratch": SGD}, TypeError, r"from_scratch takes FromScratch\(optimizer=...\) or None"),

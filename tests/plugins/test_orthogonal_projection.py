@@ -396,8 +396,6 @@ def test_the_strategy_takes_the_options_of_the_plugin(make):
         ({"uncovered": StepProjection()}, TypeError, r"uncovered must be a Uncovered; got StepProjection\(\)"),
         ({"max_rank": 0}, ValueError, "max_rank must be an integer of at least 1; got 0"),
         ({"projection": SequentialProjection(), "max_rank": 5}, ValueError, r"Leave max_rank out, or use Step"),
-        ({"max_bytes": 0}, ValueError, "max_bytes"),
-        ({"batch_size": 0}, ValueError, "batch_size must be an integer of at least 1; got 0"),
     ],
 )
 def test_options_that_cannot_be_used_are_refused(options, error, remedy):

@@ -41,11 +41,6 @@ def test_options_are_values_of_their_kind(option, remedy):
         CurvatureEWCPlugin(1.0, **option)
 
 
-def test_batch_size_must_be_positive():
-    with pytest.raises(ValueError, match="batch_size must be at least 1; got 0"):
-        CurvatureEWCPlugin(1.0, batch_size=0)
-
-
 def test_a_hessian_that_may_be_indefinite_warns_and_a_mended_one_does_not(recwarn):
     with pytest.warns(UserWarning, match=r"Use Hessian\(psd=Clip\(\)\)") as caught:
         CurvatureEWCPlugin(1.0, curvature=Hessian())

@@ -296,7 +296,6 @@ def test_experiences_know_their_classes_as_sorted_lists_and_a_strategy_learns_th
             .train_stream[1].dataset[0],
             TypeError, r"holds a str.*ToTensor",
         ),
-        (lambda d: GrowingClasses(0), ValueError, "at least 1 class each; got 0 and 5"),
     ],
 )
 def test_wrong_arguments_name_the_remedy(make, error, expected):

@@ -93,6 +93,7 @@ def test_a_pickle_holds_the_points_once(library, equal):
         ({"examples": 9}, "examples >= 10.*got 9"),
         ({"noise": -0.1}, ">= 0; got -0.1"),
         ({"noise": float("nan")}, "got nan"),
+        ({"seed": []}, r"seed must be an integer of at least 0; got \[\]"),
     ],
 )
 def test_wrong_arguments_name_the_remedy(arguments, expected):

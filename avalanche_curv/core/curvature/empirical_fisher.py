@@ -11,7 +11,7 @@ from torch import Tensor
 
 from avalanche_curv.core.curvature.base import Curvature, OutputCurvature
 from avalanche_curv.core.curvature.operators import GramOperator, Operator
-from avalanche_curv.core.options import is_count
+from avalanche_curv.core.options import check_count, settle
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.losses import ExampleLoss
 
@@ -36,8 +36,7 @@ class BatchedEmpiricalFisher(Curvature):
     is_semidefinite = True
 
     def __post_init__(self) -> None:
-        if not is_count(self.batch_size):
-            raise ValueError(f"BatchedEmpiricalFisher needs a batch_size of at least 1; got {self.batch_size}.")
+        settle(self, batch_size=check_count)
 
     def operator(self, risk: EmpiricalRisk) -> Operator:
         return GramOperator(torch.cat(list(self.rows(risk))))

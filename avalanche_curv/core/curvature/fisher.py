@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from numbers import Integral
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from avalanche_curv.core.curvature.base import OutputCurvature
-from avalanche_curv.core.options import is_count
+from avalanche_curv.core.options import check_count, check_seed, optional, settle
 from avalanche_curv.core.risk.losses import ExampleLoss
 
 
@@ -29,10 +29,8 @@ class Fisher(OutputCurvature):
     def __post_init__(self) -> None:
         if self.samples is None and self.seed is not None:
             raise ValueError("Fisher(seed=...) draws nothing without samples: give samples=m, or drop the seed.")
-        if self.seed is not None and not isinstance(self.seed, Integral):
-            raise ValueError(f"Fisher needs an integer seed; got {self.seed!r}.")
-        if self.samples is not None and not is_count(self.samples):
-            raise ValueError(f"Fisher needs at least 1 sample; got {self.samples}. Leave it out for the exact Fisher.")
+        samples = partial(check_count, hint="Leave it out for the exact Fisher.")
+        settle(self, samples=optional(samples), seed=optional(check_seed))
 
     def check_loss(self, loss: ExampleLoss) -> None:
         loss.check_likelihood()

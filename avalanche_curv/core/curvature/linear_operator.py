@@ -9,6 +9,7 @@ from typing import Any
 from avalanche_curv.core.curvature._curvlinops import chosen_operator
 from avalanche_curv.core.curvature.base import Curvature
 from avalanche_curv.core.curvature.operators import Operator
+from avalanche_curv.core.options import check_flag, settle
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 
 
@@ -43,6 +44,7 @@ class FromLinearOperator(Curvature):
                 "FromLinearOperator takes what makes an operator, such as curvlinops.GGNLinearOperator; got "
                 f"{self.make!r}."
             )
+        settle(self, is_semidefinite=check_flag)
 
     def operator(self, risk: EmpiricalRisk) -> Operator:
         return chosen_operator(self.make, risk, list(risk))

@@ -11,7 +11,7 @@ from torch import Tensor
 from avalanche_curv.core.eigen import WHOLE, Pairs, spectrum, top_of_products
 from avalanche_curv.core.landscape.averaged import AveragedCurvature, lifted_rows, rows_of_all
 from avalanche_curv.core.landscape.spectrum import Density, Spectrum, SpectrumMethod, exact_spectrum, without_zeros
-from avalanche_curv.core.options import is_count
+from avalanche_curv.core.options import check_count, settle
 from avalanche_curv.core.per_example.gram import Rows
 
 
@@ -25,7 +25,7 @@ class WholeMatrix(SpectrumMethod):
     largest: int = 1500
 
     def __post_init__(self) -> None:
-        _check_limit(self, "largest", self.largest)
+        settle(self, largest=check_count)
 
     def spectrum(self, averaged: AveragedCurvature, k: int) -> Spectrum | None:
         size = averaged.space.size
@@ -49,7 +49,7 @@ class GramMatrix(SpectrumMethod):
     rows: int = 3000
 
     def __post_init__(self) -> None:
-        _check_limit(self, "rows", self.rows)
+        settle(self, rows=check_count)
 
     def spectrum(self, averaged: AveragedCurvature, k: int) -> Spectrum | None:
         rows = rows_of_all(averaged, self.rows)
@@ -98,8 +98,3 @@ def _padded(values: Float[Tensor, "M"], size: int) -> Density:
 def _each_once(values: Float[Tensor, "n"]) -> Density:
     values = values.cpu()
     return Density(values, torch.ones_like(values))
-
-
-def _check_limit(method: SpectrumMethod, name: str, limit: object) -> None:
-    if not is_count(limit):
-        raise ValueError(f"{type(method).__name__}({name}=...) needs an integer of at least 1; got {limit!r}.")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from numbers import Integral
 
 import numpy as np
 import scipy.linalg
@@ -16,7 +15,7 @@ from torch import Tensor
 from avalanche_curv.core.eigen import TOLERANCE, Pairs, top_of_products
 from avalanche_curv.core.landscape.averaged import AveragedCurvature
 from avalanche_curv.core.landscape.spectrum import Density, Spectrum, SpectrumMethod, mean_density, without_zeros
-from avalanche_curv.core.options import is_count
+from avalanche_curv.core.options import check_count, check_seed, settle
 
 Product = Callable[[Float[Tensor, "P"]], Float[Tensor, "P"]]
 
@@ -44,13 +43,9 @@ class Lanczos(SpectrumMethod):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("probes", "steps", "trace_products"):
-            if not is_count(getattr(self, name)):
-                raise ValueError(f"Lanczos({name}=...) needs an integer of at least 1; got {getattr(self, name)!r}.")
+        settle(self, probes=check_count, steps=check_count, trace_products=check_count, seed=check_seed)
         if self.trace_products % 2:
             raise ValueError(f"Lanczos(trace_products=...) must be even, as XTrace is; got {self.trace_products}.")
-        if not isinstance(self.seed, Integral):
-            raise ValueError(f"Lanczos needs an integer seed; got {self.seed!r}.")
 
     def spectrum(self, averaged: AveragedCurvature, k: int) -> Spectrum:
         product, size, like = averaged.product(), averaged.space.size, averaged.like

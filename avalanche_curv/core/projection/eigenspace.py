@@ -11,7 +11,7 @@ from torch import Tensor
 
 from avalanche_curv.core.curvature.base import Curvature
 from avalanche_curv.core.curvature.fisher import Fisher
-from avalanche_curv.core.options import check_count, check_kind, check_seed
+from avalanche_curv.core.options import check_count, check_kind, check_seed, optional, settle
 from avalanche_curv.core.projection.blocks import Layout
 from avalanche_curv.core.projection.protection import BasisBound, Finding, Protection, TaskFindings, some_of
 from avalanche_curv.core.projection.subspace import Subspace, remainder
@@ -54,11 +54,9 @@ class Eigenspace(Protection):
 
     def __post_init__(self) -> None:
         check_kind("cut", self.cut, Cut, "Rank(20)")
-        check_seed(self.seed)
+        settle(self, seed=check_seed, examples=optional(check_count))
         check_kind("curvature", self.curvature, Curvature, "Fisher()")
         check_kind("per", self.per, Grouping, "WholeModel() or PerLayer()")
-        if self.examples is not None:
-            check_count("Eigenspace(examples=...)", self.examples)
         check_pair(self.curvature, self._structure)
 
     def find(self, risk: EmpiricalRisk, experience: int) -> TaskFindings:

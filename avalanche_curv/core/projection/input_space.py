@@ -12,7 +12,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from avalanche_curv.core.curvature.base import NonFiniteCurvatureError
 from avalanche_curv.core.eigen import spectrum
-from avalanche_curv.core.options import check_count, check_kind, check_seed
+from avalanche_curv.core.options import check_count, check_kind, check_seed, optional, settle
 from avalanche_curv.core.per_example import layer_kinds
 from avalanche_curv.core.per_example.layers import Layers, Tap, by_layers
 from avalanche_curv.core.projection.blocks import Layout
@@ -58,9 +58,7 @@ class InputSpace(Protection):
             raise ValueError("InputSpace needs at least one cut, such as Energy(0.97); got none.")
         for cut in self._cuts:
             check_kind("each of cuts", cut, Cut, "Energy(0.97)")
-        check_seed(self.seed)
-        if self.examples is not None:
-            check_count("InputSpace(examples=...)", self.examples)
+        settle(self, seed=check_seed, examples=optional(check_count))
 
     def find(self, risk: EmpiricalRisk, experience: int) -> TaskFindings:
         part = some_of(risk, self.examples, self.seed, experience)

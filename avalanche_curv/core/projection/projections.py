@@ -6,11 +6,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from avalanche_curv.core.options import check_kind
+from avalanche_curv.core.options import Fixed, check_kind
 from avalanche_curv.core.precision import in_own_precision
 from avalanche_curv.core.projection.protected import ProtectedSpace
 from avalanche_curv.core.risk.parameters import canonical_name
@@ -121,9 +122,12 @@ class Projector:
     no space or no projection, RuntimeError where `after_step` comes without `before_step`.
     """
 
+    space = Fixed[ProtectedSpace](
+        partial(check_kind, kind=ProtectedSpace, example="ProtectedSpace().absorb(risk, Eigenspace())")
+    )
+    projection = Fixed[Projection](partial(check_kind, kind=Projection, example="StepProjection()"))
+
     def __init__(self, space: ProtectedSpace, projection: Projection) -> None:
-        check_kind("space", space, ProtectedSpace, "ProtectedSpace().absorb(risk, Eigenspace())")
-        check_kind("projection", projection, Projection, "StepProjection()")
         self.space, self.projection = space, projection
         self._within: tuple[frozenset[str], ProtectedSpace] = (frozenset(space.space.names), space)
         self._memory: StepMemory | None = None

@@ -6,15 +6,24 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
+from functools import partial
 
 from torch import nn
 
 from avalanche_curv.core.curvature.base import Curvature
-from avalanche_curv.core.options import is_count, is_number
+from avalanche_curv.core.options import (
+    check_count,
+    check_fraction,
+    check_number,
+    check_seed,
+    check_whole,
+    optional,
+    settle,
+)
 from avalanche_curv.core.precision import in_own_precision
 from avalanche_curv.core.quadratic.estimate import estimate
 from avalanche_curv.core.quadratic.model import QuadraticModel, half
-from avalanche_curv.core.quadratic.policies import Past, Policy, RefreshEvent, check_fraction, check_stored, part_of
+from avalanche_curv.core.quadratic.policies import Past, Policy, RefreshEvent, check_stored, part_of
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk, frozen_together
 from avalanche_curv.core.risk.selection import in_words
 from avalanche_curv.core.structures.base import Structure
@@ -55,6 +64,9 @@ class Trust(ABC):
         """Why the model is not trusted at these parameters, with its numbers; None where it is."""
 
 
+check_tolerance = partial(check_number, above=0, hint="Smaller refreshes more often; infinity is Refresh().")
+
+
 @dataclass(frozen=True)
 class AbsoluteError(Trust):
     """|L(θ) − q(θ)| ≤ tolerance, in units of the loss summed over past experiences."""
@@ -62,7 +74,7 @@ class AbsoluteError(Trust):
     tolerance: float
 
     def __post_init__(self) -> None:
-        _check_positive("AbsoluteError", self.tolerance)
+        settle(self, tolerance=check_tolerance)
 
     def broken(self, check: TrustCheck) -> str | None:
         if check.error <= self.tolerance:
@@ -77,7 +89,7 @@ class RelativeError(Trust):
     tolerance: float
 
     def __post_init__(self) -> None:
-        _check_positive("RelativeError", self.tolerance)
+        settle(self, tolerance=check_tolerance)
 
     def broken(self, check: TrustCheck) -> str | None:
         loss = max(check.actual, check.start)
@@ -98,27 +110,19 @@ class RatioBand(Trust):
     floor: float = 0.1
 
     def __post_init__(self) -> None:
-        if not (is_number(self.low) and is_number(self.high) and self.low < 1 < self.high):
+        settle(self, low=check_number, high=check_number)
+        if not self.low < 1 < self.high:
             raise ValueError(
                 f"RatioBand needs low < 1 < high; got low={self.low!r}, high={self.high!r}. 1 is a perfect prediction; "
                 "RatioBand(0.5, 2.0) allows a factor of two either way."
             )
-        if not (is_number(self.floor) and self.floor >= 0):
-            raise ValueError(f"RatioBand needs a floor of at least 0; got {self.floor!r}. 0 judges every change.")
+        settle(self, floor=partial(check_number, at_least=0, hint="0 judges every change."))
 
     def broken(self, check: TrustCheck) -> str | None:
         actual, predicted = check.actual - check.start, check.predicted - check.start
         if max(abs(actual), abs(predicted)) <= self.floor * check.start or self.low <= check.ratio <= self.high:
             return None
         return f"ratio {check.ratio:.3g} of actual to predicted change outside [{self.low:g}, {self.high:g}]"
-
-
-def _check_positive(name: str, tolerance: object) -> None:
-    if not (is_number(tolerance) and tolerance > 0):  # type: ignore[operator]
-        raise ValueError(
-            f"{name} needs a finite tolerance above 0; got {tolerance!r}. Smaller refreshes more often; infinity is "
-            "Refresh()."
-        )
 
 
 class Damping(ABC):
@@ -144,8 +148,7 @@ class Tikhonov(Damping):
     tau: float
 
     def __post_init__(self) -> None:
-        if not (is_number(self.tau) and self.tau >= 0):
-            raise ValueError(f"Tikhonov needs a finite τ of at least 0; got {self.tau!r}. 0 leaves q as it is.")
+        settle(self, tau=partial(check_number, at_least=0, hint="0 leaves q as it is."))
 
     def amount(self, model: QuadraticModel) -> float:
         return self.tau
@@ -162,11 +165,8 @@ class StepBound(Damping):
     radius: float = 10.0
 
     def __post_init__(self) -> None:
-        if not (is_number(self.radius) and self.radius > 0):
-            raise ValueError(
-                f"StepBound needs a finite radius above 0, in lengths of the anchor; got {self.radius!r}. 10 keeps the "
-                "minimum of q within ten times the norm of the parameters."
-            )
+        hint = "It counts in lengths of the anchor: 10 keeps the minimum of q within ten times the norm of parameters."
+        settle(self, radius=partial(check_number, above=0, hint=hint))
 
     def amount(self, model: QuadraticModel) -> float:
         if model.gradient is None:
@@ -224,19 +224,15 @@ class AdaptiveRefresh(Policy):
     revises = True
 
     def __post_init__(self) -> None:
-        check_fraction("AdaptiveRefresh", self.fraction)
+        settle(
+            self, fraction=check_fraction, seed=check_seed, every=check_count, max_refreshes=optional(check_whole)
+        )
         for name, value, expected, example in (
             ("trust", self.trust, Trust, "RelativeError(0.1), AbsoluteError(0.1) or RatioBand(0.5, 2.0)"),
             ("damping", self.damping, Damping, "StepBound(10.0) or Tikhonov(0.0)"),
         ):
             if not isinstance(value, expected):
                 raise TypeError(f"AdaptiveRefresh({name}=...) takes {example}; got {value!r}.")
-        if not is_count(self.every):
-            raise ValueError(f"AdaptiveRefresh needs every to be at least 1 iteration; got {self.every!r}.")
-        if self.max_refreshes is not None and not (is_count(self.max_refreshes) or self.max_refreshes == 0):
-            raise ValueError(
-                f"AdaptiveRefresh needs max_refreshes of at least 0, or None for no limit; got {self.max_refreshes!r}."
-            )
 
     @in_own_precision
     def absorb(self, past: Past, risk: EmpiricalRisk, curvature: Curvature, structure: Structure) -> AdaptivePast:

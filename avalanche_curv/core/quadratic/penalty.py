@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -9,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from avalanche_curv.core.options import Fixed, check_number
 from avalanche_curv.core.precision import in_own_precision
 from avalanche_curv.core.quadratic.model import QuadraticModel, check_first_order, half, times
+from avalanche_curv.core.risk.parameters import ParameterSpace
 
 
 class Penalty:
@@ -19,20 +22,42 @@ class Penalty:
     Displacements share one piece of memory, since at the size of a model fresh memory costs more than arithmetic. Each
     gradient is handed over to autograd in memory of its own, to which that of the loss is then added in place.
 
-    It may be evaluated several times in one step, as `torch.optim.LBFGS` does. Give that a line search
-    (`line_search_fn="strong_wolfe"`): without one its steps overflow on some losses, with a penalty or without.
+    `strength` may be set at any time. `of` is the quadratic model q, `past` what is evaluated in its place: q around
+    its minimum, with the strength in it where that needs no copy. It may be evaluated several times in one step, as
+    `torch.optim.LBFGS` does. Give that a line search (`line_search_fn="strong_wolfe"`): without one its steps overflow
+    on some losses, with a penalty or without. Raises ValueError for a strength that is negative or not finite.
     """
+
+    of, space, anchors = Fixed[QuadraticModel](), Fixed[ParameterSpace](), Fixed[list[Tensor]]()
+    displacement, displacements = Fixed[Tensor](), Fixed[list[Tensor]]()
 
     @in_own_precision
     def __init__(self, past: QuadraticModel, strength: float) -> None:
-        past = _centre(past) or past
+        self.of, self._strength = past, math.nan
+        self._centred = past = _centre(past) or past
         self.strength = strength
-        if not past.curvature.copies_to_scale:
-            self.strength, past = 1.0, past.scaled(strength)
-        self.past, self.space = past, past.space
+        self.space = past.space
         self.anchors = past.space.split(past.anchor)
         self.displacement = torch.empty_like(past.anchor)
         self.displacements = past.space.split(self.displacement)
+
+    @property
+    def past(self) -> QuadraticModel:
+        return self._scaled
+
+    @property
+    def strength(self) -> float:
+        return self._strength
+
+    @strength.setter
+    def strength(self, strength: float) -> None:
+        if strength == self._strength:
+            return
+        self._strength = check_number("strength", strength, at_least=0)
+        if self._centred.curvature.copies_to_scale:
+            self._factor, self._scaled = self._strength, self._centred
+        else:
+            self._factor, self._scaled = 1.0, self._centred.scaled(self._strength)
 
     def __call__(self, model: nn.Module) -> Tensor:
         """A scalar whose gradient in the parameters of `model` is exactly strength · (g + C δ)."""
@@ -50,8 +75,8 @@ class Penalty:
         if past.gradient is not None:
             value = value + self.displacement @ past.gradient
             gradients = [g.add_(slope) for g, slope in zip(gradients, self.space.split(past.gradient))]
-        if self.strength != 1:
-            value, gradients = self.strength * value, [g.mul_(self.strength) for g in gradients]
+        if self._factor != 1:
+            value, gradients = self._factor * value, [g.mul_(self._factor) for g in gradients]
         return value, gradients
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
-from functools import reduce
+from functools import partial, reduce
 from operator import add
 
 from torch import nn
 
 from avalanche_curv.core.curvature.base import Curvature
-from avalanche_curv.core.options import is_number
+from avalanche_curv.core.options import check_flag, check_fraction, check_number, check_seed, settle
 from avalanche_curv.core.precision import in_own_precision
 from avalanche_curv.core.quadratic.estimate import estimate
 from avalanche_curv.core.quadratic.model import QuadraticModel, alike
@@ -95,7 +95,7 @@ class Accumulate(Policy):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_fraction("Accumulate", self.fraction)
+        settle(self, fraction=check_fraction, seed=check_seed)
 
     @in_own_precision
     def absorb(self, past: Past, risk: EmpiricalRisk, curvature: Curvature, structure: Structure) -> Past:
@@ -111,8 +111,8 @@ class Merge(Policy):
     decay: float = 1.0
 
     def __post_init__(self) -> None:
-        if not (is_number(self.decay) and 0 <= self.decay <= 1):
-            raise ValueError(f"Merge needs a decay in [0, 1]; got {self.decay}. 1 keeps all of the past, 0 none of it.")
+        hint = "1 keeps all of the past, 0 none of it."
+        settle(self, decay=partial(check_number, at_least=0, at_most=1, hint=hint))
 
     @in_own_precision
     def absorb(self, past: Past, risk: EmpiricalRisk, curvature: Curvature, structure: Structure) -> Past:
@@ -141,7 +141,7 @@ class Refresh(Policy):
     gradient: bool = False
 
     def __post_init__(self) -> None:
-        check_fraction("Refresh", self.fraction)
+        settle(self, fraction=check_fraction, seed=check_seed, gradient=check_flag)
 
     @in_own_precision
     def absorb(self, past: Past, risk: EmpiricalRisk, curvature: Curvature, structure: Structure) -> Past:
@@ -175,9 +175,3 @@ def part_of(risk: EmpiricalRisk, fraction: float, seed: int, experience: int) ->
 def part_seed(seed: int, experience: int) -> int:
     """The seed by which the kept part of an experience is drawn."""
     return seed * 1_000_003 + experience
-
-
-def check_fraction(name: str, fraction: float) -> None:
-    """Raises ValueError where `fraction`, an option of `name`, does not lie in (0, 1]."""
-    if not (is_number(fraction) and 0 < fraction <= 1):
-        raise ValueError(f"{name} needs a fraction in (0, 1]; got {fraction}. 0.1 keeps one example in ten.")

@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from avalanche_curv.core.options import ByValue
+
 
 class ExampleLoss(ABC):
     """The loss ℓ(f, y) of one example, of which a risk takes the mean: what the criterion returns for a batch of one.
@@ -80,8 +82,8 @@ def example_loss(criterion: object) -> ExampleLoss:
     )
 
 
-@dataclass(frozen=True)
-class CrossEntropy(ExampleLoss):
+@dataclass(frozen=True, eq=False)
+class CrossEntropy(ByValue, ExampleLoss):
     """ℓ = w_y (−log softmax(f)_y), optionally with label smoothing ε, for integer targets.
 
     The class weights w multiply. Of a criterion that takes means they are w_c / mean(w): torch's mean divides by the
@@ -194,8 +196,8 @@ class SquaredError(ExampleLoss):
         _check_same_shape("MSELoss", outputs, targets)
 
 
-@dataclass(frozen=True)
-class BinaryCrossEntropy(ExampleLoss):
+@dataclass(frozen=True, eq=False)
+class BinaryCrossEntropy(ByValue, ExampleLoss):
     """ℓ = s Σ_c v_c [w_c y_c softplus(−f_c) + (1 − y_c) softplus(f_c)], for targets in [0, 1]; s as in `SquaredError`.
 
     `positive_weight` w and `weight` v are 1 where they are None; they broadcast to the outputs of one example as torch

@@ -11,6 +11,7 @@ from typing import TypeAlias
 
 from torch import nn
 
+from avalanche_curv.core.options import settle
 from avalanche_curv.core.risk.parameters import canonical_name
 
 ParameterSelector: TypeAlias = str | type[nn.Module]
@@ -32,6 +33,7 @@ class Selection:
     exclude: tuple[ParameterSelector, ...] = ()
 
     def __post_init__(self) -> None:
+        settle(self, include=lambda _, value: _as_selectors(value), exclude=lambda _, value: _as_selectors(value))
         for selector in (*self.include, *self.exclude):
             if not isinstance(selector, str) and not (isinstance(selector, type) and issubclass(selector, nn.Module)):
                 raise TypeError(

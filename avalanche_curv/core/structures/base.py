@@ -6,6 +6,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from avalanche_curv.core.curvature.base import Curvature
 from avalanche_curv.core.curvature.operators import Operator
 from avalanche_curv.core.eigen import Pairs, largest_of_products, top_of_products
-from avalanche_curv.core.options import is_count
+from avalanche_curv.core.options import check_count
 from avalanche_curv.core.precision import in_own_precision
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.parameters import ParameterSpace
@@ -209,10 +210,8 @@ def check_memory(name: str, needed: int, allowed: int, remedy: str) -> None:
         )
 
 
-def check_limit(name: str, max_bytes: object) -> None:
-    """Raises ValueError where `max_bytes`, the limit of the structure `name`, is no integer of at least 1."""
-    if not is_count(max_bytes):
-        raise ValueError(f"{name}(max_bytes=...) needs an integer of at least 1; got {max_bytes!r}. 2**30 is a GiB.")
+check_limit = partial(check_count, hint="It is a number of bytes: 2**30 is a GiB.")
+"""A check for `max_bytes`, the limit of a structure."""
 
 
 def human_bytes(count: float) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor
 from avalanche_curv.core.curvature.base import Curvature, OutputCurvature
 from avalanche_curv.core.curvature.operators import Operator
 from avalanche_curv.core.eigen import Pairs
+from avalanche_curv.core.options import settle
 from avalanche_curv.core.per_example.gram import Rows, gram_rows, top_pairs
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.parameters import ParameterSpace
@@ -80,7 +81,7 @@ class BlockDiagonal(Structure):
         return self.block.is_mean
 
     def __post_init__(self) -> None:
-        check_limit("BlockDiagonal", self.max_bytes)
+        settle(self, max_bytes=check_limit)
         if not isinstance(self.per, Grouping):
             raise TypeError(f"BlockDiagonal takes PerParameter(), PerLayer() or WholeModel(); got {self.per!r}.")
         if not isinstance(self.block, Structure):

@@ -5,11 +5,12 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import partial
 
 from jaxtyping import Float
 from torch import Tensor
 
-from avalanche_curv.core.options import is_count, is_number
+from avalanche_curv.core.options import check_count, check_number, settle
 
 
 class Cut(ABC):
@@ -42,8 +43,7 @@ class Rank(Cut):
     k: int
 
     def __post_init__(self) -> None:
-        if not is_count(self.k):
-            raise ValueError(f"Rank(k) needs an integer k of at least 1; got {self.k!r}.")
+        settle(self, k=check_count)
 
     def most(self) -> int:
         return self.k
@@ -68,10 +68,8 @@ class Energy(Cut):
     needs_trace = True
 
     def __post_init__(self) -> None:
-        if not (is_number(self.fraction) and 0 < self.fraction <= 1):
-            raise ValueError(f"Energy needs a fraction of the trace in (0, 1]; got {self.fraction!r}.")
-        if not is_count(self.most_pairs):
-            raise ValueError(f"Energy needs an integer most_pairs of at least 1; got {self.most_pairs!r}.")
+        fraction = partial(check_number, above=0, at_most=1, hint="It is a part of the trace.")
+        settle(self, fraction=fraction, most_pairs=check_count)
 
     def most(self) -> int:
         return self.most_pairs

@@ -13,6 +13,7 @@ from avalanche_curv.core.curvature.base import Curvature, OutputCurvature
 from avalanche_curv.core.curvature.empirical_fisher import BatchedEmpiricalFisher
 from avalanche_curv.core.curvature.operators import Operator
 from avalanche_curv.core.eigen import Pairs, top_of_matrix
+from avalanche_curv.core.options import settle
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.parameters import ParameterSpace
 from avalanche_curv.core.structures.base import (
@@ -36,7 +37,7 @@ class Dense(Structure):
     is_mean = True
 
     def __post_init__(self) -> None:
-        check_limit("Dense", self.max_bytes)
+        settle(self, max_bytes=check_limit)
 
     def from_operator(self, operator: Operator, risk: EmpiricalRisk) -> Matrix:
         columns = [operator.matmat(part) for _, part in identity_columns(operator.size, risk.anchor)]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from avalanche_curv.core.curvature.base import Curvature, OutputCurvature
 from avalanche_curv.core.curvature.operators import Operator
+from avalanche_curv.core.options import settle
 from avalanche_curv.core.per_example import layer_kinds
 from avalanche_curv.core.per_example.layers import Layers, Tap, by_layers
 from avalanche_curv.core.per_example.passes import layer_passes
@@ -97,7 +98,7 @@ class Kronecker(Factorised):
     is_mean = True
 
     def __post_init__(self) -> None:
-        check_limit("Kronecker", self.max_bytes)
+        settle(self, max_bytes=check_limit)
         if not isinstance(self.sums, KroneckerSum):
             raise TypeError(f"Kronecker takes KeepTerms() or PiWeighted(); got {self.sums!r}.")
 
@@ -113,7 +114,7 @@ class EKFAC(Factorised):
     corrections: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
-        check_limit("EKFAC", self.max_bytes)
+        settle(self, max_bytes=check_limit)
 
     @property
     def sums(self) -> KroneckerSum:

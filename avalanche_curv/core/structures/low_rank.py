@@ -12,7 +12,7 @@ from torch import Tensor
 from avalanche_curv.core.curvature.base import Curvature
 from avalanche_curv.core.curvature.operators import Operator
 from avalanche_curv.core.eigen import WHOLE, Pairs, top_of_matrix, top_of_operator
-from avalanche_curv.core.options import is_count
+from avalanche_curv.core.options import check_count, optional, settle
 from avalanche_curv.core.per_example.gram import gram_rows, top_pairs
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.parameters import ParameterSpace
@@ -38,12 +38,13 @@ class LowRank(Structure):
     max_bytes: int = 4 * 2**30
 
     def __post_init__(self) -> None:
-        check_limit("LowRank", self.max_bytes)
+        settle(self, max_bytes=check_limit)
         if not isinstance(self.cut, Cut):
             raise TypeError(f"LowRank takes Rank(k) or Energy(fraction); got {self.cut!r}.")
         if self.residual is not None and not isinstance(self.residual, Diagonal):
             raise TypeError(f"LowRank(residual=...) takes Diagonal() or None; got {self.residual!r}.")
-        if self.max_rank is not None and not (is_count(self.max_rank) and self.max_rank >= self.cut.most()):
+        settle(self, max_rank=optional(check_count))
+        if self.max_rank is not None and self.max_rank < self.cut.most():
             raise ValueError(
                 f"LowRank(max_rank={self.max_rank!r}) must be an integer of at least the {self.cut.most()} eigenpairs "
                 f"that {self.cut} may keep of one experience."

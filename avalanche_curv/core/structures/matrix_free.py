@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from numbers import Integral
 
 import torch
 from jaxtyping import Float
@@ -19,7 +18,7 @@ from avalanche_curv.core.curvature.products import (
     is_differentiated_twice,
     right_products,
 )
-from avalanche_curv.core.options import is_number
+from avalanche_curv.core.options import check_fraction, check_seed, settle
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.parameters import ParameterSpace
 from avalanche_curv.core.structures.base import CurvatureSource, Matrix, Structure, identity_columns, symmetrised
@@ -42,10 +41,7 @@ class MatrixFree(Structure):
     fits_in_blocks = False
 
     def __post_init__(self) -> None:
-        if not (is_number(self.fraction) and 0 < self.fraction <= 1):
-            raise ValueError(f"MatrixFree needs a fraction in (0, 1]; got {self.fraction!r}. 1 keeps every example.")
-        if not isinstance(self.seed, Integral):
-            raise ValueError(f"MatrixFree needs an integer seed; got {self.seed!r}.")
+        settle(self, fraction=check_fraction, seed=check_seed)
 
     def from_operator(self, operator: Operator, risk: EmpiricalRisk) -> MatrixFreeMatrix:
         return MatrixFreeMatrix(operator.size, risk.anchor.new_empty(0), (OperatorTerm(operator),))

@@ -13,8 +13,9 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from avalanche_curv.core.options import Fixed, Forwarded, Setting, check_whole
 from avalanche_curv.core.risk.parameters import canonical_name
-from avalanche_curv.core.risk.selection import ParameterSelector, selection_of
+from avalanche_curv.core.risk.selection import ParameterSelector, Selection, selection_of
 
 
 class Mitigator(ABC):  # noqa: B024  nothing is common to all of them but the hooks
@@ -25,9 +26,16 @@ class Mitigator(ABC):  # noqa: B024  nothing is common to all of them but the ho
     and `exclude` select parameters by name ("head", "*.bias") or by type of module (nn.LayerNorm); frozen parameters,
     and those that the optimiser does not step, are never changed. Raises TypeError for other selectors.
 
+    Options that are attributes, such as `strength`, may be set at any time and act from the next step on, checked like
+    in the constructor; those that cannot be changed say so.
+
     A new mitigator overrides `before_step`, `after_step` or `after_task`, and `state_dict` and `load_state_dict` where
     it has state.
     """
+
+    selection = Fixed[Selection]()
+    include, exclude = Forwarded("selection"), Forwarded("selection")
+    steps = Setting(check_whole)
 
     def __init__(self, *, include: Iterable[ParameterSelector] = (), exclude: Iterable[ParameterSelector] = ()) -> None:
         self.selection = selection_of(include, exclude)

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from avalanche_curv.core.options import Setting
 from avalanche_curv.core.risk.selection import ParameterSelector
 from avalanche_curv.plasticity.mitigators.regularizer import (
     InitialValues,
@@ -14,6 +15,7 @@ from avalanche_curv.plasticity.mitigators.regularizer import (
     add_to_gradients,
     cloned,
     differences,
+    initial_values,
     sum_of_squares,
 )
 
@@ -43,6 +45,8 @@ class L2Init(Regularizer):
     θ0 is the value of each parameter when the mitigator was attached or training began; for new heads and rows that
     grew, when `prepare` or a step first sees them. For the options see `Regularizer`.
     """
+
+    initial = Setting[InitialValues](initial_values)
 
     def __init__(
         self,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from avalanche_curv.core.options import is_number
+from avalanche_curv.core.options import Setting, check_number
 from avalanche_curv.core.precision import in_own_precision, product
 from avalanche_curv.core.risk.selection import ParameterSelector
 from avalanche_curv.plasticity.mitigators.regularizer import Regularizer, at_least_float32, gradient_of, sum_of
@@ -32,6 +33,8 @@ class Parseval(Regularizer):
     for the other options see `Regularizer`.
     """
 
+    scale = Setting(partial(check_number, above=0, hint="1 draws all singular values to 1."))
+
     def __init__(
         self,
         strength: float,
@@ -42,9 +45,7 @@ class Parseval(Regularizer):
         exclude: Iterable[ParameterSelector] = (),
     ) -> None:
         super().__init__(strength, every=every, include=include, exclude=exclude)
-        if not is_number(scale) or scale <= 0:
-            raise ValueError(f"scale must be a positive number; got {scale!r}. 1 draws all singular values to 1.")
-        self.scale = float(scale)
+        self.scale = scale
 
     def prepare(self, model: nn.Module) -> None:
         super().prepare(model)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import random
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,11 +17,28 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.module import register_module_forward_hook
 from torch.optim import Optimizer
 
-from avalanche_curv.core.options import check_seed, is_count, is_number
+from avalanche_curv.core.options import Fixed, Setting, check_count, check_number, check_seed
 from avalanche_curv.core.risk.frozen import unwrapped
 from avalanche_curv.core.risk.selection import ParameterSelector
 from avalanche_curv.plasticity.mitigators.base import Mitigator
 from avalanche_curv.plasticity.mitigators.unit_graph import HiddenLayer, UnitGraph, units
+
+
+def check_next_layers(name: str, value: Any) -> dict[str, tuple[str, ...]] | None:
+    """`value`, a mapping from names of layers to one or several names, with tuples of these. Raises TypeError for
+    another value."""
+    if value is None:
+        return None
+    found: dict[Any, tuple[Any, ...]] = {}
+    if isinstance(value, Mapping):
+        for key, names in value.items():
+            found[key] = (names,) if not isinstance(names, Iterable) or isinstance(names, str) else tuple(names)
+    if not found or not all(isinstance(one, str) for key, names in found.items() for one in (key, *names)):
+        raise TypeError(
+            f"{name} takes, for each hidden layer by name, the names of the modules that its units reach, such as "
+            f"{{'fc1': ['fc2'], 'fc2': ['policy', 'value']}}; got {value!r}."
+        )
+    return found
 
 
 class ReDO(Mitigator):
@@ -41,38 +59,55 @@ class ReDO(Mitigator):
 
     The source takes a threshold of 0.1 or 0.025 and 1,000 steps, the defaults here; 0 recycles only silent units.
 
-    Which layers read which units is traced by torch.fx (see `UnitGraph.of`). `layers` names those that are recycled and
-    `left_alone` the other ones with reasons; frozen ones, and those that `include` and `exclude` or the optimiser
-    leave out, or whose readers are left out, are not recycled either. `recycled` counts units so far. Among those left
-    alone is the layer before Avalanche's `MultiHeadClassifier`, which chooses a head by task labels: `MTSimpleMLP`,
-    whose only hidden layer it is, is refused, and deeper models keep that layer as it is. A layer before batch or
-    group norm is one that is left alone once a pass shows more axes than those of a batch of vectors or images, whose
-    second axis are the units.
+    Which layers read which units is traced by torch.fx (see `UnitGraph.of`). For a model that cannot be traced, as with
+    branches on the values of its inputs, or to choose, `next_layers` says it by names: for each hidden layer the norm
+    layers that its units pass and all linear layers and convolutions that read them,
 
-    Raises ValueError for a model that cannot be traced or has no hidden layer to recycle, before training where that
-    can be seen; RuntimeError where no training pass of the model was seen before a step that recycles.
+        ReDO(next_layers={"encoder.0": ["encoder.1", "encoder.3"], "encoder.3": ["policy", "value"]})
+
+    with nothing in between that mixes units, no other reader, and no second call in a pass, which is not checked
+    (`UnitGraph.named`). Activities are then those that reach the layers named.
+
+    `layers` names those that are recycled and `left_alone` the other ones with reasons; frozen ones, and those that
+    `include` and `exclude` or the optimiser leave out, or whose readers are left out, are not recycled either.
+    `recycled` counts units so far. Among those left alone is the layer before Avalanche's `MultiHeadClassifier`, which
+    chooses a head by task labels: `MTSimpleMLP`, whose only hidden layer it is, is refused, and deeper models keep that
+    layer as it is. A layer before batch or group norm is one that is left alone once a pass shows more axes than those
+    of a batch of vectors or images, whose second axis are the units.
+
+    Raises TypeError for `next_layers` that is no mapping of names; ValueError for names that do not fit the model and
+    for a model that cannot be traced or has no hidden layer to recycle, before training where that can be seen;
+    RuntimeError where no training pass of the model was seen before a step that recycles.
     """
+
+    threshold = Setting(partial(check_number, at_least=0, below=1, hint="It is a share of the mean activity."))
+    every = Setting(partial(check_count, hint="The source takes 1,000."))
+    seed = Setting(check_seed)
+    next_layers = Fixed[dict[str, tuple[str, ...]] | None](check_next_layers)
 
     def __init__(
         self,
         threshold: float = 0.1,
         *,
         every: int = 1000,
+        next_layers: Mapping[str, str | Iterable[str]] | None = None,
         include: Iterable[ParameterSelector] = (),
         exclude: Iterable[ParameterSelector] = (),
         seed: int = 0,
     ) -> None:
         super().__init__(include=include, exclude=exclude)
-        if not (is_number(threshold) and 0 <= threshold < 1):
-            raise ValueError(f"threshold must lie in [0, 1), a share of the mean activity; got {threshold!r}. Try 0.1.")
-        if not is_count(every):
-            raise ValueError(f"every must be at least 1 step; got {every!r}. The source takes 1,000.")
-        check_seed(seed)
-        self.threshold, self.every, self.seed = float(threshold), every, seed
-        self.graph = UnitGraph((), {})
+        self.threshold, self.every, self.seed = threshold, every, seed
+        self.next_layers = next_layers
+        self._graph = UnitGraph((), {})
+        self._due = -1  # the step after which units are recycled, whose passes are recorded
         self._counts: dict[str, Tensor] = {}
         self._activity = InputActivity(())
         self._model_parts: list[int] = []  # identities of modules and parameters that `graph` was traced from
+
+    @property
+    def graph(self) -> UnitGraph:
+        """Which layers read the units of which, in the model that `prepare` saw."""
+        return self._graph
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -95,7 +130,7 @@ class ReDO(Mitigator):
         if parts == self._model_parts:  # tracing takes as long as some steps, and online streams prepare often
             return
         self._model_parts = parts
-        self.graph = UnitGraph.of(model)
+        self._graph = UnitGraph.of(model) if self.next_layers is None else UnitGraph.named(model, self.next_layers)
         self._check_any(model)
         inner = unwrapped(model)
         readers = [inner.get_submodule(name) for layer in self.graph.hidden for name in layer.readers]
@@ -108,7 +143,7 @@ class ReDO(Mitigator):
 
     def after_step(self, model: nn.Module, optimizer: Optimizer) -> None:
         super().after_step(model, optimizer)
-        if self.steps % self.every == 0:
+        if self.steps == self._due:
             self._recycle(model, optimizer)
         self._record_if_due()
 
@@ -122,6 +157,7 @@ class ReDO(Mitigator):
 
     def _record_if_due(self) -> None:
         if (self.steps + 1) % self.every == 0:
+            self._due = self.steps + 1
             self._activity.start()
 
     @torch.no_grad()
@@ -151,7 +187,7 @@ class ReDO(Mitigator):
             if len(recorded) < len(readers):
                 continue
             if layer.batched and not all(map(self._activity.follows_batch_axis, readers)):
-                self.graph = self.graph.without(layer, "a norm layer on its way took another axis for its units")
+                self._graph = self.graph.without(layer, "a norm layer on its way took another axis for its units")
                 self._check_any(model)
                 continue
             activities = [sums.view(units(model.get_submodule(layer.name)), -1).sum(1) for sums in recorded]

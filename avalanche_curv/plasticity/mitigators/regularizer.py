@@ -5,12 +5,13 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from avalanche_curv.core.options import is_count, is_number
+from avalanche_curv.core.options import Setting, check_count, check_kind, check_number
 from avalanche_curv.core.risk.selection import ParameterSelector
 from avalanche_curv.plasticity.mitigators.base import Mitigator, skips_step
 
@@ -26,6 +27,9 @@ class Regularizer(Mitigator):
     `maximize=True`, which would maximise R too. A new regulariser defines `penalty` and `add_penalty_gradient`.
     """
 
+    strength = Setting(partial(check_number, at_least=0))
+    every = Setting(partial(check_count, hint="1 regularises each step."))
+
     def __init__(
         self,
         strength: float,
@@ -35,11 +39,7 @@ class Regularizer(Mitigator):
         exclude: Iterable[ParameterSelector] = (),
     ) -> None:
         super().__init__(include=include, exclude=exclude)
-        if not is_number(strength) or strength < 0:
-            raise ValueError(f"strength must be a finite number, at least 0; got {strength!r}.")
-        if not is_count(every):
-            raise ValueError(f"every must be at least 1 step; got {every!r}. 1 regularises each step.")
-        self.strength, self.every = float(strength), every
+        self.strength, self.every = strength, every
 
     @abstractmethod
     def penalty(self, model: nn.Module) -> Tensor:
@@ -184,3 +184,10 @@ def extended(known: Tensor | None, like: Tensor) -> Tensor:
 def cloned(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A copy of each tensor, by name."""
     return {name: tensor.clone() for name, tensor in tensors.items()}
+
+
+initial_values = partial(check_kind, kind=InitialValues, example="InitialValues()")
+"""A check for an attribute that holds initial parameters."""
+
+by_name = partial(check_kind, kind=dict, example="{}")
+"""A check for an attribute that holds values by the names of parameters."""

@@ -6,6 +6,7 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,15 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.optim import Optimizer
 
-from avalanche_curv.core.options import check_seed, is_count, is_number
+from avalanche_curv.core.options import (
+    Setting,
+    check_count,
+    check_kind,
+    check_number,
+    check_seed,
+    check_whole,
+    settle,
+)
 from avalanche_curv.core.risk.selection import ParameterSelector
 from avalanche_curv.plasticity.mitigators.base import Mitigator
 from avalanche_curv.plasticity.roles import NORMS, RECURRENT, ShiftRole, WeightRole, role_of
@@ -46,8 +55,7 @@ class EveryStep(Schedule):
     reuse: int = 64
 
     def __post_init__(self) -> None:
-        if not is_count(self.reuse):
-            raise ValueError(f"reuse must be at least 1 step; got {self.reuse!r}. 1 draws noise afresh at each.")
+        settle(self, reuse=partial(check_count, hint="1 draws noise afresh at each step."))
 
     def after_step(self, steps: int) -> bool:
         return True
@@ -60,8 +68,7 @@ class EverySteps(Schedule):
     n: int
 
     def __post_init__(self) -> None:
-        if not is_count(self.n):
-            raise ValueError(f"n must be at least 1 step; got {self.n!r}. For each step, use EveryStep().")
+        settle(self, n=partial(check_count, hint="For each step, use EveryStep()."))
 
     def after_step(self, steps: int) -> bool:
         return steps % self.n == 0
@@ -104,6 +111,12 @@ class ShrinkAndPerturb(Mitigator):
     changes nothing. Keep them in float32, as `torch.autocast` does, or shrink more, fewer times.
     """
 
+    shrink = Setting(partial(check_number, at_least=0, at_most=1, hint="It is the part that is taken away."))
+    noise = Setting(partial(check_number, at_least=0, hint="1 is the initial scale."))
+    when = Setting[Schedule](partial(check_kind, kind=Schedule, example="EveryStep(), EverySteps(n) or AfterTask()"))
+    seed = Setting(check_seed)
+    times = Setting(check_whole)
+
     def __init__(
         self,
         shrink: float,
@@ -115,18 +128,11 @@ class ShrinkAndPerturb(Mitigator):
         seed: int = 0,
     ) -> None:
         super().__init__(include=include, exclude=exclude)
-        if not (is_number(shrink) and 0 <= shrink <= 1):
-            raise ValueError(f"shrink must lie in [0, 1], the part that is taken away; got {shrink!r}.")
-        if not (is_number(noise) and noise >= 0):
-            raise ValueError(f"noise must be a finite number, at least 0; got {noise!r}. 1 is the initial scale.")
-        if not isinstance(when, Schedule):
-            raise TypeError(f"when must be EveryStep(), EverySteps(n) or AfterTask(); got {when!r}.")
-        check_seed(seed)
-        self.shrink, self.noise, self.when, self.seed = float(shrink), float(noise), when, seed
+        self.shrink, self.noise, self.when, self.seed = shrink, noise, when, seed
         self.times = 0
         self._chosen: list[Tensor] = []  # the last parameters
         self._moments: dict[Tensor, tuple[float, float]] = {}  # of those that have one
-        self._pool: tuple[tuple[int, int], Tensor] | None = None  # made from the seed when it is needed
+        self._pool: tuple[tuple[int, ...], Tensor] | None = None  # made from the seed when it is needed
 
     def after_step(self, model: nn.Module, optimizer: Optimizer) -> None:
         super().after_step(model, optimizer)
@@ -169,7 +175,7 @@ class ShrinkAndPerturb(Mitigator):
 
     def _noise_pool(self, size: int, device: torch.device) -> Tensor:
         """The pool of standard normal numbers of this time, drawn when it is first needed."""
-        key = (self.times // self.when.reuse, size)
+        key = (self.times // self.when.reuse, size, self.when.reuse, self.seed)
         if self._pool is None or self._pool[0] != key or self._pool[1].device != device:
             generator = torch.Generator(device).manual_seed(random.Random(f"{self.seed} {key[0]}").getrandbits(32))
             whole = size if self.when.reuse == 1 else size + max(size, POOL_STARTS)

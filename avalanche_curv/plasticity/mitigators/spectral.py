@@ -6,13 +6,14 @@ import math
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from avalanche_curv.core.options import check_seed, is_number
+from avalanche_curv.core.options import Fixed, Setting, check_number, check_seed, check_whole
 from avalanche_curv.core.precision import in_own_precision, product
 from avalanche_curv.core.risk.selection import ParameterSelector
 from avalanche_curv.plasticity.mitigators.regularizer import Regularizer, add_scaled, at_least_float32, gradient_of
@@ -59,6 +60,11 @@ class SpectralRegularizer(Regularizer):
     13.0
     """
 
+    exponent = Setting(partial(check_number, at_least=1, hint="The paper uses 2."))
+    seed = Setting(check_seed)
+    iterations = Setting(check_whole)
+    pairs = Fixed[dict[str, "SingularPair"]]()
+
     def __init__(
         self,
         strength: float,
@@ -70,12 +76,9 @@ class SpectralRegularizer(Regularizer):
         seed: int = 0,
     ) -> None:
         super().__init__(strength, every=every, include=include, exclude=exclude)
-        if not is_number(exponent) or exponent < 1:
-            raise ValueError(f"exponent must be a number, at least 1; got {exponent!r}. The paper uses 2.")
-        check_seed(seed)
         self.exponent, self.seed = exponent, seed
         self.iterations = 0
-        self.pairs: dict[str, SingularPair] = {}  # the vectors u and v of each matrix, by its name
+        self.pairs = {}  # the vectors u and v of each matrix, by its name
         self._groups: tuple[Any, tuple[BlocksByRole, ...]] = (None, ())  # of the parameters seen last
 
     def prepare(self, model: nn.Module) -> None:
@@ -135,7 +138,8 @@ class SpectralRegularizer(Regularizer):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         self.iterations = state["iterations"]
-        self.pairs = {name: SingularPair(u.clone(), v.clone()) for name, (u, v) in state["vectors"].items()}
+        self.pairs.clear()
+        self.pairs.update({name: SingularPair(u.clone(), v.clone()) for name, (u, v) in state["vectors"].items()})
         self._groups = (None, ())
 
     def _advance(self, groups: tuple[BlocksByRole, ...]) -> None:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from avalanche_curv.core.options import is_number
+from avalanche_curv.core.options import Fixed, Setting, check_number
 from avalanche_curv.core.risk.selection import ParameterSelector
 from avalanche_curv.plasticity.mitigators.regularizer import (
     Regularizer,
     at_least_float32,
+    by_name,
     cloned,
     extended,
     gradient_of,
@@ -42,6 +44,11 @@ class StreamingEWC(Regularizer):
     Raises ValueError for a decay outside [0, 1); for the other options see `Regularizer`.
     """
 
+    importance_decay = Fixed[float](partial(check_number, at_least=0, below=1, hint="Try 0.999."))  # as corrected for
+    anchor_decay = Setting(partial(check_number, at_least=0, below=1, hint="Try 0.999."))
+    importances, anchors = Setting[dict[str, Tensor]](by_name), Setting[dict[str, Tensor]](by_name)
+    counts = Setting[dict[str, int | Tensor]](by_name)
+
     def __init__(
         self,
         strength: float,
@@ -53,13 +60,10 @@ class StreamingEWC(Regularizer):
         exclude: Iterable[ParameterSelector] = (),
     ) -> None:
         super().__init__(strength, every=every, include=include, exclude=exclude)
-        for name, decay in (("importance_decay", importance_decay), ("anchor_decay", anchor_decay)):
-            if not (is_number(decay) and 0 <= decay < 1):
-                raise ValueError(f"{name} must lie in [0, 1), the weight of the past; got {decay!r}. Try 0.999.")
-        self.importance_decay, self.anchor_decay = float(importance_decay), float(anchor_decay)
-        self.importances: dict[str, Tensor] = {}  # F, by name
-        self.anchors: dict[str, Tensor] = {}  # θ̄
-        self.counts: dict[str, int | Tensor] = {}  # t, by entry where the parameter has extended
+        self.importance_decay, self.anchor_decay = importance_decay, anchor_decay
+        self.importances = {}  # F, by name
+        self.anchors = {}  # θ̄
+        self.counts = {}  # t, by entry where the parameter has extended
 
     def penalty(self, model: nn.Module) -> Tensor:
         known = {name: p for name, p in self.parameters(model).items() if name in self.counts}

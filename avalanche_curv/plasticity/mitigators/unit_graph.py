@@ -1,10 +1,13 @@
-"""The hidden layers of a model whose units can be replaced, and the layers that read these units, found by tracing."""
+"""The hidden layers of a model whose units can be replaced, and the layers that read these units, found by tracing or
+named."""
 
 from __future__ import annotations
 
 import copy
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -84,6 +87,32 @@ class UnitGraph:
                     others[name] = str(reason)
         return cls(tuple(hidden), others)
 
+    @classmethod
+    def named(cls, model: nn.Module, next_layers: Mapping[str, tuple[str, ...]]) -> UnitGraph:
+        """The hidden layers that `next_layers` names, without tracing: for each, in any order, the norm layers that its
+        units pass and all linear layers and convolutions that read them. Other layers are left out.
+
+        What lies between is not looked at: units have to stay apart, as through activations, dropout, pooling and
+        flattening. Raises ValueError where a name is none, a module is of another type, or widths do not fit.
+
+        >>> UnitGraph.named(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)), {"0": ("2",)}).hidden
+        (HiddenLayer(name='0', readers=('2',), norms=(), batched=False),)
+        """
+        model = unwrapped(model)
+        hidden = tuple(_named_layer(model, name, following) for name, following in next_layers.items())
+        times = Counter(reader for layer in hidden for reader in layer.readers)
+        for layer in hidden:
+            for reader in (reader for reader in layer.readers if times[reader] > 1):
+                raise ValueError(
+                    f"next_layers names '{reader}' behind several layers, '{layer.name}' among them, so that it reads "
+                    "sums of units, of which none can be replaced alone. Leave these layers out."
+                )
+        others = {
+            name: "next_layers does not name it" for name, layer in model.named_modules()
+            if isinstance(layer, (nn.Linear, _ConvNd)) and name not in next_layers
+        }  # fmt: skip
+        return cls(hidden, others)
+
     def without(self, layer: HiddenLayer, reason: str) -> UnitGraph:
         """The graph in which the hidden layer `layer` is among the others, with `reason`."""
         return UnitGraph(tuple(one for one in self.hidden if one != layer), {**self.others, layer.name: reason})
@@ -96,12 +125,16 @@ class _NotReplaceable(Exception):
 class _UnitPath:
     """The path of the units of one layer to their readers."""
 
-    def __init__(self, model: nn.Module, graph: fx.Graph, name: str) -> None:
+    def __init__(self, model: nn.Module, graph: fx.Graph | None, name: str) -> None:
         self.model, self.graph, self.name = model, graph, name
         self.layer: Any = model.get_submodule(name)
         self.readers: dict[str, None] = {}
         self.norms: dict[str, None] = {}
         self.batched = False
+
+    @property
+    def _nodes(self) -> list[fx.Node]:
+        return [] if self.graph is None else [*self.graph.nodes]
 
     def hidden_layer(self) -> HiddenLayer:
         calls = self._calls(self.name)
@@ -131,7 +164,7 @@ class _UnitPath:
 
     def _reads(self, name: str, reader: nn.Linear | _ConvNd, flat: bool) -> None:
         self._check_own(name)
-        if len(self._calls(name)) != 1:
+        if self.graph is not None and len(self._calls(name)) != 1:
             raise _NotReplaceable(f"its reader '{name}' is called several times")
         if isinstance(reader, nn.Linear):
             blocks, rest = divmod(reader.in_features, units(self.layer))
@@ -159,7 +192,7 @@ class _UnitPath:
 
     def _norm(self, name: str, norm: nn.Module) -> None:
         self._check_own(name)
-        if len(self._calls(name)) != 1:
+        if self.graph is not None and len(self._calls(name)) != 1:
             raise _NotReplaceable(f"the norm layer '{name}' on its way is called several times")
         self.norms[name] = None
         self.batched |= not isinstance(norm, LAST_AXIS_NORMS)
@@ -172,8 +205,31 @@ class _UnitPath:
             return False  # of [n, units] it takes n for the features
         return getattr(norm, "num_features", getattr(norm, "num_channels", None)) == units(self.layer)
 
+    def reaches(self, name: str) -> None:
+        """Notes that units reach the module of this name, as they pass a norm layer or are read."""
+        module, images = self.model.get_submodule(name), isinstance(self.layer, _ConvNd)
+        if name == self.name:
+            raise _NotReplaceable("it reads its own units")
+        if isinstance(module, NORMS):
+            if not self._normalises(module, flat=not images):
+                raise _NotReplaceable(f"the norm layer '{name}' does not take each unit for one feature")
+            self._norm(name, module)
+        elif isinstance(module, (nn.Linear, _ConvNd)):
+            self._reads(name, module, flat=isinstance(module, nn.Linear))
+        else:
+            raise _NotReplaceable(f"'{name}' is a {type(module).__name__}, no linear layer, convolution or norm layer")
+
+    def named_layer(self) -> HiddenLayer:
+        """The layer with what its units reach, where that is complete."""
+        if not isinstance(self.layer, (nn.Linear, _ConvNd)):
+            raise _NotReplaceable(f"it is a {type(self.layer).__name__}, no linear layer or convolution")
+        self._check_own(self.name)
+        if not self.readers:
+            raise _NotReplaceable("no linear layer or convolution among them reads its units")
+        return HiddenLayer(self.name, tuple(self.readers), tuple(self.norms), self.batched)
+
     def _calls(self, name: str) -> list[fx.Node]:
-        return [node for node in self.graph.nodes if node.op == "call_module" and node.target == name]
+        return [node for node in self._nodes if node.op == "call_module" and node.target == name]
 
     def _check_own(self, name: str) -> None:
         """Raises where the weight of a layer is not a parameter of it alone, or has the input as its first axis."""
@@ -183,9 +239,31 @@ class _UnitPath:
         if "weight" not in layer._parameters:
             raise _NotReplaceable("a weight on its way is computed from other parameters")
         holders = Counter(id(p) for module in self.model.modules() for p in module._parameters.values())
-        read = {str(node.target).rpartition(".")[0] for node in self.graph.nodes if node.op == "get_attr"}
+        read = {str(node.target).rpartition(".")[0] for node in self._nodes if node.op == "get_attr"}
         if name in read or any(holders[id(p)] > 1 for p in layer._parameters.values() if p is not None):
             raise _NotReplaceable("a weight on its way is shared")
+
+
+def _named_layer(model: nn.Module, name: str, following: tuple[str, ...]) -> HiddenLayer:
+    known = dict(model.named_modules())
+    for one in (name, *following):
+        if one not in known:
+            near = get_close_matches(one, [n for n in known if n], n=3) or [n for n in known if n][:8]
+            raise ValueError(
+                f"{type(model).__name__} has no module '{one}', which next_layers names. Did you mean one of {near}?"
+            )
+    path = _UnitPath(model, None, name)
+    try:
+        if isinstance(path.layer, (nn.Linear, _ConvNd)):
+            for one in following:
+                path.reaches(one)
+        return path.named_layer()
+    except _NotReplaceable as reason:
+        raise ValueError(
+            f"next_layers={{'{name}': {list(following)}}}: units of '{name}' cannot be recycled, since {reason}. Name, "
+            "for each hidden linear layer or convolution, the norm layers that its units pass and all layers that read "
+            "them one by one."
+        ) from None
 
 
 def units(layer: Any) -> int:
@@ -242,7 +320,7 @@ def _traced(model: nn.Module) -> fx.Graph:
             return _Tracer().trace(copy.deepcopy(model, shared))  # tracing writes constants into the model
         except Exception as error:
             raise ValueError(
-                f"{type(model).__name__} cannot be traced by torch.fx to see which layers read which units: {error} "
-                "Move what depends on the values of inputs into a submodule, which is then taken as a whole, or use "
-                "another mitigator, such as ShrinkAndPerturb."
+                f"{type(model).__name__} cannot be traced by torch.fx to see which layers read which units: {error}. "
+                "Say it yourself, as by ReDO(next_layers={'fc1': 'fc2'}). Or move what depends on the values of inputs "
+                "into a submodule, which is then taken as a whole."
             ) from error

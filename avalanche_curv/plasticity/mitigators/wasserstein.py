@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from avalanche_curv.core.options import is_count
+from avalanche_curv.core.options import Setting, check_count
 from avalanche_curv.core.risk.selection import ParameterSelector
 from avalanche_curv.plasticity.mitigators.regularizer import (
     InitialValues,
     Regularizer,
     add_to_gradients,
+    by_name,
     cloned,
     differences,
+    initial_values,
     sum_of_squares,
 )
 
@@ -36,6 +39,10 @@ class Wasserstein(Regularizer):
     Raises ValueError for `resort` below 1; for the other options see `Regularizer`.
     """
 
+    initial = Setting[InitialValues](initial_values)
+    targets = Setting[dict[str, Tensor]](by_name)
+    resort = Setting(partial(check_count, hint="1 sorts for each gradient."))
+
     def __init__(
         self,
         strength: float,
@@ -46,11 +53,9 @@ class Wasserstein(Regularizer):
         exclude: Iterable[ParameterSelector] = (),
     ) -> None:
         super().__init__(strength, every=every, include=include, exclude=exclude)
-        if not is_count(resort):
-            raise ValueError(f"resort must be at least 1 gradient; got {resort!r}. 1 sorts for each one.")
         self.resort = resort
         self.initial = InitialValues()
-        self.targets: dict[str, Tensor] = {}  # θ0 in the order of the ranks that are kept
+        self.targets = {}  # θ0 in the order of the ranks that are kept
         self._gradients = 0  # given so far
         self._sorted: dict[str, tuple[Tensor, Tensor]] = {}  # θ0 and its entries sorted, when they were needed
 

@@ -226,10 +226,8 @@ def test_the_positive_part_changes_the_eigenvalues_of_what_is_kept(part, functio
 def test_monte_carlo_fisher_names_its_mistakes():
     with pytest.raises(ValueError, match="give samples=m, or drop the seed"):
         Fisher(seed=0)
-    with pytest.raises(ValueError, match=r"at least 1 sample; got 0. Leave it out for the exact"):
+    with pytest.raises(ValueError, match=r"at least 1; got 0. Leave it out for the exact"):
         Fisher(samples=0)
-    with pytest.raises(ValueError, match="batch_size of at least 1; got 0"):
-        BatchedEmpiricalFisher(0)
 
 
 @pytest.mark.parametrize("structure", [Dense(), Diagonal()])

@@ -228,17 +228,12 @@ def test_regions_of_trust_on_paper(trust, check, reason):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: AbsoluteError(0), "AbsoluteError needs a finite tolerance above 0; got 0"),
-        (lambda: RelativeError(math.inf), "finite tolerance above 0; got inf"),
+        (lambda: AbsoluteError(0), r"AbsoluteError\(tolerance=...\) must be a finite number, above 0; got 0"),
+        (lambda: RelativeError(math.inf), "finite number, above 0; got inf.* infinity is Refresh"),
         (lambda: RatioBand(1.5, 2), "RatioBand needs low < 1 < high; got low=1.5, high=2"),
-        (lambda: RatioBand(floor=-1), "floor of at least 0; got -1"),
-        (lambda: AdaptiveRefresh(fraction=0), r"AdaptiveRefresh needs a fraction in \(0, 1\]; got 0"),
-        (lambda: AdaptiveRefresh(every=0), "every to be at least 1 iteration; got 0"),
-        (lambda: AdaptiveRefresh(max_refreshes=-1), "max_refreshes of at least 0, or None for no limit; got -1"),
         (lambda: AdaptiveRefresh(0.1), r"takes RelativeError\(0.1\), AbsoluteError.*; got 0.1"),
         (lambda: AdaptiveRefresh(damping=0.1), r"takes StepBound\(10.0\) or Tikhonov\(0.0\); got 0.1"),
-        (lambda: Tikhonov(-1), "τ of at least 0; got -1"),
-        (lambda: StepBound(0), "radius above 0, in lengths of the anchor; got 0"),
+        (lambda: StepBound(0), "above 0; got 0. It counts in lengths of the anchor"),
     ],
 )
 def test_bad_options_are_named_with_their_remedy(make, message):

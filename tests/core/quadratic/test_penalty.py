@@ -125,8 +125,12 @@ def test_strength_goes_into_the_curvature_of_every_structure_that_scales_without
     penalty = Penalty(past, 3.0)
     assert past.curvature.copies_to_scale is copies
     assert (penalty.past.curvature is past.curvature) is copies
-    assert penalty.strength == (3.0 if copies else 1.0)
-    torch.testing.assert_close(penalty(model), 3 * past.penalty(model), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(
-        gradients(penalty(model), model), 3 * gradients(past.penalty(model), model), rtol=1e-12, atol=1e-12
-    )
+    for strength in (3.0, 0.5, 0.0, 2.0):
+        penalty.strength = strength
+        assert penalty.strength == strength
+        torch.testing.assert_close(penalty(model), strength * past.penalty(model), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(
+            gradients(penalty(model), model), strength * gradients(past.penalty(model), model), rtol=1e-12, atol=1e-12
+        )
+    with pytest.raises(ValueError, match="strength must be a finite number"):
+        penalty.strength = float("nan")

@@ -202,16 +202,3 @@ def test_absorbing_returns_a_new_past(policy, experiences):
     second = policy.absorb(first, risks[1], GGN(), Diagonal())
     assert (first.experiences, second.experiences) == (1, 2)
     assert first.model(model).item() == before
-
-
-@pytest.mark.parametrize("fraction", [0, -0.1, 1.1, float("nan")])
-@pytest.mark.parametrize("policy", [Accumulate, Refresh])
-def test_a_fraction_must_lie_between_zero_and_one(policy, fraction):
-    with pytest.raises(ValueError, match=rf"{policy.__name__} needs a fraction in \(0, 1\]; got .*one example in ten"):
-        policy(fraction=fraction)
-
-
-@pytest.mark.parametrize("decay", [-0.1, 1.1, float("nan")])
-def test_a_decay_must_lie_between_zero_and_one(decay):
-    with pytest.raises(ValueError, match=r"Merge needs a decay in \[0, 1\]; got .*1 keeps all of the past"):
-        Merge(decay=decay)

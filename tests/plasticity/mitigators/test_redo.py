@@ -396,3 +396,102 @@ def test_gradients_of_single_examples_may_be_taken_while_it_listens():
     torch.func.vmap(lambda one: torch.func.functional_call(model, dict(model.named_parameters()), (one,)))(x)
     optimizer.step()
     assert redo.steps == 1
+
+
+NORMED = {"0": ["1", "3"], "3": "6"}
+
+
+def normed():
+    model = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.ReLU(), nn.Linear(8, 5), nn.ReLU(), nn.Dropout(0.0),
+                          nn.Linear(5, 3))  # fmt: skip
+    with torch.no_grad():
+        model[1].bias[DEAD] = -100.0
+        model[1].weight.fill_(2.0)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("build", "next_layers"),
+    [
+        (perceptron, {"0": "2", "2": ("4",)}),
+        (normed, NORMED),
+        (images, {"1": ["3"], "3": ["7"], "7": ["9"]}),
+        (flattened, {"1": "5"}),
+    ],
+)
+def test_named_layers_are_recycled_as_traced_ones_are(build, next_layers, make):
+    traced, named = make(build), make(build)
+    redos = []
+    for model, options in ((traced, {}), (named, {"next_layers": next_layers})):
+        redo, adam = ReDO(0.5, every=2, **options), torch.optim.Adam(model.parameters(), lr=0.01)
+        with redo.attach(adam, model):
+            for _ in range(4):
+                step(model, adam)
+        redos.append(redo)
+    assert redos[0].graph.hidden == redos[1].graph.hidden
+    assert redos[0].recycled == redos[1].recycled
+    assert sum(redos[1].recycled.values()) >= 2
+    assert all(map(torch.equal, traced.state_dict().values(), named.state_dict().values()))
+
+
+def actor_critic(written, make):
+    """Which torch.fx cannot trace: the scale of its input depends on values."""
+
+    def forward(self, x):
+        h = self.trunk(x / x.norm() if x.abs().max() > 10 else x).relu()
+        h = self.norm(self.hidden(h)).relu()
+        return torch.cat([self.policy(h), self.value(h)], dim=1)
+
+    def build():
+        return written(forward, trunk=nn.Linear(6, 8), hidden=nn.Linear(8, 7), norm=nn.BatchNorm1d(7),
+                       policy=nn.Linear(7, 3), value=nn.Linear(7, 1))  # fmt: skip
+
+    return make(build)
+
+
+def test_a_model_that_cannot_be_traced_is_recycled_by_the_names_of_its_layers(written, make):
+    model = actor_critic(written, make)
+    with pytest.raises(ValueError, match=r"cannot be traced by torch.fx .* ReDO\(next_layers="):
+        ReDO().prepare(model)
+    kill(model.trunk, DEAD)
+    with torch.no_grad():
+        model.norm.weight.fill_(3.0)
+        model.norm.bias[2] = -100.0
+    inputs = torch.randn(20, 6, generator=torch.Generator().manual_seed(0))
+    before, old = model(inputs), copy.deepcopy(model.state_dict())
+    redo = recycled(model, inputs, next_layers={"trunk": "hidden", "hidden": ["norm", "policy", "value"]})
+    assert redo.layers == ("trunk", "hidden")
+    assert redo.left_alone == dict.fromkeys(("policy", "value"), "next_layers does not name it")
+    assert redo.recycled == {"trunk": 2, "hidden": 1}
+    model.norm.running_mean.copy_(old["norm.running_mean"])
+    torch.testing.assert_close(model(inputs), before)
+    assert not model.hidden.weight[[0, 1, 3, 4, 5, 6]][:, DEAD].any()
+    assert not model.policy.weight[:, 2].any()
+    assert not model.value.weight[:, 2].any()
+    assert (model.norm.weight == 3).tolist() == [unit != 2 for unit in range(7)]
+    changed = (model.trunk.weight != old["trunk.weight"]).any(1)
+    assert changed.nonzero().flatten().tolist() == DEAD
+
+
+@pytest.mark.parametrize(
+    ("next_layers", "error", "message"),
+    [
+        ({"trunk": "hiden"}, ValueError, "Written has no module 'hiden', .* one of .'hidden'"),
+        ({"trunck": "hidden"}, ValueError, "no module 'trunck', .* one of .'trunk'"),
+        ({"trunk": "policy"}, ValueError, "units of 'trunk' cannot .* its reader 'policy' mixes or regroups units"),
+        ({"hidden": "norm"}, ValueError, "no linear layer or convolution among them reads its units"),
+        ({"norm": "policy"}, ValueError, "since it is a BatchNorm1d, no linear layer or convolution"),
+        ({"trunk": ["norm", "hidden"]}, ValueError, "the norm layer 'norm' does not take each unit for one feature"),
+        ({"trunk": ""}, ValueError, "'' is a Written, no linear layer"),
+        ({"trunk": "hidden", "hidden": "hidden"}, ValueError, "it reads its own units"),
+        ({"trunk": "hidden", "other": "hidden"}, ValueError, "'hidden' behind several layers"),
+        ({}, TypeError, "next_layers takes, for each hidden layer by name"),
+        (["trunk", "hidden"], TypeError, r"such as {'fc1': \['fc2'\].*; got \['trunk', 'hidden'\]"),
+        ({"trunk": 3}, TypeError, "got {'trunk': 3}"),
+    ],
+)
+def test_names_that_do_not_fit_are_refused_with_the_remedy(next_layers, error, message, written, make):
+    model = actor_critic(written, make)
+    model.other = nn.Linear(6, 8)
+    with pytest.raises(error, match=message):
+        ReDO(next_layers=next_layers).prepare(model)
