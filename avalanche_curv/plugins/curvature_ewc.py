@@ -17,6 +17,7 @@ from torch import nn
 from avalanche_curv.core.curvature.base import Curvature, NonFiniteCurvatureError
 from avalanche_curv.core.curvature.fisher import Fisher
 from avalanche_curv.core.options import Fixed, Forwarded, Setting, check_count, check_kind, check_number
+from avalanche_curv.core.quadratic.estimate import estimate
 from avalanche_curv.core.quadratic.model import QuadraticModel
 from avalanche_curv.core.quadratic.penalty import Penalty, check_takes_dense_gradients
 from avalanche_curv.core.quadratic.policies import Accumulate, Past, Policy
@@ -137,7 +138,7 @@ class CurvatureEWCPlugin(SupervisedPlugin):
         space = risk.space if self.past.model is None else risk.space.union(self.past.model.space)
         self.structure.check(space, risk.anchor.element_size())
         if not self.past.experiences:
-            self.policy.absorb(Past(), risk, self.curvature, self.structure)
+            estimate(self.curvature, self.structure, risk)
 
     def before_backward(self, strategy: Any, **kwargs: Any) -> None:
         past = self.past.model

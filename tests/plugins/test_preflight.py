@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from avalanche_curv import (
-    Accumulate,
     CurvatureEWCPlugin,
     Dense,
     Diagonal,
@@ -88,12 +87,6 @@ class BrokenStructure(Diagonal):
         raise ValueError("no such matrix")
 
 
-@dataclass(frozen=True)
-class BrokenPolicy(Accumulate):
-    def absorb(self, past, risk, curvature, structure):
-        raise KeyError("no such policy")
-
-
 class Lists(torch.utils.data.Dataset):
     def __init__(self, make) -> None:
         self.make, self.targets = make, Y.tolist()
@@ -169,7 +162,6 @@ SETUPS = {
         ValueError, "no such matrix", plugin=ewc(curvature=Hessian(), structure=BrokenStructure()),
         model=lambda: Changed(lambda f, x: f.square()),
     ),
-    "a policy that is broken": SetUp(RuntimeError, "KeyError: 'no such policy'", plugin=ewc(policy=BrokenPolicy())),
     "a projection of an unknown criterion": SetUp(**unknown, plugin=OrthogonalProjectionPlugin),
     "a projection of steps with a closure": SetUp(
         TypeError, "Use SGD, Adam", plugin=OrthogonalProjectionPlugin, optimizer=torch.optim.LBFGS
