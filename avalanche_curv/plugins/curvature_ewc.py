@@ -115,7 +115,8 @@ class CurvatureEWCPlugin(SupervisedPlugin):
             self._takes(revised)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_weighted": None, "_guarded": None}
+        """With what the guard has decided, which a schedule of learning rates would not decide again."""
+        return {**self.__dict__, "_weighted": None}
 
     def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
         if not self._task_ends.here(strategy):
