@@ -64,6 +64,8 @@ from avalanche_curv.core.quadratic import (
     UnstablePenaltyError,
     WarnIfUnstable,
     estimate,
+    past_from_state,
+    past_state,
 )
 from avalanche_curv.core.risk import (
     EmpiricalRisk,
@@ -170,6 +172,8 @@ __all__ = [
     "estimate",
     "example_loss",
     "landscape",
+    "past_from_state",
+    "past_state",
     "principal_angles",
     "rule",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from avalanche.benchmarks import OnlineCLExperience
-from avalanche.models import MultiTaskModule, avalanche_forward
+from avalanche.models import MultiTaskModule, TrainEvalModel, avalanche_forward
 from avalanche.models.utils import is_multi_task_module
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -69,6 +69,20 @@ class _OneTask(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         outputs = self.module(inputs, self.task)
         return F.pad(outputs, (0, max(0, self.width - outputs.shape[1])))
+
+
+class _Trained(nn.Module):
+    """A `TrainEvalModel` as it is trained, also in eval mode: its loss is that of the classifier for training, and not
+    of the one it is evaluated with (nearest class means, FeCAM), which has no loss."""
+
+    def __init__(self, module: Any) -> None:
+        super().__init__()
+        self.module = module
+        self.eval()
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        module: Any = self.module
+        return module.train_classifier(module.feature_extractor(inputs))
 
 
 class TaskEnds:
@@ -140,7 +154,7 @@ def current_risk(strategy: Any, batch_size: int, indices: Sequence[int] | None =
         adapter = _adapter(model, dataset, current_number(strategy))
         batches = _batches(dataset if indices is None else dataset.subset(indices), batch_size)
         risk = EmpiricalRisk.snapshot(model, strategy._criterion, batches, adapter=adapter)
-        if adapter is not None:
+        if isinstance(adapter, SingleTask):
             _check_same_outputs(risk, adapter.task)
     return risk
 
@@ -218,7 +232,14 @@ def _batches(dataset: Any, size: int) -> Any:
     return tuple(batches) if fits else batches
 
 
-def _adapter(model: nn.Module, dataset: Any, number: int) -> SingleTask | None:
+def _adapter(model: nn.Module, dataset: Any, number: int) -> Callable[[nn.Module], nn.Module] | None:
+    if isinstance(model, TrainEvalModel):
+        return _Trained
+    if any(isinstance(module, TrainEvalModel) for module in model.modules()):
+        raise ValueError(
+            f"{type(model).__name__} holds a TrainEvalModel, which is another function in training than in eval mode: "
+            "it is not known which of the two is trained here. Let the TrainEvalModel be the strategy's model."
+        )
     if not is_multi_task_module(model):
         return None
     tasks = sorted({int(task) for task in dataset.targets_task_labels})

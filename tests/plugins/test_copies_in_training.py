@@ -1,6 +1,7 @@
 """Copies and pickles made in the middle of an experience take the place of the original and train on as it would."""
 
 import copy
+import io
 import pickle
 
 import dill
@@ -157,3 +158,16 @@ def test_a_strength_that_a_guard_has_lowered_stays_low_in_a_copy(normed, plane, 
         train(strategy, plane.train_stream[:2])
         ends.append([p.detach() for p in strategy.model.parameters()])
     assert all(map(torch.equal, *ends))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", [*MITIGATORS])
+def test_the_state_of_a_mitigator_is_loaded_with_weights_only(name, normed, plane, learner, train):
+    mitigator = MITIGATORS[name]()
+    train(learner(normed, MitigatorPlugin(mitigator)), plane.train_stream[:1])
+    file = io.BytesIO()
+    torch.save(mitigator.state_dict(), file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=True)
+    assert repr(loaded) == repr(mitigator.state_dict())
+    MITIGATORS[name]().load_state_dict(loaded)
