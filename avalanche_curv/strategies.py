@@ -13,10 +13,10 @@ from torch.optim import Optimizer
 from avalanche_curv.core.curvature.base import Curvature
 from avalanche_curv.core.curvature.fisher import Fisher
 from avalanche_curv.core.projection import Eigenspace, Projection, Protection, StepProjection
-from avalanche_curv.core.quadratic.policies import Accumulate, Policy
+from avalanche_curv.core.quadratic.policies import Accumulate, Past, Policy
 from avalanche_curv.core.quadratic.stability import Guard, WarnIfUnstable
+from avalanche_curv.core.risk.selection import ParameterSelector
 from avalanche_curv.core.structures import Diagonal, Structure
-from avalanche_curv.plasticity.mitigators.base import ParameterSelector
 from avalanche_curv.plugins import CurvatureEWCPlugin, OrthogonalProjectionPlugin, SpectralRegPlugin
 
 
@@ -38,7 +38,8 @@ class CurvatureEWC(_WithPlugin):
     """Trains on task loss + strength · q(θ), with q a quadratic model of the loss on past experiences.
 
     `strength` is λ; `curvature` and `structure` say which matrix q has and how it is stored, `policy` how the models of
-    past experiences are combined, `guard` what happens where the penalty alone would diverge (`CurvatureEWCPlugin`).
+    past experiences are combined, `guard` what happens where the penalty alone would diverge, `past` where q begins for
+    a pretrained model, `include` and `exclude` which parameters it is of (`CurvatureEWCPlugin`).
     `training` are the arguments of Avalanche's strategies: `criterion` (cross-entropy), `train_mb_size`,
     `train_epochs`, `device`, `plugins`, `evaluator` and so on. The plugin is the attribute `ewc`, and raises
     its errors.
@@ -54,10 +55,14 @@ class CurvatureEWC(_WithPlugin):
         structure: Structure = Diagonal(),  # noqa: B008
         policy: Policy = Accumulate(),  # noqa: B008
         guard: Guard | None = WarnIfUnstable(),  # noqa: B008
+        past: Past = Past(),  # noqa: B008
+        include: Iterable[ParameterSelector] = (),
+        exclude: Iterable[ParameterSelector] = (),
         **training: Any,
     ) -> None:
         self.ewc = CurvatureEWCPlugin(
-            strength, curvature=curvature, structure=structure, policy=policy, guard=guard
+            strength, curvature=curvature, structure=structure, policy=policy, guard=guard,
+            past=past, include=include, exclude=exclude,
         )
         super().__init__(plugin=self.ewc, model=model, optimizer=optimizer, **training)
 
@@ -66,7 +71,8 @@ class OrthogonalProjection(_WithPlugin):
     """Trains with steps that are projected out of the directions that past experiences need.
 
     `protect` says which directions these are, `projection` how a step is projected, `max_rank` bounds the number of
-    directions kept (None: no bound). `OrthogonalProjectionPlugin` takes further options. `training` are the arguments
+    directions kept (None: no bound), `include` and `exclude` which parameters are protected.
+    `OrthogonalProjectionPlugin` takes further options. `training` are the arguments
     of Avalanche's strategies: `criterion` (cross-entropy), `train_mb_size`, `plugins` and so on. The plugin is the
     attribute `projection`. Raises as the plugin does.
     """
@@ -79,9 +85,13 @@ class OrthogonalProjection(_WithPlugin):
         protect: Protection = Eigenspace(),  # noqa: B008
         projection: Projection = StepProjection(),  # noqa: B008
         max_rank: int | None = None,
+        include: Iterable[ParameterSelector] = (),
+        exclude: Iterable[ParameterSelector] = (),
         **training: Any,
     ) -> None:
-        self.projection = OrthogonalProjectionPlugin(protect, projection=projection, max_rank=max_rank)
+        self.projection = OrthogonalProjectionPlugin(
+            protect, projection=projection, max_rank=max_rank, include=include, exclude=exclude
+        )
         super().__init__(plugin=self.projection, model=model, optimizer=optimizer, **training)
 
 

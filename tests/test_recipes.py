@@ -19,6 +19,13 @@ def test_there_is_a_recipe_for_everything_that_one_may_add() -> None:
     assert [title.partition(" ")[2] for title in RECIPES] == list(subjects)
 
 
+def test_a_strategy_begins_from_a_pretrained_past(tmp_path: Path) -> None:
+    section = README.read_text(encoding="utf-8").partition("## Which parameters, and a past to begin with\n")[2]
+    file = tmp_path / "pretrained.py"
+    file.write_text(section.partition("```python\n")[2].partition("```")[0], encoding="utf-8")
+    runpy.run_path(str(file), run_name="__main__")
+
+
 @pytest.mark.parametrize("title", RECIPES)
 def test_recipe_adds_one_thing_in_a_file_of_its_own(
     title: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -70,6 +70,7 @@ from avalanche_curv.core.quadratic import (
 from avalanche_curv.core.risk import (
     EmpiricalRisk,
     ExampleLoss,
+    ParameterSelector,
     ParameterSpace,
     example_loss,
 )
@@ -137,6 +138,7 @@ __all__ = [
     "Operator",
     "OutputCurvature",
     "OutputGradient",
+    "ParameterSelector",
     "ParameterSpace",
     "Past",
     "PerLayer",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from avalanche.evaluation.metric_results import MetricValue
@@ -15,6 +15,8 @@ from avalanche_curv.core.curvature.fisher import Fisher
 from avalanche_curv.core.fidelity.monitor import PastModels
 from avalanche_curv.core.options import is_number
 from avalanche_curv.core.quadratic.policies import Policy, part_of
+from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
+from avalanche_curv.core.risk.selection import ParameterSelector, Selection, selection_of
 from avalanche_curv.metrics._published import ScalarMetric
 from avalanche_curv.metrics.accuracy import TaskAccuracyMetric
 from avalanche_curv.metrics.penalty import PenaltyMetric
@@ -37,6 +39,8 @@ def fidelity_metrics(
     seed: int | None = None,
     every: int = 10,
     stream: Sequence[Any] | None = None,
+    include: Iterable[ParameterSelector] = (),
+    exclude: Iterable[ParameterSelector] = (),
 ) -> list[ScalarMetric]:
     """Metrics of the fidelity of quadratic models of past loss, of accuracy on old and new examples, and of the
     penalty.
@@ -55,25 +59,30 @@ def fidelity_metrics(
     Besides come `accuracy/{stored,current_task,past_tasks}`, on `stream` if one is given (for instance
     `benchmark.test_stream`) and else on training examples, and `penalty/{raw,weighted}` of a CurvatureEWC.
 
-    `of` takes the curvature from a CurvatureEWCPlugin, and fraction and seed from a policy of it that stores only part
-    of the examples, where they are not given. Each experience is measured on the past function as frozen at its end
-    (`accumulate`), or on that of the newest end (`refresh`), masks and padding of growing heads included. What growth
-    alone changes is `growth/<model>[/experience_t]`, before the first step: the loss of the model as it has grown
-    less that of the frozen function, at the same parameters. Measuring draws no random numbers and leaves training
-    bit-identical. Raises TypeError for a curvature without per-example form and
-    ValueError for a fraction or `every` out of range.
+    `include` and `exclude` select parameters as in `CurvatureEWCPlugin`; what was frozen at an anchor and trains later
+    is measured from then on. `of` takes the curvature and the selection from a CurvatureEWCPlugin, and fraction and
+    seed from a policy of it that stores only part of the examples, where they are not given. Each experience is
+    measured on the past function as frozen at its end (`accumulate`), or on that of the newest end (`refresh`), masks
+    and padding of growing heads included. What growth alone changes is `growth/<model>[/experience_t]`, before the
+    first step: the loss of the model as it has grown less that of the frozen function, at the same parameters.
+    Measuring draws no random numbers and leaves training bit-identical. Raises TypeError for a curvature without
+    per-example form and ValueError for a fraction or `every` out of range.
 
     >>> from avalanche_curv import GGN
     >>> [type(metric).__name__ for metric in fidelity_metrics(curvature=GGN(), every=5)]
     ['FidelityMetric', 'TaskAccuracyMetric', 'PenaltyMetric']
     """
+    selection = selection_of(include, exclude)
     if of is not None:
         curvature = _of_single_examples(of.curvature) if curvature is None else curvature
         fraction = _stored_fraction(of.policy) if fraction is None else fraction
         seed = getattr(of.policy, "seed", None) if seed is None else seed
+        selection = of.selection if selection == Selection() else selection
     fraction, seed = 0.1 if fraction is None else fraction, seed or 0
     return [
-        FidelityMetric(every, Fisher() if curvature is None else curvature, fraction, seed),
+        FidelityMetric(
+            every, Fisher() if curvature is None else curvature, fraction, seed, selection
+        ),
         TaskAccuracyMetric(every, stream, fraction, seed),
         PenaltyMetric(every),
     ]
@@ -92,29 +101,42 @@ def _stored_fraction(policy: Policy) -> float | None:
 class FidelityMetric(ScalarMetric):
     """The values `fidelity...` and `growth/...` of `fidelity_metrics`, which says what the arguments mean."""
 
-    def __init__(self, every: int, curvature: Curvature, fraction: float, seed: int) -> None:
+    def __init__(
+        self,
+        every: int,
+        curvature: Curvature,
+        fraction: float,
+        seed: int,
+        selection: Selection = Selection(),  # noqa: B008  a frozen value
+    ) -> None:
         super().__init__(every)
         if not (is_number(fraction) and 0 < fraction <= 1):
             raise ValueError(f"fraction must lie in (0, 1]; got {fraction}. 0.1 stores one example in ten.")
-        self.fraction, self.seed = fraction, seed
+        self.fraction, self.seed, self.selection = fraction, seed, selection
         self.past = PastModels(curvature)
         self._task_ends = _bridge.TaskEnds()
         self.trajectory: defaultdict[str, _Mean] = defaultdict(_Mean)
         self._curves = DistanceCurves()
         self._begun = False  # the task, of which an online stream gives one part after another
 
-    def before_training(self, strategy: Any) -> None:
-        _bridge.check_criterion(strategy, self.past.curvature)
-
     def before_training_exp(self, strategy: Any) -> list[MetricValue]:
         if self._begun:
             return []
+        _bridge.preflight(strategy, self._try, self.selection)
         self._begun = True
+        self.past = self.past.covering(strategy.model)
         return self._published(strategy, "growth", self.past.growth(strategy.model))
+
+    def _try(self, risk: EmpiricalRisk) -> None:
+        """Raises what would keep an experience from being measured, as seen on a few of its examples."""
+        self.past.curvature.check_loss(risk.loss)
+        if not self.past.accumulate:
+            PastModels(self.past.curvature).with_experience(risk).measure(risk.base)
 
     def after_training_iteration(self, strategy: Any) -> list[MetricValue]:
         if not self.past.accumulate or not self.due(strategy):
             return []
+        self.past = self.past.covering(strategy.model)
         values = self.past.measure(strategy.model)
         for name, value in values.items():
             self.trajectory[name].add(value)
@@ -131,7 +153,7 @@ class FidelityMetric(ScalarMetric):
             means = {name: mean.value for name, mean in self.trajectory.items()}
             published += self._published(strategy, "fidelity_trajectory", means)
             published += self._figure(strategy)
-        risk = _bridge.current_risk(strategy, batch_size=256)
+        risk = _bridge.current_risk(strategy, batch_size=256, selection=self.selection)
         stored = part_of(risk, self.fraction, self.seed, len(self.past.accumulate))
         self.past = self.past.with_experience(stored)
         return published

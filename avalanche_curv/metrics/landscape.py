@@ -103,13 +103,17 @@ class LandscapeMetric(ScalarMetric):
         self._stored: tuple[EmpiricalRisk, ...] = ()  # all as frozen at the end of the newest task
         self._before: Tensor | None = None  # the parameters before a step that is measured
 
-    def before_training(self, strategy: Any) -> None:
-        _bridge.check_criterion(strategy, self.curvature)
-
     def before_training_exp(self, strategy: Any) -> None:
         if self._current is None:
+            _bridge.preflight(strategy, self._try)
             risk = _bridge.current_risk(strategy, batch_size=256)
             self._current = part_of(risk, self.fraction, self.seed, len(self._stored))
+
+    def _try(self, risk: EmpiricalRisk) -> None:
+        """Raises what would keep an experience from being measured, as seen on a few of its examples."""
+        self.curvature.check_loss(risk.loss)
+        if not self._stored:
+            self._landscape((risk,))
 
     def before_update(self, strategy: Any) -> None:
         self._before = self._anchored[0].space.vector(strategy.model) if self.due(strategy) else None

@@ -9,7 +9,6 @@ from typing import Any
 
 from avalanche.evaluation.metric_results import MetricValue
 
-from avalanche_curv.core.curvature.empirical_fisher import EmpiricalFisher
 from avalanche_curv.core.options import is_count
 from avalanche_curv.core.quadratic.policies import part_seed
 from avalanche_curv.core.risk.batches import random_part
@@ -111,12 +110,10 @@ class ProbeMetric(ScalarMetric):
         self._begun = False  # the task, of which an online stream gives one part after another
         self._probe: EmpiricalRisk | None = None  # of the newest task, as frozen at its start
 
-    def before_training(self, strategy: Any) -> None:
-        _bridge.check_criterion(strategy, EmpiricalFisher())
-
     def before_training_exp(self, strategy: Any) -> list[MetricValue]:
         if self._begun:
             return []
+        _bridge.preflight(strategy, gradient_diversity)
         values: dict[str, float] = {}
         if self._probe is not None:
             now = self._probe.frozen_at(strategy.model)

@@ -2,32 +2,34 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from avalanche.benchmarks import OnlineCLExperience
 from avalanche.models import MultiTaskModule, TrainEvalModel, avalanche_forward
 from avalanche.models.utils import is_multi_task_module
+from avalanche.training.templates.problem_type import SupervisedProblem
+from avalanche.training.templates.update_type import MetaUpdate
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from avalanche_curv.core.curvature.base import Curvature
+from avalanche_curv.core.curvature.base import NonFiniteCurvatureError
+from avalanche_curv.core.risk.batches import CountedBatches, untouched_randomness
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.frozen import unwrapped
-from avalanche_curv.core.risk.losses import ExampleLoss, example_loss
 from avalanche_curv.core.risk.parameters import ParameterSpace
+from avalanche_curv.core.risk.preflight import check_batch
+from avalanche_curv.core.risk.selection import Selection, warn_unprotected
 
 IN_MEMORY_BYTES = 2**30  # data sets up to this size are loaded once, larger ones at every pass
 
 
 @dataclass(frozen=True)
-class LoadedBatches:
+class LoadedBatches(CountedBatches):
     """(inputs, targets) of a data set, loaded anew at every pass and in the same order."""
 
     dataset: Any
@@ -37,12 +39,9 @@ class LoadedBatches:
     def examples(self) -> int:
         return len(self.dataset)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        batches = iter(loader(self.dataset, self.size))
-        for _ in range(len(batches)):
-            with untouched_randomness():
-                batch = next(batches)
-            yield batch[0], batch[1]
+    def __iter__(self) -> Iterator[Any]:
+        for batch in loader(self.dataset, self.size):
+            yield batch if isinstance(batch, Mapping) else (batch[0], batch[1])
 
 
 @dataclass(frozen=True)
@@ -110,24 +109,140 @@ def tells_tasks(strategy: Any) -> bool:
     return not isinstance(experience, OnlineCLExperience) or bool(experience.access_task_boundaries)
 
 
-def check_criterion(strategy: Any, curvature: Curvature) -> None:
-    """Raises TypeError for a criterion without a per-example form, ValueError for one that `curvature` does not fit."""
-    curvature.check_loss(loss_of(strategy))
+FIRST = 256  # examples that are looked at before an experience is trained
+REFUSALS = (TypeError, ValueError, MemoryError, NonFiniteCurvatureError)
 
 
-def loss_of(strategy: Any) -> ExampleLoss:
-    """The strategy's criterion as a loss of single examples. Raises TypeError where no such form is known."""
-    return example_loss(strategy._criterion)
+def preflight(
+    strategy: Any, trial: Callable[[EmpiricalRisk], object], selection: Selection = Selection()  # noqa: B008
+) -> None:
+    """To be called before the first step of an experience: raises what would keep its loss from being remembered,
+    measured or projected at its end. `trial` does that to the risk of a few examples of its first batch, over the
+    parameters that `selection` takes.
+
+    In a task that an online stream splits it looks at the first part only.
+    """
+    experience = strategy.experience
+    if tells_tasks(strategy) and not getattr(experience, "is_first_subexp", True):
+        return
+    try:
+        size = min(FIRST, int(strategy.train_mb_size), len(data_of(experience)))
+        risk = current_risk(strategy, size, range(size), selection)
+        check_trained_loss(strategy)
+        trial(risk.trial())
+    except Exception as error:
+        kind = next((kind for kind in REFUSALS if isinstance(error, kind)), RuntimeError)
+        text = str(error) if kind is not RuntimeError else f"{type(error).__name__}: {error}"
+        raise kind(f"Experience {current_number(strategy)}: {text} Nothing was trained on it yet.") from error
 
 
-def current_space(strategy: Any) -> ParameterSpace:
-    """The trainable parameters of the strategy's model."""
-    return ParameterSpace.of(strategy.model)
+STEPS_TO_THE_LOSS = ("_unpack_minibatch", "mb_x", "mb_y", "mb_task_id", "forward", "criterion")
+
+
+def check_trained_loss(strategy: Any) -> None:
+    """Raises TypeError where a strategy trains another loss of the current examples than its criterion of its model's
+    outputs, which is what is remembered of them. To be called before the first step of an experience.
+
+    A strategy may do what it likes in the steps to its loss: of the first examples, in eval mode, the value and the
+    gradient are compared. One that takes all those steps as Avalanche's templates do is not run. Terms that a plugin or
+    a training loop adds, such as those of replayed examples, do not count. The strategy, its model and the random
+    states are left as found.
+    """
+    kind = type(strategy)
+    own = [
+        name
+        for name in STEPS_TO_THE_LOSS
+        if name in vars(strategy) or getattr(kind, name, None) is not getattr(SupervisedProblem, name)
+    ]
+    if not own:
+        return
+    try:
+        trained, pictured, tolerance = _losses_with_gradients(strategy)
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
+        raise TypeError(
+            f"{kind.__name__} has {', '.join(own)} of its own, and its loss cannot be compared with what would be "
+            f"remembered, its criterion of the model's outputs: {type(error).__name__}: {error}. {_AS_IT_TRAINS}"
+        ) from error
+    if not all(_alike(*parts, tolerance) for parts in ((trained[:1], pictured[:1]), (trained[1:], pictured[1:]))):
+        raise TypeError(
+            f"{kind.__name__} has {', '.join(own)} of its own and trains another loss than would be remembered: of the "
+            f"first examples {trained[0]:.6g} with a gradient of length {trained[1:].norm():.6g}; expected those of "
+            f"{type(strategy._criterion).__name__} of the model's outputs, {pictured[0]:.6g} and "
+            f"{pictured[1:].norm():.6g}. {_AS_IT_TRAINS}"
+        )
+
+
+_AS_IT_TRAINS = (
+    "Let the model do what is done to inputs and outputs (scaling, a "
+    "temperature, a mask), put a factor into the learning rate, and let a plugin's before_backward add further terms."
+)
+
+
+def _losses_with_gradients(strategy: Any) -> tuple[Tensor, Tensor, float]:
+    """The loss of the first examples as the strategy computes it, and its criterion of its model's outputs, each
+    followed by its gradient; and by how much of their size rounding may part them."""
+    dataset, found = data_of(strategy.experience), dict(vars(strategy))
+    first = dataset.subset(range(min(len(dataset), 4)))
+    with untouched_randomness(), evaluating(strategy.model), torch.enable_grad():
+        batch = next(iter(loader(first, len(first))))
+        inputs, targets = (part.to(strategy.device) for part in batch[:2])
+        tasks = batch[-1].to(strategy.device) if len(batch) > 2 else torch.zeros_like(targets, dtype=torch.long)
+        pictured = strategy._criterion(avalanche_forward(strategy.model, inputs, tasks), targets)
+        try:
+            strategy.mbatch = list(batch)
+            strategy._unpack_minibatch()
+            strategy.mb_output = strategy.forward()
+            trained = strategy.criterion()
+            half = getattr(strategy.mb_output, "dtype", None) in (torch.float16, torch.bfloat16)
+        finally:
+            vars(strategy).clear()
+            vars(strategy).update(found)
+        model, tolerance = strategy.model, 0.02 if half else 1e-3
+        return _with_gradient(trained, model), _with_gradient(pictured, model), tolerance
+
+
+def _with_gradient(loss: Tensor, model: nn.Module) -> Tensor:
+    free = [p for p in model.parameters() if p.requires_grad]
+    parts = torch.autograd.grad(loss.sum(), free, allow_unused=True, materialize_grads=True)
+    return torch.cat([part.reshape(-1).double() for part in (loss.detach().sum(), *parts)])
+
+
+def _alike(a: Tensor, b: Tensor, tolerance: float) -> bool:
+    return bool((a - b).norm() <= tolerance * torch.maximum(a.norm(), b.norm()) + 1e-6)
+
+
+def check_backward(strategy: Any) -> None:
+    """Raises TypeError for a strategy whose training never comes to `before_backward`, where penalties are added."""
+    if isinstance(strategy, MetaUpdate):
+        raise TypeError(
+            f"{type(strategy).__name__} learns by meta-updates, which never call before_backward, so that a penalty "
+            "would do nothing. Take strength 0 to measure only, or a strategy that trains on strategy.loss."
+        )
+
+
+def current_space(strategy: Any, selection: Selection = Selection()) -> ParameterSpace:  # noqa: B008  a frozen value
+    """The trainable parameters of the strategy's model, or those that `selection` takes into the space of a risk.
+    Raises ValueError for a selector that fits none."""
+    selection.check(strategy.model)
+    return ParameterSpace.of_parameters(strategy.model, selection.in_space(strategy.model))
 
 
 def current_itemsize(strategy: Any) -> int:
     """Bytes of one number of the model's curvature: those of its parameters, float32 for half precision."""
-    return max(4, *(p.element_size() for p in strategy.model.parameters() if p.requires_grad))
+    return max(4, *(p.element_size() for p in strategy.model.parameters()))
+
+
+class Unprotected:
+    """Warns once of each set of parameters that train although the past does not know them."""
+
+    def __init__(self) -> None:
+        self._said: set[str] = set()
+
+    def say(self, names: Sequence[str]) -> None:
+        """`names` are those that train so now; nothing happens for those that were said before."""
+        if not self._said.issuperset(names):
+            self._said.update(names)
+            warn_unprotected(names)
 
 
 def current_number(strategy: Any) -> int:
@@ -142,8 +257,14 @@ def data_of(experience: Any) -> Any:
     return experience.dataset.eval()
 
 
-def current_risk(strategy: Any, batch_size: int, indices: Sequence[int] | None = None) -> EmpiricalRisk:
-    """The risk of the current experience, or of its examples at `indices`, frozen at the current parameters.
+def current_risk(
+    strategy: Any,
+    batch_size: int,
+    indices: Sequence[int] | None = None,
+    selection: Selection = Selection(),  # noqa: B008
+) -> EmpiricalRisk:
+    """The risk of the current experience, or of its examples at `indices`, frozen at the current parameters, over those
+    of them that `selection` takes.
 
     Raises ValueError for an empty experience and for several task labels in one experience of a multi-task model.
     """
@@ -153,7 +274,9 @@ def current_risk(strategy: Any, batch_size: int, indices: Sequence[int] | None =
         model = unwrapped(strategy.model)
         adapter = _adapter(model, dataset, current_number(strategy))
         batches = _batches(dataset if indices is None else dataset.subset(indices), batch_size)
-        risk = EmpiricalRisk.snapshot(model, strategy._criterion, batches, adapter=adapter)
+        risk = EmpiricalRisk.snapshot(
+            model, strategy._criterion, batches, adapter=adapter, include=selection.include, exclude=selection.exclude
+        )
         if isinstance(adapter, SingleTask):
             _check_same_outputs(risk, adapter.task)
     return risk
@@ -181,18 +304,6 @@ def loader(dataset: Any, batch_size: int) -> DataLoader:
     """Batches in order; a generator of its own keeps the global random state as it is."""
     collate = getattr(dataset, "collate_fn", None)
     return DataLoader(dataset, batch_size=batch_size, collate_fn=collate, generator=torch.Generator())
-
-
-@contextmanager
-def untouched_randomness() -> Iterator[None]:
-    """Restores the random states of torch, numpy and Python afterwards, whatever a data set's transforms draw."""
-    states = random.getstate(), np.random.get_state()  # noqa: NPY002  the legacy state is the one transforms use
-    with torch.random.fork_rng(devices=[]):
-        try:
-            yield
-        finally:
-            random.setstate(states[0])
-            np.random.set_state(states[1])  # noqa: NPY002
 
 
 @contextmanager
@@ -227,8 +338,9 @@ def collected(dataset: Any, indices: list[int]) -> tuple[Tensor, Tensor, Tensor]
 
 def _batches(dataset: Any, size: int) -> Any:
     batches = LoadedBatches(dataset, size)
-    first = next(iter(batches))[0]
-    fits = first.nbytes / len(first) * len(dataset) <= IN_MEMORY_BYTES
+    first = next(iter(batches))
+    check_batch(first)
+    fits = first[0].nbytes / len(first[0]) * len(dataset) <= IN_MEMORY_BYTES
     return tuple(batches) if fits else batches
 
 

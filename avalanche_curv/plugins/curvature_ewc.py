@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from avalanche.training.plugins import SupervisedPlugin
+from torch import nn
 
 from avalanche_curv.core.curvature.base import Curvature, NonFiniteCurvatureError
 from avalanche_curv.core.curvature.fisher import Fisher
 from avalanche_curv.core.options import check_kind, is_count, is_number
-from avalanche_curv.core.quadratic.penalty import Penalty
+from avalanche_curv.core.quadratic.model import QuadraticModel
+from avalanche_curv.core.quadratic.penalty import Penalty, check_takes_dense_gradients
 from avalanche_curv.core.quadratic.policies import Accumulate, Past, Policy
 from avalanche_curv.core.quadratic.stability import Guard, Guarded, WarnIfUnstable
+from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.frozen import unwrapped
+from avalanche_curv.core.risk.selection import ParameterSelector, selection_of
 from avalanche_curv.core.structures import Diagonal, Structure
 from avalanche_curv.core.structures.rules import check_pair
 from avalanche_curv.plugins import _bridge
@@ -42,12 +47,20 @@ class CurvatureEWCPlugin(SupervisedPlugin):
     (`RescaleIfUnstable()`), or raises (`StopIfUnstable()`); None does not look. It looks again where the learning rate
     changes, and at each plugin by itself: several penalties add up. `batch_size` is how many examples are loaded at
     once; results do not depend on it. `past` holds the quadratic model, what the policy stores and, of
-    `AdaptiveRefresh`, every refresh with its reason, which are also logged to the logger `avalanche_curv`.
+    `AdaptiveRefresh`, every refresh with its reason, which are also logged to the logger `avalanche_curv`. It begins as
+    the `past` given, empty by default: one that a policy has made of the data that a model was pretrained on.
 
-    Raises TypeError or ValueError for unusable options when it is made; before training for a criterion without
-    per-example form, an empty experience, several tasks in one experience of a multi-task model, a model without
-    trainable parameters, or (MemoryError) a matrix over its structure's limit; NonFiniteCurvatureError at the end of
-    an experience that diverged: `past` then still holds what came before.
+    q is a function of the trainable parameters, or with `include` of those that it selects by name ("head", "*.bias")
+    or by type of module, also where they are frozen (`requires_grad=False`) and train only later; without those that
+    `exclude` selects. What was ever in q stays in it, also for experiences that end while it is frozen. Parameters that
+    train and were not in it because they were frozen are warned of before their first step.
+
+    Raises TypeError or ValueError for unusable options when it is made; before the first step of an experience for
+    whatever would keep it from being absorbed at its end, which is tried on four of its examples: a criterion without
+    per-example form, a strategy that trains another loss than its criterion, an empty experience, several tasks in one
+    experience of a multi-task model, a model without trainable parameters or without those of `past`, or that cannot be
+    copied, selectors that fit no parameter, or (MemoryError) a matrix over its structure's limit;
+    NonFiniteCurvatureError at the end of an experience that diverged: `past` then still holds what came before.
     """
 
     def __init__(
@@ -59,13 +72,19 @@ class CurvatureEWCPlugin(SupervisedPlugin):
         policy: Policy = Accumulate(),  # noqa: B008
         guard: Guard | None = WarnIfUnstable(),  # noqa: B008
         batch_size: int = 256,
+        past: Past = Past(),  # noqa: B008
+        include: Iterable[ParameterSelector] = (),
+        exclude: Iterable[ParameterSelector] = (),
     ) -> None:
         super().__init__()
         _check_options(strength, curvature, structure, policy, guard, batch_size)
         self.strength = self.weight = float(strength)
         self.curvature, self.structure, self.policy = curvature, structure, policy
         self.guard, self.batch_size = guard, batch_size
-        self.past = Past()
+        check_kind("past", past, Past, "Past()")
+        policy.check_past(past)
+        self.past, self.selection = past, selection_of(include, exclude)
+        self._unprotected = _bridge.Unprotected()
         self._task_ends = _bridge.TaskEnds()
         self.penalty: torch.Tensor | None = None  # q at the last step, without strength
         self._guarded: Guarded | None = None  # made from `past` when it is needed, as is
@@ -73,19 +92,33 @@ class CurvatureEWCPlugin(SupervisedPlugin):
         self._updates = 0  # of the current task, of which an online stream gives one part after another
 
     def before_training(self, strategy: Any, **kwargs: Any) -> None:
-        _bridge.check_criterion(strategy, self.curvature)
+        if self.strength > 0:
+            _bridge.check_backward(strategy)
 
     def before_train_dataset_adaptation(self, strategy: Any, **kwargs: Any) -> None:
         _bridge.check_experience(strategy)
 
     def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
-        self.structure.check(_bridge.current_space(strategy), _bridge.current_itemsize(strategy))
+        if self.strength:
+            check_takes_dense_gradients(strategy.optimizer)
+        _bridge.preflight(strategy, self._try, self.selection)
+        if self.past.model is not None:
+            self._follow(self.past.model, strategy.model)
         if self._updates == 0:
             self._revise(strategy)
+
+    def _try(self, risk: EmpiricalRisk) -> None:
+        """Raises what would keep an experience from being absorbed, as seen on a few of its examples."""
+        self.curvature.check_loss(risk.loss)
+        space = risk.space if self.past.model is None else risk.space.union(self.past.model.space)
+        self.structure.check(space, risk.anchor.element_size())
+        if not self.past.experiences:
+            self.policy.absorb(Past(), risk, self.curvature, self.structure)
 
     def before_backward(self, strategy: Any, **kwargs: Any) -> None:
         if self.past.model is None:
             return
+        self._unprotected.say(self.past.model.unprotected(strategy.model))
         if self.strength == 0:
             self.penalty = self.past.model(strategy.model)
             return
@@ -122,9 +155,16 @@ class CurvatureEWCPlugin(SupervisedPlugin):
         if not self._task_ends.here(strategy):
             return
         with self._naming_the_experience(strategy):
-            risk = _bridge.current_risk(strategy, self.batch_size)
+            risk = _bridge.current_risk(strategy, self.batch_size, selection=self.selection)
             self._takes(self.policy.absorb(self.past, risk, self.curvature, self.structure))
         self._updates = 0
+
+    def _follow(self, past: QuadraticModel, model: nn.Module) -> None:
+        """Takes the past where the model is, which may have been moved to another device or floating point type. Raises
+        ValueError where the model lacks a parameter of the past."""
+        moved = past.following(model)
+        if moved is not past:
+            self._takes(replace(self.past, model=moved))
 
     def _takes(self, past: Past) -> None:
         """Another past, and nothing kept of what was made from the one before."""

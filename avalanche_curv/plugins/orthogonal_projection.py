@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
 from typing import Any
 
 from avalanche.training.plugins import SupervisedPlugin
@@ -19,6 +20,8 @@ from avalanche_curv.core.projection import (
     StepProjection,
     Uncovered,
 )
+from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
+from avalanche_curv.core.risk.selection import ParameterSelector, selection_of
 from avalanche_curv.core.structures.base import check_limit
 from avalanche_curv.plugins import _bridge
 
@@ -38,16 +41,21 @@ class OrthogonalProjectionPlugin(SupervisedPlugin):
     parameters there. It goes with penalties, replay and mitigators, but what these do between two tasks is not
     projected. `batch_size` is how many examples are loaded at once.
 
-    What a projection cannot protect: new heads and rows that grow later are free, though they may change what the model
-    says of old inputs (`growth/...` of `fidelity_metrics` shows it), and so are parameters that were frozen
-    (`requires_grad=False`) until now; running statistics of norm layers, and parameters of which no directions are
-    known, hold still from the end of the first experience (`uncovered=FreezeUncovered()`), norm layers in eval mode, or
-    go on as they are (`uncovered=LeaveUncovered()`). Other buffers are not looked at.
+    Protected are trainable parameters, or with `include` those that it selects by name ("head", "*.bias") or by type of
+    module, also where they are frozen (`requires_grad=False`) and train only later; without those that `exclude`
+    selects. What was ever protected stays so, also in experiences that end while it is frozen.
 
-    Raises TypeError or ValueError for unusable options when it is made; before training TypeError for an optimiser
-    that needs a closure, for a criterion without a per-example form, ValueError for an empty experience; MemoryError
-    before an experience after which the bases may be over `max_bytes`; NonFiniteCurvatureError at the end of one that
-    diverged, when `protected` still holds what came before.
+    What a projection cannot protect: new heads and rows that grow later are free, though they may change what the model
+    says of old inputs (`growth/...` of `fidelity_metrics` shows it), and so are parameters that were frozen until now
+    and not included, which is warned of before their first step; running statistics of norm layers, and parameters of
+    which no directions are known, hold still from the end of the first experience (`uncovered=FreezeUncovered()`), norm
+    layers in eval mode, or go on as they are (`uncovered=LeaveUncovered()`). Other buffers are not looked at.
+
+    Raises TypeError or ValueError for unusable options when it is made; before the first step of an experience
+    TypeError for an optimiser that needs a closure, TypeError or ValueError for selectors that fit no parameter and for
+    whatever would keep it from being absorbed at its end, which is tried on four of its examples (a criterion without a
+    per-example form, no examples); MemoryError before an experience after which the bases may be over `max_bytes`;
+    NonFiniteCurvatureError at the end of one that diverged, when `protected` still holds what came before.
     """
 
     def __init__(
@@ -59,6 +67,8 @@ class OrthogonalProjectionPlugin(SupervisedPlugin):
         max_rank: int | None = None,
         max_bytes: int = 4 * 2**30,
         batch_size: int = 256,
+        include: Iterable[ParameterSelector] = (),
+        exclude: Iterable[ParameterSelector] = (),
     ) -> None:
         super().__init__()
         _check_options(protect, projection, uncovered, max_rank)
@@ -66,23 +76,27 @@ class OrthogonalProjectionPlugin(SupervisedPlugin):
         check_count("batch_size", batch_size)
         self.protect, self.projection, self.uncovered = protect, projection, uncovered
         self.max_rank, self.max_bytes, self.batch_size = max_rank, max_bytes, batch_size
+        self.selection = selection_of(include, exclude)
         self.protected = ProtectedSpace()
+        self._unprotected = _bridge.Unprotected()
         self._projector: Projector | None = None  # for the length of an experience
         self._task_ends = _bridge.TaskEnds()
         self._resting: list[str] = []  # names of norm layers in eval mode for the length of an experience
 
     def before_training(self, strategy: Any, **kwargs: Any) -> None:
         _check_optimizer(strategy.optimizer)
-        self.protect.check_loss(_bridge.loss_of(strategy))
 
     def before_train_dataset_adaptation(self, strategy: Any, **kwargs: Any) -> None:
         _bridge.check_experience(strategy)
 
     def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
+        _bridge.preflight(strategy, self._try, self.selection)
+        space = _bridge.current_space(strategy, self.selection).union(self.protected.space)
         self.protected.check(
-            self.protect, _bridge.current_space(strategy), _bridge.current_itemsize(strategy),
+            self.protect, space, _bridge.current_itemsize(strategy),
             max_rank=self.max_rank, max_bytes=self.max_bytes,
         )
+        self.protected = self.protected.following(strategy.model)
         self._projector = Projector(self.protected, self.projection)
         resting = [module for module in self.protected.resting(strategy.model) if module.training]
         names = {id(module): name for name, module in strategy.model.named_modules()}
@@ -90,7 +104,14 @@ class OrthogonalProjectionPlugin(SupervisedPlugin):
         for module in resting:
             module.eval()
 
+    def _try(self, risk: EmpiricalRisk) -> None:
+        """Raises what would keep an experience from being absorbed, as seen on a few of its examples."""
+        self.protect.check_loss(risk.loss)
+        if not self.protected.experiences:
+            ProtectedSpace().absorb(risk, self.protect, uncovered=self.uncovered, max_rank=self.max_rank)
+
     def before_update(self, strategy: Any, **kwargs: Any) -> None:
+        self._unprotected.say(self.protected.unprotected(strategy.model))
         if self._projector is not None:
             self._projector.before_step(strategy.model)
 
@@ -106,7 +127,7 @@ class OrthogonalProjectionPlugin(SupervisedPlugin):
             self._absorb(strategy)
 
     def _absorb(self, strategy: Any) -> None:
-        risk = _bridge.current_risk(strategy, self.batch_size)
+        risk = _bridge.current_risk(strategy, self.batch_size, selection=self.selection)
         try:
             self.protected = self.protected.absorb(
                 risk, self.protect, uncovered=self.uncovered, max_rank=self.max_rank

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from avalanche_curv.plasticity.mitigators.base import ParameterSelector
+from avalanche_curv.core.risk.selection import ParameterSelector
 from avalanche_curv.plasticity.mitigators.spectral import SpectralRegularizer
 from avalanche_curv.plugins.mitigator import MitigatorPlugin
 

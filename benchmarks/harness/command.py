@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar
 
 import tyro
 
@@ -15,6 +15,9 @@ from benchmarks.harness.errors import UsageError, unknown
 from benchmarks.harness.experiment import Experiment
 from benchmarks.harness.options import Options, folder, parsed, positive
 from benchmarks.registry import EXPERIMENTS, Registered, found
+
+if TYPE_CHECKING:
+    from benchmarks.harness.results import Results
 
 PROGRAM = "python -m benchmarks"
 HELP = ("-h", "--help")
@@ -24,7 +27,8 @@ O = TypeVar("O", bound=Options)  # noqa: E741
 
 @dataclass(frozen=True)
 class Place(Generic[O]):
-    """The options of an experiment, and the folder of its results."""
+    """Write the report on results again, without running. Files that cannot be read are named and left out, and the
+    status is then 1."""
 
     options: O
     out: Annotated[Path, folder()] = Path("results")
@@ -43,7 +47,8 @@ class Run(Place[O]):
 
 @dataclass(frozen=True)
 class Reports:
-    """Write each report below a folder again, without running, and one page of all."""
+    """Write each report below a folder again, without running, and one page of all. Files that cannot be read are named
+    and left out, and the status is then 1."""
 
     out: Annotated[Path, folder()] = Path("results")
     """the folder of the results"""
@@ -51,7 +56,8 @@ class Reports:
 
 @dataclass(frozen=True)
 class Diff:
-    """What changed from one results folder to another, and whether it is noise."""
+    """What changed from one results folder to another, and whether it is noise. Files that cannot be read are named and
+    left out, and the status is then 1."""
 
     a: tyro.conf.Positional[Path]
     """a results folder, or a published file"""
@@ -86,7 +92,8 @@ class Readme:
 
 
 def main(argv: Sequence[str] | None = None, experiments: Experiments = EXPERIMENTS) -> int:
-    """Run a command line and return its exit status: 0, 1 where units failed, 2 for a wrong request, 130 for Ctrl-C."""
+    """Run a command line and return its exit status: 0, 1 where units failed or files could not be read, 2 for a wrong
+    request, 130 for Ctrl-C."""
     words = list(sys.argv[1:] if argv is None else argv)
     commands = {"list": _list, "run": _run, "report": _report, "diff": _diff, "publish": _publish, "readme": _readme}
     try:
@@ -111,6 +118,7 @@ def _list(words: Sequence[str], experiments: Experiments) -> int:
 
 
 def _run(words: Sequence[str], experiments: Experiments) -> int:
+    words = _name_first(words, experiments)
     if len(words) < 2 or words[1] in HELP:
         print(f"usage: {PROGRAM} run NAME [options]: see {PROGRAM} run NAME --help. Names: {', '.join(experiments)}.")
         return 0 if len(words) > 1 else 2
@@ -128,13 +136,29 @@ def _run(words: Sequence[str], experiments: Experiments) -> int:
     return runner.run(experiment, chosen.options)
 
 
+def _name_first(words: Sequence[str], experiments: Experiments) -> Sequence[str]:
+    """The words of a command with the experiment's name before its options. Raises UsageError for options with several
+    names behind them, of which some are values."""
+    if len(words) < 2 or not words[1].startswith("-") or words[1] in HELP:
+        return words
+    places = [place for place, word in enumerate(words) if word in experiments]
+    if len(places) != 1:
+        raise UsageError(f"the name of the experiment comes first: {PROGRAM} {words[0]} NAME {shlex.join(words[1:])}")
+    (place,) = places
+    return [words[0], words[place], *words[1:place], *words[place + 1 :]]
+
+
 def _report(words: Sequence[str], experiments: Experiments) -> int:
     from benchmarks.harness.report import where, write_report, write_reports
     from benchmarks.harness.results import load
     from benchmarks.harness.store import Store
 
-    if len(words) < 2 or words[1].startswith("-"):
-        out = parsed(Reports, words[1:], f"{PROGRAM} report").out
+    try:
+        of_all = len(words) < 2 or words[1].startswith("-")
+        out = parsed(Reports, words[1:], f"{PROGRAM} report").out if of_all else None
+    except UsageError:
+        words, out = _name_first(words, experiments), None
+    if out is not None:
         written, problems = write_reports(out, lambda name: found(name, experiments).report)
         for problem in problems:
             print(f"error: {problem}", file=sys.stderr)
@@ -144,11 +168,29 @@ def _report(words: Sequence[str], experiments: Experiments) -> int:
     chosen = _chosen(Place, entry.experiment, words)
     store = Store(chosen.out / entry.experiment.folder(chosen.options))
     results = load(store, f"{PROGRAM} {shlex.join(['run', *words[1:]])}")
+    of, version = results.manifest["experiment"], results.manifest.get("version", entry.experiment.version)
+    if of != entry.experiment.name:
+        raise UsageError(f"{store.root} holds results of '{of}', not of '{entry.experiment.name}'.")
+    if version != entry.experiment.version:
+        print(
+            f"{store.root} holds results of version {version} of '{of}', which is at version {entry.experiment.version}"
+            " now: its report may not fit them.", file=sys.stderr,
+        )  # fmt: skip
     if results.missing:
         print(f"{results.missing} of {len(results.manifest['units'])} units are missing.", file=sys.stderr)
     print(write_report(entry.report, results, store))
     print(f"\n{where(store)}")
-    return 0
+    return _left_out(results)
+
+
+def _left_out(*read: Results) -> int:
+    """Name the files that are left out; the exit status."""
+    problems = [problem for results in read for problem in results.left_out]
+    for problem in problems:
+        print(f"left out: {problem}", file=sys.stderr)
+    if problems:
+        print(f"{len(problems)} files could not be read; all others are in the report.", file=sys.stderr)
+    return 1 if problems else 0
 
 
 def _chosen(kind: Any, experiment: Experiment, words: Sequence[str]) -> Any:
@@ -157,18 +199,20 @@ def _chosen(kind: Any, experiment: Experiment, words: Sequence[str]) -> Any:
 
 
 def _diff(words: Sequence[str], experiments: Experiments) -> int:
-    from benchmarks.harness.difference import difference
+    from benchmarks.harness.difference import between
+    from benchmarks.harness.published import read_results
 
     chosen = parsed(Diff, words[1:], f"{PROGRAM} diff")
-    markdown = difference(chosen.a, chosen.b, chosen.metric)
+    a, b = (read_results(path) for path in (chosen.a, chosen.b))
+    markdown = between((chosen.a, a), (chosen.b, b), chosen.metric)
     if chosen.html is not None:
         from benchmarks.harness.report import Part, page
         from benchmarks.harness.store import write_atomically
 
         title = f"{chosen.a} and {chosen.b}"
-        write_atomically(chosen.html, page(title, [Part(title, markdown, chosen.html.parent)]))
+        write_atomically(chosen.html, page(title, [Part(title, markdown, None)]))
     print(markdown)
-    return 0
+    return _left_out(a, b)
 
 
 def _publish(words: Sequence[str], experiments: Experiments) -> int:

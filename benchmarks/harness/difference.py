@@ -11,6 +11,7 @@ from typing import Any
 from benchmarks.harness.errors import UsageError, unknown
 from benchmarks.harness.experiment import is_timing
 from benchmarks.harness.published import read_results
+from benchmarks.harness.reading import code
 from benchmarks.harness.results import Results, Row, last_step
 from benchmarks.harness.significance import LEVEL, Comparison, compared, holm
 from benchmarks.harness.tables import Cell, Column, table
@@ -28,13 +29,18 @@ Values = dict[tuple[str, str], dict[int, float]]
 
 
 def difference(a: Path, b: Path, metrics: Sequence[str] = ()) -> str:
-    """Markdown that compares two results folders (or published files), each label with itself.
+    """`between` what two results folders or published files hold."""
+    return between((a, read_results(a)), (b, read_results(b)), metrics)
+
+
+def between(a: tuple[Path, Results], b: tuple[Path, Results], metrics: Sequence[str] = ()) -> str:
+    """Markdown that compares two results, given with their places, each label with itself.
 
     `metrics` are those to compare, by their final values; by default all without steps, or all where there are none,
     but for the fingerprint of the weights.
-    Raises UsageError where a folder holds no results, and for a metric that neither has.
+    Raises UsageError for a metric that neither has.
     """
-    both = before, after = read_results(a), read_results(b)
+    both = before, after = tuple(results.in_plain_text() for _, results in (a, b))
     rows = [row for results in both for row in results.rows]
     known = dict.fromkeys(row["metric"] for row in rows)
     for name in metrics:
@@ -50,9 +56,9 @@ def difference(a: Path, b: Path, metrics: Sequence[str] = ()) -> str:
     timings = {_series(row) for row in rows if row.get("timing") or is_timing(row["metric"])}
     timings |= {series for series, _ in OF_UNITS.values()}
     described = [
-        f"- {name}: `{path}`, {results.manifest.get('experiment', '?')}, {len(results.headers)} units"
+        f"- {name}: {code(str(path))}, {results.manifest.get('experiment', '?')}, {len(results.headers)} units"
         + (f" ({results.missing} missing)" if results.missing else "")
-        for name, path, results in zip("AB", (a, b), both)
+        for name, path, results in zip("AB", (a[0], b[0]), both)
     ]
     sections = [
         "# What changed from A to B",
@@ -172,4 +178,4 @@ def _flat(value: Any, path: str = "") -> dict[str, Any]:
 
 def _code(value: Any) -> str:
     text = str(value)
-    return "–" if value is None else f"`{text if len(text) <= LONGEST else text[: LONGEST - 1] + '…'}`"
+    return "–" if value is None else code(text if len(text) <= LONGEST else text[: LONGEST - 1] + "…")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import threading
 import time
@@ -14,12 +13,16 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
+from weakref import WeakKeyDictionary
 
+import psutil
 from joblib import Parallel, delayed, parallel_config
 
 from benchmarks.harness.errors import UsageError
 from benchmarks.harness.experiment import Unit
+from benchmarks.harness.signals import leave_signals_to_parent, showing_stacks, starting_workers
 from benchmarks.harness.store import Store, write_atomically
+from benchmarks.harness.unit_process import ProcessDied, UnitProcess, unloadable
 from benchmarks.harness.unit_run import Job, Outcome, run_in_worker, run_unit
 
 if TYPE_CHECKING:
@@ -27,6 +30,9 @@ if TYPE_CHECKING:
 
 CONNECT = 10.0  # seconds until a scheduler has to answer
 VISIBLE = 30.0  # seconds until the file of a unit that a cluster has run has to be here
+
+_processes: WeakKeyDictionary[Any, UnitProcess] = WeakKeyDictionary()
+"""Of each Dask worker in this process, the one that runs its units."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +97,8 @@ class ThisProcess(Engine):
     jobs: int = 1
 
     def ends(self, job: Job, units: Sequence[Unit]) -> Ends:
-        yield from (run_unit(job, unit) for unit in units)
+        with showing_stacks():
+            yield from (run_unit(job, unit) for unit in units)
 
 
 @dataclass(frozen=True)
@@ -126,12 +133,9 @@ class Processes(Engine):
         count = max(2, min(self.jobs, len(units)))  # with one, joblib would run the unit in this process
         with parallel_config("loky", inner_max_num_threads=1, initializer=_attend, initargs=(os.getpid(),)):
             pool = Parallel(count, batch_size=1, pre_dispatch=count, max_nbytes=None, return_as="generator_unordered")
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited by the processes that start here
-        try:
+        with starting_workers():
             results = pool(calls())
-        finally:
-            signal.signal(signal.SIGINT, before)
-        with warnings.catch_warnings():
+        with showing_stacks(_children), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "A worker stopped while some jobs")  # one that a unit has left large
             warnings.filterwarnings("ignore", ".*tasks which were still being processed")  # when closed before its end
             with closing(results):
@@ -139,24 +143,30 @@ class Processes(Engine):
 
 
 def _attend(parent: int) -> None:
-    """Begin a worker process: it leaves Ctrl-C, which a terminal sends to all, to its parent, and ends when the parent
-    is gone."""
+    """Begin a worker process: it leaves signals to its parent, and ends when the parent is gone."""
 
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(1.0)
         os._exit(1)
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    leave_signals_to_parent()
     threading.Thread(target=watch, daemon=True).start()
+
+
+def _children() -> list[int]:
+    return [child.pid for child in psutil.Process().children()]
 
 
 @dataclass(frozen=True)
 class Cluster(Engine):
     """The workers of the Dask scheduler at an address, with one thread each, as many as there are at any time.
 
+    Units run in a process beside each worker (`unit_process`), and are lost when that dies.
+
     The scheduler gives the unit of a worker that died to another one, and gives it up when several have died under it.
-    A unit that is running when the engine is closed runs to its end, since a thread cannot be killed.
+    A unit that is running when the engine is closed runs to its end, since the thread that waits for it cannot be
+    stopped.
     """
 
     address: str
@@ -168,18 +178,23 @@ class Cluster(Engine):
         wide = [f"{worker} has {count}" for worker, count in threads.items() if count > 1]
         if wide:
             raise UsageError(
-                "units seed the random states of their process, so a worker has to run them one at a time, in a single "
-                f"thread, but {wide[0]}. Start workers with `dask worker ADDRESS --nthreads 1 --nworkers N`."
+                "a unit takes a CPU and seeds the random states of its process, so a worker has to run them one at a "
+                f"time, in a single thread, but {wide[0]}. Start workers with `dask worker ADDRESS --nthreads 1 "
+                "--nworkers N`."
             )
         if not threads:
             print(f"no worker has joined {self.address} yet; the units wait for the first", file=sys.stderr)
 
     def ends(self, job: Job, units: Sequence[Unit]) -> Ends:
+        import cloudpickle  # of Dask; it also takes what a script defines
         from distributed import as_completed
 
         job = job.absolute()  # a worker has a working folder of its own
         with self._client() as client:
-            futures = {client.submit(_run_if_shared, job, unit, pure=False): unit for unit in units}
+            futures = {
+                client.submit(_run_if_shared, job.store, cloudpickle.dumps((job, unit)), pure=False): unit
+                for unit in units
+            }
             try:
                 for future in as_completed(futures, loop=client.loop):
                     end = _end(future, futures[future])
@@ -217,21 +232,22 @@ def _end(future: Future, unit: Unit) -> Outcome | Lost:
     error = future.exception()
     if isinstance(error, KilledWorker):
         return Lost(unit, f"workers lost: {error.allowed_failures + 1}, the last {error.last_worker.address}")
+    if isinstance(error, ProcessDied):
+        return Lost(unit, str(error))
     if isinstance(error, UsageError):
         raise error
     if error is not None:
-        raise UsageError(
-            f"a worker could not load a unit ({type(error).__name__}: {error}). Start the workers in the same Python "
-            "environment, with the checkout's folder as their working folder or in PYTHONPATH, and again when code "
-            "changes."
-        )
-    return future.result()
+        raise unloadable(error)
+    return Outcome(unit, future.result())
 
 
-def _run_if_shared(job: Job, unit: Unit) -> Outcome:
-    if not job.store.manifest.exists():
-        raise _unshared(job.store)
-    return run_in_worker(job, unit)
+def _run_if_shared(store: Store, payload: bytes) -> str | None:
+    """Run a pickled (job, unit) in the process beside this worker: the error of its outcome."""
+    from distributed import get_worker
+
+    if not store.manifest.exists():
+        raise _unshared(store)
+    return _processes.setdefault(get_worker(), UnitProcess()).run(payload)
 
 
 def _wait_until_visible(store: Store, outcome: Outcome) -> None:

@@ -135,7 +135,7 @@ def plot_dots(path: Path, panels: Sequence[Dots], *, labels: Sequence[str]) -> P
             if summary := panel.values.get(label):
                 axes.errorbar(summary.mean, shown.index(label), xerr=summary.std, color=style.colour,
                               marker=style.marker, capsize=3, markersize=6.5)  # fmt: skip
-        axes.set_yticks(range(len(shown)), shown)
+        axes.set_yticks(range(len(shown)), [literal(label) for label in shown])
         axes.set_ylim(len(shown) - 0.5, -0.5)
         tidy(axes, panel.title, xlabel=panel.xlabel, log_x=panel.log)
         axes.tick_params(axis="y", length=0)
@@ -211,7 +211,7 @@ def plot_matrices(path: Path, matrices: Mapping[str, Matrix], *, title: str = "a
     across = min(ACROSS, len(drawn))
     down = math.ceil(len(drawn) / across)
     side = min(3.9, max(2.3, 0.42 * max(map(len, drawn.values())) + 0.7))
-    titles = [textwrap.fill(label, int(11 * side)) for label in drawn]
+    titles = [literal(textwrap.fill(label, int(11 * side))) for label in drawn]
     lines = max(written.count("\n") + 1 for written in titles)
     figure = new_figure(side * across + 0.9, (side + 0.3 + 0.2 * lines) * down + 0.2)
     panels = figure.subplots(down, across, squeeze=False).ravel()
@@ -259,7 +259,7 @@ def new_figure(width: float, height: float) -> Figure:
 
 def tidy(axes: Axes, title: str, xlabel: str = "", ylabel: str = "", log_x: bool = False, log_y: bool = False) -> None:
     """The title and the names of a panel's axes, logarithmic ones where asked for, a light grid, and no frame."""
-    axes.set_title(title, loc="left", fontsize=11)
+    axes.set_title(literal(title), loc="left", fontsize=11)
     if xlabel:
         axes.set_xlabel(xlabel)
     if ylabel:
@@ -293,8 +293,13 @@ def legend(figure: Figure, chosen: Mapping[str, Style], used: Collection[str], *
     from matplotlib.lines import Line2D
 
     shown = [label for label in chosen if label in used]
-    lines = [Line2D([], [], linewidth=1.7, label=label, **{**chosen[label].line, **look}) for label in shown]
+    lines = [Line2D([], [], linewidth=1.7, label=literal(label), **{**chosen[label].line, **look}) for label in shown]
     figure.legend(handles=lines, loc="outside right upper", frameon=False, fontsize=9, handlelength=2.8)
+
+
+def literal(text: str) -> str:
+    """A text that matplotlib shows as it is, dollars included, which would begin a formula."""
+    return text.replace("$", r"\$")
 
 
 def saved(figure: Figure, path: Path) -> Path:

@@ -21,8 +21,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeAlias
 
+from benchmarks.harness import reading
 from benchmarks.harness.errors import UsageError, unknown
-from benchmarks.harness.results import Results, Row, last_step, load
+from benchmarks.harness.results import Results, Row, last_step, load, read_manifest
 from benchmarks.harness.store import Store, write_atomically
 from benchmarks.harness.tables import Column, table
 from benchmarks.registry import EXPERIMENTS, Registered, found
@@ -79,7 +80,8 @@ def publish_folder(folder: Path, name: str | None, figures: Sequence[str], exper
     for figure, copy in zip(figures, copies):
         shutil.copyfile(folder / figure, copy)
     line = f"<!-- [[[cog from benchmarks.harness.published import show; show({name!r}) ]]] -->"
-    return [str(path), kept, *map(str, copies), f"To show it in a document: {line}, <!-- [[[end]]] -->"]
+    left_out = [f"left out: {problem}" for problem in results.left_out]
+    return [*left_out, str(path), kept, *map(str, copies), f"To show it in a document: {line}, <!-- [[[end]]] -->"]
 
 
 def publish(results: Results, name: str, render: Callable[[Results], str], folder: Path) -> tuple[Path, str]:
@@ -136,15 +138,20 @@ def read_results(path: Path) -> Results:
             "a published file."
         )
     store = Store(path)
-    command = json.loads(store.manifest.read_text(encoding="utf-8")).get("command", "python -m benchmarks run NAME")
-    return load(store, command)
+    return load(store, read_manifest(store, "python -m benchmarks run NAME")["command"])
 
 
 def read(path: Path) -> Results:
     """The results in a published file. Raises UsageError where it is none."""
     try:
-        return parsed(path.read_text(encoding="utf-8"))
-    except (ValueError, KeyError, TypeError) as error:
+        results = parsed(path.read_text(encoding="utf-8"))
+        reading.mapping(results.manifest, "a manifest", experiment=str, command=str)
+        for row in results.rows:
+            reading.record(row)
+        for header in results.headers:
+            reading.header(header)
+        return results
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OSError) as error:
         raise UsageError(f"{path} is not a published result ({error!r}). Publish it again: "
                          "python -m benchmarks publish FOLDER") from error  # fmt: skip
 
@@ -245,7 +252,7 @@ def rendered(results: Results, experiments: Experiments) -> str:
     """The report of the results' experiment over them, without its figures."""
     report = found(results.manifest.get("experiment", ""), experiments).report
     with TemporaryDirectory() as folder:
-        return FIGURE.sub("", report(results, Path(folder))).strip()
+        return FIGURE.sub("", report(results.in_plain_text(), Path(folder))).strip()
 
 
 def excerpt(markdown: str, results: Results, part: str = "") -> str:

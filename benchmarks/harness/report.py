@@ -1,7 +1,7 @@
 """``report.md`` and ``report.html``: the report of an experiment, and the origin of its numbers."""
 
-import json
 import re
+import traceback
 from base64 import b64encode
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,19 +9,25 @@ from html import unescape
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from urllib.parse import unquote
+from xml.etree.ElementTree import Element
 
 from jinja2 import Environment, FileSystemLoader
 from markdown import Markdown
 from markdown.extensions.toc import TocExtension, slugify
+from markdown.treeprocessors import Treeprocessor
 
 from benchmarks.harness.errors import UsageError
 from benchmarks.harness.manifest import PACKAGES
-from benchmarks.harness.results import Results, load
+from benchmarks.harness.reading import code
+from benchmarks.harness.results import Results, load, read_manifest
 from benchmarks.harness.store import Store, write_atomically
 
 Report = Callable[[Results, Path], str]
 SELECTED = 40  # so many runs TensorBoard selects when it opens
 PAGE = Path(__file__).parent / "page"
+AGAIN = "python -m benchmarks run NAME"
+PNG = b"\x89PNG\r\n\x1a\n"
+ADDRESS = re.compile(r"https?://|#")
 IMAGE = re.compile(r'<p><img alt="([^"]*)" src="([^"]*)" /></p>')
 
 
@@ -30,12 +36,13 @@ def write_report(report: Report, results: Results, store: Store) -> str:
 
     It replaces the last one as a whole: where it fails, that stays as it was.
     """
+    shown = results.in_plain_text()
     with TemporaryDirectory(dir=store.root, prefix=".report-") as folder:
         new = Store(Path(folder))
-        markdown = report(results, new.root).strip()
+        markdown = _reported(report, shown, new.root, store).strip()
         missing = f"{results.missing} of {len(results.manifest['units'])} units are missing; n says how many entered"
         notice = f"> {missing} a number.\n\n" if results.missing else ""
-        text = f"{notice}{markdown}\n\n{provenance(results)}\n"
+        text = f"{notice}{markdown}\n\n{provenance(shown)}\n"
         write_atomically(new.report, text)
         write_atomically(new.page, page(store.root.name, [Part(store.root.name, text, new.root)]))
         written = {file.name for file in new.root.iterdir()}
@@ -47,18 +54,39 @@ def write_report(report: Report, results: Results, store: Store) -> str:
     return markdown
 
 
+def _reported(report: Report, results: Results, folder: Path, store: Store) -> str:
+    """The Markdown of a report. Raises UsageError where it fails, such as on results of another version of its
+    experiment, and leaves the traceback in ``report.error.txt``."""
+    try:
+        markdown = report(results, folder)
+    except (UsageError, OSError):
+        raise
+    except Exception as error:
+        write_atomically(store.report_error, traceback.format_exc())
+        said = traceback.format_exception_only(error)[-1].strip()
+        raise UsageError(
+            f"the report on {store.root} failed ({said}): {store.report_error} has the traceback. Are the results of "
+            "another version of the experiment, or not all there? A run leaves those that its report fits."
+        ) from error
+    store.report_error.unlink(missing_ok=True)
+    return markdown
+
+
 def write_reports(out: Path, report: Callable[[str], Report]) -> tuple[list[Path], list[str]]:
     """Write each report below a folder again, by `report(experiment's name)`, and one page of all, ``report.html``.
 
-    Returns the folders, and why others could not be reported on. Raises UsageError where there is none.
+    Returns the folders, and what could not be reported on: folders, and files that are left out of the reports. Raises
+    UsageError where there is no report.
     """
     folders = sorted(path.parent for path in out.glob("*/manifest.json"))
     parts, problems = [], []
     for folder in folders:
         store = Store(folder)
         try:
-            manifest = json.loads(store.manifest.read_text(encoding="utf-8"))
-            write_report(report(manifest["experiment"]), load(store, manifest["command"]), store)
+            manifest = read_manifest(store, AGAIN)
+            results = load(store, manifest["command"])
+            write_report(report(manifest["experiment"]), results, store)
+            problems += [f"left out: {line}" for line in results.left_out]
             parts.append(Part(folder.name, store.report.read_text(encoding="utf-8"), folder))
         except Exception as error:  # what is wrong with one folder must not cost the page of the others
             problems.append(f"{folder}: {error if isinstance(error, UsageError) else repr(error)}")
@@ -66,7 +94,7 @@ def write_reports(out: Path, report: Callable[[str], Report]) -> tuple[list[Path
         found = "; ".join(problems) or "there are no results in it."
         raise UsageError(f"nothing to report on in {out}: {found} Run something first: python -m benchmarks run NAME")
     write_atomically(out / "report.html", page(f"Results in {out.resolve().name}", parts))
-    return [part.figures for part in parts], problems
+    return [folder for folder in folders if folder in {part.figures for part in parts}], problems
 
 
 def where(store: Store) -> str:
@@ -84,38 +112,41 @@ def where(store: Store) -> str:
 def provenance(results: Results) -> str:
     """A section with the command, versions and machine behind the numbers."""
     manifest = results.manifest
-    commits = sorted({header["commit"] or "unknown" for header in results.headers})
+    commits = sorted({str(header.get("commit") or "unknown") for header in results.headers})
     seeds = sorted({header["seed"] for header in results.headers})
-    versions = ", ".join(f"{name} {manifest[name]}" for name in ("python", *PACKAGES))
-    peak = max(header["peak_memory"] for header in results.headers) / 2**20
-    device = ", ".join(name for name in manifest["device"].values() if name)
+    versions = ", ".join(f"{name} {manifest.get(name, 'unknown')}" for name in ("python", *PACKAGES))
+    seconds = sum(header.get("seconds") or 0.0 for header in results.headers)
+    peak = max(header.get("peak_memory") or 0 for header in results.headers) / 2**20
+    device = ", ".join(str(name) for name in manifest.get("device", {}).values() if name) or "unknown"
     lines = [
         "## Where these numbers come from",
         "",
-        f"- Command: `{manifest['command']}`",
+        f"- Command: {code(manifest['command'])}",
         f"- Commit: {', '.join(commits)}",
-        f"- Grid: `{manifest['grid']}`, {len(results.headers)} of {len(manifest['units'])} units finished, "
-        f"seeds {', '.join(map(str, seeds))}",
+        f"- Grid: {code(str(manifest.get('grid')))}, {len(results.headers)} of {len(manifest['units'])} units "
+        f"finished, seeds {', '.join(map(str, seeds))}",
         f"- Versions: {versions}",
-        f"- Machine: {device}; {manifest['cpus']} CPUs, one thread per worker",
-        f"- Cost: {manifest['unit_seconds']:.0f} s of computation, at most {peak:.0f} MiB in one process",
+        f"- Machine: {device}; {manifest.get('cpus', 'unknown')} CPUs, one thread per worker",
+        f"- Cost: {seconds:.0f} s of computation, at most {peak:.0f} MiB in one process",
     ]
     return "\n".join(lines)
 
 
 @dataclass(frozen=True)
 class Part:
-    """Markdown and the folder of its figures; `name` is its title, and its folded section on a page of several."""
+    """Markdown and the folder of its figures, None where it has none; `name` is its title, and its folded section on a
+    page of several."""
 
     name: str
     markdown: str
-    figures: Path
+    figures: Path | None
 
 
 def page(title: str, parts: Sequence[Part]) -> str:
     """One report, or several reports each in a section that folds, as a page.
 
-    Figures are inline as data URIs, raw HTML in the Markdown is shown as text, tables scroll within the page and sort
+    Figures are inline as data URIs: PNG files of the part's folder, each named in a line of its own. Other images, raw
+    HTML, and links that do not lead into the web or the page are shown as text. Tables scroll within the page and sort
     by a click on a heading.
     """
     template = Environment(loader=FileSystemLoader(PAGE), autoescape=True).get_template("page.html")
@@ -133,17 +164,43 @@ def _rendered(part: Part, prefix: str) -> tuple[str, str]:
     converter = Markdown(extensions=["tables", "fenced_code", "sane_lists", headings])
     converter.preprocessors.deregister("html_block")
     converter.inlinePatterns.deregister("html")
+    converter.treeprocessors.register(_Harmless(converter), "harmless", 15)  # after those that make the elements
     body = converter.convert(part.markdown)
     body = body.replace("<table>", '<div class="table" tabindex="0">\n<table>').replace("</table>", "</table>\n</div>")
     return IMAGE.sub(lambda image: _figure(image[1], image[2], part.figures), body), getattr(converter, "toc", "")
 
 
-def _figure(caption: str, source: str, folder: Path) -> str:
+class _Harmless(Treeprocessor):
+    """Turns into text each link that does not lead into the web or the page, and each image in the middle of text."""
+
+    def run(self, root: Element) -> None:
+        for parent in root.iter():
+            alone = parent.tag == "p" and len(parent) == 1 and not (parent.text or "").strip()
+            for child in parent:
+                if child.tag == "a" and not ADDRESS.match(child.get("href", "")):
+                    child.tag, child.attrib = "span", {}
+                elif child.tag == "img" and not (alone and not (child.tail or "").strip()):
+                    child.text = child.get("alt", "")
+                    child.tag, child.attrib = "span", {}
+
+
+def _figure(caption: str, source: str, folder: Path | None) -> str:
     """A figure with its alternative text as the caption; the caption alone where the folder has no such file."""
-    path, image = folder / unquote(unescape(source)), ""
-    if path.is_file() and path.resolve().is_relative_to(folder.resolve()):  # no file from elsewhere enters a page
-        data = b64encode(path.read_bytes()).decode()
-        image = f'<img alt="{caption}" src="data:image/png;base64,{data}" loading="lazy">'
-    else:
+    data = None if folder is None else _picture(folder, unquote(unescape(source)))
+    if data is None:
         caption += f" (the figure {source.rpartition('/')[2]} is absent)"
+        return f"<figure><figcaption>{caption}</figcaption></figure>"
+    image = f'<img alt="{caption}" src="data:image/png;base64,{b64encode(data).decode()}" loading="lazy">'
     return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
+
+
+def _picture(folder: Path, name: str) -> bytes | None:
+    """The PNG file of that name in the folder, None where there is none: no other file enters a page."""
+    try:
+        path = (folder / name).resolve()
+        if not path.is_relative_to(folder.resolve()) or not path.is_file():
+            return None
+        data = path.read_bytes()
+    except (OSError, ValueError):  # ValueError: a null byte
+        return None
+    return data if data.startswith(PNG) else None

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from benchmarks.harness import reading
 from benchmarks.harness.errors import UsageError
 from benchmarks.harness.experiment import columns
+from benchmarks.harness.reading import Broken, content, plain, plain_values
 from benchmarks.harness.store import Store
 
 if TYPE_CHECKING:
@@ -63,6 +65,15 @@ class Results:
     headers: tuple[dict[str, Any], ...] = ()
     """One per finished unit: label, seed, config, seconds, peak_memory, started, commit."""
     manifest: dict[str, Any] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
+    """The files of finished units that could not be read, each with the reason; their units are missing."""
+
+    def in_plain_text(self) -> Results:
+        """The same results, with texts that Markdown takes for nothing else (`reading.plain`)."""
+        return replace(
+            self, labels=tuple(map(plain, self.labels)), rows=tuple(map(plain_values, self.rows)),
+            headers=tuple(map(plain_values, self.headers)), manifest=plain_values(self.manifest),
+        )  # fmt: skip
 
     @cached_property
     def frame(self) -> pd.DataFrame:
@@ -198,23 +209,37 @@ class Results:
 
 
 def load(store: Store, command: str) -> Results:
-    """The results of the grid of the last run. `command` is the one that would produce them. Raises UsageError where
-    there are none."""
+    """The results of the grid of the last run, without the units of which the file is broken: `Results.left_out` says
+    which. `command` is the one that would produce them. Raises UsageError where there are none."""
+    manifest = read_manifest(store, command)
+    headers, rows, broken = [], [], []
+    for unit in manifest["units"]:
+        names = {"label": unit["label"], "seed": unit["seed"]}
+        try:
+            if store.finished(unit["digest"]):
+                header, records = store.read(unit["digest"], **names)
+                headers.append({**header, **names})
+                rows += [{**record, **names} for record in records]
+        except Broken as error:
+            broken.append(str(error))
+    if not headers:
+        count, why = len(manifest["units"]), f" ({'; '.join(broken[:3])})" if broken else ""
+        raise UsageError(f"none of the {count} units in {store.root} has finished{why}. Run them: {command}")
+    labels = tuple(dict.fromkeys(unit["label"] for unit in manifest["units"]))
+    return Results(labels, tuple(rows), tuple(headers), manifest, tuple(broken))
+
+
+def read_manifest(store: Store, command: str) -> dict[str, Any]:
+    """The manifest of a results folder. Raises UsageError where it has none that can be used; `command` is the one that
+    would write it."""
     if not store.manifest.exists():
         raise UsageError(f"there are no results in {store.root}. Run them first: {command}")
-    manifest = json.loads(store.manifest.read_text(encoding="utf-8"))
-    headers, rows = [], []
-    for unit in manifest["units"]:
-        header = store.header(unit["digest"])
-        if header is not None:
-            names = {"label": unit["label"], "seed": unit["seed"]}
-            headers.append({**header, **names})
-            rows += [{**record, **names} for record in store.records(unit["digest"])]
-    if not headers:
-        count = len(manifest["units"])
-        raise UsageError(f"none of the {count} units in {store.root} has finished. Run them: {command}")
-    labels = tuple(dict.fromkeys(unit["label"] for unit in manifest["units"]))
-    return Results(labels, tuple(rows), tuple(headers), manifest)
+    try:
+        return content(store.manifest, reading.manifest)
+    except Broken as error:
+        raise UsageError(
+            f"{error}. A run writes it again, and takes the units that have finished as they are: {command}"
+        ) from None
 
 
 def last_step(row: Row) -> float:

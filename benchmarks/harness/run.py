@@ -50,6 +50,9 @@ class Runner:
 
     def _run_grid(self, experiment: Experiment, options: Options, store: Store) -> int:
         units = grid(experiment, options)
+        for unit in units:
+            if problem := store.set_aside_if_broken(unit.digest, unit.label, unit.seed):
+                _say(f"{problem}. It is set aside, and its unit runs again.")
         missing = in_running_order([unit for unit in units if not store.finished(unit.digest)])
         if len(missing) < len(units):
             _say(f"{len(units) - len(missing)} of {len(units)} units already finished.")
@@ -70,9 +73,12 @@ class Runner:
             _say(f"  {unit.label} seed {unit.seed}: {outcome.error}\n    {store.error(unit.digest)}")
         if len(failed) == len(units):
             return 1
-        print(write_report(self.report(experiment.name), load(store, self.command), store))
+        results = load(store, self.command)
+        print(write_report(self.report(experiment.name), results, store))
         print(f"\n{where(store)}")
-        return 1 if failed else 0
+        for problem in results.left_out:
+            _say(f"left out: {problem}")
+        return 1 if failed or results.left_out else 0
 
     def _run_missing(self, job: Job, manifest: Manifest, total: int, missing: list[Unit]) -> list[Outcome]:
         """Run the missing units; returns the outcomes of those that failed."""

@@ -3,9 +3,10 @@
 ``<out>/<experiment>/``
     ``units/<digest>.jsonl``      a finished unit: a header line, then one line per record, the timings marked as such
     ``units/<digest>.error.txt``  the traceback of a unit that failed
+    ``units/<digest>.broken``     what was in the place of a finished unit and could not be read, when a run began
     ``tensorboard/<label>/seed<k>``  event files: the run's own, and its row and charts (``*.results``)
     ``manifest.json``             the grid of the last run and what it ran on
-    ``report.md``, ``report.html``, ``*.png``
+    ``report.md``, ``report.html``, ``*.png``; ``report.error.txt`` where it failed
     ``.lock``                     held by a run that is at work
 """
 
@@ -22,7 +23,9 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from benchmarks.harness import reading
 from benchmarks.harness.errors import UsageError
+from benchmarks.harness.reading import Broken, content
 
 LOCK = ".lock"
 
@@ -51,6 +54,10 @@ class Store:
         return self.root / "report.md"
 
     @property
+    def report_error(self) -> Path:
+        return self.root / "report.error.txt"
+
+    @property
     def page(self) -> Path:
         return self.root / "report.html"
 
@@ -64,9 +71,23 @@ class Store:
         with self.unit(digest).open(encoding="utf-8") as file:
             return json.loads(file.readline())
 
-    def records(self, digest: str) -> list[dict[str, Any]]:
-        lines = self.unit(digest).read_text(encoding="utf-8").splitlines()
-        return [json.loads(line) for line in lines[1:]]
+    def read(self, digest: str, label: str, seed: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """The header and the records of a finished unit. Raises `Broken` where its file does not hold them."""
+        header, records = content(self.unit(digest), reading.unit)
+        if (header["label"], header["seed"]) != (label, seed):
+            raise Broken(self.unit(digest), f"is of {header['label']!r} with seed {header['seed']}, expected {label!r} "
+                                            f"with seed {seed}")  # fmt: skip
+        return header, records
+
+    def set_aside_if_broken(self, digest: str, label: str, seed: int) -> str | None:
+        """Rename the file of a unit that cannot be read, so that the unit has not finished: what is wrong with it."""
+        try:
+            if self.finished(digest):
+                self.read(digest, label, seed)
+        except Broken as error:
+            self.unit(digest).replace(self.root / "units" / f"{digest}.broken")
+            return str(error)
+        return None
 
     def write_unit(self, digest: str, header: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> None:
         lines = [json.dumps(line) for line in (header, *records)]

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from benchmarks.harness.reading import CONTROL
 from benchmarks.harness.results import Summary
 
 Cell: TypeAlias = str | int | float | Summary | None
@@ -66,4 +67,4 @@ def _text(cell: Cell, decimals: int) -> str:
     if isinstance(cell, Summary):
         spread = "" if cell.std is None else f" ± {cell.std:.{decimals}f}"
         return f"{cell.mean:.{decimals}f}{spread}"
-    return f"{cell:.{decimals}f}" if isinstance(cell, float) else str(cell).replace("|", "\\|")
+    return f"{cell:.{decimals}f}" if isinstance(cell, float) else CONTROL.sub(" ", str(cell)).replace("|", "\\|")

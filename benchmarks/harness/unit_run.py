@@ -22,7 +22,6 @@ from benchmarks.harness.errors import UsageError
 from benchmarks.harness.experiment import Context, Experiment, Record, Unit, describe, is_timing
 from benchmarks.harness.store import Store, collecting_full_disks, full_disk, write_atomically
 
-ONE_AT_A_TIME = threading.Lock()
 SAMPLED = 0.05  # seconds between two looks at the memory
 
 
@@ -52,14 +51,10 @@ class Outcome:
 
 
 def run_in_worker(job: Job, unit: Unit) -> Outcome:
-    """`run_unit` for a process that is not the parent.
-
-    One unit at a time, since they seed the random states of the process; none that has finished, since a scheduler asks
-    again when the worker dies that holds the outcome.
-    """
-    with ONE_AT_A_TIME:
-        use_one_thread()
-        return Outcome(unit) if job.store.finished(unit.digest) else run_unit(job, unit)
+    """`run_unit` for a process that is not the parent. None that has finished, since a scheduler asks again when the
+    worker dies that holds the outcome."""
+    use_one_thread()
+    return Outcome(unit) if job.store.finished(unit.digest) else run_unit(job, unit)
 
 
 def run_unit(job: Job, unit: Unit) -> Outcome:
@@ -100,7 +95,7 @@ def _attempt(job: Job, unit: Unit, met: list[UsageError]) -> Outcome:
         }  # fmt: skip
         if not met:
             store.write_unit(unit.digest, header, records)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a unit that ends Python must not end the others
         full = full_disk(error, store.root)
         if full is None:
             write_atomically(store.error(unit.digest), traceback.format_exc())

@@ -2,15 +2,19 @@
 
 import json
 import os
+import random
 import signal
 import threading
 import time
+from contextlib import contextmanager
 
 import pytest
 
 from benchmarks.harness import engines
-from benchmarks.harness.engines import Cluster, _run_if_shared, _wait_until_visible
+from benchmarks.harness.board import options as board_options
+from benchmarks.harness.engines import Cluster, ThisProcess, _run_if_shared, _wait_until_visible, run_units
 from benchmarks.harness.errors import UsageError
+from benchmarks.harness.experiment import grid
 from benchmarks.harness.store import Store
 from benchmarks.harness.unit_run import Job, Outcome
 
@@ -25,12 +29,30 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
+@contextmanager
+def drawing():
+    """While the context is open, another thread of this process draws from `random`, as the loop of a worker does."""
+
+    def draw():
+        while not ended.wait(1e-4):
+            random.random()
+
+    ended = threading.Event()
+    thread = threading.Thread(target=draw)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
 def run(tiny, address, seeds=2):
     return tiny.main("run", "tiny", "--seeds", str(seeds), "--scheduler", address, "--out", "far")
 
 
 def test_a_scheduler_runs_every_unit_once_with_the_numbers_of_this_process(tiny, tmp_path):
-    with distributed.LocalCluster(n_workers=1, threads_per_worker=1, processes=False, **QUIET) as workers:
+    with distributed.LocalCluster(n_workers=1, threads_per_worker=1, processes=False, **QUIET) as workers, drawing():
         assert run(tiny, workers.scheduler_address) == 0
         assert workers.scheduler.transition_counter >= 4
     assert sorted(tiny.started()) == ["a0", "a1", "b0", "b1"]
@@ -38,6 +60,27 @@ def test_a_scheduler_runs_every_unit_once_with_the_numbers_of_this_process(tiny,
     assert tiny("run", "--seeds", "2", out="near") == 0
     assert tiny.records("far") == tiny.records("near")
     assert len(tiny.records("far")) == 4
+
+
+@pytest.mark.slow
+def test_agem_has_the_records_of_this_process_whatever_its_worker_draws(tmp_path):
+    """AGEM shuffles its memory by the global `random`, from which the loop of a worker draws too."""
+    from benchmarks.experiments.compare.experiment import experiment
+
+    def records(engine, folder):
+        store = Store(tmp_path / folder)
+        store.root.mkdir()
+        store.manifest.touch()
+        (end,) = run_units(Job(experiment, store, None, None, table), units, engine)
+        assert end.error is None
+        return [record for record in store.read(units[0].digest, "AGEM", 0)[1] if not record.get("timing")]
+
+    options = experiment.options_type(seeds=1, quick=True, strategy=("AGEM",))
+    units = [unit for unit in grid(experiment, options) if unit.label == "AGEM"]
+    table = board_options(units)
+    with distributed.LocalCluster(n_workers=1, threads_per_worker=1, processes=False, **QUIET) as workers, drawing():
+        far = records(Cluster(workers.scheduler_address), "far")
+    assert far == records(ThisProcess(), "near")
 
 
 def test_workers_with_several_threads_are_refused_before_any_unit_runs(tiny, capsys):
@@ -65,14 +108,14 @@ def test_without_dask_the_message_names_the_extra(tiny, capsys, monkeypatch):
 
 
 def test_a_folder_that_the_machines_do_not_share_is_named(tmp_path, monkeypatch):
-    job = Job(None, Store(tmp_path / "elsewhere"), None, None, {})
+    store = Store(tmp_path / "elsewhere")
     with pytest.raises(UsageError, match=r"do not see the same files in .*elsewhere"):
-        _run_if_shared(job, None)
+        _run_if_shared(store, b"")
     monkeypatch.setattr(engines, "VISIBLE", 0.0)
     unit = type("Unit", (), {"digest": "0" * 12})
     with pytest.raises(UsageError, match=r"do not see the same files in .*elsewhere"):
-        _wait_until_visible(job.store, Outcome(unit))
-    _wait_until_visible(job.store, Outcome(unit, error="failed, so that there is no file"))
+        _wait_until_visible(store, Outcome(unit))
+    _wait_until_visible(store, Outcome(unit, error="failed, so that there is no file"))
 
 
 @pytest.mark.slow
@@ -110,7 +153,7 @@ def test_a_unit_that_kills_every_worker_fails_alone(tiny, monkeypatch, capsys):
     with distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=True, **QUIET) as workers:
         workers.scheduler.allowed_failures = 0
         assert run(tiny, workers.scheduler_address) == 1
-    said = "b seed 1: the worker process died twice, the second time with no other unit beside it (workers lost: 1, the"
+    said = "b seed 1: the worker process died twice, the second time with no other unit beside it (exit code SIGKILL(-"
     assert said in capsys.readouterr().err
     assert len(tiny.records("far")) == 3
     assert tiny.started().count("b1") == 2

@@ -18,6 +18,7 @@ from benchmarks.harness.engines import Engine, Lost, run_units
 from benchmarks.harness.errors import UsageError
 from benchmarks.harness.experiment import Unit, digest
 from benchmarks.harness.results import Results
+from benchmarks.harness.signals import showing_stacks
 from benchmarks.harness.store import Store, only_run_in
 from benchmarks.harness.unit_run import Job, Outcome, _checked
 
@@ -124,15 +125,47 @@ def test_a_killed_run_keeps_what_finished_and_its_rerun_gives_the_numbers_of_a_f
     assert len(list((tiny.out / "tensorboard" / "b" / "seed1").iterdir())) == 1
 
 
+def test_sigquit_shows_the_stacks_of_a_process_and_its_workers_and_both_go_on(capfd):
+    code = "from benchmarks.harness.signals import *; leave_signals_to_parent(); print(1, flush=True); input()"
+    worker = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=HERE.parents[1], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert worker.stdout.readline() == "1\n"
+    before, said = signal.getsignal(signal.SIGQUIT), ""
+    with showing_stacks(lambda: [worker.pid]):
+        worker.send_signal(signal.SIGQUIT)  # as a terminal sends to all
+        os.kill(os.getpid(), signal.SIGQUIT)
+        end = time.monotonic() + 20
+        while 'File "<string>", line 1 in <module>' not in said:
+            assert time.monotonic() < end
+            said += capfd.readouterr().err
+    assert f'File "{__file__}", line' in said
+    assert "in test_sigquit_shows_the_stacks_of_a_process_and_its_workers_and_both_go_on" in said
+    assert signal.getsignal(signal.SIGQUIT) == before
+    worker.communicate("\n", timeout=20)
+    assert worker.returncode == 0
+
+
 @pytest.mark.slow
 def test_ctrl_c_ends_the_workers_and_says_how_to_resume(tiny, tmp_path):
     process = begin(tmp_path, "run", "tiny", "--seeds", "2", "--jobs", "2")
-    wait_until(lambda: len(tiny.units()) == 3)
+    wait_until(lambda: len(tiny.units()) == 3 and "b1" in tiny.started())
+    process.send_signal(signal.SIGQUIT)  # shows what it hangs at, and goes on
+    time.sleep(2.0)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=15)
     assert process.returncode == 130
+    assert 'tests/benchmarks/tiny_experiment.py", line' in errors  # of the worker
+    assert "in _run_missing" in errors
     assert "Stopped with 3 of 4 units finished. The same command resumes: python -m benchmarks run tiny" in errors
     assert "Traceback" not in errors
+
+
+def test_a_unit_that_asks_python_to_end_has_failed(tiny, monkeypatch, capsys):
+    monkeypatch.setenv("TINY_FAULT", "exit")
+    assert tiny("run", "--seeds", "2") == 1
+    assert "b seed 1: SystemExit: 0" in capsys.readouterr().err
+    assert len(tiny.units()) == 3
 
 
 def test_a_unit_that_raises_does_not_lose_the_others(tiny, monkeypatch, capsys):
@@ -366,6 +399,47 @@ def test_report_of_an_incomplete_run_says_what_is_missing(tiny, capsys):
     assert tiny("report") == 0
     assert "1 of 4 units are missing" in capsys.readouterr().err
     assert (tiny.out / "report.md").read_text().startswith("> 1 of 4 units are missing")
+
+
+def test_a_broken_unit_is_left_out_of_the_report_and_runs_again(tiny, capsys):
+    tiny("run", "--seeds", "2")
+    kept = tiny.units()
+    for name, content in zip(kept, (b"", kept[[*kept][1]][:-9])):
+        (tiny.out / "units" / name).write_bytes(content)
+    capsys.readouterr()
+    assert tiny("report") == 1
+    said = capsys.readouterr().err
+    assert said.count("left out: ") == 2
+    assert "2 files could not be read; all others are in the report." in said
+    assert tiny("run", "--seeds", "2") == 0
+    assert capsys.readouterr().err.count("It is set aside, and its unit runs again.") == 2
+    assert len(tiny.started()) == 6
+    assert tiny.units().keys() == kept.keys()
+    assert len(list(tiny.out.glob("units/*.broken"))) == 2
+    assert tiny("report") == 0
+
+
+def test_results_of_another_experiment_or_version_are_said_to_be_such(tiny, capsys):
+    tiny("run", "--seeds", "1")
+    manifest = json.loads((tiny.out / "manifest.json").read_text())
+    (tiny.out / "manifest.json").write_text(json.dumps(manifest | {"version": 7}))
+    capsys.readouterr()
+    assert tiny("report") == 0
+    assert "holds results of version 7 of 'tiny', which is at version 1 now" in capsys.readouterr().err
+    (tiny.out / "manifest.json").write_text(json.dumps(manifest | {"experiment": "other"}))
+    assert tiny("report") == 2
+    assert capsys.readouterr().err == f"error: {tiny.out} holds results of 'other', not of 'tiny'.\n"
+
+
+def test_options_may_come_before_the_name_of_the_experiment(tiny, tmp_path, capsys):
+    words = ["--seeds", "1", "--quick", "--out", str(tmp_path / "out")]
+    assert tiny.main("run", *words, "tiny", "--jobs", "1") == 0
+    assert tiny.main("report", *words[2:], "tiny") == 0
+    assert (tmp_path / "out" / "tiny-quick" / "report.md").exists()
+    capsys.readouterr()
+    assert tiny.main("run", "--out", "tiny", "titan") == 2
+    said = "error: the name of the experiment comes first: python -m benchmarks run NAME --out tiny titan\n"
+    assert capsys.readouterr().err == said
 
 
 def test_report_without_results_says_how_to_get_them(tiny, capsys):

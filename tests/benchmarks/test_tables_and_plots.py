@@ -120,6 +120,13 @@ def test_finals_by_seed_take_the_last_step():
     assert course(ONE, TWO).finals("accuracy/experience_1", "a") == {0: 0.7, 1: 0.5}
 
 
+def test_dollars_in_a_label_are_no_formula(tmp_path):
+    label, one = r"$\frac$ and $", Summary(0.5, None, 1)
+    plot_matrices(tmp_path / "m.png", {label: [[1.0]]})
+    plot_scatter(tmp_path / "s.png", [Points({label: (one, one)}, "x", "y", label)], labels=[label])
+    plot_dots(tmp_path / "d.png", [Dots({label: one}, "x")], labels=[label])
+
+
 def test_matrices_and_points_are_drawn_whatever_is_missing(tmp_path):
     one, two = Summary(0.5, None, 1), Summary(0.0, 0.1, 3)
     labels = ["a", "b", "a label of so many words that it takes more than one line above its panel"]

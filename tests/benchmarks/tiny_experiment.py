@@ -1,13 +1,15 @@
 """An experiment of milliseconds for the tests of the harness: value = a random number + slope · step.
 
-The environment variable TINY_FAULT makes label "b" with seed 1 raise, die, hang, hang the first time only, or find the
-disk full (itself, or where nobody sees it: `lose`), without being part of its digest; TINY_LOG names a file that gets
-one line per unit as it starts.
+The environment variable TINY_FAULT makes label "b" with seed 1 raise, exit, die, hang, hang the first time only, or
+find the disk full (itself, or where nobody sees it: `lose`), without being part of its digest; TINY_LOG names a file
+that gets one line per unit as it starts.
 """
 
 import errno
 import os
+import random
 import signal
+import sys
 import threading
 import time
 import weakref
@@ -58,7 +60,7 @@ class Tiny(Experiment):
             file.write(f"{config.label}{seed}\n")
         if (config.label, seed) == ("b", 1):
             fail(os.environ.get("TINY_FAULT"), log.read_text().split().count("b1"))
-        start = torch.rand(()).item()
+        start = torch.rand(()).item() + sum(random.random() for _ in range(20_000))
         for step in range(3):
             yield {"metric": "accuracy", "value": start + config.slope.value * step, "step": step}
         yield {"metric": "seconds", "value": time.perf_counter()}
@@ -79,6 +81,8 @@ def fail(fault, times):
         os.kill(os.getpid(), signal.SIGKILL)
     if fault == "hang" or (fault == "hang once" and times == 1):
         time.sleep(60)
+    if fault == "exit":
+        sys.exit(0)
     if fault == "full":
         with Path("/dev/full").open("w") as file:
             file.write("an event")

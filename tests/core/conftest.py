@@ -19,6 +19,7 @@ from avalanche_curv.core.structures.block_diagonal import Block
 EXAMPLES, BATCH, FEATURES, CLASSES = 7, 4, 4, 3  # 4 + 3: a ragged last batch
 
 CLASS_WEIGHTS = torch.tensor([0.5, 2.0, 1.3], dtype=torch.float64)
+RELATIVE = CLASS_WEIGHTS / CLASS_WEIGHTS.mean()
 POSITIVE_WEIGHTS = torch.tensor([3.0, 0.5, 1.2], dtype=torch.float64)
 
 
@@ -44,10 +45,10 @@ LOSSES = {
     "smoothed": OnPaper(
         nn.CrossEntropyLoss(label_smoothing=0.1), lambda f, y: 0.9 * surprise(f)[y] + 0.1 * surprise(f).mean()
     ),
-    "weighted": OnPaper(nn.CrossEntropyLoss(CLASS_WEIGHTS), lambda f, y: CLASS_WEIGHTS[y] * surprise(f)[y]),
+    "weighted": OnPaper(nn.CrossEntropyLoss(CLASS_WEIGHTS), lambda f, y: RELATIVE[y] * surprise(f)[y]),
     "weighted_smoothed": OnPaper(
         nn.CrossEntropyLoss(CLASS_WEIGHTS, label_smoothing=0.3),
-        lambda f, y: 0.7 * CLASS_WEIGHTS[y] * surprise(f)[y] + 0.3 * (CLASS_WEIGHTS * surprise(f)).mean(),
+        lambda f, y: 0.7 * RELATIVE[y] * surprise(f)[y] + 0.3 * (RELATIVE * surprise(f)).mean(),
     ),
     "mean_square": OnPaper(nn.MSELoss(), lambda f, y: (f - y).square().mean()),
     "summed_square": OnPaper(nn.MSELoss(reduction="sum"), lambda f, y: (f - y).square().sum()),

@@ -188,6 +188,30 @@ def test_a_larger_strength_stays_closer_to_the_anchor(net, learner, train, plane
     assert distances[0] > 2 * distances[1] > 4 * distances[2] > 0
 
 
+def test_sparse_adam_is_refused_before_the_first_step(net, learner, train, plane, recorder):
+    strategy = learner(net, CurvatureEWCPlugin(1.0), recorder, optimizer=torch.optim.SparseAdam(net.parameters()))
+    with pytest.raises(TypeError, match="SparseAdam steps sparse gradients alone"):
+        train(strategy, plane.train_stream[:1])
+    assert not recorder.steps
+
+
+def test_under_autocast_the_penalty_of_a_strategy_is_in_the_type_of_the_parameters(net, learner, train, plane):
+    class Watching(SupervisedPlugin):
+        errors = ()
+
+        def before_backward(self, strategy, **kwargs):
+            if ewc.past.model is not None:
+                past, step = ewc.past.model, ewc.past.model.displacement(strategy.model).double()
+                exact = step @ past.curvature.dense().double() @ step / 2
+                self.errors = (*self.errors, float(abs(ewc.penalty - exact)) - 1e-5 * float(exact))
+
+    ewc, watching = CurvatureEWCPlugin(1.0, structure=Dense()), Watching()
+    with torch.autocast("cpu", torch.bfloat16):
+        train(learner(net.float(), ewc, watching), plane.train_stream[:2])
+    assert len(watching.errors) == 3
+    assert max(watching.errors) <= 1e-9
+
+
 def _plane(plane, number):
     inputs, targets, _ = zip(*plane.train_stream[number].dataset)
     return torch.stack(inputs), torch.tensor(targets)

@@ -15,7 +15,7 @@ from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", FutureWarning)  # a dependency of curvlinops still uses torch.jit
-    from curvlinops import GGNLinearOperator, xtrace
+    from curvlinops import GGNLinearOperator
     from curvlinops._torch_base import PyTorchLinearOperator as LinearOperator
 
 COLUMNS = 16  # a matrix product maps over all columns at once: this bounds its memory
@@ -140,36 +140,3 @@ class _HalfSquare(nn.Module):
 
     def forward(self, outputs: Tensor, factor: Float[Tensor, "N C R"]) -> Tensor:
         return 0.5 * torch.einsum("nc,ncr->nr", outputs, factor).square().sum()
-
-
-def trace_from_products(
-    matmat: Callable[[Float[Tensor, "P k"]], Float[Tensor, "P k"]], size: int, products: int, seed: int
-) -> float:
-    """XTrace (Epperly et al. 2024) of a matrix in float64, from an even number of products below its size. Random
-    vectors come from `seed`; torch's global random state stays as it is.
-
-    Raises torch.linalg.LinAlgError where the matrix is exactly of a lower rank than half of the products.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        return float(xtrace(_OnCPU(size, matmat), products))
-
-
-@dataclass(frozen=True)
-class _OnCPU:
-    """What `xtrace` asks of a matrix; it draws from the global generator of the matrix' device, here the CPU's."""
-
-    size: int
-    matmat: Callable[[Tensor], Tensor]
-    dtype: torch.dtype = torch.float64
-
-    @property
-    def device(self) -> torch.device:
-        return torch.device("cpu")
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.size, self.size
-
-    def __matmul__(self, matrix: Tensor) -> Tensor:
-        return self.matmat(matrix)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import TypeVar
 
 import torch
@@ -11,8 +11,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from avalanche_curv.core.curvature._curvlinops import LinearOperator, linear_operator, output_operator
-from avalanche_curv.core.curvature.operators import Operator, Spectral, WithFallback
-from avalanche_curv.core.curvature.products import Relinearised
+from avalanche_curv.core.curvature.operators import (
+    FACTOR_BYTES,
+    Operator,
+    Spectral,
+    factor_bytes,
+    pieces,
+    some_factor,
+)
+from avalanche_curv.core.curvature.products import Relinearised, right_products
+from avalanche_curv.core.precision import in_own_precision
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.jacobians import chunk_size, parameters_of, pulled_back
 from avalanche_curv.core.risk.losses import ExampleLoss
@@ -43,10 +51,11 @@ class Curvature(ABC):
     def operator(self, risk: EmpiricalRisk) -> Operator:
         """C at the frozen parameters of `risk`, as an operator with products C M [P, k] on its parameter space."""
 
+    @in_own_precision
     def linear_operator(self, risk: EmpiricalRisk) -> LinearOperator:
         """The curvature at the frozen parameters of `risk` as a linear operator of curvlinops, for its traces, norms,
         inverses and spectral densities; `.to_scipy()` makes it one of SciPy's."""
-        return linear_operator(self.operator(risk).matmat, risk.space.shapes, risk.anchor)
+        return linear_operator(in_own_precision(self.operator(risk).matmat), risk.space.shapes, risk.anchor)
 
     def check_loss(self, loss: ExampleLoss) -> None:  # noqa: B027  most need no more of a loss than that it is known
         """Raises ValueError for a loss for which this curvature is not defined."""
@@ -123,17 +132,25 @@ class OutputCurvature(Curvature, ABC):
         return torch.Generator().manual_seed(self.seed or 0)
 
     def operator(self, risk: EmpiricalRisk) -> Operator:
+        ways: dict[str, Callable[[EmpiricalRisk], Operator]] = {
+            "forward": self._forward,
+            "graphs": lambda risk: Relinearised(self, risk),
+        }
+        _, targets = next(iter(risk))
+        if risk.examples * factor_bytes(self, risk, targets) > FACTOR_BYTES:
+            del ways["forward"]  # which holds S of all examples
+        return right_products(self, risk, ways)
+
+    def _forward(self, risk: EmpiricalRisk) -> Operator:
         generator = self.generator()
         with torch.no_grad():
             data = [(x, self.factor(risk.loss, risk.outputs(x), y, generator)) for x, y in risk]
-        return WithFallback(output_operator(risk, data), Relinearised(self, risk))
+        return output_operator(risk, data)
 
     def row_count(self, risk: EmpiricalRisk) -> int:
         """N R, the number of rows of G: N examples, and R columns of S for each."""
-        x, y = next(iter(risk))
-        with torch.no_grad():
-            outputs = risk.outputs(x[:1])
-        return risk.examples * self.factor(risk.loss, outputs, y[:1], self.generator()).shape[2]
+        _, targets = next(iter(risk))
+        return risk.examples * some_factor(self, risk, targets).shape[2]
 
     def rows(self, risk: EmpiricalRisk, names: Collection[str] | None = None) -> Iterator[Float[Tensor, "n P"]]:
         """Rows of G with C = GᵀG: the columns of J_iᵀ S_i / √N, one chunk of examples after the other. `names`
@@ -141,8 +158,9 @@ class OutputCurvature(Curvature, ABC):
         parameters, generator = parameters_of(risk), self.generator()
         width = sum(parameters[name].numel() for name in names or parameters)
         with torch.no_grad():
-            for x, y in risk:
+            for x, y in pieces(self, risk):
                 factor = self.factor(risk.loss, risk.outputs(x), y, generator) / risk.examples**0.5
-                size = chunk_size(risk, factor.shape[2], width)
+                size, columns = chunk_size(risk, factor.shape[2], width), chunk_size(risk, 1, width)
                 for part_x, part_factor in zip(x.split(size), factor.split(size)):
-                    yield pulled_back(risk, parameters, part_x, part_factor, names).flatten(0, 1)
+                    for some in part_factor.split(columns, dim=2):  # all, but where rows of one example do not fit
+                        yield pulled_back(risk, parameters, part_x, some, names).flatten(0, 1)

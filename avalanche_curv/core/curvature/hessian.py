@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.func import grad, jvp, vmap
 
 from avalanche_curv.core.curvature.base import Curvature, M
 from avalanche_curv.core.curvature.operators import Operator
-from avalanche_curv.core.curvature.products import HessianOperator
+from avalanche_curv.core.curvature.products import hessian_operator
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.jacobians import example_rows, loss_of_one, parameters_of
+from avalanche_curv.core.risk.trust import directions, right_way
 
 
 class PositivePart(ABC):
@@ -64,7 +66,7 @@ class Hessian(Curvature):
         return self.psd is not None
 
     def operator(self, risk: EmpiricalRisk) -> Operator:
-        return HessianOperator(risk)
+        return hessian_operator(risk)
 
     def mended(self, matrix: M) -> M:
         """`psd` of the eigenvalues of an estimate; the matrix itself where it is not finite, as eigh fails on NaN."""
@@ -80,8 +82,28 @@ class Hessian(Curvature):
         the first along δ. Raises TypeError with `psd`."""
         if self.psd is not None:
             return super().example_expansion(risk, inputs, targets, displacement)
-        here, step = parameters_of(risk), parameters_of(risk, displacement)
-        gradient = grad(loss_of_one(risk))
-        expanded: Any = vmap(lambda x, y: jvp(lambda p: gradient(p, x, y), (here,), (step,)))(inputs, targets)
-        slopes, products = (example_rows(parts) for parts in expanded)
-        return slopes, products
+        x, y = (part[:2] for part in risk.few)
+        step = directions(risk.space.size, like=risk.anchor)
+        ways = {"forward": lambda: [*_forward(risk, x, y, step)]}
+        way = right_way(risk, "expansion", ways, lambda: [*_one_by_one(risk, x, y, step)], "loop")
+        return (_forward if way == "forward" else _one_by_one)(risk, inputs, targets, displacement)
+
+
+def _forward(
+    risk: EmpiricalRisk, inputs: Tensor, targets: Tensor, displacement: Float[Tensor, "P"]
+) -> tuple[Float[Tensor, "n P"], Float[Tensor, "n P"]]:
+    """∇ℓ_i and ∇²ℓ_i δ of all examples at once."""
+    here, step = parameters_of(risk), parameters_of(risk, displacement)
+    gradient = grad(loss_of_one(risk))
+    expanded: Any = vmap(lambda x, y: jvp(lambda p: gradient(p, x, y), (here,), (step,)))(inputs, targets)
+    slopes, products = (example_rows(parts) for parts in expanded)
+    return slopes, products
+
+
+def _one_by_one(
+    risk: EmpiricalRisk, inputs: Tensor, targets: Tensor, displacement: Float[Tensor, "P"]
+) -> tuple[Float[Tensor, "n P"], Float[Tensor, "n P"]]:
+    """∇ℓ_i and ∇²ℓ_i δ of one example after the other."""
+    ones = [replace(risk, batches=(pair,)) for pair in zip(inputs.split(1), targets.split(1))]
+    products = [hessian_operator(one).matmat(displacement[:, None])[:, 0] for one in ones]
+    return torch.stack([one.gradient() for one in ones]), torch.stack(products)

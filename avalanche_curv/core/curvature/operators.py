@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -10,7 +10,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk, as_matrix
 from avalanche_curv.core.risk.losses import ExampleLoss
+
+FACTOR_BYTES = 32 * 2**20  # of the factors S of examples that are worked on at once
 
 
 class Operator(Protocol):
@@ -42,31 +45,27 @@ class FactorInOutputs(Protocol):
     def generator(self) -> torch.Generator: ...
 
 
-class WithFallback:
-    """An operator, and a second one of equal products for modules that lack the derivatives of the first.
+def pieces(curvature: FactorInOutputs, risk: EmpiricalRisk) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches of `risk` in order, each in pieces whose factors S [n, C, R] take up to 32 MiB."""
+    size = 0
+    for x, y in risk:
+        size = size or max(1, FACTOR_BYTES // max(1, factor_bytes(curvature, risk, y)))
+        yield from zip(x.split(size), y.split(size))
 
-    The first product tries `first`; where torch raises NotImplementedError, that product and all that follow take
-    `second`.
-    """
 
-    def __init__(self, first: Operator, second: Operator) -> None:
-        self._works = first
-        self._untried: Operator | None = second
+def factor_bytes(curvature: FactorInOutputs, risk: EmpiricalRisk, targets: Tensor) -> int:
+    """The memory of S of each example; 0 where all share one."""
+    factor = some_factor(curvature, risk, targets)
+    return factor.stride(0) * factor.element_size()
 
-    @property
-    def size(self) -> int:
-        return self._works.size
 
-    def matmat(self, matrix: Float[Tensor, "P k"]) -> Float[Tensor, "P k"]:
-        """C M."""
-        if self._untried is not None:
-            try:
-                return self._works.matmat(matrix)
-            except NotImplementedError:
-                self._works = self._untried
-            finally:
-                self._untried = None
-        return self._works.matmat(matrix)
+def some_factor(curvature: FactorInOutputs, risk: EmpiricalRisk, targets: Tensor) -> Float[Tensor, "2 C R"]:
+    """S of an example that is given twice, for its shape; `targets` are those of a batch."""
+    outputs, target = as_matrix(risk.one_output), targets[:1]
+    with torch.no_grad():
+        return curvature.factor(
+            risk.loss, outputs.expand(2, -1), target.expand(2, *target.shape[1:]), curvature.generator()
+        )
 
 
 @dataclass(frozen=True)

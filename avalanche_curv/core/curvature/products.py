@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from avalanche_curv.core.curvature.operators import FactorInOutputs
+from avalanche_curv.core.curvature.operators import FactorInOutputs, Operator, pieces
+from avalanche_curv.core.risk.batches import untouched_randomness
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
+from avalanche_curv.core.risk.frozen import copied_without_graphs
+from avalanche_curv.core.risk.known import is_plain
+from avalanche_curv.core.risk.trust import at_nearby, differing, directions, right_way
 
 
 class _OfRisk:
@@ -30,6 +35,46 @@ class _OfRisk:
         """The frozen model and the examples."""
         data = sum(t.nbytes for batch in self.risk.batches for t in batch)
         return data + sum(p.nbytes for p in self.risk.base.parameters())
+
+
+class HasRows(FactorInOutputs, Protocol):
+    """A kind (1/N) Σ_i J_iᵀ S_i S_iᵀ J_i that gives the rows of its root too."""
+
+    def rows(self, risk: EmpiricalRisk) -> Iterator[Float[Tensor, "n P"]]: ...
+
+
+@dataclass(frozen=True)
+class FromRows(_OfRisk):
+    """GᵀG from the rows G of a kind, computed anew for each product: slow, and right for any model."""
+
+    curvature: HasRows
+    risk: EmpiricalRisk
+
+    def matmat(self, matrix: Float[Tensor, "P k"]) -> Float[Tensor, "P k"]:
+        """C M."""
+        total = torch.zeros_like(matrix)
+        for rows in self.curvature.rows(self.risk):
+            total += rows.T @ (rows @ matrix)
+        return total
+
+
+def right_products(
+    curvature: HasRows, risk: EmpiricalRisk, ways: Mapping[str, Callable[[EmpiricalRisk], Operator]]
+) -> Operator:
+    """The operator that the first of these ways makes of a risk whose products are those of the rows G on a few
+    examples; `FromRows` where none is right."""
+    trial = risk.trial()
+    vectors = directions(risk.space.size, 2, like=risk.anchor)
+
+    def tried(way: Callable[[EmpiricalRisk], Operator]) -> Callable[[], list[Tensor]]:
+        return lambda: risk.space.split(way(trial).matmat(vectors).T.contiguous())
+
+    def by_rows(risk: EmpiricalRisk) -> Operator:
+        return FromRows(curvature, risk)
+
+    what = f"products by {' or '.join(ways)}"
+    name = right_way(risk, what, {name: tried(way) for name, way in ways.items()}, tried(by_rows), "rows")
+    return ways.get(name, by_rows)(risk)
 
 
 @dataclass(frozen=True)
@@ -69,7 +114,7 @@ class Relinearised(_OfRisk):
     def matmat(self, matrix: Float[Tensor, "P k"]) -> Float[Tensor, "P k"]:
         """C M, column by column."""
         generator, total = self.curvature.generator(), torch.zeros_like(matrix)
-        for x, y in self.risk:
+        for x, y in pieces(self.curvature, self.risk):
             total += _Batch(self.curvature, self.risk, x, y, generator).matmat(matrix)
         return total / self.risk.examples
 
@@ -147,8 +192,8 @@ COLUMNS = 32  # products at once: this bounds the memory
 
 
 @dataclass(frozen=True)
-class HessianOperator:
-    """∇²L at the frozen parameters.
+class ReverseHessian:
+    """∇²L at the frozen parameters, as the derivative of the gradient.
 
     Reverse over reverse, where curvlinops 3.0.1 goes forward over reverse: forward derivatives are missing in torch for
     group norms and attention, and wrong for the affine parameters of a LayerNorm. Where they are right, its products
@@ -190,3 +235,90 @@ def summed_gradient_graph(risk: EmpiricalRisk, x: Tensor, y: Tensor) -> Float[Te
         loss = risk.loss.per_example(risk.outputs(x), y).sum()
     parts = torch.autograd.grad(loss, risk.parameters, create_graph=True, allow_unused=True, materialize_grads=True)
     return risk.space.flatten(list(parts))
+
+
+class HessianByDifferences:
+    """∇²L at the frozen parameters θ, by symmetric differences of gradients:
+
+        H v = (∇L(θ + h v) − ∇L(θ − h v)) / 2h + O(h²),   h ‖v‖ = `step` · ε^⅓ max(1, ‖θ‖),
+
+    with ε the rounding of the type of θ, or of double precision, in which the model is evaluated by `doubled`. For
+    models whose gradient torch does not differentiate rightly: in double precision exact to about 1e-9, but for a kink
+    of the loss within h of θ.
+    """
+
+    def __init__(self, risk: EmpiricalRisk, step: float = 1.0) -> None:
+        self.risk, self.step = risk, step
+
+    @property
+    def size(self) -> int:
+        return self.risk.space.size
+
+    def matmat(self, matrix: Float[Tensor, "P k"]) -> Float[Tensor, "P k"]:
+        """H M, column by column."""
+        return torch.stack([self._product(column) for column in matrix.to(self.risk.anchor).T], dim=1).to(matrix)
+
+    def _product(self, vector: Float[Tensor, "P"]) -> Float[Tensor, "P"]:
+        length, anchor = float(vector.norm()), self.risk.anchor
+        if not length > 0:
+            return torch.zeros_like(anchor)
+        rounding = torch.finfo(anchor.dtype).eps ** (1 / 3)
+        h = self.step * rounding * max(1.0, float(anchor.norm())) / length
+        ahead, behind = (self.risk.gradient_at(anchor + sign * h * vector) for sign in (1, -1))
+        return (ahead - behind) / (2 * h)
+
+
+def doubled(risk: EmpiricalRisk) -> EmpiricalRisk:
+    """The risk with its frozen model in double precision."""
+    return risk.with_base(copied_without_graphs(risk.base).double())
+
+
+def hessian_operator(risk: EmpiricalRisk) -> ReverseHessian | HessianByDifferences:
+    """∇²L as the derivative of the gradient where that is right, and by differences of gradients elsewhere; raises
+    what `is_differentiated_twice` raises."""
+    return ReverseHessian(risk) if is_differentiated_twice(risk) else HessianByDifferences(doubled(risk))
+
+
+def is_differentiated_twice(risk: EmpiricalRisk) -> bool:
+    """Whether torch's derivative of the gradient of the loss equals differences of gradients, on a few examples at
+    parameters nearby. Asked once of a frozen model, and not of one of known modules.
+
+    Raises TypeError where it does not, and the model cannot be evaluated in double precision.
+    """
+    if "second derivatives" not in risk.verdicts:
+        with untouched_randomness():
+            risk.verdicts["second derivatives"] = is_plain(risk.model) or _agrees_with_differences(risk)
+    return risk.verdicts["second derivatives"]
+
+
+def _agrees_with_differences(risk: EmpiricalRisk) -> bool:
+    vectors = directions(risk.space.size, 1, like=risk.anchor)
+    for precise, tolerance in ((doubled, 1e-3), (lambda risk: risk, 5e-2)):
+        try:
+            trial = at_nearby(precise(risk.trial()))
+            near, far = (HessianByDifferences(trial, step).matmat(vectors)[:, 0] for step in (1.0, 3.0))
+        except Exception:  # of any kind: not every model can be evaluated in double precision
+            continue
+        wanted = risk.space.split(near)
+        if not near.isfinite().all() or differing(risk.space.split(far), wanted, tolerance):
+            continue  # a kink, or rounding: nothing to judge by
+        try:
+            wrong = differing(risk.space.split(ReverseHessian(trial).matmat(vectors)[:, 0]), wanted, tolerance)
+        except Exception:  # torch lacks the derivative
+            wrong = [*range(len(wanted))]
+        if wrong and trial.anchor.dtype != torch.float64:
+            raise TypeError(_no_hessian(risk, wrong))
+        return not wrong
+    return True
+
+
+def _no_hessian(risk: EmpiricalRisk, wrong: list[int]) -> str:
+    names = [risk.space.names[place] for place in wrong]
+    modules = dict(risk.base.named_modules())
+    owners = {name.rpartition(".")[0] for name in names}
+    kinds = sorted(f"{type(modules[owner]).__name__} '{owner}'" for owner in owners if owner in modules)
+    return (
+        f"torch gives another second derivative of {', '.join(kinds)} than differences of gradients do, in the "
+        f"parameters {', '.join(names[:5])}. Use GGN(), Fisher() or EmpiricalFisher(), which take first derivatives "
+        "only; or let the model run in double precision, in which the Hessian is taken by differences."
+    )

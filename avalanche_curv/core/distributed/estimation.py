@@ -44,7 +44,7 @@ def estimate_sharded(
             "or its inputs do on one of them. Look for diverged weights (lower the learning rate or the strength) and "
             "for NaN in the data."
         )
-    return QuadraticModel(risk.own.space, risk.own.anchor, matrix, slope)
+    return QuadraticModel(risk.own.space, risk.own.anchor, matrix, slope, frozen=risk.own.frozen)
 
 
 def _check(curvature: Curvature, structure: Structure, risk: ShardedRisk) -> None:

@@ -19,7 +19,7 @@ from avalanche_curv.core.distributed.risk import borrowed, check_buffers
 from avalanche_curv.core.distributed.shares import LocalShards, local_shards, mesh_of
 from avalanche_curv.core.per_example import layer_kinds
 from avalanche_curv.core.per_example.layers import Tap, gradients
-from avalanche_curv.core.risk.batches import Batches, like, without_drawing
+from avalanche_curv.core.risk.batches import Batches, kept, like
 from avalanche_curv.core.risk.empirical_risk import as_matrix
 from avalanche_curv.core.risk.losses import ExampleLoss, example_loss
 from avalanche_curv.core.risk.parameters import canonical_name
@@ -67,7 +67,7 @@ class _Reader:
 
     def __init__(self, share: LocalShards, batches: Batches, place: Tensor) -> None:
         self.ranks, self.place = share.ranks, place
-        self.batches = tuple(batches) if iter(batches) is batches else batches
+        self.batches = kept(batches)
         self.batch: tuple[Tensor, Tensor] | None = None
         _, self.spare = borrowed(self.batches, self.ranks)
         counts = self.ranks.gather_of(lambda: sum(len(y) for _, y in self._own()))
@@ -87,7 +87,7 @@ class _Reader:
         return self.batch is not None
 
     def _own(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return (batch for batch in without_drawing(self.batches) if len(batch[1]))
+        return (batch for batch in self.batches if len(batch[1]))
 
 
 class _Factors:

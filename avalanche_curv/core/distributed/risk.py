@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from avalanche_curv.core.distributed.ranks import Ranks
-from avalanche_curv.core.risk.batches import Batches, without_drawing
+from avalanche_curv.core.risk.batches import Batches, kept
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 
 
@@ -41,10 +41,10 @@ class ShardedRisk:
     ) -> ShardedRisk:
         """`EmpiricalRisk.snapshot` of this rank's `batches`, which may be none. It raises what that raises, on all
         ranks; ValueError too where ranks hold models of other parameters or buffers, or none has an example."""
-        kept = tuple(batches) if iter(batches) is batches else batches
-        first, spare = borrowed(kept, ranks)
+        own_batches = kept(batches)
+        first, spare = borrowed(own_batches, ranks)
         own = ranks.together(
-            lambda: EmpiricalRisk.snapshot(model, criterion, kept if first else (spare,), adapter=adapter)
+            lambda: EmpiricalRisk.snapshot(model, criterion, own_batches if first else (spare,), adapter=adapter)
         )
         risk = cls(own, tuple(ranks.gather_of(lambda: own.examples if first else 0)), ranks)
         risk._check()
@@ -67,9 +67,9 @@ class ShardedRisk:
 
     @cached_property
     def is_finite(self) -> bool:
-        """Whether parameters and first outputs are, on every rank."""
+        """Whether parameters and first losses are, on every rank."""
         own = self.own
-        return all(self.ranks.gather_of(lambda: bool(own.anchor.isfinite().all() and own.one_output.isfinite().all())))
+        return all(self.ranks.gather_of(lambda: bool(own.anchor.isfinite().all() and own.one_loss.isfinite().all())))
 
     def value(self) -> float:
         """L at the frozen parameters."""
@@ -104,15 +104,15 @@ class ShardedRisk:
 def borrowed(batches: Batches, ranks: Ranks) -> tuple[bool, Any]:
     """Whether this rank has examples, and one of the first rank that has some, as a batch on the CPU; None where every
     rank has. Raises ValueError where none has."""
-    own = ranks.together(lambda: next((batch for batch in without_drawing(batches) if len(batch[-1])), None))
+    own = ranks.together(lambda: next((batch for batch in batches if len(batch[-1])), None))
     known = ranks.gather(own is not None)
     if not any(known):
         raise ValueError("The risk of no examples is not defined: no rank has any. Give one or more to some rank.")
     if all(known):
         return True, None
     lender = known.index(True)
-    kept = None if ranks.rank != lender else own
-    lent = ranks.gather_of(lambda: kept and tuple(part[:1].detach().cpu() for part in kept))[lender]
+    lending = None if ranks.rank != lender else own
+    lent = ranks.gather_of(lambda: lending and tuple(part[:1].detach().cpu() for part in lending))[lender]
     return own is not None, lent
 
 AGREEMENT = 1e-5  # relative: copies of one model may differ by rounding

@@ -7,18 +7,17 @@ from abc import ABC, abstractmethod
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.func import grad, jvp, vmap
 
 from avalanche_curv.core.curvature.base import Curvature, OutputCurvature
+from avalanche_curv.core.curvature.operators import pieces
 from avalanche_curv.core.fidelity.measures import Comparison, GradientProducts, concatenated
+from avalanche_curv.core.precision import in_own_precision
 from avalanche_curv.core.quadratic.model import half
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.jacobians import (
     Parameters,
+    change_of_outputs,
     chunk_size,
-    example_rows,
-    loss_of_one,
-    outputs_of,
     parameters_of,
     pulled_back,
 )
@@ -42,13 +41,14 @@ class OutputModels(ExampleModels):
     def __init__(self, curvature: OutputCurvature, risk: EmpiricalRisk) -> None:
         self.curvature, self.risk = curvature, risk
 
+    @in_own_precision
     def compare(self, parameters: Float[Tensor, "P"]) -> Comparison:
         generator = self.curvature.generator()
         here, there = parameters_of(self.risk), parameters_of(self.risk, parameters)
         step = parameters_of(self.risk, parameters - self.risk.anchor)
         parts = []
         with torch.no_grad():
-            for x, y in self.risk:
+            for x, y in pieces(self.curvature, self.risk):
                 factor = self.curvature.factor(self.risk.loss, self.risk.outputs(x), y, generator)
                 size = chunk_size(self.risk, 3)
                 for piece in zip(x.split(size), y.split(size), factor.split(size)):
@@ -56,9 +56,8 @@ class OutputModels(ExampleModels):
         return joined(parts)
 
     def _chunk(self, here: dict, there: dict, step: dict, x: Tensor, y: Tensor, factor: Tensor) -> Comparison:
-        outputs, loss = outputs_of(self.risk), self.risk.loss
-        now = outputs(there, x)
-        then, change = jvp(lambda p: outputs(p, x), (here,), (step,))[:2]
+        loss, now = self.risk.loss, outputs_there(self.risk, there, x)
+        then, change = change_of_outputs(self.risk, here, x, step)
         residual = loss.gradient(then, y)
         curved, linear, quadratic = output_increase(factor, residual, change)
         true = pulled_back(self.risk, there, x, loss.gradient(now, y)[:, :, None])[:, 0]
@@ -74,6 +73,7 @@ class ExpandedModels(ExampleModels):
     def __init__(self, curvature: Curvature, risk: EmpiricalRisk) -> None:
         self.curvature, self.risk = curvature, risk
 
+    @in_own_precision
     def compare(self, parameters: Float[Tensor, "P"]) -> Comparison:
         displacement, there = parameters - self.risk.anchor, parameters_of(self.risk, parameters)
         size = chunk_size(self.risk, 3)
@@ -82,13 +82,19 @@ class ExpandedModels(ExampleModels):
             return joined([self._chunk(there, displacement, x, y) for x, y in pieces])
 
     def _chunk(self, there: Parameters, displacement: Float[Tensor, "P"], x: Tensor, y: Tensor) -> Comparison:
-        outputs, loss = outputs_of(self.risk), self.risk.loss
+        loss, now = self.risk.loss, outputs_there(self.risk, there, x)
         slopes, products = self.curvature.example_expansion(self.risk, x, y, displacement)
-        true = example_rows(vmap(grad(loss_of_one(self.risk)), in_dims=(None, 0, 0))(there, x, y))
+        true = pulled_back(self.risk, there, x, loss.gradient(now, y)[:, :, None])[:, 0]
         quadratic, linear = half_product(products, displacement), slopes @ displacement
-        actual = loss.per_example(outputs(there, x), y) - loss.per_example(outputs(parameters_of(self.risk), x), y)
+        actual = loss.per_example(now, y) - loss.per_example(self.risk.outputs(x), y)
         gradients = GradientProducts.of(true, torch.stack([products, products + slopes]))
         return Comparison.of(gradients, actual, torch.stack([quadratic, quadratic + linear]))
+
+
+def outputs_there(risk: EmpiricalRisk, parameters: Parameters, inputs: Tensor) -> Float[Tensor, "N C"]:
+    """f(inputs) at other parameters, without a graph."""
+    with risk.holding(list(parameters.values())):
+        return risk.outputs(inputs)
 
 
 def output_increase(

@@ -9,11 +9,13 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from avalanche_curv.core.curvature.base import OutputCurvature
-from avalanche_curv.core.fidelity.examples import ExampleModels, joined, output_increase
+from avalanche_curv.core.curvature.base import Curvature, OutputCurvature
+from avalanche_curv.core.fidelity.examples import ExampleModels, OutputModels, joined, output_increase
 from avalanche_curv.core.fidelity.measures import Comparison, GradientProducts
-from avalanche_curv.core.per_example.layers import Layers, Tap
+from avalanche_curv.core.per_example.layers import LayerDiffers, Layers, Tap, linear_layers
+from avalanche_curv.core.precision import in_own_precision
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
+from avalanche_curv.core.risk.trust import nearby, right_way
 
 
 class LayerwiseModels(ExampleModels):
@@ -27,20 +29,50 @@ class LayerwiseModels(ExampleModels):
     def __init__(self, curvature: OutputCurvature, *risks: tuple[EmpiricalRisk, Layers]) -> None:
         self.curvature, self.risk, self.risks = curvature, risks[0][0], risks
         self._anchored: list[_AnchoredBatch] | None = None
+        self._plain: list[OutputModels] | None = None  # in place of these, where layers turn out to differ
 
     def __getstate__(self) -> dict[str, Any]:
         """Autograd graphs are not stored: they are computed again."""
         return {**self.__dict__, "_anchored": None}
 
+    @in_own_precision
     def compare(self, parameters: Float[Tensor, "P"]) -> Comparison:
+        if self._plain is None:
+            try:
+                return self._compare(parameters)
+            except LayerDiffers:  # for some examples, or at these parameters
+                self._anchored = None
+                self._plain = [OutputModels(self.curvature, risk) for risk, _ in self.risks]
+        return joined([models.compare(parameters) for models in self._plain])
+
+    @torch.enable_grad()
+    def _compare(self, parameters: Float[Tensor, "P"]) -> Comparison:
         if self._anchored is None:
             self._anchored = [batch for pair in self.risks for batch in self._anchor(*pair)]
-        with torch.enable_grad():
-            return _compared([batch.measure(parameters) for batch in self._anchored])
+        return _compared([batch.measure(parameters) for batch in self._anchored])
 
     def _anchor(self, risk: EmpiricalRisk, layers: Layers) -> list[_AnchoredBatch]:
         generator = self.curvature.generator()
         return [_AnchoredBatch(self.curvature, risk, layers, x, y, generator) for x, y in risk]
+
+
+def layered(curvature: Curvature, risk: EmpiricalRisk) -> Layers | None:
+    """The layers by which `LayerwiseModels` measures a risk; None for a kind that is not given in the outputs, for a
+    model with other parameters than those of linear layers, and where torch's derivatives of what lies between the
+    layers are not those of plain reverse mode, on a few examples."""
+    layers = linear_layers(risk) if isinstance(curvature, OutputCurvature) else None
+    if layers is None or not isinstance(curvature, OutputCurvature):
+        return None
+    trial, own, kind = risk.trial(), layers, curvature
+    moved = trial.space.flatten(nearby(trial)).detach()
+
+    def tried(models: ExampleModels) -> list[Tensor]:
+        found = models.compare(moved)
+        return [part for one in (found.quadratic, found.linear) for part in (one.increase, one.gamma)]
+
+    ways = {"layers": lambda: tried(LayerwiseModels(kind, (trial, own)))}
+    way = right_way(risk, "fidelity", ways, lambda: tried(OutputModels(kind, trial)), "outputs")
+    return layers if way == "layers" else None
 
 
 class _Measured(NamedTuple):
@@ -69,6 +101,7 @@ class _AnchoredBatch:
         self.risk, self.layers, self.x, self.y = risk, layers, x, y
         with torch.enable_grad(), layers.tapped() as self.taps:
             self.outputs = risk.outputs(x)
+        layers.check_calls(self.taps, len(x))
         values = self.outputs.detach()
         self.loss = risk.loss.per_example(values, y)
         self.residual = risk.loss.gradient(values, y)
@@ -97,11 +130,13 @@ class _AnchoredBatch:
 
     def _truth(self, values: list[Tensor]) -> tuple[list[Tap], tuple[Tensor, ...], Tensor]:
         """Inputs and outputs of its layers, B and losses of the past function at other parameters."""
-        with self.layers.tapped() as taps:
-            outputs = self.risk.outputs_at(values, self.x)
-        loss = self.risk.loss.per_example(outputs.detach(), self.y)
-        residual = self.risk.loss.gradient(outputs.detach(), self.y)
-        return taps, _sensitivities(outputs, taps, residual, keep=False), loss
+        with self.risk.holding(values):
+            with self.layers.tapped() as taps:
+                outputs = self.risk.outputs(self.x)
+            self.layers.check_calls(taps, len(self.x))
+            loss = self.risk.loss.per_example(outputs.detach(), self.y)
+            residual = self.risk.loss.gradient(outputs.detach(), self.y)
+            return taps, _sensitivities(outputs, taps, residual, keep=False), loss
 
     def _output_change(self, now: list[Tap], parameters: dict[str, Tensor]) -> Float[Tensor, "N C"]:
         """u = J δ: each layer's own change A δWᵀ + δb, propagated to the outputs."""

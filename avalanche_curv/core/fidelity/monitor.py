@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
+from operator import is_
 from typing import Any
 
 import torch
@@ -12,11 +13,11 @@ from torch import Tensor, nn
 
 from avalanche_curv.core.curvature.base import Curvature, OutputCurvature
 from avalanche_curv.core.fidelity.examples import ExampleModels, ExpandedModels, OutputModels
-from avalanche_curv.core.fidelity.layerwise import LayerwiseModels
+from avalanche_curv.core.fidelity.layerwise import LayerwiseModels, layered
 from avalanche_curv.core.fidelity.measures import Comparison, Fidelity, concatenated
-from avalanche_curv.core.per_example.layers import linear_layers
+from avalanche_curv.core.precision import in_own_precision
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk, frozen_together, joined_risk
-from avalanche_curv.core.risk.parameters import ParameterSpace
+from avalanche_curv.core.risk.selection import training
 
 
 @dataclass(frozen=True)
@@ -36,27 +37,38 @@ class PastModels:
         self.curvature.check_examples()
 
     def with_experience(self, stored: EmpiricalRisk) -> PastModels:
-        """The quadratic models after one more experience, whose stored examples are frozen at its end."""
+        """The quadratic models after one more experience, whose stored examples are frozen at its end; over its own
+        parameters and all that are in the space of an earlier one, also where they are frozen now."""
+        stored = stored.covering({name for risk in self.accumulate for name in risk.space.names})
         fresh = (*(risk.at(stored) for risk in self.refresh), stored)
         return PastModels(self.curvature, (*self.accumulate, stored), fresh)
 
+    def covering(self, model: nn.Module) -> PastModels:
+        """These quadratic models over the parameters, too, that were frozen at the anchors and train in `model`; the
+        object itself where there are none. All measurements are taken so: keep what is returned, to save the work."""
+        accumulate = tuple(risk.covering(training(risk.frozen, model)) for risk in self.accumulate)
+        refresh = tuple(risk.covering(training(risk.frozen, model)) for risk in self.refresh[:1])
+        refresh = (*refresh, *(risk.at(refresh[0]) for risk in self.refresh[1:]))
+        same = all(map(is_, (*accumulate, *refresh[:1]), (*self.accumulate, *self.refresh[:1])))
+        return self if same else PastModels(self.curvature, accumulate, refresh)
+
     def compare(self, model: nn.Module) -> dict[str, list[Comparison]]:
         """By the names `accumulate` and `refresh`, what `compare_one` returns."""
-        return {name: self.compare_one(name, model) for name in self._groups}
+        own = self.covering(model)
+        return {name: own.compare_one(name, model) for name in own._groups}
 
+    @in_own_precision
     def compare_one(self, name: str, model: nn.Module) -> list[Comparison]:
         """The quadratic model of that name, `accumulate` or `refresh`, against the truth at the current parameters of
         `model`: one comparison for each past experience.
 
         Raises TypeError where torch lacks a derivative of an operation of the model.
         """
-        vectors: dict[ParameterSpace, Tensor] = {}
-        for group in self._groups[name]:
-            space = group.models.risk.space
-            if space not in vectors:
-                vectors[space] = space.vector(model)
-        return [part for group in self._groups[name] for part in group.compare(vectors[group.models.risk.space])]
+        groups = self.covering(model)._groups[name]
+        vectors = {space: space.vector(model) for space in {group.models.risk.space for group in groups}}
+        return [part for group in groups for part in group.compare(vectors[group.models.risk.space])]
 
+    @in_own_precision
     def measure(self, model: nn.Module) -> dict[str, float]:
         """`name/measure` over all stored examples and `name/measure/experience_t` for each past experience, at the
         current parameters of `model`; empty without a past.
@@ -65,10 +77,11 @@ class PastModels:
         `Fidelity.means`, and `distance`, which does not depend on the linear term (see `distances`). Raises TypeError
         where torch lacks a derivative of an operation of the model.
         """
-        values = self.distances(model)
+        own = self.covering(model)
+        values = own.distances(model)
         if not values:
             return values
-        for name, comparisons in self.compare(model).items():
+        for name, comparisons in own.compare(model).items():
             for suffix, parts in (
                 ("", [c.quadratic for c in comparisons]),
                 ("_linear", [c.linear for c in comparisons]),
@@ -76,6 +89,7 @@ class PastModels:
                 values |= _named(name + suffix, parts)
         return values
 
+    @in_own_precision
     def growth(self, model: nn.Module) -> dict[str, float]:
         """`name/experience_t`: the loss L_t of the past function as `model` computes it now, less that of the function
         as it was frozen, at the same parameters; `name`, `accumulate` or `refresh`, the mean over experiences. Empty
@@ -84,8 +98,8 @@ class PastModels:
         It is what new outputs, unmasked units and other buffers change by themselves, which no quadratic model in the
         parameters can foresee.
         """
-        values: dict[str, float] = {}
-        for name, risks in (("accumulate", self.accumulate), ("refresh", self.refresh)):
+        own, values = self.covering(model), dict[str, float]()
+        for name, risks in (("accumulate", own.accumulate), ("refresh", own.refresh)):
             grown = zip(risks, frozen_together(risks, model))
             jumps = [now.value() - risk.value_at(risk.space.vector(model)) for risk, now in grown]
             values |= {f"{name}/experience_{number}": jump for number, jump in enumerate(jumps)}
@@ -93,6 +107,7 @@ class PastModels:
                 values[name] = sum(jumps) / len(jumps)
         return values
 
+    @in_own_precision
     def distances(self, model: nn.Module) -> dict[str, float]:
         """`accumulate/distance` and `refresh/distance`: ‖θ − a‖₂ of the parameters θ of `model` in the coordinates of
         the anchor a.
@@ -102,7 +117,8 @@ class PastModels:
         """
         if not self.accumulate:
             return {}
-        each = torch.stack([_distance(model, risk) for risk in (*self.accumulate, self.refresh[-1])]).tolist()
+        past = self.covering(model)
+        each = torch.stack([_distance(model, risk) for risk in (*past.accumulate, past.refresh[-1])]).tolist()
         own, newest = each[:-1], each[-1]
         values = {"accumulate/distance": sum(own) / len(own)}
         values |= {f"accumulate/distance/experience_{number}": value for number, value in enumerate(own)}
@@ -131,7 +147,7 @@ class _Group:
 
     def compare(self, parameters: Tensor) -> list[Comparison]:
         try:
-            return self.models.compare(parameters).split(self.sizes)
+            return self.models.compare(parameters.to(self.models.risk.anchor)).split(self.sizes)
         except NotImplementedError as error:
             raise TypeError(
                 f"torch lacks a derivative that fidelity needs of {type(self.models.risk.base).__name__}: {error} "
@@ -140,10 +156,10 @@ class _Group:
 
 
 def _grouped(curvature: Curvature, functions: list[list[EmpiricalRisk]]) -> list[_Group]:
-    """All experiences in order; each inner list shares its past function. Neighbours over one parameter space are
-    measured at once where all parameters lie in linear layers."""
+    """All experiences in order; each inner list shares its past function. Neighbours of one parameter space and type
+    are measured at once where all parameters lie in linear layers."""
     groups = []
-    for _, run in groupby(functions, key=lambda risks: risks[0].space):
+    for _, run in groupby(functions, key=lambda risks: (risks[0].space, risks[0].anchor.dtype, risks[0].anchor.device)):
         together = list(run)
         for some in [together] if _are_layered(curvature, together) else [[risks] for risks in together]:
             models = example_models(curvature, *(joined_risk(risks) for risks in some))
@@ -152,7 +168,7 @@ def _grouped(curvature: Curvature, functions: list[list[EmpiricalRisk]]) -> list
 
 
 def _are_layered(curvature: Curvature, functions: list[list[EmpiricalRisk]]) -> bool:
-    return isinstance(curvature, OutputCurvature) and all(linear_layers(risks[0]) for risks in functions)
+    return all(layered(curvature, risks[0]) is not None for risks in functions)
 
 
 def example_models(curvature: Curvature, *risks: EmpiricalRisk) -> ExampleModels:
@@ -164,15 +180,15 @@ def example_models(curvature: Curvature, *risks: EmpiricalRisk) -> ExampleModels
     curvature.check_examples()
     if not isinstance(curvature, OutputCurvature):
         return ExpandedModels(curvature, *risks)
-    layers = [linear_layers(risk) for risk in risks]
-    layered = [(risk, own) for risk, own in zip(risks, layers) if own is not None]
-    return LayerwiseModels(curvature, *layered) if len(layered) == len(risks) else OutputModels(curvature, *risks)
+    layers = [layered(curvature, risk) for risk in risks]
+    pairs = [(risk, own) for risk, own in zip(risks, layers) if own is not None]
+    return LayerwiseModels(curvature, *pairs) if len(pairs) == len(risks) else OutputModels(curvature, *risks)
 
 
 def _distance(model: nn.Module, risk: EmpiricalRisk) -> Tensor:
     """‖θ − a‖₂ as a 0-d tensor, one parameter tensor at a time, so that no vector of size P is made."""
     pairs = zip(risk.space.tensors(model), risk.parameters)
-    parts = [torch.linalg.vector_norm(now.detach() - anchor.detach()) for now, anchor in pairs]
+    parts = [torch.linalg.vector_norm(now.detach().to(anchor) - anchor.detach()) for now, anchor in pairs]
     return torch.linalg.vector_norm(torch.stack(parts))
 
 

@@ -90,8 +90,8 @@ class AveragedCurvature:
         if tensor.isfinite().all():
             return tensor
         raise NonFiniteCurvatureError(
-            f"{self.curvature} of {self.examples} examples holds NaN or infinity, so the model or its inputs do. "
-            "Look for diverged weights (lower the learning rate or the strength) and for NaN in the data."
+            f"{self.curvature} of {self.examples} examples holds NaN or infinity, so the model, its loss or its inputs "
+            "do. Look for diverged weights (lower the learning rate or the strength) and for NaN in the data."
         )
 
     def _sum(self, structure: Dense | MatrixFree) -> Matrix:

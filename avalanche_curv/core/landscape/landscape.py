@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float
@@ -16,9 +15,11 @@ from avalanche_curv.core.eigen import Pairs
 from avalanche_curv.core.landscape.averaged import AveragedCurvature
 from avalanche_curv.core.landscape.exact import GramMatrix, WholeMatrix
 from avalanche_curv.core.landscape.lanczos import Lanczos
-from avalanche_curv.core.landscape.spectrum import Density, Spectrum, SpectrumMethod
+from avalanche_curv.core.landscape.spectrum import Density, Spectrum, SpectrumMethod, mean_density
 from avalanche_curv.core.options import is_count, is_number
+from avalanche_curv.core.precision import in_own_precision
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
+from avalanche_curv.core.risk.frozen import copied_without_graphs
 from avalanche_curv.core.risk.parameters import ParameterSpace
 
 METHODS: tuple[SpectrumMethod, ...] = (WholeMatrix(), GramMatrix(), Lanczos())
@@ -41,7 +42,8 @@ class Landscape:
     curvature of either sign is spread. The effective rank and energy of a matrix of zeros are NaN.
 
     `methods` says of each quantity how it was computed, `exact` whether all are exact up to rounding; `space` names the
-    parameters, `examples` is the number of examples.
+    parameters, `examples` is the number of examples. `errors` are the standard errors of the scalars, by name: 0 where
+    one is exact or, as the sharpness, good to a residual of 1e-5, and NaN where a single probe says nothing of it.
     """
 
     sharpness: float
@@ -55,6 +57,7 @@ class Landscape:
     methods: Mapping[str, str] = field(repr=False)
     space: ParameterSpace = field(repr=False)
     examples: int
+    errors: Mapping[str, float] = field(repr=False)
 
     def numbers(self) -> dict[str, float]:
         """The scalars by name, with `exact` as 1.0 or 0.0."""
@@ -62,6 +65,7 @@ class Landscape:
         return {name: float(getattr(self, name)) for name in names}
 
 
+@in_own_precision
 def landscape(
     curvature: Curvature,
     *risks: EmpiricalRisk,
@@ -88,7 +92,7 @@ def landscape(
     """
     check_options(curvature, k, epsilon, methods)
     averaged = AveragedCurvature.of(curvature, risks)
-    for value in (averaged.like, *(risk.one_output for risk in averaged.functions)):
+    for value in (averaged.like, *(risk.one_loss for risk in averaged.functions)):
         averaged.checked(value)
     for method in methods:
         found = method.spectrum(averaged, k)
@@ -105,29 +109,51 @@ def moved(risks: Sequence[EmpiricalRisk], model: nn.Module) -> list[EmpiricalRis
     were. Parameters that came later do not count, and grown ones are cut to their former shape."""
     if not risks:
         return []
-    base = copy.deepcopy(risks[0].base)
+    base = copied_without_graphs(risks[0].base)
     own = (parameter for parameter in base.parameters() if parameter.requires_grad)
     with torch.no_grad():
         for parameter, value in zip(own, risks[0].space.tensors(model)):
             parameter.copy_(value)
-    return [replace(risk, base=base) for risk in risks]
+    return [risk.with_base(base) for risk in risks]
 
 
 def _landscape(found: Spectrum, averaged: AveragedCurvature, epsilon: float) -> Landscape:
     high = float(found.top[0].double().abs().sum())
+    rank, effective, energy = _of_density(found.density, found, high, epsilon)
     return Landscape(
         sharpness=found.sharpness,
         trace=found.trace,
-        numerical_rank=found.density.count_above(epsilon * found.sharpness),
-        effective_rank=found.density.effective_rank(),
-        energy=high / found.magnitude if found.magnitude > 0 else math.nan,
+        numerical_rank=rank,
+        effective_rank=effective,
+        energy=energy,
         density=found.density,
         top=found.top,
         exact=found.exact,
         methods=found.methods,
         space=averaged.space,
         examples=averaged.examples,
+        errors=_errors(found, high, epsilon),
     )
+
+
+def _of_density(density: Density, found: Spectrum, high: float, epsilon: float) -> tuple[float, float, float]:
+    """Numerical rank, effective rank and energy, of `found` or of another density of the same matrix."""
+    magnitude = found.magnitude if found.magnitude_is_known else density.magnitude()
+    energy = high / magnitude if magnitude > 0 else math.nan
+    return density.count_above(epsilon * found.sharpness), density.effective_rank(), energy
+
+
+def _errors(found: Spectrum, high: float, epsilon: float) -> dict[str, float]:
+    """The standard error of each number: of those of the density by leaving out one probe after another (the jackknife,
+    Efron & Stein 1981)."""
+    names, count = ("numerical_rank", "effective_rank", "energy"), len(found.probes)
+    errors = {"sharpness": 0.0, "trace": found.trace_error} | dict.fromkeys(names, math.nan if count == 1 else 0.0)
+    if count > 1:
+        others = [mean_density([*found.probes[:i], *found.probes[i + 1 :]]) for i in range(count)]
+        each = torch.tensor([_of_density(other, found, high, epsilon) for other in others], dtype=torch.float64)
+        spread = (each.var(0, unbiased=False) * (count - 1)).sqrt().tolist()
+        errors |= zip(names, spread)
+    return errors
 
 
 def check_options(curvature: object, k: object, epsilon: float, methods: Sequence[SpectrumMethod]) -> None:
@@ -157,6 +183,7 @@ class Alignment:
     leakage: float
 
 
+@in_own_precision
 def alignment(vector: Float[Tensor, "P"], rows: Float[Tensor, "k P"]) -> Alignment:
     """Which part of a vector lies in the span of orthonormal rows, and which outside.
 
@@ -172,6 +199,7 @@ def alignment(vector: Float[Tensor, "P"], rows: Float[Tensor, "k P"]) -> Alignme
     return Alignment(float(inside.double().norm()) / length, float(rest.double().norm()) / length)
 
 
+@in_own_precision
 def overlap(old: Float[Tensor, "k P"], new: Float[Tensor, "l P"]) -> float:
     """How much the spans of two sets of orthonormal rows have in common, ‖V_old V_newᵀ‖_F² / max(k, l): 1 for the same
     span, 0 for orthogonal ones, and k / P on average for random ones of k rows. NaN where there are no rows.

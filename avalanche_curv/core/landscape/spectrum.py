@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -59,13 +59,24 @@ class Density:
         return math.exp(float(self.counts @ torch.special.entr(self.nodes.abs() / magnitude)))
 
 
+def mean_density(parts: Sequence[Density]) -> Density:
+    """The mean of densities of the same matrix.
+
+    >>> one, two = (Density(torch.tensor([value]), torch.ones(1)) for value in (1.0, 3.0))
+    >>> mean_density([one, two]).sum()
+    2.0
+    """
+    return Density(torch.cat([p.nodes for p in parts]), torch.cat([p.counts / len(parts) for p in parts]))
+
+
 @dataclass(frozen=True)
 class Spectrum:
     """The spectrum of a curvature, as one method computes it.
 
     `top` holds the k eigenpairs largest in magnitude, without those that are zero up to rounding; `sharpness` is the
     largest eigenvalue, `magnitude` Σ|λ|. `methods` says of each of QUANTITIES how it was computed, `exact` whether all
-    are exact up to rounding.
+    are exact up to rounding. Of a density that is estimated, `probes` are the independent estimates whose mean it is;
+    `trace_error` is the standard error of the trace, and `magnitude_is_known` says whether Σ|λ| is exact none the less.
     """
 
     density: Density
@@ -75,6 +86,9 @@ class Spectrum:
     magnitude: float
     exact: bool
     methods: Mapping[str, str]
+    probes: tuple[Density, ...] = ()
+    trace_error: float = 0.0
+    magnitude_is_known: bool = True
 
 
 class SpectrumMethod(ABC):

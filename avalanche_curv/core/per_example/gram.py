@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from avalanche_curv.core.curvature.base import Curvature, OutputCurvature
 from avalanche_curv.core.eigen import Pairs
-from avalanche_curv.core.per_example.layers import Layers, Tap
+from avalanche_curv.core.per_example.layers import Layers, Tap, by_layers
 from avalanche_curv.core.per_example.passes import layer_passes
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.parameters import ParameterSpace
@@ -148,12 +148,13 @@ def gram_rows(curvature: Curvature, risk: EmpiricalRisk, most: int, besides: int
     own = curvature.row_count(risk)
     if own is None or own + besides > most:
         return None
-    layers = Layers.of(risk) if isinstance(curvature, OutputCurvature) else None
-    formed = risk.space.size if layers is None else plain_size(layers)
-    if (own + besides) * formed * risk.anchor.element_size() > GRAM_BYTES:
+    most_formed = GRAM_BYTES // ((own + besides) * risk.anchor.element_size())
+    if isinstance(curvature, OutputCurvature):
+        return by_layers(
+            risk, lambda layers: rows_of(curvature, risk, layers) if plain_size(layers) <= most_formed else None
+        )
+    if risk.space.size > most_formed:
         return None
-    if isinstance(curvature, OutputCurvature) and layers is not None:
-        return rows_of(curvature, risk, layers)
     return [PlainRows(dict(zip(risk.space.names, risk.space.sizes)), torch.cat(list(curvature.rows(risk))))]
 
 

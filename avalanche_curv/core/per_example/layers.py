@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float
@@ -14,11 +15,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from avalanche_curv.core.per_example import layer_kinds
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
+from avalanche_curv.core.risk.jacobians import gradients
 from avalanche_curv.core.risk.parameters import ParameterSpace, canonical_name
+from avalanche_curv.core.risk.trust import TOLERANCE, nearby
 
-TOLERANCE = 3e-3  # relative: more than rounding, also that of TF32, and less than any mistake
-SHOWN = 2  # examples on which layers are tried
-NEARBY = 0.02  # the width of the interval of parameters around the anchor in which this is done
+T = TypeVar("T")
 
 
 @dataclass(eq=False)
@@ -41,9 +42,9 @@ class Layers:
     """The layers of a frozen model that explain their parameters' per-example gradients, and `rest`: the names of the
     parameters that none explains.
 
-    A layer is taken only if it reproduces the gradients of single examples on two of the data: one that is called
-    twice, shares a tensor, is bypassed, or mixes examples falls out by itself, whatever it is. A model is taken to use
-    its weights alike for all examples.
+    A layer is taken only if it reproduces the gradients of single examples on a few of the data: one that is called
+    twice, shares a tensor, is bypassed, or mixes examples falls out by itself, whatever it is. A layer that turns out
+    to see other examples otherwise falls out then (`by_layers`).
     """
 
     space: ParameterSpace
@@ -55,7 +56,13 @@ class Layers:
 
     @classmethod
     def of(cls, risk: EmpiricalRisk) -> Layers:
-        """The layers of the risk's model."""
+        """The layers of the risk's model, looked for once."""
+        if "layers" not in risk.verdicts:
+            risk.verdicts["layers"] = cls._candidates(risk)._explaining(risk)
+        return risk.verdicts["layers"]
+
+    @classmethod
+    def _candidates(cls, risk: EmpiricalRisk) -> Layers:
         known = ((n, m) for n, m in risk.base.named_modules() if layer_kinds.is_known(m))
         found = {m: canonical_name(f"{n}.weight").removesuffix("weight").removesuffix(".") for n, m in known}
         tried = cls(risk.space, {})
@@ -64,7 +71,15 @@ class Layers:
             trainable = candidate.trainable(layer)
             if trainable and set(trainable) <= set(risk.space.names):
                 tried.names[layer] = name
-        return tried._explaining(risk)
+        return tried
+
+    def without(self, layer: nn.Module) -> Layers:
+        """These layers but for one, whose parameters join the rest."""
+        names = {one: name for one, name in self.names.items() if one is not layer}
+        freed = {*self.rest, *self.trainable(layer)}
+        return replace(
+            self, names=names, rest=tuple(name for name in self.space.names if name in freed), flat=self.flat - {layer}
+        )
 
     def trainable(self, layer: nn.Module) -> list[str]:
         """The names of the trainable parameters of `layer`."""
@@ -109,26 +124,38 @@ class Layers:
         wanted = self.places(layer)
         return {wanted[short]: part for short, part in parts.items() if short in wanted}
 
+    def check_calls(self, taps: list[Tap], examples: int) -> None:
+        """Raises LayerDiffers unless each layer is called once, or never, with as many rows an example as for the
+        examples on which it was tried."""
+        called = [tap.layer for tap in taps]
+        for tap in taps:
+            rows = tuple(n * examples for n in self.folded.get(tap.layer, ()))
+            if called.count(tap.layer) > 1 or rows != (len(tap.inputs), len(tap.outputs)):
+                raise LayerDiffers(tap.layer)
+
     @torch.enable_grad()
     def _explaining(self, risk: EmpiricalRisk) -> Layers:
         """Those of the layers that reproduce the gradients of single examples on a few of them.
 
-        These are gradients of fixed combinations of the outputs at parameters close by, since those of the loss vanish
-        at a minimum, and all of them below a head of zeros.
+        These are gradients of fixed combinations of the outputs at parameters close by.
         """
-        inputs, _ = next(iter(risk.rebatched(SHOWN)))
-        generator = torch.Generator().manual_seed(0)
-        noise = (NEARBY * (torch.rand(p.shape, generator=generator) - 0.5).to(p) for p in risk.parameters)
-        values = [(p.detach() + shift).requires_grad_() for p, shift in zip(risk.parameters, noise)]
+        try:
+            with risk.holding(nearby(risk)):
+                return self._tried(risk)
+        except Exception:  # of any kind: a layer that is called by torch.func, say, cannot be tapped
+            return Layers(self.space, {}, self.space.names)
+
+    def _tried(self, risk: EmpiricalRisk) -> Layers:
+        inputs, _ = risk.few
         with self.tapped() as taps:
-            outputs = risk.outputs_at(values, inputs)
-            mixed = outputs @ torch.linspace(1, 2, outputs.shape[1]).to(outputs)
+            outputs = risk.outputs(inputs)
+        mixed = outputs @ torch.linspace(1, 2, outputs.shape[1]).to(outputs)
         called = [tap.layer for tap in taps]
         kept = [tap for tap in taps if called.count(tap.layer) == 1 and _divides(len(inputs), tap)]
         sensitivities = dict(zip(kept, gradients(mixed.sum(), [tap.outputs for tap in kept])))
         used: set[str] = set()
         for index, one in enumerate(mixed):
-            exact = dict(zip(risk.space.names, gradients(one, values)))
+            exact = dict(zip(risk.space.names, gradients(one, risk.parameters)))
             used |= {name for name, part in exact.items() if part.any()}
             kept = [tap for tap in kept if self._explains(tap, sensitivities[tap], len(inputs), index, exact)]
         unused = [layer for layer in self.names if layer not in called and not used & set(self.trainable(layer))]
@@ -151,7 +178,10 @@ class Layers:
         self, tap: Tap, sensitivity: Tensor, examples: int, index: int, exact: dict[str, Tensor]
     ) -> bool:
         """Whether the rows of one of the examples are its exact gradient."""
-        found = self.rows(tap, sensitivity, examples)
+        try:
+            found = self.rows(tap, sensitivity, examples)
+        except RuntimeError:  # inputs or outputs in other shapes than the kind of layer has
+            return False
         return all(
             name in found
             and found[name].shape == (examples, *exact[name].shape)
@@ -160,20 +190,30 @@ class Layers:
         )
 
 
+class LayerDiffers(Exception):
+    """A layer is called otherwise for some examples than for those on which it was tried."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__(layer)
+        self.layer = layer
+
+
+def by_layers(risk: EmpiricalRisk, compute: Callable[[Layers], T]) -> T:
+    """What `compute` makes of the layers of a risk: where it meets one that is called otherwise for other examples,
+    once more without that layer."""
+    while True:
+        layers = Layers.of(risk)
+        try:
+            return compute(layers)
+        except LayerDiffers as found:
+            risk.verdicts["layers"] = layers.without(found.layer)
+
+
 def linear_layers(risk: EmpiricalRisk) -> Layers | None:
     """The layers of a model all of whose trainable parameters lie in linear layers on matrices; None for any other."""
     layers = Layers.of(risk)
     return None if layers.rest or layers.flat != set(layers.names) else layers
 
 
-def gradients(scalar: Tensor, tensors: Sequence[Tensor], weight: Tensor | None = None) -> Sequence[Tensor]:
-    """∂(scalar)/∂ each tensor, zero where it does not depend on one; the graph stays."""
-    if not tensors or not scalar.requires_grad:
-        return [torch.zeros_like(tensor) for tensor in tensors]
-    return torch.autograd.grad(
-        scalar, tensors, weight, retain_graph=True, allow_unused=True, materialize_grads=True
-    )
-
-
 def _divides(count: int, tap: Tap) -> bool:
-    return all(t.ndim > 0 and len(t) % count == 0 for t in (tap.inputs, tap.outputs))
+    return all(t.ndim > 0 and len(t) > 0 and len(t) % count == 0 for t in (tap.inputs, tap.outputs))

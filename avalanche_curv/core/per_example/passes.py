@@ -10,8 +10,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from avalanche_curv.core.curvature.base import OutputCurvature
-from avalanche_curv.core.per_example.layers import Layers, Tap, gradients
+from avalanche_curv.core.curvature.operators import pieces
+from avalanche_curv.core.per_example.layers import Layers, Tap
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
+from avalanche_curv.core.risk.jacobians import gradients
 
 CHUNK = 512  # examples that go through the model at once, fewer where they are large
 CHUNK_BYTES = 32 * 2**20  # of what leaves the layers, for these examples and for the columns of S at once
@@ -38,25 +40,14 @@ class LayerPass:
 def layer_passes(curvature: OutputCurvature, layers: Layers, risk: EmpiricalRisk) -> Iterator[LayerPass]:
     """Passes over all examples of `risk` in order, with the factor S of `curvature`; none if there are no layers.
 
-    Raises ValueError if a layer is called otherwise than on the first examples.
+    To be used within `by_layers`: raises LayerDiffers if a layer is called otherwise than on the first examples.
     """
     generator = curvature.generator()
     size = min(CHUNK, max(1, CHUNK_BYTES // max(1, layers.bytes_an_example)))
-    for x, y in risk.rebatched(size) if layers.names else ():
+    for x, y in pieces(curvature, risk.rebatched(size)) if layers.names else ():
         with torch.enable_grad(), layers.tapped() as taps:
             outputs = risk.outputs(x)
-        _check_calls(layers, taps, len(x))
+        layers.check_calls(taps, len(x))
         factor = curvature.factor(risk.loss, outputs.detach(), y, generator)
         yield LayerPass(len(x), taps, outputs, factor)
 
-
-def _check_calls(layers: Layers, taps: list[Tap], examples: int) -> None:
-    """Raises ValueError unless each layer is called once with as many rows an example as for the first examples."""
-    called = [tap.layer for tap in taps]
-    for tap in taps:
-        rows = tuple(n * examples for n in layers.folded.get(tap.layer, ()))
-        if called.count(tap.layer) > 1 or rows != (len(tap.inputs), len(tap.outputs)):
-            raise ValueError(
-                f"Layer '{layers.names[tap.layer]}' does not see every example once, as it does the first ones: "
-                "per-example gradients do not follow from it. Use MatrixFree(), or let all examples take the same path."
-            )

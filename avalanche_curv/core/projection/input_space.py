@@ -14,7 +14,7 @@ from avalanche_curv.core.curvature.base import NonFiniteCurvatureError
 from avalanche_curv.core.eigen import spectrum
 from avalanche_curv.core.options import check_count, check_kind, check_seed
 from avalanche_curv.core.per_example import layer_kinds
-from avalanche_curv.core.per_example.layers import Layers, Tap
+from avalanche_curv.core.per_example.layers import Layers, Tap, by_layers
 from avalanche_curv.core.projection.blocks import Layout
 from avalanche_curv.core.projection.protection import BasisBound, Finding, Protection, TaskFindings, some_of
 from avalanche_curv.core.projection.subspace import Subspace, TaskShare, gram, tolerance
@@ -64,7 +64,9 @@ class InputSpace(Protection):
 
     def find(self, risk: EmpiricalRisk, experience: int) -> TaskFindings:
         part = some_of(risk, self.examples, self.seed, experience)
-        layers = Layers.of(part)
+        return by_layers(part, lambda layers: self._found(part, layers, experience))
+
+    def _found(self, part: EmpiricalRisk, layers: Layers, experience: int) -> TaskFindings:
         roots, called = input_roots(part, layers)
         findings = [
             Inputs(layers.names[layer], layout_of(layers, layer), root, self._cut(number), experience)
@@ -151,13 +153,14 @@ class _InputMoment:
 def input_roots(risk: EmpiricalRisk, layers: Layers) -> tuple[dict[nn.Module, Root], set[nn.Module]]:
     """The root R in float64 of each linear and convolutional layer, over examples and positions, in the order of the
     model; and all layers that are called. Raises NonFiniteCurvatureError for a model or inputs that hold NaN or
-    infinity."""
+    infinity, and LayerDiffers (see `by_layers`)."""
     seen: dict[nn.Module, _InputMoment] = {}
     called: set[nn.Module] = set()
     finite = bool(risk.anchor.isfinite().all())
     for inputs, _ in risk:
         with torch.no_grad(), layers.tapped() as taps:
             outputs = risk.outputs(inputs)
+        layers.check_calls(taps, len(inputs))
         finite = finite and all(bool(t.isfinite().all()) for t in (inputs, outputs))  # no layer explains NaN
         called |= {tap.layer for tap in taps}
         for tap in taps:

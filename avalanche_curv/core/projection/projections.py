@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from avalanche_curv.core.options import check_kind
+from avalanche_curv.core.precision import in_own_precision
 from avalanche_curv.core.projection.protected import ProtectedSpace
 from avalanche_curv.core.risk.parameters import canonical_name
+from avalanche_curv.core.risk.selection import warn_unprotected
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,12 @@ class GradientProjection(Projection):
     def before_step(self, space: ProtectedSpace, model: nn.Module, memory: StepMemory | None) -> None:
         own = {canonical_name(name): parameter for name, parameter in model.named_parameters()}
         known = {name: own[name].grad for name in space.space.names}
+        sparse = [name for name, gradient in known.items() if gradient is not None and gradient.is_sparse]
+        if sparse:
+            raise TypeError(
+                f"The gradients of {sparse} are sparse, and their projections are dense. Use StepProjection(), or "
+                "sparse=False in the embedding."
+            )
         found = {name: torch.zeros_like(own[name]) if g is None else g for name, g in known.items()}
         protected = dict(zip(space.space.names, space.space.cut(found)))
         for name, left in space.outside(protected).items():
@@ -120,10 +128,16 @@ class Projector:
         self._within: tuple[frozenset[str], ProtectedSpace] = (frozenset(space.space.names), space)
         self._memory: StepMemory | None = None
         self._stepping = False
+        self._said: tuple[str, ...] = ()
 
     @contextmanager
     def around_step(self, model: nn.Module) -> Iterator[None]:
-        """Projects the step that is taken within, also where it raises half-way."""
+        """Projects the step that is taken within, also where it raises half-way. Warns where parameters train that are
+        `unprotected`, once for each set of them."""
+        free = self.space.unprotected(model)
+        if free and free != self._said:
+            self._said = free
+            warn_unprotected(free, stacklevel=4)  # beneath the context manager
         self.before_step(model)
         try:
             yield
@@ -131,6 +145,7 @@ class Projector:
             self.after_step(model)
 
     @torch.no_grad()
+    @in_own_precision
     def before_step(self, model: nn.Module) -> None:
         """To be called between the backward pass and the step."""
         self._stepping = True
@@ -138,6 +153,7 @@ class Projector:
             self._memory = self.projection.before_step(self._movable(model), model, self._memory)
 
     @torch.no_grad()
+    @in_own_precision
     def after_step(self, model: nn.Module) -> None:
         """To be called after the step. Raises RuntimeError without a `before_step`."""
         if not self._stepping:

@@ -14,12 +14,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from avalanche_curv.core.options import check_count, check_kind
+from avalanche_curv.core.precision import in_own_precision
 from avalanche_curv.core.projection.blocks import Block, Parts
 from avalanche_curv.core.projection.protection import Finding, Protection
 from avalanche_curv.core.projection.subspace import Subspace, energy, orthonormal, principal_angles
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.frozen import unwrapped
 from avalanche_curv.core.risk.parameters import ParameterSpace
+from avalanche_curv.core.risk.selection import training
 from avalanche_curv.core.structures.base import human_bytes
 
 NOTHING = ParameterSpace((), ())
@@ -56,7 +58,10 @@ class ProtectedSpace:
     """The directions that past tasks need: an orthonormal basis U of their union for each block of parameters.
 
     A step Δ becomes Δ − Δ Uᵀ U in each block: one projection on the complement of the union. Parameters and rows that
-    are new in a task are free in it, and so are those that were frozen (`requires_grad=False`) in all tasks before.
+    are new in a task are free in it, and so are those that were frozen (`requires_grad=False`) in all tasks before and
+    not included in their risks: `frozen` names these, and `unprotected` says which of them train after all. What was
+    ever protected stays so, also in tasks that are absorbed while it is frozen.
+
     Parameters of which no directions are known hold still altogether, or change freely (`FreezeUncovered()`,
     `LeaveUncovered()`): `held` are those that hold still, `statistics` the modules whose running statistics do.
     `absorb` returns a new space.
@@ -66,7 +71,9 @@ class ProtectedSpace:
     held: ParameterSpace = NOTHING
     statistics: tuple[str, ...] = ()
     experiences: int = 0
+    frozen: tuple[str, ...] = ()
 
+    @in_own_precision
     def absorb(
         self,
         risk: EmpiricalRisk,
@@ -87,6 +94,7 @@ class ProtectedSpace:
         check_kind("uncovered", uncovered, Uncovered, "FreezeUncovered()")
         if max_rank is not None:
             check_count("max_rank", max_rank)
+        risk = risk.covering(self.space.names)
         found = protection.find(risk, self.experiences)
         self._check_blocks(found.findings, protection)
         used, statistics = parts_in_use(risk)
@@ -98,8 +106,22 @@ class ProtectedSpace:
             {**self.blocks, **merged},
             statistics=tuple(dict.fromkeys((*self.statistics, *uncovered.held(statistics)))),
             experiences=self.experiences + 1,
+            frozen=tuple(n for n in dict.fromkeys((*self.frozen, *risk.frozen)) if n not in risk.space.names),
         )
         return replace(whole.restricted(frozenset(whole.space.names) - {*held.names}), held=held)
+
+    def following(self, model: nn.Module) -> ProtectedSpace:
+        """This space on the device of `model`, to which that may have been moved."""
+        device = next((parameter.device for parameter in model.parameters()), None)
+        if device is None or all(block.subspace.rows.device == device for block in self.blocks.values()):
+            return self
+        blocks = {key: replace(b, subspace=b.subspace.on(device)) for key, b in self.blocks.items()}
+        return replace(self, blocks=blocks)
+
+    def unprotected(self, model: nn.Module) -> tuple[str, ...]:
+        """The names of the parameters of `model` that train, but were frozen in all past tasks, so that no direction of
+        theirs is protected. Parameters that came later are not among them."""
+        return training(self.frozen, model)
 
     @property
     def is_empty(self) -> bool:
@@ -126,6 +148,7 @@ class ProtectedSpace:
         """The numbers of the tasks that have added directions."""
         return tuple(sorted({share.task for block in self.blocks.values() for share in block.subspace.shares}))
 
+    @in_own_precision
     def angles(self, first: int, second: int) -> Float[Tensor, "n"]:
         """The principal angles between the directions of two tasks that are still kept, over all blocks, in radians,
         smallest first; none for a task that has added no directions."""
@@ -153,6 +176,7 @@ class ProtectedSpace:
             whole = block.layout.space.union(whole)
         return whole
 
+    @in_own_precision
     def outside(self, vectors: Parts) -> dict[str, Tensor]:
         """The part of a vector outside of the protected space, for each parameter that has a part in that: exactly zero
         where nothing is free."""
@@ -162,6 +186,7 @@ class ProtectedSpace:
                 found |= block.outside(vectors)
         return found
 
+    @in_own_precision
     def correct(self, moved: Parts, start: Parts, rest: dict[str, Tensor], *, by_task: bool = False) -> None:
         """Projects a step in place: `moved` ← `start` + the part of `moved` − `start` outside of the protected space;
         `start` to the bit where nothing is free.
@@ -177,6 +202,7 @@ class ProtectedSpace:
         for name in self.held.names:
             moved[name].copy_(start[name])
 
+    @in_own_precision
     def leakage(self, moved: Parts, start: Parts) -> float:
         """‖Δ Uᵀ U‖ / ‖Δ‖ of the step Δ = `moved` − `start`: 0 outside of the protected space; NaN where Δ = 0."""
         norms = [block.norms(moved, start) for block in self.blocks.values()]
@@ -228,7 +254,7 @@ class ProtectedSpace:
 def _merged(held: Block | None, finding: Finding, like: Tensor, max_rank: int | None) -> Block:
     outer = finding.layout if held is None else held.layout.union(finding.layout)
     empty = Subspace.empty(like.new_empty(outer.columns.size))
-    before = empty if held is None else held.within(outer).subspace
+    before = empty if held is None else held.within(outer).subspace.on(like.device)
     return Block(outer, finding.added_to(before, outer).limited(max_rank))
 
 

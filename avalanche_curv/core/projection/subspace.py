@@ -30,6 +30,10 @@ class TaskShare:
         it does not count."""
         return float(self.values @ self.coordinates.square().sum(1))
 
+    def on(self, device: torch.device) -> TaskShare:
+        """This share on a device."""
+        return replace(self, coordinates=self.coordinates.to(device), values=self.values.to(device))
+
     def padded(self, count: int) -> TaskShare:
         """This share in a subspace with `count` further directions."""
         return replace(self, coordinates=F.pad(self.coordinates, (0, count)))
@@ -83,6 +87,12 @@ class Subspace:
     def energy(self) -> float:
         """The part of all tasks' curvature that their own directions hold in U, of those whose trace is known."""
         return energy(self.shares)
+
+    def on(self, device: torch.device) -> Subspace:
+        """This subspace on a device."""
+        if self.rows.device == device:
+            return self
+        return Subspace(self.rows.to(device), tuple(share.on(device) for share in self.shares))
 
     def component(self, vectors: Float[Tensor, "r d"]) -> Float[Tensor, "r d"]:
         """X Uᵀ U: the part of each row that lies in the subspace."""

@@ -11,10 +11,12 @@ from torch import nn
 
 from avalanche_curv.core.curvature.base import Curvature
 from avalanche_curv.core.options import is_count, is_number
+from avalanche_curv.core.precision import in_own_precision
 from avalanche_curv.core.quadratic.estimate import estimate
 from avalanche_curv.core.quadratic.model import QuadraticModel, half
-from avalanche_curv.core.quadratic.policies import Past, Policy, RefreshEvent, check_fraction, part_of
+from avalanche_curv.core.quadratic.policies import Past, Policy, RefreshEvent, check_fraction, check_stored, part_of
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk, frozen_together
+from avalanche_curv.core.risk.selection import in_words
 from avalanche_curv.core.structures.base import Structure
 
 
@@ -204,9 +206,9 @@ class AdaptiveRefresh(Policy):
     Every `every` iterations L(θ) is measured, one forward pass over the stored examples. Where it leaves the region in
     which `trust` believes q, the anchor moves to θ and g and C are estimated anew, at most `max_refreshes` times an
     experience; at the end of each experience always. Before the first iteration L is that of the model as it has grown:
-    where new outputs or unmasked units change it beyond `trust`, the model is estimated anew too. Each refresh and its
-    reason are in `AdaptivePast.refreshes`. The penalty is q − L(a) + ½ τ ‖δ‖², with τ from `damping`: it stays bounded
-    below where g leaves the range of C.
+    where new outputs or unmasked units change it beyond `trust`, the model is estimated anew too, and so it is where
+    parameters train that were frozen before. Each refresh and its reason are in `AdaptivePast.refreshes`. The penalty
+    is q − L(a) + ½ τ ‖δ‖², with τ from `damping`: it stays bounded below where g leaves the range of C.
 
     `fraction` of an experience's examples are kept, drawn by `seed`. The idea of a region in which a quadratic model is
     trusted is that of Levenberg (1944) and of Conn et al. (2000).
@@ -236,22 +238,32 @@ class AdaptiveRefresh(Policy):
                 f"AdaptiveRefresh needs max_refreshes of at least 0, or None for no limit; got {self.max_refreshes!r}."
             )
 
+    @in_own_precision
     def absorb(self, past: Past, risk: EmpiricalRisk, curvature: Curvature, structure: Structure) -> AdaptivePast:
+        self.check_past(past)
+        risk = past.widened(risk)
         newest = part_of(risk, self.fraction, self.seed, past.experiences)
         stored = (*(old.at(risk) for old in past.stored), newest)
         refreshed = self._refreshed(AdaptivePast.of(past), stored, curvature, structure)
         return replace(refreshed, experiences=past.experiences + 1)
 
+    def check_past(self, past: Past) -> None:
+        """Raises ValueError where the examples of an experience are not stored."""
+        check_stored("AdaptiveRefresh()", past)
+
+    @in_own_precision
     def revise(
         self, past: Past, model: nn.Module, iteration: int, curvature: Curvature, structure: Structure
     ) -> Past:
         if past.model is None or iteration % self.every or self._left(past) <= 0:
             return past
-        past = AdaptivePast.of(past)
+        begun, past = past.model.unprotected(model), AdaptivePast.of(past)
         predicted, frozen = predicted_loss(past, model), memory_loss(past.stored, model)
         grown = () if iteration else frozen_together(past.stored, model)
         actual = sum(risk.value() for risk in grown) if grown else frozen
         reason = self.trust.broken(TrustCheck(past.loss, actual, predicted))
+        if begun:
+            reason = f"{in_words(begun)} train now and did not before"
         if reason is None:
             return past
         if actual != frozen:
@@ -279,6 +291,7 @@ class AdaptiveRefresh(Policy):
         return replace(past, model=damped(total, tau), loss=loss, damping=tau, stored=stored)
 
 
+@in_own_precision
 def predicted_loss(past: Past, model: nn.Module) -> float:
     """q(θ) without its damping: the Taylor expansion of the loss of the stored examples; 0 without a past."""
     if past.model is None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from avalanche_curv.core.curvature.base import Curvature, NonFiniteCurvatureError
+from avalanche_curv.core.precision import in_own_precision
 from avalanche_curv.core.quadratic.model import QuadraticModel
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.structures.base import Structure
 from avalanche_curv.core.structures.rules import check_pair, curvature_matrix
 
 
+@in_own_precision
 def estimate(
     curvature: Curvature, structure: Structure, risk: EmpiricalRisk, *, gradient: bool = False
 ) -> QuadraticModel:
@@ -20,7 +22,8 @@ def estimate(
 
     Beside the matrix and the activations of one batch it takes a copy of the model and of one gradient, and rows of up
     to 2 MiB at once (`Diagonal`, `Kronecker`, `EKFAC`), up to 1 GiB of rows or a Gram matrix of 3,000 rows (`LowRank`),
-    or chunks of 128 MiB (`Dense`, dense blocks, and parameters that no layer explains).
+    or chunks of 128 MiB (`Dense`, dense blocks, and parameters that no layer explains); and factors S [n, C, R] of some
+    examples, up to 32 MiB at once and four times as much while they are made (`MatrixFree` holds those of all).
 
     >>> import torch
     >>> from avalanche_curv import GGN, Diagonal
@@ -33,12 +36,12 @@ def estimate(
     check_pair(curvature, structure)
     structure.check(risk.space, risk.anchor.element_size())
     matrix = slope = None
-    if risk.anchor.isfinite().all() and risk.one_output.isfinite().all():
+    if risk.anchor.isfinite().all() and risk.one_loss.isfinite().all():
         matrix = curvature_matrix(curvature, structure, risk)
         slope = risk.gradient() if gradient else None
     if matrix is None or not matrix.is_finite() or (slope is not None and not slope.isfinite().all()):
         raise NonFiniteCurvatureError(
-            f"{curvature} of {risk.examples} examples holds NaN or infinity, so the model or its inputs do. "
+            f"{curvature} of {risk.examples} examples holds NaN or infinity, so the model, its loss or its inputs do. "
             "Look for diverged weights (lower the learning rate or the strength) and for NaN in the data."
         )
-    return QuadraticModel(risk.space, risk.anchor, matrix, slope)
+    return QuadraticModel(risk.space, risk.anchor, matrix, slope, frozen=risk.frozen)

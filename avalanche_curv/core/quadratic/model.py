@@ -11,7 +11,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from avalanche_curv.core.curvature._curvlinops import LinearOperator, linear_operator
+from avalanche_curv.core.precision import in_own_precision
 from avalanche_curv.core.risk.parameters import ParameterSpace
+from avalanche_curv.core.risk.selection import training, warn_unprotected
 from avalanche_curv.core.structures.base import Matrix
 
 
@@ -22,6 +24,9 @@ class QuadraticModel:
     Fresh from `estimate`, q is the predicted *increase* of past loss since the anchor: c = 0, and g is zero unless it
     was asked for. Sums and re-anchoring are exact and may give c and g values. θ may be a grown model: it is read
     through `space`, and coordinates that came later do not count.
+
+    `frozen` are the names of parameters that were not trainable at the anchor and are not in the space: q does not see
+    them move. Where some of them train after all (`unprotected`), the penalty warns.
 
     >>> from avalanche_curv.core.structures import DiagonalMatrix
     >>> model = nn.Linear(1, 1, bias=False)
@@ -36,27 +41,39 @@ class QuadraticModel:
     curvature: Matrix
     gradient: Float[Tensor, "P"] | None = None
     constant: float = 0.0
+    frozen: tuple[str, ...] = ()
 
     def displacement(self, model: nn.Module) -> Float[Tensor, "P"]:
         """δ = θ − a [P] for the parameters θ of `model`, detached."""
         return self.space.vector(model).to(self.anchor) - self.anchor
 
+    @in_own_precision
     def __call__(self, model: nn.Module) -> Tensor:
         """q(θ), detached."""
         return self.increase(self.displacement(model)) + self.constant
 
+    @in_own_precision
     def increase(self, displacement: Float[Tensor, "P"]) -> Tensor:
         """q(a + δ) − q(a) = gᵀδ + ½ δᵀ C δ."""
         return quadratic_increase(displacement, self.curvature.product(displacement), self.gradient)
 
+    @in_own_precision
     def gradient_at(self, displacement: Float[Tensor, "P"]) -> Float[Tensor, "P"]:
         """∇q(a + δ) = g + C δ."""
         product = self.curvature.product(displacement)
         return product if self.gradient is None else product + self.gradient
 
     def penalty(self, model: nn.Module) -> Tensor:
-        """q(θ) as a scalar whose gradient in the parameters of `model` is exactly g + C δ."""
+        """q(θ) as a scalar whose gradient in the parameters of `model` is exactly g + C δ. Warns where parameters train
+        that are `unprotected`."""
+        if free := self.unprotected(model):
+            warn_unprotected(free)
         return _Penalty.apply(self, *self.space.tensors(model))
+
+    def unprotected(self, model: nn.Module) -> tuple[str, ...]:
+        """The names of the parameters of `model` that train, but were frozen when all of the past was absorbed, so that
+        q does not depend on them. Parameters that came later are not among them."""
+        return training(self.frozen, model)
 
     def linear_operator(self) -> LinearOperator:
         """C as a linear operator of curvlinops on the parameters; `.to_scipy()` makes it one of SciPy's."""
@@ -73,6 +90,7 @@ class QuadraticModel:
             self, curvature=self.curvature.scaled(factor), gradient=gradient, constant=factor * self.constant
         )
 
+    @in_own_precision
     def reanchored(self, anchor: Float[Tensor, "P"]) -> QuadraticModel:
         """This function of θ, written around another anchor [P]: equal everywhere, with another g and c."""
         if torch.equal(anchor, self.anchor):
@@ -83,11 +101,13 @@ class QuadraticModel:
         gradient = product if self.gradient is None else product + self.gradient
         return replace(self, anchor=anchor, gradient=gradient, constant=constant)
 
+    @in_own_precision
     def __add__(self, newer: QuadraticModel) -> QuadraticModel:
         """The sum as one quadratic model, anchored where `newer` is; a grown `newer` decides the space. It is exact
         unless the structure bounds the size of its sums."""
+        older, newer = alike(self, newer)
         space = newer.space.union(self.space)
-        old, new = self.reanchored(self.seen_from(newer)).embedded(space), newer.embedded(space)
+        old, new = older.reanchored(older.seen_from(newer)).embedded(space), newer.embedded(space)
         anchor = old.anchor.clone()
         anchor[space.positions(newer.space).to(anchor.device)] = newer.anchor
         exact = QuadraticModel(
@@ -96,9 +116,11 @@ class QuadraticModel:
             old.curvature.plus(new.curvature),
             _sum_of_known(old.gradient, new.gradient),
             old.constant + new.constant,
+            tuple(name for name in dict.fromkeys((*old.frozen, *new.frozen)) if name not in space.names),
         )
         return exact.with_curvature(exact.curvature.compressed())
 
+    @in_own_precision
     def with_curvature(self, curvature: Matrix) -> QuadraticModel:
         """Another curvature around the minimum of this model, so that q stays bounded below where both are positive
         semi-definite: the slope g at the anchor would leave the range of a smaller C."""
@@ -131,7 +153,21 @@ class QuadraticModel:
             self.curvature.embedded(self.space, space),
             None if self.gradient is None else _scattered(self.gradient, where, space.size),
             self.constant,
+            self.frozen,
         )
+
+    def to(self, like: Tensor) -> QuadraticModel:
+        """This function with its numbers in the type and on the device of `like`."""
+        if self.anchor.dtype == like.dtype and self.anchor.device == like.device:
+            return self
+        gradient = None if self.gradient is None else self.gradient.to(like)
+        return replace(self, anchor=self.anchor.to(like), curvature=self.curvature.to(like), gradient=gradient)
+
+    def following(self, model: nn.Module) -> QuadraticModel:
+        """This function on the device of `model`, in the wider of its own type and that of the parameters, of which
+        half precision counts as float32: for a model that was moved since."""
+        parameters = self.space.vector(model)
+        return self.to(wider(self.anchor, parameters))
 
     @property
     def nbytes(self) -> int:
@@ -144,11 +180,12 @@ class _Penalty(torch.autograd.Function):
     """Value and gradient of a quadratic model from one product; autograd through δᵀ(Cδ) would take two."""
 
     @staticmethod
+    @in_own_precision
     def forward(ctx: Any, past: QuadraticModel, *parameters: Tensor) -> Tensor:
         displacement = past.space.flatten(list(parameters)).to(past.anchor).sub_(past.anchor)
         product = past.curvature.product(displacement)
         value = quadratic_increase(displacement, product, past.gradient) + past.constant
-        ctx.space, ctx.types = past.space, [p.dtype for p in parameters]
+        ctx.space, ctx.places = past.space, [p.new_empty(0) for p in parameters]
         ctx.save_for_backward(product if past.gradient is None else product + past.gradient)
         return value
 
@@ -157,7 +194,18 @@ class _Penalty(torch.autograd.Function):
         check_first_order()
         (gradient,) = ctx.saved_tensors
         parts = ctx.space.split(times(gradient, grad_outputs[0]))
-        return None, *(part.to(dtype) for part, dtype in zip(parts, ctx.types))
+        return None, *(part.to(place) for part, place in zip(parts, ctx.places))
+
+
+def alike(old: QuadraticModel, new: QuadraticModel) -> tuple[QuadraticModel, QuadraticModel]:
+    """Both in the wider of their types, on the device of `new`."""
+    like = wider(old.anchor, new.anchor)
+    return old.to(like), new.to(like)
+
+
+def wider(old: Tensor, new: Tensor) -> Float[Tensor, "0"]:
+    """An empty tensor in the wider of the types of both, on the device of `new`."""
+    return new.new_empty(0, dtype=torch.promote_types(old.dtype, new.dtype))
 
 
 def times(gradient: Tensor, scale: Tensor) -> Tensor:

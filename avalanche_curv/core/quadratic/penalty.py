@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from avalanche_curv.core.precision import in_own_precision
 from avalanche_curv.core.quadratic.model import QuadraticModel, check_first_order, half, times
 
 
@@ -17,8 +18,12 @@ class Penalty:
 
     Displacements share one piece of memory, since at the size of a model fresh memory costs more than arithmetic. Each
     gradient is handed over to autograd in memory of its own, to which that of the loss is then added in place.
+
+    It may be evaluated several times in one step, as `torch.optim.LBFGS` does. Give that a line search
+    (`line_search_fn="strong_wolfe"`): without one its steps overflow on some losses, with a penalty or without.
     """
 
+    @in_own_precision
     def __init__(self, past: QuadraticModel, strength: float) -> None:
         past = _centre(past) or past
         self.strength = strength
@@ -33,6 +38,7 @@ class Penalty:
         """A scalar whose gradient in the parameters of `model` is exactly strength · (g + C δ)."""
         return _Penalty.apply(self, *self.space.tensors(model))
 
+    @in_own_precision
     def evaluate(self, parameters: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """strength · q(θ) at these parameters θ, and its gradient strength · (g + C δ) in the shape of each of them."""
         past = self.past
@@ -47,6 +53,15 @@ class Penalty:
         if self.strength != 1:
             value, gradients = self.strength * value, [g.mul_(self.strength) for g in gradients]
         return value, gradients
+
+
+def check_takes_dense_gradients(optimizer: torch.optim.Optimizer) -> None:
+    """Raises TypeError for SparseAdam, which refuses the gradients that a penalty makes dense."""
+    if isinstance(optimizer, torch.optim.SparseAdam):
+        raise TypeError(
+            "SparseAdam steps sparse gradients alone, and with the penalty of the past every gradient is dense: from "
+            "the second experience on it would fail. Use SGD, which takes both, or Adam with Embedding(sparse=False)."
+        )
 
 
 class _Penalty(torch.autograd.Function):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from operator import add
 
@@ -11,8 +11,9 @@ from torch import nn
 
 from avalanche_curv.core.curvature.base import Curvature
 from avalanche_curv.core.options import is_number
+from avalanche_curv.core.precision import in_own_precision
 from avalanche_curv.core.quadratic.estimate import estimate
-from avalanche_curv.core.quadratic.model import QuadraticModel
+from avalanche_curv.core.quadratic.model import QuadraticModel, alike
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.structures.base import Structure
 
@@ -25,6 +26,11 @@ class Past:
     model: QuadraticModel | None = None
     stored: tuple[EmpiricalRisk, ...] = field(default=(), repr=False)
     experiences: int = 0
+
+    def widened(self, risk: EmpiricalRisk) -> EmpiricalRisk:
+        """`risk` over its own parameters and those that the past knows, also where they are frozen now: what was ever
+        in the space of the past stays in it."""
+        return risk if self.model is None else risk.covering(self.model.space.names)
 
     @property
     def refreshes(self) -> tuple[RefreshEvent, ...]:
@@ -65,6 +71,9 @@ class Policy(ABC):
         the quadratic model. Raises what `estimate` raises.
         """
 
+    def check_past(self, past: Past) -> None:  # noqa: B027  most need no more than the quadratic model
+        """Raises ValueError for a past that this policy cannot go on from."""
+
     def revise(
         self, past: Past, model: nn.Module, iteration: int, curvature: Curvature, structure: Structure
     ) -> Past:
@@ -88,7 +97,9 @@ class Accumulate(Policy):
     def __post_init__(self) -> None:
         check_fraction("Accumulate", self.fraction)
 
+    @in_own_precision
     def absorb(self, past: Past, risk: EmpiricalRisk, curvature: Curvature, structure: Structure) -> Past:
+        risk = past.widened(risk)
         new = estimate(curvature, structure, part_of(risk, self.fraction, self.seed, past.experiences))
         return Past(new if past.model is None else past.model + new, experiences=past.experiences + 1)
 
@@ -103,11 +114,14 @@ class Merge(Policy):
         if not (is_number(self.decay) and 0 <= self.decay <= 1):
             raise ValueError(f"Merge needs a decay in [0, 1]; got {self.decay}. 1 keeps all of the past, 0 none of it.")
 
+    @in_own_precision
     def absorb(self, past: Past, risk: EmpiricalRisk, curvature: Curvature, structure: Structure) -> Past:
-        new = estimate(curvature, structure, risk)
+        new = estimate(curvature, structure, past.widened(risk))
         if past.model is not None:
-            old = past.model
-            new = QuadraticModel(old.space, old.seen_from(new), old.curvature.scaled(self.decay)) + new
+            old, new = alike(past.model, new)
+            new = replace(
+                old, anchor=old.seen_from(new), curvature=old.curvature.scaled(self.decay), gradient=None, constant=0.0
+            ) + new
         return Past(new, experiences=past.experiences + 1)
 
 
@@ -129,11 +143,27 @@ class Refresh(Policy):
     def __post_init__(self) -> None:
         check_fraction("Refresh", self.fraction)
 
+    @in_own_precision
     def absorb(self, past: Past, risk: EmpiricalRisk, curvature: Curvature, structure: Structure) -> Past:
+        self.check_past(past)
+        risk = past.widened(risk)
         newest = part_of(risk, self.fraction, self.seed, past.experiences)
         stored = (*(old.at(risk) for old in past.stored), newest)
         models = (estimate(curvature, structure, one, gradient=self.gradient) for one in stored)
         return Past(reduce(add, models), stored, past.experiences + 1)
+
+    def check_past(self, past: Past) -> None:
+        """Raises ValueError where the examples of an experience are not stored."""
+        check_stored("Refresh()", past)
+
+
+def check_stored(policy: str, past: Past) -> None:
+    """Raises ValueError where a past lacks the stored examples of an experience, from which `policy` estimates anew."""
+    if len(past.stored) != past.experiences:
+        raise ValueError(
+            f"{policy} estimates the past anew from stored examples; this one stores those of {len(past.stored)} of "
+            f"its {past.experiences} experiences. Absorb all of them with the same policy."
+        )
 
 
 def part_of(risk: EmpiricalRisk, fraction: float, seed: int, experience: int) -> EmpiricalRisk:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, is_dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,16 +12,16 @@ from torch import Tensor, nn
 
 from avalanche_curv.core.quadratic.model import QuadraticModel
 from avalanche_curv.core.quadratic.policies import Past, RefreshEvent
-from avalanche_curv.core.risk.batches import without_drawing
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.frozen import frozen_copy
 from avalanche_curv.core.risk.losses import example_loss
 from avalanche_curv.core.risk.parameters import ParameterSpace
+from avalanche_curv.core.risk.selection import Selection
 from avalanche_curv.core.structures.base import Matrix
 from avalanche_curv.core.structures.block_diagonal import Block, Grouping
 from avalanche_curv.core.structures.kronecker_matrix import FactoredLayer, KroneckerSum, KroneckerTerm
 
-VALUES = (ParameterSpace, QuadraticModel, RefreshEvent, Block, FactoredLayer)  # that a past holds
+VALUES = (ParameterSpace, QuadraticModel, RefreshEvent, Selection, Block, FactoredLayer)  # that a past holds
 KINDS = (Past, Matrix, Grouping, KroneckerTerm, KroneckerSum)  # whose subclasses it holds, those of users among them
 
 
@@ -32,7 +33,8 @@ def past_state(past: Past) -> dict[str, Any]:
 
     A dataclass becomes {"type": its name, "fields": by name}. Stored examples are written as tensors, and the model at
     which they are frozen as its `state_dict`. Raises TypeError for what is none of these: `MatrixFree`, which keeps a
-    model instead of a matrix, and examples of one task of a multi-task model; use `save_checkpoint` for these.
+    model instead of a matrix, examples of one task of a multi-task model, and parameters that are selected by type of
+    module; use `save_checkpoint` for these.
     """
     state = {"past": _written(past)}
     if past.stored:
@@ -59,7 +61,7 @@ def past_from_state(state: dict[str, Any], *, model: nn.Module | None = None, cr
         base.load_state_dict(state["frozen"])
         for name, parameter in base.named_parameters():
             parameter.requires_grad_(name in state["trained"])
-        known["EmpiricalRisk"] = lambda batches: EmpiricalRisk(base, loss, batches)
+        known["EmpiricalRisk"] = partial(EmpiricalRisk, base, loss, verdicts={})
     return _read(state["past"], known)
 
 
@@ -71,7 +73,8 @@ def _written(value: Any) -> Any:
     if isinstance(value, tuple):
         return tuple(map(_written, value))
     if isinstance(value, EmpiricalRisk) and value.adapter is None:
-        return {"type": "EmpiricalRisk", "fields": {"batches": _written(tuple(without_drawing(value.batches)))}}
+        parts = {"batches": tuple(map(tuple, value.batches)), "selection": value.selection}
+        return {"type": "EmpiricalRisk", "fields": {name: _written(part) for name, part in parts.items()}}
     if isinstance(value, (*VALUES, *KINDS)) and is_dataclass(value):
         found = {field.name: _written(getattr(value, field.name)) for field in fields(value)}
         return {"type": type(value).__name__, "fields": found}

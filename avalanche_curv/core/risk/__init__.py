@@ -3,5 +3,6 @@
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.losses import ExampleLoss, example_loss
 from avalanche_curv.core.risk.parameters import ParameterSpace
+from avalanche_curv.core.risk.selection import ParameterSelector
 
-__all__ = ["EmpiricalRisk", "ExampleLoss", "ParameterSpace", "example_loss"]
+__all__ = ["EmpiricalRisk", "ExampleLoss", "ParameterSelector", "ParameterSpace", "example_loss"]

@@ -1,10 +1,16 @@
-"""Batches of examples: of another size, without a change of the random state, and random subsets of them."""
+"""Batches of examples: the same at every pass, of another size, and random subsets of them."""
 
 from __future__ import annotations
 
+import random
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -13,9 +19,165 @@ Batches = Iterable[tuple[Tensor, Tensor]]
 """(inputs, targets), which may be passed over again."""
 
 
+class CountedBatches(ABC):
+    """Batches that know their number of examples without a pass over them."""
+
+    @property
+    @abstractmethod
+    def examples(self) -> int:
+        """N."""
+
+    @abstractmethod
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """(inputs, targets)."""
+
+
+def count(batches: Batches) -> int:
+    """The number of examples: as `CountedBatches` say, or counted in one pass."""
+    inner = batches.batches if isinstance(batches, SamePass) else batches
+    return inner.examples if isinstance(inner, CountedBatches) else sum(len(targets) for _, targets in batches)
+
+
+def kept(batches: Batches) -> Batches:
+    """Batches that later changes of a list, a shuffling loader and random transforms leave as they are.
+
+    A list or an iterator becomes a tuple. Of what has to be loaded at each pass, every pass is made from the same
+    random states: see `SamePass`. A loader that begins otherwise all the same is held in memory as it comes once.
+    """
+    if isinstance(batches, SamePass):
+        return batches
+    loaded = not isinstance(batches, (tuple, list, Iterator))
+    if loaded and SamePass(batches).repeats():
+        return SamePass(batches)
+    with untouched_randomness():
+        return tuple(batches)
+
+
+@dataclass(eq=False)
+class SamePass:
+    """A re-iterable view of batches whose every pass draws the same random numbers: the same shuffle, the same
+    augmentation. Global random states and those of the loader are then as they were.
+
+    Raises ValueError, in a later pass, for data that come otherwise all the same.
+    """
+
+    batches: Batches
+    _states: dict[int, Tensor] = field(default_factory=dict, repr=False)
+    _seen: list[tuple[float, ...]] = field(default_factory=list, repr=False)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        generators = _generators(self.batches)
+        for place, generator in enumerate(generators):
+            self._states.setdefault(place, generator.get_state())
+        randomness = _Randomness(generators, [self._states[place] for place in range(len(generators))])
+        with randomness.in_use():
+            iterator = iter(self.batches)
+        number = 0
+        while True:
+            with randomness.in_use():
+                batch: Any = next(iterator, None)
+            if batch is None:
+                break
+            self._check(number, batch)
+            number += 1
+            yield batch
+        if number < len(self._seen):
+            raise self._differs(f"{number} batches instead of at least {len(self._seen)}")
+
+    def repeats(self) -> bool:
+        """Whether two passes begin alike."""
+        try:
+            for _ in range(2):
+                next(iter(self), None)
+        except ValueError:
+            return False
+        return True
+
+    def _check(self, number: int, batch: Any) -> None:
+        if not isinstance(batch, (tuple, list)):
+            return  # refused elsewhere
+        print_ = tuple(_fingerprint(part) for part in batch if isinstance(part, Tensor))
+        if number == len(self._seen):
+            self._seen.append(print_)
+        elif not np.array_equal(print_, self._seen[number], equal_nan=True):
+            raise self._differs(f"batch {number} holds other values")
+
+    def _differs(self, how: str) -> ValueError:
+        return ValueError(
+            f"The data are not the same at every pass: {how}. A result takes several passes over them. Give a loader "
+            "that neither shuffles nor augments with randomness of its own, or a list of batches."
+        )
+
+
+class _Randomness:
+    """The random states of one pass, apart from those of everybody else."""
+
+    def __init__(self, generators: list[torch.Generator], states: list[Tensor]) -> None:
+        self.generators = generators
+        with _restored(generators):
+            torch.default_generator.manual_seed(0)
+            random.seed(0)
+            np.random.seed(0)  # noqa: NPY002  the legacy state is the one that transforms use
+            self._own = (*_states([])[:3], states)
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        with _restored(self.generators):
+            _set_states(self.generators, self._own)
+            yield
+            self._own = _states(self.generators)
+
+
+def _states(generators: list[torch.Generator]) -> tuple:
+    legacy = np.random.get_state()  # noqa: NPY002
+    return torch.default_generator.get_state(), random.getstate(), legacy, [g.get_state() for g in generators]
+
+
+def _set_states(generators: list[torch.Generator], states: tuple) -> None:
+    own, python, legacy, others = states
+    torch.default_generator.set_state(own)
+    random.setstate(python)
+    np.random.set_state(legacy)  # noqa: NPY002
+    for generator, state in zip(generators, others):
+        generator.set_state(state)
+
+
+@contextmanager
+def _restored(generators: list[torch.Generator]) -> Iterator[None]:
+    before = _states(generators)
+    try:
+        yield
+    finally:
+        _set_states(generators, before)
+
+
+@contextmanager
+def untouched_randomness() -> Iterator[None]:
+    """Restores the random states of torch, numpy and Python afterwards, whatever a data set's transforms draw."""
+    with _restored([]):
+        yield
+
+
+def _generators(loader: Any) -> list[torch.Generator]:
+    """The generators of its own that a `DataLoader` shuffles with."""
+    sampler, batch_sampler = getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)
+    places = (loader, sampler, batch_sampler, getattr(batch_sampler, "sampler", None))
+    found = (getattr(place, "generator", None) for place in places)
+    return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
+
+
+def _fingerprint(part: Tensor) -> float:
+    """A sum over all entries in which the place of an example counts."""
+    if not part.numel():
+        return 0.0
+    rows = part.detach().reshape(len(part), -1).sum(1, dtype=torch.float64)
+    return float(rows @ torch.linspace(1, 2, len(rows), dtype=rows.dtype, device=rows.device))
+
+
 @dataclass(frozen=True)
 class Rebatched:
-    """A re-iterable view of batches with another batch size; the last batch may be smaller."""
+    """A re-iterable view of batches with another batch size, without empty ones; the last batch may be smaller, and so
+    may one before examples of another shape."""
 
     batches: Batches
     size: int
@@ -25,7 +187,9 @@ class Rebatched:
         targets: list[Tensor] = []
         count = 0
         for x, y in self.batches:
-            if count and x.shape[1:] != inputs[0].shape[1:]:  # sequences of another length do not fit in one batch
+            if not len(y):
+                continue
+            if count and _shapes((x, y)) != _shapes((inputs[0], targets[0])):
                 yield torch.cat(inputs), torch.cat(targets)
                 inputs, targets, count = [], [], 0
             for part_x, part_y in zip(x.split(self.size), y.split(self.size)):
@@ -41,16 +205,15 @@ class Rebatched:
             yield torch.cat(inputs), torch.cat(targets)
 
 
-def without_drawing(batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
-    """Iterates over the batches, restoring torch's global random state after whatever the loader draws from it."""
-    with torch.random.fork_rng(devices=[]):
-        iterator = iter(batches)
-    while True:
-        with torch.random.fork_rng(devices=[]):
-            batch = next(iterator, None)
-        if batch is None:
-            return
-        yield batch
+def merged(batches: Batches) -> tuple[tuple[Tensor, Tensor], ...]:
+    """The examples in as few batches as their shapes allow, in order: sequences of another length do not fit in one."""
+    runs = (list(run) for _, run in groupby(batches, key=_shapes))
+    return tuple((torch.cat([x for x, _ in run]), torch.cat([y for _, y in run])) for run in runs)
+
+
+def _shapes(batch: tuple[Tensor, Tensor]) -> tuple[torch.Size, ...]:
+    """The shapes of one example's inputs and targets."""
+    return tuple(part.shape[1:] for part in batch)
 
 
 def random_part(examples: int, fraction: float, seed: int) -> Int[Tensor, "n"]:
@@ -64,5 +227,7 @@ def random_part(examples: int, fraction: float, seed: int) -> Int[Tensor, "n"]:
 
 
 def like(tensor: Tensor, other: Tensor) -> Tensor:
-    """A tensor on the device of another and, if it holds floating point numbers, in its type."""
-    return tensor.to(other) if tensor.is_floating_point() else tensor.to(other.device)
+    """A tensor on the device of another and, if it holds floating point numbers, in its type; a copy of one that was
+    made in inference mode, with which nothing could be differentiated."""
+    own = tensor.clone() if tensor.is_inference() else tensor
+    return own.to(other) if own.is_floating_point() else own.to(other.device)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import islice
 from typing import Any
 
 import torch
@@ -14,10 +13,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from avalanche_curv.core.risk.batches import Batches, Rebatched, like, random_part, without_drawing
-from avalanche_curv.core.risk.frozen import check_function, frozen_copy
+from avalanche_curv.core.precision import in_own_precision
+from avalanche_curv.core.risk.batches import Batches, Rebatched, count, kept, like, merged, random_part
+from avalanche_curv.core.risk.frozen import copied_without_graphs, frozen_copy, unwrapped
 from avalanche_curv.core.risk.losses import ExampleLoss, example_loss
-from avalanche_curv.core.risk.parameters import ParameterSpace
+from avalanche_curv.core.risk.parameters import ParameterSpace, canonical_name
+from avalanche_curv.core.risk.preflight import check_batch, check_risk, drop_hooks
+from avalanche_curv.core.risk.selection import ParameterSelector, Selection, selection_of
+
+FEW = 4  # examples on which derivatives are tried
 
 
 @dataclass(frozen=True)
@@ -37,8 +41,13 @@ class EmpiricalRisk:
     loss: ExampleLoss
     batches: Batches
     adapter: Callable[[nn.Module], nn.Module] | None = None
+    selection: Selection = Selection()  # noqa: RUF009  a frozen value
+    verdicts: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    """What was found out of the frozen model by trying: which of several ways to a derivative is right, for instance.
+    Risks of one frozen model share it."""
 
     @classmethod
+    @in_own_precision
     def snapshot(
         cls,
         model: nn.Module,
@@ -46,17 +55,27 @@ class EmpiricalRisk:
         batches: Batches,
         *,
         adapter: Callable[[nn.Module], nn.Module] | None = None,
+        include: Iterable[ParameterSelector] = (),
+        exclude: Iterable[ParameterSelector] = (),
     ) -> EmpiricalRisk:
         """Freeze `model` and look at `batches` of (inputs, targets), which may be any iterable.
 
-        `adapter` wraps the frozen copy where the model is not called as `model(inputs)`; the wrapper keeps the copy
-        under the attribute `module`. Raises TypeError for a criterion without a per-example form, ValueError for a
-        model without trainable parameters, for empty data and for data that the loss does not cover.
+        A list is kept as it is now. A loader is passed over several times, each time from the same random states, so
+        that it may shuffle. `adapter` wraps the frozen copy where the model is not called as `model(inputs)`; the
+        wrapper keeps the copy under the attribute `module`. The parameter space is that of the trainable parameters, or
+        with `include` of those that it selects by name ("head", "*.bias") or by type of module, also where they are
+        frozen (`requires_grad=False`) and train only later; without those that `exclude` selects.
+
+        Raises TypeError for a criterion without a per-example form, for a model that cannot be copied or gives no
+        tensor, and for selectors of another type; ValueError for a model without trainable parameters or that is no
+        function of single examples, for a selector that fits none, for empty data and for data that the loss does not
+        cover.
         """
+        selection = selection_of(include, exclude)
+        selection.check(unwrapped(model))
         loss = example_loss(criterion)
-        kept = tuple(batches) if iter(batches) is batches else batches
-        risk = cls(frozen_copy(model), loss, kept, adapter)
-        risk._check()
+        risk = cls(frozen_copy(model, selection), loss, kept(batches), adapter, selection)
+        check_risk(risk)
         return risk
 
     @cached_property
@@ -66,19 +85,19 @@ class EmpiricalRisk:
 
     @cached_property
     def space(self) -> ParameterSpace:
-        """The trainable parameters of the frozen model."""
+        """The selected parameters of the frozen model: those of its that require a gradient."""
         return ParameterSpace.of(self.base)
 
     @cached_property
+    @in_own_precision
     def anchor(self) -> Float[Tensor, "P"]:
         """The frozen parameters as one vector."""
         return self.space.vector(self.base)
 
     @cached_property
     def examples(self) -> int:
-        """N, the number of examples: the attribute `examples` of the batches, or counted in one pass."""
-        known = getattr(self.batches, "examples", None)
-        return sum(len(targets) for _, targets in self.batches) if known is None else known
+        """N, the number of examples: as `CountedBatches` say, or counted in one pass."""
+        return count(self.batches)
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -86,26 +105,81 @@ class EmpiricalRisk:
         return [p for p in self.base.parameters() if p.requires_grad]
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches, on the model's device and in its floating point type."""
-        for inputs, targets in without_drawing(self.batches):
+        """The batches, on the model's device and in its floating point type, without empty ones."""
+        for inputs, targets in self.batches:
+            if not len(targets):
+                continue
             x, y = like(inputs, self.anchor), like(targets, self.anchor)
             self.loss.check(self.one_output.expand(len(y), *self.one_output.shape[1:]), y)
             yield x, y
 
     @cached_property
+    def few(self) -> tuple[Tensor, Tensor]:
+        """Some examples of one shape, up to four: of the whole of data in memory, else of the first batch. Raises
+        ValueError where there is none, and for batches that are no pairs of tensors."""
+        in_memory, first = isinstance(self.batches, tuple), None
+        for batch in self.batches:
+            check_batch(batch)
+            first = batch if first is None and len(batch[1]) else first
+            if first is not None and not in_memory:
+                break
+        if first is None:
+            raise ValueError(
+                "The risk of no examples is not defined: got no batch, or only empty ones. Give one or more."
+            )
+        found = [first]
+        if in_memory:
+            alike = [b for b in self.batches if len(b[1]) and b[0].shape[1:] == first[0].shape[1:]]
+            ends = torch.tensor([len(y) for _, y in alike]).cumsum(0)
+            count = min(FEW, int(ends[-1]))
+            places = [i * int(ends[-1]) // count for i in range(count)]
+            of_batch = torch.bucketize(torch.tensor(places), ends, right=True).tolist()
+            starts = [0, *ends.tolist()]
+            found = [tuple(t[p - starts[b] :][:1] for t in alike[b]) for p, b in zip(places, of_batch)]
+        x, y = (torch.cat([part[:FEW] for part in parts]) for parts in zip(*found))
+        return like(x, self.anchor), like(y, self.anchor)
+
+    def trial(self) -> EmpiricalRisk:
+        """The risk of those few examples."""
+        return replace(self, batches=(self.few,))
+
+    @cached_property
+    @in_own_precision
     def one_output(self) -> Float[Tensor, "1 *C"]:
         """The outputs of one example, for their shape."""
-        inputs, _ = next(without_drawing(self.batches))
         with torch.no_grad():
-            outputs = self.model(like(inputs[:1], self.anchor))
-        return outputs if outputs.ndim > 1 else outputs[:, None]
+            return self.model(self.few[0][:1])
 
+    @cached_property
+    def one_loss(self) -> Float[Tensor, "1"]:
+        """The loss of one example, which is finite where logits masked with −inf are not."""
+        inputs, targets = self.few
+        with torch.no_grad():
+            return self.loss.per_example(self.outputs(inputs[:1]), targets[:1])
+
+    @in_own_precision
     def outputs(self, inputs: Tensor) -> Float[Tensor, "N C"]:
         """f(inputs) of the frozen model, as a matrix."""
         return as_matrix(self.model(inputs))
 
+    @contextmanager
+    def holding(self, parameters: Sequence[Tensor]) -> Iterator[None]:
+        """Gives the frozen model other values, in the order of `space`, for as long as the context is open. `outputs`
+        and derivatives in `parameters` are then those at these values, by plain reverse mode."""
+        own, _ = self.parameters, self.anchor
+        before = [parameter.data for parameter in own]
+        try:
+            for parameter, value in zip(own, parameters):
+                parameter.data = value.detach().to(parameter)
+            yield
+        finally:
+            for parameter, value in zip(own, before):
+                parameter.data = value
+
+    @in_own_precision
     def outputs_at(self, parameters: Sequence[Tensor], inputs: Tensor) -> Float[Tensor, "N C"]:
-        """f(inputs) of the frozen past function at other parameters, given in the order of `space`."""
+        """f(inputs) of the frozen past function as a function of its parameters, given in the order of `space`, for
+        the transforms of torch.func."""
         values = {place: parameters[index] for place, index in self._places.items()}
         return as_matrix(functional_call(self.model, values, (inputs,), tie_weights=False))
 
@@ -123,21 +197,32 @@ class EmpiricalRisk:
 
     def copied_model(self) -> tuple[nn.Module, list[nn.Parameter]]:
         """A copy of `model`, and its trainable parameters in the order of `space`."""
-        base = copy.deepcopy(self.base)
-        return replace(self, base=base).model, [p for p in base.parameters() if p.requires_grad]
+        base = copied_without_graphs(self.base)
+        return self.with_base(base).model, [p for p in base.parameters() if p.requires_grad]
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> EmpiricalRisk:
+        copied = object.__new__(type(self))
+        memo[id(self)] = copied
+        copied.__dict__.update(copied_without_graphs(self.__dict__, memo))
+        return copied
+
+    def with_base(self, base: nn.Module) -> EmpiricalRisk:
+        """The same examples, loss and adapter with another frozen model."""
+        return replace(self, base=base, verdicts={})
+
+    @in_own_precision
     def value(self) -> float:
         """L at the frozen parameters, summed in float64."""
         with torch.no_grad():
             return sum(self.loss.per_example(self.outputs(x), y).double().sum().item() for x, y in self) / self.examples
 
+    @in_own_precision
     def value_at(self, parameters: Float[Tensor, "P"]) -> float:
         """L of the frozen past function at other parameters."""
-        tensors = self.space.split(parameters)
-        with torch.no_grad():
-            losses = (self.loss.per_example(self.outputs_at(tensors, x), y).double().sum().item() for x, y in self)
-            return sum(losses) / self.examples
+        with self.holding(self.space.split(parameters)):
+            return self.value()
 
+    @in_own_precision
     def gradient(self) -> Float[Tensor, "P"]:
         """∇L at the frozen parameters."""
         total = torch.zeros_like(self.anchor)
@@ -145,6 +230,12 @@ class EmpiricalRisk:
             total += self.summed_gradient(x, y)
         return total / self.examples
 
+    def gradient_at(self, parameters: Float[Tensor, "P"]) -> Float[Tensor, "P"]:
+        """∇L of the frozen past function at other parameters."""
+        with self.holding(self.space.split(parameters)):
+            return self.gradient()
+
+    @in_own_precision
     @torch.enable_grad()
     def summed_gradient(self, inputs: Tensor, targets: Tensor) -> Float[Tensor, "P"]:
         """Σ_i ∇ℓ_i over one batch."""
@@ -156,16 +247,16 @@ class EmpiricalRisk:
         """The risk of a random `fraction` of the examples, at least one, drawn without replacement by `seed`."""
         return self.select(random_part(self.examples, fraction, seed))
 
+    @in_own_precision
     def select(self, indices: Tensor) -> EmpiricalRisk:
-        """The risk of the examples at sorted `indices`, held in memory as one batch."""
+        """The risk of the examples at sorted `indices`, held in memory in as few batches as their shapes allow."""
         chosen, start = [], 0
         for inputs, targets in self.batches:
             here = indices[(indices >= start) & (indices < start + len(targets))] - start
             start += len(targets)
             if len(here):
                 chosen.append((inputs[here.to(inputs.device)], targets[here.to(targets.device)]))
-        inputs, targets = (torch.cat(parts) for parts in zip(*chosen))
-        return replace(self, batches=((inputs, targets),))
+        return replace(self, batches=merged(chosen))
 
     def rebatched(self, size: int) -> EmpiricalRisk:
         """The same examples in the same order, in batches of `size`."""
@@ -173,43 +264,47 @@ class EmpiricalRisk:
 
     def at(self, other: EmpiricalRisk) -> EmpiricalRisk:
         """The same examples, loss and adapter at the parameters where `other` is frozen."""
-        return replace(self, base=other.base)
+        return replace(self, base=other.base, verdicts=other.verdicts)
 
     def frozen_at(self, model: nn.Module) -> EmpiricalRisk:
-        """The same examples, loss and adapter with a new frozen copy of `model` as the past function."""
-        return replace(self, base=frozen_copy(model))
+        """The same examples, loss, adapter and selection with a new frozen copy of `model` as the past function."""
+        risk = self.with_base(frozen_copy(model, self.selection))
+        drop_hooks(risk)
+        return risk
 
-    def _check(self) -> None:
-        _ = self.space
-        first: Any = next(without_drawing(self.batches), None)
-        if first is not None and (len(first) != 2 or not all(isinstance(part, Tensor) for part in first)):
-            raise ValueError(
-                f"Each batch must be a pair of tensors (inputs, targets); got {[type(p).__name__ for p in first]}."
-            )
-        if first is None or not len(first[1]):
-            raise ValueError("The risk of no examples is not defined: got no batch, or an empty one. Give one or more.")
-        check_function(self.model, like(first[0][:2], self.anchor).clone())
-        whole = isinstance(self.batches, (tuple, list))  # what has to be loaded is checked as it comes
-        for _ in self if whole else islice(self, 1):
-            pass
+    @cached_property
+    def frozen(self) -> tuple[str, ...]:
+        """The names of the parameters outside of the space because they were frozen, and nothing else: they would be
+        in it if they had been trainable."""
+        return self.selection.frozen(self.base)
+
+    def covering(self, names: Collection[str]) -> EmpiricalRisk:
+        """This risk with those parameters of its model in its space, too, whose canonical names are given, even where
+        they were frozen or not selected. The risk itself where all are."""
+        missing = {*names} - {*self.space.names}
+        if not any(canonical_name(name) in missing and p.numel() for name, p in self.base.named_parameters()):
+            return self
+        base = copied_without_graphs(self.base)
+        for name, parameter in base.named_parameters():
+            if canonical_name(name) in missing:
+                parameter.requires_grad_(parameter.numel() > 0)
+        return self.with_base(base)
 
 
 def joined_risk(risks: list[EmpiricalRisk]) -> EmpiricalRisk:
-    """The risk of the examples of all `risks`, in order, which must share the frozen model of the first; one batch
-    where the inputs have one shape."""
+    """The risk of the examples of all `risks`, in order, which must share the frozen model of the first; in as few
+    batches as their shapes allow."""
     if len(risks) == 1:
         return risks[0]
-    inputs, targets = zip(*(batch for risk in risks for batch in risk.batches))
-    same = len({x.shape[1:] for x in inputs}) == 1
-    batches = ((torch.cat(inputs), torch.cat(targets)),) if same else tuple(zip(inputs, targets))
-    return replace(risks[0], batches=batches)
+    return replace(risks[0], batches=merged(batch for risk in risks for batch in risk.batches if len(batch[1])))
 
 
 def frozen_together(risks: Sequence[EmpiricalRisk], model: nn.Module) -> tuple[EmpiricalRisk, ...]:
-    """The given risks, each with its own examples, at one common frozen copy of `model` as it is now."""
+    """The given risks, each with its own examples, at one common frozen copy of `model` as it is now, over its selected
+    parameters and all that are in the space of one of them already."""
     if not risks:
         return ()
-    first = risks[0].frozen_at(model)
+    first = risks[0].frozen_at(model).covering({name for risk in risks for name in risk.space.names})
     return (first, *(risk.at(first) for risk in risks[1:]))
 
 

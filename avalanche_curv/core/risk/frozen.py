@@ -1,14 +1,21 @@
-"""A frozen copy of a model, and the test that it is a function of single examples."""
+"""A frozen copy of a model: a function whose derivatives are those of the loss, and of nothing else."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.overrides import TorchFunctionMode
 
-ONE_BY_ONE = "past loss is a mean over single examples. Use normalisation with running statistics."
+from avalanche_curv.core.precision import differentiable, in_own_precision
+from avalanche_curv.core.risk.selection import Selection
+
+HALF = {torch.float16, torch.bfloat16}
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -22,33 +29,126 @@ def unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
-def frozen_copy(model: nn.Module) -> nn.Module:
-    """A copy in eval mode, without gradients; half precision becomes float32."""
-    copied = copy.deepcopy(unwrapped(model)).eval()
+@in_own_precision
+def frozen_copy(model: nn.Module, selection: Selection = Selection()) -> nn.Module:  # noqa: B008  a frozen value
+    """A copy in eval mode, without gradients and backward hooks; half precision becomes float32. Those of its
+    parameters require a gradient that `selection` takes into a parameter space (`Selection.in_space`).
+
+    Embeddings give plain gradients in it: dense, unscaled, and with norms above `max_norm` already reduced. Tensors
+    that a module keeps of its last call are copied without their graph. Raises TypeError for a model that cannot be
+    copied.
+    """
+    try:
+        own = unwrapped(model)
+        copied = copied_without_graphs(own, differentiable(own)).eval()
+    except Exception as error:
+        raise TypeError(
+            f"{type(model).__name__} cannot be frozen, since it cannot be copied: {error}. Past loss is that of a "
+            "copy. Keep locks, files and generators out of the module, or give them a __deepcopy__."
+        ) from error
     copied.zero_grad(set_to_none=True)
-    half = any(p.dtype in (torch.float16, torch.bfloat16) for p in copied.parameters())
-    return copied.float() if half else copied
+    kept = {id(parameter) for _, parameter in selection.in_space(copied)}
+    for parameter in copied.parameters():
+        parameter.requires_grad_(id(parameter) in kept)
+    for module in copied.modules():
+        module._backward_hooks.clear()
+        module._backward_pre_hooks.clear()
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+            _give_plain_gradients(module)
+    return copied.float() if any(p.dtype in HALF for p in copied.parameters()) else copied
 
 
-def check_function(model: nn.Module, inputs: Tensor) -> None:
-    """Raises ValueError unless `model` maps each of a few examples to outputs of its own, the same every time."""
-    name, version = type(model).__name__, inputs._version
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        first, again = model(inputs), model(inputs)
-        try:
-            alone = model(inputs[:1])
-        except (RuntimeError, ValueError) as error:
-            raise ValueError(f"{name} cannot be evaluated on one example ({error}); {ONE_BY_ONE}") from error
-    if inputs._version != version:
-        raise ValueError(f"{name} writes into its inputs, which would change stored examples. Clone them in forward.")
-    if len(first) != len(inputs):
-        raise ValueError(f"{name} gives {len(first)} outputs for {len(inputs)} examples. Put the batch axis first.")
-    if not _close(first, again):
-        raise ValueError(f"{name} draws at random in eval mode: its loss is no function. Give dropout self.training.")
-    if not _close(first[:1], alone):
-        raise ValueError(f"The outputs of {name} for one example depend on the others in the batch; {ONE_BY_ONE}")
+T = TypeVar("T")
 
 
-def _close(a: Tensor, b: Tensor) -> bool:
-    size = float(a.abs().nan_to_num(0, 0, 0).max())
+def copied_without_graphs(value: T, memo: dict[int, Any] | None = None) -> T:
+    """A deep copy, in which tensors that were computed have no graph: `copy.deepcopy` by itself refuses them. Modules
+    keep such tensors, of weights computed from others or of their last call."""
+    with _WithoutGraphs():
+        return copy.deepcopy(value, memo)
+
+
+class _WithoutGraphs(TorchFunctionMode):
+    def __torch_function__(
+        self, func: Callable, types: Sequence[type], args: tuple = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func is Tensor.__deepcopy__ and not args[0].is_leaf:
+            tensor, memo = args
+            memo[id(tensor)] = tensor.detach().clone()
+            return memo[id(tensor)]
+        return func(*args, **(kwargs or {}))
+
+
+def _give_plain_gradients(module: nn.Embedding | nn.EmbeddingBag) -> None:
+    module.sparse = module.scale_grad_by_freq = False
+    if module.max_norm is not None:
+        every = torch.arange(module.num_embeddings, device=module.weight.device)
+        with torch.no_grad():
+            torch.embedding_renorm_(module.weight, every, module.max_norm, module.norm_type)
+        module.max_norm = None
+
+
+Gradients = tuple[Tensor, ...]
+
+
+def drop_idle_hooks(base: nn.Module, evaluate: Callable[[], tuple[Tensor, Gradients]]) -> None:
+    """Takes from `base` those forward hooks and pre-hooks without which `evaluate` returns the same outputs and
+    gradients in the parameters: such as only look on must not see what derivatives are computed with.
+
+    Each hook is called meanwhile. Raises ValueError for one that fails.
+    """
+    hooked = [(hooks, key) for hooks in _hooks(base) for key in [*hooks]]
+    if not hooked:
+        return
+    try:
+        wanted = evaluate()
+    except Exception as error:
+        with _without(hooked):
+            evaluate()  # which raises where it is not the hooks that fail
+        raise ValueError(
+            f"{type(base).__name__} with its forward hooks cannot be evaluated in eval mode: {error}. Remove the hooks "
+            "before curvature is estimated, or let them return early where not module.training."
+        ) from error
+    with _without(hooked):
+        idle = _same(evaluate, wanted)
+    for place in hooked if not idle else ():
+        with _without([place]):
+            needed = not _same(evaluate, wanted)
+        if not needed:
+            place[0].pop(place[1])
+    for hooks, key in hooked if idle else ():
+        hooks.pop(key)
+
+
+def _hooks(base: nn.Module) -> Iterator[dict]:
+    for module in base.modules():
+        yield module._forward_pre_hooks
+        yield module._forward_hooks
+
+
+@contextmanager
+def _without(places: list[tuple[dict, int]]) -> Iterator[None]:
+    """Without these hooks, which come back in their order."""
+    before = [(hooks, dict(hooks)) for hooks, _ in places]
+    for hooks, key in places:
+        hooks.pop(key)
+    try:
+        yield
+    finally:
+        for hooks, whole in reversed(before):
+            hooks.clear()
+            hooks.update(whole)
+
+
+def _same(evaluate: Callable[[], tuple[Tensor, Gradients]], wanted: tuple[Tensor, Gradients]) -> bool:
+    try:
+        outputs, gradients = evaluate()
+    except Exception:  # what the hook does is needed
+        return False
+    return close(outputs, wanted[0]) and all(close(a, b) for a, b in zip(gradients, wanted[1]))
+
+
+def close(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are equal but for the rounding of single precision, on the scale of the largest entry."""
+    size = float(a.abs().nan_to_num(0, 0, 0).max()) if a.numel() else 0.0
     return a.shape == b.shape and torch.allclose(a, b, rtol=1e-3, atol=1e-3 * size, equal_nan=True)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.func import vjp, vmap
+from torch.func import jvp, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
+from avalanche_curv.core.risk.trust import directions, nearby, right_way
 
 CHUNK_BYTES = 128 * 2**20
 
@@ -54,8 +55,8 @@ def pulled_back(
 
     With `names`, the columns of J_i are those of the parameters of these names only.
     """
-    method = _all_at_once if _can_vmap(risk) else _one_by_one
     with sdpa_kernel(SDPBackend.MATH):  # `vmap` has no rule for the fused kernels of attention
+        method = _all_at_once if can_vmap(risk) else _one_by_one
         return method(risk, parameters, inputs, cotangents, parameters if names is None else names)
 
 
@@ -77,32 +78,59 @@ def _all_at_once(
 def _one_by_one(
     risk: EmpiricalRisk, parameters: Parameters, inputs: Tensor, cotangents: Tensor, names: Collection[str]
 ) -> Tensor:
-    """For modules that `vmap` has no rule for, such as recurrent ones."""
-    leaves = {name: parameters[name].detach().requires_grad_() for name in names}
-    rows = []
-    for x, s in zip(inputs, cotangents):
-        outputs = outputs_of(risk)({**parameters, **leaves}, x[None])[0]
-        for column in s.unbind(1):
-            parts = torch.autograd.grad(
-                outputs, list(leaves.values()), column, retain_graph=True, allow_unused=True, materialize_grads=True
-            )
-            rows.append(torch.cat([part.reshape(-1) for part in parts]))
+    """For modules that `vmap` has no rule for, such as recurrent ones, or a wrong one, such as distances."""
+    of_name = dict(zip(risk.space.names, risk.parameters))
+    moved, rows = [of_name[name] for name in names], []
+    with risk.holding(list(parameters.values())):
+        for x, s in zip(inputs, cotangents):
+            outputs = risk.outputs(x[None])[0]
+            rows += [torch.cat([p.reshape(-1) for p in gradients(outputs, moved, c)]) for c in s.unbind(1)]
     return torch.stack(rows).view(len(inputs), cotangents.shape[2], -1)
 
 
-def _can_vmap(risk: EmpiricalRisk) -> bool:
-    """Whether `vmap` knows all that the model does, tried once on two examples."""
-    if "_vmaps" not in risk.__dict__:
-        inputs, _ = next(iter(risk))
-        cotangents = torch.ones_like(risk.outputs(inputs[:2]).detach())[:, :, None]
-        with torch.no_grad():
-            try:
-                with sdpa_kernel(SDPBackend.MATH):
-                    _all_at_once(risk, parameters_of(risk), inputs[:2], cotangents, risk.space.names)
-                risk.__dict__["_vmaps"] = True
-            except (RuntimeError, NotImplementedError):
-                risk.__dict__["_vmaps"] = False
-    return risk.__dict__["_vmaps"]
+def gradients(scalar: Tensor, tensors: Sequence[Tensor], weight: Tensor | None = None) -> Sequence[Tensor]:
+    """∂(scalar)/∂ each tensor, or of weightᵀ(scalar) for several, zero where it does not depend on one; the graph
+    stays."""
+    if not tensors or not scalar.requires_grad:
+        return [torch.zeros_like(tensor) for tensor in tensors]
+    return torch.autograd.grad(
+        scalar, tensors, weight, retain_graph=True, allow_unused=True, materialize_grads=True
+    )
+
+
+def can_vmap(risk: EmpiricalRisk) -> bool:
+    """Whether `vmap` over examples and over cotangents gives the derivatives of the model."""
+    inputs = risk.few[0][:2]
+    parameters = dict(zip(risk.space.names, nearby(risk)))
+    cotangents = directions(len(inputs), risk.one_output.numel(), 2, like=risk.anchor)
+
+    def tried(method: Callable[..., Tensor]) -> Callable[[], list[Tensor]]:
+        return lambda: risk.space.split(method(risk, parameters, inputs, cotangents, risk.space.names))
+
+    with sdpa_kernel(SDPBackend.MATH):
+        return right_way(risk, "rows", {"vmap": tried(_all_at_once)}, tried(_one_by_one), "loop") == "vmap"
+
+
+def change_of_outputs(
+    risk: EmpiricalRisk, parameters: Parameters, inputs: Tensor, step: Parameters
+) -> tuple[Float[Tensor, "N C"], Float[Tensor, "N C"]]:
+    """f and J δ for each example, with J the Jacobian at `parameters` and δ the `step`: in forward mode, or from the
+    rows of J where torch has no right forward derivative of the model."""
+    direction = torch.cat([part.reshape(-1) for part in step.values()])
+
+    def forward(inputs: Tensor) -> tuple[Tensor, Tensor]:
+        return jvp(lambda p: outputs_of(risk)(p, inputs), (parameters,), (step,))[:2]
+
+    def by_rows(inputs: Tensor) -> tuple[Tensor, Tensor]:
+        with risk.holding(list(parameters.values())):
+            outputs = risk.outputs(inputs)
+        columns = torch.eye(outputs.shape[1]).to(outputs).expand(len(outputs), -1, -1).split(1, dim=2)
+        return outputs, torch.cat([pulled_back(risk, parameters, inputs, e) @ direction for e in columns], dim=1)
+
+    few = risk.few[0][:2]
+    ways = {"forward": lambda: [forward(few)[1]]}
+    way = right_way(risk, "change", ways, lambda: [by_rows(few)[1]], "rows")
+    return (forward if way == "forward" else by_rows)(inputs)
 
 
 def chunk_size(risk: EmpiricalRisk, rows_an_example: int, width: int | None = None) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +27,8 @@ class ParameterSpace:
     """The trainable parameters of a model as the coordinates of one vector of size P.
 
     Coordinates follow `named_parameters()`. A later model is read through the same space: parameters are found by
-    canonical name, a parameter that has grown is cut to the shape it had here, and new parameters are not read.
+    canonical name, a parameter that has grown is cut to the shape it had here, and new parameters are not read. Those
+    of size 0 have no coordinates, and count as new when they grow.
 
     >>> space = ParameterSpace.of(nn.Linear(3, 2))
     >>> space.names, space.size
@@ -40,11 +41,16 @@ class ParameterSpace:
     @classmethod
     def of(cls, model: nn.Module) -> ParameterSpace:
         """The space of the parameters of `model` that require a gradient. Raises ValueError if there is none."""
-        trainable = [(canonical_name(n), p.shape) for n, p in model.named_parameters() if p.requires_grad]
+        return cls.of_parameters(model, [(n, p) for n, p in model.named_parameters() if p.requires_grad and p.numel()])
+
+    @classmethod
+    def of_parameters(cls, model: nn.Module, parameters: Iterable[tuple[str, Tensor]]) -> ParameterSpace:
+        """The space of some named parameters of `model`. Raises ValueError if there is none."""
+        trainable = [(canonical_name(name), parameter.shape) for name, parameter in parameters]
         if not trainable:
             raise ValueError(
                 f"{type(model).__name__} has no trainable parameter: a quadratic model needs at least one. "
-                "Set requires_grad=True on the parameters that training may move."
+                "Set requires_grad=True on parameters that training may move, or name frozen ones with include=[...]."
             )
         names, shapes = zip(*trainable)
         if len(set(names)) < len(names):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from avalanche_curv.core.curvature.base import Curvature
 from avalanche_curv.core.curvature.operators import Operator
 from avalanche_curv.core.eigen import Pairs, largest_of_products, top_of_products
 from avalanche_curv.core.options import is_count
+from avalanche_curv.core.precision import in_own_precision
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.parameters import ParameterSpace
 
@@ -73,8 +75,20 @@ class Structure(ABC):
         """Raises MemoryError where `bytes(space, itemsize)` exceeds what this recipe allows, with a remedy."""
 
 
+OPERATIONS = {
+    "product", "products", "quadratic_form", "plus", "compressed", "scaled", "embedded", "map_spectrum", "damped",
+    "largest", "minimum", "dense", "trace", "top",
+}  # fmt: skip
+
+
 class Matrix(ABC):
-    """A symmetric matrix C over a parameter space of size P. Its operations return new matrices."""
+    """A symmetric matrix C over a parameter space of size P. Its operations return new matrices, and are computed in
+    its own type, also inside `torch.autocast`."""
+
+    def __init_subclass__(cls, **options: object) -> None:
+        super().__init_subclass__(**options)
+        for name in OPERATIONS & vars(cls).keys():
+            setattr(cls, name, in_own_precision(vars(cls)[name]))
 
     if TYPE_CHECKING:
 
@@ -102,6 +116,13 @@ class Matrix(ABC):
     @abstractmethod
     def embedded(self, inner: ParameterSpace, outer: ParameterSpace) -> Matrix:
         """C as a matrix over `outer`, which holds `inner`; zero in the coordinates that `inner` lacks."""
+
+    def to(self, like: Tensor) -> Matrix:
+        """C with what is stored in the type and on the device of `like`: a copy, or C itself where it is so already."""
+        held = self.tensors()
+        if all(t.dtype == like.dtype and t.device == like.device for t in held):
+            return self
+        return copy.deepcopy(self, {id(tensor): tensor.to(like) for tensor in held})
 
     @abstractmethod
     def map_spectrum(self, function: Callable[[Tensor], Tensor]) -> Matrix:
@@ -145,6 +166,7 @@ class Matrix(ABC):
     def tensors(self) -> tuple[Tensor, ...]:
         """What is stored."""
 
+    @in_own_precision
     def quadratic_form(self, vector: Float[Tensor, "P"]) -> Tensor:
         """vᵀ C v."""
         return vector @ self.product(vector)
@@ -263,6 +285,9 @@ class DampedMatrix(Matrix):
         diagonal = self.diagonal.new_zeros(outer.size)
         diagonal[outer.positions(inner).to(diagonal.device)] = self.diagonal
         return DampedMatrix(self.matrix.embedded(inner, outer), diagonal)
+
+    def to(self, like: Tensor) -> DampedMatrix:
+        return DampedMatrix(self.matrix.to(like), self.diagonal.to(like))
 
     def map_spectrum(self, function: Callable[[Tensor], Tensor]) -> Matrix:
         raise TypeError("The spectrum of a damped matrix is not mended: map that of the matrix, and then damp it.")

@@ -181,6 +181,9 @@ class BlockDiagonalMatrix(Matrix):
         blocks = (Block(space, None) if block is None else block.within(space) for space, block in groups)
         return BlockDiagonalMatrix(outer, self.per, tuple(blocks))
 
+    def to(self, like: Tensor) -> BlockDiagonalMatrix:
+        return self._map(lambda matrix: matrix.to(like))
+
     def map_spectrum(self, function: Callable[[Tensor], Tensor]) -> BlockDiagonalMatrix:
         return self._map(lambda matrix: matrix.map_spectrum(function))
 

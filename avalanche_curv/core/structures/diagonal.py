@@ -14,10 +14,12 @@ from avalanche_curv.core.curvature.empirical_fisher import BatchedEmpiricalFishe
 from avalanche_curv.core.curvature.ggn import GGN
 from avalanche_curv.core.curvature.hessian import Hessian
 from avalanche_curv.core.curvature.operators import Operator
+from avalanche_curv.core.curvature.products import is_differentiated_twice
 from avalanche_curv.core.eigen import Pairs
-from avalanche_curv.core.per_example.layers import Layers, linear_layers
+from avalanche_curv.core.per_example.layers import Layers, by_layers, linear_layers
 from avalanche_curv.core.per_example.passes import layer_passes
-from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
+from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk, as_matrix
+from avalanche_curv.core.risk.known import PIECEWISE_LINEAR, is_altered, is_plain
 from avalanche_curv.core.risk.parameters import ParameterSpace
 from avalanche_curv.core.structures.base import Matrix, Structure, identity_columns
 from avalanche_curv.core.structures.rules import by_products, rule
@@ -110,7 +112,10 @@ class DiagonalMatrix(Matrix):
 @rule(OutputCurvature, Diagonal)
 def diagonal_of_squares(curvature: OutputCurvature, structure: Structure, risk: EmpiricalRisk) -> DiagonalMatrix:
     """Σ_i Σ_r (J_iᵀ s_ir)² / N over examples i and columns r of S."""
-    layers = Layers.of(risk)
+    return by_layers(risk, lambda layers: _squares(curvature, layers, risk))
+
+
+def _squares(curvature: OutputCurvature, layers: Layers, risk: EmpiricalRisk) -> DiagonalMatrix:
     total = torch.zeros_like(risk.anchor)
     views = dict(zip(risk.space.names, risk.space.split(total)))
     for piece in layer_passes(curvature, layers, risk):
@@ -132,9 +137,6 @@ def diagonal_of_batches(curvature: BatchedEmpiricalFisher, structure: Structure,
     return DiagonalMatrix(total)
 
 
-PIECEWISE_LINEAR = (nn.Linear, nn.ReLU, nn.LeakyReLU, nn.Hardtanh, nn.ReLU6, nn.Identity, nn.Flatten, nn.Dropout)
-
-
 @rule(Hessian, Diagonal)
 def diagonal_of_hessian(curvature: Hessian, structure: Diagonal, risk: EmpiricalRisk) -> Matrix:
     """The diagonal of the GGN on chains of linear and piecewise linear layers, unit by unit on other chains with all
@@ -143,9 +145,9 @@ def diagonal_of_hessian(curvature: Hessian, structure: Diagonal, risk: Empirical
     In the first each output is piecewise linear in any single weight while the others are held, so that the model
     curvature Σ_c (∂ℓ/∂f_c) ∂²f_c/∂w² of the Hessian's diagonal is zero; off the diagonal it is not.
     """
-    if _is_piecewise_linear_chain(risk.model) and linear_layers(risk) is not None:
+    if is_plain(risk.model, PIECEWISE_LINEAR) and linear_layers(risk) is not None:
         return diagonal_of_squares(GGN(), structure, risk)
-    by_units = diagonal_by_units(risk)
+    by_units = diagonal_by_units(risk) if is_differentiated_twice(risk) else None
     return by_products(curvature, structure, risk) if by_units is None else by_units
 
 
@@ -160,12 +162,6 @@ def add_squares_of_rows(
         for name, squares in zip(names, part.square_().sum(0).split(sizes)):
             views[name] += squares.view_as(views[name])
 
-
-def _is_piecewise_linear_chain(model: nn.Module) -> bool:
-    """Whether the model is known to be a composition of such layers: nested `nn.Sequential`s of them."""
-    if type(model) is nn.Sequential:
-        return all(_is_piecewise_linear_chain(part) for part in model)
-    return type(model) in PIECEWISE_LINEAR
 
 CHUNK = 1000  # examples at once
 
@@ -195,7 +191,7 @@ def diagonal_by_units(risk: EmpiricalRisk) -> DiagonalMatrix | None:
 def _chain(risk: EmpiricalRisk) -> nn.Sequential | None:
     """The model, if it is such a chain and each of its weights is used once."""
     model = risk.model
-    if type(model) is not nn.Sequential:
+    if type(model) is not nn.Sequential or any(map(is_altered, model.modules())):
         return None
     owners = [module for module in model for _ in module.parameters()]
     if len(owners) > len([*model.parameters()]) or not all(type(module) is nn.Linear for module in owners):
@@ -221,7 +217,7 @@ def _layers(chain: nn.Sequential, risk: EmpiricalRisk, x: Tensor, y: Tensor) -> 
 
 def _following(rest: nn.Module, risk: EmpiricalRisk, y: Tensor) -> Callable[[Tensor], Tensor]:
     """The losses of examples from what enters the rest of the chain."""
-    return lambda signal: risk.loss.per_example(rest(signal), y)
+    return lambda signal: risk.loss.per_example(as_matrix(rest(signal)), y)
 
 
 @torch.enable_grad()

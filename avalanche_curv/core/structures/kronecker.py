@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from avalanche_curv.core.curvature.base import Curvature, OutputCurvature
 from avalanche_curv.core.curvature.operators import Operator
 from avalanche_curv.core.per_example import layer_kinds
-from avalanche_curv.core.per_example.layers import Layers, Tap
+from avalanche_curv.core.per_example.layers import Layers, Tap, by_layers
 from avalanche_curv.core.per_example.passes import layer_passes
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.parameters import ParameterSpace
@@ -147,7 +147,12 @@ def factors_need_examples(curvature: Curvature, structure: Factorised) -> str | 
 @rule(OutputCurvature, Kronecker)
 def kronecker(curvature: OutputCurvature, structure: Factorised, risk: EmpiricalRisk) -> KroneckerMatrix:
     """Factors of every layer that has one weight matrix, and the exact diagonal of the others."""
-    layers = Layers.of(risk)
+    return by_layers(risk, lambda layers: _factorised(curvature, structure, layers, risk))
+
+
+def _factorised(
+    curvature: OutputCurvature, structure: Factorised, layers: Layers, risk: EmpiricalRisk
+) -> KroneckerMatrix:
     factors = {layer: _Sums.of(layers, layer, risk.anchor) for layer in layers.names if layer_kinds.is_outer(layer)}
     if not factors:
         raise TypeError(
@@ -239,12 +244,12 @@ class _Basis:
         self.values = g.new_zeros(g.shape[1], a.shape[1])
 
     def add(self, tap: Tap, columns: Sequence[Tensor], examples: int) -> None:
-        ready = layer_kinds.surely_prepared(tap.layer, tap.inputs, examples)
+        ready = layer_kinds.surely_prepared(tap.layer, tap.inputs, examples).to(self.a.dtype)
         weight, bias = self.names
         one = ready.new_ones(examples, 1, ready.shape[2])
         a = torch.cat([*([ready] if weight else []), *([one] if bias else [])], dim=1)
         size = max(1, layer_kinds.CACHED // self.values.numel())
-        b = [layer_kinds.positions(tap.layer, column, examples) for column in columns]
+        b = [layer_kinds.positions(tap.layer, column, examples).to(self.g.dtype) for column in columns]
         if ready.shape[2] == 1:
             squares = torch.stack([(part[:, :, 0] @ self.g).square() for part in b]).sum(0)
             self.values += squares.T @ (a[:, :, 0] @ self.a).square()
@@ -260,7 +265,7 @@ class _Basis:
 
 def add_gram(total: Float[Tensor, "d d"], rows: Float[Tensor, "n d"], factor: float) -> None:
     """Adds factor · RᵀR to the blocks of `total` on and below the diagonal."""
-    width = rows.shape[1]
+    rows, width = rows.to(total.dtype), rows.shape[1]
     for start in range(0, width, BLOCK):
         stop = min(start + BLOCK, width)
         total[start:, start:stop].addmm_(rows[:, start:].T, rows[:, start:stop], alpha=factor)

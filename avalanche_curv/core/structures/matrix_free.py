@@ -13,7 +13,12 @@ from torch import Tensor
 from avalanche_curv.core.curvature.base import Curvature, OutputCurvature
 from avalanche_curv.core.curvature.hessian import Hessian
 from avalanche_curv.core.curvature.operators import Operator
-from avalanche_curv.core.curvature.products import Linearised, LinearisedHessian
+from avalanche_curv.core.curvature.products import (
+    Linearised,
+    LinearisedHessian,
+    is_differentiated_twice,
+    right_products,
+)
 from avalanche_curv.core.options import is_number
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.parameters import ParameterSpace
@@ -59,15 +64,18 @@ class MatrixFree(Structure):
 
 @dataclass(frozen=True)
 class OperatorTerm:
-    """factor · E C Eᵀ, with C an operator and E its embedding at `where` in a larger space."""
+    """factor · E C Eᵀ, with C an operator and E its embedding at `where` in a larger space; `own` is an empty tensor in
+    the type and on the device of C, where these are not those of the vectors."""
 
     operator: Operator
     factor: float = 1.0
     where: Tensor | None = None
+    own: Float[Tensor, "0"] | None = None
 
     def product(self, vector: Float[Tensor, "P"]) -> Float[Tensor, "P"]:
         inner = vector if self.where is None else vector[self.where]
-        found = self.factor * self.operator.matmat(inner[:, None])[:, 0]
+        inner = inner if self.own is None else inner.to(self.own)
+        found = (self.factor * self.operator.matmat(inner[:, None])[:, 0]).to(vector)
         if self.where is None:
             return found
         result = torch.zeros_like(vector)
@@ -103,6 +111,18 @@ class MatrixFreeMatrix(Matrix):
         where = outer.positions(inner).to(self.like.device)
         placed = (replace(t, where=where if t.where is None else where[t.where]) for t in self.terms)
         return MatrixFreeMatrix(outer.size, self.like, tuple(placed))
+
+    def to(self, like: Tensor) -> MatrixFreeMatrix:
+        """For vectors like `like`; products are still taken where the frozen model is, in its type."""
+        moved = (
+            replace(
+                t,
+                where=None if t.where is None else t.where.to(like.device),
+                own=self.like if t.own is None else t.own,
+            )
+            for t in self.terms
+        )
+        return replace(self, like=like.new_empty(0), terms=tuple(moved))
 
     def map_spectrum(self, function: Callable[[Tensor], Tensor]) -> Matrix:
         raise TypeError(
@@ -154,13 +174,16 @@ class TracedLinearised(Linearised):
 @rule(OutputCurvature, MatrixFree)
 def linearised(curvature: OutputCurvature, structure: MatrixFree, risk: EmpiricalRisk) -> MatrixFreeMatrix:
     """J and Jᵀ from graphs that are kept."""
-    return structure.from_operator(TracedLinearised(curvature, _chosen(structure, risk).rebatched(BATCH)), risk)
+    ways = {"graphs": lambda risk: TracedLinearised(curvature, risk)}
+    return structure.from_operator(right_products(curvature, _chosen(structure, risk).rebatched(BATCH), ways), risk)
 
 
 @rule(Hessian, MatrixFree)
 def linearised_hessian(curvature: Hessian, structure: MatrixFree, risk: EmpiricalRisk) -> MatrixFreeMatrix:
-    """The derivative of the gradient, whose graph is kept."""
-    return structure.from_operator(LinearisedHessian(_chosen(structure, risk).rebatched(BATCH)), risk)
+    """The derivative of the gradient, whose graph is kept where that is right."""
+    chosen = _chosen(structure, risk).rebatched(BATCH)
+    right = is_differentiated_twice(risk)
+    return structure.from_operator(LinearisedHessian(chosen) if right else curvature.operator(chosen), risk)
 
 
 @refusal(Curvature, MatrixFree)

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from avalanche_curv.core.curvature.empirical_fisher import EmpiricalFisher
 from avalanche_curv.core.per_example.gram import rows_of
-from avalanche_curv.core.per_example.layers import Layers
+from avalanche_curv.core.per_example.layers import Layers, by_layers
+from avalanche_curv.core.precision import in_own_precision
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.plasticity.measures.singular_values import condition_number, effective_rank, singular_values_of_gram
 
@@ -34,6 +35,7 @@ class GradientDiversity:
     examples: int
 
 
+@in_own_precision
 def gradient_diversity(risk: EmpiricalRisk) -> GradientDiversity:
     """The effective gradient diversity of the examples of `risk` at its frozen parameters, over the whole network.
 
@@ -46,10 +48,15 @@ def gradient_diversity(risk: EmpiricalRisk) -> GradientDiversity:
     return GradientDiversity(effective_rank(values), condition_number(values), len(values))
 
 
+@in_own_precision
 def gradient_gram(risk: EmpiricalRisk) -> Float[Tensor, "m m"]:
     """The Gram matrix with entries (1/m) g_iᵀg_j in float64, of the gradients at the observed targets."""
+    return by_layers(risk, lambda layers: _gram(layers, risk))
+
+
+def _gram(layers: Layers, risk: EmpiricalRisk) -> Float[Tensor, "m m"]:
     total = torch.zeros(risk.examples, risk.examples, dtype=torch.float64, device=risk.anchor.device)
-    for part in _parts(Layers.of(risk), risk):
+    for part in _parts(layers, risk):
         for rows in rows_of(EmpiricalFisher(), risk, part):
             total += rows.gram_in_float64()
     return total

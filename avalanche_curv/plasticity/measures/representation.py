@@ -13,6 +13,7 @@ from torch.nn.modules import activation
 from torch.nn.modules.conv import _ConvNd
 
 from avalanche_curv.core.options import is_number
+from avalanche_curv.core.precision import in_own_precision
 from avalanche_curv.core.risk.batches import like
 from avalanche_curv.core.risk.frozen import frozen_copy
 from avalanche_curv.core.risk.parameters import canonical_name
@@ -27,6 +28,7 @@ NONLINEARITIES: tuple[type[nn.Module], ...] = tuple(
 )
 
 
+@in_own_precision
 def hidden_activations(model: nn.Module, inputs: Tensor) -> Activations:
     """The activations of each hidden layer by its name, in the order of the forward pass, with the units as last axis.
 
@@ -86,10 +88,11 @@ class _ActivationRecorder:
             module.register_forward_hook(leaving)
 
     def hidden(self, outputs: Tensor) -> Activations:
-        """The recorded activations, except those that are the outputs of the model."""
+        """The recorded activations, except those that are the outputs of the model, and those without units."""
         end = outputs.untyped_storage().data_ptr()
         kept = {n: h for n, h in self.after.items() if self.sources[n].untyped_storage().data_ptr() != end}
-        return kept or dict([*self.before.items()][1:])
+        found = kept or dict([*self.before.items()][1:])
+        return {name: activations for name, activations in found.items() if activations.shape[-1]}
 
 
 def _units_last(tensor: Tensor, layer: nn.Module | None) -> Tensor:

@@ -1,6 +1,6 @@
 """Mitigators of the loss of plasticity, which work around the steps of any optimiser."""
 
-from avalanche_curv.plasticity.mitigators.base import Attachment, Mitigator, ParameterSelector
+from avalanche_curv.plasticity.mitigators.base import Attachment, Mitigator
 from avalanche_curv.plasticity.mitigators.crelu import CReLU
 from avalanche_curv.plasticity.mitigators.l2 import L2, L2Init
 from avalanche_curv.plasticity.mitigators.parseval import Parseval
@@ -26,7 +26,6 @@ __all__ = [
     "EverySteps",
     "L2Init",
     "Mitigator",
-    "ParameterSelector",
     "Parseval",
     "ReDO",
     "Regularizer",

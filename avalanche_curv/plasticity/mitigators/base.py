@@ -1,14 +1,12 @@
-"""Mitigators of the loss of plasticity in any training loop, and the selection of the parameters they work on."""
+"""Mitigators of the loss of plasticity in any training loop."""
 
 from __future__ import annotations
 
 import weakref
 from abc import ABC
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
-from difflib import get_close_matches
-from fnmatch import fnmatchcase
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,6 +14,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from avalanche_curv.core.risk.parameters import canonical_name
+from avalanche_curv.core.risk.selection import ParameterSelector, selection_of
 
 
 class Mitigator(ABC):  # noqa: B024  nothing is common to all of them but the hooks
@@ -31,7 +30,7 @@ class Mitigator(ABC):  # noqa: B024  nothing is common to all of them but the ho
     """
 
     def __init__(self, *, include: Iterable[ParameterSelector] = (), exclude: Iterable[ParameterSelector] = ()) -> None:
-        self.selection = Selection(as_selectors(include), as_selectors(exclude))
+        self.selection = selection_of(include, exclude)
         self.steps = 0  # of the optimiser, so far
         self._attached: Attachment | None = None
         self._selected: dict[str, bool] = {}  # by parameter name, until the next `prepare`
@@ -181,80 +180,3 @@ class Attachment:
 def skips_step(optimizer: Optimizer) -> bool:
     """Whether a fused optimiser skips this step, since a gradient scaler has found that gradients are not finite."""
     return bool(float(getattr(optimizer, "found_inf", 0.0)))
-
-
-ParameterSelector: TypeAlias = str | type[nn.Module]
-"""Selects parameters: the canonical name of a parameter or a module, "*" and "?" allowed, or a type of module."""
-
-
-@dataclass(frozen=True)
-class Selection:
-    """The parameters of a model that `include` selects (all where it is empty) and `exclude` does not.
-
-    Raises TypeError for selectors that are neither a name nor a type of module.
-
-    >>> model = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))
-    >>> [name for name, _ in Selection(exclude=(nn.LayerNorm, "*.bias")).of(model)]
-    ['0.weight']
-    """
-
-    include: tuple[ParameterSelector, ...] = ()
-    exclude: tuple[ParameterSelector, ...] = ()
-
-    def __post_init__(self) -> None:
-        for selector in (*self.include, *self.exclude):
-            if not isinstance(selector, str) and not (isinstance(selector, type) and issubclass(selector, nn.Module)):
-                raise TypeError(
-                    f"include and exclude hold names such as 'head' or '*.bias' and types of modules such as "
-                    f"nn.LayerNorm; got {selector!r}."
-                )
-
-    def of(self, model: nn.Module, known: dict[str, bool] | None = None) -> Iterator[tuple[str, nn.Parameter]]:
-        """The selected parameters with their names, each once; a tied one by the first name that is selected. `known`
-        caches which names are selected, for later calls with the same modules."""
-        known = {} if known is None else known
-        seen: set[int] = set()
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            if id(parameter) in seen:
-                continue
-            if name not in known:
-                known[name] = self._includes(model, name)
-            if known[name]:
-                seen.add(id(parameter))
-                yield name, parameter
-
-    def check(self, model: nn.Module) -> None:
-        """Raises ValueError for a selector that fits no parameter of `model`."""
-        names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-        for selector in (*self.include, *self.exclude):
-            if any(_selects(selector, model, name) for name in names):
-                continue
-            wanted = selector if isinstance(selector, str) else selector.__name__
-            known = {canonical_name(name) for name in names} | {canonical_name(n).rpartition(".")[0] for n in names}
-            near = get_close_matches(wanted, [name for name in known if name], n=3)
-            near = near or sorted(known - {""})[:8]
-            raise ValueError(
-                f"{type(model).__name__} has no parameter that {wanted!r} selects. Did you mean one of {near}?"
-            )
-
-    def _includes(self, model: nn.Module, name: str) -> bool:
-        if not self.include and not self.exclude:
-            return True
-        included = not self.include or any(_selects(selector, model, name) for selector in self.include)
-        return included and not any(_selects(selector, model, name) for selector in self.exclude)
-
-
-def as_selectors(selectors: Iterable[ParameterSelector]) -> tuple[ParameterSelector, ...]:
-    """The selectors of `include` or `exclude` as a tuple. Raises TypeError for a single name or type."""
-    if isinstance(selectors, (str, type)):
-        raise TypeError(f"include and exclude each take a list of names and types of modules; got {selectors!r} alone.")
-    return tuple(selectors)
-
-
-def _selects(selector: ParameterSelector, model: nn.Module, name: str) -> bool:
-    """Whether `selector` fits the parameter `name`, or a module that holds it."""
-    parts = name.split(".")
-    if isinstance(selector, str):
-        known = canonical_name(name).split(".")
-        return any(fnmatchcase(".".join(known[: n + 1]), selector) for n in range(len(known)))
-    return any(isinstance(model.get_submodule(".".join(parts[:n])), selector) for n in range(len(parts)))

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from avalanche_curv.plasticity.mitigators.base import ParameterSelector
+from avalanche_curv.core.risk.selection import ParameterSelector
 from avalanche_curv.plasticity.mitigators.regularizer import (
     InitialValues,
     Regularizer,

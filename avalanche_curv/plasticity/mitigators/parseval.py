@@ -9,7 +9,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from avalanche_curv.core.options import is_number
-from avalanche_curv.plasticity.mitigators.base import ParameterSelector
+from avalanche_curv.core.precision import in_own_precision, product
+from avalanche_curv.core.risk.selection import ParameterSelector
 from avalanche_curv.plasticity.mitigators.regularizer import Regularizer, at_least_float32, gradient_of, sum_of
 from avalanche_curv.plasticity.roles import WeightRole, parameter_roles
 
@@ -53,6 +54,7 @@ class Parseval(Regularizer):
                 "others have no Parseval form. Let include and exclude leave one."
             )
 
+    @in_own_precision
     def penalty(self, model: nn.Module) -> Tensor:
         return sum_of([
             self._excess(at_least_float32(block).flatten(1)).square().sum()
@@ -60,6 +62,7 @@ class Parseval(Regularizer):
             for block in role.tensors(weight)
         ])
 
+    @in_own_precision
     def add_penalty_gradient(self, parameters: dict[str, nn.Parameter], model: nn.Module, weight: float) -> None:
         for parameter, role in _weights(parameters, model):
             for block, gradient in zip(role.tensors(parameter), role.tensors(gradient_of(parameter))):
@@ -71,7 +74,7 @@ class Parseval(Regularizer):
     def _excess(self, matrix: Float[Tensor, "m n"]) -> Tensor:
         """W Wᵀ − s I or WᵀW − s I, whichever is smaller."""
         wide = matrix if len(matrix) <= matrix.shape[1] else matrix.T
-        return wide @ wide.T - self.scale * torch.eye(len(wide), dtype=matrix.dtype, device=matrix.device)
+        return product(wide, wide.T) - self.scale * torch.eye(len(wide), dtype=matrix.dtype, device=matrix.device)
 
 
 def _weights(parameters: Mapping[str, nn.Parameter], model: nn.Module) -> Iterator[tuple[nn.Parameter, WeightRole]]:

@@ -18,7 +18,8 @@ from torch.optim import Optimizer
 
 from avalanche_curv.core.options import check_seed, is_count, is_number
 from avalanche_curv.core.risk.frozen import unwrapped
-from avalanche_curv.plasticity.mitigators.base import Mitigator, ParameterSelector
+from avalanche_curv.core.risk.selection import ParameterSelector
+from avalanche_curv.plasticity.mitigators.base import Mitigator
 from avalanche_curv.plasticity.mitigators.unit_graph import HiddenLayer, UnitGraph, units
 
 

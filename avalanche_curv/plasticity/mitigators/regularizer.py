@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from avalanche_curv.core.options import is_count, is_number
-from avalanche_curv.plasticity.mitigators.base import Mitigator, ParameterSelector, skips_step
+from avalanche_curv.core.risk.selection import ParameterSelector
+from avalanche_curv.plasticity.mitigators.base import Mitigator, skips_step
 
 
 class Regularizer(Mitigator):

@@ -14,7 +14,8 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.optim import Optimizer
 
 from avalanche_curv.core.options import check_seed, is_count, is_number
-from avalanche_curv.plasticity.mitigators.base import Mitigator, ParameterSelector
+from avalanche_curv.core.risk.selection import ParameterSelector
+from avalanche_curv.plasticity.mitigators.base import Mitigator
 from avalanche_curv.plasticity.roles import NORMS, RECURRENT, ShiftRole, WeightRole, role_of
 
 

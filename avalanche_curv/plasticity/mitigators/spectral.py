@@ -13,7 +13,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from avalanche_curv.core.options import check_seed, is_number
-from avalanche_curv.plasticity.mitigators.base import ParameterSelector
+from avalanche_curv.core.precision import in_own_precision, product
+from avalanche_curv.core.risk.selection import ParameterSelector
 from avalanche_curv.plasticity.mitigators.regularizer import Regularizer, add_scaled, at_least_float32, gradient_of
 from avalanche_curv.plasticity.roles import (
     Role,
@@ -82,6 +83,7 @@ class SpectralRegularizer(Regularizer):
         super().prepare(model)
         warn_of_parameters_without_role(model, self.parameters(model))
 
+    @in_own_precision
     def penalty(self, model: nn.Module) -> Tensor:
         """R(θ), without strength and in autograd's graph, for loops that add strength · R to their loss.
 
@@ -92,29 +94,29 @@ class SpectralRegularizer(Regularizer):
         if advances:
             self._advance(groups)
         for group in groups:
-            with torch.autocast(group.device.type, enabled=False):
-                total = total.to(group.device) + self._penalty(group)
+            total = total.to(group.device) + self._penalty(group)
         return total
 
+    @in_own_precision
     def add_penalty_gradient(self, parameters: dict[str, nn.Parameter], model: nn.Module, weight: float) -> None:
         k, groups = self.exponent, self._training_groups(model, parameters)
         self._advance(groups)
         for group in groups:
-            with torch.autocast(group.device.type, enabled=False):
-                if group.weights:
-                    sigma = power_iteration(group.matrices(), group.pairs)
-                    factors = 2 * k * weight * (sigma**k - 1) * sigma ** (k - 1)
-                    scaled = torch._foreach_mul([pair.u for pair in group.pairs], list(factors.unbind()))
-                    for block, u, pair in zip(group.weights, scaled, group.pairs):
-                        add_outer(block.gradient(), u, pair.v)
-                if group.shifts:
-                    shifts = [block.value() for block in group.shifts]
-                    factors = torch.stack(torch._foreach_norm(shifts)) ** (2 * k - 2)
-                    directions = torch._foreach_mul(shifts, list(factors.unbind()))
-                    add_scaled([block.gradient() for block in group.shifts], directions, 2 * k * weight)
-                scales = [block.value() - 1 for block in group.scales]
-                add_scaled([block.gradient() for block in group.scales], scales, 2 * weight)
+            if group.weights:
+                sigma = power_iteration(group.matrices(), group.pairs)
+                factors = 2 * k * weight * (sigma**k - 1) * sigma ** (k - 1)
+                scaled = torch._foreach_mul([pair.u for pair in group.pairs], list(factors.unbind()))
+                for block, u, pair in zip(group.weights, scaled, group.pairs):
+                    add_outer(block.gradient(), u, pair.v)
+            if group.shifts:
+                shifts = [block.value() for block in group.shifts]
+                factors = torch.stack(torch._foreach_norm(shifts)) ** (2 * k - 2)
+                directions = torch._foreach_mul(shifts, list(factors.unbind()))
+                add_scaled([block.gradient() for block in group.shifts], directions, 2 * k * weight)
+            scales = [block.value() - 1 for block in group.scales]
+            add_scaled([block.gradient() for block in group.scales], scales, 2 * weight)
 
+    @in_own_precision
     def spectral_norms(self, model: nn.Module) -> dict[str, float]:
         """Estimates of σ₁ of each weight by name, from 50 more power iterations than training has made. The vectors of
         training do not change."""
@@ -149,7 +151,8 @@ class SpectralRegularizer(Regularizer):
         if group.weights:
             with torch.no_grad():
                 power_iteration(group.matrices(), group.pairs)
-            sigma = torch.stack([p.u @ (matrix @ p.v) for matrix, p in zip(group.matrices(), group.pairs)])
+            pairs = zip(group.matrices(), group.pairs)
+            sigma = torch.cat([product(p.u[None], product(matrix, p.v[:, None]))[0] for matrix, p in pairs])
             total = total + (sigma**k - 1).square().sum()
         for block in group.shifts:
             total = total + block.value().square().sum() ** k

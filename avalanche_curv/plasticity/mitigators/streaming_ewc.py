@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from avalanche_curv.core.options import is_number
-from avalanche_curv.plasticity.mitigators.base import ParameterSelector
+from avalanche_curv.core.risk.selection import ParameterSelector
 from avalanche_curv.plasticity.mitigators.regularizer import (
     Regularizer,
     at_least_float32,

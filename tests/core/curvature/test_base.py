@@ -26,7 +26,7 @@ from avalanche_curv import (
     estimate,
 )
 from avalanche_curv.core import eigen
-from avalanche_curv.core.curvature.operators import GramOperator, WithFallback
+from avalanche_curv.core.curvature.operators import GramOperator
 from avalanche_curv.core.structures import DiagonalMatrix, low_rank
 from avalanche_curv.core.structures.rules import check_pair
 
@@ -144,28 +144,6 @@ def test_no_mini_batch_lies_on_two_shards(counts, fits):
     else:
         with pytest.raises(ValueError, match="a multiple of 3 examples on every rank but the last"):
             BatchedEmpiricalFisher(3).check_shards(counts)
-
-
-@pytest.mark.parametrize(("works", "tries"), [(True, (3, 0)), (False, (1, 3))])
-def test_the_operator_that_works_is_looked_for_once(works, tries):
-    class Counted(GramOperator):
-        calls = 0
-
-        def matmat(self, matrix):
-            type(self).calls += 1
-            if self.rows is not rows and not works:
-                raise NotImplementedError
-            return super().matmat(matrix)
-
-    class Other(Counted):
-        calls = 0
-
-    rows = torch.tensor([[1.0, 2.0]])
-    operator = WithFallback(Counted(rows.clone()), Other(rows))
-    assert operator.size == 2
-    for _ in range(3):
-        assert operator.matmat(torch.eye(2)).tolist() == [[1, 2], [2, 4]]
-    assert (Counted.calls, Other.calls) == tries
 
 
 def test_a_kind_that_says_so_is_cut_at_a_part_of_its_trace(problem):

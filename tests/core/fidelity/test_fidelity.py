@@ -1,3 +1,4 @@
+import copy
 from dataclasses import dataclass
 
 import pytest
@@ -346,3 +347,24 @@ def test_kinds_without_a_per_example_form_are_refused(kind, problem):
     for refused in (lambda: example_models(kind, problem("mlp", "cross_entropy").risk), lambda: PastModels(kind)):
         with pytest.raises(TypeError, match=r"single examples.*does not define. Use GGN\(\)"):
             refused()
+
+
+@pytest.mark.parametrize("architecture", ["mlp", "conv"])
+def test_a_part_that_was_frozen_at_the_anchor_is_seen_when_it_trains(architecture, problem, close):
+    """The error is that over all parameters that move, not 0."""
+    known = problem(architecture, "cross_entropy")
+    model, theta = copy.deepcopy(known.model), nearby(known.risk)
+    first = next(model.parameters()).requires_grad_(False)
+    past = PastModels(GGN()).with_experience(EmpiricalRisk.snapshot(model, known.criterion, known.risk.batches))
+    assert past.covering(model) is past
+    first.requires_grad_(True)
+    nn.utils.vector_to_parameters(theta, model.parameters())
+    found = past.compare(model)
+    for name in ("accumulate", "refresh"):
+        assert_explicit(found[name][0], known.paper, known.paper.ggns, theta, close)
+    distance = float((theta - known.risk.anchor).norm())
+    assert past.distances(model) == pytest.approx(dict.fromkeys(past.distances(model), distance))
+    covering = past.covering(model)
+    first.requires_grad_(False)
+    later = covering.with_experience(EmpiricalRisk.snapshot(model, known.criterion, known.risk.batches))
+    assert {risk.space for risk in (*later.accumulate, *later.refresh)} == {known.risk.space}

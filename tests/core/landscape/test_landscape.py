@@ -198,6 +198,28 @@ def test_lanczos_with_few_probes_is_unbiased_and_near(make_model):
     assert again.numbers() == found[0].numbers() != found[1].numbers()
 
 
+def test_the_errors_that_lanczos_states_are_those_that_it_makes(make_model, monkeypatch):
+    """Of an indefinite matrix, whose trace of 2 is what is left of a sum of |λ| of about 60."""
+    monkeypatch.setattr(eigen, "WHOLE", 5)
+    positive = torch.linspace(0.05, 1, 60, dtype=torch.float64)
+    matrix = with_eigenvalues([*positive.tolist(), *(-positive * (1 - 2 / positive.sum())).tolist()])
+    expected, runs = numbers_on_paper(matrix, 4, 1e-2), 25
+    found = [
+        landscape(Prescribed(matrix), risk_of_size(120, make_model), k=4, methods=[Lanczos(probes=8, steps=80, seed=s)])
+        for s in range(runs)
+    ]
+    assert expected["trace"] == pytest.approx(2)
+    for name in ("trace", "effective_rank", "energy"):
+        scores = torch.tensor([(getattr(one, name) - expected[name]) / one.errors[name] for one in found])
+        assert 0.5 < scores.square().mean().sqrt() < 2, name
+    assert max(abs(one.trace - 2) for one in found) > 0.2  # it is no small one
+    assert {one.errors["sharpness"] for one in found} == {0}
+    whole = landscape(Prescribed(matrix), risk_of_size(120, make_model), methods=[WholeMatrix()])
+    assert set(whole.errors.values()) == {0}
+    single = landscape(Prescribed(matrix), risk_of_size(120, make_model), methods=[Lanczos(probes=1)])
+    assert math.isnan(single.errors["energy"])
+
+
 @pytest.mark.parametrize("method", [WholeMatrix(), Lanczos(probes=100, steps=100)])
 @pytest.mark.parametrize(
     ("values", "sharpness", "rank"),

