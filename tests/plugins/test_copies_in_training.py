@@ -64,7 +64,7 @@ PROJECTIONS = {
 MITIGATORS = {
     "l2": lambda: L2(0.1), "l2 init": lambda: L2Init(0.1), "wasserstein": lambda: Wasserstein(0.1),
     "parseval": lambda: Parseval(0.1), "streaming ewc": lambda: StreamingEWC(0.1),
-    "shrink and perturb": lambda: ShrinkAndPerturb(0.9, 0.01), "redo": lambda: ReDO(every=4, threshold=0.5),
+    "shrink and perturb": lambda: ShrinkAndPerturb(0.9, 0.01), "redo": lambda: ReDO(every=2, threshold=0.5),
 }
 METRICS = {
     "fidelity": fidelity_metrics, "landscape": landscape_metrics, "plasticity": plasticity_metrics,
