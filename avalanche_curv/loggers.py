@@ -23,7 +23,12 @@ class JSONLLogger(BaseLogger):
     no infinity: a value that is not finite is written as null. Lines are buffered and reach the disk at the end of
     every experience, in training and in evaluation, at the end of every evaluation, and by `flush()` or `close()`.
 
-    The folder is made; an existing file is continued, so give each run its own. A pickled logger continues its file.
+    The folder is made; an existing file is continued, so give each run its own.
+
+    A logger from a pickle or a checkpoint knows how long its file was. With its first record it cuts the file to that
+    length, since a run resumed from a checkpoint writes anew what the run before wrote after it: the file then equals
+    that of an unbroken run. What was cut is appended to `<path>.superseded`. A copy by `copy.deepcopy` continues the
+    file as it is.
 
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp()) / "run" / "metrics.jsonl"
@@ -37,12 +42,14 @@ class JSONLLogger(BaseLogger):
     def __init__(self, path: str | Path) -> None:
         super().__init__()
         self.path = Path(path).absolute()
+        self._length: int | None = None  # to which the file is cut by the next record, in bytes
         self._file = self._open()
 
     def log_single_metric(self, name: str, value: Any, x_plot: int) -> None:
         """Appends `value` under `name` at step `x_plot`, if it is a scalar; skips it otherwise."""
         number = _scalar(value)
         if number is not None:
+            self._cut()
             finite = number if math.isfinite(number) else None
             self._file.write(json.dumps({"metric": name, "value": finite, "step": int(x_plot)}) + "\n")
 
@@ -69,14 +76,30 @@ class JSONLLogger(BaseLogger):
         weakref.finalize(self, file.close)
         return file
 
+    def _cut(self) -> None:
+        """Takes out what the file has gained since this logger was pickled."""
+        length, self._length = self._length, None
+        if length is None or self.path.stat().st_size <= length:
+            return
+        with self.path.open("r+b") as file, self.path.with_name(f"{self.path.name}.superseded").open("ab") as rest:
+            file.seek(length)
+            rest.write(file.read())
+            file.truncate(length)
+
     def __getstate__(self) -> dict[str, Any]:
         if not self._file.closed:
             self.flush()
-        return {"path": self.path}
+        length = self._length if self._length is not None else self.path.stat().st_size if self.path.exists() else 0
+        return {**self.__dict__, "_file": None, "_length": length}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.path = state["path"]
+        self.__dict__.update(state)
         self._file = self._open()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> JSONLLogger:
+        copied = type(self).__new__(type(self))
+        copied.__setstate__({**self.__getstate__(), "_length": self._length})
+        return copied
 
 
 def _scalar(value: Any) -> float | None:

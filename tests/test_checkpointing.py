@@ -1,4 +1,5 @@
 import copy
+import enum
 import os
 import random
 import subprocess
@@ -8,21 +9,30 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from avalanche.benchmarks import benchmark_from_datasets
 from avalanche.benchmarks.scenarios.online import split_online_stream
 from avalanche.evaluation.metrics import accuracy_metrics
 from avalanche.logging import TensorboardLogger
 from avalanche.models import IncrementalClassifier
 from avalanche.training import Naive
-from avalanche.training.plugins import EvaluationPlugin, SupervisedPlugin
+from avalanche.training.plugins import (
+    AGEMPlugin,
+    EvaluationPlugin,
+    MIRPlugin,
+    ReplayPlugin,
+    SupervisedPlugin,
+)
 from torch import nn
 
 from avalanche_curv import (
     Accumulate,
     AdaptiveRefresh,
     CurvatureEWC,
+    CurvatureEWCPlugin,
     JSONLLogger,
     Refresh,
     RelativeError,
+    SpectralRegPlugin,
     SplitDigits,
     fidelity_metrics,
     load_checkpoint,
@@ -157,6 +167,117 @@ def naive(net, optimizer=torch.optim.SGD, *plugins, **options):
         evaluator=EvaluationPlugin(**options),
         train_mb_size=24,
     )
+
+
+def resumes_bit_identically(make, stream, path):
+    """Whether a run of `make()` over the stream, saved amid it and resumed, ends as the one that goes on."""
+    seed_everything(0)
+    strategy = make()
+    for experience in stream[:2]:
+        strategy.train(experience)
+    save_checkpoint(strategy, path)
+    for experience in stream[2:]:
+        strategy.train(experience)
+    end = torch.get_rng_state()
+    seed_everything(99)
+    resumed, start = load_checkpoint(make(), path)
+    for experience in stream[start:]:
+        resumed.train(experience)
+    assert start == 2
+    assert resumed.model is not strategy.model
+    assert torch.equal(torch.get_rng_state(), end)
+    assert_identical(resumed.model.state_dict(), strategy.model.state_dict())
+    return resumed
+
+
+REPLAYS = {"agem": lambda: AGEMPlugin(20, 20), "mir": lambda: MIRPlugin(6, 30, 10), "replay": lambda: ReplayPlugin(30)}
+
+
+@pytest.mark.parametrize("replay", REPLAYS)
+def test_loaders_that_have_not_begun_are_made_again(replay, net, digits, make, tmp_path):
+    def strategy():
+        model = make(lambda: nn.Linear(64, 10))
+        ours = CurvatureEWCPlugin(3.0, policy=Refresh(fraction=0.5)), SpectralRegPlugin(0.01)
+        return naive(model, torch.optim.SGD, REPLAYS[replay](), *ours)
+
+    resumes_bit_identically(strategy, digits(task_labels=True).train_stream, tmp_path / "checkpoint.pt")
+
+
+def test_used_up_loaders_that_each_experience_replaces_are_left_out(net, tmp_path):
+    strategy = naive(net)
+    strategy.pos_neg_loaders = [counting(4)]  # as ER_AML has them
+    next(strategy.pos_neg_loaders[0])
+    save_checkpoint(strategy, tmp_path / "checkpoint.pt")
+    resumed, _ = load_checkpoint(naive(net), tmp_path / "checkpoint.pt")
+    assert not hasattr(resumed, "pos_neg_loaders")
+    assert next(strategy.pos_neg_loaders[0]) == 1
+
+
+def test_the_place_of_a_loader_in_its_data_is_refused(net, tmp_path):
+    strategy = naive(net)
+    strategy.batches = iter(torch.utils.data.DataLoader(torch.ones(4, 2)))  # as RARPlugin has it
+    with pytest.raises(TypeError, match=r"a data loader half-way .* before_training_exp"):
+        save_checkpoint(strategy, tmp_path / "checkpoint.pt")
+    assert not list(tmp_path.iterdir())
+
+
+def counting(limit, *, first=0):
+    yield from range(first, limit)
+
+
+def test_a_generator_is_made_again_unless_it_has_begun(net, tmp_path):
+    strategy = naive(net)
+    strategy.numbers = counting(4, first=2)
+    save_checkpoint(strategy, tmp_path / "checkpoint.pt")
+    assert next(strategy.numbers) == 2
+    resumed, _ = load_checkpoint(naive(net), tmp_path / "checkpoint.pt")
+    assert list(resumed.numbers) == [2, 3]
+    with pytest.raises(TypeError, match=r"the generator counting half-way"):
+        save_checkpoint(strategy, tmp_path / "checkpoint.pt")
+
+
+class Points(torch.utils.data.Dataset):
+    """Points of two classes, as a program may define them."""
+
+    kind = enum.Enum("kind", ["PLANE"])
+
+    def __init__(self, inputs, targets):
+        super().__init__()
+        self.inputs, self.targets = inputs, targets
+
+    def __len__(self):
+        return len(self.inputs)
+
+
+class LabelledPoints(Points):
+    def __getitem__(self, index):
+        return self.inputs[index], int(self.targets[index])
+
+
+def test_a_replay_buffer_over_a_data_set_of_the_main_program_is_resumed(net, plane, examples, tmp_path, monkeypatch):
+    main = sys.modules["__main__"]
+    for cls in (Points, LabelledPoints):
+        monkeypatch.setattr(cls, "__module__", "__main__")
+        monkeypatch.setattr(main, cls.__name__, cls, raising=False)
+    sets = [_taskaware(LabelledPoints(*examples(experience))) for experience in plane.train_stream]
+    stream = benchmark_from_datasets(train=sets).train_stream
+    path = tmp_path / "checkpoint.pt"
+
+    def strategy():
+        return naive(copy.deepcopy(net), torch.optim.SGD, ReplayPlugin(30), CurvatureEWCPlugin(3.0))
+
+    resumed = resumes_bit_identically(strategy, stream, path)
+    stored = resumed.plugins[0].storage_policy.buffer._flat_data._datasets[0]
+    assert type(stored) is LabelledPoints
+    monkeypatch.delattr(main, "LabelledPoints")
+    with pytest.raises(AttributeError, match=r"LabelledPoints.* Define the class in the program that loads"):
+        load_checkpoint(strategy(), path)
+
+
+def _taskaware(dataset):
+    from avalanche.benchmarks.utils import _make_taskaware_classification_dataset
+
+    return _make_taskaware_classification_dataset(dataset, task_labels=0)
 
 
 def test_a_tensorboard_logger_is_saved_too(net, plane, tmp_path):

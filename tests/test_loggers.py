@@ -1,3 +1,4 @@
+import copy
 import json
 import math
 import pickle
@@ -12,6 +13,7 @@ from avalanche.training import Naive
 from avalanche.training.plugins import EvaluationPlugin
 from torch import nn
 
+from avalanche_curv.checkpointing import load_checkpoint, save_checkpoint
 from avalanche_curv.loggers import JSONLLogger
 from avalanche_curv.streams import SineBoundary
 
@@ -91,6 +93,65 @@ def test_a_pickled_logger_continues_its_file(path, library, monkeypatch, tmp_pat
     resumed.log_single_metric("loss", 2.0, 1)
     resumed.close()
     assert [record["value"] for record in records(tmp_path / "relative.jsonl")] == [1.0, 2.0]
+
+
+def test_a_pickled_logger_cuts_what_was_written_after_it_and_loading_alone_changes_nothing(path):
+    logger = JSONLLogger(path)
+    logger.log_single_metric("λ", 1.0, 0)
+    packed = pickle.dumps(logger)
+    logger.log_single_metric("λ", 2.0, 1)
+    logger.close()
+    with path.open("a") as file:
+        file.write('{"metric": "los')  # killed in the middle of a line
+    resumed = pickle.loads(pickle.dumps(pickle.loads(packed)))
+    assert len(path.read_text().splitlines()) == 3
+    for step in (1, 2):
+        resumed.log_single_metric("λ", 5.0, step)
+    resumed.close()
+    assert [(r["step"], r["value"]) for r in records(path)] == [(0, 1.0), (1, 5.0), (2, 5.0)]
+    superseded = path.with_name("metrics.jsonl.superseded").read_text()
+    assert superseded == '{"metric": "\\u03bb", "value": 2.0, "step": 1}\n{"metric": "los'
+
+
+def test_a_copy_continues_the_file_and_cuts_nothing(path):
+    logger = JSONLLogger(path)
+    copied = copy.deepcopy(logger)
+    logger.log_single_metric("loss", 1.0, 0)
+    logger.close()
+    copied.log_single_metric("loss", 2.0, 1)
+    copied.close()
+    assert [record["step"] for record in records(path)] == [0, 1]
+
+
+def test_a_file_that_is_gone_is_begun_anew(path):
+    logger = JSONLLogger(path)
+    logger.log_single_metric("loss", 1.0, 0)
+    packed = pickle.dumps(logger)
+    path.unlink()
+    resumed = pickle.loads(packed)
+    resumed.log_single_metric("loss", 2.0, 1)
+    resumed.close()
+    assert [record["step"] for record in records(path)] == [1]
+
+
+@pytest.mark.parametrize("went_on", [False, True])
+def test_a_resumed_run_appends_the_records_of_an_unbroken_one(went_on, tmp_path, plane, net, learner, train):
+    def run(folder):
+        metrics = [accuracy_metrics(minibatch=True, experience=True), loss_metrics(epoch=True)]
+        return learner(copy.deepcopy(net), metrics=metrics, loggers=[JSONLLogger(tmp_path / folder / "log")])
+
+    train(run("unbroken"), plane.train_stream)
+    broken = train(run("broken"), plane.train_stream[:2])
+    save_checkpoint(broken, tmp_path / "checkpoint.pt")
+    if went_on:  # and was then killed
+        broken.train(plane.train_stream[2])
+    del broken
+    resumed, start = load_checkpoint(run("broken"), tmp_path / "checkpoint.pt")
+    for experience in plane.train_stream[start:]:
+        resumed.train(experience)
+    expected = (tmp_path / "unbroken" / "log").read_bytes()
+    assert len(expected.splitlines()) == 3 * 4  # three iterations and an epoch in each experience
+    assert (tmp_path / "broken" / "log").read_bytes() == expected
 
 
 def test_lines_are_buffered_until_the_experience_ends(path):

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from avalanche.benchmarks import OnlineCLExperience
-from avalanche.models import MultiTaskModule, avalanche_forward
+from avalanche.models import MultiTaskModule, TrainEvalModel, avalanche_forward
 from avalanche.models.utils import is_multi_task_module
 from avalanche.training.templates.problem_type import SupervisedProblem
 from avalanche.training.templates.update_type import MetaUpdate
@@ -68,6 +68,20 @@ class _OneTask(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         outputs = self.module(inputs, self.task)
         return F.pad(outputs, (0, max(0, self.width - outputs.shape[1])))
+
+
+class _Trained(nn.Module):
+    """A `TrainEvalModel` as it is trained, also in eval mode: its loss is that of the classifier for training, and not
+    of the one it is evaluated with (nearest class means, FeCAM), which has no loss."""
+
+    def __init__(self, module: Any) -> None:
+        super().__init__()
+        self.module = module
+        self.eval()
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        module: Any = self.module
+        return module.train_classifier(module.feature_extractor(inputs))
 
 
 class TaskEnds:
@@ -263,7 +277,7 @@ def current_risk(
         risk = EmpiricalRisk.snapshot(
             model, strategy._criterion, batches, adapter=adapter, include=selection.include, exclude=selection.exclude
         )
-        if adapter is not None:
+        if isinstance(adapter, SingleTask):
             _check_same_outputs(risk, adapter.task)
     return risk
 
@@ -330,7 +344,14 @@ def _batches(dataset: Any, size: int) -> Any:
     return tuple(batches) if fits else batches
 
 
-def _adapter(model: nn.Module, dataset: Any, number: int) -> SingleTask | None:
+def _adapter(model: nn.Module, dataset: Any, number: int) -> Callable[[nn.Module], nn.Module] | None:
+    if isinstance(model, TrainEvalModel):
+        return _Trained
+    if any(isinstance(module, TrainEvalModel) for module in model.modules()):
+        raise ValueError(
+            f"{type(model).__name__} holds a TrainEvalModel, which is another function in training than in eval mode: "
+            "it is not known which of the two is trained here. Let the TrainEvalModel be the strategy's model."
+        )
     if not is_multi_task_module(model):
         return None
     tasks = sorted({int(task) for task in dataset.targets_task_labels})

@@ -174,6 +174,7 @@ class CurvatureEWCPlugin(SupervisedPlugin):
         self.past = revised
 
     def __getstate__(self) -> dict[str, Any]:
+        """With what the guard has decided, which a schedule of learning rates would not decide again."""
         return {**self.__dict__, "_weighted": None}
 
     def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:

@@ -34,6 +34,10 @@ class MitigatorPlugin(SupervisedPlugin):
         self.mitigator = mitigator
         self._task_ends = _bridge.TaskEnds()
         self._between_tasks = False
+        self._is_copy = False
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _is_copy=True)
 
     def before_train_dataset_adaptation(self, strategy: Any, **kwargs: Any) -> None:
         if self._between_tasks:
@@ -42,6 +46,12 @@ class MitigatorPlugin(SupervisedPlugin):
 
     def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
         self.mitigator.prepare(strategy.model)
+        self._is_copy = False
+
+    def before_forward(self, strategy: Any, **kwargs: Any) -> None:
+        if self._is_copy:  # made in the middle of an experience
+            self.mitigator.prepare(strategy.model)
+            self._is_copy = False
 
     def before_update(self, strategy: Any, **kwargs: Any) -> None:
         self.mitigator.before_step(strategy.model, strategy.optimizer)

@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any
 
 from avalanche.training.plugins import SupervisedPlugin
-from torch import nn
 
 from avalanche_curv.core.curvature.base import NonFiniteCurvatureError
 from avalanche_curv.core.options import Fixed, Forwarded, Setting, check_count, check_kind, optional
@@ -90,7 +89,7 @@ class OrthogonalProjectionPlugin(SupervisedPlugin):
         self._unprotected = _bridge.Unprotected()
         self._projector: Projector | None = None  # for the length of an experience
         self._task_ends = _bridge.TaskEnds()
-        self._resting: list[nn.Module] = []  # norm layers in eval mode for the length of an experience
+        self._resting: list[str] = []  # names of norm layers in eval mode for the length of an experience
 
     def before_training(self, strategy: Any, **kwargs: Any) -> None:
         _check_optimizer(strategy.optimizer)
@@ -107,8 +106,10 @@ class OrthogonalProjectionPlugin(SupervisedPlugin):
         )
         self.protected = self.protected.following(strategy.model)
         self._projector = Projector(self.protected, self.projection)
-        self._resting = [m for m in self.protected.resting(strategy.model) if m.training]
-        for module in self._resting:
+        resting = [module for module in self.protected.resting(strategy.model) if module.training]
+        names = {id(module): name for name, module in strategy.model.named_modules()}
+        self._resting = [names[id(module)] for module in resting]
+        for module in resting:
             module.eval()
 
     def _try(self, risk: EmpiricalRisk) -> None:
@@ -129,8 +130,8 @@ class OrthogonalProjectionPlugin(SupervisedPlugin):
             self._projector.after_step(strategy.model)
 
     def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
-        for module in self._resting:
-            module.train()
+        for name in self._resting:
+            strategy.model.get_submodule(name).train()
         self._resting, self._projector = [], None
         if self._task_ends.here(strategy):
             self._absorb(strategy)

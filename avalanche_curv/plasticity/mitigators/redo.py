@@ -134,8 +134,13 @@ class ReDO(Mitigator):
         self._check_any(model)
         inner = unwrapped(model)
         readers = [inner.get_submodule(name) for layer in self.graph.hidden for name in layer.readers]
-        self._activity = InputActivity(readers)
+        before, self._activity = self._activity, InputActivity(readers)
         self._record_if_due()
+        self._activity.go_on_from(before)
+
+    def before_step(self, model: nn.Module, optimizer: Optimizer) -> None:
+        if not self._model_parts:  # a copy made between the pass and the step
+            self.prepare(model)
 
     def release(self) -> None:
         self._activity.stop()
@@ -283,9 +288,12 @@ class InputActivity:
 
     Forward passes that autograd records are summed from `start` to `stop`. The hook is torch's global one, and layers
     are told apart by identity, so that copies and pickles of the model made meanwhile contain no hooks.
+
+    A copy or pickle made while sums are taken has no layers, but holds the sums, for `go_on_from`.
     """
 
     def __init__(self, layers: Iterable[nn.Module]) -> None:
+        self._copied: list[tuple[Tensor | None, set[int]]] = []  # sums and axes, in the order of the layers
         self._sums: weakref.WeakKeyDictionary[nn.Module, Tensor | None] = weakref.WeakKeyDictionary()
         self._axes: weakref.WeakKeyDictionary[nn.Module, set[int]] = weakref.WeakKeyDictionary()
         for layer in layers:
@@ -322,9 +330,16 @@ class InputActivity:
         """Whether the input units of `layer` were always on the second axis, behind that of the batch."""
         return self._axes.get(layer) == {1}
 
-    def __reduce__(self) -> tuple[type[InputActivity], tuple[tuple[()]]]:
+    def go_on_from(self, copied: InputActivity) -> None:
+        """Adds to the sums that a copy or pickle holds, of these layers in another place, where sums are taken."""
+        if self._release is not None and len(copied._copied) == len(self._sums):
+            for layer, (sums, axes) in zip([*self._sums], copied._copied):
+                self._sums[layer], self._axes[layer] = sums, set(axes)
+
+    def __reduce__(self) -> tuple[type[InputActivity], tuple[tuple[()]], dict[str, Any]]:
         """Copies and pickles have no layers, which are known by identity."""
-        return InputActivity, ((),)
+        going = self._release is not None
+        return InputActivity, ((),), {"_copied": [*zip(self._sums.values(), self._axes.values())] if going else []}
 
     def _record(self, module: nn.Module, *args: Any, **options: Any) -> None:
         if module not in self._sums:

@@ -1,0 +1,173 @@
+"""Copies and pickles made in the middle of an experience take the place of the original and train on as it would."""
+
+import copy
+import io
+import pickle
+
+import dill
+import pytest
+import torch
+from avalanche.training.plugins import SupervisedPlugin
+from torch import nn
+
+from avalanche_curv import (
+    EKFAC,
+    L2,
+    Accumulate,
+    AdaptiveRefresh,
+    BlockDiagonal,
+    CurvatureEWCPlugin,
+    Dense,
+    Diagonal,
+    Eigenspace,
+    FlatSpectrum,
+    GradientProjection,
+    Hessian,
+    InputSpace,
+    Kronecker,
+    L2Init,
+    LowRank,
+    MatrixFree,
+    Merge,
+    MitigatorPlugin,
+    OrthogonalProjectionPlugin,
+    OutputGradient,
+    Parseval,
+    Rank,
+    ReDO,
+    Refresh,
+    RelativeError,
+    RescaleIfUnstable,
+    SequentialProjection,
+    ShrinkAndPerturb,
+    SpectralRegPlugin,
+    StreamingEWC,
+    Wasserstein,
+    fidelity_metrics,
+    landscape_metrics,
+    penalty_metrics,
+    plasticity_metrics,
+    projection_metrics,
+)
+
+STRUCTURES = [
+    Dense(), Diagonal(), BlockDiagonal(), LowRank(Rank(2)), FlatSpectrum(LowRank(Rank(2))), Kronecker(), EKFAC(),
+    MatrixFree(),
+]
+POLICIES = [
+    Accumulate(), Merge(), Refresh(fraction=0.3, gradient=True), AdaptiveRefresh(RelativeError(0.01), every=1)
+]
+PROJECTIONS = {
+    "step": {}, "gradient": {"projection": GradientProjection()}, "tasks": {"projection": SequentialProjection()},
+    "inputs": {"protect": InputSpace()}, "outputs": {"protect": Eigenspace(OutputGradient(), Rank(2))},
+}
+MITIGATORS = {
+    "l2": lambda: L2(0.1), "l2 init": lambda: L2Init(0.1), "wasserstein": lambda: Wasserstein(0.1),
+    "parseval": lambda: Parseval(0.1), "streaming ewc": lambda: StreamingEWC(0.1),
+    "shrink and perturb": lambda: ShrinkAndPerturb(0.9, 0.01), "redo": lambda: ReDO(every=2, threshold=0.5),
+}
+METRICS = {
+    "fidelity": fidelity_metrics, "landscape": landscape_metrics, "plasticity": plasticity_metrics,
+    "projection": projection_metrics, "penalty": penalty_metrics,
+}
+
+CASES = {
+    **{
+        f"{type(structure).__name__}, {type(policy).__name__}": lambda s=structure, p=policy: (
+            [CurvatureEWCPlugin(5.0, structure=s, policy=p)], []
+        )
+        for structure in STRUCTURES for policy in (POLICIES if structure == Diagonal() else POLICIES[3:])
+    },
+    "Hessian": lambda: ([CurvatureEWCPlugin(0.1, curvature=Hessian(), structure=MatrixFree())], []),
+    **{f"projection, {name}": lambda o=o: ([OrthogonalProjectionPlugin(**o)], []) for name, o in PROJECTIONS.items()},
+    **{name: lambda m=make: ([MitigatorPlugin(m())], []) for name, make in MITIGATORS.items()},
+    "spectral": lambda: ([SpectralRegPlugin(0.1)], []),
+    **{
+        f"metrics, {name}": lambda m=metrics: (
+            [CurvatureEWCPlugin(5.0, policy=POLICIES[3]), OrthogonalProjectionPlugin()], m(every=2)
+        )
+        for name, metrics in METRICS.items()
+    },
+}
+
+
+class Replaced(SupervisedPlugin):
+    """Puts copies in the place of plugins and metrics, at three iterations and in three ways."""
+
+    WAYS = {  # noqa: RUF012
+        ("before_backward", 3): copy.deepcopy,
+        ("before_update", 4): lambda thing: pickle.loads(pickle.dumps(thing)),
+        ("after_training_iteration", 4): lambda thing: dill.loads(dill.dumps(thing)),
+    }
+
+    def __init__(self, *kinds):
+        super().__init__()
+        self.kinds, self.done = kinds, 0
+
+    def _at(self, hook, strategy):
+        way = self.WAYS.get((hook, strategy.clock.train_iterations))
+        for owners in (strategy.plugins, strategy.evaluator.metrics) if way else ():
+            for place, owner in enumerate(owners):
+                if isinstance(owner, self.kinds):
+                    owners[place] = way(owner)
+                    self.done += 1
+
+    def before_backward(self, strategy, **kwargs):
+        self._at("before_backward", strategy)
+
+    def before_update(self, strategy, **kwargs):
+        self._at("before_update", strategy)
+
+    def after_training_iteration(self, strategy, **kwargs):
+        self._at("after_training_iteration", strategy)
+
+
+@pytest.fixture
+def normed(make):
+    return make(lambda: nn.Sequential(nn.Linear(2, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 2)))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("case", CASES)
+def test_a_copy_made_in_training_goes_on_bit_identically(case, normed, plane, learner, train):
+    results = []
+    for replaced in (False, True):
+        plugins, metrics = CASES[case]()
+        swap = Replaced(*map(type, [*plugins, *metrics])) if replaced else Replaced()
+        strategy = learner(copy.deepcopy(normed), *plugins, swap, metrics=metrics)
+        train(strategy, plane.train_stream[:2])
+        modes = [module.training for module in strategy.model.modules()]
+        results.append((strategy.model.state_dict(), modes, repr(strategy.evaluator.get_all_metrics())))
+    assert swap.done == 3 * len([*plugins, *metrics])
+    (expected, *others), (got, *others_too) = results
+    assert all(torch.equal(got[name], value) for name, value in expected.items())
+    assert others == others_too
+
+
+def test_a_strength_that_a_guard_has_lowered_stays_low_in_a_copy(normed, plane, learner, train):
+    class Cooled(SupervisedPlugin):
+        """Large steps at first, at which the strength is lowered, then small ones, at which it would be stable."""
+
+        def before_training_iteration(self, strategy, **kwargs):
+            strategy.optimizer.param_groups[0]["lr"] = 1.0 if strategy.clock.train_iterations < 4 else 0.01
+
+    ends = []
+    for kinds in ((), (CurvatureEWCPlugin,)):
+        plugin = CurvatureEWCPlugin(100.0, guard=RescaleIfUnstable())
+        strategy = learner(copy.deepcopy(normed), plugin, Replaced(*kinds), Cooled())
+        train(strategy, plane.train_stream[:2])
+        ends.append([p.detach() for p in strategy.model.parameters()])
+    assert all(map(torch.equal, *ends))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", [*MITIGATORS])
+def test_the_state_of_a_mitigator_is_loaded_with_weights_only(name, normed, plane, learner, train):
+    mitigator = MITIGATORS[name]()
+    train(learner(normed, MitigatorPlugin(mitigator)), plane.train_stream[:1])
+    file = io.BytesIO()
+    torch.save(mitigator.state_dict(), file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=True)
+    assert repr(loaded) == repr(mitigator.state_dict())
+    MITIGATORS[name]().load_state_dict(loaded)
