@@ -103,6 +103,8 @@ class CrossEntropy(ByValue, ExampleLoss):
         others = outputs.masked_fill(is_top, -torch.inf) - peak
         surprise = others.exp().sum(1).log1p()  # −log p of the top class
         loss = surprise - torch.where(label == top, 0.0, own - peak)[:, 0]
+        if self.weight is None and self.smoothing == 0:
+            return loss
         weight = outputs.new_ones(outputs.shape[1]) if self.weight is None else self.weight.to(outputs)
         if self.smoothing == 0:
             return weight[label[:, 0]] * loss
