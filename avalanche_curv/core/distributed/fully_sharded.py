@@ -52,8 +52,9 @@ def estimate_fully_sharded(
     with _evaluating(model), torch.enable_grad():
         for x, y, counts in reader:
             with _tapped(layers) as taps:
-                outputs = as_matrix(model(x))
+                outputs = model(x)
             factor = counts * share.ranks.together(partial(factors.of, outputs.detach(), y, taps))
+            outputs = as_matrix(outputs)
             for name, part in _squares(outputs, factor, taps, layers):
                 total[name] += _rows_of_sum(part.view(shapes[name]), mesh)
     values = torch.cat([total[name].reshape(-1) for name in share.space.names]).detach() / reader.examples
@@ -99,9 +100,12 @@ class _Factors:
         self.curvature, self.loss, self.before, self.layers = curvature, loss, before, layers
         self.generator: torch.Generator | None = None
 
-    def of(self, outputs: Float[Tensor, "N C"], targets: Tensor, taps: list[Tap]) -> Float[Tensor, "N C r"]:
-        """Raises TypeError for layers whose squares do not follow from their taps."""
+    def of(self, outputs: Float[Tensor, "N *C"], targets: Tensor, taps: list[Tap]) -> Float[Tensor, "N C r"]:
+        """Raises TypeError for layers whose squares do not follow from their taps, ValueError for targets that do not
+        fit the loss."""
         _check_calls(self.layers, taps, len(targets))
+        self.loss.check(outputs, targets)
+        outputs = as_matrix(outputs)
         if self.generator is None:
             later = with_draws_after(self.curvature, self.before, self.loss, outputs, targets)
             self.generator = later.generator()
