@@ -68,7 +68,7 @@ class _Reader:
 
     def __init__(self, share: LocalShards, batches: Batches, place: Tensor) -> None:
         self.ranks, self.place = share.ranks, place
-        self.batches = kept(batches)
+        self.batches = self.ranks.together(lambda: kept(batches))
         self.batch: tuple[Tensor, Tensor] | None = None
         _, self.spare = borrowed(self.batches, self.ranks)
         counts = self.ranks.gather_of(lambda: sum(len(y) for _, y in self._own()))

@@ -41,7 +41,7 @@ class ShardedRisk:
     ) -> ShardedRisk:
         """`EmpiricalRisk.snapshot` of this rank's `batches`, which may be none. It raises what that raises, on all
         ranks; ValueError too where ranks hold models of other parameters or buffers, or none has an example."""
-        own_batches = kept(batches)
+        own_batches = ranks.together(lambda: kept(batches))
         first, spare = borrowed(own_batches, ranks)
         own = ranks.together(
             lambda: EmpiricalRisk.snapshot(model, criterion, own_batches if first else (spare,), adapter=adapter)
