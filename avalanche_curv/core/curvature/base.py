@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import TypeVar
 
 import torch
@@ -13,13 +13,14 @@ from torch import Tensor
 from avalanche_curv.core.curvature._curvlinops import LinearOperator, linear_operator, output_operator
 from avalanche_curv.core.curvature.operators import (
     FACTOR_BYTES,
+    FactorInOutputs,
     Operator,
     Spectral,
     factor_bytes,
     pieces,
     some_factor,
 )
-from avalanche_curv.core.curvature.products import Relinearised, right_products
+from avalanche_curv.core.curvature.products import Relinearised, Way, right_products
 from avalanche_curv.core.precision import in_own_precision
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.jacobians import chunk_size, parameters_of, pulled_back
@@ -132,20 +133,12 @@ class OutputCurvature(Curvature, ABC):
         return torch.Generator().manual_seed(self.seed or 0)
 
     def operator(self, risk: EmpiricalRisk) -> Operator:
-        ways: dict[str, Callable[[EmpiricalRisk], Operator]] = {
-            "forward": self._forward,
-            "graphs": lambda risk: Relinearised(self, risk),
-        }
+        ways: dict[str, Way] = {"forward": _in_forward_mode, "graphs": Relinearised}
         _, targets = next(iter(risk))
         if risk.examples * factor_bytes(self, risk, targets) > FACTOR_BYTES:
             del ways["forward"]  # which holds S of all examples
         return right_products(self, risk, ways)
 
-    def _forward(self, risk: EmpiricalRisk) -> Operator:
-        generator = self.generator()
-        with torch.no_grad():
-            data = [(x, self.factor(risk.loss, risk.outputs(x), y, generator)) for x, y in risk]
-        return output_operator(risk, data)
 
     def row_count(self, risk: EmpiricalRisk) -> int:
         """N R, the number of rows of G: N examples, and R columns of S for each."""
@@ -164,3 +157,11 @@ class OutputCurvature(Curvature, ABC):
                 for part_x, part_factor in zip(x.split(size), factor.split(size)):
                     for some in part_factor.split(columns, dim=2):  # all, but where rows of one example do not fit
                         yield pulled_back(risk, parameters, part_x, some, names).flatten(0, 1)
+
+
+def _in_forward_mode(curvature: FactorInOutputs, risk: EmpiricalRisk) -> Operator:
+    """C by products of curvlinops, which go forward and then in reverse."""
+    generator = curvature.generator()
+    with torch.no_grad():
+        data = [(x, curvature.factor(risk.loss, risk.outputs(x), y, generator)) for x, y in risk]
+    return output_operator(risk, data)

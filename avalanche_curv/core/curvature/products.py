@@ -17,8 +17,10 @@ from avalanche_curv.core.curvature.operators import FactorInOutputs, Operator, p
 from avalanche_curv.core.risk.batches import untouched_randomness
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.frozen import copied_without_graphs
+from avalanche_curv.core.risk.jacobians import parameters_of, pulled_back
 from avalanche_curv.core.risk.known import is_plain
-from avalanche_curv.core.risk.trust import at_nearby, differing, directions, right_way
+from avalanche_curv.core.risk.losses import ExampleLoss
+from avalanche_curv.core.risk.trust import differing, directions, nearby, right_way
 
 
 class _OfRisk:
@@ -58,23 +60,40 @@ class FromRows(_OfRisk):
         return total
 
 
-def right_products(
-    curvature: HasRows, risk: EmpiricalRisk, ways: Mapping[str, Callable[[EmpiricalRisk], Operator]]
-) -> Operator:
-    """The operator that the first of these ways makes of a risk whose products are those of the rows G on a few
-    examples; `FromRows` where none is right."""
-    trial = risk.trial()
-    vectors = directions(risk.space.size, 2, like=risk.anchor)
+@dataclass(frozen=True)
+class _OneColumn:
+    """S of one column, with which the derivatives of the outputs are tried: they do not depend on S."""
 
-    def tried(way: Callable[[EmpiricalRisk], Operator]) -> Callable[[], list[Tensor]]:
-        return lambda: risk.space.split(way(trial).matmat(vectors).T.contiguous())
+    def factor(
+        self, loss: ExampleLoss, outputs: Float[Tensor, "N C"], targets: Tensor, generator: torch.Generator
+    ) -> Float[Tensor, "N C 1"]:
+        return torch.linspace(1, 2, outputs.shape[1]).to(outputs).expand_as(outputs)[:, :, None]
 
-    def by_rows(risk: EmpiricalRisk) -> Operator:
-        return FromRows(curvature, risk)
+    def generator(self) -> torch.Generator:
+        return torch.Generator()
+
+    def rows(self, risk: EmpiricalRisk) -> Iterator[Float[Tensor, "n P"]]:
+        for x, y in risk:
+            with torch.no_grad():
+                factor = self.factor(risk.loss, risk.outputs(x), y, self.generator()) / risk.examples**0.5
+            yield pulled_back(risk, parameters_of(risk), x, factor)[:, 0]
+
+
+Way = Callable[[Any, EmpiricalRisk], Operator]
+
+
+def right_products(curvature: HasRows, risk: EmpiricalRisk, ways: Mapping[str, Way]) -> Operator:
+    """The operator that the first of these ways makes of a kind (given by S) and a risk, whose products are those of
+    the rows G on two examples; `FromRows` where none is right."""
+    trial = risk.trial(2)
+    vectors = directions(risk.space.size, 1, like=risk.anchor)
+
+    def tried(way: Way) -> Callable[[], list[Tensor]]:
+        return lambda: risk.space.split(way(_OneColumn(), trial).matmat(vectors)[:, 0])
 
     what = f"products by {' or '.join(ways)}"
-    name = right_way(risk, what, {name: tried(way) for name, way in ways.items()}, tried(by_rows), "rows")
-    return ways.get(name, by_rows)(risk)
+    name = right_way(risk, what, {name: tried(way) for name, way in ways.items()}, tried(FromRows), "rows")
+    return ways.get(name, FromRows)(curvature, risk)
 
 
 @dataclass(frozen=True)
@@ -240,15 +259,15 @@ def summed_gradient_graph(risk: EmpiricalRisk, x: Tensor, y: Tensor) -> Float[Te
 class HessianByDifferences:
     """∇²L at the frozen parameters θ, by symmetric differences of gradients:
 
-        H v = (∇L(θ + h v) − ∇L(θ − h v)) / 2h + O(h²),   h ‖v‖ = `step` · ε^⅓ max(1, ‖θ‖),
+        H v = (∇L(θ + h v) − ∇L(θ − h v)) / 2h + O(h²),   h ‖v‖ = ε^⅓ max(1, ‖θ‖),
 
     with ε the rounding of the type of θ, or of double precision, in which the model is evaluated by `doubled`. For
     models whose gradient torch does not differentiate rightly: in double precision exact to about 1e-9, but for a kink
     of the loss within h of θ.
     """
 
-    def __init__(self, risk: EmpiricalRisk, step: float = 1.0) -> None:
-        self.risk, self.step = risk, step
+    def __init__(self, risk: EmpiricalRisk) -> None:
+        self.risk = risk
 
     @property
     def size(self) -> int:
@@ -256,16 +275,21 @@ class HessianByDifferences:
 
     def matmat(self, matrix: Float[Tensor, "P k"]) -> Float[Tensor, "P k"]:
         """H M, column by column."""
-        return torch.stack([self._product(column) for column in matrix.to(self.risk.anchor).T], dim=1).to(matrix)
+        columns = matrix.to(self.risk.anchor).T
+        return torch.stack([_difference(self.risk, self.risk.anchor, v) for v in columns], dim=1).to(matrix)
 
-    def _product(self, vector: Float[Tensor, "P"]) -> Float[Tensor, "P"]:
-        length, anchor = float(vector.norm()), self.risk.anchor
-        if not length > 0:
-            return torch.zeros_like(anchor)
-        rounding = torch.finfo(anchor.dtype).eps ** (1 / 3)
-        h = self.step * rounding * max(1.0, float(anchor.norm())) / length
-        ahead, behind = (self.risk.gradient_at(anchor + sign * h * vector) for sign in (1, -1))
-        return (ahead - behind) / (2 * h)
+
+def _difference(
+    risk: EmpiricalRisk, parameters: Float[Tensor, "P"], vector: Float[Tensor, "P"], step: float = 1.0
+) -> Float[Tensor, "P"]:
+    """H v at these parameters, with differences `step` times as wide."""
+    length = float(vector.norm())
+    if not length > 0:
+        return torch.zeros_like(parameters)
+    rounding = torch.finfo(parameters.dtype).eps ** (1 / 3)
+    h = step * rounding * max(1.0, float(parameters.norm())) / length
+    ahead, behind = (risk.gradient_at(parameters + sign * h * vector) for sign in (1, -1))
+    return (ahead - behind) / (2 * h)
 
 
 def doubled(risk: EmpiricalRisk) -> EmpiricalRisk:
@@ -292,24 +316,36 @@ def is_differentiated_twice(risk: EmpiricalRisk) -> bool:
 
 
 def _agrees_with_differences(risk: EmpiricalRisk) -> bool:
-    vectors = directions(risk.space.size, 1, like=risk.anchor)
     for precise, tolerance in ((doubled, 1e-3), (lambda risk: risk, 5e-2)):
         try:
-            trial = at_nearby(precise(risk.trial()))
-            near, far = (HessianByDifferences(trial, step).matmat(vectors)[:, 0] for step in (1.0, 3.0))
+            trial = precise(risk.trial(2))
+            with trial.holding(nearby(trial)):
+                wrong = _wrong_second_derivatives(trial, tolerance)
         except Exception:  # of any kind: not every model can be evaluated in double precision
             continue
-        wanted = risk.space.split(near)
-        if not near.isfinite().all() or differing(risk.space.split(far), wanted, tolerance):
-            continue  # a kink, or rounding: nothing to judge by
-        try:
-            wrong = differing(risk.space.split(ReverseHessian(trial).matmat(vectors)[:, 0]), wanted, tolerance)
-        except Exception:  # torch lacks the derivative
-            wrong = [*range(len(wanted))]
         if wrong and trial.anchor.dtype != torch.float64:
             raise TypeError(_no_hessian(risk, wrong))
-        return not wrong
+        if wrong is not None:
+            return not wrong
     return True
+
+
+def _wrong_second_derivatives(trial: EmpiricalRisk, tolerance: float) -> list[int] | None:
+    """The places of the parameters for which torch's derivative of the gradient is not that of differences; None where
+    these depend on their width, at a kink or by rounding, so that there is nothing to judge by."""
+    vector, space = directions(trial.space.size, 1, like=trial.anchor), trial.space
+    here = space.flatten([p.detach() for p in trial.parameters])
+    near = _difference(trial, here, vector[:, 0], 1.0)
+    wanted = space.split(near)
+    try:
+        wrong = differing(space.split(ReverseHessian(trial).matmat(vector)[:, 0]), wanted, tolerance)
+    except Exception:  # torch lacks the derivative
+        wrong = [*range(len(wanted))]
+    if wrong:
+        far = space.split(_difference(trial, here, vector[:, 0], 3.0))
+        if not near.isfinite().all() or differing(far, wanted, tolerance):
+            return None
+    return wrong
 
 
 def _no_hessian(risk: EmpiricalRisk, wrong: list[int]) -> str:

@@ -139,9 +139,10 @@ class EmpiricalRisk:
         x, y = (torch.cat([part[:FEW] for part in parts]) for parts in zip(*found))
         return like(x, self.anchor), like(y, self.anchor)
 
-    def trial(self) -> EmpiricalRisk:
-        """The risk of those few examples."""
-        return replace(self, batches=(self.few,))
+    def trial(self, count: int = FEW) -> EmpiricalRisk:
+        """The risk of those few examples, or of so many of them."""
+        x, y = self.few
+        return replace(self, batches=((x[:count], y[:count]),))
 
     @cached_property
     @in_own_precision

@@ -37,7 +37,7 @@ def check_risk(risk: EmpiricalRisk) -> None:
     check_function(risk.model, inputs.clone())
     if not is_plain(risk.model):
         with untouched_randomness():
-            check_gradients(risk, inputs.clone())
+            check_gradients(risk, inputs[:2].clone())
     risk.loss.check(_outputs(risk.model, inputs), targets)
     for _ in risk if in_memory else ():
         pass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
@@ -10,11 +11,11 @@ from torch import Tensor
 
 from avalanche_curv.core.risk.batches import untouched_randomness
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
-from avalanche_curv.core.risk.frozen import copied_without_graphs
 from avalanche_curv.core.risk.known import is_plain
 
 TOLERANCE = 3e-3  # relative: more than rounding, also that of TF32, and less than any mistake
 NEARBY = 0.02  # the width of the interval of parameters around the anchor in which derivatives are tried
+PERIOD = 4093  # random numbers are drawn, and then repeated: a prime, so that no two rows of a weight are alike
 
 W = TypeVar("W", bound=str)
 
@@ -59,20 +60,13 @@ def nearby(risk: EmpiricalRisk) -> list[Tensor]:
     """Parameters close to the anchor, at which derivatives can be tried that vanish there: those of the loss at a
     minimum, and all below a head of zeros."""
     generator = torch.Generator().manual_seed(0)
-    noise = (NEARBY * (torch.rand(p.shape, generator=generator) - 0.5).to(p) for p in risk.parameters)
-    return [(p.detach() + shift).requires_grad_() for p, shift in zip(risk.parameters, noise)]
-
-
-def at_nearby(risk: EmpiricalRisk) -> EmpiricalRisk:
-    """The risk at those parameters."""
-    base = copied_without_graphs(risk.base)
-    own = (p for p in base.parameters() if p.requires_grad)
-    with torch.no_grad():
-        for parameter, value in zip(own, nearby(risk)):
-            parameter.copy_(value)
-    return risk.with_base(base)
+    noise = NEARBY * (torch.rand(PERIOD, generator=generator) - 0.5).to(risk.anchor)
+    repeats = -(-risk.space.size // PERIOD)
+    return risk.space.split(risk.anchor + noise.repeat(repeats)[: risk.space.size])
 
 
 def directions(*shape: int, like: Tensor) -> Tensor:
     """Random numbers of this shape, the same at every call, in the type and on the device of `like`."""
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(like)
+    count = math.prod(shape)
+    numbers = torch.randn(min(count, PERIOD), generator=torch.Generator().manual_seed(0)).to(like)
+    return numbers.repeat(-(-count // len(numbers)))[:count].view(shape)

@@ -170,8 +170,8 @@ class TracedLinearised(Linearised):
 @rule(OutputCurvature, MatrixFree)
 def linearised(curvature: OutputCurvature, structure: MatrixFree, risk: EmpiricalRisk) -> MatrixFreeMatrix:
     """J and Jᵀ from graphs that are kept."""
-    ways = {"graphs": lambda risk: TracedLinearised(curvature, risk)}
-    return structure.from_operator(right_products(curvature, _chosen(structure, risk).rebatched(BATCH), ways), risk)
+    chosen = _chosen(structure, risk).rebatched(BATCH)
+    return structure.from_operator(right_products(curvature, chosen, {"graphs": TracedLinearised}), risk)
 
 
 @rule(Hessian, MatrixFree)
