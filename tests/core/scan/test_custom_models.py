@@ -160,8 +160,8 @@ def class_token(m: Model, x: Tensor) -> Tensor:
 def written_in_place(m: Model, x: Tensor) -> Tensor:
     h = m.a(x).clone()
     h[:, 0] *= 2
-    h[:, 1:].add_(x[:, :1] * m.t[0, 1:]).tanh_()
-    return m.b(h.add_(m.t[0]))
+    h[:, 1:].add_(x[:, :1] * m.t[0, 1:])
+    return m.b(h.tanh_() * m.t[0])
 
 
 def positive(m: Model, x: Tensor) -> Tensor:

@@ -170,7 +170,7 @@ CASES = {
     "MaxPool2d": after_conv(lambda: nn.MaxPool2d(2)),
     "MaxPool3d": Case(lambda: [nn.Conv3d(1, 2, 2), nn.MaxPool3d(2)], VOLUME),
     "MaxUnpool2d": after_conv(
-        lambda: Lambda(lambda p, u, x: u(*p(x)), nn.MaxPool2d(2, return_indices=True), nn.MaxUnpool2d(2))
+        lambda: Lambda(lambda p, u, x: u(*p(x[:, :, 1:, 1:])), nn.MaxPool2d(2, return_indices=True), nn.MaxUnpool2d(2))
     ),
     "AvgPool1d": Case(lambda: [nn.Conv1d(2, 2, 2), nn.AvgPool1d(2)], CHANNELS),
     "AvgPool2d": after_conv(lambda: nn.Sequential(nn.AvgPool2d(2), nn.Tanh())),
