@@ -229,7 +229,6 @@ class Scan:
         loops = self.loops
         if self.loss == "squared error":  # what does not depend on the loss was looked at with the other
             self.simple(GGN(), loops.ggns.mean(0), TOLERANCE)
-            self.simple(Hessian(), loops.hessians.mean(0), OF_DIFFERENCES)
             self.fidelity(GGN(), loops.ggns, TOLERANCE)
             return
         self.simple(Fisher(), loops.ggns.mean(0), TOLERANCE)
