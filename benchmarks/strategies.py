@@ -14,7 +14,7 @@ from benchmarks.streams import SCENARIOS, TASK
 
 @dataclass(frozen=True)
 class Strategy:
-    """What is known of a strategy. Faults are those of Avalanche 0.6.0; tests show each."""
+    """What is known of a strategy. Faults are those of Avalanche 0.6.0; tests/upstream shows each."""
 
     grid: tuple[float, ...] = ()
     """The strengths to tune over; empty where there is nothing to tune."""

@@ -180,6 +180,40 @@ def recorder():
     return Recorder()
 
 
+@pytest.fixture(scope="session")
+def two_pairs(stream_of):
+    """Two experiences of two classes each in the plane, 32 examples each."""
+    generator = torch.Generator().manual_seed(0)
+    inputs, targets = torch.randn(2, 32, 2, generator=generator), torch.randint(2, (2, 32), generator=generator)
+    return stream_of([(inputs[0], targets[0]), (inputs[1] + 1, 2 + targets[1])])
+
+
+@pytest.fixture
+def fit_pairs(make, learner, train, two_pairs):
+    """fit_pairs(*plugins, ...) -> a strategy trained on `two_pairs` in batches of 8."""
+
+    def trained(*plugins, model=None, epochs=3, **options):
+        model = model or make(lambda: nn.Sequential(nn.Linear(2, 5), nn.ReLU(), nn.Linear(5, 4)))
+        strategy = learner(model, *plugins, train_mb_size=8, train_epochs=epochs, **options)
+        return train(strategy, two_pairs.train_stream, eval_streams=[])
+
+    return trained
+
+
+@pytest.fixture
+def seen_at(fit_pairs):
+    """seen_at(hook, look, *plugins, ...) -> what `look(strategy)` gave at each call of a hook in such a training."""
+    from avalanche.training.plugins import SupervisedPlugin
+
+    def seen(hook, look, *plugins, **options):
+        watcher, found = SupervisedPlugin(), []
+        setattr(watcher, hook, lambda strategy, **kwargs: found.append(look(strategy)))
+        fit_pairs(*plugins, watcher, **options)
+        return found
+
+    return seen
+
+
 def seeded(make, seed=0):
     """A module in float64 whose initial values do not depend on the tests before it."""
     with torch.random.fork_rng():
