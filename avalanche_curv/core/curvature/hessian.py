@@ -13,7 +13,7 @@ from torch.func import grad, jvp, vmap
 
 from avalanche_curv.core.curvature.base import Curvature, M
 from avalanche_curv.core.curvature.operators import Operator
-from avalanche_curv.core.curvature.products import hessian_operator
+from avalanche_curv.core.curvature.products import held_still, hessian_operator
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.jacobians import example_rows, loss_of_one, parameters_of
 from avalanche_curv.core.risk.trust import directions, right_way
@@ -83,10 +83,13 @@ class Hessian(Curvature):
         if self.psd is not None:
             return super().example_expansion(risk, inputs, targets, displacement)
         x, y = (part[:2] for part in risk.few)
-        step = directions(risk.space.size, like=risk.anchor)
+        step = directions(risk.space.size, like=risk.anchor).index_fill(0, held_still(risk), 0)
         ways = {"forward": lambda: [*_forward(risk, x, y, step)]}
         way = right_way(risk, "expansion", ways, lambda: [*_one_by_one(risk, x, y, step)], "loop")
-        return (_forward if way == "forward" else _one_by_one)(risk, inputs, targets, displacement)
+        still = held_still(risk)
+        expanded = _forward if way == "forward" else _one_by_one
+        slopes, products = expanded(risk, inputs, targets, displacement.index_fill(0, still, 0))
+        return slopes, products.index_fill(1, still, 0)
 
 
 def _forward(

@@ -6,10 +6,11 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import Any, Protocol
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -297,10 +298,44 @@ def doubled(risk: EmpiricalRisk) -> EmpiricalRisk:
     return risk.with_base(copied_without_graphs(risk.base).double())
 
 
-def hessian_operator(risk: EmpiricalRisk) -> ReverseHessian | HessianByDifferences:
-    """∇²L as the derivative of the gradient where that is right, and by differences of gradients elsewhere; raises
-    what `is_differentiated_twice` raises."""
-    return ReverseHessian(risk) if is_differentiated_twice(risk) else HessianByDifferences(doubled(risk))
+def hessian_operator(risk: EmpiricalRisk) -> Operator:
+    """∇²L as the derivative of the gradient where that is right, and by differences of gradients elsewhere; zero in
+    what never trains (see `held_still`). Raises what `is_differentiated_twice` raises."""
+    right = is_differentiated_twice(risk)
+    return moving(ReverseHessian(risk) if right else HessianByDifferences(doubled(risk)), risk)
+
+
+@dataclass(frozen=True)
+class _Moving:
+    """An operator within the coordinates that are not held still."""
+
+    whole: Operator
+    still: Int[Tensor, "s"]
+
+    @property
+    def size(self) -> int:
+        return self.whole.size
+
+    def matmat(self, matrix: Float[Tensor, "P k"]) -> Float[Tensor, "P k"]:
+        return self.whole.matmat(matrix.index_fill(0, self.still, 0)).index_fill(0, self.still, 0)
+
+
+def moving(operator: Operator, risk: EmpiricalRisk) -> Operator:
+    """An operator on the parameters of a risk, with zeros in what is held still."""
+    still = held_still(risk)
+    return _Moving(operator, still) if len(still) else operator
+
+
+def held_still(risk: EmpiricalRisk) -> Int[Tensor, "s"]:
+    """The coordinates that get no gradient though outputs depend on them: the rows at `padding_idx` of embeddings."""
+    places = {id(p): start for p, start in zip(risk.parameters, accumulate(risk.space.sizes, initial=0))}
+    found = [torch.arange(0)]
+    for module in risk.base.modules():
+        padding, weight = getattr(module, "padding_idx", None), getattr(module, "weight", None)
+        if padding is not None and isinstance(weight, Tensor) and id(weight) in places:
+            start = places[id(weight)] + padding * weight.shape[1]
+            found.append(torch.arange(start, start + weight.shape[1]))
+    return torch.cat(found).to(risk.anchor.device)
 
 
 def is_differentiated_twice(risk: EmpiricalRisk) -> bool:
@@ -334,6 +369,7 @@ def _wrong_second_derivatives(trial: EmpiricalRisk, tolerance: float) -> list[in
     """The places of the parameters for which torch's derivative of the gradient is not that of differences; None where
     these depend on their width, at a kink or by rounding, so that there is nothing to judge by."""
     vector, space = directions(trial.space.size, 1, like=trial.anchor), trial.space
+    vector = vector.index_fill(0, held_still(trial), 0)
     here = space.flatten([p.detach() for p in trial.parameters])
     near = _difference(trial, here, vector[:, 0], 1.0)
     wanted = space.split(near)

@@ -46,6 +46,11 @@ def frozen_copy(model: nn.Module, selection: Selection = Selection()) -> nn.Modu
             f"{type(model).__name__} cannot be frozen, since it cannot be copied: {error}. Past loss is that of a "
             "copy. Keep locks, files and generators out of the module, or give them a __deepcopy__."
         ) from error
+    if not all(p.is_leaf for p in copied.parameters()):  # so torch copies scripted modules
+        raise TypeError(
+            f"{type(model).__name__} cannot be frozen, since its copy still depends on its parameters. Use the module "
+            "that a scripted one was made from."
+        )
     copied.zero_grad(set_to_none=True)
     kept = {id(parameter) for _, parameter in selection.in_space(copied)}
     for parameter in copied.parameters():

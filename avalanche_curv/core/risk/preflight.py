@@ -171,8 +171,7 @@ def _check_backward(risk: EmpiricalRisk, inputs: Tensor, gradients: Sequence[Ten
         if float((own - found).norm()) > 3e-3 * float(own.norm()):
             raise ValueError(
                 f"torch.autograd.grad gives another gradient of {type(risk.base).__name__} in '{name}' than backward() "
-                "does, and no derivative follows from it. Use checkpoint(..., use_reentrant=False), and instead of a "
-                "scripted module the one that it was made from."
+                "does, and no derivative follows from it. Use checkpoint(..., use_reentrant=False)."
             )
 
 

@@ -16,6 +16,7 @@ from avalanche_curv.core.curvature.products import (
     Linearised,
     LinearisedHessian,
     is_differentiated_twice,
+    moving,
     right_products,
 )
 from avalanche_curv.core.options import check_fraction, check_seed, settle
@@ -179,7 +180,8 @@ def linearised_hessian(curvature: Hessian, structure: MatrixFree, risk: Empirica
     """The derivative of the gradient, whose graph is kept where that is right."""
     chosen = _chosen(structure, risk).rebatched(BATCH)
     right = is_differentiated_twice(risk)
-    return structure.from_operator(LinearisedHessian(chosen) if right else curvature.operator(chosen), risk)
+    operator = moving(LinearisedHessian(chosen), chosen) if right else curvature.operator(chosen)
+    return structure.from_operator(operator, risk)
 
 
 @refusal(Curvature, MatrixFree)
