@@ -261,3 +261,24 @@ def test_embeddings_give_derivatives_of_the_loss_whatever_their_options(padded, 
         lengths = reduced.words.weight.norm(dim=1, keepdim=True)
         reduced.words.weight.mul_(lengths.clamp(max=1) / lengths)
     torch.testing.assert_close(dense(model, batches), dense(reduced, batches), rtol=1e-6, atol=1e-9)
+
+
+def test_the_hessian_is_zero_at_the_padding_which_never_trains(make_model, data) -> None:
+    def words() -> nn.Module:
+        model = nn.Sequential(nn.Embedding(5, 3, padding_idx=0), nn.Tanh(), nn.Flatten(), nn.Linear(12, 3))
+        nn.init.normal_(model[0].weight)
+        return model
+
+    model = make_model(words)
+    inputs = torch.randint(5, (12, 4), generator=torch.Generator().manual_seed(0))
+    found = dense(model, [(inputs, data[1])], Hessian())
+    model[0].padding_idx = None
+    expected = dense(model, [(inputs, data[1])], Hessian())
+    expected[:3], expected[:, :3] = 0, 0
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_scripted_module_is_refused_by_name(data) -> None:
+    scripted = torch.jit.script(nn.Sequential(nn.Linear(4, 3).double()))
+    with pytest.raises(TypeError, match=r"Use the module that a scripted one was made from"):
+        EmpiricalRisk.snapshot(scripted, CE, [data])
