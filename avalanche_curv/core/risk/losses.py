@@ -142,7 +142,8 @@ class CrossEntropy(ByValue, ExampleLoss):
 
     def check(self, outputs: Tensor, targets: Tensor) -> None:
         if outputs.ndim != 2:
-            raise ValueError(f"Cross-entropy needs logits of shape [N, C]; got {tuple(outputs.shape)}. Flatten them.")
+            got = tuple(outputs.shape)
+            raise ValueError(f"Cross-entropy needs logits of shape [N, C]; got {got}. Reshape them in the model.")
         if targets.ndim != 1 or targets.dtype not in (torch.int64, torch.uint8):
             raise ValueError(
                 f"Cross-entropy needs integer class targets of shape [N], int64 or uint8 as for torch in training; got "

@@ -316,7 +316,7 @@ CASES = {
     ),
     "keeps a computed tensor": of(remembering),
     "counts its calls": Case(counted),
-    "scripted": Case(compiled),
+    "scripted": Case(compiled, refused="torch copies scripted modules with a graph to the original"),
     "traced": Case(traced),
     "low-rank adapter": Case(lambda: nn.Sequential(LoRA(), nn.Tanh(), nn.Linear(4, 3))),
     "standardised convolution": Case(lambda: nn.Sequential(
