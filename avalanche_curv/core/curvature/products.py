@@ -342,7 +342,8 @@ def is_differentiated_twice(risk: EmpiricalRisk) -> bool:
     """Whether torch's derivative of the gradient of the loss equals differences of gradients, on a few examples at
     parameters nearby. Asked once of a frozen model, and not of one of known modules.
 
-    Raises TypeError where it does not, and the model cannot be evaluated in double precision.
+    Raises TypeError where it does not, and the model cannot be evaluated in double precision, or where the gradient is
+    that of no function.
     """
     if "second derivatives" not in risk.verdicts:
         with untouched_randomness():
@@ -356,8 +357,15 @@ def _agrees_with_differences(risk: EmpiricalRisk) -> bool:
             trial = precise(risk.trial(2))
             with trial.holding(nearby(trial)):
                 wrong = _wrong_second_derivatives(trial, tolerance)
+                symmetric = not wrong or _is_symmetric(trial)
         except Exception:  # of any kind: not every model can be evaluated in double precision
             continue
+        if not symmetric:
+            raise TypeError(
+                f"The gradient of {type(risk.base).__name__} is that of no function, since its derivative is not "
+                "symmetric: something is detached in forward that depends on the parameters, say. It has no Hessian. "
+                "Use GGN(), Fisher() or EmpiricalFisher(), which take first derivatives only."
+            )
         if wrong and trial.anchor.dtype != torch.float64:
             raise TypeError(_no_hessian(risk, wrong))
         if wrong is not None:
@@ -382,6 +390,16 @@ def _wrong_second_derivatives(trial: EmpiricalRisk, tolerance: float) -> list[in
         if not near.isfinite().all() or differing(far, wanted, tolerance):
             return None
     return wrong
+
+
+def _is_symmetric(trial: EmpiricalRisk) -> bool:
+    """Whether uᵀ H v = vᵀ H u for two directions, with H by differences of gradients."""
+    still = held_still(trial)
+    u, v = (part.index_fill(0, still, 0) for part in directions(2, trial.space.size, like=trial.anchor))
+    here = trial.space.flatten([p.detach() for p in trial.parameters])
+    of_u, of_v = (_difference(trial, here, direction) for direction in (u, v))
+    size = float(of_u.norm() * v.norm() + of_v.norm() * u.norm()) / trial.space.size**0.5
+    return abs(float(u @ of_v - v @ of_u)) <= 1e-2 * size
 
 
 def _no_hessian(risk: EmpiricalRisk, wrong: list[int]) -> str:

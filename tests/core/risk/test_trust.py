@@ -223,6 +223,24 @@ def test_second_derivatives_at_a_kink_are_those_of_torch() -> None:
     torch.testing.assert_close(found, exact)
 
 
+class Detached(nn.Linear):
+    """Its gradient is that of no function: where the length is held still, it is held still for both derivatives."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs = super().forward(x)
+        return outputs / outputs.norm(dim=1, keepdim=True).detach()
+
+
+def test_a_gradient_of_no_function_has_no_hessian() -> None:
+    torch.manual_seed(0)
+    model, x, y = Detached(4, 3).double(), torch.randn(9, 4).double(), torch.randint(3, (9,))
+    risk = EmpiricalRisk.snapshot(model, CE, [(x, y)])
+    for structure in STRUCTURES:
+        with pytest.raises(TypeError, match=r"gradient of Detached is that of no function.*Use GGN\(\)"):
+            estimate(Hessian(), structure, risk)
+        estimate(GGN(), structure, risk)
+
+
 def test_a_model_of_known_modules_is_not_tried(monkeypatch) -> None:
     model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))
     assert is_plain(model)
