@@ -42,7 +42,7 @@ def save_checkpoint(strategy: Any, path: str | Path) -> None:
         )
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     stored = copy.copy(strategy)
     for name in MADE_ANEW:
         stored.__dict__.pop(name, None)

@@ -107,12 +107,15 @@ def check_kind(name: str, value: Any, kind: type, example: str) -> Any:
 
 
 def is_number(value: object) -> bool:
-    """Whether `value` is a finite number, and no truth value.
+    """Whether `value` is a finite number that a float can hold, and no truth value.
 
-    >>> is_number(0.5), is_number("0.5"), is_number(float("nan"))
-    (True, False, False)
+    >>> is_number(0.5), is_number("0.5"), is_number(float("nan")), is_number(10**400)
+    (True, False, False, False)
     """
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def check_seed(name: str, value: Any) -> int:

@@ -126,6 +126,7 @@ class CurvatureEWCPlugin(SupervisedPlugin):
     def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
         if self.strength:
             check_takes_dense_gradients(strategy.optimizer)
+        self.policy.check_past(self.past)
         _bridge.preflight(strategy, self._try, self.selection)
         if self.past.model is not None:
             self._follow(self.past.model, strategy.model)
@@ -143,6 +144,7 @@ class CurvatureEWCPlugin(SupervisedPlugin):
     def before_backward(self, strategy: Any, **kwargs: Any) -> None:
         past = self.past.model
         if past is None:
+            self._weight, self._penalty = self.strength, None
             return
         self._unprotected.say(past.unprotected(strategy.model))
         if self._guarded is None or self._guarded.past is not past or self._guarded.guard is not self.guard:
@@ -152,6 +154,7 @@ class CurvatureEWCPlugin(SupervisedPlugin):
             self._penalty = past(strategy.model)
             return
         if self._weighted is None or self._weighted.of is not past:
+            check_takes_dense_gradients(strategy.optimizer)
             self._weighted = Penalty(past, self._weight)
         self._weighted.strength = self._weight
         weighted = self._weighted(strategy.model)
