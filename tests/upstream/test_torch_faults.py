@@ -39,7 +39,7 @@ def test_nested_vmap_of_lu_solve_is_wrong_where_the_inner_one_maps_right_sides_a
 
 
 def test_the_second_derivative_of_weight_norm_holds_the_norms_as_constants():
-    """Worked around in avalanche_curv/core/curvature/products.py, which compares products with finite differences.
+    """Worked around in avalanche_curv/core/curvature/second_derivatives.py, which compares products with differences.
     The norms that `torch._weight_norm` saves for its derivative carry no graph (dim=0, as in `weight_norm`)."""
     v, g = draw(3, 4), draw(3, 1, seed=1)
     true = hessian(lambda v: (g * v / v.norm(dim=1, keepdim=True)).sin().sum())(v)
@@ -59,15 +59,15 @@ def mixed_derivative(norm):
 
 
 def test_forward_mode_over_jacrev_is_wrong_for_the_scale_of_a_layer_norm():
-    """Worked around in avalanche_curv/core/curvature/products.py: the Hessian goes reverse over reverse, where
-    curvlinops goes this way. See also pytorch/pytorch#196700."""
+    """Worked around in avalanche_curv/core/curvature/second_derivatives.py: the Hessian goes reverse over reverse,
+    where curvlinops goes this way. See also pytorch/pytorch#196700."""
     forward, exact = mixed_derivative(lambda x, w: layer_norm(x, (4,), w))
     assert (forward - exact).abs().max() > 1e-3 * exact.abs().max()
 
 
 def test_group_norm_has_no_forward_mode_over_reverse_mode_within_no_grad():
-    """Worked around in avalanche_curv/core/curvature/products.py, in the same way. It has one outside of `no_grad`,
-    which changes nothing else of forward mode."""
+    """Worked around in avalanche_curv/core/curvature/second_derivatives.py, in the same way. It has one outside of
+    `no_grad`, which changes nothing else of forward mode."""
     with torch.no_grad(), pytest.raises(NotImplementedError, match="native_group_norm_backward"):
         jvp(jacrev(lambda x: group_norm(x, 2).sin().sum()), (draw(3, 4),), (draw(3, 4, seed=1),))
 

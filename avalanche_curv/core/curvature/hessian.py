@@ -13,7 +13,7 @@ from torch.func import grad, jvp, vmap
 
 from avalanche_curv.core.curvature.base import Curvature, M
 from avalanche_curv.core.curvature.operators import Operator
-from avalanche_curv.core.curvature.products import held_still, hessian_operator
+from avalanche_curv.core.curvature.second_derivatives import held_still, hessian_operator
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.jacobians import example_rows, loss_of_one, parameters_of
 from avalanche_curv.core.risk.trust import directions, right_way

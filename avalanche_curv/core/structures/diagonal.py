@@ -14,7 +14,7 @@ from avalanche_curv.core.curvature.empirical_fisher import BatchedEmpiricalFishe
 from avalanche_curv.core.curvature.ggn import GGN
 from avalanche_curv.core.curvature.hessian import Hessian
 from avalanche_curv.core.curvature.operators import Operator
-from avalanche_curv.core.curvature.products import is_differentiated_twice
+from avalanche_curv.core.curvature.second_derivatives import is_differentiated_twice
 from avalanche_curv.core.eigen import Pairs
 from avalanche_curv.core.per_example.layers import Layers, by_layers, linear_layers
 from avalanche_curv.core.per_example.passes import layer_passes

@@ -12,13 +12,8 @@ from torch import Tensor
 from avalanche_curv.core.curvature.base import Curvature, OutputCurvature
 from avalanche_curv.core.curvature.hessian import Hessian
 from avalanche_curv.core.curvature.operators import Operator
-from avalanche_curv.core.curvature.products import (
-    Linearised,
-    LinearisedHessian,
-    is_differentiated_twice,
-    moving,
-    right_products,
-)
+from avalanche_curv.core.curvature.products import Linearised, right_products
+from avalanche_curv.core.curvature.second_derivatives import LinearisedHessian, is_differentiated_twice, moving
 from avalanche_curv.core.options import check_fraction, check_seed, settle
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.parameters import ParameterSpace
