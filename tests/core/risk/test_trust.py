@@ -223,6 +223,25 @@ def test_second_derivatives_at_a_kink_are_those_of_torch() -> None:
     torch.testing.assert_close(found, exact)
 
 
+class Own(nn.Linear):
+    """A linear layer of another name, whose derivatives are tried."""
+
+
+def test_where_differences_are_rounding_torch_is_believed() -> None:
+    """A sure and wrong model: gradients of 1 and second derivatives of 1e-13."""
+    model, x, y = Own(3, 2), torch.rand(12, 3, generator=torch.Generator().manual_seed(0)), torch.ones(12).long()
+    model.bias.data = torch.tensor([15.0, -15.0])
+    plain = nn.Linear(3, 2)
+    plain.load_state_dict(model.state_dict())
+    for kind in (torch.float32, torch.float64):
+        found, expected = (
+            estimate(Hessian(), Dense(), EmpiricalRisk.snapshot(one.to(kind), CE, [(x.to(kind), y)])).curvature.dense()
+            for one in (model, plain)
+        )
+        assert expected.any()
+        torch.testing.assert_close(found, expected)
+
+
 class Detached(nn.Linear):
     """Its gradient is that of no function: where the length is held still, it is held still for both derivatives."""
 
