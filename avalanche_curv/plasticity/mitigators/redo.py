@@ -66,7 +66,8 @@ class ReDO(Mitigator):
         ReDO(next_layers={"encoder.0": ["encoder.1", "encoder.3"], "encoder.3": ["policy", "value"]})
 
     with nothing in between that mixes units, no other reader, and no second call in a pass, which is not checked
-    (`UnitGraph.named`). Activities are then those that reach the layers named.
+    (`UnitGraph.named`). Activities are then those that reach the layers named. A layer is looked at in steps in whose
+    passes all of its readers took part: of a model that calls one of several heads, name the layers before them alone.
 
     `layers` names those that are recycled and `left_alone` the other ones with reasons; frozen ones, and those that
     `include` and `exclude` or the optimiser leave out, or whose readers are left out, are not recycled either.
@@ -201,9 +202,9 @@ class ReDO(Mitigator):
         self._activity.stop()
         if not found:
             raise RuntimeError(
-                f"ReDO saw no training pass of {type(model).__name__} before step {self.steps}. Call prepare(model) "
-                "after the model has changed, keep gradients on in its passes, and do not compile it: hooks do not "
-                "run there."
+                f"ReDO saw no training pass of {type(model).__name__} before step {self.steps} in which all readers of "
+                "a layer took part. Call prepare(model) after the model has changed, keep gradients on in its passes, "
+                "and do not compile it: hooks do not run there."
             )
         return found
 
