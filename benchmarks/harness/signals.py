@@ -43,7 +43,7 @@ def leave_signals_to_parent() -> None:
     and writes its stacks at SIGUSR1."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if UNIX:
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGQUIT])
+        signal.signal(signal.SIGQUIT, signal.SIG_IGN)  # a mask would not hold for threads that run by now
         faulthandler.register(signal.SIGUSR1, file=STDERR)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1])
 
