@@ -124,6 +124,13 @@ OURS = {
     "SpectralReg": Strategy(decades(-5, -1)),
 }
 STRATEGIES = AVALANCHES | OURS
+MATTER = (
+    "CurvatureEWC Fisher, Kronecker, adaptive", "Naive", "EWC", "Replay", "CurvatureEWC Fisher, accumulate", "GPM",
+    "DER++",
+)  # fmt: skip
+"""Those that figures colour and label."""
+SHOWN = (*MATTER, "Cumulative", "GEM", "LwF", "SI fixed", "CurvatureEWC Fisher, merge")
+"""Those that stand for all where there is no room for them, in figures and in TensorBoard, the first ones first."""
 
 
 def chosen(scenario: str, names: Sequence[str] | None) -> list[str]:

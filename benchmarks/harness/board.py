@@ -1,17 +1,52 @@
-"""TensorBoard's view of a unit beside its curves: the charts that overlay runs, and its row in the table of runs."""
+"""TensorBoard's view of the units: beside their curves the charts that overlay runs and a row each in the table of
+runs, and the few that it opens with."""
 
 import json
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.harness.experiment import Unit, columns, describe
+from benchmarks.harness.store import Store
 
 Options = dict[str, str | float | bool]
 LONGEST = 60
+SELECTED = 7  # runs that TensorBoard opens with: it has so many colours
 OPTIONS_FIRST = ("strategy", "strength", "curvature", "structure", "policy")
 RESULTS_FIRST = ("average_accuracy", "forgetting", "accuracy/past_tasks", "fidelity/accumulate/kappa_abs",
                  "fidelity/refresh/kappa_abs")
+
+
+def selected(units: Sequence[Unit], shown: Sequence[str]) -> list[Unit]:
+    """At most seven units of the first seed: those with the labels of `shown`, in its order, or the first of the grid
+    where there are none."""
+    seed = min(unit.seed for unit in units)
+    by_label = {unit.label: unit for unit in units if unit.seed == seed}
+    ordered = {label: by_label[label] for label in shown if label in by_label} or by_label
+    return list(ordered.values())[:SELECTED]
+
+
+def select(store: Store, units: Sequence[Unit]) -> None:
+    """Make the folder that TensorBoard opens hold copies of the event files of these units, as far as they have
+    finished, and nothing else: in the folder of all runs it would begin with none ticked, or with all."""
+    folder = store.selected_runs
+    if folder.exists() and not store.all_runs.exists():
+        folder.rename(store.all_runs)  # from before there were two: these are the originals
+    wanted = {
+        unit.label: run for unit in units
+        if store.finished(unit.digest) and any((run := store.tensorboard(unit.label, unit.seed)).glob("events.*"))
+    }  # fmt: skip
+    for old in folder.glob("*"):
+        if old.name not in wanted or _files(old) != _files(wanted[old.name]):
+            shutil.rmtree(old)
+    for label, run in wanted.items():
+        if not (folder / label).exists():
+            shutil.copytree(run, folder / label)
+
+
+def _files(folder: Path) -> set[tuple[str, int]]:
+    return {(path.name, path.stat().st_size) for path in folder.glob("*")}
 
 
 def publish(folder: Path, unit: Unit, table: Mapping[str, Options], records: Sequence[Mapping[str, Any]]) -> None:

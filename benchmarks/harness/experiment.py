@@ -71,6 +71,8 @@ class Experiment(ABC):
     options_type: ClassVar[type[Options]] = Options
     jobs: ClassVar[int | None] = None
     """How many units run side by side unless the command says; None for one a CPU. 1 where they measure times."""
+    shown: ClassVar[tuple[str, ...]] = ()
+    """The labels that matter most, where there is no room for all (`board.selected`); none for the first ones."""
 
     def variant(self, options: Any) -> str:
         """A suffix of the results folder, for options that ask a different question (such as the stream)."""

@@ -6,10 +6,11 @@ from base64 import b64encode
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import unescape
+from itertools import takewhile
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from urllib.parse import unquote
-from xml.etree.ElementTree import Element
+from xml.etree.ElementTree import Element, SubElement
 
 from jinja2 import Environment, FileSystemLoader
 from markdown import Markdown
@@ -23,9 +24,12 @@ from benchmarks.harness.results import Results, load, read_manifest
 from benchmarks.harness.store import Store, write_atomically
 
 Report = Callable[[Results, Path], str]
-SELECTED = 40  # so many runs TensorBoard selects when it opens
 PAGE = Path(__file__).parent / "page"
 AGAIN = "python -m benchmarks run NAME"
+TITLE = re.compile(r"^# (.+?)\s*$", re.MULTILINE)
+SUPERSCRIPTS = "⁰¹²³⁴⁵⁶⁷⁸⁹"
+DIGITS = str.maketrans(SUPERSCRIPTS, "0123456789")
+MARK = re.compile(rf"[{SUPERSCRIPTS}]+")
 PNG = b"\x89PNG\r\n\x1a\n"
 ADDRESS = re.compile(r"https?://|#")
 IMAGE = re.compile(r'<p><img alt="([^"]*)" src="([^"]*)" /></p>')
@@ -44,7 +48,7 @@ def write_report(report: Report, results: Results, store: Store) -> str:
         notice = f"> {missing} a number.\n\n" if results.missing else ""
         text = f"{notice}{markdown}\n\n{provenance(shown)}\n"
         write_atomically(new.report, text)
-        write_atomically(new.page, page(store.root.name, [Part(store.root.name, text, new.root)]))
+        write_atomically(new.page, page(_title(text, store.root.name), [Part(store.root.name, text, new.root)]))
         written = {file.name for file in new.root.iterdir()}
         for name in written:
             (new.root / name).replace(store.root / name)
@@ -52,6 +56,12 @@ def write_report(report: Report, results: Results, store: Store) -> str:
         if figure.name not in written:
             figure.unlink()
     return markdown
+
+
+def _title(markdown: str, name: str) -> str:
+    """The first heading, and the name of the results where it does not say that."""
+    heading = TITLE.search(markdown)
+    return f"{heading[1]} ({name})" if heading else name
 
 
 def _reported(report: Report, results: Results, folder: Path, store: Store) -> str:
@@ -98,14 +108,14 @@ def write_reports(out: Path, report: Callable[[str], Report]) -> tuple[list[Path
 
 
 def where(store: Store) -> str:
-    """Lines with the paths of the report and its figures, and the command that opens the curves."""
+    """Lines with the paths of the report and its figures, and the commands that open the curves."""
     lines = [f"Report: {store.report}", f"Page: {store.page}"]
     lines += [f"Figure: {path}" for path in sorted(store.root.glob("*.png"))]
-    runs = sum(1 for _ in (store.root / "tensorboard").glob("*/*"))
-    if runs:
-        lines.append(f"Curves: tensorboard --logdir {store.root / 'tensorboard'}")
-    if runs > SELECTED:
-        lines.append(f"{runs} runs: TensorBoard shows none of more than {SELECTED} at first; tick those to compare.")
+    selected, runs = (sum(1 for _ in at) for at in (store.selected_runs.glob("*"), store.all_runs.glob("*/*")))
+    if selected:
+        lines.append(f"Curves: tensorboard --logdir {store.selected_runs}")
+    if runs > selected:
+        lines.append(f"Curves of all {runs} runs: tensorboard --logdir {store.all_runs}")
     return "\n".join(lines)
 
 
@@ -165,6 +175,7 @@ def _rendered(part: Part, prefix: str) -> tuple[str, str]:
     converter.preprocessors.deregister("html_block")
     converter.inlinePatterns.deregister("html")
     converter.treeprocessors.register(_Harmless(converter), "harmless", 15)  # after those that make the elements
+    converter.treeprocessors.register(_Footnotes(converter, prefix), "footnotes", 10)
     body = converter.convert(part.markdown)
     body = body.replace("<table>", '<div class="table" tabindex="0">\n<table>').replace("</table>", "</table>\n</div>")
     return IMAGE.sub(lambda image: _figure(image[1], image[2], part.figures), body), getattr(converter, "toc", "")
@@ -182,6 +193,53 @@ class _Harmless(Treeprocessor):
                 elif child.tag == "img" and not (alone and not (child.tail or "").strip()):
                     child.text = child.get("alt", "")
                     child.tag, child.attrib = "span", {}
+
+
+class _Footnotes(Treeprocessor):
+    """Links the marks in the first column of a table with the notes below it, both ways."""
+
+    def __init__(self, converter: Markdown, prefix: str) -> None:
+        super().__init__(converter)
+        self._prefix = prefix
+
+    def run(self, root: Element) -> None:
+        tables = [place for place, child in enumerate(root) if child.tag == "table"]
+        for number, place in enumerate(tables, start=1):
+            for note in takewhile(_leading, root[place + 1 :]):
+                mark = _leading(note)
+                name = f"{self._prefix}table-{number}-note-{mark.translate(DIGITS)}"
+                cells = [row[0] for row in root[place].iterfind("tbody/tr") if len(row) and _marked(row[0]) == mark]
+                for cell in cells:
+                    _cut(cell, len(mark))
+                    link = SubElement(cell, "a", {"href": f"#{name}", "class": "mark"})
+                    link.text = mark
+                if cells:
+                    cells[0][-1].set("id", f"{name}-from")
+                    note.set("id", name)
+                    note.set("class", "note")
+                    back = Element("a", {"href": f"#{name}-from", "class": "mark"})
+                    back.text, back.tail, note.text = mark, (note.text or "")[len(mark) :], None
+                    note.insert(0, back)
+
+
+def _leading(note: Element) -> str:
+    """The mark at the start of a paragraph, or nothing."""
+    found = MARK.match(note.text or "") if note.tag == "p" else None
+    return found[0] if found else ""
+
+
+def _marked(cell: Element) -> str:
+    """The mark at the end of a cell, or nothing."""
+    text = (cell[-1].tail if len(cell) else cell.text) or ""
+    return text[len(text.rstrip(SUPERSCRIPTS)) :]
+
+
+def _cut(cell: Element, count: int) -> None:
+    """Remove so many characters from the end of a cell's text."""
+    if len(cell):
+        cell[-1].tail = (cell[-1].tail or "")[:-count]
+    else:
+        cell.text = (cell.text or "")[:-count]
 
 
 def _figure(caption: str, source: str, folder: Path | None) -> str:

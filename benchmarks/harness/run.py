@@ -10,6 +10,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from benchmarks.harness.board import options as board_options
+from benchmarks.harness.board import select, selected
 from benchmarks.harness.engines import Engine, run_units
 from benchmarks.harness.experiment import Experiment, Unit, grid, in_running_order
 from benchmarks.harness.manifest import Manifest
@@ -61,7 +62,7 @@ class Runner:
         manifest = Manifest(store, units, options, self.command, self.engine.jobs)
         job = Job(experiment, store, options.dataset_root, manifest.commit, board_options(units))
         try:
-            failed = self._run_missing(job, manifest, len(units), missing)
+            failed = self._run_missing(job, manifest, units, missing)
         except KeyboardInterrupt:
             done = sum(store.finished(unit.digest) for unit in units)
             _say(f"\nStopped with {done} of {len(units)} units finished. The same command resumes: {self.command}")
@@ -80,14 +81,15 @@ class Runner:
             _say(f"left out: {problem}")
         return 1 if failed or results.left_out else 0
 
-    def _run_missing(self, job: Job, manifest: Manifest, total: int, missing: list[Unit]) -> list[Outcome]:
+    def _run_missing(self, job: Job, manifest: Manifest, units: list[Unit], missing: list[Unit]) -> list[Outcome]:
         """Run the missing units; returns the outcomes of those that failed."""
-        begin, failed = time.perf_counter(), []
+        begin, failed, shown = time.perf_counter(), [], selected(units, job.experiment.shown)
+        select(job.store, shown)
         manifest.write(0.0)
         terminal = sys.stderr.isatty()  # elsewhere, as in a log file, a line every ten seconds at most
         with (
             tqdm(
-                total=total, initial=total - len(missing), unit="unit", dynamic_ncols=terminal, smoothing=0.0,
+                total=len(units), initial=len(units) - len(missing), unit="unit", dynamic_ncols=terminal, smoothing=0.0,
                 mininterval=0.1 if terminal else 10.0, miniters=1, disable=not missing,
             ) as progress,
             closing(run_units(job, missing, self.engine)) as outcomes,  # closing it ends the workers
@@ -95,6 +97,7 @@ class Runner:
             for outcome in outcomes:
                 unit = outcome.unit
                 manifest.update(unit)
+                select(job.store, shown)
                 manifest.write(time.perf_counter() - begin)
                 if outcome.error:
                     failed.append(outcome)

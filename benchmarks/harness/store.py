@@ -4,7 +4,8 @@
     ``units/<digest>.jsonl``      a finished unit: a header line, then one line per record, the timings marked as such
     ``units/<digest>.error.txt``  the traceback of a unit that failed
     ``units/<digest>.broken``     what was in the place of a finished unit and could not be read, when a run began
-    ``tensorboard/<label>/seed<k>``  event files: the run's own, and its row and charts (``*.results``)
+    ``tensorboard-all/<label>/seed<k>``  event files: the run's own, and its row and charts (``*.results``)
+    ``tensorboard/<label>``       copies of those of one seed of the rows that matter, for TensorBoard to open with
     ``manifest.json``             the grid of the last run and what it ran on
     ``report.md``, ``report.html``, ``*.png``; ``report.error.txt`` where it failed
     ``.lock``                     held by a run that is at work
@@ -43,7 +44,15 @@ class Store:
         return self.root / "units" / f"{digest}.error.txt"
 
     def tensorboard(self, label: str, seed: int) -> Path:
-        return self.root / "tensorboard" / label / f"seed{seed}"
+        return self.all_runs / label / f"seed{seed}"
+
+    @property
+    def all_runs(self) -> Path:
+        return self.root / "tensorboard-all"
+
+    @property
+    def selected_runs(self) -> Path:
+        return self.root / "tensorboard"
 
     @property
     def manifest(self) -> Path:

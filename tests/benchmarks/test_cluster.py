@@ -144,7 +144,7 @@ def test_a_worker_killed_while_it_runs_a_unit_loses_none_and_none_counts_twice(t
     assert [unit["seconds"] is not None for unit in units] == [True] * 6
     assert tiny("run", "--seeds", "3", out="near") == 0
     assert tiny.records("far") == tiny.records("near")
-    assert len(list((tmp_path / "far/tiny/tensorboard/b/seed1").iterdir())) == 1
+    assert len(list((tmp_path / "far/tiny/tensorboard-all/b/seed1").iterdir())) == 1
 
 
 @pytest.mark.slow

@@ -122,7 +122,7 @@ def test_a_killed_run_keeps_what_finished_and_its_rerun_gives_the_numbers_of_a_f
     assert kept.items() <= tiny.units().items()
     assert tiny.records() == tiny.records("fresh")
     assert [len(lines) for lines in tiny.records().values()] == [3] * 4
-    assert len(list((tiny.out / "tensorboard" / "b" / "seed1").iterdir())) == 1
+    assert len(list((tiny.out / "tensorboard-all" / "b" / "seed1").iterdir())) == 1
 
 
 def test_sigquit_shows_the_stacks_of_a_process_and_its_workers_and_both_go_on(capfd):
@@ -375,7 +375,7 @@ def test_a_report_that_fails_leaves_the_last_one_as_it_was(tiny, monkeypatch):
         assert tiny("report") == 2
     assert {name: (tiny.out / name).read_bytes() for name in names} == before
     listed = {path.name for path in tiny.out.iterdir()}
-    assert listed == {*names, "units", "tensorboard", "manifest.json", ".lock"}
+    assert listed == {*names, "units", "tensorboard", "tensorboard-all", "manifest.json", ".lock"}
     assert tiny("report") == 0
     assert {path.name for path in tiny.out.iterdir()} == listed - {"old.png"}
 

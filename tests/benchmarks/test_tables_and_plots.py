@@ -1,19 +1,23 @@
 """Summaries, tables and figures against what paper says."""
 
 import math
+from itertools import combinations, pairwise
 
 import pytest
+from matplotlib.text import Text
 
 from benchmarks.harness import Results, Summary, summarise
+from benchmarks.harness.labels import Named, label_ends, label_points, spread
+from benchmarks.harness.matrices import accuracy_matrices, accuracy_matrix, plot_matrices
 from benchmarks.harness.plots import (
+    COLOURS,
+    REST,
     Curves,
     Dots,
     Points,
-    accuracy_matrices,
-    accuracy_matrix,
+    new_figure,
     plot_curves,
     plot_dots,
-    plot_matrices,
     plot_scatter,
     styles,
 )
@@ -66,9 +70,54 @@ def test_a_bar_in_a_name_does_not_break_the_table():
     assert table([Column("name")], [["|κ|"]]).splitlines()[-1] == r"| \|κ\| |"
 
 
-def test_twenty_five_labels_have_distinct_styles():
-    chosen = styles([str(i) for i in range(25)])
-    assert len({(style.colour, style.dash) for style in chosen.values()}) == 25
+def test_no_two_labels_share_a_colour_and_the_rest_is_grey():
+    labels = [str(i) for i in range(25)]
+
+    def coloured(*matter):
+        return [label for label, style in styles(labels, matter or None).items() if style.matters]
+
+    assert coloured("3", "absent", "1") == ["1", "3"]
+    assert styles(labels, ("3", "1"))["3"].colour == COLOURS[0]
+    assert coloured() == coloured("absent") == labels[:7]
+    assert len({styles(labels)[label].colour for label in labels}) == 8
+    assert styles(labels)["24"].colour == REST
+    assert [style.colour for style in styles(labels[:7], ("6",)).values()] == [*COLOURS[1:], COLOURS[0]]
+
+
+def test_labels_move_no_further_than_they_must():
+    assert spread([], [], 0.0, 9.0) == []
+    assert spread([7.0, 1.0], [2.0, 2.0], 0.0, 9.0) == [7.0, 1.0]
+    assert spread([5.0, 5.0, 5.0], [2.0, 1.0, 1.0], 0.0, 9.0) == pytest.approx([11 / 3, 31 / 6, 37 / 6])
+    assert spread([0.0, 0.5, 8.9], [1.0, 1.0, 2.0], 0.0, 9.0) == [0.5, 1.5, 8.0]  # at both ends
+    assert spread([4.0, 5.0], [8.0, 8.0], 0.0, 9.0) == [0.5, 8.5]  # more than there is room for
+
+
+@pytest.mark.parametrize("log", [False, True])
+def test_labels_stand_in_the_order_of_the_ends_and_cover_neither_each_other_nor_the_curves(log):
+    figure = new_figure(5, 3)
+    axes = figure.subplots()
+    heights = [1.0, 1.01, 1.02, 1.03, 9.0]
+    ends = [Named(f"a label of many words, number {i}", 1.0, y, "blue") for i, y in enumerate(heights)]
+    for end in ends:
+        axes.plot([0, 1], [5.0, end.y])
+    axes.set_yscale("log" if log else "linear")
+    label_ends(figure, {axes: ends})
+    figure.draw_without_rendering()
+    boxes = [Text.get_window_extent(label) for label in axes.texts]
+    assert all(below.y1 <= above.y0 for below, above in pairwise(boxes))
+    assert all(axes.bbox.x1 < box.x0 and box.x1 <= figure.bbox.x1 for box in boxes)
+
+
+def test_labels_of_points_cover_no_point_and_no_label():
+    figure = new_figure(5, 3)
+    axes = figure.subplots()
+    places = [(0.0, 0.0), (0.03, 0.0), (0.0, 0.03), (1.0, 1.0)]
+    axes.plot(*zip(*places), "o")
+    label_points(figure, {axes: [Named("point", *xy, "blue") for xy in places[1:]]}, {axes: places[:1]})
+    figure.draw_without_rendering()
+    boxes = [Text.get_window_extent(label) for label in axes.texts]
+    assert not any(box.contains(*axes.transData.transform(xy)) for box in boxes for xy in places)
+    assert not any(one.overlaps(other) for one, other in combinations(boxes, 2))
 
 
 def test_figures_are_written_without_a_display(tmp_path):
@@ -83,13 +132,15 @@ def test_figures_are_written_without_a_display(tmp_path):
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
 
 
-@pytest.mark.parametrize(("runs", "told"), [(0, False), (40, False), (41, True)])
-def test_a_report_tells_when_tensorboard_will_select_no_run(tmp_path, runs, told):
+@pytest.mark.parametrize(("runs", "of_few", "of_all"), [(0, False, False), (2, True, False), (3, True, True)])
+def test_a_report_tells_where_few_curves_are_and_where_all(tmp_path, runs, of_few, of_all):
     for number in range(runs):
-        (tmp_path / "tensorboard" / f"strategy {number}" / "seed0").mkdir(parents=True)
+        (tmp_path / "tensorboard-all" / f"strategy {number}" / "seed0").mkdir(parents=True)
+    for number in range(min(runs, 2)):
+        (tmp_path / "tensorboard" / f"strategy {number}").mkdir(parents=True)
     written = where(Store(tmp_path))
-    assert ("Curves: tensorboard" in written) == (runs > 0)
-    assert (f"{runs} runs: TensorBoard shows none of more than 40 at first" in written) == told
+    assert (f"Curves: tensorboard --logdir {tmp_path}/tensorboard" in written) == of_few
+    assert (f"Curves of all 3 runs: tensorboard --logdir {tmp_path}/tensorboard-all" in written) == of_all
 
 
 def course(*matrices):

@@ -20,7 +20,7 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from avalanche_curv.tensorboard import CHARTS, write_hparams
 from benchmarks.harness import Experiment
-from benchmarks.harness.board import options, results
+from benchmarks.harness.board import options, results, select, selected
 from benchmarks.harness.command import main
 from benchmarks.harness.experiment import Unit
 from benchmarks.harness.store import Store
@@ -51,7 +51,7 @@ def board(tmp_path_factory):
             patch.setenv(name, "1")
         for seeds in ("1", "2"):
             assert main(["run", "drawn", "--seeds", seeds, "--jobs", "1", "--out", str(out)], experiments) == 0
-    return out / "drawn" / "tensorboard"
+    return out / "drawn" / "tensorboard-all"
 
 
 def events_of(folder):
@@ -83,6 +83,53 @@ def test_runs_are_named_by_strategy_and_seed_and_resuming_adds_the_missing_ones(
     assert runs_in(board) == RUNS
     for run in RUNS:
         assert len(list((board / run).iterdir())) == 2  # what the run logged, and what the harness adds
+
+
+def test_the_runs_to_open_with_are_those_of_one_seed_and_whole(board):
+    few = board.parent / "tensorboard"
+    assert runs_in(few) == ["CurvatureEWC, refresh", "Naive"]
+    for run in runs_in(few):
+        assert {file.name: file.read_bytes() for file in (few / run).iterdir()} == {
+            file.name: file.read_bytes() for file in (board / run / "seed0").iterdir()
+        }
+
+
+def units_of(*labels, seeds=(0, 1)):
+    return [Unit("e", 1, Labelled(label, 1.0), seed, False) for label in labels for seed in seeds]
+
+
+def test_at_most_seven_runs_are_selected_those_that_an_experiment_names_first():
+    def names(units, *shown):
+        return [(unit.label, unit.seed) for unit in selected(units, shown)]
+
+    many = units_of(*"abcdefghi")
+    assert names(many, "h", "absent", "b") == [("h", 0), ("b", 0)]
+    assert names(many) == names(many, "absent") == [(label, 0) for label in "abcdefg"]
+    assert names(units_of("a", seeds=(3, 2))) == [("a", 2)]
+
+
+def test_the_selection_follows_what_has_finished_and_loses_no_run(tmp_path):
+    store, (a, b) = Store(tmp_path), units_of("a", "b", seeds=(0,))
+    original = tmp_path / "tensorboard" / "a" / "seed0" / "events.1"  # of a time when this folder held all runs
+    original.parent.mkdir(parents=True)
+    original.write_text("1")
+    select(store, [a, b])
+    assert runs(store.selected_runs) == []
+    assert runs(store.all_runs) == ["a/seed0/events.1"]
+    store.write_unit(a.digest, {}, [])
+    store.write_unit(b.digest, {}, [])  # which writes no events
+    select(store, [a, b])
+    assert runs(store.selected_runs) == ["a/events.1"]
+    (store.tensorboard("a", 0) / "events.1").rename(store.tensorboard("a", 0) / "events.2")  # it ran again
+    select(store, [a, b])
+    assert runs(store.selected_runs) == ["a/events.2"]
+    select(store, [b])
+    assert runs(store.selected_runs) == []
+    assert runs(store.all_runs) == ["a/seed0/events.2"]
+
+
+def runs(folder):
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("events.*"))
 
 
 def test_scalars_fall_into_groups_and_an_experience_with_a_past_ends_with_figures(board):

@@ -24,7 +24,7 @@ from benchmarks.experiments.tune_compare.experiment import experiment as tuning
 from benchmarks.harness import Context, Experiment, Options, Record, Results, UsageError
 from benchmarks.harness.options import one_of, positive
 from benchmarks.methods import methods
-from benchmarks.strategies import STRATEGIES, chosen
+from benchmarks.strategies import SHOWN, STRATEGIES, chosen
 from benchmarks.streams import STREAMS
 
 TUNED = Path(__file__).with_name("strengths.json")  # what `run tune_compare` has found, by stream and scenario
@@ -60,6 +60,7 @@ class Compare(Experiment):
     """Average accuracy, forgetting, seconds and stored bytes of each method, with fidelity along each trajectory."""
 
     name = "compare"
+    shown = SHOWN
     version = 2  # since Adam is fused and accuracy is that of `strategy.eval`
     options_type = CompareOptions
 

@@ -7,19 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks.experiments.compare.run import EXPERIENCES, FIRST_SEED, STREAM
-from benchmarks.harness.plots import (
-    Curves,
-    Dots,
-    Points,
-    accuracy_matrix,
-    plot_curves,
-    plot_dots,
-    plot_matrices,
-    plot_scatter,
-)
+from benchmarks.harness.matrices import accuracy_matrix, plot_matrices
+from benchmarks.harness.plots import Curves, Dots, Points, plot_curves, plot_dots, plot_scatter
 from benchmarks.harness.significance import compared, holm
 from benchmarks.harness.tables import Cell, Column, table
-from benchmarks.strategies import STRATEGIES
+from benchmarks.strategies import MATTER, SHOWN, STRATEGIES
 
 if TYPE_CHECKING:
     from benchmarks.harness import Results
@@ -28,11 +20,6 @@ NAIVE = "Naive"
 FISHER = "CurvatureEWC Fisher, accumulate"
 ACCURACY = "average_accuracy"
 FEW = 5
-SHOWN = (
-    "Naive", "Cumulative", "Replay", "DER++", "GEM", "EWC", "SI fixed", "LwF", "CurvatureEWC Fisher, accumulate",
-    "CurvatureEWC Fisher, merge", "CurvatureEWC Fisher, Kronecker, adaptive", "GPM",
-)  # in figures that have no room for all
-
 
 SETTING = """{experiences} experiences of {steps} steps with batches of {batch}, Adam at {rate}; methods with a memory \
 store {memory:.3g} of the training examples. Mean ± standard deviation over n seeds. Accuracy is the mean over all \
@@ -205,7 +192,7 @@ def _curves(shown: Sequence[Results], path: Path, labels: Sequence[str]) -> None
         Curves(kappa, "mean |κ|", "Error of the quadratic model kept at each experience's own anchor", log=True),
         Curves(fresh, "mean |κ|", "Error of the quadratic model moved to the newest anchor", log=True),
     ]
-    plot_curves(path, panels, xlabel="training iteration", labels=labels)
+    plot_curves(path, panels, xlabel="training iteration", labels=labels, matter=MATTER)
 
 
 def _dots(results: Results, path: Path) -> None:
@@ -214,7 +201,7 @@ def _dots(results: Results, path: Path) -> None:
         Dots({one.label: one.final(name) for one in results.each()}, text, log=name == "seconds")
         for name, text in panels.items()
     ]
-    plot_dots(path, dots, labels=results.labels)
+    plot_dots(path, dots, labels=results.labels, matter=MATTER)
 
 
 def _scatter(shown: Sequence[Results], path: Path, labels: Sequence[str]) -> None:
@@ -224,4 +211,4 @@ def _scatter(shown: Sequence[Results], path: Path, labels: Sequence[str]) -> Non
         metric = f"fidelity_trajectory/{model}/kappa_abs"
         points = {one.label: (one.final(metric), one.final(ACCURACY)) for one in shown}
         panels.append(Points(points, "mean |κ| over the trajectory", "average accuracy", title, log_x=True))
-    plot_scatter(path, panels, labels=labels)
+    plot_scatter(path, panels, labels=labels, matter=MATTER)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks.experiments.fisher_estimators.experiment import COMMON, EXACT, NAIVE
+from benchmarks.harness.labels import Named, label_ends, label_points
 from benchmarks.harness.plots import MUTED, new_figure, saved, styles, tidy
 from benchmarks.harness.results import Summary
 from benchmarks.harness.tables import Cell, Column, table
@@ -146,21 +147,35 @@ def _written(summary: Summary) -> str:
     return f"{summary.mean:.4f}{spread}"
 
 
+def _along(curve: Curve) -> list[tuple[float, float]]:
+    """Places on the line through the points, close enough that no label is put on it."""
+    points = [(strength, summary.mean) for strength, summary in sorted(curve.items())]
+    between = [
+        (start[0] ** (1 - part) * end[0] ** part, start[1] * (1 - part) + end[1] * part)
+        for start, end in pairwise(points) for part in (0.2, 0.4, 0.6, 0.8)
+    ]  # fmt: skip
+    return points + between
+
+
 def _figure(results: Results, found: dict[str, Curve], out: Path) -> None:
     figure = new_figure(8.6, 4.0)
-    axes, least = figure.subplots(), naive(results)
-    if least:
-        axes.axhline(least.mean, color=MUTED, linestyle="--", linewidth=1.2, label=NAIVE)
+    axes, least, ends = figure.subplots(), naive(results), []
     for name, style in styles(list(found)).items():
         points = sorted(found[name].items())
         strengths, means = [strength for strength, _ in points], [summary.mean for _, summary in points]
         spreads = [summary.std or 0.0 for _, summary in points]
-        axes.plot(strengths, means, linewidth=1.7, label=name, **style.line)
+        axes.plot(strengths, means, linewidth=1.7, **style.line)
+        ends.append(Named(name, strengths[-1], means[-1], style.colour))
         low, high = ([mean + sign * s for mean, s in zip(means, spreads)] for sign in (-1, 1))
         axes.fill_between(strengths, low, high, color=style.colour, alpha=0.15, linewidth=0)
+    if least:
+        axes.axhline(least.mean, color=MUTED, linestyle="--", linewidth=1.2)
+    axes.margins(y=0.12)  # room for labels
     axes.set_xscale("log")
     axes.set_xlabel("strength λ")
     axes.set_ylabel("average accuracy")
     tidy(axes, "Each estimator works at strengths of its own")
-    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    label_points(figure, {axes: ends}, {axes: [point for curve in found.values() for point in _along(curve)]})
+    if least:
+        label_ends(figure, {axes: [Named(NAIVE, axes.get_xlim()[1], least.mean, MUTED)]})
     saved(figure, out / "fisher_estimators.png")

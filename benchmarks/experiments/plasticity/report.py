@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from benchmarks.experiments.plasticity.experiment import EPOCHS, LAYER_NORM, METHODS, NONE, SCRATCH, STRENGTHS
 from benchmarks.experiments.plasticity.learner import ACCURACY, TEST_ACCURACY
 from benchmarks.harness import Summary, summarise
-from benchmarks.harness.plots import MUTED, Curves, new_figure, plot_curves, saved, styles, tidy
+from benchmarks.harness.labels import Named, label_ends
+from benchmarks.harness.plots import MUTED, Curves, name_the_rest, new_figure, plot_curves, saved, styles, tidy
 from benchmarks.harness.tables import Cell, Column, table
 from benchmarks.pairs import mean_ratio, paired
 
@@ -144,22 +145,26 @@ def _by_strength(sensitivity: dict[str, Results], plain: Results, out: Path) -> 
     strengths = sorted(set(chain.from_iterable(found.values())), reverse=True)
     rows: list[list[Cell]] = [[name, *map(values.get, strengths)] for name, values in found.items()]
     text = table([Column("late accuracy"), *(Column(f"{s:g}") for s in strengths)], rows)
-    figure = new_figure(7.4, 3.8)
-    axes = figure.subplots()
+    figure = new_figure(8.6, 3.8)
+    axes, ends = figure.subplots(), []
     axes.set_xscale("log")
-    chosen = styles([*found])
+    chosen = styles([*found], sorted(found, key=lambda name: -max(v.mean for v in found[name].values() if v)))
     for name, values in found.items():
         if points := sorted(((s, value) for s, value in values.items() if value), key=lambda point: -point[0]):
             axes.errorbar(
                 [s for s, _ in points], [v.mean for _, v in points], yerr=[v.std or 0.0 for _, v in points],
-                label=name, capsize=3, linewidth=1.7, **chosen[name].line,
+                capsize=3, linewidth=1.7, **chosen[name].line,
             )  # fmt: skip
+            if chosen[name].matters:
+                ends.append(Named(name, points[0][0], points[0][1].mean, chosen[name].colour))
     for reference in plain.where(row=NONE).each():
         if late := reference.final(LATE):
-            axes.axhline(late.mean, color=MUTED, linestyle="--", linewidth=1.2, label=NONE)
+            axes.axhline(late.mean, color=MUTED, linestyle="--", linewidth=1.2)
+            ends.append(Named(NONE, strengths[0], late.mean, MUTED))
     axes.set(xlabel="strength", ylabel="late accuracy")
     tidy(axes, "")
-    figure.legend(loc="outside right upper", frameon=False, fontsize=9)
+    name_the_rest(figure, chosen)
+    label_ends(figure, {axes: ends})
     saved(figure, out / "strengths.png")
     return f"{text}\n\n![Late accuracy against strength](strengths.png)"
 
@@ -202,5 +207,8 @@ def _accuracy_figure(shown: Results, out: Path, name: str) -> str:
             panels.append(Curves(series, title))
     if not panels:
         return ""
-    plot_curves(out / f"{name}.png", panels, xlabel="task", labels=list(shown.columns))
+    best = sorted(shown.each(), key=lambda one: getattr(one.final(LATE), "mean", 0.0), reverse=True)
+    references = [one.label for one in best if one.first["row"] in (NONE, SCRATCH)]
+    matter = [*references, *(one.label for one in best if one.label not in references)]
+    plot_curves(out / f"{name}.png", panels, xlabel="task", labels=list(shown.columns), matter=matter)
     return f"![Accuracy at the end of each task]({name}.png)"

@@ -86,4 +86,5 @@ def _figure(results: Results, out: Path) -> None:
     ):
         curves = {one.label: curve for one in results.each() if (curve := one.curve(metric))}
         panels.append(Curves(curves, ylabel, title))
-    plot_curves(out / "projections.png", panels, xlabel="task", labels=results.labels)
+    matter = [next(iter(family.columns)) for _, family in results.by("family")]
+    plot_curves(out / "projections.png", panels, xlabel="task", labels=results.labels, matter=matter)

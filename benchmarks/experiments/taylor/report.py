@@ -165,7 +165,7 @@ def _ratio_figure(points: Ratios, path: Path) -> None:
     panels[1].set(xlabel="M / D²")
     tidy(panels[0], "Against M/D: a curve for each D")
     tidy(panels[1], "Against M/D²: one curve, 1 / (1 + √(2D²/πM))")
-    legend(figure, chosen, [*chosen], linestyle="")
+    legend(figure, chosen, linestyle="")
     saved(figure, path)
 
 
@@ -282,5 +282,5 @@ def _error_figure(paths: Sequence[Results], path: Path) -> None:
         axes.xaxis.set_minor_formatter(NullFormatter())
     for axes in grid[len(paths) :]:
         axes.set_visible(False)
-    legend(figure, chosen, [*chosen])
+    legend(figure, chosen)
     saved(figure, path)

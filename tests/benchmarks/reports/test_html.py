@@ -8,6 +8,7 @@ from benchmarks.harness.command import main
 from benchmarks.harness.report import Part, page, write_report
 from benchmarks.harness.results import load
 from benchmarks.harness.store import Store
+from benchmarks.harness.tables import Column, table
 
 VALUES = {"a": {0: 0.1, 1: 0.2}, "b": {0: 0.5, 1: 0.75}, "c": {0: 0.3, 1: 0.3}}
 FROM_ELSEWHERE = re.compile(r"""(?:src|href)\s*=\s*["'](?!data:|\#)|url\(|@import|<link(?![^>]*"data:)""")
@@ -59,6 +60,27 @@ def test_tables_scroll_in_a_frame_and_keep_their_bars(tmp_path):
     assert re.search(r'<div class="table" tabindex="0">\s*<table>', html)
     assert "<td style=\"text-align: left;\">|κ|</td>" in html
     assert "<strong>1.0</strong>" in html
+
+
+def test_the_title_of_the_page_is_that_of_the_report(folder):
+    assert "<title>Stored (stored)</title>" in (folder / "report.html").read_text()
+
+
+def test_marks_and_notes_lead_to_each_other(tmp_path):
+    cells = [["Naive", 0.5], ["`a`", 0.5], ["b", 0.5], ["x³", 0.5]]
+    tables = table([Column("name"), Column("value")], cells, {"Naive": "one", "`a`": "two *words*", "b": "one"})
+    html = page("A title", [Part(name, f"{tables}\n\nText\n\n{tables}", None) for name in ("p", "q")])
+    links, places = re.findall(r'href="#([^"]+)"', html), re.findall(r'\bid="([^"]+)"', html)
+    assert len(places) == len(set(places))
+    assert set(links) <= set(places)
+    assert html.count('class="mark"') == 4 * (3 + 2)  # in cells and in notes
+    name = "part-2-table-1-note-1"
+    assert f'Naive<a class="mark" href="#{name}" id="{name}-from">¹</a></td>' in html
+    assert f'b<a class="mark" href="#{name}">¹</a></td>' in html
+    assert f'<p class="note" id="{name}"><a class="mark" href="#{name}-from">¹</a> one</p>' in html
+    assert '<code>a</code><a class="mark"' in html
+    assert '²</a> two <em>words</em></p>' in html
+    assert "x³</td>" in html  # no mark, for no note has it
 
 
 def test_one_page_holds_all_reports_of_a_folder_each_with_places_of_its_own(folder, capsys, stored, experiments):
