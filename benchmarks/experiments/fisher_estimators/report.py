@@ -170,7 +170,7 @@ def _figure(results: Results, found: dict[str, Curve], out: Path) -> None:
         axes.fill_between(strengths, low, high, color=style.colour, alpha=0.15, linewidth=0)
     if least:
         axes.axhline(least.mean, color=MUTED, linestyle="--", linewidth=1.2)
-    axes.margins(y=0.12)  # room for labels
+    axes.margins(x=0.15, y=0.12)  # room for labels
     axes.set_xscale("log")
     axes.set_xlabel("strength λ")
     axes.set_ylabel("average accuracy")

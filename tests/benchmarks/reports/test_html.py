@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.harness.command import main
 from benchmarks.harness.report import Part, page, write_report
-from benchmarks.harness.results import load
+from benchmarks.harness.results import Summary, load
 from benchmarks.harness.store import Store
 from benchmarks.harness.tables import Column, table
 
@@ -102,6 +102,24 @@ def test_one_page_holds_all_reports_of_a_folder_each_with_places_of_its_own(fold
 def test_nothing_to_report_on_says_what_to_run(tmp_path, capsys):
     assert main(["report", "--out", str(tmp_path)]) == 2
     assert "Run something first: python -m benchmarks run NAME" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_page_fits_a_window_and_a_telephone(browser, tmp_path):
+    """At 1,280 pixels nine columns as wide as those of the comparison stand in their frame without scrolling."""
+    titles = ("strategy", "accuracy", "forgetting", "when learned", "less Naive", "p (Holm)", "verdict", "λ", "n")
+    row = ["CurvatureEWC batched emp. Fisher, accumulate", *[Summary(-0.855, 0.022, 5)] * 3, 0.3, "0.00037",
+           "**beyond noise**", "0.0001", 5]  # fmt: skip
+    (tmp_path / "page.html").write_text(part(table([Column(title) for title in titles], [row] * 2), tmp_path))
+    measured = "const box = document.querySelector('.table'); " \
+               "return [document.documentElement.scrollWidth, box.scrollWidth - box.clientWidth]"  # fmt: skip
+    for width, fits in ((1280, True), (400, False)):
+        size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": False}
+        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        browser.get((tmp_path / "page.html").as_uri())
+        page_width, hidden = browser.execute_script(measured)
+        assert page_width == width
+        assert (hidden == 0) == fits
 
 
 @pytest.mark.slow
