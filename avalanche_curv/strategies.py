@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from avalanche_curv.core.curvature.base import Curvature
 from avalanche_curv.core.curvature.fisher import Fisher
 from avalanche_curv.core.options import Forwarded
-from avalanche_curv.core.projection import Eigenspace, Projection, Protection, StepProjection
+from avalanche_curv.core.projection import InputSpace, Projection, Protection, StepProjection
 from avalanche_curv.core.quadratic.policies import Accumulate, Past, Policy
 from avalanche_curv.core.quadratic.stability import Guard, WarnIfUnstable
 from avalanche_curv.core.risk.selection import ParameterSelector
@@ -75,11 +75,12 @@ class CurvatureEWC(_WithPlugin):
 class OrthogonalProjection(_WithPlugin):
     """Trains with steps that are projected out of the directions that past experiences need.
 
-    `protect` says which directions these are, `projection` how a step is projected, `max_rank` bounds the number of
-    directions kept (None: no bound), `include` and `exclude` which parameters are protected.
-    `OrthogonalProjectionPlugin` takes further options. `training` are the arguments
-    of Avalanche's strategies: `criterion` (cross-entropy), `train_mb_size`, `plugins` and so on. The plugin is the
-    attribute `projection`. Raises as the plugin does.
+    `protect` says which directions these are: by default the inputs of each layer (`InputSpace()`: gradient projection
+    memory), or `Eigenspace(...)` of any curvature. `projection` says how a step is projected, `max_rank` bounds the
+    number of directions kept (None: no bound), `include` and `exclude` which parameters are protected.
+    `OrthogonalProjectionPlugin` takes further options, and warns of parameters that will hold still. `training` are the
+    arguments of Avalanche's strategies: `criterion` (cross-entropy), `train_mb_size`, `plugins` and so on. The plugin
+    is the attribute `projection`. Raises as the plugin does.
     """
 
     protect, max_rank = Forwarded("projection"), Forwarded("projection")
@@ -90,7 +91,7 @@ class OrthogonalProjection(_WithPlugin):
         *,
         model: nn.Module,
         optimizer: Optimizer,
-        protect: Protection = Eigenspace(),  # noqa: B008
+        protect: Protection = InputSpace(),  # noqa: B008
         projection: Projection = StepProjection(),  # noqa: B008
         max_rank: int | None = None,
         include: Iterable[ParameterSelector] = (),

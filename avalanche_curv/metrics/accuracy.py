@@ -30,7 +30,7 @@ class TaskAccuracyMetric(ScalarMetric):
     fraction, seed, limit = Setting(check_fraction), Setting(check_seed), Setting(check_count)
 
     def __init__(self, every: int, stream: Sequence[Any] | None, fraction: float, seed: int, limit: int = 1000) -> None:
-        super().__init__(every)
+        super().__init__(every, ["accuracy/*"])
         self.stream, self.fraction, self.seed, self.limit = stream, fraction, seed, limit
         self._task_ends = _bridge.TaskEnds()
         self._current: Batch | None = None

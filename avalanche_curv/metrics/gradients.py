@@ -22,7 +22,8 @@ class GradientMetric(ScalarMetric):
     The penalty's gradient is Σ strength · (g + C δ) over the strategy's CurvatureEWCPlugins, with the strength that
     their guards allow, zero for parameters that came later; the task's gradient is that of the parameters less it.
     Without a past there is no penalty, and only the norm of the task is published; a cosine with a zero gradient is
-    not. Where a plugin clips or scales gradients in `after_backward`, the difference is no gradient of the task.
+    not. Where a plugin clips or scales gradients in `after_backward`, the difference is no gradient of the task. A
+    measurement takes a product of each penalty's curvature with θ − anchor, about as long as the penalty of a step.
     """
 
     def after_backward(self, strategy: Any) -> list[MetricValue]:

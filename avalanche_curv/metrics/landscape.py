@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from avalanche.evaluation.metric_results import MetricValue
-from avalanche.logging import TensorboardLogger, WandBLogger
 from jaxtyping import Float
 from torch import Tensor
 
@@ -25,19 +25,21 @@ from avalanche_curv.core.landscape.landscape import (
     moved,
 )
 from avalanche_curv.core.landscape.spectrum import Density, SpectrumMethod
-from avalanche_curv.core.options import Fixed, Setting, check_count, check_fraction, check_seed, in_short
-from avalanche_curv.core.quadratic.policies import part_of
+from avalanche_curv.core.options import Fixed, Setting, check_count, check_fraction, check_seed, in_short, optional
+from avalanche_curv.core.quadratic.policies import part_of, part_seed
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
-from avalanche_curv.metrics._published import ScalarMetric
+from avalanche_curv.metrics._published import ScalarMetric, draws
 from avalanche_curv.metrics.gradients import GradientMetric
 from avalanche_curv.plugins import _bridge
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+IN_TEXT = ("landscape/current/sharpness", "landscape/stored/sharpness", "landscape/step/alignment")
 DECADES = 6  # eigenvalues that much smaller than the largest are not drawn: in float32 they are rounding
 BINS = 64
 VALUES = 3000  # of a histogram, at most
+FEWEST = 100  # examples, which are measured however many rows each has
 
 
 def landscape_metrics(
@@ -49,6 +51,7 @@ def landscape_metrics(
     k: int = 10,
     epsilon: float = 1e-2,
     methods: Sequence[SpectrumMethod] = METHODS,
+    max_rows: int | None = 2000,
 ) -> list[ScalarMetric]:
     """Metrics of the curvature of the loss along training, of how steps and drift lie to it, and of both gradients.
 
@@ -72,11 +75,27 @@ def landscape_metrics(
     where the curvature is not finite. Measuring draws no random numbers and leaves training bit-identical. Raises
     TypeError or ValueError for unusable options.
 
+    The cost grows with the rows of the curvature: an example has one of an empirical Fisher, and one less than there
+    are classes of a Fisher or GGN of cross-entropy. Where the current examples, or all stored ones together, have more
+    than `max_rows` (None: no limit), each measurement is of a random part of them, drawn by `seed` and the same one
+    until the task ends: of as large a part of each past experience, and of 100 examples at least. A warning says so
+    once. Numerical and effective rank are those of that part, and grow with it. For a kind without rows, such as the
+    Hessian, the examples count.
+
+    A measurement takes two landscapes, of the current and of the stored examples. One of M rows takes a forward and a
+    backward pass for each column of S (see `OutputCurvature`) and the eigenvalues of an M × M matrix, some M³
+    operations: 130 gradient passes over a batch of 128 for 1,800 rows of an MLP 784-400-400-10, 10 for 200. Beyond
+    `GramMatrix(rows=3000)`, and for the Hessian, it takes some 250 products, of two to four gradient passes over the
+    examples each. So `every` wants thousands with the Fisher, hundreds with the empirical one.
+
+    Text loggers print `landscape/{current,stored}/sharpness`, `landscape/step/alignment` and `gradient/...`; other
+    loggers get all.
+
     >>> from avalanche_curv import GGN
     >>> [type(metric).__name__ for metric in landscape_metrics(curvature=GGN(), every=50)]
     ['LandscapeMetric', 'GradientMetric']
     """
-    return [LandscapeMetric(every, curvature, fraction, seed, k, epsilon, methods), GradientMetric(every)]
+    return [LandscapeMetric(every, curvature, fraction, seed, k, epsilon, methods, max_rows), GradientMetric(every)]
 
 
 class LandscapeMetric(ScalarMetric):
@@ -85,6 +104,7 @@ class LandscapeMetric(ScalarMetric):
     fraction, seed = Setting(check_fraction), Setting(check_seed)
     curvature, methods = Fixed[Curvature](), Fixed[tuple[SpectrumMethod, ...]]()
     k, epsilon = Fixed[int](check_count), Fixed[float]()
+    max_rows = Setting[int | None](optional(partial(check_count, hint="None is no limit.")))
 
     def __init__(
         self,
@@ -95,14 +115,17 @@ class LandscapeMetric(ScalarMetric):
         k: int,
         epsilon: float,
         methods: Sequence[SpectrumMethod],
+        max_rows: int | None,
     ) -> None:
-        super().__init__(every)
+        super().__init__(every, IN_TEXT)
         check_options(curvature, k, epsilon, methods)
         self.curvature, self.fraction, self.seed = curvature, fraction, seed
-        self.k, self.epsilon, self.methods = k, epsilon, tuple(methods)
+        self.k, self.epsilon, self.methods, self.max_rows = k, epsilon, tuple(methods), max_rows
         self._task_ends = _bridge.TaskEnds()
         self._current: EmpiricalRisk | None = None  # as frozen at the start of the task
         self._stored: tuple[EmpiricalRisk, ...] = ()  # all as frozen at the end of the newest task
+        self._parts: dict[str, tuple[EmpiricalRisk, ...]] = {}  # "current" and "stored": what is measured
+        self._limited = False  # once `max_rows` has taken effect
         self._before: Tensor | None = None  # the parameters before a step that is measured
 
     def before_training_exp(self, strategy: Any) -> None:
@@ -110,6 +133,7 @@ class LandscapeMetric(ScalarMetric):
             _bridge.preflight(strategy, self._try)
             risk = _bridge.current_risk(strategy, batch_size=256)
             self._current = part_of(risk, self.fraction, self.seed, len(self._stored))
+            self._parts = {"current": self._part([self._current]), "stored": self._part(self._stored)}
 
     def _try(self, risk: EmpiricalRisk) -> None:
         """Raises what would keep an experience from being measured, as seen on a few of its examples."""
@@ -129,9 +153,11 @@ class LandscapeMetric(ScalarMetric):
         self._before = None
         if not self._task_ends.here(strategy):
             return []
+        if self._current is None:
+            raise RuntimeError("Landscapes are measured in training; this experience has not begun.")
         found = self._measured(strategy)
         published = self._published(strategy, "landscape_experience", found) + self._drawn(strategy, found)
-        newest = self._now(strategy)
+        newest = self._current.frozen_at(strategy.model)
         self._stored = (*(risk.at(newest) for risk in self._stored), newest)
         self._current = None
         self.__dict__.pop("_reference", None)
@@ -140,18 +166,26 @@ class LandscapeMetric(ScalarMetric):
     @property
     def _anchored(self) -> tuple[EmpiricalRisk, ...]:
         """The examples, frozen at the anchor, that steps and drift are measured against."""
-        return self._stored or ((self._current,) if self._current is not None else ())
+        return self._parts["stored"] or self._parts["current"]
 
     @cached_property
     def _reference(self) -> Landscape | None:
         """The landscape of those examples at the anchor."""
         return self._landscape(self._anchored)
 
-    def _now(self, strategy: Any) -> EmpiricalRisk:
-        """The current examples on the model as it is."""
-        if self._current is None:
-            raise RuntimeError("Landscapes are measured in training; this experience has not begun.")
-        return self._current.frozen_at(strategy.model)
+    def _part(self, risks: Sequence[EmpiricalRisk]) -> tuple[EmpiricalRisk, ...]:
+        """The random part of each of these examples that is measured, of at most `max_rows` rows together."""
+        part = part_within(self.curvature, risks, self.max_rows, self.seed)
+        counts = [sum(risk.examples for risk in some) for some in (part, risks)]
+        if counts[0] < counts[1] and not self._limited:
+            self._limited = True
+            warnings.warn(
+                f"landscape_metrics measures a random {counts[0]:,} of {counts[1]:,} examples, since all of them have "
+                f"{rows_of(self.curvature, risks):,} rows, more than max_rows={self.max_rows}. Ranks are those of so "
+                "many. Give max_rows=None to measure all, at a cost that grows with them, or a smaller fraction=....",
+                stacklevel=2,
+            )
+        return part
 
     def _landscape(self, risks: Sequence[EmpiricalRisk]) -> Landscape | None:
         try:
@@ -160,7 +194,8 @@ class LandscapeMetric(ScalarMetric):
             return None
 
     def _measured(self, strategy: Any) -> dict[str, Landscape]:
-        risks = {"current": [self._now(strategy)], "stored": moved(self._stored, strategy.model)}
+        now = [risk.frozen_at(strategy.model) for risk in self._parts["current"]]
+        risks = {"current": now, "stored": moved(self._parts["stored"], strategy.model)}
         found = {which: self._landscape(some) for which, some in risks.items() if some}
         return {which: one for which, one in found.items() if one is not None}
 
@@ -188,7 +223,7 @@ class LandscapeMetric(ScalarMetric):
 
     def _drawn(self, strategy: Any, found: dict[str, Landscape]) -> list[MetricValue]:
         """Spectra, for loggers that draw."""
-        if not any(isinstance(logger, TensorboardLogger | WandBLogger) for logger in strategy.evaluator.loggers):
+        if not draws(strategy):
             return []
         values: dict[str, Any] = {}
         for which, one in found.items():
@@ -196,12 +231,34 @@ class LandscapeMetric(ScalarMetric):
                 title = f"{in_short(self.curvature)} of {one.examples} {which} examples"
                 values[f"landscape/{which}/spectrum"] = spectrum_figure(one, title)
                 values[f"landscape/{which}/log10_eigenvalues"] = logarithms(one.density)
-        step = strategy.clock.train_iterations
-        return [MetricValue(self, name, value, step) for name, value in values.items()]
+        return self.publish_drawn(strategy, values)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the landscape at the anchor, which is computed again when it is needed."""
         return {name: value for name, value in self.__dict__.items() if name != "_reference"}
+
+
+def rows_of(curvature: Curvature, risks: Sequence[EmpiricalRisk]) -> int:
+    """The number of rows of the curvature of all these examples; of examples, for a kind without rows."""
+    counts = ((curvature.row_count(risk), risk.examples) for risk in risks)
+    return sum(examples if rows is None else rows for rows, examples in counts)
+
+
+def part_within(
+    curvature: Curvature, risks: Sequence[EmpiricalRisk], most: int | None, seed: int
+) -> tuple[EmpiricalRisk, ...]:
+    """As large a random part of each risk as has at most `most` rows for all together, but at least 100 examples of all
+    and one of each; all examples where they have no more rows, and for None. The part is drawn by `seed`, independently
+    of the part that is stored."""
+    examples, rows = sum(risk.examples for risk in risks), rows_of(curvature, risks) if most is not None else 0
+    share = 1.0 if most is None or rows <= most else max(most / rows, FEWEST / examples)
+    if share >= 1:
+        return tuple(risks)
+    counts = [max(1, int(share * risk.examples)) for risk in risks]
+    return tuple(
+        risk.subset(count / risk.examples, part_seed(seed + 1, number))
+        for number, (risk, count) in enumerate(zip(risks, counts))
+    )
 
 
 def spectrum_figure(landscape: Landscape, of: str) -> Figure:

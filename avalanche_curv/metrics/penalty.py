@@ -18,6 +18,9 @@ def penalty_metrics(*, every: int = 1) -> list[ScalarMetric]:
     after one, `penalty/error` = |L − q| of the stored examples before it. They are read from the strategy's
     CurvatureEWCPlugin; with several, numbered `penalty_1/...` and so on. A strategy without one emits nothing. Raises
     ValueError unless `every` is an integer of at least 1.
+
+    The penalty is that of the step and is not computed anew: a measurement takes microseconds, and `every=1` is right.
+    Text loggers print `penalty/weighted` and `penalty/refreshes`.
     """
     return [PenaltyMetric(every)]
 
@@ -26,7 +29,7 @@ class PenaltyMetric(ScalarMetric):
     """The values `penalty/...` of `penalty_metrics`."""
 
     def __init__(self, every: int) -> None:
-        super().__init__(every)
+        super().__init__(every, ["penalty*/weighted", "penalty*/refreshes"])
         self._events: dict[str, int] = {}
 
     def after_training_iteration(self, strategy: Any) -> list[MetricValue]:

@@ -60,7 +60,10 @@ def plasticity_metrics(
       ended, on its probe: see `plasticity.representation_change`.
 
     For a multilayer perceptron 784-256×4-10 one measurement takes two forward passes and one backward pass over the
-    probe and a decomposition of each weight: as long as some ten steps of batch 128.
+    probe and a decomposition of each weight: as long as some ten steps of batch 128, which is a tenth of the training
+    with `every=100`. The accuracy takes a forward pass over all examples of the task at its end; `from_scratch` trains
+    once more. Text loggers print `plasticity/{spectral_norm,dormant_units,feature_effective_rank}` and
+    `plasticity_experience/{accuracy,loss_of_plasticity}`; other loggers get all, those of each layer included.
 
     Values that are not finite are not published, such as those of a run that diverged, or the condition number of a
     singular weight and with it the mean over weights. Measuring draws no random numbers and leaves training
@@ -77,7 +80,7 @@ class WeightMetric(ScalarMetric):
     """Publishes norms, ranks and condition numbers of the weights, and ‖θ‖₂; see `plasticity_metrics`."""
 
     def __init__(self, every: int) -> None:
-        super().__init__(every)
+        super().__init__(every, ["plasticity/spectral_norm"])
         self._task_ends = _bridge.TaskEnds()
 
     def before_training(self, strategy: Any) -> None:
@@ -105,7 +108,7 @@ class ProbeMetric(ScalarMetric):
     seed = Setting(check_seed)
 
     def __init__(self, every: int, examples: int, threshold: float, seed: int) -> None:
-        super().__init__(every)
+        super().__init__(every, ["plasticity/dormant_units", "plasticity/feature_effective_rank"])
         self.examples, self.threshold, self.seed = examples, threshold, seed
         self._task_ends = _bridge.TaskEnds()
         self._tasks = 0

@@ -16,6 +16,8 @@ from avalanche_curv.core.risk.parameters import ParameterSpace
 from avalanche_curv.metrics._published import ScalarMetric
 from avalanche_curv.plugins import OrthogonalProjectionPlugin, _bridge
 
+IN_TEXT = ("projection/step_leakage", "projection/free", "projection_experience/overlap",
+           "projection_?/step_leakage", "projection_?/free", "projection_?_experience/overlap")  # fmt: skip
 Copies = dict[str, dict[str, Tensor]]  # of the protected parameters by name, for each group of metrics
 
 
@@ -41,7 +43,8 @@ def projection_metrics(*, every: int = 1) -> list[ScalarMetric]:
     and `max_rank` leaves those between what it keeps.
 
     For an MLP 784-400-400-10 with 20 directions over all parameters one measurement takes as long as a projected step,
-    or two to three plain ones of batch 128; every=1 about doubles the cost of training.
+    or two to three plain ones of batch 128; every=1 about doubles the cost of training, every=20 adds a tenth. Text
+    loggers print `projection/{step_leakage,free}` and `projection_experience/overlap`; other loggers get all.
 
     They are read from the strategy's OrthogonalProjectionPlugin; with several, numbered `projection_1/...` and
     `projection_1_experience/...` and so on. A strategy without one emits nothing. Values that are not finite, such as
@@ -55,7 +58,7 @@ class ProjectionMetric(ScalarMetric):
     """The values `projection...` of `projection_metrics`."""
 
     def __init__(self, every: int) -> None:
-        super().__init__(every)
+        super().__init__(every, IN_TEXT)
         self._task_ends = _bridge.TaskEnds()
         self._starts: Copies = {}  # at the start of the task
         self._before: Copies = {}  # before a step that is measured

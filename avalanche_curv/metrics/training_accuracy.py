@@ -42,7 +42,8 @@ class TrainingAccuracyMetric(ScalarMetric):
     from_scratch = Fixed["FromScratch | None"]()
 
     def __init__(self, from_scratch: FromScratch | None) -> None:
-        super().__init__(every=1)
+        shown = ("accuracy", "loss_of_plasticity")
+        super().__init__(every=1, in_text=[f"plasticity_experience/{name}" for name in shown])
         if from_scratch is not None and not isinstance(from_scratch, FromScratch):
             raise TypeError(
                 f"from_scratch takes FromScratch(optimizer=...) or None; got {from_scratch!r}. "

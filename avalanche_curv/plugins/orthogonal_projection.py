@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Iterable
 from functools import partial
 from typing import Any
@@ -12,8 +13,8 @@ from avalanche.training.plugins import SupervisedPlugin
 from avalanche_curv.core.curvature.base import NonFiniteCurvatureError
 from avalanche_curv.core.options import Fixed, Forwarded, Setting, check_count, check_kind, optional
 from avalanche_curv.core.projection import (
-    Eigenspace,
     FreezeUncovered,
+    InputSpace,
     Projection,
     Projector,
     ProtectedSpace,
@@ -22,7 +23,8 @@ from avalanche_curv.core.projection import (
     Uncovered,
 )
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
-from avalanche_curv.core.risk.selection import ParameterSelector, Selection, selection_of
+from avalanche_curv.core.risk.parameters import ParameterSpace
+from avalanche_curv.core.risk.selection import ParameterSelector, Selection, in_words, selection_of
 from avalanche_curv.plugins import _bridge
 
 
@@ -30,8 +32,12 @@ class OrthogonalProjectionPlugin(SupervisedPlugin):
     """Projects each training step on the orthogonal complement of what past experiences need.
 
     At the end of an experience `protect` finds its directions, and they join one orthonormal basis U of the union of
-    all (`protected`, a `ProtectedSpace`): Δ ← Δ − U Uᵀ Δ. The step itself is projected, so that the parameters stay in
-    the complement under any optimiser; `GradientProjection()` and `SequentialProjection()` are for comparison.
+    all (`protected`, a `ProtectedSpace`): Δ ← Δ − U Uᵀ Δ. By default they are the inputs of each linear and
+    convolutional layer (`InputSpace()`), which a forward pass over 300 examples finds; `Eigenspace()` takes the top
+    eigenvectors of a curvature in all parameters, at many times the cost. The step itself is projected, so that the
+    parameters stay in the complement under any optimiser; `GradientProjection()` and `SequentialProjection()` are for
+    comparison.
+
     `max_rank` bounds the rank of each basis and keeps the directions along which past curvature is largest. A basis of
     k rows takes k P numbers, and j k in double precision for the j directions of each task; all bases together up to
     `max_bytes`. With nothing protected, as in the first experience, training is exactly Naive's; with all protected, no
@@ -49,7 +55,8 @@ class OrthogonalProjectionPlugin(SupervisedPlugin):
     says of old inputs (`growth/...` of `fidelity_metrics` shows it), and so are parameters that were frozen until now
     and not included, which is warned of before their first step; running statistics of norm layers, and parameters of
     which no directions are known, hold still from the end of the first experience (`uncovered=FreezeUncovered()`), norm
-    layers in eval mode, or go on as they are (`uncovered=LeaveUncovered()`). Other buffers are not looked at.
+    layers in eval mode, or go on as they are (`uncovered=LeaveUncovered()`). Which parameters will hold still is said
+    in a warning before the first step. Other buffers are not looked at.
 
     Raises TypeError or ValueError for unusable options when it is made; before the first step of an experience
     TypeError for an optimiser that needs a closure, TypeError or ValueError for selectors that fit no parameter and for
@@ -58,7 +65,7 @@ class OrthogonalProjectionPlugin(SupervisedPlugin):
     NonFiniteCurvatureError at the end of one that diverged, when `protected` still holds what came before.
     """
 
-    protect = Fixed[Protection](partial(check_kind, kind=Protection, example="Eigenspace(Fisher(), Rank(20))"))
+    protect = Fixed[Protection](partial(check_kind, kind=Protection, example="InputSpace(Energy(0.95))"))
     projection = Fixed[Projection](partial(check_kind, kind=Projection, example="StepProjection()"))
     uncovered = Fixed[Uncovered](partial(check_kind, kind=Uncovered, example="FreezeUncovered()"))
     max_rank = Fixed[int | None](optional(check_count))
@@ -70,7 +77,7 @@ class OrthogonalProjectionPlugin(SupervisedPlugin):
 
     def __init__(
         self,
-        protect: Protection = Eigenspace(),  # noqa: B008  a frozen value
+        protect: Protection = InputSpace(),  # noqa: B008  a frozen value
         *,
         projection: Projection = StepProjection(),  # noqa: B008
         uncovered: Uncovered = FreezeUncovered(),  # noqa: B008
@@ -116,7 +123,9 @@ class OrthogonalProjectionPlugin(SupervisedPlugin):
         """Raises what would keep an experience from being absorbed, as seen on a few of its examples."""
         self.protect.check_loss(risk.loss)
         if not self.protected.experiences:
-            ProtectedSpace().absorb(risk, self.protect, uncovered=self.uncovered, max_rank=self.max_rank)
+            tried = ProtectedSpace().absorb(risk, self.protect, uncovered=self.uncovered, max_rank=self.max_rank)
+            if tried.held.size:
+                _warn_held(self.protect, tried.held, risk.space)
 
     def before_update(self, strategy: Any, **kwargs: Any) -> None:
         self._unprotected.say(self.protected.unprotected(strategy.model))
@@ -147,6 +156,17 @@ class OrthogonalProjectionPlugin(SupervisedPlugin):
                 f"Experience {_bridge.current_number(strategy)}: {error} What the {self.protected.experiences} "
                 "experiences before it need is kept in `protected`."
             ) from error
+
+
+def _warn_held(protect: Protection, held: ParameterSpace, whole: ParameterSpace) -> None:
+    """Warns that the parameters `held`, of the `whole`, will not move after the first experience, with the remedy."""
+    warnings.warn(
+        f"{type(protect).__name__} knows no directions of {held.size:,} of the {whole.size:,} parameters, which are of "
+        f"other layers than it covers, or of layers that are called more than once: {in_words(held.names)}. They hold "
+        "still from the end of the first experience on. protect=Eigenspace() protects directions of all parameters; "
+        "uncovered=LeaveUncovered() lets these change, and the past be lost as far as it depends on them.",
+        stacklevel=2,
+    )
 
 
 def _check_optimizer(optimizer: Any) -> None:

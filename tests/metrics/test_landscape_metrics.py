@@ -2,6 +2,7 @@ import copy
 import math
 import pickle
 import re
+import warnings
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from avalanche_curv import (
     CurvatureEWCPlugin,
     Dense,
     EmpiricalFisher,
+    EmpiricalRisk,
     Fisher,
     GramMatrix,
     Hessian,
@@ -34,6 +36,8 @@ from avalanche_curv import (
 )
 from avalanche_curv.core.quadratic.policies import part_seed
 from avalanche_curv.core.risk.batches import random_part
+from avalanche_curv.metrics import landscape as landscape_file
+from avalanche_curv.metrics.landscape import part_within
 
 NUMBERS = ("sharpness", "trace", "numerical_rank", "effective_rank", "energy", "exact")
 MOTION = ("alignment", "leakage")
@@ -100,18 +104,25 @@ def top_of(rows, k):
     return torch.linalg.eigh(rows.T @ rows / len(rows)).eigenvectors[:, -k:].T
 
 
-@pytest.mark.parametrize("methods", [(GramMatrix(),), None])
-def test_values_equal_those_of_the_explicit_matrix(methods, double, growing, learner, train, examples, recorder):
-    fraction, seed, k = 0.1, 7, 4
+@pytest.mark.parametrize("options", [{"methods": [GramMatrix()]}, {}, {"fraction": 0.5, "max_rows": 20}], ids=str)
+@pytest.mark.filterwarnings("ignore:landscape_metrics measures")
+def test_values_equal_those_of_the_explicit_matrix(
+    options, double, growing, learner, train, examples, recorder, monkeypatch
+):
+    """Of at most 20 rows: 20 of the 25 current examples, and 10 of the 25 stored ones of each past experience."""
+    monkeypatch.setattr(landscape_file, "FEWEST", 1)
+    options, seed, k = {"fraction": 0.1, **options}, 7, 4
     model, benchmark = growing(torch.float64)
-    options = {"methods": methods} if methods else {}
-    metrics = landscape_metrics(curvature=EmpiricalFisher(), fraction=fraction, seed=seed, every=1, k=k, **options)
+    metrics = landscape_metrics(curvature=EmpiricalFisher(), seed=seed, every=1, k=k, **options)
     strategy = train(learner(model, recorder, metrics=metrics, train_mb_size=25), benchmark.train_stream)
     heads = not isinstance(model, nn.Sequential)
     parts = []
     for number, experience in enumerate(benchmark.train_stream):
         inputs, targets = examples(experience)
-        kept = random_part(50, fraction, part_seed(seed, number))
+        kept = random_part(50, options["fraction"], part_seed(seed, number))
+        if "max_rows" in options:
+            fraction, place = (20 / 25, 0) if number == 2 else (20 / 50, number)
+            kept = kept[random_part(25, fraction, part_seed(seed + 1, place))]
         parts.append((inputs[kept], targets[kept], number if heads else None))
     # at the last iteration, in the third experience of two iterations
     before, now, past = recorder.steps[-2], recorder.steps[-1], recorder.ends[1]
@@ -197,6 +208,42 @@ def test_without_a_penalty_there_is_only_the_gradient_of_the_task(net, learner, 
     still = train(learner(net, CurvatureEWCPlugin(0.0), metrics=landscape_metrics(every=1)[1:]), plane.train_stream)
     assert set(published(still)) == {"gradient/task_norm", "gradient/penalty_norm"}
     assert set(published(still)["gradient/penalty_norm"][1]) == {0.0}
+
+
+# --- at most so many rows ---
+
+
+def test_a_limit_that_takes_effect_is_said_once(net, learner, train, plane):
+    """Three experiences of 48 examples of two classes, with a row each; after two of them 96 are stored."""
+
+    def trained(most):
+        metrics = landscape_metrics(every=2, fraction=1.0, max_rows=most)
+        return published(train(learner(copy.deepcopy(net), metrics=metrics), plane.train_stream))
+
+    landscape_limit = r"a random 40 of 48 examples.* have 48 rows, more than max_rows=40.*Give max_rows=None"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(landscape_file, "FEWEST", 1)
+        with pytest.warns(UserWarning, match=landscape_limit) as said:
+            trained(40)
+    assert len([one for one in said if "max_rows" in str(one.message)]) == 1
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "landscape_metrics")
+        assert trained(96) == trained(None)
+
+
+def test_few_examples_of_many_classes_are_not_made_fewer(make):
+    """Of 120 examples with 30 rows each, 100 remain; of a kind without rows the examples count."""
+    data = torch.randn(120, 2), torch.randint(31, (120,))
+    risk = EmpiricalRisk.snapshot(make(lambda: nn.Linear(2, 31)), nn.CrossEntropyLoss(), [data])
+    for curvature, most, expected in ((Fisher(), 300, 100), (Fisher(), 3300, 110), (Fisher(), 3600, 120),
+                                      (Hessian(), 110, 110), (Fisher(), None, 120)):  # fmt: skip
+        (part,) = part_within(curvature, [risk], most, seed=3)
+        assert part.examples == expected
+    (part,) = part_within(Hessian(), [risk], 110, seed=3)
+    kept = random_part(120, 110 / 120, part_seed(4, 0))
+    assert torch.equal(torch.cat([x for x, _ in part]), data[0][kept])
+    halves = part_within(Fisher(), [risk, risk], 3600, seed=3)
+    assert [half.examples for half in halves] == [60, 60]
 
 
 # --- what is published, and when ---

@@ -414,7 +414,7 @@ def test_measuring_leaves_training_bit_identical(projection, assert_leaves_no_tr
     plugins = []
 
     def fresh():
-        plugins.append(OrthogonalProjectionPlugin(projection=projection))
+        plugins.append(OrthogonalProjectionPlugin(Eigenspace(), projection=projection))
         return plugins[-1:]
 
     assert_leaves_no_trace(projection_metrics(every=2), fresh)

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 
 import pytest
 import torch
@@ -385,13 +386,44 @@ def test_the_strategy_takes_the_options_of_the_plugin(make):
     assert strategy.projection in strategy.plugins
 
 
+class Mixing(nn.Module):
+    """Two layers whose inputs are known, a norm, and a tensor of its own: 20 + 16 parameters with directions, 12
+    without."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.norm, self.head = nn.Linear(2, 4), nn.LayerNorm(4), nn.Linear(4, 2)
+        self.token = nn.Parameter(torch.ones(4))
+
+    def forward(self, inputs):
+        return self.head(self.norm(self.embed(inputs).tanh() + self.token))
+
+
+def test_what_the_default_cannot_cover_is_said_before_the_first_step_with_the_remedy(make, learner, train, plane):
+    remedy = r"InputSpace knows no directions of 12 of the 34 parameters.*: norm.weight, norm.bias, token\. .*" \
+        r"protect=Eigenspace\(\) .*LeaveUncovered\(\)"
+    held, before = learner(make(Mixing), OrthogonalProjectionPlugin()), state(make(Mixing))
+    remedies = {"protect": Eigenspace()}, {"uncovered": LeaveUncovered()}
+    covered = [learner(make(Mixing), OrthogonalProjectionPlugin(**remedied)) for remedied in remedies]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        with pytest.raises(RuntimeError, match=remedy):
+            train(held, plane.train_stream)
+        for strategy in covered:
+            train(strategy, plane.train_stream[:2])
+    assert same(before, state(held.model))
+    with pytest.warns(UserWarning, match=remedy) as said:
+        train(held, plane.train_stream)
+    assert len([one for one in said if "InputSpace" in str(one.message)]) == 1
+
+
 # Errors
 
 
 @pytest.mark.parametrize(
     ("options", "error", "remedy"),
     [
-        ({"protect": Eigenspace}, TypeError, r"protect must be a Protection; got .*Call it: Eigenspace\(Fisher"),
+        ({"protect": Eigenspace}, TypeError, r"protect must be a Protection; got .*Call it: Eigenspace\(\)"),
         ({"projection": None}, TypeError, r"projection must be a Projection; got None.*StepProjection\(\)"),
         ({"uncovered": StepProjection()}, TypeError, r"uncovered must be a Uncovered; got StepProjection\(\)"),
         ({"max_rank": 0}, ValueError, "max_rank must be an integer of at least 1; got 0"),
@@ -439,10 +471,10 @@ def test_optimisers_that_need_a_closure_are_refused(kind, scheduled, net, learne
 def test_a_criterion_that_the_recipe_cannot_use_is_refused_before_training(
     criterion, error, remedy, net, learner, train, plane
 ):
-    strategy = learner(net, OrthogonalProjectionPlugin(), criterion=criterion)
+    strategy = learner(net, OrthogonalProjectionPlugin(Eigenspace()), criterion=criterion)
     assert_refused_untrained(error, remedy, strategy, train, plane.train_stream)
     if error is ValueError:
-        train(learner(net, OrthogonalProjectionPlugin(InputSpace()), criterion=criterion), plane.train_stream[:1])
+        train(learner(net, OrthogonalProjectionPlugin(), criterion=criterion), plane.train_stream[:1])
 
 
 def test_an_empty_experience_is_refused_before_training(net, learner, train, plane):
@@ -458,7 +490,7 @@ def test_an_empty_experience_is_refused_before_training(net, learner, train, pla
 
 def test_a_basis_over_its_limit_is_refused_before_the_experience_and_the_past_is_kept(net, learner, train, plane):
     """27 parameters: 20 directions of float32 take 2.1 KiB, and their share 3.3 KiB."""
-    refused = OrthogonalProjectionPlugin(max_bytes=2000)
+    refused = OrthogonalProjectionPlugin(Eigenspace(), max_bytes=2000)
     remedy = r"may need 5.4 KiB, over their limit of 2.0 KiB; they hold 0.0 B now. .*max_rank=.*or raise max_bytes"
     assert_refused_untrained(MemoryError, remedy, learner(net, refused), train, plane.train_stream)
     plugin = OrthogonalProjectionPlugin(Eigenspace(cut=Rank(10)), max_bytes=2200)

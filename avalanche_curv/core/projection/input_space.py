@@ -37,8 +37,8 @@ class InputSpace(Protection):
     trainable layers in the order of the model, the last one for all that follow. M is of `examples`, drawn by `seed`
     (None takes all).
 
-    `Energy(1.0)` keeps all but rounding. Outputs that have grown are closed, from the end of their first task on, to
-    the inputs of all tasks.
+    By default the directions that hold 95 % of M join, at most 1,000 of them a task. `Energy(1.0)` keeps all but
+    rounding. Outputs that have grown are closed, from the end of their first task on, to the inputs of all tasks.
 
     Parameters of other layers, of layers that are called more than once, share their weights or are bypassed, have no
     input space here: see `ProtectedSpace` for what happens to them. Eigenvectors take m³ operations for m rows or
@@ -47,7 +47,7 @@ class InputSpace(Protection):
     Raises TypeError for cuts that are none, ValueError for no cut and for counts and seeds that are none.
     """
 
-    cuts: Cut | tuple[Cut, ...] = Energy(0.97, most_pairs=10_000)  # noqa: RUF009  a frozen value
+    cuts: Cut | tuple[Cut, ...] = Energy(0.95, most_pairs=1000)  # noqa: RUF009  a frozen value
     examples: int | None = 300
     seed: int = 0
 
@@ -55,9 +55,9 @@ class InputSpace(Protection):
         if isinstance(self.cuts, Sequence):
             object.__setattr__(self, "cuts", tuple(self.cuts))
         if not self._cuts:
-            raise ValueError("InputSpace needs at least one cut, such as Energy(0.97); got none.")
+            raise ValueError("InputSpace needs at least one cut, such as Energy(0.95); got none.")
         for cut in self._cuts:
-            check_kind("each of cuts", cut, Cut, "Energy(0.97)")
+            check_kind("each of cuts", cut, Cut, "Energy(0.95)")
         settle(self, seed=check_seed, examples=optional(check_count))
 
     def find(self, risk: EmpiricalRisk, experience: int) -> TaskFindings:

@@ -13,6 +13,7 @@ from avalanche_curv import (
     AbsoluteError,
     AdaptiveRefresh,
     CurvatureEWCPlugin,
+    Eigenspace,
     EmpiricalFisher,
     Fisher,
     OrthogonalProjectionPlugin,
@@ -121,7 +122,7 @@ def _trained(
 
 
 def _protecting(space: ProtectedSpace) -> OrthogonalProjectionPlugin:
-    plugin = OrthogonalProjectionPlugin()
+    plugin = OrthogonalProjectionPlugin(Eigenspace())
     plugin.protected = space
     return plugin
 
