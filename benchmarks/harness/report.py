@@ -98,9 +98,8 @@ def write_reports(out: Path, report: Callable[[str], Report]) -> tuple[list[Path
 
 
 def where(store: Store) -> str:
-    """Lines with the paths of the report and its figures, and the command that opens the curves."""
+    """Lines with the paths of the report and its page, and the command that opens the curves."""
     lines = [f"Report: {store.report}", f"Page: {store.page}"]
-    lines += [f"Figure: {path}" for path in sorted(store.root.glob("*.png"))]
     runs = sum(1 for _ in (store.root / "tensorboard").glob("*/*"))
     if runs:
         lines.append(f"Curves: tensorboard --logdir {store.root / 'tensorboard'}")

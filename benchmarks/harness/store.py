@@ -3,10 +3,12 @@
 ``<out>/<experiment>/``
     ``units/<digest>.jsonl``      a finished unit: a header line, then one line per record, the timings marked as such
     ``units/<digest>.error.txt``  the traceback of a unit that failed
+    ``units/<digest>.warnings.jsonl``  what was warned of in it, if anything
     ``units/<digest>.broken``     what was in the place of a finished unit and could not be read, when a run began
     ``tensorboard/<label>/seed<k>``  event files: the run's own, and its row and charts (``*.results``)
     ``manifest.json``             the grid of the last run and what it ran on
     ``report.md``, ``report.html``, ``*.png``; ``report.error.txt`` where it failed
+    ``warnings.log``              all that was warned of, each once
     ``.lock``                     held by a run that is at work
 """
 
@@ -42,6 +44,9 @@ class Store:
     def error(self, digest: str) -> Path:
         return self.root / "units" / f"{digest}.error.txt"
 
+    def warned(self, digest: str) -> Path:
+        return self.root / "units" / f"{digest}.warnings.jsonl"
+
     def tensorboard(self, label: str, seed: int) -> Path:
         return self.root / "tensorboard" / label / f"seed{seed}"
 
@@ -56,6 +61,10 @@ class Store:
     @property
     def report_error(self) -> Path:
         return self.root / "report.error.txt"
+
+    @property
+    def warnings(self) -> Path:
+        return self.root / "warnings.log"
 
     @property
     def page(self) -> Path:
