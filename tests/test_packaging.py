@@ -52,7 +52,8 @@ def test_an_editable_install_makes_the_library_importable_and_nothing_beside_it(
     subprocess.run([*install, "editables", "-e", str(ROOT)], check=True, cwd=tmp_path)  # all other needs are large
 
     def importable(folder):
-        code = "from importlib.util import find_spec as f; print(*[bool(f(n)) for n in ('avalanche_curv', 'benchmarks')])"
+        names = ["avalanche_curv", "benchmarks"]
+        code = f"from importlib.util import find_spec; print(*[bool(find_spec(name)) for name in {names}])"
         return subprocess.run([python, "-c", code], cwd=folder, capture_output=True, text=True, check=True).stdout
 
     assert importable(tmp_path) == "True False\n"
