@@ -11,7 +11,7 @@ from tqdm import tqdm
 from benchmarks.harness.terminal import shortened
 
 EVERY = 10.0  # seconds between lines
-NAME = 30  # characters
+LABEL = 24  # characters
 BAR = "{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} units, {elapsed}<{remaining}{postfix}"
 
 
@@ -28,8 +28,8 @@ class Progress:
         self._bar: Any = None
         if done == total:
             return
-        workers = f"{jobs} workers" if jobs and jobs > 1 else "workers" if jobs is None else ""
-        start = f"starting {workers}".strip() + f" for {total - done} units"
+        workers = "" if jobs == 1 else f"{jobs or 'the'} workers for "
+        start = f"starting {workers}{total - done} units"
         if sys.stderr.isatty():
             self._bar = tqdm(total=total, initial=done, dynamic_ncols=True, smoothing=0.0, miniters=1, bar_format=start)
         else:
@@ -42,23 +42,31 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
 
-    def ended(self, name: str, *, failed: bool) -> None:
-        """One more unit has ended, of this name."""
+    def ended(self, label: str, seed: int, *, failed: bool) -> None:
+        """One more unit has ended."""
         self._done += 1
-        if self._bar is not None and self._done == self._before + 1:  # the time left does not count the start
-            self._bar.bar_format = BAR
-            self._bar.initial += 1
-            self._bar.unpause()
-        name = f"{shortened(name, NAME)}{' FAILED' if failed else ''}"
+        if self._done == self._before + 1:
+            self._first_ended()
+        name = f"{shortened(label, LABEL)} seed {seed}{' FAILED' if failed else ''}"
         if self._bar is not None:
-            self._bar.set_postfix_str(f"{name:{NAME}}", refresh=False)
+            self._bar.set_postfix_str(f"{name:{LABEL + len(' seed 0')}}", refresh=False)
             self._bar.update()
         elif self._done == self._total or time.monotonic() - self._said >= EVERY:
             self._said = time.monotonic()
-            spent = self._said - self._begin
-            left = spent / (self._done - self._before) * (self._total - self._done)
-            ends = f"{_clock(left)} left" if left else f"in {_clock(spent)}"
-            print(f"{self._done} of {self._total} units, {ends}: {name}", file=sys.stderr, flush=True)
+            print(f"{self._done} of {self._total} units{self._left()}: {name}", file=sys.stderr, flush=True)
+
+    def _first_ended(self) -> None:
+        """From here on time counts: before, workers started."""
+        self._begin = time.monotonic()
+        if self._bar is not None:
+            self._bar.bar_format = BAR
+            self._bar.initial += 1
+            self._bar.unpause()
+
+    def _left(self) -> str:
+        """The time that is left, in words, where it can be known."""
+        counted, left = self._done - self._before - 1, self._total - self._done
+        return f", {_clock((self._said - self._begin) / counted * left)} left" if counted and left else ""
 
 
 def _clock(seconds: float) -> str:

@@ -105,7 +105,7 @@ class Runner:
                 manifest.write(time.perf_counter() - begin)
                 if outcome.error:
                     failed.append(outcome)
-                progress.ended(f"{unit.label} seed {unit.seed}", failed=bool(outcome.error))
+                progress.ended(unit.label, unit.seed, failed=bool(outcome.error))
         return failed
 
 

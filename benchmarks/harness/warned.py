@@ -148,7 +148,7 @@ def told(store: Store, units: Sequence[Unit], heard: Sequence[Warned]) -> tuple[
         if warned.ours:
             ours.setdefault(warned.text, []).extend(where)
     count, units_of = len(sources), len({where for some in sources.values() for where in some})
-    line = f"Warnings: {store.warnings} ({count} different, in {units_of} units)"
+    line = f"Warnings: {store.warnings} ({count} different, in {units_of} unit{'s' * (units_of > 1)})"
     return [f"{text} (in {_in_words(where)})" for text, where in ours.items()], [line]
 
 

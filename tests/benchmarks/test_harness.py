@@ -519,7 +519,7 @@ def test_warnings_are_kept_in_a_file_and_those_of_this_package_shown_once(tiny, 
     assert said.err.endswith(shown)
     assert "of avalanche.training" not in said.err
     assert "of a logger" not in said.err
-    assert f"Warnings: {tiny.out / 'warnings.log'} (3 different, in 1 units)\n" in said.out
+    assert f"Warnings: {tiny.out / 'warnings.log'} (3 different, in 1 unit)\n" in said.out
     log = (tiny.out / "warnings.log").read_text()
     texts = ["of avalanche.training", "of avalanche_curv.plugins", "of a logger"]
     assert [log.count(text) for text in texts] == [1, 1, 1]

@@ -75,14 +75,14 @@ def test_elsewhere_than_in_a_terminal_there_are_no_control_characters_and_nothin
     monkeypatch.delenv("COLUMNS", raising=False)
     show(TEXT, GLANCE, [PATH])
     with Progress(2, 0, 2) as progress:
-        progress.ended("CurvatureEWC Fisher, Kronecker, adaptive seed 0", failed=False)
-        progress.ended("Naive seed 0", failed=True)
+        progress.ended("CurvatureEWC Fisher, Kronecker, adaptive", 0, failed=False)
+        progress.ended("Naive", 0, failed=True)
     printed = capsys.readouterr()
     assert not CONTROL.search(printed.out + printed.err)
     assert "CurvatureEWC Fisher, Kronecker, adaptive  0.500 ± 0.010" in printed.out
     start, end = printed.err.splitlines()
     assert start == "starting 2 workers for 2 units"
-    assert end == "2 of 2 units, in 00:00: Naive seed 0 FAILED"
+    assert end == "2 of 2 units: Naive seed 0 FAILED"
 
 
 class Terminal(io.StringIO):
@@ -97,13 +97,21 @@ def test_the_bar_counts_when_there_is_something_to_count(monkeypatch):
 
     with Progress(5, 1, 2) as progress:
         begun = sys.stderr.getvalue()
-        progress.ended("Naive seed 0", failed=False)
-        progress._bar.refresh()
+        progress.ended("CurvatureEWC Fisher, Kronecker, adaptive", 0, failed=False)
     assert begun.strip() == "starting 2 workers for 4 units"
     last = sys.stderr.getvalue().rstrip().split("\r")[-1]
     assert last.startswith(" 40% |")
     assert "2/5 units" in last
-    assert last.endswith("Naive seed 0")
+    assert last.endswith("CurvatureEWC … adaptive seed 0")
+
+
+def test_the_time_left_does_not_count_the_start_of_the_workers(capsys, monkeypatch):
+    clock = iter([0.0, 60.0, 60.0, 60.0, 80.0, 80.0])
+    monkeypatch.setattr("time.monotonic", lambda: next(clock))
+    with Progress(5, 0, 2) as progress:
+        progress.ended("a", 0, failed=False)  # after a minute
+        progress.ended("b", 0, failed=False)  # 20 seconds later
+    assert capsys.readouterr().err.splitlines()[1:] == ["1 of 5 units: a seed 0", "2 of 5 units, 01:00 left: b seed 0"]
 
 
 def test_a_run_of_nothing_shows_no_progress(capsys):
