@@ -18,6 +18,7 @@ from benchmarks.harness.errors import UsageError, unknown
 if TYPE_CHECKING:
     from benchmarks.harness.experiment import Experiment
     from benchmarks.harness.results import Results
+    from benchmarks.harness.terminal import Glance
 
 FOLDER = Path(__file__).parent / "experiments"
 
@@ -38,6 +39,13 @@ class Registered:
     def report(self) -> Callable[[Results, Path], str]:
         """report(results, out): Markdown over the results, which may be incomplete, its figures in the folder `out`."""
         return _loaded(self.reporter)
+
+    @property
+    def glance(self) -> Glance:
+        """What of the report a terminal shows first: ``GLANCE`` beside `report`, where it is defined."""
+        from benchmarks.harness.terminal import Glance
+
+        return getattr(import_module(self.reporter.partition(":")[0]), "GLANCE", Glance())
 
 
 def _loaded(target: str) -> Any:

@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 
 from benchmarks.harness.errors import UsageError, unknown
 from benchmarks.streams import SCENARIOS, TASK
@@ -133,15 +135,50 @@ SHOWN = (*MATTER, "Cumulative", "GEM", "LwF", "SI fixed", "CurvatureEWC Fisher, 
 """Those that stand for all where there is no room for them, in figures and in TensorBoard, the first ones first."""
 
 
-def chosen(scenario: str, names: Sequence[str] | None) -> list[str]:
-    """The names, or all that run in the scenario. Raises UsageError for a name that is unknown, with the nearest known
-    one, and for one that does not run in the scenario."""
-    if names is None:
-        return [name for name, strategy in STRATEGIES.items() if scenario in strategy.scenarios]
-    for name in names:
-        if name not in STRATEGIES:
-            raise UsageError(unknown("strategy", name, STRATEGIES))
-        reason = STRATEGIES[name].unfit.get(scenario)
-        if reason:
-            raise UsageError(f"strategy '{name}' does not run {scenario}-incrementally: {reason}")
-    return list(names)
+MAIN = (
+    "Naive", "JointTraining", "Replay", "DER++", "EWC", "LwF", "CurvatureEWC Fisher, accumulate",
+    "CurvatureEWC Fisher, merge", "CurvatureEWC Fisher, Kronecker, adaptive", "GPM",
+)  # fmt: skip
+"""The ten that matter: the bounds, what is known best, and what this package adds."""
+ALL = "all"
+WILD = re.compile(r"[*?\[]")
+
+
+def chosen(scenario: str, asked: Sequence[str]) -> list[str]:
+    """The strategies that are asked for, each once: by name, by the beginning of one name alone, by a pattern
+    (``'CurvatureEWC*'``), or as `ALL`; without any, `MAIN`. Of patterns, `ALL` and `MAIN` only those that run in the
+    scenario.
+
+    Raises UsageError for a word that is none of these, with the names that come near, and for a strategy that does not
+    run in the scenario.
+    """
+    return [*dict.fromkeys(name for word in asked or MAIN for name in _meant(word, scenario, optional=not asked))]
+
+
+def _meant(word: str, scenario: str, optional: bool) -> list[str]:
+    """The strategies that a word stands for."""
+    if word == ALL or WILD.search(word):
+        matching = [name for name in STRATEGIES if word == ALL or fnmatchcase(name, word)]
+        fit = [name for name in matching if scenario in STRATEGIES[name].scenarios]
+        if not matching:
+            raise UsageError(unknown("strategy", word, STRATEGIES))
+        if not fit:
+            raise UsageError(f"none of {'; '.join(matching)} runs {scenario}-incrementally.")
+        return fit
+    name = _named(word)
+    reason = STRATEGIES[name].unfit.get(scenario)
+    if reason and not optional:
+        raise UsageError(f"strategy '{name}' does not run {scenario}-incrementally: {reason}")
+    return [] if reason else [name]
+
+
+def _named(word: str) -> str:
+    """The strategy of that name, or the only one whose name begins so. Raises UsageError where there is none, and where
+    there are several."""
+    begun = [name for name in STRATEGIES if word and name.startswith(word)]
+    if word in STRATEGIES or len(begun) == 1:
+        return word if word in STRATEGIES else begun[0]
+    if begun:
+        lines = [f"{len(begun)} strategies begin with '{word}':", *(f"  {name}" for name in begun)]
+        raise UsageError("\n".join([*lines, f"Give one of these names, or take them all: --strategy '{word}*'."]))
+    raise UsageError(unknown("strategy", word, STRATEGIES))

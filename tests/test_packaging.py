@@ -2,6 +2,7 @@
 
 import ast
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -41,3 +42,19 @@ def test_the_library_installs_what_it_imports_and_no_more():
 
 def test_the_benchmarks_import_nothing_that_no_extra_declares():
     assert imported("benchmarks") <= declared("benchmarks", "cluster", "peers", "rl")
+
+
+@pytest.mark.slow
+def test_an_editable_install_makes_the_library_importable_and_nothing_beside_it(tmp_path):
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "venv")], check=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    install = [sys.executable, "-m", "pip", "--python", str(python), "install", "-q", "--no-deps"]
+    subprocess.run([*install, "editables", "-e", str(ROOT)], check=True, cwd=tmp_path)  # all other needs are large
+
+    def importable(folder):
+        names = ["avalanche_curv", "benchmarks"]
+        code = f"from importlib.util import find_spec; print(*[bool(find_spec(name)) for name in {names}])"
+        return subprocess.run([python, "-c", code], cwd=folder, capture_output=True, text=True, check=True).stdout
+
+    assert importable(tmp_path) == "True False\n"
+    assert importable(ROOT) == "True True\n"  # so that `python -m benchmarks` works in the checkout

@@ -6,7 +6,8 @@ How to add an experiment: add the folder ``benchmarks/experiments/NAME`` with
     Empty.
 ``experiment.py``
     Its docstring's first line is what ``list`` shows. It defines a frozen dataclass of one configuration (`Config`),
-    the grid and the run (`Experiment`), and the object ``experiment``. It may import torch, and imports no report::
+    the grid and the run (`Experiment`), and the object ``experiment``. It may import torch (within functions, so that
+    ``--help`` is immediate), and imports no report::
 
         @dataclass(frozen=True)
         class Config:
@@ -36,7 +37,8 @@ How to add an experiment: add the folder ``benchmarks/experiments/NAME`` with
 ``report.py``
     It defines ``report(results, out)``, which returns Markdown and draws its figures as PNG files in the folder `out`.
     It selects by columns and shows labels (`Results`), writes tables with `tables`, draws with `plots`, and may import
-    names from ``experiment.py``::
+    names from ``experiment.py``. A terminal shows its first table, in the order that ``GLANCE`` says where that is
+    defined (`terminal.Glance`)::
 
         def report(results: Results, out: Path) -> str:
             rows = [[one.label, one.final("accuracy"), one.first["strength"]] for one in results.each()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -30,7 +31,7 @@ class Place(Generic[O]):
     """Write the report on results again, without running. Files that cannot be read are named and left out, and the
     status is then 1."""
 
-    options: O
+    options: Annotated[O, tyro.conf.arg(name="experiment")]
     out: Annotated[Path, folder()] = Path("results")
     """below it lie the results, in a folder for each experiment"""
 
@@ -103,6 +104,9 @@ def main(argv: Sequence[str] | None = None, experiments: Experiments = EXPERIMEN
         if words[0] not in commands:
             raise UsageError(unknown("command", words[0], commands))
         return commands[words[0]](words, experiments)
+    except BrokenPipeError:  # whoever read has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # which Python flushes when it ends
+        return 1
     except (UsageError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -126,13 +130,16 @@ def _run(words: Sequence[str], experiments: Experiments) -> int:
     chosen = _chosen(Run, experiment, words)
     if chosen.jobs and chosen.scheduler:
         raise UsageError(f"--scheduler and --jobs exclude each other. See {PROGRAM} run {words[1]} --help.")
+    experiment.check(chosen.options)
+    if sys.stderr.isatty():
+        print("loading torch and Avalanche", file=sys.stderr)
     from benchmarks.harness.engines import Cluster, Processes, ThisProcess  # these need torch
     from benchmarks.harness.manifest import cpus
     from benchmarks.harness.run import Runner
 
     jobs = chosen.jobs or experiment.jobs or cpus()
     engine = Cluster(chosen.scheduler) if chosen.scheduler else ThisProcess() if jobs == 1 else Processes(jobs)
-    runner = Runner(chosen.out, engine, lambda name: found(name, experiments).report, f"{PROGRAM} {shlex.join(words)}")
+    runner = Runner(chosen.out, engine, lambda name: found(name, experiments), f"{PROGRAM} {shlex.join(words)}")
     return runner.run(experiment, chosen.options)
 
 
@@ -152,6 +159,7 @@ def _report(words: Sequence[str], experiments: Experiments) -> int:
     from benchmarks.harness.report import where, write_report, write_reports
     from benchmarks.harness.results import load
     from benchmarks.harness.store import Store
+    from benchmarks.harness.terminal import show
 
     try:
         of_all = len(words) < 2 or words[1].startswith("-")
@@ -178,8 +186,7 @@ def _report(words: Sequence[str], experiments: Experiments) -> int:
         )  # fmt: skip
     if results.missing:
         print(f"{results.missing} of {len(results.manifest['units'])} units are missing.", file=sys.stderr)
-    print(write_report(entry.report, results, store))
-    print(f"\n{where(store)}")
+    show(write_report(entry.report, results, store), entry.glance, where(store).splitlines())
     return _left_out(results)
 
 

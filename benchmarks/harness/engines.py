@@ -24,6 +24,7 @@ from benchmarks.harness.signals import leave_signals_to_parent, showing_stacks, 
 from benchmarks.harness.store import Store, write_atomically
 from benchmarks.harness.unit_process import ProcessDied, UnitProcess, unloadable
 from benchmarks.harness.unit_run import Job, Outcome, run_in_worker, run_unit
+from benchmarks.harness.warned import listen_from_now_on
 
 if TYPE_CHECKING:
     from distributed import Client, Future
@@ -151,6 +152,7 @@ def _attend(parent: int) -> None:
         os._exit(1)
 
     leave_signals_to_parent()
+    listen_from_now_on()
     threading.Thread(target=watch, daemon=True).start()
 
 

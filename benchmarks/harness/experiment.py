@@ -82,6 +82,11 @@ class Experiment(ABC):
         """The name of the results folder. A quick run has its own, so that it never replaces what a full one left."""
         return "-".join(part for part in (self.name, self.variant(options), "quick" if options.quick else "") if part)
 
+    def check(self, options: Any) -> None:
+        """Raise `UsageError` for options that cannot be met. It is called before anything else, torch included, is
+        loaded: define it where the module of the experiment imports neither torch nor Avalanche."""
+        return None
+
     def prerequisite(self, options: Any) -> tuple[Experiment, Options] | None:
         """An experiment to run first, in a folder of its own beside this one's, such as the tuning of the methods that
         this one reports on."""

@@ -108,9 +108,8 @@ def write_reports(out: Path, report: Callable[[str], Report]) -> tuple[list[Path
 
 
 def where(store: Store) -> str:
-    """Lines with the paths of the report and its figures, and the commands that open the curves."""
+    """Lines with the paths of the report and its page, and the commands that open the curves."""
     lines = [f"Report: {store.report}", f"Page: {store.page}"]
-    lines += [f"Figure: {path}" for path in sorted(store.root.glob("*.png"))]
     selected, runs = (sum(1 for _ in at) for at in (store.selected_runs.glob("*"), store.all_runs.glob("*/*")))
     if selected:
         lines.append(f"Curves: tensorboard --logdir {store.selected_runs}")

@@ -7,27 +7,29 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
 from benchmarks.harness.board import options as board_options
 from benchmarks.harness.board import select, selected
 from benchmarks.harness.engines import Engine, run_units
 from benchmarks.harness.experiment import Experiment, Unit, grid, in_running_order
 from benchmarks.harness.manifest import Manifest
 from benchmarks.harness.options import Options
+from benchmarks.harness.progress import Progress
 from benchmarks.harness.report import where, write_report
-from benchmarks.harness.results import Results, load
+from benchmarks.harness.results import load
 from benchmarks.harness.store import Store, only_run_in, reporting_a_full_disk
+from benchmarks.harness.terminal import show
 from benchmarks.harness.unit_run import Job, Outcome, use_one_thread
+from benchmarks.harness.warned import Warned, listening, told
+from benchmarks.registry import Registered
 
 
 @dataclass(frozen=True)
 class Runner:
-    """Runs experiments below the folder `out`, and reports on them with `report(name)`. `command` is the user's."""
+    """Runs experiments below the folder `out`, and reports on them as `entry(name)` says. `command` is the user's."""
 
     out: Path
     engine: Engine
-    report: Callable[[str], Callable[[Results, Path], str]]
+    entry: Callable[[str], Registered]
     command: str
 
     def run(self, experiment: Experiment, options: Options) -> int:
@@ -50,6 +52,10 @@ class Runner:
             return self._run_grid(experiment, options, store)
 
     def _run_grid(self, experiment: Experiment, options: Options, store: Store) -> int:
+        with listening() as heard:
+            return self._run_units(experiment, options, store, heard)
+
+    def _run_units(self, experiment: Experiment, options: Options, store: Store, heard: list[Warned]) -> int:
         units = grid(experiment, options)
         for unit in units:
             if problem := store.set_aside_if_broken(unit.digest, unit.label, unit.seed):
@@ -73,10 +79,15 @@ class Runner:
             unit = outcome.unit
             _say(f"  {unit.label} seed {unit.seed}: {outcome.error}\n    {store.error(unit.digest)}")
         if len(failed) == len(units):
+            ours, places = told(store, units, heard)
+            _say("\n".join([*ours, *places]))
             return 1
-        results = load(store, self.command)
-        print(write_report(self.report(experiment.name), results, store))
-        print(f"\n{where(store)}")
+        results, entry = load(store, self.command), self.entry(experiment.name)
+        markdown = write_report(entry.report, results, store)
+        ours, places = told(store, units, heard)
+        show(markdown, entry.glance, [*where(store).splitlines(), *places])
+        for text in ours:
+            _say(f"warning: {text}")
         for problem in results.left_out:
             _say(f"left out: {problem}")
         return 1 if failed or results.left_out else 0
@@ -86,14 +97,10 @@ class Runner:
         begin, failed, shown = time.perf_counter(), [], selected(units, job.experiment.shown)
         select(job.store, shown)
         manifest.write(0.0)
-        terminal = sys.stderr.isatty()  # elsewhere, as in a log file, a line every ten seconds at most
         with (
-            tqdm(
-                total=len(units), initial=len(units) - len(missing), unit="unit", dynamic_ncols=terminal, smoothing=0.0,
-                mininterval=0.1 if terminal else 10.0, miniters=1, disable=not missing,
-            ) as progress,
+            Progress(len(units), len(units) - len(missing), self.engine.jobs) as progress,
             closing(run_units(job, missing, self.engine)) as outcomes,  # closing it ends the workers
-        ):  # fmt: skip
+        ):
             for outcome in outcomes:
                 unit = outcome.unit
                 manifest.update(unit)
@@ -101,10 +108,7 @@ class Runner:
                 manifest.write(time.perf_counter() - begin)
                 if outcome.error:
                     failed.append(outcome)
-                progress.set_postfix_str(
-                    f"{unit.label} seed {unit.seed}{' FAILED' if outcome.error else ''}", refresh=False
-                )
-                progress.update()
+                progress.ended(unit.label, unit.seed, failed=bool(outcome.error))
         return failed
 
 

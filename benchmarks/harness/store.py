@@ -3,11 +3,13 @@
 ``<out>/<experiment>/``
     ``units/<digest>.jsonl``      a finished unit: a header line, then one line per record, the timings marked as such
     ``units/<digest>.error.txt``  the traceback of a unit that failed
+    ``units/<digest>.warnings.jsonl``  what was warned of in it, if anything
     ``units/<digest>.broken``     what was in the place of a finished unit and could not be read, when a run began
     ``tensorboard-all/<label>/seed<k>``  event files: the run's own, and its row and charts (``*.results``)
     ``tensorboard/<label>``       copies of those of one seed of the rows that matter, for TensorBoard to open with
     ``manifest.json``             the grid of the last run and what it ran on
     ``report.md``, ``report.html``, ``*.png``; ``report.error.txt`` where it failed
+    ``warnings.log``              all that was warned of, each once
     ``.lock``                     held by a run that is at work
 """
 
@@ -43,6 +45,9 @@ class Store:
     def error(self, digest: str) -> Path:
         return self.root / "units" / f"{digest}.error.txt"
 
+    def warned(self, digest: str) -> Path:
+        return self.root / "units" / f"{digest}.warnings.jsonl"
+
     def tensorboard(self, label: str, seed: int) -> Path:
         return self.all_runs / label / f"seed{seed}"
 
@@ -65,6 +70,10 @@ class Store:
     @property
     def report_error(self) -> Path:
         return self.root / "report.error.txt"
+
+    @property
+    def warnings(self) -> Path:
+        return self.root / "warnings.log"
 
     @property
     def page(self) -> Path:

@@ -22,6 +22,7 @@ from typing import Any, BinaryIO
 from benchmarks.harness.errors import UsageError
 from benchmarks.harness.signals import leave_signals_to_parent
 from benchmarks.harness.unit_run import run_in_worker, use_one_thread
+from benchmarks.harness.warned import listen_from_now_on
 
 LENGTH = struct.Struct("!Q")
 
@@ -100,6 +101,7 @@ def _receive(stream: BinaryIO) -> bytes | None:
 def main() -> None:
     """Answer units until the worker ends, also in the middle of one."""
     leave_signals_to_parent()
+    listen_from_now_on()
     asked = os.fdopen(os.dup(0), "rb")
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)

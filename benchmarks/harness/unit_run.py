@@ -20,7 +20,8 @@ import psutil
 from benchmarks.harness.board import Options, publish
 from benchmarks.harness.errors import UsageError
 from benchmarks.harness.experiment import Context, Experiment, Record, Unit, describe, is_timing
-from benchmarks.harness.store import Store, collecting_full_disks, full_disk, write_atomically
+from benchmarks.harness.store import Store, collecting_full_disks, full_disk, reporting_a_full_disk, write_atomically
+from benchmarks.harness.warned import before_this, keep, listening
 
 SAMPLED = 0.05  # seconds between two looks at the memory
 
@@ -62,10 +63,13 @@ def run_unit(job: Job, unit: Unit) -> Outcome:
 
     Raises `UsageError` where the disk is full, since all other units would fail as well.
     """
-    with collecting_full_disks(job.store.root) as met:
+    with collecting_full_disks(job.store.root) as met, listening() as heard:
         outcome = _attempt(job, unit, met)
         if outcome.error:
             gc.collect()  # closes its loggers, which would print after the error if they closed at exit
+        heard += before_this()
+    with reporting_a_full_disk(job.store.root):
+        keep(job.store, unit.digest, heard)
     if met:
         raise met[0]
     return outcome

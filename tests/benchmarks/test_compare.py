@@ -9,12 +9,14 @@ import torch
 
 from benchmarks.experiments.compare.experiment import CompareOptions, experiment
 from benchmarks.experiments.compare.report import _on_edges
-from benchmarks.experiments.compare.run import FIRST_SEED, Setting, build, course, data_for, run
+from benchmarks.experiments.compare.run import build, course, data_for, run
+from benchmarks.experiments.compare.setting import FIRST_SEED, Setting
 from benchmarks.experiments.tune_compare.experiment import Tuning, TuningOptions, best_strengths
 from benchmarks.harness import Context, Results, UsageError
 from benchmarks.harness.command import main
 from benchmarks.harness.experiment import is_timing
 from benchmarks.methods import AllAtOnce, Plain, methods
+from benchmarks.strategies import MAIN, STRATEGIES, chosen
 
 SETTING = Setting("split_digits", "class", experiences=3, steps=4, batch=32, rate=3e-3, fidelity_every=0, test_limit=60)
 
@@ -129,11 +131,11 @@ def test_one_command_tunes_on_other_seeds_and_reports_at_the_strengths_it_found(
     chosen = ["--strategy", "EWC", "--strategy", "Naive", "--baseline", "EWC", "--seeds", "2", "--jobs", "1"]
     assert main([*words, *chosen, "--out", str(tmp_path)]) == 0
     strengths = json.loads((tmp_path / "tune_compare-split_digits-domain-quick" / "strengths.json").read_text())
-    manifest = json.loads((tmp_path / "compare-split_digits-domain-tuned-stream-quick" / "manifest.json").read_text())
+    folder = tmp_path / "compare-split_digits-domain-tuned-stream-quick"
+    manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["options"]["strengths"] == [list(pair) for pair in strengths.items()] == [["EWC", 1.0]]
-    written = capsys.readouterr().out
-    assert "less EWC" in written
-    assert "held out" in written
+    assert "less EWC" in capsys.readouterr().out
+    assert "held out" in (folder / "report.md").read_text()
 
 
 def test_a_strength_at_an_end_of_its_grid_is_named():
@@ -175,13 +177,30 @@ def test_options_that_would_do_nothing_are_refused(options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"strategy": ("EWC onlin", "Naive")}, "did you mean 'EWC online'"),
+        ({"strategy": ("EWConline", "Naive")}, "did you mean 'EWC online'"),
+        ({"strategy": ("Curv",)}, r"16 strategies begin with 'Curv':\n  Curv[^;]*them all: --strategy 'Curv\*'"),
+        ({"strategy": ("X*",)}, "unknown strategy 'X\\*'"),
+        ({"strategy": ("iCa*",), "scenario": "task"}, "none of iCaRL runs task-incrementally"),
+        ({"strategy": ("",)}, "unknown strategy ''"),
         ({"strategy": ("Naive", "iCaRL"), "scenario": "task"}, "'iCaRL' does not run task-incrementally"),
         ({"strategy": ("ewc ONLINE",)}, "did you mean 'EWC online'"),
         ({"baseline": "Nave"}, "did you mean 'Naive'"),
+        ({"baseline": "Naiv"}, "did you mean 'Naive'"),
         ({"stream": "sine", "scenario": "class"}, "has no scenario 'class'. It has: domain"),
     ],
 )
 def test_requests_that_cannot_be_met_name_the_remedy(options, message):
-    with pytest.raises(UsageError, match=message):
-        experiment.configs(CompareOptions(**{"stream": "split_digits", **options}))
+    for refuse in (experiment.check, experiment.configs):
+        with pytest.raises(UsageError, match=message):
+            refuse(CompareOptions(**{"stream": "split_digits", **options}))
+
+
+def test_strategies_are_chosen_by_name_beginning_pattern_or_all():
+    assert chosen("class", ["EWC", "Joint", "EWC"]) == ["EWC", "JointTraining"]
+    merged = [name for name in STRATEGIES if name.startswith("CurvatureEWC") and name.endswith("merge")]
+    assert chosen("class", ["Curv*merge"]) == merged
+    assert len(merged) == 4
+    assert chosen("class", ["all"]) == [*STRATEGIES]
+    assert [*STRATEGIES.keys() - chosen("domain", ["all"])] == ["iCaRL"]
+    assert chosen("class", []) == [*MAIN]
+    assert chosen("task", []) == [name for name in MAIN if name != "DER++"]

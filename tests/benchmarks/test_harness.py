@@ -21,6 +21,7 @@ from benchmarks.harness.results import Results
 from benchmarks.harness.signals import showing_stacks
 from benchmarks.harness.store import Store, only_run_in
 from benchmarks.harness.unit_run import Job, Outcome, _checked
+from benchmarks.harness.warned import listening
 
 HERE = Path(__file__).parent
 CHOICES = "Choices: staged, tiny, titan."
@@ -172,7 +173,7 @@ def test_a_unit_that_raises_does_not_lose_the_others(tiny, monkeypatch, capsys):
     printed = capsys.readouterr()
     assert "1 units failed" in printed.err
     assert "b seed 1: ArithmeticError: the loss is not finite" in printed.err
-    assert printed.out.splitlines()[3].endswith("|   2 |")
+    assert printed.out.splitlines()[3].endswith("  2")
     assert len(tiny.units()) == 5
     (trace,) = (tiny.out / "units").glob("*.error.txt")
     assert "in fail" in trace.read_text()
@@ -388,7 +389,8 @@ def test_report_from_files_equals_the_report_of_the_run(tiny, capsys):
     assert (tiny.out / "report.md").read_text() == at_run
     assert capsys.readouterr().out == printed
     assert f"tensorboard --logdir {tiny.out}/tensorboard" in printed
-    assert str(tiny.out / "accuracy.png") in printed
+    assert "![" not in printed
+    assert "|" not in printed
 
 
 def test_report_of_an_incomplete_run_says_what_is_missing(tiny, capsys):
@@ -489,13 +491,68 @@ def test_a_wrong_request_is_one_line_that_names_the_choices(tiny, capsys, words,
     assert capsys.readouterr().err == f"error: {message}\n"
 
 
-def test_list_imports_neither_torch_nor_matplotlib_nor_pandas():
-    code = "import sys; from benchmarks.harness.command import main; main(['list'])\n"
-    code += "print({'torch', 'avalanche', 'matplotlib', 'pandas'} & set(sys.modules))"
+def test_what_is_answered_at_once_imports_neither_torch_nor_matplotlib_nor_pandas():
+    code = """
+import sys
+from contextlib import suppress
+from benchmarks.harness.command import main
+main(["list"])
+for words in (["run", "compare", "--help"], ["run", "tune_compare", "--help"]):
+    with suppress(SystemExit):
+        main(words)
+main(["run", "compare", "--strategy", "CurvatureEWC"])
+print({"torch", "avalanche", "matplotlib", "pandas"} & set(sys.modules))
+"""
     done = subprocess.run([sys.executable, "-c", code], cwd=HERE.parents[1], capture_output=True, text=True, check=True)
     lines = done.stdout.splitlines()
-    assert [line.split()[0] for line in lines[:-1]] == sorted(registry.EXPERIMENTS)
+    listed = sorted(registry.EXPERIMENTS)
+    assert [line.split()[0] for line in lines[: len(listed)]] == listed
+    assert done.stderr.startswith("error: 16 strategies begin with 'CurvatureEWC':")
     assert lines[-1] == "set()"
+
+
+def test_warnings_are_kept_in_a_file_and_those_of_this_package_shown_once(tiny, monkeypatch, capsys):
+    monkeypatch.setenv("TINY_FAULT", "warn")
+    assert tiny("run", "--seeds", "2") == 0
+    said = capsys.readouterr()
+    shown = "warning: UserWarning: of avalanche_curv.plugins (in b, seed 1)\n"
+    assert said.err.endswith(shown)
+    assert "of avalanche.training" not in said.err
+    assert "of a logger" not in said.err
+    assert f"Warnings: {tiny.out / 'warnings.log'} (3 different, in 1 unit)\n" in said.out
+    log = (tiny.out / "warnings.log").read_text()
+    texts = ["of avalanche.training", "of avalanche_curv.plugins", "of a logger"]
+    assert [log.count(text) for text in texts] == [1, 1, 1]
+    assert f"{HERE / 'tiny_experiment.py'}:" in log
+    monkeypatch.delenv("TINY_FAULT")
+    assert tiny("run", "--seeds", "2") == 0  # nothing runs: what was warned of before is still said
+    assert capsys.readouterr().err.endswith(shown)
+    assert tiny("run", "--seeds", "1") == 0
+    assert not (tiny.out / "warnings.log").exists()
+
+
+@pytest.mark.slow
+def test_warnings_of_workers_are_kept_too(tiny, monkeypatch, capfd):
+    monkeypatch.setenv("TINY_FAULT", "warn")
+    assert tiny("run", "--seeds", "2", jobs=2) == 0
+    assert capfd.readouterr().err.count("warning: UserWarning: of avalanche_curv.plugins (in b, seed 1)") == 1
+    assert "of avalanche.training" in (tiny.out / "warnings.log").read_text()
+
+
+def test_what_torch_warns_of_on_behalf_of_this_package_is_not_the_packages():
+    import torch
+
+    code = "import numpy, torch; a = numpy.zeros(1); a.flags.writeable = False; torch.from_numpy(a)"
+    before = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)
+    try:
+        with listening() as heard:
+            exec(code, {"__name__": "avalanche_curv.core"})
+    finally:
+        torch.set_warn_always(before)
+    ((text, ours),) = [(warned.text, warned.ours) for warned in heard]
+    assert "not writable" in text
+    assert not ours
 
 
 def test_timings_are_marked_among_the_records():

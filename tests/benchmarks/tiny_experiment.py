@@ -1,11 +1,12 @@
 """An experiment of milliseconds for the tests of the harness: value = a random number + slope · step.
 
-The environment variable TINY_FAULT makes label "b" with seed 1 raise, exit, die, hang, hang the first time only, or
-find the disk full (itself, or where nobody sees it: `lose`), without being part of its digest; TINY_LOG names a file
+The environment variable TINY_FAULT makes label "b" with seed 1 raise, exit, die, hang, hang the first time only, warn,
+or find the disk full (itself, or where nobody sees it: `lose`), without being part of its digest; TINY_LOG names a file
 that gets one line per unit as it starts.
 """
 
 import errno
+import logging
 import os
 import random
 import signal
@@ -81,6 +82,10 @@ def fail(fault, times):
         os.kill(os.getpid(), signal.SIGKILL)
     if fault == "hang" or (fault == "hang once" and times == 1):
         time.sleep(60)
+    if fault == "warn":
+        for module in ("avalanche.training", "avalanche_curv.plugins"):
+            exec(f"import warnings; warnings.warn('of {module}', stacklevel=2)", {"__name__": module})
+        logging.getLogger("torch").warning("of a logger")
     if fault == "exit":
         sys.exit(0)
     if fault == "full":

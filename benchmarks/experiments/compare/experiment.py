@@ -10,20 +10,19 @@ from typing import Annotated
 
 import tyro
 
-from benchmarks.experiments.compare.run import (
+from benchmarks.experiments.compare.setting import (
     DEFAULT_STREAM,
     EXPERIENCES,
     FIRST,
     PROTOCOLS,
     Config,
     StreamOptions,
-    run,
 )
 from benchmarks.experiments.tune_compare.experiment import TuningOptions, best_strengths
 from benchmarks.experiments.tune_compare.experiment import experiment as tuning
 from benchmarks.harness import Context, Experiment, Options, Record, Results, UsageError
+from benchmarks.harness.errors import unknown
 from benchmarks.harness.options import one_of, positive
-from benchmarks.methods import methods
 from benchmarks.strategies import SHOWN, STRATEGIES, chosen
 from benchmarks.streams import STREAMS
 
@@ -34,10 +33,8 @@ HERE = "this stream"
 
 @dataclass(frozen=True)
 class CompareOptions(StreamOptions):
-    """Two seeds unless asked for others, so that the first look takes minutes."""
+    """Five seeds of the strategies that matter unless asked for others: enough to test differences, within minutes."""
 
-    seeds: Annotated[int, positive()] = 2
-    """run seeds 0 to SEEDS - 1"""
     every: Annotated[int | None, positive()] = None
     """measure fidelity every N steps"""
     tune: Annotated[str | None, one_of("protocol", PROTOCOLS)] = None
@@ -52,8 +49,12 @@ class CompareOptions(StreamOptions):
 
     @property
     def strategies(self) -> tuple[str, ...]:
-        """The names that were asked for, and the baseline with them; none for all."""
-        return tuple(dict.fromkeys([*self.strategy, self.baseline])) if self.strategy else ()
+        """The names of those that run, the baseline among them. Raises UsageError as `chosen` does, and for a baseline
+        that is not one full name."""
+        if self.baseline not in STRATEGIES:
+            raise UsageError(unknown("strategy", self.baseline, STRATEGIES))
+        names = chosen(self.its_scenario, self.strategy)
+        return tuple(dict.fromkeys([*names, *chosen(self.its_scenario, [self.baseline])]))
 
 
 class Compare(Experiment):
@@ -68,11 +69,14 @@ class Compare(Experiment):
         count = options.first or EXPERIENCES if options.tune == FIRST else ""
         return options.variant(f"tuned-{options.tune}{count}" if options.tune else "")
 
-    def prerequisite(self, options: CompareOptions) -> tuple[Experiment, Options] | None:
-        configs = self.configs(options)  # what cannot be met is said before the tuning
+    def check(self, options: CompareOptions) -> None:
+        _ = options.strategies, options.setting(options.every)
         if not options.tune and (options.first or options.tuning_seeds):
             raise UsageError("--first and --tuning-seeds are for tuning: add --tune stream or --tune first.")
-        if not options.tune or not any(STRATEGIES[config.strategy].grid for config in configs):
+
+    def prerequisite(self, options: CompareOptions) -> tuple[Experiment, Options] | None:
+        self.check(options)  # what cannot be met is said before the tuning
+        if not options.tune or not any(STRATEGIES[name].grid for name in options.strategies):
             return None
         return tuning, TuningOptions(
             seeds=options.tuning_seeds or 1, quick=options.quick, dataset_root=options.dataset_root,
@@ -86,15 +90,16 @@ class Compare(Experiment):
     def configs(self, options: CompareOptions) -> Sequence[Config]:
         """A strength is that of `options.strengths`, else the one that was tuned before for this stream and scenario,
         else for the default stream."""
+        from benchmarks.methods import methods  # needs torch
+
         setting = options.setting(options.every)
-        chosen(setting.scenario, [options.baseline])
         place = f"{setting.stream}/{setting.scenario}"
         known: dict[str, dict[str, float]] = json.loads(TUNED.read_text(encoding="utf-8"))
         before = place if place in known else ELSEWHERE
         found = {name: (value, before) for name, value in known.get(before, {}).items()}
         found |= {name: (value, HERE) for name, value in options.strengths}
         made, by_name = [], methods(setting.memory)
-        for name in chosen(setting.scenario, options.strategies or None):
+        for name in options.strategies:
             method, source = by_name[name], None
             if name in found and STRATEGIES[name].grid:
                 strength, source = found[name]
@@ -103,6 +108,8 @@ class Compare(Experiment):
         return made
 
     def run(self, config: Config, seed: int, context: Context) -> Sequence[Record]:
+        from benchmarks.experiments.compare.run import run  # needs torch and Avalanche
+
         return run(config.method, config.setting, seed, context)
 
 

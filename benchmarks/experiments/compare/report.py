@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.experiments.compare.run import EXPERIENCES, FIRST_SEED, STREAM
+from benchmarks.experiments.compare.setting import EXPERIENCES, FIRST_SEED, STREAM
 from benchmarks.harness.matrices import accuracy_matrix, plot_matrices
 from benchmarks.harness.plots import Curves, Dots, Points, plot_curves, plot_dots, plot_scatter
 from benchmarks.harness.significance import compared, holm
 from benchmarks.harness.tables import Cell, Column, table
-from benchmarks.strategies import MATTER, SHOWN, STRATEGIES
+from benchmarks.harness.terminal import Glance
+from benchmarks.strategies import MAIN, MATTER, SHOWN, STRATEGIES
 
 if TYPE_CHECKING:
     from benchmarks.harness import Results
@@ -21,6 +22,14 @@ FISHER = "CurvatureEWC Fisher, accumulate"
 ACCURACY = "average_accuracy"
 FEW = 5
 
+GLANCE = Glance(
+    rows=MAIN,
+    columns={
+        "accuracy": "over all experiences at the end, mean ± standard deviation over seeds",
+        "less ": "", "verdict": "of a paired t-test over seeds, after Holm's correction, at 5 %",
+        "forgetting": "", "p (Holm)": "", "λ": "", "n": "",
+    },
+)  # fmt: skip
 SETTING = """{experiences} experiences of {steps} steps with batches of {batch}, Adam at {rate}; methods with a memory \
 store {memory:.3g} of the training examples. Mean ± standard deviation over n seeds. Accuracy is the mean over all \
 experiences at the end, as the strategy itself evaluates; forgetting the mean drop since each was learned."""
@@ -50,29 +59,34 @@ def report(results: Results, out: Path) -> str:
 
 def _accuracies(results: Results) -> str:
     baseline = results.manifest["options"]["baseline"]
+    tests = _tests(results, baseline)
+    tested = any(p is not None for _, p, _ in tests.values())
     columns = [
         Column("strategy"), Column("accuracy", 3, max), Column("forgetting", 3), Column("when learned", 3),
-        Column(f"less {baseline}", 3), Column("p (Holm)"), Column("verdict"), Column("λ"), Column("n"),
+        Column(f"less {baseline}", 3), *([Column("p (Holm)"), Column("verdict")] if tested else []), Column("λ"),
+        Column("n"),
     ]  # fmt: skip
     rows: list[list[Cell]] = []
-    tests = _tests(results, baseline)
     for one in results.each():
+        test = tests.get(one.first["strategy"], ("", "", ""))
         accuracy, forgetting, learned = (one.final(name) for name in (ACCURACY, "forgetting", "learned"))
         strength = one.first.get("strength")  # no column where no row has one
         rows.append([
-            one.label, accuracy, forgetting, learned, *tests.get(one.first["strategy"], ("", "", "")),
+            one.label, accuracy, forgetting, learned, *(test if tested else test[:1]),
             "" if strength is None else f"{strength:g}", accuracy.n if accuracy else 0,
         ])  # fmt: skip
-    test = (
-        f"*less {baseline}* is the difference seed by seed, p that of the two-sided paired t-test, after Holm's "
-        "correction for the number of rows, none below three seeds; the verdict is at 5 %."
+    meaning = f"*less {baseline}* is the difference seed by seed" + (
+        ", p that of the two-sided paired t-test, after Holm's correction for the number of rows, none below three "
+        "seeds; the verdict is at 5 %."
+        if tested
+        else "; it is not tested below three seeds."
     )
     few = len({header["seed"] for header in results.headers}) < FEW
     look = " Fewer than five seeds are a first look, not a result." if few else ""
-    return f"{table(columns, rows, footnotes=notes(results))}\n\n{test}{look}{_on_edges(results)}"
+    return f"{table(columns, rows, footnotes=notes(results))}\n\n{meaning}{look}{_on_edges(results)}"
 
 
-def _tests(results: Results, baseline: str) -> dict[str, list[Cell]]:
+def _tests(results: Results, baseline: str) -> dict[str, tuple[Cell, str | None, str]]:
     """For each strategy but the baseline: its difference from the baseline, p and the verdict."""
     values = {one.first["strategy"]: one.finals(ACCURACY) for one in results.each()}
     least = values.pop(baseline, None)
@@ -82,9 +96,9 @@ def _tests(results: Results, baseline: str) -> dict[str, list[Cell]]:
     tested = {name: test.p for name, test in found.items() if test.p is not None}
     corrected = dict(zip(tested, holm(list(tested.values()))))
 
-    def cells(name: str) -> list[Cell]:
+    def cells(name: str) -> tuple[Cell, str | None, str]:
         p = corrected.get(name)
-        return [found[name].difference, None if p is None else f"{p:.2g}", found[name].verdict(p)]
+        return found[name].difference, None if p is None else f"{p:.2g}", found[name].verdict(p)
 
     return {name: cells(name) for name in found}
 

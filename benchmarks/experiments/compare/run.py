@@ -1,12 +1,12 @@
-"""What the comparison and its tuning share: the setting of a stream, the options that choose it, and one run."""
+"""One run of the comparison or of its tuning."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import nan
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 from avalanche.benchmarks.scenarios.dataset_scenario import split_validation_class_balanced
@@ -17,100 +17,19 @@ from torch import nn
 from avalanche_curv import Fisher, fidelity_metrics
 from avalanche_curv.core import NonFiniteCurvatureError
 from avalanche_curv.streams._benchmark import assembled
-from benchmarks.harness import Context, Options, Record, UsageError
-from benchmarks.harness.options import one_of, positive
+from benchmarks.experiments.compare.setting import Setting
+from benchmarks.harness import Context, Record
 from benchmarks.methods import Learner, Method
 from benchmarks.storage import stored_bytes
-from benchmarks.streams import SCENARIOS, STREAMS
+from benchmarks.streams import STREAMS
 from benchmarks.training import Steps, TimedEvaluation, Trainer, logged, mean, summary
 
-DEFAULT_STREAM = "permuted_digits"
-MEASUREMENTS = 6  # of fidelity in each experience
-STREAM, FIRST = PROTOCOLS = ("stream", "first")
-EXPERIENCES = 3  # that tuning on the first ones sees
-FIRST_SEED = 1000  # of tuning
 CURVES = [
     f"{group}/{model}/{measure}"
     for group in ("fidelity", "fidelity_trajectory")
     for model in ("accumulate", "refresh", "accumulate_linear", "refresh_linear")
     for measure in ("kappa", "kappa_abs", "gamma", "alpha", "rho_pooled")
 ] + ["penalty/raw", "penalty/weighted", "accuracy/stored", "accuracy/current_task", "accuracy/past_tasks"]
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What all methods of a comparison share.
-
-    Fidelity is measured every `fidelity_every` steps, 0 for never; `memory` is the part of the training examples that
-    methods with a memory store, and that fidelity looks at; `validation` the part that is held out of them and tested
-    on in place of the test stream, in tuning.
-    """
-
-    stream: str
-    scenario: str
-    experiences: int
-    steps: int
-    batch: int
-    rate: float
-    fidelity_every: int
-    memory: float = 0.1
-    test_limit: int | None = None
-    validation: float = 0.0
-
-
-@dataclass(frozen=True)
-class Config:
-    """A strategy, by its name, in one setting; `tuned_on` says where its strength was chosen, if it has one."""
-
-    label: str
-    strategy: str
-    method: Method
-    setting: Setting
-    tuned_on: str | None = None
-
-
-@dataclass(frozen=True)
-class StreamOptions(Options):
-    """The options of the comparison and of its tuning; None is what the stream has, and no strategy is all."""
-
-    stream: Annotated[str, one_of("stream", STREAMS)] = DEFAULT_STREAM
-    """what is learned; see the manual"""
-    scenario: Annotated[str | None, one_of("scenario", SCENARIOS)] = None
-    """task-, domain- or class-incremental; default: the stream's first"""
-    strategy: tuple[str, ...] = ()
-    """one strategy, by its name in the table; repeatable; default: all"""
-    steps: Annotated[int | None, positive()] = None
-    """of an experience; default: the literature's"""
-    first: Annotated[int | None, positive("K")] = None
-    """experiences that are tuned on with the protocol first; default: 3"""
-
-    def variant(self, suffix: str = "") -> str:
-        """A folder's suffix for stream, scenario and steps where they are not the default."""
-        usual = STREAMS[self.stream].scenarios[0]
-        parts = [
-            "" if self.stream == DEFAULT_STREAM else self.stream,
-            "" if self.scenario in (None, usual) else self.scenario,
-            f"{self.steps}steps" if self.steps else "",
-            suffix,
-        ]
-        return "-".join(part for part in parts if part)
-
-    def setting(self, every: int | None = None) -> Setting:
-        """The setting of the stream, with fidelity `every` so many steps; with `quick`, two experiences of a few steps.
-        Raises UsageError where data are absent, where the stream has not that scenario, and for a number of steps
-        beside `quick`."""
-        if self.quick and self.steps:
-            raise UsageError("--quick takes six steps an experience: leave --quick out, or --steps.")
-        stream = STREAMS[self.stream]
-        scenario = self.scenario or stream.scenarios[0]
-        stream.check(self.dataset_root, scenario)
-        recipe = stream.recipe
-        steps = self.steps or recipe.steps
-        setting = Setting(
-            self.stream, scenario, stream.length(scenario), steps, recipe.batch, recipe.rate,
-            fidelity_every=every or max(1, steps // MEASUREMENTS), memory=recipe.memory,
-        )  # fmt: skip
-        return replace(setting, experiences=2, steps=6, fidelity_every=2, test_limit=100) if self.quick else setting
 
 
 def run(method: Method, setting: Setting, seed: int, context: Context) -> list[Record]:

@@ -20,6 +20,7 @@ from benchmarks.harness.results import Results, load
 from benchmarks.harness.run import Runner
 from benchmarks.harness.store import Store
 from benchmarks.harness.tables import Column, table
+from benchmarks.registry import Registered
 
 if TYPE_CHECKING:
     from benchmarks.experiments.speed.experiment import Config
@@ -90,7 +91,8 @@ def suite(config: Config) -> Times:
 
 def _seconds(grid: Grid, out: Path, engine: Engine) -> float:
     begin = time.perf_counter()
-    status = Runner(out, engine, lambda name: report, "python -m benchmarks run speed").run(grid, Options(seeds=1))
+    entry = Registered(f"{__name__}:Grid", "times the suite", f"{__name__}:report")
+    status = Runner(out, engine, lambda name: entry, "python -m benchmarks run speed").run(grid, Options(seeds=1))
     if status:
         raise RuntimeError(f"The grid that times the suite ended with exit status {status}; expected 0.")
     return time.perf_counter() - begin

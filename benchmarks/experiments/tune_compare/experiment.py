@@ -7,20 +7,19 @@ from dataclasses import dataclass, replace
 from math import isfinite
 from typing import Annotated
 
-from benchmarks.experiments.compare.run import (
+from benchmarks.experiments.compare.setting import (
     EXPERIENCES,
     FIRST,
     FIRST_SEED,
     PROTOCOLS,
     STREAM,
     Config,
+    Setting,
     StreamOptions,
-    run,
 )
 from benchmarks.harness import Context, Experiment, Record, Results, Summary, UsageError
 from benchmarks.harness.options import one_of, positive
-from benchmarks.methods import methods
-from benchmarks.strategies import STRATEGIES, chosen
+from benchmarks.strategies import ALL, STRATEGIES, chosen
 from benchmarks.streams import STREAMS
 
 VALIDATION = 0.1
@@ -29,10 +28,13 @@ KEPT = ("average_accuracy", "forgetting", "seconds")
 
 @dataclass(frozen=True)
 class TuningOptions(StreamOptions):
-    """One seed unless asked for others."""
+    """One seed and every strategy, unless asked for others."""
 
     seeds: Annotated[int, positive()] = 1
     """run seeds 1000 to 999 + SEEDS"""
+    strategy: tuple[str, ...] = ()
+    """a strategy by its name in the manual, the beginning of one, or 'CurvatureEWC*' for all that match; repeatable;
+    default: all"""
     protocol: Annotated[str, one_of("protocol", PROTOCOLS)] = STREAM
     """tune on the whole stream, or on its first experiences"""
 
@@ -51,17 +53,17 @@ class Tuning(Experiment):
     def variant(self, options: TuningOptions) -> str:
         return options.variant(f"{FIRST}{options.first or EXPERIENCES}" if options.protocol == FIRST else "")
 
+    def check(self, options: TuningOptions) -> None:
+        """Raises UsageError where there is nothing to tune, and for a number of first experiences that the protocol or
+        the stream has no use for."""
+        _names(options)
+        _setting(options)
+
     def configs(self, options: TuningOptions) -> Sequence[Config]:
-        """Every strength of the grid of each strategy that has one. Raises UsageError where there is none, and for a
-        number of first experiences that the protocol or the stream has no use for."""
-        setting = replace(options.setting(), validation=VALIDATION, fidelity_every=0)  # fidelity costs time
-        if options.protocol == FIRST:
-            setting = replace(setting, experiences=min(_first(options), setting.experiences))
-        elif options.first:
-            raise UsageError("--first is for the protocol 'first', on the stream's first experiences.")
-        names = [name for name in chosen(setting.scenario, options.strategy or None) if STRATEGIES[name].grid]
-        if not names:
-            raise UsageError(f"{', '.join(options.strategy)}: without a strength, there is nothing to tune.")
+        """Every strength of the grid of each strategy that has one. Raises UsageError as `check` does."""
+        from benchmarks.methods import methods  # needs torch
+
+        names, setting = _names(options), _setting(options)
         by_name, tried = methods(setting.memory), slice(1 if options.quick else None)
         return [
             Config(f"{name} at {strength:g}", name, by_name[name].with_strength(strength), setting)
@@ -70,15 +72,37 @@ class Tuning(Experiment):
         ]
 
     def run(self, config: Config, seed: int, context: Context) -> Sequence[Record]:
+        from benchmarks.experiments.compare.run import run  # needs torch and Avalanche
+
         records = run(config.method, config.setting, FIRST_SEED + seed, context)
         return [record for record in records if record["metric"] in KEPT]
+
+
+def _names(options: TuningOptions) -> list[str]:
+    """The strategies that have a strength. Raises UsageError where there are none."""
+    names = chosen(options.its_scenario, options.strategy or [ALL])
+    tunable = [name for name in names if STRATEGIES[name].grid]
+    if not tunable:
+        raise UsageError(f"{', '.join(names)}: without a strength, there is nothing to tune.")
+    return tunable
+
+
+def _setting(options: TuningOptions) -> Setting:
+    """The setting of the stream, with a part held out of training and the experiences that the protocol sees. Raises
+    UsageError for a number of them that it has no use for."""
+    setting = replace(options.setting(), validation=VALIDATION, fidelity_every=0)  # fidelity costs time
+    if options.protocol == FIRST:
+        return replace(setting, experiences=min(_first(options), setting.experiences))
+    if options.first:
+        raise UsageError("--first is for the protocol 'first', on the stream's first experiences.")
+    return setting
 
 
 def _first(options: TuningOptions) -> int:
     """How many experiences tuning sees; after a single one no strength has acted. Raises UsageError for other numbers
     than two up to the stream's."""
     stream = STREAMS[options.stream]
-    length = stream.length(options.scenario or stream.scenarios[0])
+    length = stream.length(options.its_scenario)
     first = options.first or EXPERIENCES
     if not 2 <= first <= length:
         raise UsageError(f"--first {first}: '{options.stream}' can be tuned on its first 2 to {length} experiences.")

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.experiments.compare.run import FIRST_SEED
+from benchmarks.experiments.compare.setting import FIRST_SEED
 from benchmarks.experiments.tune_compare.experiment import accuracies, best_strengths
 from benchmarks.harness.tables import Column, table
 
