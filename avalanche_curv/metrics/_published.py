@@ -9,10 +9,10 @@ from avalanche.benchmarks import OnlineCLExperience
 from avalanche.evaluation import PluginMetric
 from avalanche.evaluation.metric_results import MetricValue
 
-from avalanche_curv.core.options import Setting, check_count
+from avalanche_curv.core.options import Configured, Setting, check_count
 
 
-class ScalarMetric(PluginMetric[dict[str, float]]):
+class ScalarMetric(Configured, PluginMetric[dict[str, float]]):
     """A metric that emits several named floats every n iterations; `result` returns the last ones.
 
     Raises ValueError unless `every` is an integer of at least 1.

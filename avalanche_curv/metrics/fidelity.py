@@ -14,6 +14,7 @@ from avalanche.logging import TensorboardLogger, WandBLogger
 from avalanche_curv.core.curvature.base import Curvature
 from avalanche_curv.core.curvature.fisher import Fisher
 from avalanche_curv.core.fidelity.monitor import PastModels
+from avalanche_curv.core.hints import known_arguments
 from avalanche_curv.core.options import Fixed, Forwarded, Setting, check_fraction, check_kind, check_seed
 from avalanche_curv.core.quadratic.policies import Policy, part_of
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
@@ -32,6 +33,7 @@ WIDTHS = {"accumulate": 4.0, "refresh": 1.3}  # where both are the same, as with
 NAMES = {"accumulate": "own anchors", "refresh": "newest anchor"}
 
 
+@known_arguments
 def fidelity_metrics(
     *,
     of: CurvatureEWCPlugin | None = None,

@@ -16,7 +16,7 @@ from torch import nn
 
 from avalanche_curv.core.curvature.base import Curvature, NonFiniteCurvatureError
 from avalanche_curv.core.curvature.fisher import Fisher
-from avalanche_curv.core.options import Fixed, Forwarded, Setting, check_count, check_kind, check_number
+from avalanche_curv.core.options import Configured, Fixed, Forwarded, Setting, check_count, check_kind, check_number
 from avalanche_curv.core.quadratic.estimate import estimate
 from avalanche_curv.core.quadratic.model import QuadraticModel
 from avalanche_curv.core.quadratic.penalty import Penalty, check_takes_dense_gradients
@@ -32,7 +32,7 @@ from avalanche_curv.plugins import _bridge
 LOG = logging.getLogger("avalanche_curv")
 
 
-class CurvatureEWCPlugin(SupervisedPlugin):
+class CurvatureEWCPlugin(Configured, SupervisedPlugin):
     """Adds strength · q(θ) to the training loss, with q the quadratic model of the loss on past experiences.
 
     With the defaults, q = Σ_t ½ Σ_i F_{t,i} (θ_i − a_{t,i})² over past experiences t, with F_t the exact diagonal
@@ -213,5 +213,5 @@ def _check_curvature(curvature: Curvature, structure: Structure) -> None:
             f"{curvature} may be indefinite, and a penalty with it may reward leaving the anchor without bound. Use "
             "Hessian(psd=Clip()) or Hessian(psd=Absolute()) unless that is what you study; say is_semidefinite = True "
             "of a kind of your own that is not.",
-            stacklevel=3,
+            stacklevel=4,
         )

@@ -6,12 +6,13 @@ from typing import Any
 
 from avalanche.training.plugins import SupervisedPlugin
 
-from avalanche_curv.core.options import Fixed
+from avalanche_curv.core.hints import called
+from avalanche_curv.core.options import Configured, Fixed
 from avalanche_curv.plasticity.mitigators.base import Mitigator
 from avalanche_curv.plugins import _bridge
 
 
-class MitigatorPlugin(SupervisedPlugin):
+class MitigatorPlugin(Configured, SupervisedPlugin):
     """Applies a mitigator around each training step of a strategy, beside any other plugin.
 
     Gradients are added between the backward pass and the step, after plugins that clip or project them.
@@ -29,7 +30,7 @@ class MitigatorPlugin(SupervisedPlugin):
     def __init__(self, mitigator: Mitigator) -> None:
         super().__init__()
         if not isinstance(mitigator, Mitigator):
-            hint = f"Call it: {mitigator.__name__}(...)." if isinstance(mitigator, type) else "Try L2Init(1e-3)."
+            hint = f"Did you mean {called(mitigator)}?" if isinstance(mitigator, type) else "Try L2Init(1e-3)."
             raise TypeError(f"MitigatorPlugin needs a mitigator; got {mitigator!r}. {hint}")
         self.mitigator = mitigator
         self._task_ends = _bridge.TaskEnds()

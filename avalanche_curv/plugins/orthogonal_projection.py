@@ -10,7 +10,7 @@ from typing import Any
 from avalanche.training.plugins import SupervisedPlugin
 
 from avalanche_curv.core.curvature.base import NonFiniteCurvatureError
-from avalanche_curv.core.options import Fixed, Forwarded, Setting, check_count, check_kind, optional
+from avalanche_curv.core.options import Configured, Fixed, Forwarded, Setting, check_count, check_kind, optional
 from avalanche_curv.core.projection import (
     Eigenspace,
     FreezeUncovered,
@@ -26,7 +26,7 @@ from avalanche_curv.core.risk.selection import ParameterSelector, Selection, sel
 from avalanche_curv.plugins import _bridge
 
 
-class OrthogonalProjectionPlugin(SupervisedPlugin):
+class OrthogonalProjectionPlugin(Configured, SupervisedPlugin):
     """Projects each training step on the orthogonal complement of what past experiences need.
 
     At the end of an experience `protect` finds its directions, and they join one orthonormal basis U of the union of

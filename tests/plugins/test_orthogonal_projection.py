@@ -391,9 +391,9 @@ def test_the_strategy_takes_the_options_of_the_plugin(make):
 @pytest.mark.parametrize(
     ("options", "error", "remedy"),
     [
-        ({"protect": Eigenspace}, TypeError, r"protect must be a Protection; got .*Call it: Eigenspace\(Fisher"),
+        ({"protect": Eigenspace}, TypeError, r"protect must be a Protection; got .*Did you mean Eigenspace\(Fisher"),
         ({"projection": None}, TypeError, r"projection must be a Projection; got None.*StepProjection\(\)"),
-        ({"uncovered": StepProjection()}, TypeError, r"uncovered must be a Uncovered; got StepProjection\(\)"),
+        ({"uncovered": StepProjection()}, TypeError, r"uncovered must be an Uncovered; got StepProjection\(\)"),
         ({"max_rank": 0}, ValueError, "max_rank must be an integer of at least 1; got 0"),
         ({"projection": SequentialProjection(), "max_rank": 5}, ValueError, r"Leave max_rank out, or use Step"),
     ],

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from avalanche_curv.core.curvature.base import Curvature
 from avalanche_curv.core.eigen import Pairs
+from avalanche_curv.core.hints import called
 from avalanche_curv.core.landscape.averaged import AveragedCurvature
 from avalanche_curv.core.landscape.exact import GramMatrix, WholeMatrix
 from avalanche_curv.core.landscape.lanczos import Lanczos
@@ -159,7 +160,8 @@ def _errors(found: Spectrum, high: float, epsilon: float) -> dict[str, float]:
 def check_options(curvature: object, k: object, epsilon: float, methods: Sequence[SpectrumMethod]) -> None:
     """Raises TypeError or ValueError for what `landscape` cannot use."""
     if not isinstance(curvature, Curvature):
-        hint = f"Call it: {curvature.__name__}()." if isinstance(curvature, type) else "Give a value such as Fisher()."
+        mistaken = isinstance(curvature, type)
+        hint = f"Did you mean {called(curvature)}?" if mistaken else "Give a value such as Fisher()."
         raise TypeError(f"A landscape is that of a Curvature; got {curvature!r}. {hint}")
     if curvature.is_mended:
         raise TypeError(f"A landscape is that of the curvature as it is; got {curvature}. Use Hessian() or GGN().")

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from avalanche_curv.core.options import Fixed, check_kind
+from avalanche_curv.core.options import Configured, Fixed, check_kind
 from avalanche_curv.core.precision import in_own_precision
 from avalanche_curv.core.projection.protected import ProtectedSpace
 from avalanche_curv.core.risk.parameters import canonical_name
@@ -108,7 +108,7 @@ class SequentialProjection(Projection):
             )
 
 
-class Projector:
+class Projector(Configured):
     """Projects the steps of one task, by a projection on one protected space.
 
     In a training loop of your own, after `space = space.absorb(risk, Eigenspace())` at the end of a task:

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from avalanche_curv.core.options import check_count, check_kind
+from avalanche_curv.core.options import OneLine, check_count, check_kind, counted
 from avalanche_curv.core.precision import in_own_precision
 from avalanche_curv.core.projection.blocks import Block, Parts
 from avalanche_curv.core.projection.protection import Finding, Protection
@@ -54,7 +54,7 @@ class LeaveUncovered(Uncovered):
 
 
 @dataclass(frozen=True)
-class ProtectedSpace:
+class ProtectedSpace(OneLine):
     """The directions that past tasks need: an orthonormal basis U of their union for each block of parameters.
 
     A step Δ becomes Δ − Δ Uᵀ U in each block: one projection on the complement of the union. Parameters and rows that
@@ -72,6 +72,11 @@ class ProtectedSpace:
     statistics: tuple[str, ...] = ()
     experiences: int = 0
     frozen: tuple[str, ...] = ()
+
+    def described(self) -> tuple[str, ...]:
+        if not self.experiences:
+            return ()
+        return counted(self.experiences, "experience"), f"{self.used} of {self.space.size} dimensions"
 
     @in_own_precision
     def absorb(

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from avalanche_curv.core.curvature._curvlinops import LinearOperator, linear_operator
+from avalanche_curv.core.options import OneLine
 from avalanche_curv.core.precision import in_own_precision
 from avalanche_curv.core.risk.parameters import ParameterSpace
 from avalanche_curv.core.risk.selection import training, warn_unprotected
@@ -18,7 +19,7 @@ from avalanche_curv.core.structures.base import Matrix
 
 
 @dataclass(frozen=True)
-class QuadraticModel:
+class QuadraticModel(OneLine):
     """q(θ) = c + gᵀδ + ½ δᵀ C δ with displacement δ = θ − a, over a parameter space of size P.
 
     Fresh from `estimate`, q is the predicted *increase* of past loss since the anchor: c = 0, and g is zero unless it
@@ -42,6 +43,9 @@ class QuadraticModel:
     gradient: Float[Tensor, "P"] | None = None
     constant: float = 0.0
     frozen: tuple[str, ...] = ()
+
+    def described(self) -> tuple[str, ...]:
+        return f"{self.space.size} parameters", repr(self.curvature)
 
     def displacement(self, model: nn.Module) -> Float[Tensor, "P"]:
         """δ = θ − a [P] for the parameters θ of `model`, detached."""

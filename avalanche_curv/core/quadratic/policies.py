@@ -10,7 +10,7 @@ from operator import add
 from torch import nn
 
 from avalanche_curv.core.curvature.base import Curvature
-from avalanche_curv.core.options import check_flag, check_fraction, check_number, check_seed, settle
+from avalanche_curv.core.options import OneLine, check_flag, check_fraction, check_number, check_seed, counted, settle
 from avalanche_curv.core.precision import in_own_precision
 from avalanche_curv.core.quadratic.estimate import estimate
 from avalanche_curv.core.quadratic.model import QuadraticModel, alike
@@ -19,13 +19,17 @@ from avalanche_curv.core.structures.base import Structure
 
 
 @dataclass(frozen=True)
-class Past:
+class Past(OneLine):
     """What is known of past experiences: their quadratic model, and the examples that a policy stores of them. A policy
     that keeps more extends it."""
 
     model: QuadraticModel | None = None
     stored: tuple[EmpiricalRisk, ...] = field(default=(), repr=False)
     experiences: int = 0
+
+    def __repr__(self) -> str:
+        counts = {"experience": self.experiences, "refresh": len(self.refreshes)}
+        return f"Past({', '.join(counted(count, what) for what, count in counts.items() if count)})"
 
     def widened(self, risk: EmpiricalRisk) -> EmpiricalRisk:
         """`risk` over its own parameters and those that the past knows, also where they are frozen now: what was ever

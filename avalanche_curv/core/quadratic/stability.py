@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from avalanche_curv.core.eigen import largest_of_products
-from avalanche_curv.core.options import Fixed, check_number, settle
+from avalanche_curv.core.options import Fixed, check_kind, check_number, settle
 from avalanche_curv.core.quadratic.model import QuadraticModel
 from avalanche_curv.core.risk.parameters import canonical_name
 
@@ -136,11 +136,8 @@ class StopIfUnstable(Guard):
 
 def check_guard(name: str, value: Any) -> Guard | None:
     """`value`. Raises TypeError unless it is a guard or None."""
-    if value is not None and not isinstance(value, Guard):
-        raise TypeError(
-            f"{name} must be WarnIfUnstable(), RescaleIfUnstable(), StopIfUnstable() or None; got {value!r}."
-        )
-    return value
+    known = "WarnIfUnstable(), RescaleIfUnstable(), StopIfUnstable() or None"
+    return None if value is None else check_kind(name, value, Guard, known)
 
 
 class Guarded:

@@ -13,8 +13,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from avalanche_curv.core.options import OneLine
 from avalanche_curv.core.precision import in_own_precision
-from avalanche_curv.core.risk.batches import Batches, Rebatched, count, kept, like, merged, random_part
+from avalanche_curv.core.risk.batches import Batches, CountedBatches, Rebatched, count, kept, like, merged, random_part
 from avalanche_curv.core.risk.frozen import copied_without_graphs, frozen_copy, unwrapped
 from avalanche_curv.core.risk.losses import ExampleLoss, example_loss
 from avalanche_curv.core.risk.parameters import ParameterSpace, canonical_name
@@ -25,7 +26,7 @@ FEW = 4  # examples on which derivatives are tried
 
 
 @dataclass(frozen=True)
-class EmpiricalRisk:
+class EmpiricalRisk(OneLine):
     """L(θ) = (1/N) Σ_i ℓ(f_θ(x_i), y_i) around a frozen copy of the model, in eval mode.
 
     The mean is over examples: batch sizes, a ragged last batch and the criterion's `reduction` do not matter.
@@ -77,6 +78,11 @@ class EmpiricalRisk:
         risk = cls(frozen_copy(model, selection), loss, kept(batches), adapter, selection)
         check_risk(risk)
         return risk
+
+    def described(self) -> tuple[str, ...]:
+        known = "examples" in vars(self) or isinstance(self.batches, (tuple, CountedBatches))
+        count = f"{self.examples} examples" if known else "examples to be loaded"
+        return count, f"{type(self.loss).__name__} of {type(self.base).__name__}", f"{self.space.size} parameters"
 
     @cached_property
     def model(self) -> nn.Module:

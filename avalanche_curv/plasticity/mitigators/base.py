@@ -13,12 +13,12 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from avalanche_curv.core.options import Fixed, Forwarded, Setting, check_whole
+from avalanche_curv.core.options import Configured, Fixed, Forwarded, Setting, check_whole
 from avalanche_curv.core.risk.parameters import canonical_name
 from avalanche_curv.core.risk.selection import ParameterSelector, Selection, selection_of
 
 
-class Mitigator(ABC):  # noqa: B024  nothing is common to all of them but the hooks
+class Mitigator(Configured, ABC):
     """Mitigates the loss of plasticity of one model, by what it does before or after each step of an optimiser.
 
     It does not hold the model, but is given it at each use, so that layers may grow or be replaced: its state is keyed
@@ -86,17 +86,17 @@ class Mitigator(ABC):  # noqa: B024  nothing is common to all of them but the ho
             if parameter.is_complex():
                 raise TypeError(f"Parameter '{name}' is complex; mitigators know real ones. Exclude or freeze it.")
 
-    def release(self) -> None:  # noqa: B027
+    def release(self) -> None:
         """Drops references to the model and hooks that `prepare` made; called when the mitigator is detached."""
 
-    def before_step(self, model: nn.Module, optimizer: Optimizer) -> None:  # noqa: B027  most do one of the two
+    def before_step(self, model: nn.Module, optimizer: Optimizer) -> None:
         """Called between the backward pass and the step."""
 
     def after_step(self, model: nn.Module, optimizer: Optimizer) -> None:
         """Called after the step, which it counts."""
         self.steps += 1
 
-    def after_task(self, model: nn.Module, optimizer: Optimizer) -> None:  # noqa: B027
+    def after_task(self, model: nn.Module, optimizer: Optimizer) -> None:
         """Called between two tasks, by loops that know their boundaries, when the first has been evaluated."""
 
     def state_dict(self) -> dict[str, Any]:

@@ -683,9 +683,9 @@ def test_memory_is_stated_and_checked_before_it_is_taken(make_model):
 @pytest.mark.parametrize(
     ("options", "error", "remedy"),
     [
-        ({"cut": Rank}, TypeError, r"Call it: Rank\(20\)"),
+        ({"cut": Rank}, TypeError, r"Did you mean Rank\(20\)"),
         ({"cut": 20}, TypeError, r"got 20. Give a value such as Rank\(20\)"),
-        ({"curvature": Fisher}, TypeError, r"curvature must be a Curvature.*Call it: Fisher\(\)"),
+        ({"curvature": Fisher}, TypeError, r"curvature must be a Curvature.*Did you mean Fisher\(\)"),
         ({"per": "layer"}, TypeError, r"got 'layer'.*PerLayer\(\)"),
         ({"examples": 0}, ValueError, "at least 1; got 0"),
         ({"seed": None}, ValueError, "seed"),
@@ -732,7 +732,7 @@ def test_directions_of_another_recipe_are_refused(make_model):
             flat.absorb(risk, FAMILY[other])
     with pytest.raises(ValueError, match="max_rank must be an integer of at least 1; got 0"):
         flat.absorb(risk, FAMILY["flat"], max_rank=0)
-    with pytest.raises(TypeError, match=r"projection must be a Projection.*Call it: StepProjection\(\)"):
+    with pytest.raises(TypeError, match=r"projection must be a Projection.*Did you mean StepProjection\(\)"):
         Projector(flat, StepProjection)
 
 
