@@ -58,8 +58,9 @@ def load_checkpoint(strategy: Strategy, path: str | Path) -> tuple[Strategy, int
     """The saved strategy and the number of experiences it was trained on, where training goes on.
 
     **Loading a checkpoint executes what is in the file**: it is a pickle, and one that somebody else has written can
-    run any code with your rights. Load only files that you trust. What `past_state(past)` and the `state_dict()` of
-    mitigators return is tensors, numbers and names alone, which `torch.load(path, weights_only=True)` reads.
+    run any code with your rights. Load only files that you trust. What the `state_dict()` of plugins, of
+    a `Past`, a `ProtectedSpace` and of mitigators returns is tensors, numbers and names alone, which
+    `torch.load(path, weights_only=True)` reads.
 
     `strategy` takes over everything saved, so go on with `strategy.model`, `strategy.optimizer` and its plugins: the
     ones it was made with are left behind. Where there is no file, it comes back as it is, with 0. Global random states

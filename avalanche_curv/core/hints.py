@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from functools import wraps
 from typing import Any, TypeVar
@@ -114,7 +114,7 @@ def known_arguments(function: F) -> F:
     return checked  # type: ignore[return-value]
 
 
-def _refuse(label: str, given: Iterable[str], known: Collection[str]) -> None:
+def _refuse(label: str, given: Iterable[str], known: set[str]) -> None:
     name = next(name for name in given if name not in known)
     here, meaning = ARGUMENTS.get(name, ("", ""))
     hint = f" {meaning}." if here in known else nearest(name, known - {"self"})

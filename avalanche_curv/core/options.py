@@ -308,7 +308,7 @@ class OneLine:
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        cls.__repr__ = cls.__repr__  # type: ignore[method-assign]  its own now, which a dataclass does not replace
+        cls.__repr__ = cls.__repr__  # type: ignore[method-assign]  # its own, which a dataclass does not replace
 
     def described(self) -> Iterable[str]:
         """What stands between the brackets."""

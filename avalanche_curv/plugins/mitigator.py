@@ -8,6 +8,7 @@ from avalanche.training.plugins import SupervisedPlugin
 
 from avalanche_curv.core.hints import called
 from avalanche_curv.core.options import Configured, Fixed
+from avalanche_curv.core.state import State, check_state, state_of
 from avalanche_curv.plasticity.mitigators.base import Mitigator
 from avalanche_curv.plugins import _bridge
 
@@ -39,6 +40,22 @@ class MitigatorPlugin(Configured, SupervisedPlugin):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _is_copy=True)
+
+    def state_dict(self) -> State:
+        """What the plugin and its mitigator know between two experiences, as tensors, numbers, strings and
+        dictionaries, for `torch.save`. Options are not in it."""
+        return state_of(
+            type(self).__name__, mitigator=self.mitigator.state_dict(), between_tasks=self._between_tasks,
+            task_ends=self._task_ends.state_dict(),
+        )
+
+    def load_state_dict(self, state: State) -> None:
+        """Takes over what `state_dict` returned, as by `torch.load(path, weights_only=True)`, of a plugin with the same
+        options. Raises ValueError for any other state, with what came."""
+        parts = check_state(state, type(self).__name__, "mitigator", "between_tasks", "task_ends")["fields"]
+        self.mitigator.load_state_dict(parts["mitigator"])
+        self._task_ends.load_state_dict(parts["task_ends"])
+        self._between_tasks, self._is_copy = parts["between_tasks"], True
 
     def before_train_dataset_adaptation(self, strategy: Any, **kwargs: Any) -> None:
         if self._between_tasks:

@@ -160,8 +160,9 @@ def _errors(found: Spectrum, high: float, epsilon: float) -> dict[str, float]:
 def check_options(curvature: object, k: object, epsilon: float, methods: Sequence[SpectrumMethod]) -> None:
     """Raises TypeError or ValueError for what `landscape` cannot use."""
     if not isinstance(curvature, Curvature):
-        mistaken = isinstance(curvature, type)
-        hint = f"Did you mean {called(curvature)}?" if mistaken else "Give a value such as Fisher()."
+        hint = "Give a value such as Fisher()."
+        if isinstance(curvature, type):
+            hint = f"Did you mean {called(curvature)}?"
         raise TypeError(f"A landscape is that of a Curvature; got {curvature!r}. {hint}")
     if curvature.is_mended:
         raise TypeError(f"A landscape is that of the curvature as it is; got {curvature}. Use Hessian() or GGN().")

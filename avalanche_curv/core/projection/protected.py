@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 from avalanche_curv.core.options import OneLine, check_count, check_kind, counted
 from avalanche_curv.core.precision import in_own_precision
-from avalanche_curv.core.projection.blocks import Block, Parts
+from avalanche_curv.core.projection.blocks import Parts, ProtectedBlock
 from avalanche_curv.core.projection.protection import Finding, Protection
 from avalanche_curv.core.projection.subspace import Subspace, energy, orthonormal, principal_angles
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.frozen import unwrapped
 from avalanche_curv.core.risk.parameters import ParameterSpace
 from avalanche_curv.core.risk.selection import training
+from avalanche_curv.core.state import Saved
 from avalanche_curv.core.structures.base import human_bytes
 
 NOTHING = ParameterSpace((), ())
@@ -54,7 +55,7 @@ class LeaveUncovered(Uncovered):
 
 
 @dataclass(frozen=True)
-class ProtectedSpace(OneLine):
+class ProtectedSpace(OneLine, Saved):
     """The directions that past tasks need: an orthonormal basis U of their union for each block of parameters.
 
     A step Δ becomes Δ − Δ Uᵀ U in each block: one projection on the complement of the union. Parameters and rows that
@@ -67,7 +68,7 @@ class ProtectedSpace(OneLine):
     `absorb` returns a new space.
     """
 
-    blocks: Mapping[str, Block] = field(default_factory=dict)
+    blocks: Mapping[str, ProtectedBlock] = field(default_factory=dict)
     held: ParameterSpace = NOTHING
     statistics: tuple[str, ...] = ()
     experiences: int = 0
@@ -256,11 +257,11 @@ class ProtectedSpace(OneLine):
                 )
 
 
-def _merged(held: Block | None, finding: Finding, like: Tensor, max_rank: int | None) -> Block:
+def _merged(held: ProtectedBlock | None, finding: Finding, like: Tensor, max_rank: int | None) -> ProtectedBlock:
     outer = finding.layout if held is None else held.layout.union(finding.layout)
     empty = Subspace.empty(like.new_empty(outer.columns.size))
     before = empty if held is None else held.within(outer).subspace.on(like.device)
-    return Block(outer, finding.added_to(before, outer).limited(max_rank))
+    return ProtectedBlock(outer, finding.added_to(before, outer).limited(max_rank))
 
 
 @torch.enable_grad()

@@ -11,11 +11,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from avalanche_curv.core.state import Storable
+
 GRAM_ENTRIES = 2**22  # of rows that are held in float64 at once
 
 
 @dataclass(frozen=True)
-class TaskShare:
+class TaskShare(Storable):
     """The directions of one task in a subspace U: orthonormal directions V = K U by their coordinates K, the curvature
     along each, the trace of all of its curvature (NaN where it is not known), and the number of the task."""
 
@@ -44,7 +46,7 @@ class TaskShare:
 
 
 @dataclass(frozen=True)
-class Subspace:
+class Subspace(Storable):
     """The span of orthonormal rows U [k, d], and the `shares` of the tasks in it, in float64.
 
     >>> plane = Subspace.empty(torch.zeros(3)).plus(torch.eye(3)[:2], torch.tensor([4.0, 1.0]), trace=6.0)

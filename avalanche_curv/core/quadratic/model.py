@@ -15,11 +15,12 @@ from avalanche_curv.core.options import OneLine
 from avalanche_curv.core.precision import in_own_precision
 from avalanche_curv.core.risk.parameters import ParameterSpace
 from avalanche_curv.core.risk.selection import training, warn_unprotected
+from avalanche_curv.core.state import Saved
 from avalanche_curv.core.structures.base import Matrix
 
 
 @dataclass(frozen=True)
-class QuadraticModel(OneLine):
+class QuadraticModel(OneLine, Saved):
     """q(θ) = c + gᵀδ + ½ δᵀ C δ with displacement δ = θ − a, over a parameter space of size P.
 
     Fresh from `estimate`, q is the predicted *increase* of past loss since the anchor: c = 0, and g is zero unless it

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -197,6 +198,14 @@ class Guarded:
         """
         groups = descents(optimizer)
         return None if groups is None else self._stability(strength, groups, model)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the guard has decided about this model."""
+        return {"passed": self._passed, "bound": self._bound}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes over what `state_dict` returned of the same model."""
+        self._passed, self._bound = bool(state["passed"]), float(state["bound"])
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what is known by the identity of parameters."""

@@ -21,12 +21,13 @@ from avalanche_curv.core.risk.losses import ExampleLoss, example_loss
 from avalanche_curv.core.risk.parameters import ParameterSpace, canonical_name
 from avalanche_curv.core.risk.preflight import check_batch, check_risk, drop_hooks
 from avalanche_curv.core.risk.selection import ParameterSelector, Selection, selection_of
+from avalanche_curv.core.state import Storable
 
 FEW = 4  # examples on which derivatives are tried
 
 
 @dataclass(frozen=True)
-class EmpiricalRisk(OneLine):
+class EmpiricalRisk(OneLine, Storable):
     """L(θ) = (1/N) Σ_i ℓ(f_θ(x_i), y_i) around a frozen copy of the model, in eval mode.
 
     The mean is over examples: batch sizes, a ragged last batch and the criterion's `reduction` do not matter.
@@ -83,6 +84,10 @@ class EmpiricalRisk(OneLine):
         known = "examples" in vars(self) or isinstance(self.batches, (tuple, CountedBatches))
         count = f"{self.examples} examples" if known else "examples to be loaded"
         return count, f"{type(self.loss).__name__} of {type(self.base).__name__}", f"{self.space.size} parameters"
+
+    def stored_fields(self) -> dict[str, Any]:
+        batches = tuple((inputs, targets) for inputs, targets in self.batches)
+        return {"batches": batches, "adapter": self.adapter, "selection": self.selection}
 
     @cached_property
     def model(self) -> nn.Module:

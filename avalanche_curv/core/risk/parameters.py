@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from avalanche_curv.core.state import Storable
+
 
 def canonical_name(name: str) -> str:
     """The name of a parameter without what wrappers add to it (`DataParallel`, `torch.compile`).
@@ -23,7 +25,7 @@ def canonical_name(name: str) -> str:
 
 
 @dataclass(frozen=True)
-class ParameterSpace:
+class ParameterSpace(Storable):
     """The trainable parameters of a model as the coordinates of one vector of size P.
 
     Coordinates follow `named_parameters()`. A later model is read through the same space: parameters are found by

@@ -20,6 +20,7 @@ from avalanche_curv.core.options import OneLine, check_count
 from avalanche_curv.core.precision import in_own_precision
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.parameters import ParameterSpace
+from avalanche_curv.core.state import Storable
 
 
 class CurvatureSource(Protocol):
@@ -82,7 +83,7 @@ OPERATIONS = {
 }  # fmt: skip
 
 
-class Matrix(OneLine, ABC):
+class Matrix(OneLine, Storable, ABC):
     """A symmetric matrix C over a parameter space of size P. Its operations return new matrices, and are computed in
     its own type, also inside `torch.autocast`."""
 

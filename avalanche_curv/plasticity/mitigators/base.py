@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from abc import ABC
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from avalanche_curv.core.options import Configured, Fixed, Forwarded, Setting, check_whole
 from avalanche_curv.core.risk.parameters import canonical_name
 from avalanche_curv.core.risk.selection import ParameterSelector, Selection, selection_of
+from avalanche_curv.core.state import not_state_of
 
 
 class Mitigator(Configured, ABC):
@@ -101,10 +102,13 @@ class Mitigator(Configured, ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """The state with which a resumed run equals an uninterrupted one, as for torch's modules and optimisers."""
-        return {"steps": self.steps}
+        return {"mitigator": type(self).__name__, "steps": self.steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what `state_dict` returned."""
+        """Restores what `state_dict` returned. Raises ValueError for anything else, with what came."""
+        own = type(self).__name__
+        if not isinstance(state, Mapping) or state.get("mitigator") != own or state.keys() != self.state_dict().keys():
+            raise ValueError(not_state_of(own, state))
         self.steps = state["steps"]
 
     def parameters(self, model: nn.Module, optimizer: Optimizer | None = None) -> dict[str, nn.Parameter]:
