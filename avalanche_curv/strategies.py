@@ -18,10 +18,11 @@ from torch.optim import Optimizer
 from avalanche_curv.core.curvature.base import Curvature
 from avalanche_curv.core.curvature.fisher import Fisher
 from avalanche_curv.core.hints import called
-from avalanche_curv.core.options import Configured, Forwarded, check_kind
+from avalanche_curv.core.options import Configured, Forwarded, check_count, check_kind, check_whole, in_short, optional
 from avalanche_curv.core.projection import Eigenspace, Projection, Protection, StepProjection
 from avalanche_curv.core.quadratic.policies import Accumulate, Past, Policy
 from avalanche_curv.core.quadratic.stability import Guard, WarnIfUnstable
+from avalanche_curv.core.risk.losses import example_loss
 from avalanche_curv.core.risk.selection import ParameterSelector
 from avalanche_curv.core.structures import Diagonal, Structure
 from avalanche_curv.plasticity.mitigators.base import Mitigator
@@ -69,12 +70,25 @@ class _WithPlugin(Configured, SupervisedTemplate):
         check_kind("model", model, nn.Module, "SimpleMLP()")
         check_kind("optimizer", optimizer, Optimizer, "torch.optim.SGD(model.parameters(), lr=0.1)")
         given = _checked(training.pop("plugins", None))
-        self._plugin = plugin
-        every: Any = {"eval_mb_size": None, **training}
+        self._plugin, every = plugin, {"eval_mb_size": None, **training}
+        for name in TRAINING_CHECKS.keys() & every.keys():
+            TRAINING_CHECKS[name](name, every[name])
         super().__init__(model=model, optimizer=optimizer, plugins=[*given, plugin], **every)
 
     def described(self) -> Iterable[str]:
         return self._plugin.described()
+
+
+def _check_evaluator(name: str, value: Any) -> None:
+    """Raises TypeError unless `value` is an evaluator, makes one, or is None."""
+    if not (value is None or isinstance(value, EvaluationPlugin) or callable(value)):
+        raise TypeError(f"{name} must be an EvaluationPlugin; got {in_short(value)}. Give EvaluationPlugin(*metrics).")
+
+
+TRAINING_CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    "train_mb_size": check_count, "train_epochs": check_whole, "eval_mb_size": optional(check_count),
+    "evaluator": _check_evaluator,
+}  # fmt: skip
 
 
 def _show_training(constructor: Any) -> None:
@@ -94,6 +108,12 @@ def _show_training(constructor: Any) -> None:
         for name, annotation in Training.__annotations__.items()
     ]
     constructor.__signature__ = own.replace(parameters=[*named, *further])
+
+
+def _check_criterion(criterion: Any) -> None:
+    """Raises TypeError for a criterion without a per-example form."""
+    if criterion is not None:
+        example_loss(criterion)
 
 
 def _checked(plugins: Any) -> Sequence[BasePlugin]:
@@ -147,6 +167,7 @@ class CurvatureEWC(_WithPlugin):
         exclude: Iterable[ParameterSelector] = (),
         **training: Unpack[Training],
     ) -> None:
+        _check_criterion(training.get("criterion"))
         self.ewc = CurvatureEWCPlugin(
             strength, curvature=curvature, structure=structure, policy=policy, guard=guard,
             past=past, include=include, exclude=exclude,
@@ -178,6 +199,7 @@ class OrthogonalProjection(_WithPlugin):
         exclude: Iterable[ParameterSelector] = (),
         **training: Unpack[Training],
     ) -> None:
+        _check_criterion(training.get("criterion"))
         self.projection = OrthogonalProjectionPlugin(
             protect, projection=projection, max_rank=max_rank, include=include, exclude=exclude
         )

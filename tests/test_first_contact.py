@@ -12,6 +12,8 @@ import torch
 from avalanche.training import Naive
 from avalanche.training.plugins import ReplayPlugin
 from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import TensorDataset
 
 import avalanche_curv
 from avalanche_curv import (
@@ -43,8 +45,13 @@ from avalanche_curv import (
     SpectralRegPlugin,
     StepProjection,
     WarnIfUnstable,
+    alignment,
+    curvature_drift,
     estimate,
     fidelity_metrics,
+    landscape,
+    save_checkpoint,
+    weight_spectra,
 )
 from avalanche_curv.core import hints
 from avalanche_curv.core.quadratic.adaptive import AdaptivePast
@@ -154,6 +161,63 @@ WRONG = [
 def test_an_argument_that_is_none_leads_to_the_one_that_is_meant(make, said):
     with pytest.raises(TypeError, match=said):
         make()
+
+
+MODEL, CE = nn.Linear(3, 2), nn.CrossEntropyLoss()
+X, Y = torch.ones(4, 3), torch.tensor([0, 1, 0, 1])
+BATCHES, RISK = [(X, Y)], EmpiricalRisk.snapshot(MODEL, CE, [(X, Y)])
+ORDER = r"EmpiricalRisk.snapshot\(model, criterion, batches\) takes a module, .*, in this order; got "
+snapshot = EmpiricalRisk.snapshot
+
+GIVEN = [
+    (lambda: estimate(Diagonal(), GGN(), RISK), r"estimate\(curvature, structure, risk\) takes these in this order"),
+    (lambda: estimate(RISK, GGN(), Diagonal()), r"in this order; got EmpiricalRisk\(4 examples"),
+    (lambda: estimate(GGN, Diagonal(), RISK), r"got the class GGN. Did you mean GGN\(\)\?"),
+    (lambda: estimate(GGN(), Diagonal(), MODEL), "risk must be an EmpiricalRisk; got Linear"),
+    (lambda: estimate(GGN(), Diagonal(), RISK, grad=True), "no argument grad. Did you mean gradient"),
+    (lambda: Merge().absorb(RISK, Past(), GGN(), Diagonal()), r"Merge.absorb\(past, risk, curvature, struct"),
+    (lambda: AdaptiveRefresh().absorb(Past(), RISK, Diagonal(), GGN()), "absorb.* in this order"),
+    (lambda: ProtectedSpace().absorb(InputSpace(), RISK), r"absorb\(risk, protection\) takes these in this order"),
+    (lambda: estimate(GGN(), Diagonal(), RISK).penalty(X), "model must be a Module; got <Tensor>"),
+    (lambda: RISK.value_at(MODEL), "parameters must be a Tensor; got Linear"),
+    (lambda: RISK.subset(5, 0), r"fraction must lie in \(0, 1\]; got 5"),
+    (lambda: landscape(GGN(), MODEL), "risk must be an EmpiricalRisk"),
+    (lambda: curvature_drift(RISK, RISK), "then must be a Landscape"),
+    (lambda: alignment(RISK, X), "vector must be a Tensor"),
+    (lambda: weight_spectra(X), "model must be a Module"),
+    (lambda: snapshot(BATCHES, CE, MODEL), ORDER + r"<list>, CrossEntropyLoss\(\), Linear"),
+    (lambda: snapshot(CE, MODEL, BATCHES), ORDER),
+    (lambda: snapshot(MODEL, BATCHES, CE), ORDER),
+    (lambda: snapshot(nn.Linear, CE, BATCHES), r"Did you mean Linear\(\.\.\.\)\?"),
+    (lambda: snapshot(made(CurvatureEWC, strength=1), CE, BATCHES), "Give the model of the strategy"),
+    (lambda: snapshot(MODEL, CE, BATCHES, includ=["a"]), "no argument includ. Did you mean include"),
+    (lambda: snapshot(MODEL, F.cross_entropy, BATCHES), r"cross_entropy; .* mean nn.CrossEntropyLoss\(\)\?"),
+    (lambda: snapshot(MODEL, nn.CrossEntropyLoss, BATCHES), r"Did you mean nn.CrossEntropyLoss\(\)\?"),
+    (lambda: snapshot(MODEL, "mse_loss", BATCHES), r"Did you mean nn.MSELoss\(\)\?"),
+    (lambda: snapshot(MODEL, nn.NLLLoss(), BATCHES), "without log_softmax"),
+    (lambda: snapshot(MODEL, CE, X), r"a list or a loader; got a Tensor of shape \(4, 3\). Give \[\(inputs"),
+    (lambda: snapshot(MODEL, CE, (X, Y)), r"got a Tensor of shape \(4, 3\). Put a pair in a list"),
+    (lambda: snapshot(MODEL, CE, [[*torch.ones(784, 3)]]), "got a list of 784, the first a Tensor"),
+    (lambda: snapshot(MODEL, CE, TensorDataset(X, Y)), r"single example .*DataLoader\(dataset, batch_size=64\)"),
+    (lambda: snapshot(MODEL, CE, None), "pairs .* in a list or a loader; got NoneType"),
+    (lambda: snapshot(MODEL, nn.MSELoss(), BATCHES), r"got classes, torch.int64.*CrossEntropyLoss.*one_hot\(tar"),
+    (lambda: made(CurvatureEWC, strength=1, criterion=F.cross_entropy), r"Did you mean nn.CrossEntropyLoss\(\)\?"),
+    (lambda: made(OrthogonalProjection, criterion=nn.CrossEntropyLoss), r"Did you mean nn.CrossEntropyLoss\(\)\?"),
+    (lambda: made(CurvatureEWC, strength=1, train_mb_size="64"), "train_mb_size must be an integer of at least 1"),
+    (lambda: made(CurvatureEWC, strength=1, evaluator=fidelity_metrics()), r"Give EvaluationPlugin\(\*metrics\)"),
+    (lambda: MitigatorPlugin(CurvatureEWC), "mitigator must be a Mitigator; got the class CurvatureEWC. Give a value"),
+    (lambda: fidelity_metrics(stream="test"), r"got 'test'. Did you mean stream=benchmark.test_stream\?"),
+    (lambda: fidelity_metrics(stream=[X]), "must be a stream of experiences; got .*Give benchmark.test_stream"),
+    (lambda: fidelity_metrics(of=made(CurvatureEWC, strength=1)), "of must be a CurvatureEWCPlugin.*strategy.ewc"),
+    (lambda: fidelity_metrics(curvature=GGN), r"Did you mean GGN\(\)\?"),
+    (lambda: save_checkpoint("path", made(CurvatureEWC, strength=1)), r"save_checkpoint\(strategy, path\) takes"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("call", "said"), GIVEN, ids=range(len(GIVEN)))
+def test_arguments_are_checked_where_they_are_given(call, said):
+    with pytest.raises((TypeError, ValueError), match=said):
+        call()
 
 
 def test_names_from_elsewhere_lead_to_ours():

@@ -102,10 +102,11 @@ def check_kind(name: str, value: Any, kind: type, example: str) -> Any:
     """
     if not isinstance(value, kind):
         got, hint = in_short(value), f"Give a value such as {example}."
-        if isinstance(value, type):
+        got = f"the class {got}" if isinstance(value, type) else got
+        if isinstance(value, type) and issubclass(value, kind):
             meant = example if example.startswith(f"{value.__name__}(") and " or " not in example else called(value)
-            got, hint = f"the class {got}", f"Did you mean {meant}?"
-        article = "an" if kind.__name__[0] in "AEIOU" else "a"
+            hint = f"Did you mean {meant}?"
+        article = "an" if kind.__name__[0].lower() in "aeiou" else "a"
         raise TypeError(f"{name} must be {article} {kind.__name__}; got {got}. {hint}")
     return value
 

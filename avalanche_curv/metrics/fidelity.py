@@ -77,6 +77,7 @@ def fidelity_metrics(
     """
     selection = selection_of(include, exclude)
     if of is not None:
+        check_kind("of", of, CurvatureEWCPlugin, "the CurvatureEWCPlugin, or strategy.ewc of a CurvatureEWC")
         curvature = _of_single_examples(of.curvature) if curvature is None else curvature
         fraction = _stored_fraction(of.policy) if fraction is None else fraction
         seed = getattr(of.policy, "seed", None) if seed is None else seed

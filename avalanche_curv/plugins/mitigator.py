@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from avalanche.training.plugins import SupervisedPlugin
 
-from avalanche_curv.core.hints import called
-from avalanche_curv.core.options import Configured, Fixed
+from avalanche_curv.core.options import Configured, Fixed, check_kind
 from avalanche_curv.core.state import State, check_state, state_of
 from avalanche_curv.plasticity.mitigators.base import Mitigator
 from avalanche_curv.plugins import _bridge
@@ -26,13 +26,10 @@ class MitigatorPlugin(Configured, SupervisedPlugin):
     model.
     """
 
-    mitigator = Fixed[Mitigator]()
+    mitigator = Fixed[Mitigator](partial(check_kind, kind=Mitigator, example="L2Init(1e-3)"))
 
     def __init__(self, mitigator: Mitigator) -> None:
         super().__init__()
-        if not isinstance(mitigator, Mitigator):
-            hint = f"Did you mean {called(mitigator)}?" if isinstance(mitigator, type) else "Try L2Init(1e-3)."
-            raise TypeError(f"MitigatorPlugin needs a mitigator; got {mitigator!r}. {hint}")
         self.mitigator = mitigator
         self._task_ends = _bridge.TaskEnds()
         self._between_tasks = False

@@ -13,7 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from avalanche_curv.core.options import OneLine, check_count, check_kind, counted
+from avalanche_curv.core.arguments import takes
+from avalanche_curv.core.options import OneLine, check_count, counted
 from avalanche_curv.core.precision import in_own_precision
 from avalanche_curv.core.projection.blocks import Parts, ProtectedBlock
 from avalanche_curv.core.projection.protection import Finding, Protection
@@ -79,6 +80,10 @@ class ProtectedSpace(OneLine, Saved):
             return ()
         return counted(self.experiences, "experience"), f"{self.used} of {self.space.size} dimensions"
 
+    @takes(
+        risk=(EmpiricalRisk, "EmpiricalRisk.snapshot(model, criterion, batches)"),
+        protection=(Protection, "Eigenspace(Fisher(), Rank(20))"), uncovered=(Uncovered, "FreezeUncovered()"),
+    )  # fmt: skip
     @in_own_precision
     def absorb(
         self,
@@ -96,8 +101,6 @@ class ProtectedSpace(OneLine, Saved):
         Raises TypeError or ValueError for options of the wrong kind, ValueError for blocks of parameters that differ
         from those of earlier tasks, and NonFiniteCurvatureError where the model or its inputs hold NaN or infinity.
         """
-        check_kind("protection", protection, Protection, "Eigenspace(Fisher(), Rank(20))")
-        check_kind("uncovered", uncovered, Uncovered, "FreezeUncovered()")
         if max_rank is not None:
             check_count("max_rank", max_rank)
         risk = risk.covering(self.space.names)

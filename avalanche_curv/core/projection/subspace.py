@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from avalanche_curv.core.arguments import takes
 from avalanche_curv.core.state import Storable
 
 GRAM_ENTRIES = 2**22  # of rows that are held in float64 at once
@@ -212,6 +213,7 @@ def tolerance(kind: torch.dtype) -> float:
     return max(100 * torch.finfo(kind).eps, 1e-7)
 
 
+@takes(first=(Tensor, "orthonormal rows [j, d]"), second=(Tensor, "orthonormal rows [k, d]"))
 def principal_angles(first: Float[Tensor, "j d"], second: Float[Tensor, "k d"]) -> Float[Tensor, "n"]:
     """The n = min(j, k) principal angles between the spans of orthonormal rows, in radians, smallest first; by sines
     where they are small (Björck & Golub 1973).

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from avalanche_curv.core.arguments import takes
 from avalanche_curv.core.curvature._curvlinops import LinearOperator, linear_operator
 from avalanche_curv.core.options import OneLine
 from avalanche_curv.core.precision import in_own_precision
@@ -48,6 +49,7 @@ class QuadraticModel(OneLine, Saved):
     def described(self) -> tuple[str, ...]:
         return f"{self.space.size} parameters", repr(self.curvature)
 
+    @takes(model=(nn.Module, "the model that is trained"))
     def displacement(self, model: nn.Module) -> Float[Tensor, "P"]:
         """δ = θ − a [P] for the parameters θ of `model`, detached."""
         return self.space.vector(model).to(self.anchor) - self.anchor
@@ -68,11 +70,12 @@ class QuadraticModel(OneLine, Saved):
         product = self.curvature.product(displacement)
         return product if self.gradient is None else product + self.gradient
 
+    @takes(model=(nn.Module, "the model that is trained"))
     def penalty(self, model: nn.Module) -> Tensor:
         """q(θ) as a scalar whose gradient in the parameters of `model` is exactly g + C δ. Warns where parameters train
         that are `unprotected`."""
         if free := self.unprotected(model):
-            warn_unprotected(free)
+            warn_unprotected(free, stacklevel=4)
         return _Penalty.apply(self, *self.space.tensors(model))
 
     def unprotected(self, model: nn.Module) -> tuple[str, ...]:

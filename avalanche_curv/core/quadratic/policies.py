@@ -9,6 +9,7 @@ from operator import add
 
 from torch import nn
 
+from avalanche_curv.core.arguments import takes
 from avalanche_curv.core.curvature.base import Curvature
 from avalanche_curv.core.options import OneLine, check_flag, check_fraction, check_number, check_seed, counted, settle
 from avalanche_curv.core.precision import in_own_precision
@@ -115,6 +116,13 @@ class Policy(ABC):
         return past
 
 
+absorbing = takes(
+    past=(Past, "Past()"), risk=(EmpiricalRisk, "EmpiricalRisk.snapshot(model, criterion, batches)"),
+    curvature=(Curvature, "Fisher()"), structure=(Structure, "Diagonal()"),
+)  # fmt: skip
+"""Checks the arguments of `Policy.absorb`."""
+
+
 @dataclass(frozen=True)
 class Accumulate(Policy):
     """q = Σ_t ½ δ_tᵀ C_t δ_t: each experience keeps its own anchor (Kirkpatrick et al. 2017).
@@ -130,6 +138,7 @@ class Accumulate(Policy):
     def __post_init__(self) -> None:
         settle(self, fraction=check_fraction, seed=check_seed)
 
+    @absorbing
     @in_own_precision
     def absorb(self, past: Past, risk: EmpiricalRisk, curvature: Curvature, structure: Structure) -> Past:
         risk = past.widened(risk)
@@ -147,6 +156,7 @@ class Merge(Policy):
         hint = "1 keeps all of the past, 0 none of it."
         settle(self, decay=partial(check_number, at_least=0, at_most=1, hint=hint))
 
+    @absorbing
     @in_own_precision
     def absorb(self, past: Past, risk: EmpiricalRisk, curvature: Curvature, structure: Structure) -> Past:
         new = estimate(curvature, structure, past.widened(risk))
@@ -176,6 +186,7 @@ class Refresh(Policy):
     def __post_init__(self) -> None:
         settle(self, fraction=check_fraction, seed=check_seed, gradient=check_flag)
 
+    @absorbing
     @in_own_precision
     def absorb(self, past: Past, risk: EmpiricalRisk, curvature: Curvature, structure: Structure) -> Past:
         self.check_past(past)

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from avalanche_curv.core.arguments import takes
 from avalanche_curv.core.state import Storable
 
 
@@ -41,6 +42,7 @@ class ParameterSpace(Storable):
     shapes: tuple[torch.Size, ...]
 
     @classmethod
+    @takes(model=(nn.Module, "the model that is trained"))
     def of(cls, model: nn.Module) -> ParameterSpace:
         """The space of the parameters of `model` that require a gradient. Raises ValueError if there is none."""
         return cls.of_parameters(model, [(n, p) for n, p in model.named_parameters() if p.requires_grad and p.numel()])
