@@ -135,7 +135,7 @@ def test_a_resumed_run_ends_bit_identically(kind, make, digits, learner, train, 
 def test_what_is_no_mitigator_is_refused_with_the_remedy(net):
     with pytest.raises(TypeError, match=r"Did you mean L2\(...\)"):
         MitigatorPlugin(L2)
-    with pytest.raises(TypeError, match="mitigator must be a Mitigator; got 0.1"):
+    with pytest.raises(TypeError, match="mitigator must be a Mitigator"):
         MitigatorPlugin(0.1)
 
 
