@@ -7,11 +7,13 @@ The names of the core are at hand at once; those that need Avalanche are importe
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from avalanche_curv import core, plasticity
 from avalanche_curv.core import *  # noqa: F403
+from avalanche_curv.core.hints import elsewhere, nearest
 from avalanche_curv.plasticity import *  # noqa: F403
 
 if TYPE_CHECKING:
@@ -84,7 +86,11 @@ __all__ = [*core.__all__, *plasticity.__all__, *_LAZY]
 
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
-        raise AttributeError(f"module 'avalanche_curv' has no attribute '{name}'")
+        hint = elsewhere(name)
+        if hint is not None and sys._getframe(1).f_code.co_name == "_handle_fromlist":
+            raise ImportError(hint)  # `from avalanche_curv import KFAC`, which does not pass on an AttributeError
+        remedy = f".{nearest(name, __all__)}" if hint is None else f". {hint}"
+        raise AttributeError(f"module 'avalanche_curv' has no attribute '{name}'{remedy}")
     value = globals()[name] = getattr(import_module(f"avalanche_curv.{_LAZY[name]}"), name)
     return value
 

@@ -17,7 +17,10 @@ import dill
 import torch
 from avalanche import checkpointing
 from avalanche.training.determinism.rng_manager import RNGManager
+from avalanche.training.templates.base import BaseTemplate
 from torch.utils.data.dataloader import _BaseDataLoaderIter
+
+from avalanche_curv.core.options import in_short
 
 Strategy = TypeVar("Strategy")
 
@@ -35,6 +38,7 @@ def save_checkpoint(strategy: Any, path: str | Path) -> None:
     Raises RuntimeError while the strategy trains or evaluates, TypeError where it holds what cannot be stored, such as
     a loader that is half-way through its data (`RARPlugin`).
     """
+    _check_strategy("save_checkpoint", strategy)
     if strategy.experience is not None:
         raise RuntimeError(
             "A checkpoint can be resumed between experiences only, but the strategy is in the middle of one. "
@@ -58,8 +62,9 @@ def load_checkpoint(strategy: Strategy, path: str | Path) -> tuple[Strategy, int
     """The saved strategy and the number of experiences it was trained on, where training goes on.
 
     **Loading a checkpoint executes what is in the file**: it is a pickle, and one that somebody else has written can
-    run any code with your rights. Load only files that you trust. What `past_state(past)` and the `state_dict()` of
-    mitigators return is tensors, numbers and names alone, which `torch.load(path, weights_only=True)` reads.
+    run any code with your rights. Load only files that you trust. What the `state_dict()` of plugins, of
+    a `Past`, a `ProtectedSpace` and of mitigators returns is tensors, numbers and names alone, which
+    `torch.load(path, weights_only=True)` reads.
 
     `strategy` takes over everything saved, so go on with `strategy.model`, `strategy.optimizer` and its plugins: the
     ones it was made with are left behind. Where there is no file, it comes back as it is, with 0. Global random states
@@ -70,6 +75,7 @@ def load_checkpoint(strategy: Strategy, path: str | Path) -> tuple[Strategy, int
             strategy.train(experience)
             save_checkpoint(strategy, path)
     """
+    _check_strategy("load_checkpoint", strategy)
     try:
         return checkpointing.maybe_load_checkpoint(strategy, Path(path))
     except AttributeError as error:
@@ -77,6 +83,11 @@ def load_checkpoint(strategy: Strategy, path: str | Path) -> tuple[Strategy, int
             f"{path} holds an object of a class that is not where it was: {error}. Define the class in the program "
             "that loads the checkpoint, as in the one that saved it, or put it in a module that both import."
         ) from error
+
+
+def _check_strategy(called: str, strategy: Any) -> None:
+    if not isinstance(strategy, BaseTemplate):
+        raise TypeError(f"{called}(strategy, path) takes an Avalanche strategy first; got {in_short(strategy)}.")
 
 
 class _Pickler(dill.Pickler):

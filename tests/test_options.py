@@ -51,6 +51,7 @@ from avalanche_curv.core.quadratic.stability import Guarded, WarnIfUnstable
 from avalanche_curv.core.risk.losses import BinaryCrossEntropy, CrossEntropy
 from avalanche_curv.core.structures import DiagonalMatrix
 from avalanche_curv.plasticity.mitigators.base import Selection
+from avalanche_curv.strategies import Training
 
 RESULTS = {
     "Alignment", "Attachment", "CurvatureDrift", "EmpiricalRisk", "GradientDiversity", "Landscape", "ParameterSpace",
@@ -164,7 +165,7 @@ def public_attributes(one):
     """The names of its data: arguments of its constructor, instance attributes, descriptors and properties."""
     arguments = {n for n, p in inspect.signature(type(one)).parameters.items() if p.kind is not p.VAR_KEYWORD}
     if isinstance(one, SupervisedTemplate):
-        return sorted(arguments - {"model", "optimizer", "projection"})  # and what Avalanche has
+        return sorted(arguments - {"model", "optimizer", "projection", *Training.__annotations__})
     described = inspect.getmembers_static(type(one), lambda value: hasattr(type(value), "__set__"))
     names = {*vars(one), *(name for name, _ in described), *arguments}
     return sorted(name for name in names if not name.startswith("_"))

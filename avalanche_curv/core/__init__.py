@@ -64,8 +64,6 @@ from avalanche_curv.core.quadratic import (
     UnstablePenaltyError,
     WarnIfUnstable,
     estimate,
-    past_from_state,
-    past_state,
 )
 from avalanche_curv.core.risk import (
     EmpiricalRisk,
@@ -174,8 +172,6 @@ __all__ = [
     "estimate",
     "example_loss",
     "landscape",
-    "past_from_state",
-    "past_state",
     "principal_angles",
     "rule",
 ]

@@ -6,13 +6,16 @@ which it is kept: `int` and `float` for numbers of NumPy, so that options that a
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Callable
-from dataclasses import FrozenInstanceError, fields
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import FrozenInstanceError, fields, is_dataclass
 from numbers import Integral, Real
 from typing import Any, Generic, TypeVar, overload
 
 from torch import Tensor
+
+from avalanche_curv.core.hints import called, known_arguments
 
 T = TypeVar("T")
 
@@ -95,14 +98,16 @@ def check_kind(name: str, value: Any, kind: type, example: str) -> Any:
     >>> from avalanche_curv import Projection, StepProjection
     >>> check_kind("projection", StepProjection, Projection, "StepProjection()")
     Traceback (most recent call last):
-    TypeError: projection must be a Projection; got \
-<class 'avalanche_curv.core.projection.projections.StepProjection'>. Call it: StepProjection().
+    TypeError: projection must be a Projection; got the class StepProjection. Did you mean StepProjection()?
     """
     if not isinstance(value, kind):
-        hint = f"Give a value such as {example}."
-        if isinstance(value, type):
-            hint = f"Call it: {example if example.startswith(value.__name__) else value.__name__ + '()'}."
-        raise TypeError(f"{name} must be a {kind.__name__}; got {value!r}. {hint}")
+        got, hint = in_short(value), f"Give a value such as {example}."
+        got = f"the class {got}" if isinstance(value, type) else got
+        if isinstance(value, type) and issubclass(value, kind):
+            meant = example if example.startswith(f"{value.__name__}(") and " or " not in example else called(value)
+            hint = f"Did you mean {meant}?"
+        article = "an" if kind.__name__[0].lower() in "aeiou" else "a"
+        raise TypeError(f"{name} must be {article} {kind.__name__}; got {got}. {hint}")
     return value
 
 
@@ -254,12 +259,71 @@ def _values(option: Any) -> tuple[Any, ...]:
     return tuple((v.shape, *v.flatten().tolist()) if isinstance(v, Tensor) else v for v in values)
 
 
-def in_short(option: Any) -> str:
-    """A dataclass as it would be written: without the fields that hold their defaults.
+def in_short(value: Any) -> str:
+    """A value as it would be written, in one line: of an option the arguments that are not defaults, and the type alone
+    of what has no short form.
 
     >>> from avalanche_curv import Fisher, Rank
     >>> in_short(Fisher()), in_short(Fisher(samples=2)), in_short(Rank(3))
     ('Fisher()', 'Fisher(samples=2)', 'Rank(k=3)')
     """
-    shown = (field for field in fields(option) if getattr(option, field.name) != field.default)
-    return f"{type(option).__name__}({', '.join(f'{f.name}={getattr(option, f.name)!r}' for f in shown)})"
+    if isinstance(value, type):
+        return value.__name__
+    if isinstance(value, tuple):
+        return f"({', '.join(map(in_short, value))}{',' * (len(value) == 1)})"
+    if is_dataclass(value) and not isinstance(value, OneLine):
+        return f"{type(value).__name__}({', '.join(_arguments(value))})"
+    text = repr(value)
+    plain = type(value).__repr__ is not object.__repr__ and "\n" not in text and len(text) <= LONGEST
+    return text if plain or isinstance(value, OneLine) else f"<{type(value).__name__}>"
+
+
+LONGEST = 80  # characters of one argument
+
+
+def _arguments(value: Any) -> Iterator[str]:
+    """The constructor's arguments that `value` holds under their names and that are not the defaults."""
+    for name, parameter in inspect.signature(type(value)).parameters.items():
+        held = getattr(value, name, parameter.default)
+        if held is not parameter.default and (parameter.default is None or held != parameter.default):
+            yield f"{name}={in_short(held)}"
+
+
+def counted(count: int, what: str) -> str:
+    """A number of things in words.
+
+    >>> counted(1, "refresh"), counted(2, "refresh"), counted(0, "experience")
+    ('1 refresh', '2 refreshes', '0 experiences')
+    """
+    return f"{count} {what}{'' if count == 1 else 'es' if what.endswith('sh') else 's'}"
+
+
+class OneLine:
+    """What has a `repr` of one line: the arguments of its constructor that are not defaults, unless it says otherwise
+    in `described`. Subclasses keep it, dataclasses among them.
+
+    >>> from avalanche_curv import L2, GGN, Past
+    >>> L2(1e-3, every=10), Past()
+    (L2(strength=0.001, every=10), Past())
+    """
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        cls.__repr__ = cls.__repr__  # type: ignore[method-assign]  # its own, which a dataclass does not replace
+
+    def described(self) -> Iterable[str]:
+        """What stands between the brackets."""
+        return _arguments(self)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(self.described())})"
+
+
+class Configured(OneLine):
+    """What is made from options: its `repr` is one line, and an argument that its constructor does not take is an error
+    that names the one that is meant (`known_arguments`)."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "__init__" in vars(cls):
+            cls.__init__ = known_arguments(cls.__init__)  # type: ignore[method-assign]

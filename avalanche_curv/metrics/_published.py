@@ -12,7 +12,7 @@ from avalanche.evaluation import PluginMetric
 from avalanche.evaluation.metric_results import MetricValue
 from avalanche.logging import TensorboardLogger, TextLogger, WandBLogger
 
-from avalanche_curv.core.options import Setting, check_count
+from avalanche_curv.core.options import Configured, Setting, check_count
 from avalanche_curv.metrics._cost import Cost
 
 
@@ -22,7 +22,7 @@ def _check_patterns(name: str, value: Any) -> tuple[str, ...]:
     return tuple(value)
 
 
-class ScalarMetric(PluginMetric[dict[str, float]]):
+class ScalarMetric(Configured, PluginMetric[dict[str, float]]):
     """A metric that emits several named floats every n iterations; `result` returns the last ones.
 
     `in_text` are patterns, as in file names, of the values that Avalanche's text loggers print (`TextLogger`,

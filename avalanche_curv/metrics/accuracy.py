@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from avalanche.evaluation.metric_results import MetricValue
 from torch import Tensor
 
-from avalanche_curv.core.options import Fixed, Setting, check_count, check_fraction, check_seed
+from avalanche_curv.core.options import Fixed, Setting, check_count, check_fraction, check_seed, in_short
 from avalanche_curv.core.quadratic.policies import part_seed
 from avalanche_curv.core.risk.batches import random_part
 from avalanche_curv.metrics._published import ScalarMetric
 from avalanche_curv.plugins import _bridge
 
 Batch = tuple[Tensor, Tensor, Tensor]
+
+
+def check_stream(name: str, value: Any) -> Any:
+    """`value`. Raises TypeError unless it is None or a sequence of experiences."""
+    whole = hasattr(value, "__len__") and hasattr(value, "__getitem__") and not isinstance(value, (str, Mapping))
+    if value is None or (whole and (not len(value) or hasattr(value[0], "dataset"))):
+        return value
+    meant = f"Did you mean {name}=benchmark.test_stream?" if hasattr(value, "test_stream") or value == "test" else ""
+    remedy = meant or "Give benchmark.test_stream, or a list of its experiences."
+    raise TypeError(f"{name} must be a stream of experiences; got {in_short(value)}. {remedy}")
 
 
 class TaskAccuracyMetric(ScalarMetric):
@@ -26,7 +36,7 @@ class TaskAccuracyMetric(ScalarMetric):
     published. Raises ValueError in training for an experience of `stream` that is empty or missing.
     """
 
-    stream = Fixed[Sequence[Any] | None]()
+    stream = Fixed[Sequence[Any] | None](check_stream)
     fraction, seed, limit = Setting(check_fraction), Setting(check_seed), Setting(check_count)
 
     def __init__(self, every: int, stream: Sequence[Any] | None, fraction: float, seed: int, limit: int = 1000) -> None:

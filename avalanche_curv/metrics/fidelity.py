@@ -13,6 +13,7 @@ from avalanche.evaluation.metric_results import MetricValue
 from avalanche_curv.core.curvature.base import Curvature
 from avalanche_curv.core.curvature.fisher import Fisher
 from avalanche_curv.core.fidelity.monitor import PastModels
+from avalanche_curv.core.hints import known_arguments
 from avalanche_curv.core.options import Fixed, Forwarded, Setting, check_fraction, check_kind, check_seed
 from avalanche_curv.core.quadratic.policies import Policy, part_of
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
@@ -33,6 +34,7 @@ WIDTHS = {"accumulate": 4.0, "refresh": 1.3}  # where both are the same, as with
 NAMES = {"accumulate": "own anchors", "refresh": "newest anchor"}
 
 
+@known_arguments
 def fidelity_metrics(
     *,
     of: CurvatureEWCPlugin | None = None,
@@ -86,6 +88,7 @@ def fidelity_metrics(
     """
     selection = selection_of(include, exclude)
     if of is not None:
+        check_kind("of", of, CurvatureEWCPlugin, "the CurvatureEWCPlugin, or strategy.ewc of a CurvatureEWC")
         curvature = _of_single_examples(of.curvature) if curvature is None else curvature
         fraction = _stored_fraction(of.policy) if fraction is None else fraction
         seed = getattr(of.policy, "seed", None) if seed is None else seed

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from avalanche_curv.core.curvature.base import Curvature, NonFiniteCurvatureError
 from avalanche_curv.core.curvature.fisher import Fisher
+from avalanche_curv.core.hints import known_arguments
 from avalanche_curv.core.landscape.landscape import (
     METHODS,
     Landscape,
@@ -42,6 +43,7 @@ VALUES = 3000  # of a histogram, at most
 FEWEST = 100  # examples, which are measured however many rows each has
 
 
+@known_arguments
 def landscape_metrics(
     *,
     curvature: Curvature = Fisher(),  # noqa: B008  a frozen value

@@ -6,11 +6,13 @@ from typing import Any
 
 from avalanche.evaluation.metric_results import MetricValue
 
+from avalanche_curv.core.hints import known_arguments
 from avalanche_curv.core.quadratic.policies import RefreshEvent
 from avalanche_curv.metrics._published import ScalarMetric
 from avalanche_curv.plugins import CurvatureEWCPlugin
 
 
+@known_arguments
 def penalty_metrics(*, every: int = 1) -> list[ScalarMetric]:
     """Metrics of the penalty: `penalty/raw` = q(θ) and `penalty/weighted` = strength · q(θ), every n iterations.
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from avalanche.evaluation.metric_results import MetricValue
 
+from avalanche_curv.core.hints import known_arguments
 from avalanche_curv.core.options import Setting, check_count, check_number, check_seed
 from avalanche_curv.core.quadratic.policies import part_seed
 from avalanche_curv.core.risk.batches import random_part
@@ -29,6 +30,7 @@ from avalanche_curv.plasticity.measures.representation import Activations
 from avalanche_curv.plugins import _bridge
 
 
+@known_arguments
 def plasticity_metrics(
     *,
     every: int = 100,

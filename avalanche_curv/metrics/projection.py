@@ -11,6 +11,7 @@ from avalanche.evaluation.metric_results import MetricValue
 from jaxtyping import Float
 from torch import Tensor
 
+from avalanche_curv.core.hints import known_arguments
 from avalanche_curv.core.projection import ProtectedSpace
 from avalanche_curv.core.risk.parameters import ParameterSpace
 from avalanche_curv.metrics._published import ScalarMetric
@@ -21,6 +22,7 @@ IN_TEXT = ("projection/step_leakage", "projection/free", "projection_experience/
 Copies = dict[str, dict[str, Tensor]]  # of the protected parameters by name, for each group of metrics
 
 
+@known_arguments
 def projection_metrics(*, every: int = 1) -> list[ScalarMetric]:
     """Metrics of the leakage of steps and of the drift into the protected space, its size, and the angles between
     tasks.

@@ -18,12 +18,14 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from avalanche_curv.core.curvature.base import NonFiniteCurvatureError
+from avalanche_curv.core.options import check_whole
 from avalanche_curv.core.risk.batches import CountedBatches, untouched_randomness
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.frozen import unwrapped
 from avalanche_curv.core.risk.parameters import ParameterSpace
 from avalanche_curv.core.risk.preflight import check_batch
 from avalanche_curv.core.risk.selection import Selection, warn_unprotected
+from avalanche_curv.core.state import Storable
 
 IN_MEMORY_BYTES = 2**30  # data sets up to this size are loaded once, larger ones at every pass
 
@@ -45,7 +47,7 @@ class LoadedBatches(CountedBatches):
 
 
 @dataclass(frozen=True)
-class SingleTask:
+class SingleTask(Storable):
     """Binds the task label of an experience, so that a multi-task model maps inputs alone to outputs."""
 
     task: int
@@ -68,6 +70,14 @@ class _OneTask(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         outputs = self.module(inputs, self.task)
         return F.pad(outputs, (0, max(0, self.width - outputs.shape[1])))
+
+
+@dataclass(frozen=True)
+class AsTrained(Storable):
+    """Makes a `TrainEvalModel` the function that is trained."""
+
+    def __call__(self, module: nn.Module) -> nn.Module:
+        return _Trained(module)
 
 
 class _Trained(nn.Module):
@@ -94,6 +104,14 @@ class TaskEnds:
 
     def __init__(self) -> None:
         self._seen = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """How much of the current task was seen."""
+        return {"seen": self._seen}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes over what `state_dict` returned."""
+        self._seen = check_whole("seen", state["seen"])
 
     def here(self, strategy: Any) -> bool:
         experience = strategy.experience
@@ -346,7 +364,7 @@ def _batches(dataset: Any, size: int) -> Any:
 
 def _adapter(model: nn.Module, dataset: Any, number: int) -> Callable[[nn.Module], nn.Module] | None:
     if isinstance(model, TrainEvalModel):
-        return _Trained
+        return AsTrained()
     if any(isinstance(module, TrainEvalModel) for module in model.modules()):
         raise ValueError(
             f"{type(model).__name__} holds a TrainEvalModel, which is another function in training than in eval mode: "

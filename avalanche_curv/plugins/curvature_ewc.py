@@ -16,7 +16,7 @@ from torch import nn
 
 from avalanche_curv.core.curvature.base import Curvature, NonFiniteCurvatureError
 from avalanche_curv.core.curvature.fisher import Fisher
-from avalanche_curv.core.options import Fixed, Forwarded, Setting, check_count, check_kind, check_number
+from avalanche_curv.core.options import Configured, Fixed, Forwarded, Setting, check_count, check_kind, check_number
 from avalanche_curv.core.quadratic.estimate import estimate
 from avalanche_curv.core.quadratic.model import QuadraticModel
 from avalanche_curv.core.quadratic.penalty import Penalty, check_takes_dense_gradients
@@ -25,6 +25,7 @@ from avalanche_curv.core.quadratic.stability import Guard, Guarded, WarnIfUnstab
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.frozen import unwrapped
 from avalanche_curv.core.risk.selection import ParameterSelector, Selection, selection_of
+from avalanche_curv.core.state import State, check_state, state_of
 from avalanche_curv.core.structures import Diagonal, Structure
 from avalanche_curv.core.structures.rules import check_pair
 from avalanche_curv.plugins import _bridge
@@ -32,7 +33,7 @@ from avalanche_curv.plugins import _bridge
 LOG = logging.getLogger("avalanche_curv")
 
 
-class CurvatureEWCPlugin(SupervisedPlugin):
+class CurvatureEWCPlugin(Configured, SupervisedPlugin):
     """Adds strength · q(θ) to the training loss, with q the quadratic model of the loss on past experiences.
 
     With the defaults, q = Σ_t ½ Σ_i F_{t,i} (θ_i − a_{t,i})² over past experiences t, with F_t the exact diagonal
@@ -176,6 +177,35 @@ class CurvatureEWCPlugin(SupervisedPlugin):
             LOG.info("Refresh in experience %d after %d updates: %s", event.experience, event.iteration, event.reason)
         self.past = revised
 
+    def state_dict(self) -> State:
+        """What the plugin knows between two experiences, as tensors, numbers, strings, tuples and dictionaries, for
+        `torch.save`: the past, and how far an online stream is in its task. Options are not in it.
+
+        Raises TypeError for a past that is not made of these (see `Past.state_dict`).
+        """
+        decided = None if self._guarded is None else self._guarded.state_dict()
+        return state_of(
+            type(self).__name__, past=self.past.state_dict(), updates=self._updates, guarded=decided,
+            task_ends=self._task_ends.state_dict(),
+        )
+
+    def load_state_dict(self, state: State, *, model: nn.Module | None = None, criterion: object = None) -> None:
+        """Takes over what `state_dict` returned, as by `torch.load(path, weights_only=True)`, of a plugin with the same
+        options: with the model and the optimizer loaded too, training goes on to the bit as it would have.
+
+        `model` and `criterion` are needed where the past holds stored examples, and as in `Past.load_state_dict`.
+        Raises ValueError for any other state, with what came, and for a past that the policy cannot go on from; the
+        plugin is then as it was.
+        """
+        parts = check_state(state, type(self).__name__, "past", "updates", "guarded", "task_ends")["fields"]
+        past = Past.load_state_dict(parts["past"], model=model, criterion=criterion)
+        self.policy.check_past(past)
+        self._task_ends.load_state_dict(parts["task_ends"])
+        self.past, self._updates, self._guarded, self._weighted = past, parts["updates"], None, None
+        if parts["guarded"] is not None and past.model is not None:
+            self._guarded = Guarded(self.guard, past.model)
+            self._guarded.load_state_dict(parts["guarded"])
+
     def __getstate__(self) -> dict[str, Any]:
         """With what the guard has decided, which a schedule of learning rates would not decide again."""
         return {**self.__dict__, "_weighted": None}
@@ -213,5 +243,5 @@ def _check_curvature(curvature: Curvature, structure: Structure) -> None:
             f"{curvature} may be indefinite, and a penalty with it may reward leaving the anchor without bound. Use "
             "Hessian(psd=Clip()) or Hessian(psd=Absolute()) unless that is what you study; say is_semidefinite = True "
             "of a kind of your own that is not.",
-            stacklevel=3,
+            stacklevel=4,
         )

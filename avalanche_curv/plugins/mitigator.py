@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from avalanche.training.plugins import SupervisedPlugin
 
-from avalanche_curv.core.options import Fixed
+from avalanche_curv.core.options import Configured, Fixed, check_kind
+from avalanche_curv.core.state import State, check_state, state_of
 from avalanche_curv.plasticity.mitigators.base import Mitigator
 from avalanche_curv.plugins import _bridge
 
 
-class MitigatorPlugin(SupervisedPlugin):
+class MitigatorPlugin(Configured, SupervisedPlugin):
     """Applies a mitigator around each training step of a strategy, beside any other plugin.
 
     Gradients are added between the backward pass and the step, after plugins that clip or project them.
@@ -24,13 +26,10 @@ class MitigatorPlugin(SupervisedPlugin):
     model.
     """
 
-    mitigator = Fixed[Mitigator]()
+    mitigator = Fixed[Mitigator](partial(check_kind, kind=Mitigator, example="L2Init(1e-3)"))
 
     def __init__(self, mitigator: Mitigator) -> None:
         super().__init__()
-        if not isinstance(mitigator, Mitigator):
-            hint = f"Call it: {mitigator.__name__}(...)." if isinstance(mitigator, type) else "Try L2Init(1e-3)."
-            raise TypeError(f"MitigatorPlugin needs a mitigator; got {mitigator!r}. {hint}")
         self.mitigator = mitigator
         self._task_ends = _bridge.TaskEnds()
         self._between_tasks = False
@@ -38,6 +37,22 @@ class MitigatorPlugin(SupervisedPlugin):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _is_copy=True)
+
+    def state_dict(self) -> State:
+        """What the plugin and its mitigator know between two experiences, as tensors, numbers, strings and
+        dictionaries, for `torch.save`. Options are not in it."""
+        return state_of(
+            type(self).__name__, mitigator=self.mitigator.state_dict(), between_tasks=self._between_tasks,
+            task_ends=self._task_ends.state_dict(),
+        )
+
+    def load_state_dict(self, state: State) -> None:
+        """Takes over what `state_dict` returned, as by `torch.load(path, weights_only=True)`, of a plugin with the same
+        options. Raises ValueError for any other state, with what came."""
+        parts = check_state(state, type(self).__name__, "mitigator", "between_tasks", "task_ends")["fields"]
+        self.mitigator.load_state_dict(parts["mitigator"])
+        self._task_ends.load_state_dict(parts["task_ends"])
+        self._between_tasks, self._is_copy = parts["between_tasks"], True
 
     def before_train_dataset_adaptation(self, strategy: Any, **kwargs: Any) -> None:
         if self._between_tasks:

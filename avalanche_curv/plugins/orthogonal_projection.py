@@ -11,7 +11,7 @@ from typing import Any
 from avalanche.training.plugins import SupervisedPlugin
 
 from avalanche_curv.core.curvature.base import NonFiniteCurvatureError
-from avalanche_curv.core.options import Fixed, Forwarded, Setting, check_count, check_kind, optional
+from avalanche_curv.core.options import Configured, Fixed, Forwarded, Setting, check_count, check_kind, optional
 from avalanche_curv.core.projection import (
     FreezeUncovered,
     InputSpace,
@@ -25,10 +25,11 @@ from avalanche_curv.core.projection import (
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.parameters import ParameterSpace
 from avalanche_curv.core.risk.selection import ParameterSelector, Selection, in_words, selection_of
+from avalanche_curv.core.state import State, check_state, state_of
 from avalanche_curv.plugins import _bridge
 
 
-class OrthogonalProjectionPlugin(SupervisedPlugin):
+class OrthogonalProjectionPlugin(Configured, SupervisedPlugin):
     """Projects each training step on the orthogonal complement of what past experiences need.
 
     At the end of an experience `protect` finds its directions, and they join one orthonormal basis U of the union of
@@ -144,6 +145,21 @@ class OrthogonalProjectionPlugin(SupervisedPlugin):
         self._resting, self._projector = [], None
         if self._task_ends.here(strategy):
             self._absorb(strategy)
+
+    def state_dict(self) -> State:
+        """What the plugin knows between two experiences, as tensors, numbers, strings, tuples and dictionaries, for
+        `torch.save`: the protected space, and how far an online stream is in its task. Options are not in it."""
+        return state_of(
+            type(self).__name__, protected=self.protected.state_dict(), task_ends=self._task_ends.state_dict()
+        )
+
+    def load_state_dict(self, state: State) -> None:
+        """Takes over what `state_dict` returned, as by `torch.load(path, weights_only=True)`, of a plugin with the same
+        options. Raises ValueError for any other state, with what came; the plugin is then as it was."""
+        parts = check_state(state, type(self).__name__, "protected", "task_ends")["fields"]
+        protected = ProtectedSpace.load_state_dict(parts["protected"])
+        self._task_ends.load_state_dict(parts["task_ends"])
+        self.protected, self._projector = protected, None
 
     def _absorb(self, strategy: Any) -> None:
         risk = _bridge.current_risk(strategy, self.batch_size, selection=self.selection)

@@ -14,6 +14,7 @@ from jaxtyping import Int, Shaped
 from torch import Tensor
 from torch.utils.data import Subset, TensorDataset
 
+from avalanche_curv.core.hints import called
 from avalanche_curv.streams._benchmark import Examples, benchmark, check_length, check_stream_seed
 from avalanche_curv.streams.changes import PixelOrder, TaskChange, TaskVariant
 
@@ -168,7 +169,7 @@ def _classes(targets: Any) -> Int[Tensor, "N"]:
 
 def _check_change(change: Any, test: Any) -> None:
     if not isinstance(change, TaskChange):
-        hint = f"Call it: {change.__name__}()." if isinstance(change, type) else "Give RandomLabels(), say."
+        hint = f"Did you mean {called(change)}?" if isinstance(change, type) else "Give RandomLabels(), say."
         raise TypeError(f"NonStationary needs a change; got {change!r}. {hint}")
     if change.memorised and test is not None:
         raise ValueError(

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from avalanche_curv import PermutedDigits
-from avalanche_curv.core.projection.blocks import Block, Layout
+from avalanche_curv.core.projection.blocks import Layout, ProtectedBlock
 from avalanche_curv.core.projection.protection import some_of
 from avalanche_curv.core.projection.subspace import Subspace
 from avalanche_curv.core.quadratic.policies import part_of
@@ -111,7 +111,7 @@ def test_the_drift_of_a_known_walk_is_measured_as_on_paper():
 
     model = nn.Linear(2, 1, bias=False)
     line = Subspace(torch.tensor([[0.6, 0.8]]))
-    space = SimpleNamespace(blocks={"": Block(Layout(ParameterSpace.of(model)), line)})
+    space = SimpleNamespace(blocks={"": ProtectedBlock(Layout(ParameterSpace.of(model)), line)})
     strategy = SimpleNamespace(model=model, clock=SimpleNamespace(train_exp_iterations=0))
     watcher = leakage.Watcher(SimpleNamespace(protected=space))
     nn.init.zeros_(model.weight)

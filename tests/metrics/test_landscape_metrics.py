@@ -423,7 +423,7 @@ def test_a_criterion_that_the_curvature_is_not_of_is_refused_before_training(net
     ("options", "kind", "message"),
     [
         ({"fraction": 1.5}, ValueError, r"fraction must lie in \(0, 1\]; got 1.5. 0.1 keeps one example in ten"),
-        ({"curvature": GGN}, TypeError, r"Call it: GGN\(\)"),
+        ({"curvature": GGN}, TypeError, r"Did you mean GGN\(\)"),
         ({"curvature": Dense()}, TypeError, "A landscape is that of a Curvature; got Dense"),
     ],
 )

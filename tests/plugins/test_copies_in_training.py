@@ -160,14 +160,73 @@ def test_a_strength_that_a_guard_has_lowered_stays_low_in_a_copy(normed, plane, 
     assert all(map(torch.equal, *ends))
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("name", [*MITIGATORS])
-def test_the_state_of_a_mitigator_is_loaded_with_weights_only(name, normed, plane, learner, train):
-    mitigator = MITIGATORS[name]()
-    train(learner(normed, MitigatorPlugin(mitigator)), plane.train_stream[:1])
+def through_a_file(state):
     file = io.BytesIO()
-    torch.save(mitigator.state_dict(), file)
+    torch.save(state, file)
     file.seek(0)
-    loaded = torch.load(file, weights_only=True)
-    assert repr(loaded) == repr(mitigator.state_dict())
-    MITIGATORS[name]().load_state_dict(loaded)
+    return torch.load(file, weights_only=True)
+
+
+def ends(strategy, plugins, resume, train, stream):
+    """The model after `stream`, trained by this strategy, or by one made anew that loads the states of its plugins."""
+    if resume is not None:
+        model = copy.deepcopy(strategy.model)
+        for new, old in zip(resume, plugins):
+            stored = {"model": model, "criterion": nn.CrossEntropyLoss()} if isinstance(new, CurvatureEWCPlugin) else {}
+            new.load_state_dict(through_a_file(old.state_dict()), **stored)
+        strategy = type(strategy)(
+            model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), train_mb_size=20, plugins=resume,
+            evaluator=None,
+        )
+    return train(strategy, stream, seed=1).model.state_dict()
+
+
+RESUMED = [case for case in CASES if not case.startswith("metrics") and "MatrixFree" not in case and case != "Hessian"]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("case", RESUMED)
+def test_training_resumed_from_the_states_of_plugins_goes_on_bit_identically(case, normed, plane, learner, train):
+    plugins, again = CASES[case]()[0], CASES[case]()[0]
+    strategy = learner(normed, *plugins, optimizer=torch.optim.SGD(normed.parameters(), lr=0.1))
+    train(strategy, plane.train_stream[:2])
+    resumed = ends(copy.deepcopy(strategy), plugins, again, train, plane.train_stream[2:])
+    unbroken = ends(strategy, plugins, None, train, plane.train_stream[2:])
+    assert all(torch.equal(resumed[name], value) for name, value in unbroken.items())
+
+
+def test_states_of_growing_models_hold_their_stored_examples(growing, learner, train):
+    model, benchmark = growing()
+    policy = AdaptiveRefresh(RelativeError(0.01), every=2, fraction=0.2)
+    plugins, again = ([CurvatureEWCPlugin(5.0, policy=policy), OrthogonalProjectionPlugin()] for _ in range(2))
+    strategy = learner(model, *plugins, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
+    train(strategy, benchmark.train_stream[:2])
+    resumed = ends(copy.deepcopy(strategy), plugins, again, train, benchmark.train_stream[2:])
+    unbroken = ends(strategy, plugins, None, train, benchmark.train_stream[2:])
+    assert all(torch.equal(resumed[name], value) for name, value in unbroken.items())
+    assert again[0].past.refreshes == plugins[0].past.refreshes
+    assert repr(again[1].protected) == repr(plugins[1].protected)
+
+
+WRONG = [
+    (lambda: CurvatureEWCPlugin(1.0).load_state_dict(OrthogonalProjectionPlugin().state_dict()),
+     r"CurvatureEWCPlugin.load_state_dict\(\) takes what its state_dict\(\) returned; got that of OrthogonalP"),
+    (lambda: OrthogonalProjectionPlugin().load_state_dict(nn.Linear(1, 1).state_dict()), "dictionary of 'weight', 'b"),
+    (lambda: MitigatorPlugin(L2(1.0)).load_state_dict(MitigatorPlugin(L2Init(1.0)).state_dict()), "got that of L2Init"),
+    (lambda: L2(1.0).load_state_dict({"steps": 3}), "L2.load_state_dict.* got a dictionary of 'steps'"),
+    (lambda: CurvatureEWCPlugin(1.0).load_state_dict([]), "got list"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("load", "said"), WRONG, ids=range(len(WRONG)))
+def test_another_state_is_refused_with_what_came(load, said):
+    with pytest.raises(ValueError, match=said):
+        load()
+
+
+def test_a_state_that_a_policy_cannot_go_on_from_leaves_the_plugin_as_it_was(normed, plane, learner, train):
+    plugin, other = CurvatureEWCPlugin(1.0), CurvatureEWCPlugin(1.0, policy=Refresh())
+    train(learner(normed, plugin), plane.train_stream[:1])
+    with pytest.raises(ValueError, match="stores those of 0 of its 1 experiences"):
+        other.load_state_dict(plugin.state_dict())
+    assert repr(other.past) == "Past()"

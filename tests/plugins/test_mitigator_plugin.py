@@ -133,9 +133,9 @@ def test_a_resumed_run_ends_bit_identically(kind, make, digits, learner, train, 
 
 
 def test_what_is_no_mitigator_is_refused_with_the_remedy(net):
-    with pytest.raises(TypeError, match=r"Call it: L2\(\.\.\.\)"):
+    with pytest.raises(TypeError, match=r"Did you mean L2\(...\)"):
         MitigatorPlugin(L2)
-    with pytest.raises(TypeError, match="needs a mitigator"):
+    with pytest.raises(TypeError, match="mitigator must be a Mitigator"):
         MitigatorPlugin(0.1)
 
 

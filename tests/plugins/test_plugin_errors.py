@@ -28,9 +28,9 @@ def test_strength_must_be_finite_and_not_negative(strength):
 @pytest.mark.parametrize(
     ("option", "remedy"),
     [
-        ({"curvature": GGN}, r"curvature must be a Curvature; got .*GGN.* Call it: GGN\(\)"),
-        ({"structure": Dense}, r"Call it: Dense\(\)"),
-        ({"policy": Accumulate}, r"Call it: Accumulate\(\)"),
+        ({"curvature": GGN}, r"curvature must be a Curvature; got .*GGN.* Did you mean GGN\(\)"),
+        ({"structure": Dense}, r"Did you mean Dense\(\)"),
+        ({"policy": Accumulate}, r"Did you mean Accumulate\(\)"),
         ({"curvature": "ggn"}, r"got 'ggn'. Give a value such as Fisher\(\)"),
         ({"structure": GGN()}, r"structure must be a Structure; got GGN\(\). Give a value such as Diagonal\(\)"),
         ({"policy": None}, r"Give a value such as Accumulate\(\)"),

@@ -121,7 +121,7 @@ nothing = {"plugin": lambda: None}
 SETUPS = {
     "unknown criterion": SetUp(**unknown),
     "criterion that overrides": SetUp(TypeError, "Write it as an ExampleLoss", criterion=TwiceTheLoss()),
-    "function as criterion": SetUp(TypeError, "Write one as an ExampleLoss", criterion=nn.functional.cross_entropy),
+    "function as criterion": SetUp(TypeError, "mean nn.CrossEntropyLoss", criterion=nn.functional.cross_entropy),
     "no likelihood": SetUp(ValueError, "drop the class weights", criterion=nn.CrossEntropyLoss(torch.rand(3))),
     "targets of another size": SetUp(ValueError, "needs targets of the outputs' shape", criterion=nn.MSELoss()),
     "class probabilities": SetUp(ValueError, "register an ExampleLoss", data=(X, torch.rand(24, 3))),

@@ -275,7 +275,7 @@ def test_experiences_know_their_classes_as_sorted_lists_and_a_strategy_learns_th
         (lambda d: NonStationary(d, RandomLabels(), n_experiences=2.5), ValueError, "whole n_experiences.* got 2.5"),
         (lambda d: NonStationary(d, RandomLabels(), n_experiences=1, seed=-1), ValueError, "at least 0.* got -1"),
         (lambda d: NonStationary(d, RandomLabels(), n_experiences=1, seed="0"), ValueError, "at least 0.* got '0'"),
-        (lambda d: NonStationary(d, RandomLabels, n_experiences=1), TypeError, r"Call it: RandomLabels\(\)"),
+        (lambda d: NonStationary(d, RandomLabels, n_experiences=1), TypeError, r"Did you mean RandomLabels\(\)"),
         (lambda d: NonStationary(d, "labels", n_experiences=1), TypeError, "needs a change; got 'labels'"),
         (lambda d: NonStationary(d, RandomLabels(), test=d, n_experiences=1), ValueError, "Leave test out"),
         (lambda d: NonStationary(d, GrowingClasses(1, 2), n_experiences=4), ValueError, "Ask for at most 3"),

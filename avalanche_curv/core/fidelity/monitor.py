@@ -15,6 +15,7 @@ from avalanche_curv.core.curvature.base import Curvature, OutputCurvature
 from avalanche_curv.core.fidelity.examples import ExampleModels, ExpandedModels, OutputModels
 from avalanche_curv.core.fidelity.layerwise import LayerwiseModels, layered
 from avalanche_curv.core.fidelity.measures import Comparison, Fidelity, concatenated
+from avalanche_curv.core.options import check_kind
 from avalanche_curv.core.precision import in_own_precision
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk, frozen_together, joined_risk
 from avalanche_curv.core.risk.selection import training
@@ -34,6 +35,7 @@ class PastModels:
     refresh: tuple[EmpiricalRisk, ...] = ()
 
     def __post_init__(self) -> None:
+        check_kind("curvature", self.curvature, Curvature, "Fisher()")
         self.curvature.check_examples()
 
     def with_experience(self, stored: EmpiricalRisk) -> PastModels:

@@ -10,13 +10,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from avalanche_curv.core.arguments import takes
 from avalanche_curv.core.curvature.base import Curvature
 from avalanche_curv.core.eigen import Pairs
+from avalanche_curv.core.hints import called
 from avalanche_curv.core.landscape.averaged import AveragedCurvature
 from avalanche_curv.core.landscape.exact import GramMatrix, WholeMatrix
 from avalanche_curv.core.landscape.lanczos import Lanczos
 from avalanche_curv.core.landscape.spectrum import Density, Spectrum, SpectrumMethod, mean_density
-from avalanche_curv.core.options import is_count, is_number
+from avalanche_curv.core.options import check_kind, is_count, is_number
 from avalanche_curv.core.precision import in_own_precision
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.frozen import copied_without_graphs
@@ -91,6 +93,8 @@ def landscape(
     (4.0, 5.0, 2.0, 0.8, 'eigendecomposition of all 2 rows')
     """
     check_options(curvature, k, epsilon, methods)
+    for risk in risks:
+        check_kind("risk", risk, EmpiricalRisk, "EmpiricalRisk.snapshot(model, criterion, batches)")
     averaged = AveragedCurvature.of(curvature, risks)
     for value in (averaged.like, *(risk.one_loss for risk in averaged.functions)):
         averaged.checked(value)
@@ -159,7 +163,9 @@ def _errors(found: Spectrum, high: float, epsilon: float) -> dict[str, float]:
 def check_options(curvature: object, k: object, epsilon: float, methods: Sequence[SpectrumMethod]) -> None:
     """Raises TypeError or ValueError for what `landscape` cannot use."""
     if not isinstance(curvature, Curvature):
-        hint = f"Call it: {curvature.__name__}()." if isinstance(curvature, type) else "Give a value such as Fisher()."
+        hint = "Give a value such as Fisher()."
+        if isinstance(curvature, type):
+            hint = f"Did you mean {called(curvature)}?"
         raise TypeError(f"A landscape is that of a Curvature; got {curvature!r}. {hint}")
     if curvature.is_mended:
         raise TypeError(f"A landscape is that of the curvature as it is; got {curvature}. Use Hessian() or GGN().")
@@ -183,6 +189,7 @@ class Alignment:
     leakage: float
 
 
+@takes(vector=(Tensor, "a step [P]"), rows=(Tensor, "eigenvectors [k, P]"))
 @in_own_precision
 def alignment(vector: Float[Tensor, "P"], rows: Float[Tensor, "k P"]) -> Alignment:
     """Which part of a vector lies in the span of orthonormal rows, and which outside.
@@ -220,6 +227,7 @@ class CurvatureDrift:
     overlap: float
 
 
+@takes(then=(Landscape, "landscape(GGN(), risk)"), now=(Landscape, "landscape(GGN(), risk)"))
 def curvature_drift(then: Landscape, now: Landscape) -> CurvatureDrift:
     """How the curvature has changed from one landscape to a later one of the same examples. Parameters that only one of
     them has count as zero in the other."""

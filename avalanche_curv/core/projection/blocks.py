@@ -11,13 +11,14 @@ from torch import Tensor
 
 from avalanche_curv.core.projection.subspace import Subspace
 from avalanche_curv.core.risk.parameters import ParameterSpace
+from avalanche_curv.core.state import Storable
 
 Parts = Mapping[str, Tensor]
 """Tensors by parameter name."""
 
 
 @dataclass(frozen=True)
-class Layout:
+class Layout(Storable):
     """How some parameters are arranged in one matrix X [r, d].
 
     All in one row [1, P]; or `stacked`, with what belongs to each output of a layer in a row of its own: X = (W | b),
@@ -71,7 +72,7 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Block:
+class ProtectedBlock(Storable):
     """A matrix of parameters, and the subspace that the rows of its steps stay out of."""
 
     layout: Layout
@@ -82,17 +83,17 @@ class Block:
         """The number of dimensions of the parameters that are protected."""
         return self.layout.height * self.subspace.rank
 
-    def within(self, outer: Layout) -> Block:
+    def within(self, outer: Layout) -> ProtectedBlock:
         """This block within the layout `outer` of parameters that have grown."""
-        return Block(outer, replace(self.subspace, rows=self.layout.widened(self.subspace.rows, outer)))
+        return ProtectedBlock(outer, replace(self.subspace, rows=self.layout.widened(self.subspace.rows, outer)))
 
-    def restricted(self, names: frozenset[str]) -> Block | None:
+    def restricted(self, names: frozenset[str]) -> ProtectedBlock | None:
         """The block of those parameters alone, where no others move; None where the block holds none of them."""
         kept = [(n, s) for n, s in zip(self.layout.space.names, self.layout.space.shapes) if n in names]
         if not kept or len(kept) == len(self.layout.space.names):
             return self if kept else None
         layout = replace(self.layout, space=ParameterSpace(*zip(*kept)))
-        return Block(layout, self.subspace.restricted(self.layout.columns.positions(layout.columns)))
+        return ProtectedBlock(layout, self.subspace.restricted(self.layout.columns.positions(layout.columns)))
 
     def outside(self, vectors: Parts) -> dict[str, Tensor]:
         """The part of `vectors` outside of the subspace, by parameter: exactly zero where no direction is free."""

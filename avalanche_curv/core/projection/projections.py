@@ -11,11 +11,12 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from avalanche_curv.core.options import Fixed, check_kind
+from avalanche_curv.core.options import Configured, Fixed, check_kind
 from avalanche_curv.core.precision import in_own_precision
 from avalanche_curv.core.projection.protected import ProtectedSpace
 from avalanche_curv.core.risk.parameters import canonical_name
 from avalanche_curv.core.risk.selection import warn_unprotected
+from avalanche_curv.core.state import State, check_state, read, state_of, written
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ class SequentialProjection(Projection):
             )
 
 
-class Projector:
+class Projector(Configured):
     """Projects the steps of one task, by a projection on one protected space.
 
     In a training loop of your own, after `space = space.absorb(risk, Eigenspace())` at the end of a task:
@@ -133,6 +134,21 @@ class Projector:
         self._memory: StepMemory | None = None
         self._stepping = False
         self._said: tuple[str, ...] = ()
+
+    def state_dict(self) -> State:
+        """What a resumed task needs beside the `space`, which has a state of its own: what was lost in rounding at the
+        last step, as tensors."""
+        rest = {} if self._memory is None else self._memory.rest
+        return state_of("Projector", names=(*sorted(self._within[0]),), rest=written(rest))
+
+    def load_state_dict(self, state: State) -> None:
+        """Takes over what `state_dict` returned of a projector on the same space. Raises ValueError for anything else,
+        with what came."""
+        parts = check_state(state, "Projector", "names", "rest")["fields"]
+        names, rest = frozenset(parts["names"]), read(parts["rest"])
+        if not (names <= {*self.space.space.names} and rest.keys() <= self.space.blocks.keys()):
+            raise ValueError(f"The state is that of a projector on another space than {self.space}. Load that before.")
+        self._within, self._memory = (names, self.space.restricted(names)), StepMemory({}, rest)
 
     @contextmanager
     def around_step(self, model: nn.Module) -> Iterator[None]:
@@ -179,8 +195,9 @@ class Projector:
 def _start(space: ProtectedSpace, model: nn.Module, memory: StepMemory | None) -> StepMemory:
     """The memory for a step that begins at the parameters of `model`."""
     values = space.values(model)
-    if memory is None:
-        return StepMemory({name: value.to(_wide(value.dtype), copy=True) for name, value in values.items()}, {})
+    if memory is None or not memory.start:
+        start = {name: value.to(_wide(value.dtype), copy=True) for name, value in values.items()}
+        return StepMemory(start, {} if memory is None else memory.rest)
     for name, value in values.items():
         memory.start[name].copy_(value)
     return memory

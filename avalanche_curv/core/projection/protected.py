@@ -13,15 +13,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from avalanche_curv.core.options import check_count, check_kind
+from avalanche_curv.core.arguments import takes
+from avalanche_curv.core.options import OneLine, check_count, counted
 from avalanche_curv.core.precision import in_own_precision
-from avalanche_curv.core.projection.blocks import Block, Parts
+from avalanche_curv.core.projection.blocks import Parts, ProtectedBlock
 from avalanche_curv.core.projection.protection import Finding, Protection
 from avalanche_curv.core.projection.subspace import Subspace, energy, orthonormal, principal_angles
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.frozen import unwrapped
 from avalanche_curv.core.risk.parameters import ParameterSpace
 from avalanche_curv.core.risk.selection import training
+from avalanche_curv.core.state import Saved
 from avalanche_curv.core.structures.base import human_bytes
 
 NOTHING = ParameterSpace((), ())
@@ -54,7 +56,7 @@ class LeaveUncovered(Uncovered):
 
 
 @dataclass(frozen=True)
-class ProtectedSpace:
+class ProtectedSpace(OneLine, Saved):
     """The directions that past tasks need: an orthonormal basis U of their union for each block of parameters.
 
     A step Δ becomes Δ − Δ Uᵀ U in each block: one projection on the complement of the union. Parameters and rows that
@@ -67,12 +69,21 @@ class ProtectedSpace:
     `absorb` returns a new space.
     """
 
-    blocks: Mapping[str, Block] = field(default_factory=dict)
+    blocks: Mapping[str, ProtectedBlock] = field(default_factory=dict)
     held: ParameterSpace = NOTHING
     statistics: tuple[str, ...] = ()
     experiences: int = 0
     frozen: tuple[str, ...] = ()
 
+    def described(self) -> tuple[str, ...]:
+        if not self.experiences:
+            return ()
+        return counted(self.experiences, "experience"), f"{self.used} of {self.space.size} dimensions"
+
+    @takes(
+        risk=(EmpiricalRisk, "EmpiricalRisk.snapshot(model, criterion, batches)"),
+        protection=(Protection, "Eigenspace(Fisher(), Rank(20))"), uncovered=(Uncovered, "FreezeUncovered()"),
+    )  # fmt: skip
     @in_own_precision
     def absorb(
         self,
@@ -90,8 +101,6 @@ class ProtectedSpace:
         Raises TypeError or ValueError for options of the wrong kind, ValueError for blocks of parameters that differ
         from those of earlier tasks, and NonFiniteCurvatureError where the model or its inputs hold NaN or infinity.
         """
-        check_kind("protection", protection, Protection, "Eigenspace(Fisher(), Rank(20))")
-        check_kind("uncovered", uncovered, Uncovered, "FreezeUncovered()")
         if max_rank is not None:
             check_count("max_rank", max_rank)
         risk = risk.covering(self.space.names)
@@ -251,11 +260,11 @@ class ProtectedSpace:
                 )
 
 
-def _merged(held: Block | None, finding: Finding, like: Tensor, max_rank: int | None) -> Block:
+def _merged(held: ProtectedBlock | None, finding: Finding, like: Tensor, max_rank: int | None) -> ProtectedBlock:
     outer = finding.layout if held is None else held.layout.union(finding.layout)
     empty = Subspace.empty(like.new_empty(outer.columns.size))
     before = empty if held is None else held.within(outer).subspace.on(like.device)
-    return Block(outer, finding.added_to(before, outer).limited(max_rank))
+    return ProtectedBlock(outer, finding.added_to(before, outer).limited(max_rank))
 
 
 @torch.enable_grad()

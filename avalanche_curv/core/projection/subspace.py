@@ -11,11 +11,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from avalanche_curv.core.arguments import takes
+from avalanche_curv.core.state import Storable
+
 GRAM_ENTRIES = 2**22  # of rows that are held in float64 at once
 
 
 @dataclass(frozen=True)
-class TaskShare:
+class TaskShare(Storable):
     """The directions of one task in a subspace U: orthonormal directions V = K U by their coordinates K, the curvature
     along each, the trace of all of its curvature (NaN where it is not known), and the number of the task."""
 
@@ -44,7 +47,7 @@ class TaskShare:
 
 
 @dataclass(frozen=True)
-class Subspace:
+class Subspace(Storable):
     """The span of orthonormal rows U [k, d], and the `shares` of the tasks in it, in float64.
 
     >>> plane = Subspace.empty(torch.zeros(3)).plus(torch.eye(3)[:2], torch.tensor([4.0, 1.0]), trace=6.0)
@@ -210,6 +213,7 @@ def tolerance(kind: torch.dtype) -> float:
     return max(100 * torch.finfo(kind).eps, 1e-7)
 
 
+@takes(first=(Tensor, "orthonormal rows [j, d]"), second=(Tensor, "orthonormal rows [k, d]"))
 def principal_angles(first: Float[Tensor, "j d"], second: Float[Tensor, "k d"]) -> Float[Tensor, "n"]:
     """The n = min(j, k) principal angles between the spans of orthonormal rows, in radians, smallest first; by sines
     where they are small (Björck & Golub 1973).

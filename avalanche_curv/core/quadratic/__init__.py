@@ -20,7 +20,6 @@ from avalanche_curv.core.quadratic.stability import (
     UnstablePenaltyError,
     WarnIfUnstable,
 )
-from avalanche_curv.core.quadratic.state import past_from_state, past_state
 
 __all__ = [
     "AbsoluteError",
@@ -44,6 +43,4 @@ __all__ = [
     "UnstablePenaltyError",
     "WarnIfUnstable",
     "estimate",
-    "past_from_state",
-    "past_state",
 ]

@@ -23,7 +23,7 @@ from avalanche_curv.core.options import (
 from avalanche_curv.core.precision import in_own_precision
 from avalanche_curv.core.quadratic.estimate import estimate
 from avalanche_curv.core.quadratic.model import QuadraticModel, half
-from avalanche_curv.core.quadratic.policies import Past, Policy, RefreshEvent, check_stored, part_of
+from avalanche_curv.core.quadratic.policies import Past, Policy, RefreshEvent, absorbing, check_stored, part_of
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk, frozen_together
 from avalanche_curv.core.risk.selection import in_words
 from avalanche_curv.core.structures.base import Structure
@@ -234,6 +234,7 @@ class AdaptiveRefresh(Policy):
             if not isinstance(value, expected):
                 raise TypeError(f"AdaptiveRefresh({name}=...) takes {example}; got {value!r}.")
 
+    @absorbing
     @in_own_precision
     def absorb(self, past: Past, risk: EmpiricalRisk, curvature: Curvature, structure: Structure) -> AdaptivePast:
         self.check_past(past)

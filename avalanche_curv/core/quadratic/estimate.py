@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from avalanche_curv.core.arguments import takes
 from avalanche_curv.core.curvature.base import Curvature, NonFiniteCurvatureError
 from avalanche_curv.core.precision import in_own_precision
 from avalanche_curv.core.quadratic.model import QuadraticModel
@@ -10,6 +11,10 @@ from avalanche_curv.core.structures.base import Structure
 from avalanche_curv.core.structures.rules import check_pair, curvature_matrix
 
 
+@takes(
+    curvature=(Curvature, "Fisher()"), structure=(Structure, "Diagonal()"),
+    risk=(EmpiricalRisk, "EmpiricalRisk.snapshot(model, criterion, batches)"),
+)  # fmt: skip
 @in_own_precision
 def estimate(
     curvature: Curvature, structure: Structure, risk: EmpiricalRisk, *, gradient: bool = False
@@ -17,7 +22,8 @@ def estimate(
     """The quadratic model of how `risk` increases around its frozen parameters.
 
     C is `curvature` in the form of `structure`; g = ∇L(a) with `gradient=True`, and zero otherwise, which takes the
-    anchor for a minimum. Raises TypeError for a pair that does not go together, MemoryError before computing a matrix
+    anchor for a minimum. Raises TypeError for arguments of other types or in another order and for a pair that does not
+    go together, MemoryError before computing a matrix
     over the structure's limit, and NonFiniteCurvatureError for NaN or infinity in the result, its anchor included.
 
     Beside the matrix and the activations of one batch it takes a copy of the model and of one gradient, and rows of up

@@ -10,15 +10,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from avalanche_curv.core.arguments import takes
 from avalanche_curv.core.curvature._curvlinops import LinearOperator, linear_operator
+from avalanche_curv.core.options import OneLine
 from avalanche_curv.core.precision import in_own_precision
 from avalanche_curv.core.risk.parameters import ParameterSpace
 from avalanche_curv.core.risk.selection import training, warn_unprotected
+from avalanche_curv.core.state import Saved
 from avalanche_curv.core.structures.base import Matrix
 
 
 @dataclass(frozen=True)
-class QuadraticModel:
+class QuadraticModel(OneLine, Saved):
     """q(θ) = c + gᵀδ + ½ δᵀ C δ with displacement δ = θ − a, over a parameter space of size P.
 
     Fresh from `estimate`, q is the predicted *increase* of past loss since the anchor: c = 0, and g is zero unless it
@@ -43,6 +46,10 @@ class QuadraticModel:
     constant: float = 0.0
     frozen: tuple[str, ...] = ()
 
+    def described(self) -> tuple[str, ...]:
+        return f"{self.space.size} parameters", repr(self.curvature)
+
+    @takes(model=(nn.Module, "the model that is trained"))
     def displacement(self, model: nn.Module) -> Float[Tensor, "P"]:
         """δ = θ − a [P] for the parameters θ of `model`, detached."""
         return self.space.vector(model).to(self.anchor) - self.anchor
@@ -63,11 +70,12 @@ class QuadraticModel:
         product = self.curvature.product(displacement)
         return product if self.gradient is None else product + self.gradient
 
+    @takes(model=(nn.Module, "the model that is trained"))
     def penalty(self, model: nn.Module) -> Tensor:
         """q(θ) as a scalar whose gradient in the parameters of `model` is exactly g + C δ. Warns where parameters train
         that are `unprotected`."""
         if free := self.unprotected(model):
-            warn_unprotected(free)
+            warn_unprotected(free, stacklevel=4)
         return _Penalty.apply(self, *self.space.tensors(model))
 
     def unprotected(self, model: nn.Module) -> tuple[str, ...]:

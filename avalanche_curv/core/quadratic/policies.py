@@ -9,23 +9,57 @@ from operator import add
 
 from torch import nn
 
+from avalanche_curv.core.arguments import takes
 from avalanche_curv.core.curvature.base import Curvature
-from avalanche_curv.core.options import check_flag, check_fraction, check_number, check_seed, settle
+from avalanche_curv.core.options import OneLine, check_flag, check_fraction, check_number, check_seed, counted, settle
 from avalanche_curv.core.precision import in_own_precision
 from avalanche_curv.core.quadratic.estimate import estimate
 from avalanche_curv.core.quadratic.model import QuadraticModel, alike
+from avalanche_curv.core.quadratic.state import frozen_state, maker_of_risks
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
+from avalanche_curv.core.state import Saved, State, Storable, check_state, read, written
 from avalanche_curv.core.structures.base import Structure
 
 
 @dataclass(frozen=True)
-class Past:
+class Past(OneLine, Saved):
     """What is known of past experiences: their quadratic model, and the examples that a policy stores of them. A policy
-    that keeps more extends it."""
+    that keeps more extends it.
+
+    It is saved without pickles: `torch.save(past.state_dict(), path)`, and later
+    `Past.load_state_dict(torch.load(path, weights_only=True))`.
+    """
 
     model: QuadraticModel | None = None
     stored: tuple[EmpiricalRisk, ...] = field(default=(), repr=False)
     experiences: int = 0
+
+    def __repr__(self) -> str:
+        counts = {"experience": self.experiences, "refresh": len(self.refreshes)}
+        return f"Past({', '.join(counted(count, what) for what, count in counts.items() if count)})"
+
+    def state_dict(self) -> State:
+        """This past as tensors, numbers, strings, tuples and dictionaries, copied, for `torch.save`.
+
+        Stored examples are written as tensors, and the model at which they are frozen as its `state_dict`. Raises
+        TypeError for what is not made of these: `MatrixFree`, which keeps a model instead of a matrix, and stored
+        examples with an `adapter` of one's own or with parameters selected by type of module; use `save_checkpoint`.
+        """
+        return {**written(self), **(frozen_state(self.stored) if self.stored else {})}
+
+    @classmethod
+    def load_state_dict(cls, state: State, *, model: nn.Module | None = None, criterion: object = None) -> Past:
+        """The past of which `state_dict` made `state`, with the same penalty to the bit. Nothing is changed: it is
+        returned.
+
+        Where it holds stored examples, `criterion` is their loss, and `model` one of the same parameters, heads grown
+        as they were; their values do not matter, and it stays as it is. Raises ValueError where these are needed and
+        missing, for any other state, with what came, and for a type that is not known: a structure, policy or grouping
+        of one's own is to be imported before.
+        """
+        found = check_state(state, cls)
+        known = {"EmpiricalRisk": maker_of_risks(found, model, criterion)} if "frozen" in found else {}
+        return cls.checked(read(found, known), state)
 
     def widened(self, risk: EmpiricalRisk) -> EmpiricalRisk:
         """`risk` over its own parameters and those that the past knows, also where they are frozen now: what was ever
@@ -39,7 +73,7 @@ class Past:
 
 
 @dataclass(frozen=True)
-class RefreshEvent:
+class RefreshEvent(Storable):
     """A new anchor during an experience: after which iteration of which experience (counted from 0), and why.
 
     `actual` and `predicted` are the loss of the stored examples and what the model predicts of it, before the refresh.
@@ -82,6 +116,13 @@ class Policy(ABC):
         return past
 
 
+absorbing = takes(
+    past=(Past, "Past()"), risk=(EmpiricalRisk, "EmpiricalRisk.snapshot(model, criterion, batches)"),
+    curvature=(Curvature, "Fisher()"), structure=(Structure, "Diagonal()"),
+)  # fmt: skip
+"""Checks the arguments of `Policy.absorb`."""
+
+
 @dataclass(frozen=True)
 class Accumulate(Policy):
     """q = Σ_t ½ δ_tᵀ C_t δ_t: each experience keeps its own anchor (Kirkpatrick et al. 2017).
@@ -97,6 +138,7 @@ class Accumulate(Policy):
     def __post_init__(self) -> None:
         settle(self, fraction=check_fraction, seed=check_seed)
 
+    @absorbing
     @in_own_precision
     def absorb(self, past: Past, risk: EmpiricalRisk, curvature: Curvature, structure: Structure) -> Past:
         risk = past.widened(risk)
@@ -114,6 +156,7 @@ class Merge(Policy):
         hint = "1 keeps all of the past, 0 none of it."
         settle(self, decay=partial(check_number, at_least=0, at_most=1, hint=hint))
 
+    @absorbing
     @in_own_precision
     def absorb(self, past: Past, risk: EmpiricalRisk, curvature: Curvature, structure: Structure) -> Past:
         new = estimate(curvature, structure, past.widened(risk))
@@ -143,6 +186,7 @@ class Refresh(Policy):
     def __post_init__(self) -> None:
         settle(self, fraction=check_fraction, seed=check_seed, gradient=check_flag)
 
+    @absorbing
     @in_own_precision
     def absorb(self, past: Past, risk: EmpiricalRisk, curvature: Curvature, structure: Structure) -> Past:
         self.check_past(past)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 
 from avalanche_curv.core.eigen import largest_of_products
-from avalanche_curv.core.options import Fixed, check_number, settle
+from avalanche_curv.core.options import Fixed, check_kind, check_number, settle
 from avalanche_curv.core.quadratic.model import QuadraticModel
 from avalanche_curv.core.risk.parameters import canonical_name
 
@@ -136,11 +137,8 @@ class StopIfUnstable(Guard):
 
 def check_guard(name: str, value: Any) -> Guard | None:
     """`value`. Raises TypeError unless it is a guard or None."""
-    if value is not None and not isinstance(value, Guard):
-        raise TypeError(
-            f"{name} must be WarnIfUnstable(), RescaleIfUnstable(), StopIfUnstable() or None; got {value!r}."
-        )
-    return value
+    known = "WarnIfUnstable(), RescaleIfUnstable(), StopIfUnstable() or None"
+    return None if value is None else check_kind(name, value, Guard, known)
 
 
 class Guarded:
@@ -200,6 +198,14 @@ class Guarded:
         """
         groups = descents(optimizer)
         return None if groups is None else self._stability(strength, groups, model)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the guard has decided about this model."""
+        return {"passed": self._passed, "bound": self._bound}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes over what `state_dict` returned of the same model."""
+        self._passed, self._bound = bool(state["passed"]), float(state["bound"])
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what is known by the identity of parameters."""

@@ -170,7 +170,7 @@ def _fingerprint(part: Tensor) -> float:
     """A sum over all entries in which the place of an example counts."""
     if not part.numel():
         return 0.0
-    rows = part.detach().reshape(len(part), -1).sum(1, dtype=torch.float64)
+    rows = part.detach().reshape(len(part) if part.ndim else 1, -1).sum(1, dtype=torch.float64)
     return float(rows @ torch.linspace(1, 2, len(rows), dtype=rows.dtype, device=rows.device))
 
 

@@ -13,19 +13,23 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from avalanche_curv.core.arguments import takes
+from avalanche_curv.core.hints import known_arguments
+from avalanche_curv.core.options import OneLine, check_fraction
 from avalanche_curv.core.precision import in_own_precision
-from avalanche_curv.core.risk.batches import Batches, Rebatched, count, kept, like, merged, random_part
+from avalanche_curv.core.risk.batches import Batches, CountedBatches, Rebatched, count, kept, like, merged, random_part
 from avalanche_curv.core.risk.frozen import copied_without_graphs, frozen_copy, unwrapped
 from avalanche_curv.core.risk.losses import ExampleLoss, example_loss
 from avalanche_curv.core.risk.parameters import ParameterSpace, canonical_name
-from avalanche_curv.core.risk.preflight import check_batch, check_risk, drop_hooks
+from avalanche_curv.core.risk.preflight import check_batch, check_given, check_risk, drop_hooks
 from avalanche_curv.core.risk.selection import ParameterSelector, Selection, selection_of
+from avalanche_curv.core.state import Storable
 
 FEW = 4  # examples on which derivatives are tried
 
 
 @dataclass(frozen=True)
-class EmpiricalRisk:
+class EmpiricalRisk(OneLine, Storable):
     """L(θ) = (1/N) Σ_i ℓ(f_θ(x_i), y_i) around a frozen copy of the model, in eval mode.
 
     The mean is over examples: batch sizes, a ragged last batch and the criterion's `reduction` do not matter.
@@ -47,6 +51,7 @@ class EmpiricalRisk:
     Risks of one frozen model share it."""
 
     @classmethod
+    @known_arguments
     @in_own_precision
     def snapshot(
         cls,
@@ -66,17 +71,27 @@ class EmpiricalRisk:
         with `include` of those that it selects by name ("head", "*.bias") or by type of module, also where they are
         frozen (`requires_grad=False`) and train only later; without those that `exclude` selects.
 
-        Raises TypeError for a criterion without a per-example form, for a model that cannot be copied or gives no
-        tensor, and for selectors of another type; ValueError for a model without trainable parameters or that is no
-        function of single examples, for a selector that fits none, for empty data and for data that the loss does not
-        cover.
+        Raises TypeError for arguments in another order and for data that are no batches, for a criterion without a
+        per-example form, for a model that cannot be copied or gives no tensor, and for selectors of another type;
+        ValueError for a model without trainable parameters or that is no function of single examples, for a selector
+        that fits none, for empty data and for data that the loss does not cover.
         """
+        check_given(model, criterion, batches)
         selection = selection_of(include, exclude)
         selection.check(unwrapped(model))
         loss = example_loss(criterion)
         risk = cls(frozen_copy(model, selection), loss, kept(batches), adapter, selection)
         check_risk(risk)
         return risk
+
+    def described(self) -> tuple[str, ...]:
+        known = "examples" in vars(self) or isinstance(self.batches, (tuple, CountedBatches))
+        count = f"{self.examples} examples" if known else "examples to be loaded"
+        return count, f"{type(self.loss).__name__} of {type(self.base).__name__}", f"{self.space.size} parameters"
+
+    def stored_fields(self) -> dict[str, Any]:
+        batches = tuple((inputs, targets) for inputs, targets in self.batches)
+        return {"batches": batches, "adapter": self.adapter, "selection": self.selection}
 
     @cached_property
     def model(self) -> nn.Module:
@@ -217,6 +232,7 @@ class EmpiricalRisk:
         with torch.no_grad():
             return sum(self.loss.per_example(self.outputs(x), y).double().sum().item() for x, y in self) / self.examples
 
+    @takes(parameters=(Tensor, "risk.space.vector(model)"))
     @in_own_precision
     def value_at(self, parameters: Float[Tensor, "P"]) -> float:
         """L of the frozen past function at other parameters."""
@@ -231,6 +247,7 @@ class EmpiricalRisk:
             total += self.summed_gradient(x, y)
         return total / self.examples
 
+    @takes(parameters=(Tensor, "risk.space.vector(model)"))
     def gradient_at(self, parameters: Float[Tensor, "P"]) -> Float[Tensor, "P"]:
         """∇L of the frozen past function at other parameters."""
         with self.holding(self.space.split(parameters)):
@@ -245,8 +262,9 @@ class EmpiricalRisk:
         return self.space.flatten(list(parts))
 
     def subset(self, fraction: float, seed: int) -> EmpiricalRisk:
-        """The risk of a random `fraction` of the examples, at least one, drawn without replacement by `seed`."""
-        return self.select(random_part(self.examples, fraction, seed))
+        """The risk of a random `fraction` of the examples, at least one, drawn without replacement by `seed`. Raises
+        ValueError for a fraction outside of (0, 1]."""
+        return self.select(random_part(self.examples, check_fraction("fraction", fraction), seed))
 
     @in_own_precision
     def select(self, indices: Tensor) -> EmpiricalRisk:

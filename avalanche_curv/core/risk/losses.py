@@ -75,11 +75,31 @@ def example_loss(criterion: object) -> ExampleLoss:
     """
     if isinstance(criterion, ExampleLoss):
         return criterion
+    name = criterion if isinstance(criterion, str) else getattr(criterion, "__name__", type(criterion).__name__)
+    remedy = MEANT.get(name, "")
+    if isinstance(criterion, type):
+        remedy = f"Did you mean nn.{name}()?"
+    elif not remedy and callable(criterion) and hasattr(criterion, "__name__"):
+        remedy = "A function does not say what it does with a batch: give a module, or an ExampleLoss."
+    elif not remedy and (criterion is None or isinstance(criterion, str)):
+        remedy = "Give an object such as nn.CrossEntropyLoss()."
+    own = f"Write one as an ExampleLoss and register it with @example_loss.register({name})."
     raise TypeError(
-        f"No per-example form is known for the criterion {type(criterion).__name__}; expected CrossEntropyLoss, "
-        "MSELoss or BCEWithLogitsLoss. Write one as an ExampleLoss and register it with "
-        f"@example_loss.register({type(criterion).__name__})."
+        f"No per-example form is known for the criterion {name}; expected CrossEntropyLoss, MSELoss or "
+        f"BCEWithLogitsLoss. {remedy or own}"
     )
+
+
+MEANT = {
+    "cross_entropy": "Did you mean nn.CrossEntropyLoss()?",
+    "mse_loss": "Did you mean nn.MSELoss()?",
+    "binary_cross_entropy_with_logits": "Did you mean nn.BCEWithLogitsLoss()?",
+    "NLLLoss": "Let the model give logits, without log_softmax, to nn.CrossEntropyLoss().",
+    "nll_loss": "Let the model give logits, without log_softmax, to nn.CrossEntropyLoss().",
+    "BCELoss": "Let the model give logits, without a sigmoid, to nn.BCEWithLogitsLoss().",
+    "binary_cross_entropy": "Let the model give logits, without a sigmoid, to nn.BCEWithLogitsLoss().",
+}
+"""What is meant by a criterion that has no per-example form here."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -287,6 +307,13 @@ def _broadcasts(shape: torch.Size, one: torch.Size) -> bool:
 
 def _check_same_shape(name: str, outputs: Tensor, targets: Tensor) -> None:
     if outputs.shape != targets.shape:
+        classes = not (targets.is_floating_point() or targets.is_complex()) and targets.shape == outputs.shape[:1]
+        if classes and outputs.shape[1:].numel() > 1:
+            raise ValueError(
+                f"{name} needs targets of the outputs' shape {tuple(outputs.shape)}; got classes, {targets.dtype} of "
+                f"shape {tuple(targets.shape)}. Classes go with nn.CrossEntropyLoss(); {name} takes them one-hot, as "
+                f"by torch.nn.functional.one_hot(targets, {outputs.shape[1]}).float()."
+            )
         raise ValueError(
             f"{name} needs targets of the outputs' shape {tuple(outputs.shape)}; got {tuple(targets.shape)}, which "
             "torch broadcasts or refuses. Reshape them where the data are made, as by targets[:, None]."

@@ -10,6 +10,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from avalanche_curv.core.arguments import takes
+from avalanche_curv.core.state import Storable
+
 
 def canonical_name(name: str) -> str:
     """The name of a parameter without what wrappers add to it (`DataParallel`, `torch.compile`).
@@ -23,7 +26,7 @@ def canonical_name(name: str) -> str:
 
 
 @dataclass(frozen=True)
-class ParameterSpace:
+class ParameterSpace(Storable):
     """The trainable parameters of a model as the coordinates of one vector of size P.
 
     Coordinates follow `named_parameters()`. A later model is read through the same space: parameters are found by
@@ -39,6 +42,7 @@ class ParameterSpace:
     shapes: tuple[torch.Size, ...]
 
     @classmethod
+    @takes(model=(nn.Module, "the model that is trained"))
     def of(cls, model: nn.Module) -> ParameterSpace:
         """The space of the parameters of `model` that require a gradient. Raises ValueError if there is none."""
         return cls.of_parameters(model, [(n, p) for n, p in model.named_parameters() if p.requires_grad and p.numel()])

@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.loss import _Loss
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from avalanche_curv.core.hints import called
+from avalanche_curv.core.options import in_short
 from avalanche_curv.core.risk.batches import untouched_randomness
 from avalanche_curv.core.risk.frozen import HALF, close, drop_idle_hooks
 from avalanche_curv.core.risk.known import is_plain
@@ -18,6 +21,22 @@ if TYPE_CHECKING:
     from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 
 ONE_BY_ONE = "past loss is a mean over single examples. Use normalisation with running statistics."
+
+
+def check_given(model: Any, criterion: Any, batches: Any) -> None:
+    """Raises TypeError where these are no module, its loss and data, or stand in another order, with what came."""
+    if not isinstance(model, nn.Module) or isinstance(model, _Loss) or isinstance(batches, nn.Module):
+        hint = f" Did you mean {called(model)}?" if isinstance(model, type) else ""
+        hint = " Give the model of the strategy." if isinstance(getattr(model, "model", None), nn.Module) else hint
+        raise TypeError(
+            "EmpiricalRisk.snapshot(model, criterion, batches) takes a module, its loss and the data, in this order; "
+            f"got {', '.join(map(in_short, (model, criterion, batches)))}.{hint}"
+        )
+    if isinstance(batches, (Tensor, str)) or not (hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")):
+        raise TypeError(
+            f"batches must be pairs (inputs, targets) in a list or a loader; got {_in_words(batches)}. "
+            "Give [(inputs, targets)], or DataLoader(TensorDataset(inputs, targets), batch_size=64)."
+        )
 
 
 def check_risk(risk: EmpiricalRisk) -> None:
@@ -51,21 +70,35 @@ def drop_hooks(risk: EmpiricalRisk) -> None:
 
 def check_batch(batch: Any) -> None:
     """Raises ValueError unless a batch is a pair of tensors (inputs, targets) of one length."""
-    if isinstance(batch, (tuple, list)) and len(batch) == 2 and all(isinstance(part, Tensor) for part in batch):
-        if all(part.ndim for part in batch) and len(batch[0]) == len(batch[1]):
-            return
-        shapes = " and ".join(str(tuple(part.shape)) for part in batch)
+    parts = [*batch] if isinstance(batch, (tuple, list)) else []
+    tensors = len(parts) == 2 and all(isinstance(part, Tensor) for part in parts)
+    if tensors and all(part.ndim for part in parts) and len(parts[0]) == len(parts[1]):
+        return
+    if len(parts) > 1 and (isinstance(parts[1], (int, float)) or getattr(parts[1], "ndim", 1) == 0):
+        raise ValueError(
+            f"Expected batches of examples; got the single example {_in_words(batch)}. Give batches, as by "
+            "DataLoader(dataset, batch_size=64)."
+        )
+    if tensors:
+        shapes = " and ".join(str(tuple(part.shape)) for part in parts)
         raise ValueError(f"Inputs and targets of a batch must be as many; got shapes {shapes}. Put examples first.")
-    if isinstance(batch, Mapping):
-        got = f"a {type(batch).__name__} of {', '.join(map(str, batch))}"
-    elif isinstance(batch, (tuple, list)):
-        got = str([type(part).__name__ for part in batch])
-    else:
-        got = type(batch).__name__
-    raise ValueError(
-        f"Each batch must be a pair of tensors (inputs, targets); got {got}. Make pairs of it, as by "
-        "[(batch[...], batch[...]) for batch in loader], and let an `adapter` or the model take one tensor of inputs."
+    remedy = "Put a pair in a list: [(inputs, targets)]." if isinstance(batch, Tensor) else (
+        "Make pairs of it, as by [(batch[...], batch[...]) for batch in loader], and let an `adapter` or the model "
+        "take one tensor of inputs."
     )
+    raise ValueError(f"Each batch must be a pair of tensors (inputs, targets); got {_in_words(batch)}. {remedy}")
+
+
+def _in_words(data: Any) -> str:
+    """What data is, in a few words."""
+    if isinstance(data, Mapping):
+        return f"a {type(data).__name__} of {', '.join(map(str, data))}"
+    if isinstance(data, Tensor):
+        return f"a Tensor of shape {tuple(data.shape)}"
+    if isinstance(data, (tuple, list)):
+        kinds = [type(part).__name__ for part in data]
+        return str(kinds) if len(kinds) <= 4 else f"a {type(data).__name__} of {len(kinds)}, the first a {kinds[0]}"
+    return type(data).__name__
 
 
 class _HalfPrecision(TorchDispatchMode):

@@ -13,13 +13,14 @@ from torch import nn
 
 from avalanche_curv.core.options import settle
 from avalanche_curv.core.risk.parameters import canonical_name
+from avalanche_curv.core.state import Storable
 
 ParameterSelector: TypeAlias = str | type[nn.Module]
 """Selects parameters: the canonical name of a parameter or a module, "*" and "?" allowed, or a type of module."""
 
 
 @dataclass(frozen=True)
-class Selection:
+class Selection(Storable):
     """The parameters of a model that `include` selects (all where it is empty) and `exclude` does not.
 
     Raises TypeError for selectors that are neither a name nor a type of module.

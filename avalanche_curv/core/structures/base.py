@@ -16,10 +16,11 @@ from torch import Tensor
 from avalanche_curv.core.curvature.base import Curvature
 from avalanche_curv.core.curvature.operators import Operator
 from avalanche_curv.core.eigen import Pairs, largest_of_products, top_of_products
-from avalanche_curv.core.options import check_count
+from avalanche_curv.core.options import OneLine, check_count
 from avalanche_curv.core.precision import in_own_precision
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.parameters import ParameterSpace
+from avalanche_curv.core.state import Storable
 
 
 class CurvatureSource(Protocol):
@@ -82,7 +83,7 @@ OPERATIONS = {
 }  # fmt: skip
 
 
-class Matrix(ABC):
+class Matrix(OneLine, Storable, ABC):
     """A symmetric matrix C over a parameter space of size P. Its operations return new matrices, and are computed in
     its own type, also inside `torch.autocast`."""
 
@@ -90,6 +91,9 @@ class Matrix(ABC):
         super().__init_subclass__(**options)
         for name in OPERATIONS & vars(cls).keys():
             setattr(cls, name, in_own_precision(vars(cls)[name]))
+
+    def described(self) -> tuple[str, ...]:
+        return f"{self.size} × {self.size}", human_bytes(self.nbytes)
 
     if TYPE_CHECKING:
 

@@ -18,6 +18,7 @@ from avalanche_curv.core.options import settle
 from avalanche_curv.core.per_example.gram import Rows, gram_rows, top_pairs
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.parameters import ParameterSpace
+from avalanche_curv.core.state import Storable
 from avalanche_curv.core.structures.base import Matrix, Structure, check_limit, check_memory
 from avalanche_curv.core.structures.dense import Dense, DenseMatrix
 from avalanche_curv.core.structures.diagonal import Diagonal
@@ -25,7 +26,7 @@ from avalanche_curv.core.structures.low_rank import GRAM_ROWS, LowRank
 from avalanche_curv.core.structures.rules import by_products, check_pair, refusal, rule, structured
 
 
-class Grouping(ABC):
+class Grouping(Storable, ABC):
     """Which parameters share a block."""
 
     @abstractmethod
@@ -128,7 +129,7 @@ class Restricted:
 
 
 @dataclass(frozen=True)
-class Block:
+class Block(Storable):
     """A matrix over some parameters; None for zero, where they are newer than all curvature."""
 
     space: ParameterSpace

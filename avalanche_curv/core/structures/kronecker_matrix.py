@@ -13,13 +13,14 @@ from torch import Tensor
 
 from avalanche_curv.core.eigen import Pairs, spectrum
 from avalanche_curv.core.risk.parameters import ParameterSpace
+from avalanche_curv.core.state import Storable
 from avalanche_curv.core.structures.base import Matrix
 
 Change = tuple[Float[Tensor, "out in"] | None, Float[Tensor, "out"] | None]
 """Of a layer's weight and of its bias, as far as they are trainable; in one matrix the bias is the last column."""
 
 
-class KroneckerTerm(ABC):
+class KroneckerTerm(Storable, ABC):
     """A symmetric matrix over changes of one layer, [out, in] with the bias."""
 
     @abstractmethod
@@ -136,7 +137,7 @@ class Corrected(KroneckerTerm):
         return self.values, self.g, self.a
 
 
-class KroneckerSum(ABC):
+class KroneckerSum(Storable, ABC):
     """How two Kronecker-factored matrices are added: a sum of products is no product."""
 
     @abstractmethod
@@ -185,7 +186,7 @@ def _pi_weighted(first: KroneckerTerm, second: KroneckerTerm) -> KroneckerTerm:
 
 
 @dataclass(frozen=True)
-class FactoredLayer:
+class FactoredLayer(Storable):
     """The names of a layer's weight and bias, as far as they are trainable, and the terms of its curvature."""
 
     weight: str | None

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from avalanche_curv.core.arguments import takes
 from avalanche_curv.core.curvature.empirical_fisher import EmpiricalFisher
 from avalanche_curv.core.per_example.gram import rows_of
 from avalanche_curv.core.per_example.layers import Layers, by_layers
@@ -35,6 +36,7 @@ class GradientDiversity:
     examples: int
 
 
+@takes(risk=(EmpiricalRisk, "EmpiricalRisk.snapshot(model, criterion, batches)"))
 @in_own_precision
 def gradient_diversity(risk: EmpiricalRisk) -> GradientDiversity:
     """The effective gradient diversity of the examples of `risk` at its frozen parameters, over the whole network.

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules import activation
 from torch.nn.modules.conv import _ConvNd
 
+from avalanche_curv.core.arguments import takes
 from avalanche_curv.core.options import is_number
 from avalanche_curv.core.precision import in_own_precision
 from avalanche_curv.core.risk.batches import like
@@ -28,6 +29,7 @@ NONLINEARITIES: tuple[type[nn.Module], ...] = tuple(
 )
 
 
+@takes(model=(nn.Module, "the model that is trained"))
 @in_own_precision
 def hidden_activations(model: nn.Module, inputs: Tensor) -> Activations:
     """The activations of each hidden layer by its name, in the order of the forward pass, with the units as last axis.

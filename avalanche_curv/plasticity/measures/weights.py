@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from avalanche_curv.core.arguments import takes
 from avalanche_curv.plasticity.measures.singular_values import (
     condition_number,
     effective_rank,
@@ -35,6 +36,7 @@ class WeightSpectrum:
     condition_number: float
 
 
+@takes(model=(nn.Module, "the model that is trained"))
 def weight_spectra(model: nn.Module) -> dict[str, WeightSpectrum]:
     """The spectrum of every weight, by name (see `plasticity.roles.weight_matrices`), from all its singular values.
 
@@ -61,6 +63,7 @@ def weight_spectra(model: nn.Module) -> dict[str, WeightSpectrum]:
     return spectra
 
 
+@takes(model=(nn.Module, "the model that is trained"))
 def parameter_norm(model: nn.Module) -> float:
     """‖θ‖₂, the norm of all trainable parameters of `model`, those of norm layers included, each once; in float64.
 

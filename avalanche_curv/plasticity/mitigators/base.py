@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from abc import ABC
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,12 +13,13 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from avalanche_curv.core.options import Fixed, Forwarded, Setting, check_whole
+from avalanche_curv.core.options import Configured, Fixed, Forwarded, Setting, check_whole
 from avalanche_curv.core.risk.parameters import canonical_name
 from avalanche_curv.core.risk.selection import ParameterSelector, Selection, selection_of
+from avalanche_curv.core.state import not_state_of
 
 
-class Mitigator(ABC):  # noqa: B024  nothing is common to all of them but the hooks
+class Mitigator(Configured, ABC):
     """Mitigates the loss of plasticity of one model, by what it does before or after each step of an optimiser.
 
     It does not hold the model, but is given it at each use, so that layers may grow or be replaced: its state is keyed
@@ -86,25 +87,28 @@ class Mitigator(ABC):  # noqa: B024  nothing is common to all of them but the ho
             if parameter.is_complex():
                 raise TypeError(f"Parameter '{name}' is complex; mitigators know real ones. Exclude or freeze it.")
 
-    def release(self) -> None:  # noqa: B027
+    def release(self) -> None:
         """Drops references to the model and hooks that `prepare` made; called when the mitigator is detached."""
 
-    def before_step(self, model: nn.Module, optimizer: Optimizer) -> None:  # noqa: B027  most do one of the two
+    def before_step(self, model: nn.Module, optimizer: Optimizer) -> None:
         """Called between the backward pass and the step."""
 
     def after_step(self, model: nn.Module, optimizer: Optimizer) -> None:
         """Called after the step, which it counts."""
         self.steps += 1
 
-    def after_task(self, model: nn.Module, optimizer: Optimizer) -> None:  # noqa: B027
+    def after_task(self, model: nn.Module, optimizer: Optimizer) -> None:
         """Called between two tasks, by loops that know their boundaries, when the first has been evaluated."""
 
     def state_dict(self) -> dict[str, Any]:
         """The state with which a resumed run equals an uninterrupted one, as for torch's modules and optimisers."""
-        return {"steps": self.steps}
+        return {"mitigator": type(self).__name__, "steps": self.steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what `state_dict` returned."""
+        """Restores what `state_dict` returned. Raises ValueError for anything else, with what came."""
+        own = type(self).__name__
+        if not isinstance(state, Mapping) or state.get("mitigator") != own or state.keys() != self.state_dict().keys():
+            raise ValueError(not_state_of(own, state))
         self.steps = state["steps"]
 
     def parameters(self, model: nn.Module, optimizer: Optimizer | None = None) -> dict[str, nn.Parameter]:

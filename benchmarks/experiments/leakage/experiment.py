@@ -24,7 +24,7 @@ from avalanche_curv import (
     SequentialProjection,
     StepProjection,
 )
-from avalanche_curv.core.projection.blocks import Block
+from avalanche_curv.core.projection.blocks import ProtectedBlock
 from avalanche_curv.core.projection.subspace import Subspace
 from benchmarks.harness import Context, Experiment, Options, Record
 from benchmarks.networks import mlp
@@ -254,7 +254,7 @@ class Watcher(SupervisedPlugin):
         super().__init__()
         self.watched = watched
         self.drift: dict[int, float] = {}
-        self._blocks: Sequence[Block] = ()
+        self._blocks: Sequence[ProtectedBlock] = ()
         self._start: Values = {}
         self._before: Values = {}
         self._sums = (0.0, 0.0)

@@ -22,7 +22,7 @@ from avalanche_curv import (
     fidelity_metrics,
     landscape_metrics,
 )
-from avalanche_curv.core.projection.blocks import Block, Layout
+from avalanche_curv.core.projection.blocks import Layout, ProtectedBlock
 from avalanche_curv.core.projection.subspace import Subspace
 from avalanche_curv.core.risk.parameters import ParameterSpace
 from benchmarks.timing import Stopwatch, Times, experience, interleaved, naive
@@ -146,6 +146,6 @@ def _by_layer(config: Config, rank: int) -> ProtectedSpace:
     return ProtectedSpace(blocks, experiences=1)
 
 
-def _block(layout: Layout, rank: int) -> Block:
+def _block(layout: Layout, rank: int) -> ProtectedBlock:
     columns = layout.columns.size
-    return Block(layout, Subspace(orthonormal(min(rank, columns - 1), columns)))
+    return ProtectedBlock(layout, Subspace(orthonormal(min(rank, columns - 1), columns)))

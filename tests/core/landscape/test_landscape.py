@@ -435,7 +435,7 @@ def test_unusable_input_is_refused_with_a_remedy(problem, make_model):
     risk = problem("mlp", "cross_entropy").risk
     other = problem("conv", "cross_entropy").risk
     cases = [
-        (TypeError, r"got <class .*Fisher'>. Call it: Fisher\(\)", (Fisher, risk), {}),
+        (TypeError, r"got <class .*Fisher'>. Did you mean Fisher\(\)", (Fisher, risk), {}),
         (TypeError, r"as it is; got Hessian\(psd=Clip\(\)\). Use Hessian\(\)", (Hessian(psd=Clip()), risk), {}),
         (ValueError, "got none. Give one or more", (GGN(),), {}),
         (ValueError, r"Freeze them alike: .*risk.at\(newest\)", (GGN(), risk, other), {}),

@@ -307,7 +307,7 @@ def test_what_is_not_finite_is_refused(bad, place, make_model):
     ("options", "error", "remedy"),
     [
         ({"cuts": ()}, ValueError, r"at least one cut, such as Energy\(0.95\)"),
-        ({"cuts": Energy}, TypeError, r"Call it: Energy\(0.95\)"),
+        ({"cuts": Energy}, TypeError, r"Did you mean Energy\(0.95\)"),
         ({"cuts": (Rank(2), "all")}, TypeError, "got 'all'"),
         ({"examples": 0}, ValueError, "at least 1; got 0"),
         ({"seed": 1.5}, ValueError, "seed"),

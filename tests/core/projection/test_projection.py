@@ -36,7 +36,7 @@ from avalanche_curv.core.projection import (
     SequentialProjection,
     StepProjection,
 )
-from avalanche_curv.core.projection.blocks import Block, Layout
+from avalanche_curv.core.projection.blocks import Layout, ProtectedBlock
 from avalanche_curv.core.projection.subspace import Subspace, principal_angles
 
 KINDS = {
@@ -225,7 +225,7 @@ def test_angles_of_what_a_limit_has_left_by_hand():
     union = Subspace.empty(e[0]).plus(e[:2], torch.tensor([1.0, 5.0])).plus(e[1:], torch.tensor([4.0, 3.0]), task=1)
     union = union.plus((e[:1] + e[1:2]) / 2**0.5, torch.tensor([1.0]), task=2).limited(2)
     layout = Layout(ParameterSpace(("weight",), (torch.Size([3]),)))
-    space = ProtectedSpace({"": Block(layout, union)}, experiences=3)
+    space = ProtectedSpace({"": ProtectedBlock(layout, union)}, experiences=3)
     for first, second, count in ((0, 0, 1), (1, 1, 2), (0, 1, 1), (1, 0, 1), (0, 2, 1), (2, 1, 1)):
         angles = space.angles(first, second)
         assert angles.shape == (count,)
@@ -333,6 +333,28 @@ def test_rounding_does_not_add_up_over_steps_where_many_dimensions_are_closed(pr
     step = {name: value - start[name] for name, value in space.values(model).items()}
     inside = space.leakage(step, {name: torch.zeros_like(part) for name, part in step.items()}) * length(step)
     assert inside < 0.3 * torch.finfo(torch.float32).eps * size
+
+
+@pytest.mark.parametrize("protection", ["flat", "inputs"])
+def test_a_task_goes_on_bit_identically_from_the_states_of_its_space_and_projector(protection, protected):
+    ends = []
+    for through in ((), ("space",), ("space", "projector")):
+        model, space = protected(FAMILY[protection], torch.float32)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        projector = Projector(space, StepProjection())
+        learn(model, optimizer, draws(9, 8, seed=1, kind=torch.float32), projector, steps=5)
+        if through:
+            again = Projector(ProtectedSpace.load_state_dict(space.state_dict()), StepProjection())
+            if "projector" in through:
+                again.load_state_dict(projector.state_dict())
+            projector = again
+        learn(model, optimizer, draws(9, 8, seed=1, kind=torch.float32), projector, steps=5)
+        ends.append(space.space.vector(model))
+    unbroken, without_rest, resumed = ends
+    assert torch.equal(resumed, unbroken)
+    assert not torch.equal(without_rest, unbroken)
+    with pytest.raises(ValueError, match=r"another space than ProtectedSpace\(\). Load that before"):
+        Projector(ProtectedSpace(), StepProjection()).load_state_dict(projector.state_dict())
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -683,9 +705,9 @@ def test_memory_is_stated_and_checked_before_it_is_taken(make_model):
 @pytest.mark.parametrize(
     ("options", "error", "remedy"),
     [
-        ({"cut": Rank}, TypeError, r"Call it: Rank\(20\)"),
+        ({"cut": Rank}, TypeError, r"Did you mean Rank\(20\)"),
         ({"cut": 20}, TypeError, r"got 20. Give a value such as Rank\(20\)"),
-        ({"curvature": Fisher}, TypeError, r"curvature must be a Curvature.*Call it: Fisher\(\)"),
+        ({"curvature": Fisher}, TypeError, r"curvature must be a Curvature.*Did you mean Fisher\(\)"),
         ({"per": "layer"}, TypeError, r"got 'layer'.*PerLayer\(\)"),
         ({"examples": 0}, ValueError, "at least 1; got 0"),
         ({"seed": None}, ValueError, "seed"),
@@ -732,7 +754,7 @@ def test_directions_of_another_recipe_are_refused(make_model):
             flat.absorb(risk, FAMILY[other])
     with pytest.raises(ValueError, match="max_rank must be an integer of at least 1; got 0"):
         flat.absorb(risk, FAMILY["flat"], max_rank=0)
-    with pytest.raises(TypeError, match=r"projection must be a Projection.*Call it: StepProjection\(\)"):
+    with pytest.raises(TypeError, match=r"projection must be a Projection.*Did you mean StepProjection\(\)"):
         Projector(flat, StepProjection)
 
 

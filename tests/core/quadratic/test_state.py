@@ -24,12 +24,13 @@ from avalanche_curv import (
     Past,
     PerLayer,
     PiWeighted,
+    QuadraticModel,
     Rank,
     Refresh,
     RelativeError,
-    past_from_state,
-    past_state,
+    estimate,
 )
+from avalanche_curv.core.risk.selection import Selection
 from avalanche_curv.core.structures import DiagonalMatrix
 
 STRUCTURES = [
@@ -59,11 +60,11 @@ def pasts(model, policy, structure):
     for task in range(2):
         past = policy.absorb(past, risk_at(model, task), Fisher(), structure)
     file = io.BytesIO()
-    torch.save(past_state(past), file)
+    torch.save(past.state_dict(), file)
     file.seek(0)
     state = torch.load(file, weights_only=True)
     other = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 2)).double()
-    return past, past_from_state(state, model=other, criterion=nn.CrossEntropyLoss())
+    return past, Past.load_state_dict(state, model=other, criterion=nn.CrossEntropyLoss())
 
 
 def assert_same_penalty(past, loaded, model):
@@ -102,9 +103,9 @@ def test_stored_examples_go_on_as_they_would_have(policy, net):
 
 def test_a_state_is_no_view_of_the_past(net):
     past = Accumulate().absorb(Past(), risk_at(net, 0), Fisher(), Diagonal())
-    state, before = past_state(past), past.model.anchor.clone()
+    state, before = past.state_dict(), past.model.anchor.clone()
     past.model.anchor.zero_()
-    assert torch.equal(past_from_state(state).model.anchor, before)
+    assert torch.equal(Past.load_state_dict(state).model.anchor, before)
 
 
 @dataclass(frozen=True)
@@ -115,17 +116,36 @@ class Doubled(DiagonalMatrix):
 def test_a_matrix_of_ones_own_needs_no_more_than_its_definition(net):
     past = Accumulate().absorb(Past(), risk_at(net, 0), Fisher(), Diagonal())
     own: Matrix = Doubled(2 * past.model.curvature.values)
-    state = past_state(replace(past, model=replace(past.model, curvature=own)))
-    assert type(past_from_state(state).model.curvature) is Doubled
-    state["past"]["fields"]["model"]["fields"]["curvature"]["type"] = "Unheard"
+    state = replace(past, model=replace(past.model, curvature=own)).state_dict()
+    assert type(Past.load_state_dict(state).model.curvature) is Doubled
+    state["fields"]["model"]["fields"]["curvature"]["type"] = "Unheard"
     with pytest.raises(ValueError, match=r"Unheard is not known here. Import the module"):
-        past_from_state(state)
+        Past.load_state_dict(state)
 
 
 def test_what_is_no_tensor_and_what_is_missing_is_named(net):
     past = Accumulate().absorb(Past(), risk_at(net, 0), Fisher(), MatrixFree())
     with pytest.raises(TypeError, match=r"OperatorTerm is no tensor, number or string.* Use save_checkpoint"):
-        past_state(past)
-    stored = past_state(Refresh(0.5).absorb(Past(), risk_at(net, 0), Fisher(), Diagonal()))
+        past.state_dict()
+    linear = replace(risk_at(net, 0), selection=Selection((nn.Linear,)))
+    with pytest.raises(TypeError, match=r"The type Linear is no tensor"):
+        Refresh(0.5).absorb(Past(), linear, Fisher(), Diagonal()).state_dict()
+    stored = Refresh(0.5).absorb(Past(), risk_at(net, 0), Fisher(), Diagonal()).state_dict()
     with pytest.raises(ValueError, match="give the `model` and `criterion`"):
-        past_from_state(stored, model=net)
+        Past.load_state_dict(stored, model=net)
+    with pytest.raises(ValueError, match=r"Linear is not the model of the stored examples, .*Missing key"):
+        Past.load_state_dict(stored, model=nn.Linear(3, 2), criterion=nn.CrossEntropyLoss())
+
+
+def test_a_quadratic_model_has_a_state_of_its_own(net):
+    model = estimate(Fisher(), Diagonal(), risk_at(net, 0), gradient=True)
+    state = model.state_dict()
+    assert repr(QuadraticModel.load_state_dict(state)) == repr(model)
+    assert torch.equal(QuadraticModel.load_state_dict(state).gradient, model.gradient)
+    with pytest.raises(ValueError, match=r"^Past.load_state_dict\(\) .* got that of QuadraticModel"):
+        Past.load_state_dict(state)
+    with pytest.raises(ValueError, match=r"got a dictionary of '0.weight', '0.bias', '1.weight', '1.bias'"):
+        QuadraticModel.load_state_dict(net.state_dict())
+    del state["fields"]["anchor"]
+    with pytest.raises(ValueError, match=r"QuadraticModel is not made of space, curvature.*here: .*'anchor'"):
+        QuadraticModel.load_state_dict(state)

@@ -114,7 +114,7 @@ def test_what_cannot_work_is_refused_when_it_is_attached(model):
         (lambda: StreamingEWC(1.0, anchor_decay=-0.1), ValueError, "anchor_decay must be .* at least 0, b"),
         (lambda: ShrinkAndPerturb(1.5, 0.1), ValueError, "shrink must be a finite number, at least 0, at most 1"),
         (lambda: ShrinkAndPerturb(0.5, -0.1), ValueError, "noise must be a finite number"),
-        (lambda: ShrinkAndPerturb(0.5, 0.1, when=EveryStep), TypeError, "when must be a Schedule.* Call it"),
+        (lambda: ShrinkAndPerturb(0.5, 0.1, when=EveryStep), TypeError, "must be a Schedule.* Did you mean EveryStep"),
         (lambda: ShrinkAndPerturb(0.5, 0.1, seed=-1), ValueError, "seed must be an integer from 0 .* got -1"),
         (lambda: ShrinkAndPerturb(0.5, 0.1, seed="a"), ValueError, "seed must be an integer from 0 .* got 'a'"),
         (lambda: EverySteps(0), ValueError, r"EverySteps\(n=...\) must be an integer of at least 1"),
