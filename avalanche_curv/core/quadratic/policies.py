@@ -76,10 +76,10 @@ class Policy(ABC):
     ) -> Past:
         """The past with one more part of a stream that does not tell where its tasks end.
 
-        `risk` is that of the part alone, and `share` > 0 how much of an experience it is: with the number of examples
-        that an experience is taken to have, the part of it that this one holds. At a fixed model all parts together
-        give what their examples would give at once, whatever their sizes. Raises TypeError unless `check_parts` allows
-        it.
+        `risk` is that of the part alone, and `share` > 0 how much of an experience it is: its number of examples over
+        that which an experience is taken to have. At a fixed model parts weigh as much as all their examples at once,
+        however these are cut. Raises TypeError for a policy that takes whole experiences only, and what `absorb`
+        raises.
         """
         raise self._takes_no_parts()
 
