@@ -142,7 +142,8 @@ class CurvatureEWC(_WithPlugin):
 
     `strength` is λ; `curvature` and `structure` say which matrix q has and how it is stored, `policy` how the models of
     past experiences are combined, `guard` what happens where the penalty alone would diverge, `past` where q begins for
-    a pretrained model, `include` and `exclude` which parameters it is of (`CurvatureEWCPlugin`).
+    a pretrained model, `include` and `exclude` which parameters it is of, `examples_per_experience` how much a part of
+    an online stream weighs that hides where its tasks end (`CurvatureEWCPlugin`).
     The arguments from `criterion` on are those of Avalanche's strategies (`Training`). The plugin is the attribute
     `ewc`, and raises its errors. Raises TypeError for an argument that it does not take, with the one that is meant,
     for a criterion without per-example form and for plugins that are none.
@@ -151,6 +152,7 @@ class CurvatureEWC(_WithPlugin):
     strength, guard = Forwarded("ewc"), Forwarded("ewc")
     curvature, structure, policy = Forwarded("ewc"), Forwarded("ewc"), Forwarded("ewc")
     past, include, exclude = Forwarded("ewc"), Forwarded("ewc"), Forwarded("ewc")
+    examples_per_experience = Forwarded("ewc")
 
     def __init__(
         self,
@@ -163,6 +165,7 @@ class CurvatureEWC(_WithPlugin):
         policy: Policy = Accumulate(),  # noqa: B008
         guard: Guard | None = WarnIfUnstable(),  # noqa: B008
         past: Past = Past(),  # noqa: B008
+        examples_per_experience: int = 1000,
         include: Iterable[ParameterSelector] = (),
         exclude: Iterable[ParameterSelector] = (),
         **training: Unpack[Training],
@@ -170,7 +173,7 @@ class CurvatureEWC(_WithPlugin):
         _check_criterion(training.get("criterion"))
         self.ewc = CurvatureEWCPlugin(
             strength, curvature=curvature, structure=structure, policy=policy, guard=guard,
-            past=past, include=include, exclude=exclude,
+            past=past, examples_per_experience=examples_per_experience, include=include, exclude=exclude,
         )
         super().__init__(plugin=self.ewc, model=model, optimizer=optimizer, **training)
 

@@ -123,8 +123,7 @@ def _copies(strategy: Any) -> Copies:
 
 def _goes_on(experience: Any) -> bool:
     """Whether it is a later part of a task that is known to be split."""
-    online = isinstance(experience, OnlineCLExperience) and experience.access_task_boundaries
-    return online and not experience.is_first_subexp
+    return isinstance(experience, OnlineCLExperience) and not experience.logging().is_first_subexp
 
 
 def _sizes(protected: ProtectedSpace, trainable: ParameterSpace) -> dict[str, float]:

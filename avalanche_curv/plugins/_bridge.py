@@ -97,9 +97,9 @@ class _Trained(nn.Module):
 class TaskEnds:
     """Decides whether an experience ends a task; `here(strategy)` is to be called once at the end of each.
 
-    Every experience ends a task, except in an online stream with known task boundaries, where the last sub-experience
-    of a task does. Sub-experiences are counted, because Avalanche does not mark the last one where they are of equal
-    size.
+    Every experience ends a task, except in an online stream, where the last sub-experience of a task does: also where
+    the stream hides it from the learner, which is to ask `tells_tasks` first. Sub-experiences are counted, because
+    Avalanche does not mark the last one where they are of equal size.
     """
 
     def __init__(self) -> None:
@@ -115,8 +115,9 @@ class TaskEnds:
 
     def here(self, strategy: Any) -> bool:
         experience = strategy.experience
-        if not isinstance(experience, OnlineCLExperience) or not experience.access_task_boundaries:
+        if not isinstance(experience, OnlineCLExperience):
             return True
+        experience = experience.logging()
         self._seen = 1 if experience.is_first_subexp else self._seen + 1
         return bool(experience.is_last_subexp) or self._seen == experience.sub_stream_length
 
@@ -127,16 +128,46 @@ def tells_tasks(strategy: Any) -> bool:
     return not isinstance(experience, OnlineCLExperience) or bool(experience.access_task_boundaries)
 
 
+def updates_of(strategy: Any) -> int:
+    """The number of updates that the current experience takes, without what plugins make of its batches."""
+    batches = -(-len(strategy.experience.dataset) // strategy.train_mb_size)
+    return strategy.train_epochs * batches
+
+
 FIRST = 256  # examples that are looked at before an experience is trained
 REFUSALS = (TypeError, ValueError, MemoryError, NonFiniteCurvatureError)
 
 
+def told_data(experience: Any) -> Any:
+    """The examples without training augmentation that a learner may look at: all of a task that an online stream splits
+    with known boundaries, and of one that hides them the part alone."""
+    hidden = isinstance(experience, OnlineCLExperience) and not experience.access_task_boundaries
+    return experience.dataset.eval() if hidden else data_of(experience)
+
+
+def data_of(experience: Any) -> Any:
+    """The examples of an experience without training augmentation; of a part that an online stream gives, those of the
+    whole task, which metrics may know. Raises ValueError where there is no task, since tasks overlap."""
+    if not isinstance(experience, OnlineCLExperience):
+        return experience.dataset.eval()
+    whole = experience.logging().origin_experience
+    if whole is None:
+        raise ValueError(
+            "This online stream has parts that belong to no task, of which past tasks could be measured. Leave this "
+            "metric out, or split tasks one after another with split_online_stream."
+        )
+    return whole.dataset.eval()
+
+
 def preflight(
-    strategy: Any, trial: Callable[[EmpiricalRisk], object], selection: Selection = Selection()  # noqa: B008
+    strategy: Any,
+    trial: Callable[[EmpiricalRisk], object],
+    selection: Selection = Selection(),  # noqa: B008
+    data: Callable[[Any], Any] = data_of,
 ) -> None:
     """To be called before the first step of an experience: raises what would keep its loss from being remembered,
     measured or projected at its end. `trial` does that to the risk of a few examples of its first batch, over the
-    parameters that `selection` takes.
+    parameters that `selection` takes; `data` takes the examples from the experience.
 
     In a task that an online stream splits it looks at the first part only.
     """
@@ -144,8 +175,8 @@ def preflight(
     if tells_tasks(strategy) and not getattr(experience, "is_first_subexp", True):
         return
     try:
-        size = min(FIRST, int(strategy.train_mb_size), len(data_of(experience)))
-        risk = current_risk(strategy, size, range(size), selection)
+        size = min(FIRST, int(strategy.train_mb_size), len(data(experience)))
+        risk = current_risk(strategy, size, range(size), selection, data)
         check_trained_loss(strategy)
         trial(risk.trial())
     except Exception as error:
@@ -199,7 +230,7 @@ _AS_IT_TRAINS = (
 def _losses_with_gradients(strategy: Any) -> tuple[Tensor, Tensor, float]:
     """The loss of the first examples as the strategy computes it, and its criterion of its model's outputs, each
     followed by its gradient; and by how much of their size rounding may part them."""
-    dataset, found = data_of(strategy.experience), dict(vars(strategy))
+    dataset, found = told_data(strategy.experience), dict(vars(strategy))
     first = dataset.subset(range(min(len(dataset), 4)))
     with untouched_randomness(), evaluating(strategy.model), torch.enable_grad():
         batch = next(iter(loader(first, len(first))))
@@ -268,26 +299,20 @@ def current_number(strategy: Any) -> int:
     return strategy.clock.train_exp_counter
 
 
-def data_of(experience: Any) -> Any:
-    """The examples of an experience without training augmentation; for the end of a task split online, all of it."""
-    if isinstance(experience, OnlineCLExperience) and experience.access_task_boundaries:
-        experience = experience.origin_experience
-    return experience.dataset.eval()
-
-
 def current_risk(
     strategy: Any,
     batch_size: int,
     indices: Sequence[int] | None = None,
     selection: Selection = Selection(),  # noqa: B008
+    data: Callable[[Any], Any] = data_of,
 ) -> EmpiricalRisk:
     """The risk of the current experience, or of its examples at `indices`, frozen at the current parameters, over those
-    of them that `selection` takes.
+    of them that `selection` takes. `data` takes the examples from the experience.
 
     Raises ValueError for an empty experience and for several task labels in one experience of a multi-task model.
     """
     check_experience(strategy)
-    dataset = data_of(strategy.experience)
+    dataset = data(strategy.experience)
     with untouched_randomness():
         model = unwrapped(strategy.model)
         adapter = _adapter(model, dataset, current_number(strategy))
@@ -303,7 +328,8 @@ def current_risk(
 def place_in_stream(experience: Any, default: int) -> int:
     """The number of an experience in the stream it comes from, also where training starts later or leaves some out;
     `default` where the experience has none."""
-    own = getattr(experience, "origin_experience", experience)
+    online = isinstance(experience, OnlineCLExperience)
+    own = experience.logging().origin_experience if online else experience
     place = getattr(own, "current_experience", None)
     return default if place is None else place
 
@@ -315,7 +341,7 @@ def check_experience(strategy: Any) -> None:
             f"Experience {current_number(strategy)} holds no examples, so it has no loss to remember. "
             "Remove it from the stream."
         )
-    _adapter(unwrapped(strategy.model), data_of(strategy.experience), current_number(strategy))
+    _adapter(unwrapped(strategy.model), told_data(strategy.experience), current_number(strategy))
 
 
 def loader(dataset: Any, batch_size: int) -> DataLoader:

@@ -51,6 +51,13 @@ class CurvatureEWCPlugin(Configured, SupervisedPlugin):
     group, again where a rate or the strength changes, and at each plugin by itself: several penalties add up.
     `batch_size` is how many examples are loaded at once; results do not depend on it.
 
+    An online stream that hides where its tasks end, such as `split_online_stream(...)` by default, is taken part by
+    part, each at its own end, without a second look at earlier ones. Not the parts count but their examples:
+    `examples_per_experience` of them weigh as much as one experience of a stream of tasks, 1,000 by default. So the
+    strength does not depend on how a task is cut, and is that of the stream of tasks where it is set to their size.
+    With `access_task_boundaries=True` each task is absorbed at its end, with all of its examples. Policies that store
+    examples take in whole experiences only, and structures whose sums grow with each part are refused (TypeError).
+
     `strength`, `guard` and `past` may be set at any time and act from the next step on, so that the strength may follow
     a schedule; `weight` is the strength of the last step, as the guard allowed it, and `penalty` q(θ) there. Others of
     the arguments cannot be changed. `past` holds the quadratic model, what the policy stores and, of
@@ -73,6 +80,7 @@ class CurvatureEWCPlugin(Configured, SupervisedPlugin):
     strength = Setting(partial(check_number, at_least=0, hint="0 only measures."))
     guard = Setting[Guard | None](check_guard)
     batch_size = Setting(check_count)
+    examples_per_experience = Setting(partial(check_count, hint="As many weigh as much as one experience."))
     past = Setting[Past](partial(check_kind, kind=Past, example="Past()"))
     curvature = Fixed[Curvature](partial(check_kind, kind=Curvature, example="Fisher()"))
     structure = Fixed[Structure](partial(check_kind, kind=Structure, example="Diagonal()"))
@@ -89,12 +97,14 @@ class CurvatureEWCPlugin(Configured, SupervisedPlugin):
         policy: Policy = Accumulate(),  # noqa: B008
         guard: Guard | None = WarnIfUnstable(),  # noqa: B008
         batch_size: int = 256,
+        examples_per_experience: int = 1000,
         past: Past = Past(),  # noqa: B008
         include: Iterable[ParameterSelector] = (),
         exclude: Iterable[ParameterSelector] = (),
     ) -> None:
         super().__init__()
         self.strength, self.guard, self.batch_size = strength, guard, batch_size
+        self.examples_per_experience = examples_per_experience
         self.curvature, self.structure, self.policy = curvature, structure, policy
         _check_curvature(curvature, structure)
         self.past, self.selection = past, selection_of(include, exclude)
@@ -106,6 +116,7 @@ class CurvatureEWCPlugin(Configured, SupervisedPlugin):
         self._guarded: Guarded | None = None  # made from `guard` and `past` when it is needed
         self._weighted: Penalty | None = None  # made from `past`
         self._updates = 0  # of the current task, of which an online stream gives one part after another
+        self._in_parts = False  # since a stream was met that hides where its tasks end
 
     @property
     def weight(self) -> float:
@@ -128,11 +139,21 @@ class CurvatureEWCPlugin(Configured, SupervisedPlugin):
         if self.strength:
             check_takes_dense_gradients(strategy.optimizer)
         self.policy.check_past(self.past)
-        _bridge.preflight(strategy, self._try, self.selection)
+        if not (self._in_parts or _bridge.tells_tasks(strategy)):
+            self._begin_parts(strategy)
+        _bridge.preflight(strategy, self._try, self.selection, _bridge.told_data)
         if self.past.model is not None:
             self._follow(self.past.model, strategy.model)
         if self._updates == 0:
             self._revise(strategy)
+
+    def _begin_parts(self, strategy: Any) -> None:
+        self.policy.check_parts(self.structure, _bridge.updates_of(strategy))
+        self._in_parts = True
+        LOG.info(
+            "This online stream hides where its tasks end. Its parts are absorbed one by one and weigh by their "
+            "examples, %d of them as much as one experience (examples_per_experience).", self.examples_per_experience
+        )
 
     def _try(self, risk: EmpiricalRisk) -> None:
         """Raises what would keep an experience from being absorbed, as seen on a few of its examples."""
@@ -211,12 +232,18 @@ class CurvatureEWCPlugin(Configured, SupervisedPlugin):
         return {**self.__dict__, "_weighted": None}
 
     def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
-        if not self._task_ends.here(strategy):
+        whole = _bridge.tells_tasks(strategy)
+        if whole and not self._task_ends.here(strategy):
             return
         with self._naming_the_experience(strategy):
-            risk = _bridge.current_risk(strategy, self.batch_size, selection=self.selection)
-            self.past = self.policy.absorb(self.past, risk, self.curvature, self.structure)
-        self._updates, self._guarded, self._weighted = 0, None, None
+            risk = _bridge.current_risk(strategy, self.batch_size, selection=self.selection, data=_bridge.told_data)
+            if whole:
+                self.past = self.policy.absorb(self.past, risk, self.curvature, self.structure)
+            else:
+                share = risk.examples / self.examples_per_experience
+                self.past = self.policy.absorb_part(self.past, risk, self.curvature, self.structure, share)
+        self._updates, self._weighted = 0, None
+        self._guarded = self._guarded.renewed(self.past.model) if self._guarded and not whole else None
 
     def _follow(self, past: QuadraticModel, model: nn.Module) -> None:
         """Takes the past where the model is, which may have been moved to another device or floating point type. Raises

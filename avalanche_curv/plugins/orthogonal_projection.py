@@ -59,11 +59,12 @@ class OrthogonalProjectionPlugin(Configured, SupervisedPlugin):
     layers in eval mode, or go on as they are (`uncovered=LeaveUncovered()`). Which parameters will hold still is said
     in a warning before the first step. Other buffers are not looked at.
 
-    Raises TypeError or ValueError for unusable options when it is made; before the first step of an experience
-    TypeError for an optimiser that needs a closure, TypeError or ValueError for selectors that fit no parameter and for
-    whatever would keep it from being absorbed at its end, which is tried on four of its examples (a criterion without a
-    per-example form, no examples); MemoryError before an experience after which the bases may be over `max_bytes`;
-    NonFiniteCurvatureError at the end of one that diverged, when `protected` still holds what came before.
+    Raises TypeError or ValueError for unusable options when it is made; ValueError for an online stream that hides
+    where its tasks end; before the first step of an experience TypeError for an optimiser that needs a closure,
+    TypeError or ValueError for selectors that fit no parameter and for whatever would keep it from being absorbed at
+    its end, which is tried on four of its examples (a criterion without a per-example form, no examples); MemoryError
+    before an experience after which the bases may be over `max_bytes`; NonFiniteCurvatureError at the end of one that
+    diverged, when `protected` still holds what came before.
     """
 
     protect = Fixed[Protection](partial(check_kind, kind=Protection, example="InputSpace(Energy(0.95))"))
@@ -103,6 +104,11 @@ class OrthogonalProjectionPlugin(Configured, SupervisedPlugin):
         _check_optimizer(strategy.optimizer)
 
     def before_train_dataset_adaptation(self, strategy: Any, **kwargs: Any) -> None:
+        if not _bridge.tells_tasks(strategy):
+            raise ValueError(
+                "What a task needs is known at its end, and this online stream hides where its tasks end. Split it "
+                "with access_task_boundaries=True, or take CurvatureEWC, which takes it part by part."
+            )
         _bridge.check_experience(strategy)
 
     def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:

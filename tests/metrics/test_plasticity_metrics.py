@@ -211,13 +211,6 @@ def test_an_online_stream_has_one_probe_and_one_accuracy_a_task(net, learner, tr
     assert metrics[1]._probe.examples == 48
 
 
-def test_an_online_stream_without_boundaries_is_measured_part_by_part(net, measured, plane):
-    parts = list(split_online_stream(plane.train_stream[:1], 16, access_task_boundaries=False, seed=0))
-    names = measured(net, parts, every=2, from_scratch=FromScratch(SGD), train_mb_size=8)
-    assert names[f"{TASK}/accuracy_from_scratch"][0] == [2, 4, 6]
-    assert names[f"{TASK}/representation_change"][0] == [2, 4]
-
-
 # --- accuracy at the end of a task, and from scratch ---
 
 

@@ -379,16 +379,6 @@ def test_in_an_online_stream_the_drift_is_from_the_start_of_the_task(net64, lear
     assert published(strategy)["projection_experience/used"][0] == [6, 12, 18]
 
 
-def test_an_online_stream_without_boundaries_is_measured_part_by_part(net, learner, train, plane):
-    parts = list(split_online_stream(plane.train_stream[:1], 16, access_task_boundaries=False, seed=0))
-    plugin = OrthogonalProjectionPlugin(Eigenspace(cut=Rank(RANK)))
-    names = published(train(learner(net, plugin, metrics=projection_metrics(), train_mb_size=8), parts))
-    assert names["projection_experience/used"] == ([2, 4, 6], [3, 6, 9])
-    steps, drifts = (names[f"projection/{name}_leakage"] for name in ("step", "drift"))
-    assert steps[0] == [2, 3, 4, 5]
-    assert [a == b for a, b in zip(steps[1], drifts[1])] == [True, False, True, False]
-
-
 def test_a_diverging_run_publishes_what_is_defined_and_the_next_drift_starts_anew(net, learner, train, plane):
     whole = copy.deepcopy(net.state_dict())
     plugin = OrthogonalProjectionPlugin(Eigenspace(cut=Rank(RANK)), projection=GradientProjection())

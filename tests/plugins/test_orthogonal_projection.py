@@ -423,7 +423,7 @@ def test_what_the_default_cannot_cover_is_said_before_the_first_step_with_the_re
 @pytest.mark.parametrize(
     ("options", "error", "remedy"),
     [
-        ({"protect": Eigenspace}, TypeError, r"protect must be a Protection; got .*Did you mean Eigenspace\(Fisher"),
+        ({"protect": Eigenspace}, TypeError, r"protect must be a Protection; got .*Did you mean Eigenspace\(\)"),
         ({"projection": None}, TypeError, r"projection must be a Projection; got None.*StepProjection\(\)"),
         ({"uncovered": StepProjection()}, TypeError, r"uncovered must be an Uncovered; got StepProjection\(\)"),
         ({"max_rank": 0}, ValueError, "max_rank must be an integer of at least 1; got 0"),

@@ -58,14 +58,6 @@ def test_a_task_split_online_is_absorbed_once_and_whole_at_its_end(size, drop_la
     assert first_step == strategy.clock.train_iterations // 3
 
 
-def test_a_stream_split_online_without_boundaries_is_absorbed_part_by_part(net, learner, train, plane):
-    stream = split_online_stream(plane.train_stream, 20, access_task_boundaries=False, seed=0)
-    ewc = CurvatureEWCPlugin(1.0, policy=Counting())
-    strategy = train(learner(net, ewc, metrics=fidelity_metrics(every=1, fraction=0.5)), stream)
-    assert ewc.policy.examples == [20, 20, 8] * 3
-    assert "fidelity_experience/accumulate/kappa/experience_7" in published(strategy)
-
-
 class WithNoise:
     """(input, target, something else)."""
 

@@ -92,7 +92,9 @@ class QuadraticModel(OneLine, Saved):
         return linear_operator(matmat, self.space.shapes, self.anchor)
 
     def scaled(self, factor: float) -> QuadraticModel:
-        """factor · q."""
+        """factor · q; the object itself for a factor of 1."""
+        if factor == 1:
+            return self
         gradient = None if self.gradient is None else factor * self.gradient
         return replace(
             self, curvature=self.curvature.scaled(factor), gradient=gradient, constant=factor * self.constant

@@ -105,6 +105,29 @@ class Policy(ABC):
         the quadratic model. Raises what `estimate` raises.
         """
 
+    def absorb_part(
+        self, past: Past, risk: EmpiricalRisk, curvature: Curvature, structure: Structure, share: float
+    ) -> Past:
+        """The past with one more part of a stream that does not tell where its tasks end.
+
+        `risk` is that of the part alone, and `share` > 0 how much of an experience it is: its number of examples over
+        that which an experience is taken to have. At a fixed model parts weigh as much as all their examples at once,
+        however these are cut. Raises TypeError for a policy that takes whole experiences only, and what `absorb`
+        raises.
+        """
+        raise self._takes_no_parts()
+
+    def check_parts(self, structure: Structure, updates: int) -> None:
+        """Raises TypeError or ValueError where parts of so many updates each cannot be absorbed: by this policy, or
+        because the past would grow with each of them."""
+        raise self._takes_no_parts()
+
+    def _takes_no_parts(self) -> TypeError:
+        return TypeError(
+            f"{type(self).__name__} takes in whole experiences, and this online stream hides where they end. Split it "
+            "with access_task_boundaries=True, or take Accumulate()."
+        )
+
     def check_past(self, past: Past) -> None:  # noqa: B027  most need no more than the quadratic model
         """Raises ValueError for a past that this policy cannot go on from."""
 
@@ -130,6 +153,8 @@ class Accumulate(Policy):
     The sum is one quadratic model. Dense, diagonal and block-diagonal curvature folds exactly, so that memory and step
     time do not grow with the number of experiences; other structures keep what each experience adds (see theirs).
     With fraction < 1, C_t is estimated on that random part of the experience's examples, drawn by `seed`.
+
+    Of a stream that hides where its tasks end, each part adds share · ½ δᵀ C δ at its own anchor.
     """
 
     fraction: float = 1.0
@@ -139,16 +164,30 @@ class Accumulate(Policy):
         settle(self, fraction=check_fraction, seed=check_seed)
 
     @absorbing
-    @in_own_precision
     def absorb(self, past: Past, risk: EmpiricalRisk, curvature: Curvature, structure: Structure) -> Past:
-        risk = past.widened(risk)
-        new = estimate(curvature, structure, part_of(risk, self.fraction, self.seed, past.experiences))
+        return self.absorb_part(past, risk, curvature, structure, share=1.0)
+
+    @in_own_precision
+    def absorb_part(
+        self, past: Past, risk: EmpiricalRisk, curvature: Curvature, structure: Structure, share: float
+    ) -> Past:
+        drawn = part_of(past.widened(risk), self.fraction, self.seed, past.experiences)
+        new = estimate(curvature, structure, drawn).scaled(share)
         return Past(new if past.model is None else past.model + new, experiences=past.experiences + 1)
+
+    def check_parts(self, structure: Structure, updates: int) -> None:
+        check_stays_small(structure)
 
 
 @dataclass(frozen=True)
 class Merge(Policy):
-    """One anchor, the newest, and C ← decay · C + C_t (Huszár 2018); decay < 1 is online EWC (Schwarz et al. 2018)."""
+    """One anchor, the newest, and C ← decay · C + C_t (Huszár 2018); decay < 1 is online EWC (Schwarz et al. 2018).
+
+    Of a stream that hides where its tasks end, the anchor is the end of the newest part, and a part that is the share s
+    of an experience gives C ← decay^s · C + (1 − decay^s) / (1 − decay) · C_t, or C + s C_t for decay = 1: a moving
+    average over examples, the same however they are cut. A part of a single update is never away from its anchor when
+    its gradient is taken, so that the penalty would do nothing (ValueError).
+    """
 
     decay: float = 1.0
 
@@ -157,15 +196,31 @@ class Merge(Policy):
         settle(self, decay=partial(check_number, at_least=0, at_most=1, hint=hint))
 
     @absorbing
-    @in_own_precision
     def absorb(self, past: Past, risk: EmpiricalRisk, curvature: Curvature, structure: Structure) -> Past:
-        new = estimate(curvature, structure, past.widened(risk))
+        return self.absorb_part(past, risk, curvature, structure, share=1.0)
+
+    @in_own_precision
+    def absorb_part(
+        self, past: Past, risk: EmpiricalRisk, curvature: Curvature, structure: Structure, share: float
+    ) -> Past:
+        kept = self.decay**share
+        added = share if self.decay == 1 else (1 - kept) / (1 - self.decay)
+        new = estimate(curvature, structure, past.widened(risk)).scaled(added)
         if past.model is not None:
             old, new = alike(past.model, new)
             new = replace(
-                old, anchor=old.seen_from(new), curvature=old.curvature.scaled(self.decay), gradient=None, constant=0.0
+                old, anchor=old.seen_from(new), curvature=old.curvature.scaled(kept), gradient=None, constant=0.0
             ) + new
         return Past(new, experiences=past.experiences + 1)
+
+    def check_parts(self, structure: Structure, updates: int) -> None:
+        check_stays_small(structure)
+        if updates == 1:
+            raise ValueError(
+                "Merge() puts its anchor at the end of each part of an online stream that hides where its tasks end, "
+                "and a part here is a single update: its penalty would have no gradient whenever one is taken. Take "
+                "Accumulate(), several epochs, or parts of several batches; or split with access_task_boundaries=True."
+            )
 
 
 @dataclass(frozen=True)
@@ -207,6 +262,16 @@ def check_stored(policy: str, past: Past) -> None:
         raise ValueError(
             f"{policy} estimates the past anew from stored examples; this one stores those of {len(past.stored)} of "
             f"its {past.experiences} experiences. Absorb all of them with the same policy."
+        )
+
+
+def check_stays_small(structure: Structure) -> None:
+    """Raises TypeError where each part of a stream would add to the memory of the past."""
+    if structure.sums_grow:
+        raise TypeError(
+            f"{structure} keeps a term for each of the many parts of this online stream, which hides where its tasks "
+            "end. Take Kronecker(PiWeighted()), LowRank(..., max_rank=...), Dense() or Diagonal(), whose sums do not "
+            "grow; or split with access_task_boundaries=True."
         )
 
 

@@ -184,6 +184,12 @@ class Guarded:
         self._seen = groups, strength
         return strength
 
+    def renewed(self, past: QuadraticModel) -> Guarded:
+        """The guard for a model of the past with a small part more: it is not asked again about what it let pass."""
+        after = Guarded(self.guard, past)
+        after._passed = self._passed
+        return after
+
     def stability(self, strength: float, optimizer: torch.optim.Optimizer, model: nn.Module) -> Stability | None:
         """The stability of `optimizer` on strength · ½ δᵀCδ; None where it is not SGD, and where no rate, the strength
         or λ_max is positive.

@@ -60,6 +60,9 @@ class Structure(ABC):
     fits_in_blocks: bool = True
     """Whether it can be read out of products with some of the rows and columns: a block of `BlockDiagonal`."""
 
+    sums_grow: bool = False
+    """Whether a sum of its matrices takes more memory with every term."""
+
     @abstractmethod
     def from_operator(self, operator: Operator, risk: EmpiricalRisk) -> Matrix:
         """The matrix of this structure nearest to `operator`, the curvature of `risk`, from products alone."""

@@ -81,6 +81,11 @@ class BlockDiagonal(Structure):
         """Whether the blocks are."""
         return self.block.is_mean
 
+    @property
+    def sums_grow(self) -> bool:  # type: ignore[override]
+        """Whether those of the blocks do."""
+        return self.block.sums_grow
+
     def __post_init__(self) -> None:
         settle(self, max_bytes=check_limit)
         if not isinstance(self.per, Grouping):

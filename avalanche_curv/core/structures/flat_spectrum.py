@@ -29,6 +29,11 @@ class FlatSpectrum(Structure):
         if self.basis.residual is not None:
             raise ValueError("FlatSpectrum keeps directions only: give LowRank without a residual.")
 
+    @property
+    def sums_grow(self) -> bool:  # type: ignore[override]
+        """Whether those of the basis do."""
+        return self.basis.sums_grow
+
     def from_operator(self, operator: Operator, risk: EmpiricalRisk) -> LowRankMatrix:
         return flattened(self.basis.from_operator(operator, risk))
 

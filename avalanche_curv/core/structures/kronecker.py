@@ -45,6 +45,11 @@ class Factorised(Structure):
             """How two matrices are added."""
             ...
 
+    @property
+    def sums_grow(self) -> bool:  # type: ignore[override]
+        """Whether all terms are kept."""
+        return self.sums.grows
+
     def from_operator(self, operator: Operator, risk: EmpiricalRisk) -> Matrix:
         raise TypeError(f"{type(self).__name__} needs S of each example: products alone give no Kronecker factors.")
 

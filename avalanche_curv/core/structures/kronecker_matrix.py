@@ -140,6 +140,9 @@ class Corrected(KroneckerTerm):
 class KroneckerSum(Storable, ABC):
     """How two Kronecker-factored matrices are added: a sum of products is no product."""
 
+    grows: bool = False
+    """Whether a sum takes more memory with every term."""
+
     @abstractmethod
     def of(self, terms: tuple[KroneckerTerm, ...]) -> tuple[KroneckerTerm, ...]:
         """The terms that stand for a sum of terms."""
@@ -148,6 +151,8 @@ class KroneckerSum(Storable, ABC):
 @dataclass(frozen=True)
 class KeepTerms(KroneckerSum):
     """Exact: one pair of factors for each summand, so that memory and step time grow with their number."""
+
+    grows = True
 
     def of(self, terms: tuple[KroneckerTerm, ...]) -> tuple[KroneckerTerm, ...]:
         return terms

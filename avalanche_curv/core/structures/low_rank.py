@@ -50,6 +50,11 @@ class LowRank(Structure):
                 f"that {self.cut} may keep of one experience."
             )
 
+    @property
+    def sums_grow(self) -> bool:  # type: ignore[override]
+        """Unless `max_rank` bounds them."""
+        return self.max_rank is None
+
     def from_operator(self, operator: Operator, risk: EmpiricalRisk) -> LowRankMatrix:
         like = risk.anchor.new_empty(operator.size)
         diagonal = Diagonal().from_operator(operator, risk).values if self.needs_diagonal else None

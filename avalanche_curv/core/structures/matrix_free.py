@@ -35,6 +35,7 @@ class MatrixFree(Structure):
     seed: int = 0
 
     fits_in_blocks = False
+    sums_grow = True
 
     def __post_init__(self) -> None:
         settle(self, fraction=check_fraction, seed=check_seed)

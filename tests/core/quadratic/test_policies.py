@@ -3,16 +3,23 @@ import torch
 from torch import nn
 
 from avalanche_curv import (
+    EKFAC,
     GGN,
     Accumulate,
+    AdaptiveRefresh,
     BlockDiagonal,
     Dense,
     Diagonal,
     EmpiricalFisher,
     EmpiricalRisk,
+    FlatSpectrum,
+    Kronecker,
+    LowRank,
     MatrixFree,
     Merge,
     Past,
+    PiWeighted,
+    Rank,
     Refresh,
     estimate,
 )
@@ -104,6 +111,85 @@ def test_merge_without_decay_differs_from_accumulate_by_its_anchor_only(experien
     merged, summed = (absorbed(p, risks, GGN(), Diagonal()).model for p in (Merge(), Accumulate()))
     close(merged.curvature.dense(), summed.curvature.dense())
     assert summed.gradient.abs().max() > 0
+
+
+CUTS = [(8,), (3, 3, 2), (1,) * 8]
+
+
+def in_parts(policy, cut, examples, structure=None, per=4):
+    """The past of a linear model that stays as it is and meets `examples` in parts, `per` of them for an experience;
+    and its anchor."""
+    model = nn.Linear(3, 1, bias=False).double()
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[1.0, -2.0, 0.5]]))
+    past = Past()
+    for x in examples.split(cut):
+        risk = EmpiricalRisk.snapshot(model, nn.MSELoss(), [(x, x[:, :1])])
+        past = policy.absorb_part(past, risk, GGN(), structure or Dense(), len(x) / per)
+    return past.model, model.weight.detach()[0]
+
+
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("policy", [Accumulate(), Merge()])
+def test_parts_at_a_fixed_model_are_their_examples_at_once_however_they_are_cut(policy, cut, close):
+    examples = torch.randn(8, 3, generator=torch.Generator().manual_seed(1)).double()
+    model, anchor = in_parts(policy, cut, examples)
+    expected = sum(2 * torch.outer(x, x) for x in examples) / 4  # two experiences of 4, of which each is a mean
+    close(model.curvature.dense(), expected)
+    away = torch.tensor([0.3, 0.1, -1.0]).double()
+    close(model.increase(away) + model.constant, 0.5 * away @ expected @ away)
+    assert torch.equal(model.anchor, anchor)
+
+
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("decay", [0.0, 0.3, 1.0])
+def test_a_moving_average_decays_with_examples_and_not_with_parts(decay, cut, close):
+    first, second = torch.tensor([[1.0, 0, 2], [0, 3, 0]]).double()
+    examples = torch.stack([first] * 8 + [second] * 8)
+    model, _ = in_parts(Merge(decay), cut + cut, examples, per=8)  # two experiences, each of one example many times
+    close(model.curvature.dense(), 2 * decay * torch.outer(first, first) + 2 * torch.outer(second, second))
+
+
+def test_parts_of_a_fraction_are_estimated_on_it_and_weigh_as_a_whole(close):
+    examples = torch.ones(8, 3).double()
+    whole, part = (in_parts(Accumulate(fraction=f), (4, 4), examples, Diagonal())[0] for f in (1.0, 0.25))
+    close(whole.curvature.dense(), part.curvature.dense())
+
+
+@pytest.mark.parametrize(
+    "structure",
+    [Kronecker(), EKFAC(), LowRank(Rank(2)), MatrixFree(), BlockDiagonal(block=LowRank(Rank(2)))],
+    ids=lambda structure: type(structure).__name__,
+)
+def test_a_past_that_would_grow_with_every_part_is_refused(structure):
+    for policy in (Accumulate(), Merge()):
+        with pytest.raises(TypeError, match=r"keeps a term for each.*Take Kronecker\(PiWeighted\(\)\)"):
+            policy.check_parts(structure, updates=2)
+
+
+def test_a_past_of_parts_takes_no_more_memory_with_more_of_them():
+    examples = torch.randn(24, 3, generator=torch.Generator().manual_seed(1)).double()
+    cut = LowRank(Rank(1), max_rank=2)
+    for structure in (
+        Dense(), Diagonal(), BlockDiagonal(), Kronecker(PiWeighted()), cut, BlockDiagonal(block=cut), FlatSpectrum(cut)
+    ):
+        Accumulate().check_parts(structure, updates=1)
+        few, many = (in_parts(Accumulate(), (2,) * n, examples[: 2 * n], structure)[0] for n in (3, 12))
+        assert many.nbytes == few.nbytes
+
+
+@pytest.mark.parametrize("policy", [Refresh(), AdaptiveRefresh()])
+def test_policies_that_store_examples_take_whole_experiences_only(policy):
+    with pytest.raises(TypeError, match=r"whole experiences.*access_task_boundaries=True"):
+        policy.check_parts(Diagonal(), updates=2)
+    with pytest.raises(TypeError, match="whole experiences"):
+        in_parts(policy, (8,), torch.ones(8, 3).double())
+
+
+def test_merge_refuses_parts_of_one_update_whose_penalty_would_have_no_gradient():
+    Merge().check_parts(Diagonal(), updates=2)
+    with pytest.raises(ValueError, match=r"single update.*Accumulate"):
+        Merge().check_parts(Diagonal(), updates=1)
 
 
 def test_merge_that_keeps_nothing_is_the_newest_alone(experiences, close):
