@@ -61,7 +61,7 @@ def _write(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
-            np.savez(file, **arrays)
+            np.savez(file, **arrays)  # type: ignore[arg-type]  # names of arrays, none of an option
         temporary.replace(path)
     except BaseException:  # such as a full disk, to which the temporary file would be left
         temporary.unlink(missing_ok=True)

