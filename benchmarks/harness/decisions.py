@@ -35,8 +35,8 @@ NAMED = 3
 SCENARIOS_NOTE = f"""Average accuracy on split MNIST after the last of five tasks, mean ± standard deviation over \
 {{seeds}} seeds; each strength tuned on a seed that is not reported. Several names are within a standard deviation of \
 the best, whose accuracy stands beside them; the best `{OURS}` follows where it is not among them. *Nothing helps*: \
-less than a tenth of the way from Naive to all at once; *little helps*: less than half. *Pretrained features*: a linear \
-head on a frozen network that was trained on ImageNet."""
+less than a tenth of the way from Naive to all at once; *little helps*: less than half. *Pretrained features*: a \
+linear head on a frozen network that was trained on ImageNet."""
 
 PLAIN, AT_ONCE = "Naive", "all at once"  # methods of `structures` that keep no matrix
 UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))

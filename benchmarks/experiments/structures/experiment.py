@@ -211,8 +211,7 @@ def course(config: Config, model: nn.Module, tasks: Sequence[tuple[Data, Data]])
             batches = list(zip(*(part.split(128) for part in train)))
             risk = EmpiricalRisk.snapshot(model, nn.CrossEntropyLoss(), batches)
             past = policy.absorb(past, risk, config.curvature, config.structure)
-            assert past.model is not None
-            penalty = Penalty(past.model, config.strength)
+            penalty = None if past.model is None else Penalty(past.model, config.strength)
 
 
 def _fit(model: nn.Module, optimizer: torch.optim.Optimizer, data: Data, penalty: Penalty | None, s: Setting) -> None:

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from benchmarks.harness import Results
 
 SETTING = """{tasks} tasks of permuted digits with batches of {batch}, Adam; Fisher of one sample, `Accumulate()`. \
-Mean ± standard deviation over n seeds of the accuracy on all tasks after the last, of the accuracy on each just after it, \
-and of the drop in between. λ was chosen on seed 1000, on images held out of training."""
+Mean ± standard deviation over n seeds of the accuracy on all tasks after the last, of the accuracy on each just after \
+it, and of the drop in between. λ was chosen on seed 1000, on images held out of training."""
 
 
 def report(results: Results, out: Path) -> str:
