@@ -22,6 +22,8 @@ class Strategy:
     """The strengths to tune over; empty where there is nothing to tune."""
     fault: str = ""
     """What is wrong with it upstream, for a note beside its row."""
+    stores: bool = False
+    """Whether it keeps examples of the past; a model, importances or a basis are none."""
     unfit: Mapping[str, str] = field(default_factory=dict)
     """Scenario ↦ why it does not run there."""
 
@@ -47,7 +49,10 @@ REPLAY_WEIGHTS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 REPLAY = "From the second experience on a step sees twice the batch: that of the memory on top of the new one."
 DER = Strategy(
     REPLAY_WEIGHTS, f"{REPLAY} Replays nothing, without a word, while its memory is smaller than the batch.",
-    {TASK: "Avalanche 0.6 computes the logits that it stores without the task labels that heads need (TypeError)."},
+    stores=True,
+    unfit={
+        TASK: "Avalanche 0.6 computes the logits that it stores without the task labels that heads need (TypeError)."
+    },
 )
 EWC = Strategy(
     SQUARED_MEANS,
@@ -56,24 +61,26 @@ EWC = Strategy(
 )
 AVALANCHES = {
     "Naive": Strategy(),
-    "Cumulative": Strategy(),
-    "JointTraining": Strategy(),
-    "Replay": Strategy(fault=REPLAY),
+    "Cumulative": Strategy(stores=True),
+    "JointTraining": Strategy(stores=True),
+    "Replay": Strategy(fault=REPLAY, stores=True),
     "GDumb": Strategy(
-        fault="Draws its memory before the first step: from there on its batches are not those of the other rows."
+        fault="Draws its memory before the first step: from there on its batches are not those of the other rows.",
+        stores=True,
     ),
     "DER": DER,
     "DER++": DER,
     "iCaRL": Strategy(
         fault="Avalanche 0.6 averages a class over its images and their mirror images, which for digits are no such "
         "class; classes not seen yet have the mean 0. With BatchNorm its teacher stays in train mode.",
+        stores=True,
         unfit={
             "task": "It has one classifier for all classes and no use for task labels.",
             "domain": "Its loss and its memory need each class in one experience only.",
         },
     ),
-    "GEM": Strategy(MARGINS),
-    "AGEM": Strategy(),
+    "GEM": Strategy(MARGINS, stores=True),
+    "AGEM": Strategy(stores=True),
     "EWC": EWC,
     "EWC online": EWC,
     "SI": Strategy(
@@ -113,14 +120,18 @@ DIAGONAL = {
     if kind not in EQUAL_TO_FISHER or policy == "accumulate"
 }
 """Name ↦ (curvature, policy) of CurvatureEWC with the diagonal."""
+KRONECKER = {f"CurvatureEWC Fisher, Kronecker, {policy}": policy for policy in POLICIES[:2]}
+"""Name ↦ policy of CurvatureEWC with Kronecker factors."""
 OURS = {
     name: Strategy(
-        SQUARED_MEANS if kind == BATCHED else decades(-1, 5), unfit={TASK: SLOW_HESSIAN} if kind == "Hessian" else {}
+        SQUARED_MEANS if kind == BATCHED else decades(-1, 5), stores=policy == "refresh",
+        unfit={TASK: SLOW_HESSIAN} if kind == "Hessian" else {},
     )
-    for name, (kind, _) in DIAGONAL.items()
+    for name, (kind, policy) in DIAGONAL.items()
 } | {
-    "CurvatureEWC Fisher, adaptive": Strategy(),
-    "CurvatureEWC Fisher, Kronecker, adaptive": Strategy(),
+    **{name: Strategy(decades(-1, 5)) for name in KRONECKER},
+    "CurvatureEWC Fisher, adaptive": Strategy(stores=True),
+    "CurvatureEWC Fisher, Kronecker, adaptive": Strategy(stores=True),
     "GPM": Strategy(),
     "OrthogonalProjection Fisher": Strategy(),
     "SpectralReg": Strategy(decades(-5, -1)),

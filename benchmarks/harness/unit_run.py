@@ -20,6 +20,7 @@ import psutil
 from benchmarks.harness.board import Options, publish
 from benchmarks.harness.errors import UsageError
 from benchmarks.harness.experiment import Context, Experiment, Record, Unit, describe, is_timing
+from benchmarks.harness.kept import keep_below
 from benchmarks.harness.store import Store, collecting_full_disks, full_disk, reporting_a_full_disk, write_atomically
 from benchmarks.harness.warned import before_this, keep, listening
 
@@ -55,6 +56,7 @@ def run_in_worker(job: Job, unit: Unit) -> Outcome:
     """`run_unit` for a process that is not the parent. None that has finished, since a scheduler asks again when the
     worker dies that holds the outcome."""
     use_one_thread()
+    keep_below(job.store.root.parent)
     return Outcome(unit) if job.store.finished(unit.digest) else run_unit(job, unit)
 
 

@@ -26,7 +26,7 @@ from benchmarks.methods.base import AllAtOnce, Joint, Method, Plain
 from benchmarks.methods.ours import Ours, Projected, Spectral
 from benchmarks.methods.penalties import MAS, SI, AvalancheEWC, FixedSI, LwF, RWalk
 from benchmarks.methods.rehearsal import AGEM, GEM, DarkReplay, GDumb, NearestMean, Rehearsal
-from benchmarks.strategies import BATCHED, DIAGONAL
+from benchmarks.strategies import BATCHED, DIAGONAL, KRONECKER
 
 KINDS: dict[str, Curvature] = {
     "Hessian": Hessian(psd=Absolute()),
@@ -68,6 +68,7 @@ def methods(memory: float) -> dict[str, Method]:
             name: Ours(1000.0 if kind == BATCHED else 10.0, KINDS[kind], Diagonal(), policies[policy])
             for name, (kind, policy) in DIAGONAL.items()
         },
+        **{name: Ours(10.0, Fisher(), Kronecker(), policies[policy]) for name, policy in KRONECKER.items()},
         "CurvatureEWC Fisher, adaptive": Ours(1.0, Fisher(), Diagonal(), adaptive),
         "CurvatureEWC Fisher, Kronecker, adaptive": Ours(1.0, Fisher(), Kronecker(), adaptive),
         "GPM": Projected(InputSpace(Energy(0.97))),

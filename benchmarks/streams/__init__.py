@@ -12,6 +12,7 @@ in image classification).
 from dataclasses import replace
 
 from benchmarks.data import SOURCES
+from benchmarks.streams.features import FeatureMap, Features, Head, Pretrained, RandomReLU
 from benchmarks.streams.scenario import CLASS, DOMAIN, SCENARIOS, TASK
 from benchmarks.streams.stream import Mlp, Recipe, ResNet18, Stream
 
@@ -23,8 +24,11 @@ FIVE_THOUSAND = Recipe(5_000, 256, 1e-4, memory=2_000 / 600_000, source="van de 
 CIFAR = Recipe(5_000, 256, 1e-4, memory=2_000 / 50_000, source="van de Ven, Tuytelaars & Tolias 2022, split CIFAR-100")
 HUNDRED_EPOCHS = Recipe(31_250, 32, 1e-3, memory=5_120 / 100_000, source="Buzzega et al. 2020; they use SGD at 0.03")
 ONE_PASS = Recipe(1_500, 10, 1e-3, memory=2_000 / 120_000, source="Mai et al. 2022, about a pass; they use SGD at 0.1")
+HEADS = Recipe(100, 64, 1e-3, memory=TWO_THOUSAND.memory, source="chosen here: five passes over 600 images a class")
 ROTATED = replace(TWO_THOUSAND, memory=FIVE_THOUSAND.memory, source="van de Ven & Tolias 2019: split MNIST's steps")
 
+SEEN: dict[str, FeatureMap] = {"pretrained": Pretrained(), "random": RandomReLU()}
+"""By the end of a stream's name: what stands between its images and the head that is trained."""
 DIGITS, PLANE = Mlp(64, (100,)), Mlp(2, (100,))
 HSU = Mlp(784, (400, 400))  # Hsu et al. 2018, van de Ven & Tolias 2019
 WIDE = Mlp(784, (1000, 1000))  # van de Ven & Tolias 2019
@@ -41,6 +45,13 @@ def _repeated(classes: int, experiences: int) -> dict[str, int]:
     return {DOMAIN: classes, TASK: classes, CLASS: classes * experiences}
 
 
+def _heads(images: str, name: str, seen: str, **counts: int) -> Stream:
+    """A split of images of which only a linear head is trained, on features."""
+    whole = "_all" if counts else ""
+    features = Features(images, SEEN[seen], **counts)
+    return Stream(f"{name}_{seen}{whole}", 5, _split(10, 5), Head(features.map.width), HEADS, seen=features)
+
+
 MNIST = SOURCES["mnist"]
 _ALL = (
     Stream("permuted_digits", 5, _repeated(10, 5), DIGITS, SMALL),
@@ -55,5 +66,11 @@ _ALL = (
     Stream("split_cifar100", 10, _split(100, 10), SLIM, CIFAR, SOURCES["cifar100"]),
     Stream("split_tiny_imagenet", 10, _split(200, 10), FULL, HUNDRED_EPOCHS, SOURCES["tiny_imagenet"]),
     Stream("core50", 9, {CLASS: 50, DOMAIN: 50}, SLIM, ONE_PASS, SOURCES["core50"], {DOMAIN: 8}),
+    _heads("digits", "split_digits", "random"),
+    *(
+        _heads(images, name, seen, **counts)
+        for images, name in (("mnist", "split_mnist"), ("fashion", "split_fashion_mnist"))
+        for seen, counts in (("pretrained", {}), ("random", {}), ("pretrained", {"train": 6_000, "test": 1_000}))
+    ),
 )
 STREAMS = {stream.name: stream for stream in _ALL}

@@ -16,6 +16,8 @@ from benchmarks.streams.scenario import SCENARIOS, TASK
 if TYPE_CHECKING:
     from torch import nn
 
+    from benchmarks.streams.features import Features
+
 
 class Network(Protocol):
     """A kind of network; its body gives vectors of `features` to a head."""
@@ -94,6 +96,8 @@ class Stream:
     source: Source | None = None
     lengths: Mapping[str, int] = field(default_factory=dict)
     """Scenarios that have fewer experiences."""
+    seen: Features | None = None
+    """Images through a frozen map, which are the benchmark instead of a function's."""
 
     @property
     def scenarios(self) -> tuple[str, ...]:
@@ -107,6 +111,8 @@ class Stream:
         """Raises UsageError for a scenario that the stream has not, and for data that cannot be had: absent below
         `dataset_root`, or, where that is None, neither downloaded before nor now."""
         self._scenario(scenario)
+        if self.seen is not None:
+            self.seen.ready(dataset_root)
         if self.source is None:
             return
         if dataset_root is not None:
@@ -169,6 +175,8 @@ def _made(stream: Stream, seed: int, root: Path | None, scenario: str, experienc
         source.check(root)
     try:
         with torch.random.fork_rng(devices=[]), redirect_stdout(io.StringIO()):  # Avalanche seeds torch, and prints
+            if stream.seen is not None:
+                return stream.seen.benchmark(seed, root, scenario, experiences, of=stream.experiences)
             return getattr(makers, stream.name)(seed, root, scenario, experiences)
     except UNREADABLE as error:
         if source is None:
