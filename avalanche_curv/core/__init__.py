@@ -59,6 +59,7 @@ from avalanche_curv.core.quadratic import (
     RescaleIfUnstable,
     StepBound,
     StopIfUnstable,
+    StrengthSuggestion,
     Tikhonov,
     Trust,
     UnstablePenaltyError,
@@ -66,6 +67,7 @@ from avalanche_curv.core.quadratic import (
     estimate,
     past_from_state,
     past_state,
+    suggest_strength,
 )
 from avalanche_curv.core.risk import (
     EmpiricalRisk,
@@ -160,6 +162,7 @@ __all__ = [
     "StepBound",
     "StepProjection",
     "StopIfUnstable",
+    "StrengthSuggestion",
     "Structure",
     "Subspace",
     "Tikhonov",
@@ -178,4 +181,5 @@ __all__ = [
     "past_state",
     "principal_angles",
     "rule",
+    "suggest_strength",
 ]

@@ -17,8 +17,10 @@ from avalanche_curv.core.quadratic.stability import (
     Guard,
     RescaleIfUnstable,
     StopIfUnstable,
+    StrengthSuggestion,
     UnstablePenaltyError,
     WarnIfUnstable,
+    suggest_strength,
 )
 from avalanche_curv.core.quadratic.state import past_from_state, past_state
 
@@ -39,6 +41,7 @@ __all__ = [
     "RescaleIfUnstable",
     "StepBound",
     "StopIfUnstable",
+    "StrengthSuggestion",
     "Tikhonov",
     "Trust",
     "UnstablePenaltyError",
@@ -46,4 +49,5 @@ __all__ = [
     "estimate",
     "past_from_state",
     "past_state",
+    "suggest_strength",
 ]
