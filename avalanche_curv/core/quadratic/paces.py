@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from avalanche_curv.core.precision import in_own_precision
+from avalanche_curv.core.quadratic.model import QuadraticModel
 from avalanche_curv.core.risk.parameters import ParameterSpace, canonical_name
 
 
@@ -59,13 +61,13 @@ def adam_paces(
     """
     if not isinstance(optimizer, ADAM) or not optimizer.state:
         return None
-    paces = {id(p): torch.zeros_like(p, requires_grad=False) for p in model.parameters()}
+    paces = {id(p): torch.zeros_like(p.detach()) for p in model.parameters()}
     for group in optimizer.param_groups:
         beta = float(group["betas"][0])
         for parameter in group["params"]:
             if parameter.requires_grad and "exp_avg_sq" in optimizer.state.get(parameter, {}):
                 scale = step_scale(optimizer, group, parameter)
-                paces[id(parameter)] = scale * ((1 - beta) / (2 + 2 * beta))
+                paces[id(parameter)] += scale * ((1 - beta) / (2 + 2 * beta))
     named = {canonical_name(name): paces[id(p)] for name, p in model.named_parameters()}
     return space.flatten(space.cut(named))
 
@@ -80,3 +82,40 @@ def step_scale(optimizer: torch.optim.Optimizer, group: dict[str, Any], paramete
     second = state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"]
     corrected = second / (1 - float(group["betas"][1]) ** float(state["step"]))
     return rate / (corrected.sqrt() + float(group["eps"]))
+
+
+@in_own_precision
+def share_of_step(
+    optimizer: torch.optim.Optimizer, model: nn.Module, past: QuadraticModel, strength: float
+) -> float:
+    """‖S strength · ∇q‖ / ‖S ∇‖: how long the part of the penalty strength · q in the next step is, relative to that
+    step, with the gradients ∇ that the parameters of `model` have now, that of the penalty included, and the scale S of
+    each coordinate (`step_scale`). NaN where no gradient is left.
+
+    >>> from avalanche_curv.core.structures import DiagonalMatrix
+    >>> model = nn.Linear(2, 1, bias=False)
+    >>> _ = nn.init.ones_(model.weight)
+    >>> past = QuadraticModel(ParameterSpace.of(model), torch.zeros(2), DiagonalMatrix(torch.tensor([3.0, 4.0])))
+    >>> model.weight.grad = torch.tensor([[0.0, 50.0]])
+    >>> round(share_of_step(torch.optim.SGD(model.parameters(), lr=0.1), model, past, strength=2.0), 6)
+    0.2
+    """
+    pulls = dict(zip(past.space.names, past.space.split(strength * past.gradient_at(past.displacement(model)))))
+    names = {id(parameter): canonical_name(name) for name, parameter in model.named_parameters()}
+    parts, whole = [], []
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is None:
+                continue
+            scale = step_scale(optimizer, group, parameter)
+            whole.append(_length(scale * parameter.grad.to_dense()))
+            pull = pulls.get(names.get(id(parameter), ""))
+            if pull is not None:
+                corner = tuple(slice(0, n) for n in pull.shape)  # a parameter that has grown since
+                parts.append(_length((scale[corner] if isinstance(scale, Tensor) else scale) * pull))
+    length = math.hypot(*map(float, whole))
+    return math.hypot(*map(float, parts)) / length if length else math.nan
+
+
+def _length(vector: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(vector, dtype=torch.float64)

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from avalanche_curv.core.eigen import largest_of_products
 from avalanche_curv.core.options import Fixed, check_number, settle
@@ -26,12 +26,25 @@ class UnstablePenaltyError(RuntimeError):
 
 
 TRIED = 4  # strengths of a grid
+ABOVE = 10  # times what Adam's second moments keep stable, where its grid begins: above, nothing diverges
+
+
+def decades(top: float) -> tuple[float, ...]:
+    """`top`, rounded down to one digit, and the decades below it.
+
+    >>> decades(34.6)
+    (30.0, 3.0, 0.3, 0.03)
+    """
+    top = min(top, sys.float_info.max)
+    exponent = math.floor(math.log10(top))
+    digit = math.floor(top / 10.0**exponent * (1 + 1e-9))
+    return tuple(float(f"{digit}e{exponent - k}") for k in range(TRIED))
 
 
 @dataclass(frozen=True)
 class StrengthSuggestion:
-    """Strengths to try: `grid`, decades from the largest down, and `largest_stable`, what they are derived from; None
-    where no such rule is known. `reason` says in words what it means for this optimizer.
+    """Strengths to try: `grid`, by decades from the largest down, and `largest_stable`, what they are derived from,
+    None where no such rule is known. `reason` says in words what it means for this optimizer.
 
     >>> print(StrengthSuggestion.below(69.2, "descent on the penalty alone is stable up to strength 69.2"))
     Strengths to try: 30, 3, 0.3, 0.03 (descent on the penalty alone is stable up to strength 69.2).
@@ -43,12 +56,8 @@ class StrengthSuggestion:
 
     @classmethod
     def below(cls, largest: float, reason: str) -> StrengthSuggestion:
-        """Decades from half of the largest stable strength down, which leaves as much to the curvature of the loss; to
-        one digit, rounded down."""
-        largest = min(largest, sys.float_info.max)
-        exponent = math.floor(math.log10(largest / 2))
-        digit = math.floor(largest / 2 / 10.0**exponent * (1 + 1e-9))
-        return cls(largest, tuple(float(f"{digit}e{exponent - k}") for k in range(TRIED)), reason)
+        """From half of the largest stable strength down, which leaves as much to the curvature of the loss."""
+        return cls(largest, decades(largest / 2), reason)
 
     @property
     def numbers(self) -> str:
@@ -259,14 +268,15 @@ class Guarded:
 def suggest_strength(
     past: Past | QuadraticModel, optimizer: torch.optim.Optimizer, model: nn.Module
 ) -> StrengthSuggestion:
-    """Strengths to try with this past (that of a run with any strength), its optimizer and its model; they differ from
-    each other by factors of ten, and `grid[0]` is half of `largest_stable`, to one digit.
+    """Strengths to try with this past (that of a run with any strength), its optimizer and its model, a factor of ten
+    apart.
 
     - SGD: `largest_stable` is where descent on the penalty alone begins to diverge, for the learning rates, momenta and
-      λ_max(C) of now, by the rule of the guards (`Guarded`). Larger ones are useless.
-    - Adam, AdamW: the largest that is stable while the second moments stay what they are (`adam_paces`). Above it
-      nothing diverges: the second moments grow with the penalty until it is stable again, so that its gradients and not
-      those of the task decide the length of steps. The order of magnitude is to be trusted, not the digit.
+      λ_max(C) of now, by the rule of the guards (`Guarded`). The grid begins at half of it, to one digit.
+    - Adam, AdamW: `largest_stable` is the largest that is stable while the second moments stay what they are
+      (`adam_paces`). Above it nothing diverges: the second moments grow with the penalty until it is stable again, so
+      that its gradients and not those of the task decide the length of steps. Its order of magnitude is to be trusted,
+      not its digit, and it depends on what was trained last: the grid begins at ten times of it.
     - Others, and Adam before its first step: no rule is known, `largest_stable` is None, and the grid the decades from
       1,000 to 1. At 1 each past experience weighs as much as the new one, as if its examples were trained on again,
       which a quadratic model tells too little of; strengths above 1 make up for that.
@@ -300,14 +310,17 @@ def suggest_strength(
         found = Guarded(None, quadratic).stability(math.inf, optimizer, model)
         return NO_STRENGTH_ACTS if found is None else found.suggestion
     paces, kind = adam_paces(optimizer, model, quadratic.space), type(optimizer).__name__
-    if paces is None:
+    sharpness = math.nan if paces is None else _largest_scaled(quadratic, paces)
+    if not math.isfinite(sharpness):
         return StrengthSuggestion(None, (1000.0, 100.0, 10.0, 1.0), f"no rule is known for this state of {kind}")
-    sharpness = _largest_scaled(quadratic, paces)
     if sharpness <= 0:
         return NO_STRENGTH_ACTS
     largest = 1 / sharpness
-    return StrengthSuggestion.below(
-        largest, f"the second moments of {kind}, as they are, keep the penalty stable up to strength {largest:.3g}"
+    return StrengthSuggestion(
+        largest,
+        decades(ABOVE * largest),
+        f"the second moments of {kind}, as they are, keep the penalty stable up to strength {largest:.3g}; above, they "
+        "grow with it",
     )
 
 

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from avalanche_curv import ParameterSpace, Past, QuadraticModel, WarnIfUnstable, suggest_strength
-from avalanche_curv.core.quadratic.stability import Guarded, StrengthSuggestion
+from avalanche_curv.core.quadratic.stability import Guarded, decades
 from avalanche_curv.core.structures import DenseMatrix, DiagonalMatrix
 
 CURVED = DiagonalMatrix(torch.tensor([0.1, 4.0, 1.0]).double())
@@ -42,10 +42,10 @@ def test_the_grid_is_in_decades_from_half_of_what_is_stable_down(model):
     assert "\n" not in str(found)
 
 
-@pytest.mark.parametrize("largest", [2.0, 20.0, 2e-3, 1.999999, 6e15, 3e-12, float("inf")])
-def test_half_of_any_number_is_rounded_to_one_digit_below_it(largest):
-    first, *others = StrengthSuggestion.below(largest, "").grid
-    assert 0.499 < first / (min(largest, 1.79e308) / 2) <= 1 + 1e-6
+@pytest.mark.parametrize("largest", [1.0, 10.0, 1e-3, 0.999999, 6e15, 3e-12, float("inf")])
+def test_decades_begin_at_any_number_rounded_down_to_one_digit(largest):
+    first, *others = decades(largest)
+    assert 0.499 < first / min(largest, 1.79e308) <= 1 + 1e-6
     assert f"{first:.0e}" == f"{first:e}".replace(".000000", "")
     assert others == pytest.approx([first / 10, first / 100, first / 1000])
 
@@ -86,7 +86,9 @@ def test_adam_with_fixed_second_moments_diverges_just_above_what_is_said_to_be_s
     scaled = (rates / (seconds.sqrt() + 1e-3)).sqrt()
     sharpness = torch.linalg.eigvalsh(scaled[:, None] * past.curvature.dense() * scaled).max()
     largest = float(2 * (1 + 0.8) / (1 - 0.8) / sharpness)
-    assert suggest_strength(past, adam, model).largest_stable == pytest.approx(largest, rel=1e-2)
+    found = suggest_strength(past, adam, model)
+    assert found.largest_stable == pytest.approx(largest, rel=1e-2)
+    assert found.grid == decades(10 * found.largest_stable)
     for factor, far in ((0.97, False), (1.03, True)):
         own = frozen_adam(model, kind, **options)
         assert (largest_displacement(own, past, model, factor * largest, steps=100) > 20) is far
