@@ -26,7 +26,7 @@ class UnstablePenaltyError(RuntimeError):
 
 
 TRIED = 4  # strengths of a grid
-ABOVE = 10  # times what Adam's second moments keep stable, where its grid begins: above, nothing diverges
+PROBES = 4  # products for a ratio of traces
 
 
 def decades(top: float) -> tuple[float, ...]:
@@ -274,9 +274,10 @@ def suggest_strength(
     - SGD: `largest_stable` is where descent on the penalty alone begins to diverge, for the learning rates, momenta and
       λ_max(C) of now, by the rule of the guards (`Guarded`). The grid begins at half of it, to one digit.
     - Adam, AdamW: `largest_stable` is the largest that is stable while the second moments stay what they are
-      (`adam_paces`). Above it nothing diverges: the second moments grow with the penalty until it is stable again, so
-      that its gradients and not those of the task decide the length of steps. Its order of magnitude is to be trusted,
-      not its digit, and it depends on what was trained last: the grid begins at ten times of it.
+      (`adam_paces`). Above it nothing diverges: second moments grow with the penalty where it is unstable, until it is
+      stable again. A few coordinates decide `largest_stable`; the grid begins where the curvature on average, weighted
+      by itself, is at the limit: at tr(C) / tr(C R C) with R of `adam_paces`. Above, the gradients of the penalty and
+      not those of the task decide the length of steps.
     - Others, and Adam before its first step: no rule is known, `largest_stable` is None, and the grid the decades from
       1,000 to 1. At 1 each past experience weighs as much as the new one, as if its examples were trained on again,
       which a quadratic model tells too little of; strengths above 1 make up for that.
@@ -311,16 +312,16 @@ def suggest_strength(
         return NO_STRENGTH_ACTS if found is None else found.suggestion
     paces, kind = adam_paces(optimizer, model, quadratic.space), type(optimizer).__name__
     sharpness = math.nan if paces is None else _largest_scaled(quadratic, paces)
-    if not math.isfinite(sharpness):
+    if paces is None or not math.isfinite(sharpness):
         return StrengthSuggestion(None, (1000.0, 100.0, 10.0, 1.0), f"no rule is known for this state of {kind}")
     if sharpness <= 0:
         return NO_STRENGTH_ACTS
-    largest = 1 / sharpness
+    largest, typical = 1 / sharpness, 1 / min(sharpness, _typical_scaled(quadratic, paces))
     return StrengthSuggestion(
         largest,
-        decades(ABOVE * largest),
-        f"the second moments of {kind}, as they are, keep the penalty stable up to strength {largest:.3g}; above, they "
-        "grow with it",
+        decades(typical),
+        f"with the second moments of {kind} as they are, no direction of the penalty is unstable up to strength "
+        f"{largest:.3g}, and its curvature on average not up to {typical:.3g}",
     )
 
 
@@ -333,3 +334,15 @@ def _largest_scaled(past: QuadraticModel, paces: Tensor) -> float:
     """λ_max(R^½ C R^½) for R = diag(paces)."""
     root = paces.to(past.anchor).sqrt()
     return largest_of_products(lambda v: root * past.curvature.product(root * v), past.anchor)
+
+
+def _typical_scaled(past: QuadraticModel, paces: Tensor) -> float:
+    """tr(C R C) / tr(C) for R = diag(paces), at most λ_max(R^½ C R^½) for positive semi-definite C; from products with
+    random signs, which give it exactly for diagonal C. Infinity where that trace is not positive."""
+    generator, paces = torch.Generator().manual_seed(0), paces.to(past.anchor)
+    scaled = trace = 0.0
+    for _ in range(PROBES):
+        signs = 2.0 * torch.randint(2, (len(paces),), generator=generator).to(past.anchor) - 1
+        product = past.curvature.product(signs)
+        scaled, trace = scaled + float(product @ (paces * product)), trace + float(signs @ product)
+    return scaled / trace if trace > 0 else math.inf

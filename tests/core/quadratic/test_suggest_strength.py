@@ -88,10 +88,19 @@ def test_adam_with_fixed_second_moments_diverges_just_above_what_is_said_to_be_s
     largest = float(2 * (1 + 0.8) / (1 - 0.8) / sharpness)
     found = suggest_strength(past, adam, model)
     assert found.largest_stable == pytest.approx(largest, rel=1e-2)
-    assert found.grid == decades(10 * found.largest_stable)
+    assert found.grid[0] > found.largest_stable
     for factor, far in ((0.97, False), (1.03, True)):
         own = frozen_adam(model, kind, **options)
         assert (largest_displacement(own, past, model, factor * largest, steps=100) > 20) is far
+
+
+def test_the_grid_of_adam_begins_where_the_curvature_on_average_is_at_the_limit(model):
+    adam = frozen_adam(model)
+    seconds = adam.state[model.weight]["exp_avg_sq"].flatten()
+    paces, curvature = 0.01 * 0.2 / 3.6 / (seconds.sqrt() + 1e-3), CURVED.values
+    found = suggest_strength(past_of(model), adam, model)
+    assert found.largest_stable == pytest.approx(float(1 / (paces * curvature).max()), rel=1e-2)
+    assert found.grid == decades(float(curvature.sum() / (curvature * paces * curvature).sum()))
 
 
 def test_adam_itself_does_not_diverge_above_but_shakes(model):
