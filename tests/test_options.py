@@ -55,7 +55,8 @@ from avalanche_curv.strategies import Training
 
 RESULTS = {
     "Alignment", "Attachment", "CurvatureDrift", "EmpiricalRisk", "GradientDiversity", "Landscape", "ParameterSpace",
-    "Past", "ProtectedSpace", "QuadraticModel", "RefreshEvent", "Representation", "Subspace", "WeightSpectrum",
+    "Past", "ProtectedSpace", "QuadraticModel", "RefreshEvent", "Representation", "StrengthSuggestion", "Subspace",
+    "WeightSpectrum",
 }  # fmt: skip
 WITH_ARGUMENTS = {
     "AbsoluteError": AbsoluteError(0.1), "BatchedEmpiricalFisher": BatchedEmpiricalFisher(4), "Energy": Energy(0.5),

@@ -59,11 +59,13 @@ from avalanche_curv.core.quadratic import (
     RescaleIfUnstable,
     StepBound,
     StopIfUnstable,
+    StrengthSuggestion,
     Tikhonov,
     Trust,
     UnstablePenaltyError,
     WarnIfUnstable,
     estimate,
+    suggest_strength,
 )
 from avalanche_curv.core.risk import (
     EmpiricalRisk,
@@ -158,6 +160,7 @@ __all__ = [
     "StepBound",
     "StepProjection",
     "StopIfUnstable",
+    "StrengthSuggestion",
     "Structure",
     "Subspace",
     "Tikhonov",
@@ -174,4 +177,5 @@ __all__ = [
     "landscape",
     "principal_angles",
     "rule",
+    "suggest_strength",
 ]

@@ -371,6 +371,28 @@ def correct(strategy: Any, batch: tuple[Tensor, ...]) -> tuple[int, int]:
     return int((outputs.argmax(1) == targets).sum()), len(targets)
 
 
+def classes_of(strategy: Any) -> set[tuple[int, int]]:
+    """The (task label, class) of the current experience; label 0 before a model that is not told the task. Empty where
+    targets are no classes."""
+    experience, dataset = strategy.experience, strategy.experience.dataset
+    classes = getattr(experience, "classes_in_this_experience", None)
+    if classes is None:
+        classes = {target for target in getattr(dataset, "targets", ()) if isinstance(target, int)}
+    told = is_multi_task_module(unwrapped(strategy.model))
+    tasks = {int(task) for task in dataset.targets_task_labels} if told else {0}
+    return {(task, int(known)) for task in tasks for known in classes}
+
+
+def predicted(strategy: Any) -> tuple[Tensor, Tensor, Tensor] | None:
+    """(predicted classes, classes, task labels) of the batch that is being evaluated, labels as in `classes_of`; None
+    where outputs are no scores of classes."""
+    outputs, targets = strategy.mb_output, strategy.mb_y
+    if not isinstance(outputs, Tensor) or outputs.ndim != 2 or targets.ndim != 1 or targets.is_floating_point():
+        return None
+    told = is_multi_task_module(unwrapped(strategy.model)) and len(strategy.mbatch) > 2
+    return outputs.argmax(1), targets, strategy.mbatch[-1] if told else torch.zeros_like(targets)
+
+
 def collected(dataset: Any, indices: list[int]) -> tuple[Tensor, Tensor, Tensor]:
     """The examples at `indices` as one batch (inputs, targets, task labels); label 0 where the data carry none."""
     part = dataset.subset(indices)

@@ -21,7 +21,14 @@ from avalanche_curv.core.quadratic.estimate import estimate
 from avalanche_curv.core.quadratic.model import QuadraticModel
 from avalanche_curv.core.quadratic.penalty import Penalty, check_takes_dense_gradients
 from avalanche_curv.core.quadratic.policies import Accumulate, Past, Policy
-from avalanche_curv.core.quadratic.stability import Guard, Guarded, WarnIfUnstable, check_guard
+from avalanche_curv.core.quadratic.stability import (
+    Guard,
+    Guarded,
+    StrengthSuggestion,
+    WarnIfUnstable,
+    check_guard,
+    suggest_strength,
+)
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.frozen import unwrapped
 from avalanche_curv.core.risk.selection import ParameterSelector, Selection, selection_of
@@ -29,6 +36,7 @@ from avalanche_curv.core.state import State, check_state, state_of
 from avalanche_curv.core.structures import Diagonal, Structure
 from avalanche_curv.core.structures.rules import check_pair
 from avalanche_curv.plugins import _bridge
+from avalanche_curv.plugins._effect import EarlierClasses, StepEffect, idle
 
 LOG = logging.getLogger("avalanche_curv")
 
@@ -57,6 +65,11 @@ class CurvatureEWCPlugin(Configured, SupervisedPlugin):
     strength does not depend on how a task is cut, and is that of the stream of tasks where it is set to their size.
     With `access_task_boundaries=True` each task is absorbed at its end, with all of its examples. Policies that store
     examples take in whole experiences only, and structures whose sums grow with each part are refused (TypeError).
+
+    It warns once, with what to try next, after an experience where its part was below 1e-3 of the length of every step
+    that was looked at (updates 8, 16, 32, ...; `suggest_strength`), and once where an evaluation after an experience
+    finds no more of the classes of earlier ones than guessing would, whether metrics are attached or not. Neither
+    changes training.
 
     `strength`, `guard` and `past` may be set at any time and act from the next step on, so that the strength may follow
     a schedule; `weight` is the strength of the last step, as the guard allowed it, and `penalty` q(θ) there. Others of
@@ -115,6 +128,8 @@ class CurvatureEWCPlugin(Configured, SupervisedPlugin):
         self._penalty: torch.Tensor | None = None
         self._guarded: Guarded | None = None  # made from `guard` and `past` when it is needed
         self._weighted: Penalty | None = None  # made from `past`
+        self._effect, self._classes = StepEffect(), EarlierClasses()
+        self._said: set[str] = set()  # of what does nothing, once each
         self._updates = 0  # of the current task, of which an online stream gives one part after another
         self._in_parts = False  # since a stream was met that hides where its tasks end
 
@@ -142,6 +157,7 @@ class CurvatureEWCPlugin(Configured, SupervisedPlugin):
         if not (self._in_parts or _bridge.tells_tasks(strategy)):
             self._begin_parts(strategy)
         _bridge.preflight(strategy, self._try, self.selection, _bridge.told_data)
+        self._classes.begin(_bridge.classes_of(strategy))
         if self.past.model is not None:
             self._follow(self.past.model, strategy.model)
         if self._updates == 0:
@@ -183,6 +199,10 @@ class CurvatureEWCPlugin(Configured, SupervisedPlugin):
         self._penalty = weighted.detach() / self._weight
         strategy.loss = strategy.loss + weighted
 
+    def after_backward(self, strategy: Any, **kwargs: Any) -> None:
+        if self.past.model is not None and self._weight > 0:
+            self._effect.look(strategy.optimizer, strategy.model, self.past.model, self._weight)
+
     def after_update(self, strategy: Any, **kwargs: Any) -> None:
         self._updates += 1
         self._revise(strategy)
@@ -212,7 +232,8 @@ class CurvatureEWCPlugin(Configured, SupervisedPlugin):
 
     def load_state_dict(self, state: State, *, model: nn.Module | None = None, criterion: object = None) -> None:
         """Takes over what `state_dict` returned, as by `torch.load(path, weights_only=True)`, of a plugin with the same
-        options: with the model and the optimizer loaded too, training goes on to the bit as it would have.
+        options: with the model loaded too, training goes on to the bit as it would have, under SGD without momentum.
+        Avalanche clears what other optimizers know when a new strategy begins; there use `save_checkpoint`.
 
         `model` and `criterion` are needed where the past holds stored examples, and as in `Past.load_state_dict`.
         Raises ValueError for any other state, with what came, and for a past that the policy cannot go on from; the
@@ -232,6 +253,7 @@ class CurvatureEWCPlugin(Configured, SupervisedPlugin):
         return {**self.__dict__, "_weighted": None}
 
     def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
+        self._classes.end()
         whole = _bridge.tells_tasks(strategy)
         if whole and not self._task_ends.here(strategy):
             return
@@ -244,6 +266,23 @@ class CurvatureEWCPlugin(Configured, SupervisedPlugin):
                 self.past = self.policy.absorb_part(self.past, risk, self.curvature, self.structure, share)
         self._updates, self._weighted = 0, None
         self._guarded = self._guarded.renewed(self.past.model) if self._guarded and not whole else None
+        if (largest := self._effect.negligible()) is not None:
+            number, next_ones = _bridge.current_number(strategy), self._suggested(strategy)
+            self._say_once("step", idle(number, self._weight, largest, next_ones))
+
+    def before_eval(self, strategy: Any, **kwargs: Any) -> None:
+        self._classes.restart()
+
+    def after_eval_iteration(self, strategy: Any, **kwargs: Any) -> None:
+        if (found := _bridge.predicted(strategy)) is not None:
+            self._classes.see(*found)
+
+    def after_eval(self, strategy: Any, **kwargs: Any) -> None:
+        speaking = (p for p in strategy.plugins if isinstance(p, CurvatureEWCPlugin) and p.strength > 0)
+        if next(speaking, None) is self and (kept := self._classes.kept).nothing:
+            self._say_once(
+                "accuracy", kept.in_words(self.strength, bool(self.past.stored), self._suggested(strategy))
+            )
 
     def _follow(self, past: QuadraticModel, model: nn.Module) -> None:
         """Takes the past where the model is, which may have been moved to another device or floating point type. Raises
@@ -252,14 +291,23 @@ class CurvatureEWCPlugin(Configured, SupervisedPlugin):
         if moved is not past:
             self.past = replace(self.past, model=moved)
 
+    def _suggested(self, strategy: Any) -> StrengthSuggestion:
+        return suggest_strength(self.past, strategy.optimizer, strategy.model)
+
+    def _say_once(self, what: str, message: str) -> None:
+        if what not in self._said:
+            self._said.add(what)
+            warnings.warn(message, UserWarning, stacklevel=3)
+
     @contextmanager
     def _naming_the_experience(self, strategy: Any) -> Iterator[None]:
         try:
             yield
         except NonFiniteCurvatureError as error:
+            further = "" if self.past.model is None or not self._weight else f" {self._suggested(strategy)}"
             raise NonFiniteCurvatureError(
                 f"Experience {_bridge.current_number(strategy)}: {error} "
-                f"The model of the {self.past.experiences} experiences before it is kept in `past`."
+                f"The model of the {self.past.experiences} experiences before it is kept in `past`.{further}"
             ) from error
 
 

@@ -17,8 +17,10 @@ from avalanche_curv.core.quadratic.stability import (
     Guard,
     RescaleIfUnstable,
     StopIfUnstable,
+    StrengthSuggestion,
     UnstablePenaltyError,
     WarnIfUnstable,
+    suggest_strength,
 )
 
 __all__ = [
@@ -38,9 +40,11 @@ __all__ = [
     "RescaleIfUnstable",
     "StepBound",
     "StopIfUnstable",
+    "StrengthSuggestion",
     "Tikhonov",
     "Trust",
     "UnstablePenaltyError",
     "WarnIfUnstable",
     "estimate",
+    "suggest_strength",
 ]

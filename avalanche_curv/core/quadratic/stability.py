@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -11,16 +12,61 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from avalanche_curv.core.eigen import largest_of_products
 from avalanche_curv.core.options import Fixed, check_kind, check_number, settle
 from avalanche_curv.core.quadratic.model import QuadraticModel
+from avalanche_curv.core.quadratic.paces import AT_REST, Descent, adam_paces, descents
+from avalanche_curv.core.quadratic.policies import Past
 from avalanche_curv.core.risk.parameters import canonical_name
 
 
 class UnstablePenaltyError(RuntimeError):
     """The penalty would diverge under this learning rate and strength."""
+
+
+TRIED = 4  # strengths of a grid
+PROBES = 4  # products for a ratio of traces
+
+
+def decades(top: float) -> tuple[float, ...]:
+    """`top`, rounded down to one digit, and the decades below it.
+
+    >>> decades(34.6)
+    (30.0, 3.0, 0.3, 0.03)
+    """
+    top = min(top, sys.float_info.max)
+    exponent = math.floor(math.log10(top))
+    digit = math.floor(top / 10.0**exponent * (1 + 1e-9))
+    return tuple(float(f"{digit}e{exponent - k}") for k in range(TRIED))
+
+
+@dataclass(frozen=True)
+class StrengthSuggestion:
+    """Strengths to try: `grid`, by decades from the largest down, and `largest_stable`, what they are derived from,
+    None where no such rule is known. `reason` says in words what it means for this optimizer.
+
+    >>> print(StrengthSuggestion.below(69.2, "descent on the penalty alone is stable up to strength 69.2"))
+    Strengths to try: 30, 3, 0.3, 0.03 (descent on the penalty alone is stable up to strength 69.2).
+    """
+
+    largest_stable: float | None
+    grid: tuple[float, ...]
+    reason: str
+
+    @classmethod
+    def below(cls, largest: float, reason: str) -> StrengthSuggestion:
+        """From half of the largest stable strength down, which leaves as much to the curvature of the loss."""
+        return cls(largest, decades(largest / 2), reason)
+
+    @property
+    def numbers(self) -> str:
+        """The grid in words."""
+        return ", ".join(f"{strength:g}" for strength in self.grid)
+
+    def __str__(self) -> str:
+        return f"Strengths to try: {self.numbers or 'none'} ({self.reason})."
 
 
 @dataclass(frozen=True)
@@ -52,6 +98,14 @@ class Stability:
         """The strength at which the product reaches the limit."""
         return self.limit / (self.rate * self.sharpness)
 
+    @property
+    def suggestion(self) -> StrengthSuggestion:
+        """What `suggest_strength` returns for SGD."""
+        largest = self.largest_strength
+        return StrengthSuggestion.below(
+            largest, f"descent on the penalty alone is stable up to strength {largest:.3g} at this learning rate"
+        )
+
     def __str__(self) -> str:
         whose, rates = "", "this learning rate"
         if self.group is not None:
@@ -60,41 +114,10 @@ class Stability:
         return (
             f"lr {self.rate:.3g}{whose} · strength {self.strength:.3g} · λ_max {self.sharpness:.3g} = "
             f"{self.product:.3g} is above {self.limit:.3g}, so that descent on the penalty alone diverges. It is "
-            f"stable up to strength {self.largest_strength:.3g} at {rates}, or up to lr "
+            f"stable up to strength {self.largest_strength:.3g} at {rates} (to try: {self.suggestion.numbers}; see "
+            f"suggest_strength), or up to lr "
             f"{self.limit / (self.strength * self.sharpness):.3g}{slower} at this strength."
         )
-
-
-@dataclass(frozen=True)
-class Descent:
-    """What decides the stability of SGD on the parameters of one group: the `rate` lr · (1 − dampening), the largest
-    stable rate · curvature, `limit`, and the number of the `group`, None for parameters that no group steps."""
-
-    rate: float
-    limit: float
-    group: int | None
-
-    @property
-    def pace(self) -> float:
-        """rate / limit: the curvature of 1 / pace is the largest that is stable."""
-        return self.rate / self.limit
-
-
-AT_REST = Descent(0.0, 2.0, None)
-
-
-def descents(optimizer: torch.optim.Optimizer) -> list[tuple[Descent, frozenset[int]]] | None:
-    """The descent of each parameter group, and which trainable parameters it steps, by identity. None for an optimizer
-    that scales its steps by their size, such as Adam."""
-    if not isinstance(optimizer, torch.optim.SGD):
-        return None
-    found = []
-    for number, group in enumerate(optimizer.param_groups):
-        momentum = float(group["momentum"])
-        limit = 2 * (1 + momentum) / ((1 + 2 * momentum) if group["nesterov"] else 1)
-        descent = Descent(float(group["lr"]) * (1 - float(group["dampening"])), limit, number)
-        found.append((descent, frozenset(id(p) for p in group["params"] if p.requires_grad)))
-    return found
 
 
 class Guard(ABC):
@@ -249,5 +272,89 @@ class Guarded:
     def _largest(self, shares: tuple[float, ...]) -> float:
         """λ_max(S^½ C S^½) for S = diag(shares), one for each parameter."""
         like, sizes = self.past.anchor, self.past.space.sizes
-        root = torch.cat([like.new_full((size,), share**0.5) for size, share in zip(sizes, shares)])
-        return largest_of_products(lambda v: root * self.past.curvature.product(root * v), like)
+        return _largest_scaled(
+            self.past, torch.cat([like.new_full((size,), share) for size, share in zip(sizes, shares)])
+        )
+
+
+def suggest_strength(
+    past: Past | QuadraticModel, optimizer: torch.optim.Optimizer, model: nn.Module
+) -> StrengthSuggestion:
+    """Strengths to try with this past (that of a run with any strength), its optimizer and its model, a factor of ten
+    apart.
+
+    - SGD: `largest_stable` is where descent on the penalty alone begins to diverge, for the learning rates, momenta and
+      λ_max(C) of now, by the rule of the guards (`Guarded`). The grid begins at half of it, to one digit.
+    - Adam, AdamW: `largest_stable` is the largest that is stable while the second moments stay what they are
+      (`adam_paces`). Above it nothing diverges: second moments grow with the penalty where it is unstable, until it is
+      stable again. A few coordinates decide `largest_stable`; the grid begins where the curvature on average, weighted
+      by itself, is at the limit: at tr(C) / tr(C R C) with R of `adam_paces`. Above, the gradients of the penalty and
+      not those of the task decide the length of steps.
+    - Others, and Adam before its first step: no rule is known, `largest_stable` is None, and the grid the decades from
+      1,000 to 1. At 1 each past experience weighs as much as the new one, as if its examples were trained on again,
+      which a quadratic model tells too little of; strengths above 1 make up for that.
+
+    With a policy that stores examples and estimates the model anew from them, begin with 1. The grid is empty where no
+    strength acts: C has no positive eigenvalue, or no parameter in it is stepped.
+
+        suggestion = suggest_strength(strategy.past, strategy.optimizer, strategy.model)
+        for strength in suggestion.grid: ...
+
+    >>> from avalanche_curv import ParameterSpace
+    >>> from avalanche_curv.core.structures import DiagonalMatrix
+    >>> model = nn.Linear(1, 1, bias=False)
+    >>> past = QuadraticModel(ParameterSpace.of(model), torch.zeros(1), DiagonalMatrix(torch.tensor([4.0])))
+    >>> print(suggest_strength(past, torch.optim.SGD(model.parameters(), lr=0.1), model))
+    Strengths to try: 2, 0.2, 0.02, 0.002 (descent on the penalty alone is stable up to strength 5 at this learning
+    rate).
+
+    Raises ValueError for an empty past, TypeError for what is none.
+    """
+    quadratic = past.model if isinstance(past, Past) else past
+    if quadratic is None:
+        raise ValueError(
+            "This past is empty, and without curvature nothing can be said of a strength. Train at least one "
+            "experience with any strength, then call suggest_strength(strategy.past, strategy.optimizer, "
+            "strategy.model)."
+        )
+    if not isinstance(quadratic, QuadraticModel):
+        raise TypeError(f"past must be a Past or a QuadraticModel; got {past!r}. Give strategy.past or plugin.past.")
+    if descents(optimizer) is not None:
+        found = Guarded(None, quadratic).stability(math.inf, optimizer, model)
+        return NO_STRENGTH_ACTS if found is None else found.suggestion
+    paces, kind = adam_paces(optimizer, model, quadratic.space), type(optimizer).__name__
+    sharpness = math.nan if paces is None else _largest_scaled(quadratic, paces)
+    if paces is None or not math.isfinite(sharpness):
+        return StrengthSuggestion(None, (1000.0, 100.0, 10.0, 1.0), f"no rule is known for this state of {kind}")
+    if sharpness <= 0:
+        return NO_STRENGTH_ACTS
+    largest, typical = 1 / sharpness, 1 / min(sharpness, _typical_scaled(quadratic, paces))
+    return StrengthSuggestion(
+        largest,
+        decades(typical),
+        f"with the second moments of {kind} as they are, no direction of the penalty is unstable up to strength "
+        f"{largest:.3g}, and its curvature on average not up to {typical:.3g}",
+    )
+
+
+NO_STRENGTH_ACTS = StrengthSuggestion(
+    None, (), "C has no positive eigenvalue in parameters that are stepped, so that no strength acts"
+)
+
+
+def _largest_scaled(past: QuadraticModel, paces: Tensor) -> float:
+    """λ_max(R^½ C R^½) for R = diag(paces)."""
+    root = paces.to(past.anchor).sqrt()
+    return largest_of_products(lambda v: root * past.curvature.product(root * v), past.anchor)
+
+
+def _typical_scaled(past: QuadraticModel, paces: Tensor) -> float:
+    """tr(C R C) / tr(C) for R = diag(paces), at most λ_max(R^½ C R^½) for positive semi-definite C; from products with
+    random signs, which give it exactly for diagonal C. Infinity where that trace is not positive."""
+    generator, paces = torch.Generator().manual_seed(0), paces.to(past.anchor)
+    scaled = trace = 0.0
+    for _ in range(PROBES):
+        signs = 2.0 * torch.randint(2, (len(paces),), generator=generator).to(past.anchor) - 1
+        product = past.curvature.product(signs)
+        scaled, trace = scaled + float(product @ (paces * product)), trace + float(signs @ product)
+    return scaled / trace if trace > 0 else math.inf

@@ -1,0 +1,121 @@
+"""How an optimizer turns gradients into steps, coordinate by coordinate, and which curvature makes these diverge."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from avalanche_curv.core.precision import in_own_precision
+from avalanche_curv.core.quadratic.model import QuadraticModel
+from avalanche_curv.core.risk.parameters import ParameterSpace, canonical_name
+
+
+@dataclass(frozen=True)
+class Descent:
+    """What decides the stability of SGD on the parameters of one group: the `rate` lr · (1 − dampening), the largest
+    stable rate · curvature, `limit`, and the number of the `group`, None for parameters that no group steps."""
+
+    rate: float
+    limit: float
+    group: int | None
+
+    @property
+    def pace(self) -> float:
+        """rate / limit: the curvature of 1 / pace is the largest that is stable."""
+        return self.rate / self.limit
+
+
+AT_REST = Descent(0.0, 2.0, None)
+ADAM = (torch.optim.Adam, torch.optim.AdamW)
+
+
+def descents(optimizer: torch.optim.Optimizer) -> list[tuple[Descent, frozenset[int]]] | None:
+    """The descent of each parameter group, and which trainable parameters it steps, by identity. None for an optimizer
+    that scales its steps by their size, such as Adam."""
+    if not isinstance(optimizer, torch.optim.SGD):
+        return None
+    found = []
+    for number, group in enumerate(optimizer.param_groups):
+        momentum = float(group["momentum"])
+        limit = 2 * (1 + momentum) / ((1 + 2 * momentum) if group["nesterov"] else 1)
+        descent = Descent(float(group["lr"]) * (1 - float(group["dampening"])), limit, number)
+        found.append((descent, frozenset(id(p) for p in group["params"] if p.requires_grad)))
+    return found
+
+
+@in_own_precision
+def adam_paces(
+    optimizer: torch.optim.Optimizer, model: nn.Module, space: ParameterSpace
+) -> Float[Tensor, "P"] | None:
+    """R [P] with which Adam and AdamW are stable on strength · ½ δᵀCδ up to strength 1 / λ_max(R^½ C R^½), as long as
+    their second moments v stay what they are:
+
+        R_i = lr (1 − β₁) / ((2 + 2 β₁) P_i),   P_i = √(v_i / (1 − β₂ᵗ)) + ε   (Cohen et al. 2022, equation 2).
+
+    Zero for parameters that were never stepped. None for another optimizer, and for one that has made no step yet.
+    """
+    if not isinstance(optimizer, ADAM) or not optimizer.state:
+        return None
+    paces = {id(p): torch.zeros_like(p.detach()) for p in model.parameters()}
+    for group in optimizer.param_groups:
+        beta = float(group["betas"][0])
+        for parameter in group["params"]:
+            if parameter.requires_grad and "exp_avg_sq" in optimizer.state.get(parameter, {}):
+                scale = step_scale(optimizer, group, parameter)
+                paces[id(parameter)] += scale * ((1 - beta) / (2 + 2 * beta))
+    named = {canonical_name(name): paces[id(p)] for name, p in model.named_parameters()}
+    return space.flatten(space.cut(named))
+
+
+def step_scale(optimizer: torch.optim.Optimizer, group: dict[str, Any], parameter: Tensor) -> Tensor | float:
+    """By what one step of `optimizer` multiplies the gradient of a parameter of one of its groups: lr / P for Adam and
+    AdamW, with P from its second moments (see `adam_paces`); the learning rate for others, and before the first step.
+    Momentum is left out."""
+    rate, state = float(group["lr"]), optimizer.state.get(parameter, {})
+    if not isinstance(optimizer, ADAM) or "exp_avg_sq" not in state:
+        return rate
+    second = state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"]
+    corrected = second / (1 - float(group["betas"][1]) ** float(state["step"]))
+    return rate / (corrected.sqrt() + float(group["eps"]))
+
+
+@in_own_precision
+def share_of_step(
+    optimizer: torch.optim.Optimizer, model: nn.Module, past: QuadraticModel, strength: float
+) -> float:
+    """‖S strength · ∇q‖ / ‖S ∇‖: how long the part of the penalty strength · q in the next step is, relative to that
+    step, with the gradients ∇ that the parameters of `model` have now, that of the penalty included, and the scale S of
+    each coordinate (`step_scale`). NaN where no gradient is left.
+
+    >>> from avalanche_curv.core.structures import DiagonalMatrix
+    >>> model = nn.Linear(2, 1, bias=False)
+    >>> _ = nn.init.ones_(model.weight)
+    >>> past = QuadraticModel(ParameterSpace.of(model), torch.zeros(2), DiagonalMatrix(torch.tensor([3.0, 4.0])))
+    >>> model.weight.grad = torch.tensor([[0.0, 50.0]])
+    >>> round(share_of_step(torch.optim.SGD(model.parameters(), lr=0.1), model, past, strength=2.0), 6)
+    0.2
+    """
+    pulls = dict(zip(past.space.names, past.space.split(strength * past.gradient_at(past.displacement(model)))))
+    names = {id(parameter): canonical_name(name) for name, parameter in model.named_parameters()}
+    parts, whole = [], []
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is None:
+                continue
+            scale = step_scale(optimizer, group, parameter)
+            whole.append(_length(scale * parameter.grad.to_dense()))
+            pull = pulls.get(names.get(id(parameter), ""))
+            if pull is not None:
+                corner = tuple(slice(0, n) for n in pull.shape)  # a parameter that has grown since
+                parts.append(_length((scale[corner] if isinstance(scale, Tensor) else scale) * pull))
+    length = math.hypot(*map(float, whole))
+    return math.hypot(*map(float, parts)) / length if length else math.nan
+
+
+def _length(vector: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(vector, dtype=torch.float64)
