@@ -34,7 +34,7 @@ NOTHING, LITTLE = 0.1, 0.5
 NAMED = 3
 SCENARIOS_NOTE = f"""Average accuracy on split MNIST after the last of five tasks, mean ± standard deviation over \
 {{seeds}} seeds; each strength tuned on a seed that is not reported. Several names are within a standard deviation of \
-the best, whose accuracy stands beside them; the best `{OURS}` follows where it is not among them. *Nothing helps*: \
+the best, whose accuracy stands beside them; of `{OURS}` the best row alone is named. *Nothing helps*, *does not*: \
 less than a tenth of the way from Naive to all at once; *little helps*: less than half. *Pretrained features*: a \
 linear head on a frozen network that was trained on ImageNet."""
 
@@ -87,16 +87,18 @@ def best_of(finals: dict[str, Summary], stores: bool) -> str | None:
     if not known:
         return None
     order = sorted(known, key=lambda name: -known[name].mean)
-    best = known[order[0]]
-    named = [name for name in order if known[name].mean >= best.mean - (best.std or 0)]
-    ours = next((name for name in order if name.startswith(OURS)), None)
-    if any(name.startswith(OURS) for name in named[:NAMED]):
-        ours = None
+    best, ours = known[order[0]], [name for name in order if name.startswith(OURS)]
+    alike = [name for name in order if known[name].mean >= best.mean - (best.std or 0)]
+    named = [name for name in alike if name not in ours[1:]]
     share = _share(best.mean, finals)
     before = "nothing helps: " if share < NOTHING else "little helps: " if share < LITTLE else ""
     more = f" and {len(named) - NAMED} more" if len(named) > NAMED else ""
     text = f"{before}{'; '.join(named[:NAMED])}{more} {_number(best, bold=share >= LITTLE)}"
-    return text if ours is None else f"{text}, {ours} {_number(known[ours])}"
+    if not ours or ours[0] in named[:NAMED]:
+        return text
+    own = known[ours[0]]
+    name = f"{OURS} does not:" if _share(own.mean, finals) < NOTHING <= share else ours[0]
+    return f"{text}; {name} {_number(own)}"
 
 
 def _share(accuracy: float, finals: dict[str, Summary]) -> float:

@@ -55,11 +55,20 @@ def test_it_is_said_where_nothing_helps(accuracy, said):
 
 
 def test_the_best_of_ours_follows_where_it_is_not_named():
-    names = {"CurvatureEWC Fisher, merge": [0.25] * 2, "CurvatureEWC Fisher, accumulate": [0.22] * 2}
+    names = {"CurvatureEWC Fisher, merge": [0.3] * 2, "CurvatureEWC Fisher, accumulate": [0.22] * 2}
     assert row(**BOUNDS, **names, GPM=[0.4] * 2)[3] == (
-        "little helps: GPM 0.400 ± 0.000, CurvatureEWC Fisher, merge 0.250 ± 0.000"
+        "little helps: GPM 0.400 ± 0.000; CurvatureEWC Fisher, merge 0.300 ± 0.000"
+    )
+    names["CurvatureEWC Fisher, merge"] = [0.25] * 2
+    assert row(**BOUNDS, **names, GPM=[0.4] * 2)[3] == (
+        "little helps: GPM 0.400 ± 0.000; CurvatureEWC does not: 0.250 ± 0.000"
     )
     assert row(**BOUNDS, **names, GPM=[0.1] * 2)[3] == "nothing helps: CurvatureEWC Fisher, merge 0.250 ± 0.000"
+
+
+def test_of_rows_of_ours_that_are_alike_one_is_named():
+    names = {"CurvatureEWC Fisher, merge": [0.8, 0.7], "CurvatureEWC Fisher, accumulate": [0.75, 0.73]}
+    assert row(**BOUNDS, **names, LwF=[0.74] * 2)[3] == "CurvatureEWC Fisher, merge; LwF **0.750 ± 0.071**"
 
 
 def test_many_that_are_alike_are_counted_and_what_is_not_there_is_a_dash():
