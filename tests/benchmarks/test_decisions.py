@@ -66,6 +66,11 @@ def test_the_best_of_ours_follows_where_it_is_not_named():
     assert row(**BOUNDS, **names, GPM=[0.1] * 2)[3] == "nothing helps: CurvatureEWC Fisher, merge 0.250 ± 0.000"
 
 
+def test_where_there_is_nothing_to_keep_naive_is_enough():
+    bounds = {"Naive": [0.9, 0.9], "JointTraining": [0.905, 0.905]}
+    assert row(**bounds, EWC=[0.91] * 2, Replay=[0.9] * 2)[3:5] == ["Naive is enough"] * 2
+
+
 def test_of_rows_of_ours_that_are_alike_one_is_named():
     names = {"CurvatureEWC Fisher, merge": [0.8, 0.7], "CurvatureEWC Fisher, accumulate": [0.75, 0.73]}
     assert row(**BOUNDS, **names, LwF=[0.74] * 2)[3] == "CurvatureEWC Fisher, merge; LwF **0.750 ± 0.071**"
