@@ -37,8 +37,8 @@ SCENARIOS_NOTE = f"""Average accuracy on split MNIST after the last of five task
 {{seeds}} seeds; each strength tuned on a seed that is not reported. Several names are within a standard deviation of \
 the best, whose accuracy stands beside them; of `{OURS}` the best row alone is named. *Nothing helps*, *does not*: \
 less than a tenth of the way from Naive to all at once; *little helps*: less than half. *Pretrained features*: a \
-linear head on a frozen network that was trained on ImageNet; with a head for each task it has nothing to forget. What is beyond \
-noise is in the table of each record."""
+linear head on a frozen network that was trained on ImageNet; with a head for each task it has nothing to forget. \
+What is beyond noise is in the table of each record."""
 
 PLAIN, AT_ONCE = "Naive", "all at once"  # methods of `structures` that keep no matrix
 UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))

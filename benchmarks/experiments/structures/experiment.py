@@ -38,7 +38,6 @@ from benchmarks.strategies import decades
 from benchmarks.training import summary
 
 NAIVE, AT_ONCE = "Naive", "all at once"
-STRENGTHS = decades(0, 3)
 FIRST_SEED = 1000  # of tuning
 HELD_OUT = 300  # training images, of 1,437
 MODELS: dict[str, tuple[Family, float, int]] = {  # by their label in `cost`: Adam's rate, and the steps of a task
@@ -55,6 +54,8 @@ STRUCTURES: dict[str, Structure] = {
     "MatrixFree(fraction=0.1)": MatrixFree(fraction=0.1),
     "Dense()": Dense(),
 }
+GRIDS = {name: decades(0, 5 if name == "Diagonal()" else 3) for name in STRUCTURES}
+"""The strengths that are tried, wide enough that the best is none of the ends; for a diagonal two decades more."""
 MOST = 64 * 2**20  # bytes of a matrix that is still tried
 SLOW = 5.0
 
@@ -127,17 +128,17 @@ class Structures(Experiment):
             made += [replace(plain, label=f"{name}, {method}", method=method) for method in (NAIVE, AT_ONCE)]
             space = ParameterSpace.of(own.build())
             made += [
-                replace(plain, label=f"{name}, {method}", method=method, structure=structure, strength=STRENGTHS[0])
+                replace(plain, label=f"{name}, {method}", method=method, structure=structure, strength=GRIDS[method][0])
                 for method, structure in STRUCTURES.items()
                 if structure.bytes(space, 4) <= MOST
             ]
         if options.tuning:
-            tried = STRENGTHS[: 1 if options.quick else None]
+            tried = slice(1 if options.quick else None)
             return [
                 replace(one, label=f"{one.label} at {strength:g}", strength=strength, setting=held_out)
                 for one in made
                 for held_out in [replace(one.setting, held_out=HELD_OUT)]
-                for strength in (tried if one.structure else ())
+                for strength in GRIDS.get(one.method, ())[tried]
             ]
         found = dict(options.strengths)
         return [replace(one, strength=found.get(one.label, one.strength)) for one in made]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.experiments.structures.experiment import AT_ONCE, NAIVE, STRENGTHS
+from benchmarks.experiments.structures.experiment import AT_ONCE, GRIDS, NAIVE
 from benchmarks.harness.tables import Cell, Column, table
 
 if TYPE_CHECKING:
@@ -20,27 +20,29 @@ def report(results: Results, out: Path) -> str:
     """Markdown: a table for each model."""
     lines = ["# What each structure keeps of permuted digits"]
     if results.manifest.get("options", {}).get("tuning"):
-        return "\n\n".join([*lines, "The strengths that are tried, on images held out.", _accuracies(results)])
+        return "\n\n".join([*lines, "The strengths that are tried, on images held out.", _accuracies(results)[0]])
     lines.append(SETTING.format_map(results.first))
     for model, part in results.by("model"):
         size = part.finals("parameters", part.labels[0])
         count = f"{next(iter(size.values())):,.0f} parameters; " if size else ""
-        lines += [f"## {model}", "{}{steps} steps a task at {rate}.".format(count, **part.first), _accuracies(part)]
+        lines += [f"## {model}", "{}{steps} steps a task at {rate}.".format(count, **part.first), *_accuracies(part)]
     return "\n\n".join(line for line in lines if line)
 
 
-def _accuracies(results: Results) -> str:
+def _accuracies(results: Results) -> tuple[str, str]:
+    """The table, and the rows whose strength is an end of what was tried."""
     titles = ("forgetting", "when learned", "λ", "n")
     columns = [Column("kept"), Column("accuracy", 3, max), *map(Column, titles)]
     rows: list[list[Cell]] = []
+    ends = []
     for one in results.each():
         accuracy, forgetting, learned = (one.final(name) for name in ("average_accuracy", "forgetting", "learned"))
         plain, strength = one.first["method"] in (NAIVE, AT_ONCE), one.first["strength"]
         name = one.label if results.manifest.get("options", {}).get("tuning") else one.first["method"]
+        if not plain and strength in (GRIDS[one.first["method"]][0], GRIDS[one.first["method"]][-1]):
+            ends.append(name)
         rows.append([
             name, accuracy, None if one.first["method"] == AT_ONCE else forgetting, learned,
             "" if plain else f"{strength:g}", accuracy.n if accuracy else 0,
         ])  # fmt: skip
-    ends = [row[0] for row in rows if row[4] in (f"{STRENGTHS[0]:g}", f"{STRENGTHS[-1]:g}")]
-    note = f"\n\nλ at an end of what was tried: {'; '.join(map(str, ends))}." if ends else ""
-    return f"{table(columns, rows)}{note}"
+    return table(columns, rows), f"λ at an end of what was tried: {'; '.join(ends)}." if ends else ""
