@@ -140,7 +140,7 @@ WRONG = [
     (lambda: CurvatureEWCPlugin(importance=1), "The strength of a penalty is `strength`"),
     (lambda: CurvatureEWCPlugin(1, mode="online"), r"Online EWC is policy=Merge\(decay=0.9\)"),
     (lambda: CurvatureEWCPlugin(1, strenght=1), r"CurvatureEWCPlugin\(\) takes no argument strenght. Did you mean str"),
-    (lambda: CurvatureEWCPlugin(1, zzz=1), "no argument zzz. It takes batch_size, curvature, examples_per_experience, exclude"),
+    (lambda: CurvatureEWCPlugin(1, zzz=1), "no argument zzz. It takes batch_size, curvature, examples_per_"),
     (lambda: L2(lambda_=1), r"L2\(\) takes no argument lambda_. The strength"),
     (lambda: SpectralRegPlugin(lambda_=1), r"SpectralRegPlugin\(\) takes no argument lambda_"),
     (lambda: fidelity_metrics(curvatur=GGN()), r"fidelity_metrics\(\) takes no argument curvatur. Did you mean curvat"),
