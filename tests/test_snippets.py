@@ -62,7 +62,7 @@ EFFECTS: dict[str, Effect] = {  # of the last number of each line that is printe
     "avalanche_curv: Projection": lambda without, with_projection: with_projection > without + 0.02,
     "avalanche_curv: Plasticity": lambda without, with_penalty: with_penalty > without + 0.1,
     "avalanche_curv: In a loop of your own": lambda without, with_projection: with_projection < without / 4,
-    "avalanche_curv: An online stream": lambda told, hidden: 0.5 < hidden / told < 2,
+    "avalanche_curv: Online streams": lambda told, hidden: 0.5 < hidden / told < 2,
     "avalanche_curv: Saving": lambda apart: apart == 0,
 }
 RECIPES = "kind of curvature", "structure", "policy", "metric", "mitigator", "protection", "experiment"

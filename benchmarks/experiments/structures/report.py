@@ -31,7 +31,9 @@ def report(results: Results, out: Path) -> str:
 
 def _accuracies(results: Results) -> tuple[str, str]:
     """The table, and the rows whose strength is an end of what was tried."""
-    titles = ("forgetting", "when learned", "λ", "n")
+    titles, sizes = ("forgetting", "when learned", "MiB", "λ", "n"), {}
+    for row in results.select("bytes"):  # foreseen, also of what is too large to be tried
+        sizes[row["row"]] = row["value"] / 2**20
     columns = [Column("kept"), Column("accuracy", 3, max), *map(Column, titles)]
     rows: list[list[Cell]] = []
     ends = []
@@ -43,6 +45,7 @@ def _accuracies(results: Results) -> tuple[str, str]:
             ends.append(name)
         rows.append([
             name, accuracy, None if one.first["method"] == AT_ONCE else forgetting, learned,
-            "" if plain else f"{strength:g}", accuracy.n if accuracy else 0,
+            f"{sizes[name]:.3g}" if name in sizes else "", "" if plain else f"{strength:g}",
+            accuracy.n if accuracy else 0,
         ])  # fmt: skip
     return table(columns, rows), f"λ at an end of what was tried: {'; '.join(ends)}." if ends else ""
