@@ -507,7 +507,7 @@ print({"torch", "avalanche", "matplotlib", "pandas"} & set(sys.modules))
     lines = done.stdout.splitlines()
     listed = sorted(registry.EXPERIMENTS)
     assert [line.split()[0] for line in lines[: len(listed)]] == listed
-    assert done.stderr.startswith("error: 16 strategies begin with 'CurvatureEWC':")
+    assert done.stderr.startswith("error: 18 strategies begin with 'CurvatureEWC':")
     assert lines[-1] == "set()"
 
 

@@ -118,7 +118,7 @@ def test_strategies_start_alike_repeat_themselves_and_differ_from_naive_where_th
 
 def test_an_unknown_strategy_is_answered_with_the_nearest_one():
     with pytest.raises(UsageError, match="did you mean 'EWC online'"):
-        chosen("class", ["EWC onlin"])
+        chosen("class", ["EWC onlime"])
 
 
 def test_facts_about_strategies_cost_no_import_of_torch_or_avalanche():

@@ -162,7 +162,7 @@ def test_the_text_of_records_is_text_in_reports_and_pages(tmp_path, monkeypatch,
         body = html.partition("<main>")[2].partition("</main>")[0]
         pictures = re.findall("<img [^>]*>", body)
         assert [one[:45] for one in pictures] == ['<img alt="Accuracy by label" src="data:image/p'[:45]] * len(pictures)
-        assert not re.findall(r"<script|<a |<h1[^>]*>y|YSBzZWNyZXQ|a secret", body)
+        assert not re.findall(r'<script|<a (?![^>]*href="#)|<h1[^>]*>y|YSBzZWNyZXQ|a secret', body)
         assert "\\[x" in label or " ".join(label.split()) in unescape(re.sub("<[^>]+>", "", body))
 
 
