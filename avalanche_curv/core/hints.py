@@ -31,7 +31,7 @@ ARGUMENTS = {  # elsewhere: (here, what it is)
     "kfac": ("structure", "KFAC is structure=Kronecker()"),
     "diagonal": ("structure", "The form of the matrix is `structure`, as Diagonal() or Kronecker()"),
     "rank": ("max_rank", "The most directions of a basis are `max_rank`; those of a task are in `protect`"),
-    "threshold": ("protect", "The threshold of gradient projection memory is protect=InputSpace(Energy(0.97))"),
+    "threshold": ("protect", "The threshold of gradient projection memory is protect=InputSpace()"),
     "memory_size": ("policy", "Stored examples are policy=AdaptiveRefresh(fraction=0.1)"),
     "mem_size": ("policy", "Stored examples are policy=AdaptiveRefresh(fraction=0.1)"),
     "mb_size": ("train_mb_size", "The size of mini-batches is `train_mb_size`"),
@@ -58,8 +58,8 @@ NAMES = {  # elsewhere, in lower case: what it is here
     "diagonalfisher": "curvature=Fisher(), structure=Diagonal()",
     "fisherinformation": "Fisher(), exact, or Fisher(samples=m)",
     "gaussnewton": "GGN()",
-    "gpm": "OrthogonalProjection(protect=InputSpace(Energy(0.97)))",
-    "gradientprojectionmemory": "OrthogonalProjection(protect=InputSpace(Energy(0.97)))",
+    "gpm": "OrthogonalProjection(protect=InputSpace())",
+    "gradientprojectionmemory": "OrthogonalProjection(protect=InputSpace())",
     "ogd": "OrthogonalProjection(protect=Eigenspace(OutputGradient(), Rank(200)))",
     "orthogonalgradientdescent": "OrthogonalProjection(protect=Eigenspace(OutputGradient(), Rank(200)))",
     "l2regularization": "L2(strength)",
@@ -73,7 +73,7 @@ def elsewhere(name: str) -> str | None:
     """What a name of another library or paper is here; None for a name that is not known.
 
     >>> elsewhere("GPM")
-    'GPM is OrthogonalProjection(protect=InputSpace(Energy(0.97))) here.'
+    'GPM is OrthogonalProjection(protect=InputSpace()) here.'
     """
     found = NAMES.get(name.replace("_", "").lower())
     return None if found is None else f"{name} is {found} here."

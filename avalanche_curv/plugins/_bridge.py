@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 from avalanche.benchmarks import OnlineCLExperience
-from avalanche.models import MultiTaskModule, TrainEvalModel, avalanche_forward
+from avalanche.models import avalanche_forward
 from avalanche.models.utils import is_multi_task_module
 from avalanche.training.templates.problem_type import SupervisedProblem
 from avalanche.training.templates.update_type import MetaUpdate
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from avalanche_curv.core.curvature.base import NonFiniteCurvatureError
@@ -25,7 +24,7 @@ from avalanche_curv.core.risk.frozen import unwrapped
 from avalanche_curv.core.risk.parameters import ParameterSpace
 from avalanche_curv.core.risk.preflight import check_batch
 from avalanche_curv.core.risk.selection import Selection, warn_unprotected
-from avalanche_curv.core.state import Storable
+from avalanche_curv.plugins._adapters import SingleTask, adapter_of, check_same_outputs
 
 IN_MEMORY_BYTES = 2**30  # data sets up to this size are loaded once, larger ones at every pass
 
@@ -44,54 +43,6 @@ class LoadedBatches(CountedBatches):
     def __iter__(self) -> Iterator[Any]:
         for batch in loader(self.dataset, self.size):
             yield batch if isinstance(batch, Mapping) else (batch[0], batch[1])
-
-
-@dataclass(frozen=True)
-class SingleTask(Storable):
-    """Binds the task label of an experience, so that a multi-task model maps inputs alone to outputs."""
-
-    task: int
-
-    def __call__(self, module: nn.Module) -> nn.Module:
-        return _OneTask(module, self.task)
-
-
-class _OneTask(nn.Module):
-    """A multi-task model called with one integer label: the same outputs as with a tensor of labels, which Avalanche
-    pads with zero logits up to the largest class known, but free of the in-place writes that `vmap` cannot follow."""
-
-    def __init__(self, module: nn.Module, task: int) -> None:
-        super().__init__()
-        self.module, self.task = module, task
-        splitting = (m for m in module.modules() if type(m).forward is MultiTaskModule.forward)
-        self.width = getattr(next(splitting, None), "max_class_label", 0)
-        self.eval()
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        outputs = self.module(inputs, self.task)
-        return F.pad(outputs, (0, max(0, self.width - outputs.shape[1])))
-
-
-@dataclass(frozen=True)
-class AsTrained(Storable):
-    """Makes a `TrainEvalModel` the function that is trained."""
-
-    def __call__(self, module: nn.Module) -> nn.Module:
-        return _Trained(module)
-
-
-class _Trained(nn.Module):
-    """A `TrainEvalModel` as it is trained, also in eval mode: its loss is that of the classifier for training, and not
-    of the one it is evaluated with (nearest class means, FeCAM), which has no loss."""
-
-    def __init__(self, module: Any) -> None:
-        super().__init__()
-        self.module = module
-        self.eval()
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        module: Any = self.module
-        return module.train_classifier(module.feature_extractor(inputs))
 
 
 class TaskEnds:
@@ -315,13 +266,13 @@ def current_risk(
     dataset = data(strategy.experience)
     with untouched_randomness():
         model = unwrapped(strategy.model)
-        adapter = _adapter(model, dataset, current_number(strategy))
+        adapter = adapter_of(model, dataset, current_number(strategy))
         batches = _batches(dataset if indices is None else dataset.subset(indices), batch_size)
         risk = EmpiricalRisk.snapshot(
             model, strategy._criterion, batches, adapter=adapter, include=selection.include, exclude=selection.exclude
         )
         if isinstance(adapter, SingleTask):
-            _check_same_outputs(risk, adapter.task)
+            check_same_outputs(risk, adapter.task)
     return risk
 
 
@@ -341,7 +292,7 @@ def check_experience(strategy: Any) -> None:
             f"Experience {current_number(strategy)} holds no examples, so it has no loss to remember. "
             "Remove it from the stream."
         )
-    _adapter(unwrapped(strategy.model), told_data(strategy.experience), current_number(strategy))
+    adapter_of(unwrapped(strategy.model), told_data(strategy.experience), current_number(strategy))
 
 
 def loader(dataset: Any, batch_size: int) -> DataLoader:
@@ -408,34 +359,3 @@ def _batches(dataset: Any, size: int) -> Any:
     check_batch(first)
     fits = first[0].nbytes / len(first[0]) * len(dataset) <= IN_MEMORY_BYTES
     return tuple(batches) if fits else batches
-
-
-def _adapter(model: nn.Module, dataset: Any, number: int) -> Callable[[nn.Module], nn.Module] | None:
-    if isinstance(model, TrainEvalModel):
-        return AsTrained()
-    if any(isinstance(module, TrainEvalModel) for module in model.modules()):
-        raise ValueError(
-            f"{type(model).__name__} holds a TrainEvalModel, which is another function in training than in eval mode: "
-            "it is not known which of the two is trained here. Let the TrainEvalModel be the strategy's model."
-        )
-    if not is_multi_task_module(model):
-        return None
-    tasks = sorted({int(task) for task in dataset.targets_task_labels})
-    if len(tasks) > 1:
-        raise ValueError(
-            f"Experience {number} carries the task labels {tasks}, but the past loss of a multi-task model is kept by "
-            "task. Give each task an experience of its own."
-        )
-    return SingleTask(tasks[0])
-
-
-def _check_same_outputs(risk: EmpiricalRisk, task: int) -> None:
-    inputs, _ = next(iter(risk))
-    with torch.no_grad():
-        labels = torch.full((len(inputs),), task, device=inputs.device)
-        expected, got = avalanche_forward(risk.base, inputs, labels), risk.model(inputs)
-    if expected.shape != got.shape or not torch.allclose(expected, got, rtol=1e-4, atol=1e-5, equal_nan=True):
-        raise ValueError(
-            f"{type(risk.base).__name__} gives other outputs for the integer task label {task} than for a tensor "
-            "of it, so its past loss cannot be frozen. Let forward() treat both alike, as MultiHeadClassifier does."
-        )
