@@ -31,7 +31,7 @@ ARGUMENTS = {  # elsewhere: (here, what it is)
     "kfac": ("structure", "KFAC is structure=Kronecker()"),
     "diagonal": ("structure", "The form of the matrix is `structure`, as Diagonal() or Kronecker()"),
     "rank": ("max_rank", "The most directions of a basis are `max_rank`; those of a task are in `protect`"),
-    "threshold": ("protect", "The threshold of gradient projection memory is protect=InputSpace()"),
+    "threshold": ("protect", "The threshold of gradient projection memory is protect=InputSpace(Energy(0.95))"),
     "memory_size": ("policy", "Stored examples are policy=AdaptiveRefresh(fraction=0.1)"),
     "mem_size": ("policy", "Stored examples are policy=AdaptiveRefresh(fraction=0.1)"),
     "mb_size": ("train_mb_size", "The size of mini-batches is `train_mb_size`"),
