@@ -15,7 +15,7 @@ from avalanche_curv.core.curvature.fisher import Fisher
 from avalanche_curv.core.fidelity.monitor import PastModels
 from avalanche_curv.core.hints import known_arguments
 from avalanche_curv.core.options import Fixed, Forwarded, Setting, check_fraction, check_kind, check_seed
-from avalanche_curv.core.quadratic.policies import Policy, part_of
+from avalanche_curv.core.quadratic.policies import Policy
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.selection import ParameterSelector, Selection, selection_of
 from avalanche_curv.metrics._published import ScalarMetric, draws
@@ -172,8 +172,7 @@ class FidelityMetric(ScalarMetric):
             means = {name: mean.value for name, mean in self.trajectory.items()}
             published += self._published(strategy, "fidelity_trajectory", means)
             published += self._figure(strategy)
-        risk = _bridge.current_risk(strategy, batch_size=256, selection=self.selection)
-        stored = part_of(risk, self.fraction, self.seed, len(self.past.accumulate))
+        stored = _bridge.current_part(strategy, self.fraction, self.seed, len(self.past.accumulate), self.selection)
         self.past = self.past.with_experience(stored)
         return published
 

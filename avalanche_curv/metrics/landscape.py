@@ -27,7 +27,7 @@ from avalanche_curv.core.landscape.landscape import (
 )
 from avalanche_curv.core.landscape.spectrum import Density, SpectrumMethod
 from avalanche_curv.core.options import Fixed, Setting, check_count, check_fraction, check_seed, in_short, optional
-from avalanche_curv.core.quadratic.policies import part_of, part_seed
+from avalanche_curv.core.quadratic.policies import part_seed
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.metrics._published import ScalarMetric, draws
 from avalanche_curv.metrics.gradients import GradientMetric
@@ -133,8 +133,7 @@ class LandscapeMetric(ScalarMetric):
     def before_training_exp(self, strategy: Any) -> None:
         if self._current is None:
             _bridge.preflight(strategy, self._try)
-            risk = _bridge.current_risk(strategy, batch_size=256)
-            self._current = part_of(risk, self.fraction, self.seed, len(self._stored))
+            self._current = _bridge.current_part(strategy, self.fraction, self.seed, len(self._stored))
             self._parts = {"current": self._part([self._current]), "stored": self._part(self._stored)}
 
     def _try(self, risk: EmpiricalRisk) -> None:

@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader
 
 from avalanche_curv.core.curvature.base import NonFiniteCurvatureError
 from avalanche_curv.core.options import check_whole
-from avalanche_curv.core.risk.batches import CountedBatches, untouched_randomness
+from avalanche_curv.core.quadratic.policies import part_seed
+from avalanche_curv.core.risk.batches import CountedBatches, random_part, untouched_randomness
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.frozen import unwrapped
 from avalanche_curv.core.risk.parameters import ParameterSpace
@@ -274,6 +275,18 @@ def current_risk(
         if isinstance(adapter, SingleTask):
             check_same_outputs(risk, adapter.task)
     return risk
+
+
+def current_part(
+    strategy: Any, fraction: float, seed: int, number: int, selection: Selection = Selection()  # noqa: B008
+) -> EmpiricalRisk:
+    """The risk of the part of the current experience that is kept of experience `number`, as `part_of` draws it from
+    the whole; no other example is loaded."""
+    if fraction == 1:
+        return current_risk(strategy, batch_size=256, selection=selection)
+    size = len(data_of(strategy.experience))
+    part = random_part(size, fraction, part_seed(seed, number)).tolist() if size else []
+    return current_risk(strategy, max(1, len(part)), part, selection)
 
 
 def place_in_stream(experience: Any, default: int) -> int:

@@ -229,16 +229,17 @@ def _wrong_second_derivatives(trial: EmpiricalRisk, tolerance: float) -> list[in
     here = space.flatten([p.detach() for p in trial.parameters])
     near = _difference(trial, here, vector[:, 0])
     rounding = torch.finfo(here.dtype).eps * float(trial.gradient_at(here).norm() * vector.norm()) / _width(here)
-    if not rounding <= 1e-2 * tolerance * float(near.norm()):
-        return None
-    wanted = space.split(near)
+    wanted, size = space.split(near), float(near.norm())
     try:
-        wrong = differing(space.split(ReverseHessian(trial).matmat(vector)[:, 0]), wanted, tolerance)
+        product = ReverseHessian(trial).matmat(vector)[:, 0]
+        wrong, size = differing(space.split(product), wanted, tolerance), max(size, float(product.norm()))
     except Exception:  # torch lacks the derivative
         wrong = [*range(len(wanted))]
+    if not rounding <= 1e-2 * tolerance * size:
+        return None
     if wrong:
         far = space.split(_difference(trial, here, vector[:, 0], 3.0))
-        if differing(far, wanted, tolerance):
+        if differing(far, wanted, tolerance, size):
             return None
     return wrong
 

@@ -283,7 +283,8 @@ class EmpiricalRisk(OneLine, Storable):
 
     def at(self, other: EmpiricalRisk) -> EmpiricalRisk:
         """The same examples, loss and adapter at the parameters where `other` is frozen."""
-        return replace(self, base=other.base, verdicts=other.verdicts)
+        verdicts = other.verdicts if self.adapter == other.adapter else {}  # another head has other layers
+        return replace(self, base=other.base, verdicts=verdicts)
 
     def frozen_at(self, model: nn.Module) -> EmpiricalRisk:
         """The same examples, loss, adapter and selection with a new frozen copy of `model` as the past function."""

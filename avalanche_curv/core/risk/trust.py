@@ -47,9 +47,10 @@ def _tried(ways: Mapping[W, Callable[[], Parts]], exact: Callable[[], Parts], la
     return last
 
 
-def differing(found: Parts, wanted: Parts, tolerance: float = TOLERANCE) -> list[int]:
-    """The places of those tensors that differ by more than rounding; none where the wanted ones are not finite."""
-    floor = 1e-5 * float(torch.stack([part.double().norm() for part in wanted]).norm())
+def differing(found: Parts, wanted: Parts, tolerance: float = TOLERANCE, size: float = 0.0) -> list[int]:
+    """The places of those tensors that differ by more than rounding, that of numbers of this `size` at least; none
+    where the wanted ones are not finite."""
+    floor = 1e-5 * max(size, float(torch.stack([part.double().norm() for part in wanted]).norm()))
     if not floor < float("inf"):
         return []
     distances = [(float((a.to(b) - b).norm()), float(b.norm())) for a, b in zip(found, wanted)]

@@ -3,7 +3,16 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
-from avalanche_curv import GGN, BatchedEmpiricalFisher, Dense, Diagonal, EmpiricalFisher, Hessian, estimate
+from avalanche_curv import (
+    GGN,
+    BatchedEmpiricalFisher,
+    Dense,
+    Diagonal,
+    EmpiricalFisher,
+    EmpiricalRisk,
+    Hessian,
+    estimate,
+)
 from avalanche_curv.core.fidelity.monitor import example_models
 from avalanche_curv.core.per_example.layers import linear_layers
 from avalanche_curv.core.structures.rules import by_products
@@ -168,6 +177,19 @@ def test_a_frozen_model_keeps_its_parameters_through_estimates(model, new_proble
 
 def test_a_layer_registered_under_two_names_and_called_once_is_a_linear_layer(new_problem, make_model):
     assert linear_layers(new_problem(make_model(Registered), "cross_entropy").risk) is not None
+
+
+def test_each_head_of_one_frozen_model_has_its_own_layers():
+    trunk, heads = nn.Linear(4, 3), [nn.Linear(3, 2), nn.Linear(3, 2)]
+    model, data = nn.Sequential(trunk, *heads).double(), [(torch.randn(5, 4).double(), torch.randint(2, (5,)))]
+
+    def risk(head):
+        take = lambda base: nn.Sequential(base[0], nn.Tanh(), base[1 + head])  # noqa: E731
+        return EmpiricalRisk.snapshot(model, nn.CrossEntropyLoss(), data, adapter=take)
+
+    first, second = risk(0), risk(1)
+    assert [*linear_layers(first).folded] == [first.base[0], first.base[1]]
+    assert [*linear_layers(second.at(first)).folded] == [first.base[0], first.base[2]]
 
 
 def test_taps_see_inputs_and_outputs_and_leave_no_hook(problem):

@@ -217,5 +217,5 @@ def test_the_risk_and_its_curvature_are_those_of_the_loop(case, close):
 @pytest.mark.parametrize("case", REFUSED.values(), ids=REFUSED)
 def test_what_is_not_covered_is_refused_with_a_remedy(case):
     criterion, shape, targets = case
-    with pytest.raises((TypeError, ValueError), match=r"(Write|Convert|Drop|Give|Reshape|Scale) "):
+    with pytest.raises((TypeError, ValueError), match=r"(Write|Convert|Drop|Give|Reshape|Scale|Let|Did you mean) "):
         EmpiricalRisk.snapshot(model_for(shape), criterion, [(INPUTS, targets)])

@@ -80,6 +80,20 @@ class WrongTwice(torch.autograd.Function):
         return grad * ctx.saved_tensors[0].detach().cos()
 
 
+class Straight(torch.autograd.Function):
+    """A constant with the gradient of the identity, whose second derivative is wrong."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return torch.ones_like(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return grad + x - x.detach()
+
+
 class Custom(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -311,3 +325,17 @@ def test_lanczos_products_of_distances_are_right() -> None:
     risk = EmpiricalRisk.snapshot(model, CE, [(x, y)])
     found = landscape(GGN(), risk, k=3, methods=(Lanczos(),))
     assert found.sharpness == pytest.approx(float(torch.linalg.eigvalsh(ggn(model, x))[-1]), rel=1e-4)
+
+
+def test_a_constant_gradient_has_no_second_derivative_whatever_torch_says() -> None:
+    class Constant(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.theta = nn.Parameter(torch.randn(3).double())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return Straight.apply(self.theta).expand(len(x), 3)
+
+    x, y = torch.randn(2, 1).double(), torch.randn(2, 3).double()
+    risk = EmpiricalRisk.snapshot(Constant(), nn.MSELoss(), [(x, y)])
+    assert Hessian().operator(risk).matmat(torch.eye(3).double()).abs().max() < 1e-9
