@@ -21,6 +21,7 @@ from torch import Tensor
 from torchvision.datasets import MNIST
 
 from avalanche_curv import CurvatureEWC, suggest_strength
+from avalanche_curv.core import NonFiniteCurvatureError
 
 TRAINING, HELD_OUT, FIRST = 2000, 500, 100.0
 Images = list[tuple[Tensor, Tensor]]
@@ -93,7 +94,10 @@ def main(options: Options) -> None:
     print(f"kept: λ = {chosen:.4g}, test accuracy {scores[chosen][1]:.4f}")
     if options.grid:
         for power in range(-2, 11):
-            run(10 ** (power / 2))
+            try:
+                run(10 ** (power / 2))
+            except NonFiniteCurvatureError:
+                print(f"λ = {10 ** (power / 2):<8.4g} diverged")
         best = max(scores, key=lambda strength: scores[strength][1])
         print(f"best on the test images: λ = {best:.4g}, {scores[best][1] - scores[chosen][1]:.4f} above it")
 
