@@ -69,7 +69,7 @@ class Cost:
         warnings.warn(
             f"Measuring {what} takes {one:.2g} s, longer than the training between two measurements, "
             f"{every * iteration:.2g} s for every={every}. With every={readable(one / SHARE / iteration)} it would be "
-            f"a tenth of the training: give that to the function that made the {metric}, or measure fewer examples.",
+            f"a tenth of the training: give that to the function of metrics ({metric}), or measure fewer examples.",
             stacklevel=4,
         )
 

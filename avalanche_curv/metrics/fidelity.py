@@ -41,7 +41,7 @@ def fidelity_metrics(
     curvature: Curvature | None = None,
     fraction: float | None = None,
     seed: int | None = None,
-    every: int = 10,
+    every: int = 100,
     stream: Sequence[Any] | None = None,
     include: Iterable[ParameterSelector] = (),
     exclude: Iterable[ParameterSelector] = (),

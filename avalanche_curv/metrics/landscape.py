@@ -49,7 +49,7 @@ def landscape_metrics(
     curvature: Curvature = Fisher(),  # noqa: B008  a frozen value
     fraction: float = 0.1,
     seed: int = 0,
-    every: int = 100,
+    every: int = 1000,
     k: int = 10,
     epsilon: float = 1e-2,
     methods: Sequence[SpectrumMethod] = METHODS,
@@ -88,7 +88,8 @@ def landscape_metrics(
     backward pass for each column of S (see `OutputCurvature`) and the eigenvalues of an M × M matrix, some M³
     operations: 130 gradient passes over a batch of 128 for 1,800 rows of an MLP 784-400-400-10, 10 for 200. Beyond
     `GramMatrix(rows=3000)`, and for the Hessian, it takes some 250 products, of two to four gradient passes over the
-    examples each. So `every` wants thousands with the Fisher, hundreds with the empirical one.
+    examples each. So `every` wants thousands with the Fisher, hundreds with
+    the empirical one; each experience is measured at its first iteration and its end in any case.
 
     Text loggers print `landscape/{current,stored}/sharpness`, `landscape/step/alignment` and `gradient/...`; other
     loggers get all.
@@ -183,7 +184,7 @@ class LandscapeMetric(ScalarMetric):
             warnings.warn(
                 f"landscape_metrics measures a random {counts[0]:,} of {counts[1]:,} examples, since all of them have "
                 f"{rows_of(self.curvature, risks):,} rows, more than max_rows={self.max_rows}. Ranks are those of so "
-                "many. Give max_rows=None to measure all, at a cost that grows with them, or a smaller fraction=....",
+                "many. Give max_rows=None to measure all, at a cost that grows with them, or give a smaller fraction.",
                 stacklevel=2,
             )
         return part

@@ -23,7 +23,7 @@ Copies = dict[str, dict[str, Tensor]]  # of the protected parameters by name, fo
 
 
 @known_arguments
-def projection_metrics(*, every: int = 1) -> list[ScalarMetric]:
+def projection_metrics(*, every: int = 20) -> list[ScalarMetric]:
     """Metrics of the leakage of steps and of the drift into the protected space, its size, and the angles between
     tasks.
 
@@ -45,7 +45,7 @@ def projection_metrics(*, every: int = 1) -> list[ScalarMetric]:
     and `max_rank` leaves those between what it keeps.
 
     For an MLP 784-400-400-10 with 20 directions over all parameters one measurement takes as long as a projected step,
-    or two to three plain ones of batch 128; every=1 about doubles the cost of training, every=20 adds a tenth. Text
+    or two to three plain ones of batch 128; every=1 about doubles the cost of training, the default of 20 adds a tenth. Text
     loggers print `projection/{step_leakage,free}` and `projection_experience/overlap`; other loggers get all.
 
     They are read from the strategy's OrthogonalProjectionPlugin; with several, numbered `projection_1/...` and

@@ -18,12 +18,11 @@ class MitigatorPlugin(Configured, SupervisedPlugin):
 
     Gradients are added between the backward pass and the step, after plugins that clip or project them.
     `mitigator.after_task` (for `AfterTask()`) is called when the next task begins, before the model grows for it: the
-    task that ended has been evaluated and remembered by then. It is not called after the last task, nor in an online
-    stream that hides its boundaries. The mitigator's state is pickled with the strategy, so that a resumed run equals
+    task that ended has been evaluated and remembered by then. It is not called after the last task. The mitigator's state is pickled with the strategy, so that a resumed run equals
     an uninterrupted one.
 
     Raises TypeError for an argument that is no mitigator, and ValueError before training if its options do not fit the
-    model.
+    model, and in an online stream that hides where its tasks end for a mitigator that acts there.
     """
 
     mitigator = Fixed[Mitigator](partial(check_kind, kind=Mitigator, example="L2Init(1e-3)"))
@@ -55,6 +54,11 @@ class MitigatorPlugin(Configured, SupervisedPlugin):
         self._between_tasks, self._is_copy = parts["between_tasks"], True
 
     def before_train_dataset_adaptation(self, strategy: Any, **kwargs: Any) -> None:
+        if self.mitigator.acts_between_tasks and not _bridge.tells_tasks(strategy):
+            raise ValueError(
+                f"{self.mitigator} acts between tasks, and this online stream hides where they end. Split it with "
+                "access_task_boundaries=True, or let it act by steps: when=EverySteps(100)."
+            )
         if self._between_tasks:
             self.mitigator.after_task(strategy.model, strategy.optimizer)
             self._between_tasks = False

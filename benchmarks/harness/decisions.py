@@ -35,7 +35,7 @@ ENOUGH = 0.01  # of accuracy between Naive and all at once, below which there is
 NAMED = 3
 SCENARIOS_NOTE = f"""Average accuracy on split MNIST after the last of five tasks, mean ± standard deviation over \
 {{seeds}} seeds; each strength tuned on a seed that is not reported. Several names are within a standard deviation of \
-the best, whose accuracy stands beside them; of `{OURS}` the best row alone is named. *Nothing helps*, *does not*: \
+the best, whose accuracy stands beside them; of `{OURS}` the best row alone is named. *Does not*{{nothing}}: \
 less than a tenth of the way from Naive to all at once; *little helps*: less than half. *Pretrained features*: a \
 linear head on a frozen network that was trained on ImageNet; with a head for each task it has nothing to forget. \
 What is beyond noise is in the table of each record."""
@@ -79,8 +79,9 @@ def by_scenario(records: Sequence[tuple[str, str, Results]]) -> str:
         cells = [best_of(finals, stores) for stores in (False, True)]
         rows.append([scenario, trained, finals.get(LEAST), *cells, finals.get(MOST)])
     seeds = sorted({len({header["seed"] for header in results.headers}) for *_, results in records})
-    note = SCENARIOS_NOTE.format(seeds=" or ".join(map(str, seeds)))
-    return f"{table([Column(title) for title in titles], rows)}\n\n{note}"
+    found = table([Column(title) for title in titles], rows)
+    nothing = ", *nothing helps*" if "nothing helps" in found else ""
+    return f"{found}\n\n{SCENARIOS_NOTE.format(seeds=' or '.join(map(str, seeds)), nothing=nothing)}"
 
 
 def best_of(finals: dict[str, Summary], stores: bool) -> str | None:

@@ -162,7 +162,7 @@ def test_angles_are_those_between_the_eigenspaces_of_each_two_tasks(
     per, parts, net64, learner, train, plane, recorder, paper
 ):
     plugin = OrthogonalProjectionPlugin(Eigenspace(cut=Rank(RANK), per=per, examples=None))
-    strategy = train(learner(net64, plugin, recorder, metrics=projection_metrics()), plane.train_stream)
+    strategy = train(learner(net64, plugin, recorder, metrics=projection_metrics(every=1)), plane.train_stream)
     paper = paper(recorder.ends, parts)
     names = published(strategy)
     for short in ANGLES:
@@ -183,7 +183,7 @@ def test_the_same_task_again_has_overlap_one_and_uses_nothing(make, learner, tra
     still = torch.optim.SGD(model.parameters(), lr=0.0)
     plugin = OrthogonalProjectionPlugin(Eigenspace(cut=Rank(4)))
     stream = stream_of([(images, labels)] * 2).train_stream
-    names = published(train(learner(model, plugin, metrics=projection_metrics(), optimizer=still), stream))
+    names = published(train(learner(model, plugin, metrics=projection_metrics(every=1), optimizer=still), stream))
     assert names["projection_experience/overlap"][1] == pytest.approx([1])
     assert names["projection_experience/largest_angle"][1] == pytest.approx([0], abs=1e-3)
     assert names["projection_experience/used"][1] == [4, 4]
@@ -196,7 +196,7 @@ def test_input_spaces_count_each_output_and_leak_by_rows(make, double, learner, 
     plugin = OrthogonalProjectionPlugin(InputSpace(Rank(2)), projection=GradientProjection())
     heavy = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.5)
     strategy = train(
-        learner(model, starts, plugin, recorder, metrics=projection_metrics(), optimizer=heavy,
+        learner(model, starts, plugin, recorder, metrics=projection_metrics(every=1), optimizer=heavy,
                 criterion=nn.MSELoss(), train_mb_size=10),
         regression.train_stream[:2],
     )
@@ -226,7 +226,7 @@ def test_input_spaces_count_each_output_and_leak_by_rows(make, double, learner, 
 
 def test_all_charts_are_filled_with_floats(net, learner, train, plane):
     plugin = OrthogonalProjectionPlugin()
-    names = published(train(learner(net, plugin, metrics=projection_metrics()), plane.train_stream))
+    names = published(train(learner(net, plugin, metrics=projection_metrics(every=1)), plane.train_stream))
     assert set(CHARTS["Projection"].values()) <= set(names)
     assert {name.split("/")[1] for name in names} == {"step_leakage", "drift_leakage", *SIZES, *ANGLES}
     assert all(type(value) is float and math.isfinite(value) for _, values in names.values() for value in values)
@@ -234,7 +234,7 @@ def test_all_charts_are_filled_with_floats(net, learner, train, plane):
 
 def test_with_nothing_protected_only_the_end_of_an_experience_is_measured(net, learner, train, plane):
     plugin = OrthogonalProjectionPlugin(Eigenspace(cut=Rank(RANK)))
-    strategy = train(learner(net, plugin, metrics=projection_metrics()), plane.train_stream[:1])
+    strategy = train(learner(net, plugin, metrics=projection_metrics(every=1)), plane.train_stream[:1])
     assert set(published(strategy)) == {f"projection_experience/{name}" for name in SIZES}
 
 
@@ -253,7 +253,7 @@ class Some(Protection):
 
 def test_a_task_that_needs_nothing_has_no_angles(net, learner, train, plane):
     plugin = OrthogonalProjectionPlugin(Some(0, 1))
-    names = published(train(learner(net, plugin, metrics=projection_metrics()), plane.train_stream))
+    names = published(train(learner(net, plugin, metrics=projection_metrics(every=1)), plane.train_stream))
     assert names["projection_experience/used"][1] == [3, 6, 6]
     assert names["projection_experience/overlap"][0] == names["projection_experience/overlap/experience_0"][0] == [6]
     assert "projection_experience/overlap/experience_1" not in names
@@ -271,7 +271,7 @@ def test_a_task_that_needs_nothing_has_no_angles(net, learner, train, plane):
 def test_what_is_not_defined_is_left_out(protect, lr, steps, ends, net, learner, train, plane):
     sgd = torch.optim.SGD(net.parameters(), lr=lr)
     plugin = OrthogonalProjectionPlugin(protect)
-    names = published(train(learner(net, plugin, metrics=projection_metrics(), optimizer=sgd), plane.train_stream))
+    names = published(train(learner(net, plugin, metrics=projection_metrics(every=1), optimizer=sgd), plane.train_stream))
     wanted = {f"projection/{name}" for name in steps} | {f"projection_experience/{name}" for name in ends}
     assert {name for name in names if name.count("/") == 1} == wanted
     if not steps:
@@ -280,7 +280,7 @@ def test_what_is_not_defined_is_left_out(protect, lr, steps, ends, net, learner,
 
 
 def test_a_strategy_without_a_projection_publishes_none(net, learner, train, plane):
-    assert published(train(learner(net, metrics=projection_metrics()), plane.train_stream)) == {}
+    assert published(train(learner(net, metrics=projection_metrics(every=1)), plane.train_stream)) == {}
 
 
 def test_the_ready_strategy_is_measured(net, learner, train, plane):
@@ -291,7 +291,7 @@ def test_the_ready_strategy_is_measured(net, learner, train, plane):
 def test_several_plugins_are_numbered(net, learner, train, plane):
     two, five = (Eigenspace(cut=Rank(n)) for n in (2, 5))
     plugins = OrthogonalProjectionPlugin(two), OrthogonalProjectionPlugin(five, projection=GradientProjection())
-    strategy = train(learner(net, *plugins, metrics=projection_metrics()), plane.train_stream[:2])
+    strategy = train(learner(net, *plugins, metrics=projection_metrics(every=1)), plane.train_stream[:2])
     last = strategy.evaluator.get_last_metrics()
     assert (last["projection/used"], last["projection_1/used"]) == (2, 5)
     assert (last["projection_experience/used"], last["projection_1_experience/used"]) == (4, 10)
@@ -313,7 +313,7 @@ def test_of_a_model_that_grows_the_past_part_leaks_and_what_is_new_is_free(growi
 
     adam = torch.optim.Adam(model.parameters(), lr=0.05)
     strategy = train(
-        learner(model, starts, Spaces(), plugin, recorder, metrics=projection_metrics(), optimizer=adam),
+        learner(model, starts, Spaces(), plugin, recorder, metrics=projection_metrics(every=1), optimizer=adam),
         benchmark.train_stream,
     )
     names = published(strategy)
@@ -347,7 +347,7 @@ def test_used_and_free_are_of_what_may_move(make, learner, train, plane):
         OrthogonalProjectionPlugin(InputSpace(Rank(2))),
         OrthogonalProjectionPlugin(InputSpace(Rank(2)), uncovered=LeaveUncovered()),
     )
-    strategy = train(learner(model, *plugins, metrics=projection_metrics()), plane.train_stream[:1])
+    strategy = train(learner(model, *plugins, metrics=projection_metrics(every=1)), plane.train_stream[:1])
     last = strategy.evaluator.get_last_metrics()
     groups = ("projection", "projection_1", "projection_2")
     assert [last[f"{group}_experience/used"] for group in groups] == [4, 5 * 2 + 2 * 2 + 10, 5 * 2 + 2 * 2]
@@ -365,7 +365,7 @@ def test_used_and_free_are_of_what_may_move(make, learner, train, plane):
 def test_in_an_online_stream_the_drift_is_from_the_start_of_the_task(net64, learner, train, plane, recorder):
     parts = list(split_online_stream(plane.train_stream, 16, access_task_boundaries=True, seed=0))
     starts, plugin = Starts(), OrthogonalProjectionPlugin(Eigenspace(cut=Rank(RANK)), projection=GradientProjection())
-    strategy = learner(net64, starts, plugin, recorder, metrics=projection_metrics(), train_mb_size=8)
+    strategy = learner(net64, starts, plugin, recorder, metrics=projection_metrics(every=1), train_mb_size=8)
     train(strategy, parts[:3])  # three parts a task, of two iterations
     basis = next(iter(plugin.protected.blocks.values())).subspace.rows.numpy().T
     train(strategy, parts[3:6])
@@ -382,7 +382,7 @@ def test_in_an_online_stream_the_drift_is_from_the_start_of_the_task(net64, lear
 def test_a_diverging_run_publishes_what_is_defined_and_the_next_drift_starts_anew(net, learner, train, plane):
     whole = copy.deepcopy(net.state_dict())
     plugin = OrthogonalProjectionPlugin(Eigenspace(cut=Rank(RANK)), projection=GradientProjection())
-    strategy = train(learner(net, plugin, metrics=projection_metrics()), plane.train_stream[:1])
+    strategy = train(learner(net, plugin, metrics=projection_metrics(every=1)), plane.train_stream[:1])
     strategy.optimizer.param_groups[0]["lr"] = math.inf
     with pytest.raises(NonFiniteCurvatureError):
         train(strategy, plane.train_stream[1:2])

@@ -36,7 +36,7 @@ def sgd(parameters):
 
 def all_metrics():
     return [
-        *fidelity_metrics(every=1), *landscape_metrics(every=1), *penalty_metrics(), *projection_metrics(),
+        *fidelity_metrics(every=1), *landscape_metrics(every=1), *penalty_metrics(), *projection_metrics(every=1),
         *plasticity_metrics(every=1, from_scratch=FromScratch(sgd)), accuracy_metrics(epoch=True, experience=True),
     ]  # fmt: skip
 

@@ -97,6 +97,11 @@ class Mitigator(Configured, ABC):
         """Called after the step, which it counts."""
         self.steps += 1
 
+    @property
+    def acts_between_tasks(self) -> bool:
+        """Whether `after_task` does anything."""
+        return False
+
     def after_task(self, model: nn.Module, optimizer: Optimizer) -> None:
         """Called between two tasks, by loops that know their boundaries, when the first has been evaluated."""
 

@@ -139,6 +139,10 @@ class ShrinkAndPerturb(Mitigator):
         if self.when.after_step(self.steps):
             self.apply(model, optimizer)
 
+    @property
+    def acts_between_tasks(self) -> bool:
+        return self.when.after_task()
+
     def after_task(self, model: nn.Module, optimizer: Optimizer) -> None:
         if self.when.after_task():
             self.apply(model, optimizer)
