@@ -45,8 +45,8 @@ def projection_metrics(*, every: int = 20) -> list[ScalarMetric]:
     and `max_rank` leaves those between what it keeps.
 
     For an MLP 784-400-400-10 with 20 directions over all parameters one measurement takes as long as a projected step,
-    or two to three plain ones of batch 128; every=1 about doubles the cost of training, the default of 20 adds a tenth. Text
-    loggers print `projection/{step_leakage,free}` and `projection_experience/overlap`; other loggers get all.
+    or two to three plain ones of batch 128; every=1 about doubles the cost of training, the default of 20 adds a tenth.
+    Text loggers print `projection/{step_leakage,free}` and `projection_experience/overlap`; other loggers get all.
 
     They are read from the strategy's OrthogonalProjectionPlugin; with several, numbered `projection_1/...` and
     `projection_1_experience/...` and so on. A strategy without one emits nothing. Values that are not finite, such as

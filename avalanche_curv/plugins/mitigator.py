@@ -18,8 +18,8 @@ class MitigatorPlugin(Configured, SupervisedPlugin):
 
     Gradients are added between the backward pass and the step, after plugins that clip or project them.
     `mitigator.after_task` (for `AfterTask()`) is called when the next task begins, before the model grows for it: the
-    task that ended has been evaluated and remembered by then. It is not called after the last task. The mitigator's state is pickled with the strategy, so that a resumed run equals
-    an uninterrupted one.
+    task that ended has been evaluated and remembered by then. It is not called after the last task. The mitigator's
+    state is pickled with the strategy, so that a resumed run equals an uninterrupted one.
 
     Raises TypeError for an argument that is no mitigator, and ValueError before training if its options do not fit the
     model, and in an online stream that hides where its tasks end for a mitigator that acts there.

@@ -79,9 +79,9 @@ def by_scenario(records: Sequence[tuple[str, str, Results]]) -> str:
         cells = [best_of(finals, stores) for stores in (False, True)]
         rows.append([scenario, trained, finals.get(LEAST), *cells, finals.get(MOST)])
     seeds = sorted({len({header["seed"] for header in results.headers}) for *_, results in records})
-    found = table([Column(title) for title in titles], rows)
-    nothing = ", *nothing helps*" if "nothing helps" in found else ""
-    return f"{found}\n\n{SCENARIOS_NOTE.format(seeds=' or '.join(map(str, seeds)), nothing=nothing)}"
+    shown = table([Column(title) for title in titles], rows)
+    nothing = ", *nothing helps*" if "nothing helps" in shown else ""
+    return f"{shown}\n\n{SCENARIOS_NOTE.format(seeds=' or '.join(map(str, seeds)), nothing=nothing)}"
 
 
 def best_of(finals: dict[str, Summary], stores: bool) -> str | None:

@@ -271,7 +271,8 @@ def test_a_task_that_needs_nothing_has_no_angles(net, learner, train, plane):
 def test_what_is_not_defined_is_left_out(protect, lr, steps, ends, net, learner, train, plane):
     sgd = torch.optim.SGD(net.parameters(), lr=lr)
     plugin = OrthogonalProjectionPlugin(protect)
-    names = published(train(learner(net, plugin, metrics=projection_metrics(every=1), optimizer=sgd), plane.train_stream))
+    metrics = projection_metrics(every=1)
+    names = published(train(learner(net, plugin, metrics=metrics, optimizer=sgd), plane.train_stream))
     wanted = {f"projection/{name}" for name in steps} | {f"projection_experience/{name}" for name in ends}
     assert {name for name in names if name.count("/") == 1} == wanted
     if not steps:
