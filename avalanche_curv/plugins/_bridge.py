@@ -25,7 +25,7 @@ from avalanche_curv.core.risk.frozen import unwrapped
 from avalanche_curv.core.risk.parameters import ParameterSpace
 from avalanche_curv.core.risk.preflight import check_batch
 from avalanche_curv.core.risk.selection import Selection, warn_unprotected
-from avalanche_curv.plugins._adapters import SingleTask, adapter_of, check_same_outputs
+from avalanche_curv.plugins._adapters import SingleTask, check_same_outputs, forward_of
 
 IN_MEMORY_BYTES = 2**30  # data sets up to this size are loaded once, larger ones at every pass
 
@@ -267,13 +267,13 @@ def current_risk(
     dataset = data(strategy.experience)
     with untouched_randomness():
         model = unwrapped(strategy.model)
-        adapter = adapter_of(model, dataset, current_number(strategy))
+        forward = forward_of(model, dataset, current_number(strategy))
         batches = _batches(dataset if indices is None else dataset.subset(indices), batch_size)
         risk = EmpiricalRisk.snapshot(
-            model, strategy._criterion, batches, adapter=adapter, include=selection.include, exclude=selection.exclude
+            model, strategy._criterion, batches, forward=forward, include=selection.include, exclude=selection.exclude
         )
-        if isinstance(adapter, SingleTask):
-            check_same_outputs(risk, adapter.task)
+        if isinstance(forward, SingleTask):
+            check_same_outputs(risk, forward.task)
     return risk
 
 
@@ -305,7 +305,7 @@ def check_experience(strategy: Any) -> None:
             f"Experience {current_number(strategy)} holds no examples, so it has no loss to remember. "
             "Remove it from the stream."
         )
-    adapter_of(unwrapped(strategy.model), told_data(strategy.experience), current_number(strategy))
+    forward_of(unwrapped(strategy.model), told_data(strategy.experience), current_number(strategy))
 
 
 def loader(dataset: Any, batch_size: int) -> DataLoader:

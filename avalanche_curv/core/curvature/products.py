@@ -16,6 +16,7 @@ from avalanche_curv.core.curvature.operators import FactorInOutputs, Operator, p
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.jacobians import parameters_of, pulled_back
 from avalanche_curv.core.risk.losses import ExampleLoss
+from avalanche_curv.core.risk.nested import Nested, leaves
 from avalanche_curv.core.risk.trust import directions, right_way
 
 
@@ -31,7 +32,7 @@ class OfRisk:
     @property
     def nbytes(self) -> int:
         """The frozen model and the examples."""
-        data = sum(t.nbytes for batch in self.risk.batches for t in batch)
+        data = sum(t.nbytes for batch in self.risk.batches for t in leaves(batch))
         return data + sum(p.nbytes for p in self.risk.base.parameters())
 
 
@@ -139,7 +140,7 @@ class _Batch:
 
     @torch.enable_grad()
     def __init__(
-        self, curvature: FactorInOutputs, risk: EmpiricalRisk, x: Tensor, y: Tensor, generator: torch.Generator
+        self, curvature: FactorInOutputs, risk: EmpiricalRisk, x: Nested, y: Tensor, generator: torch.Generator
     ) -> None:
         self.space, self.parameters = risk.space, risk.parameters
         with sdpa_kernel(SDPBackend.MATH):  # the fused kernels of attention lack second derivatives

@@ -19,6 +19,7 @@ from avalanche_curv.core.risk.batches import untouched_randomness
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.frozen import copied_without_graphs
 from avalanche_curv.core.risk.known import is_plain
+from avalanche_curv.core.risk.nested import Nested
 from avalanche_curv.core.risk.trust import differing, directions, nearby
 
 
@@ -93,7 +94,7 @@ class ReverseHessian:
 
 
 @torch.enable_grad()
-def summed_gradient_graph(risk: EmpiricalRisk, x: Tensor, y: Tensor) -> Float[Tensor, "P"]:
+def summed_gradient_graph(risk: EmpiricalRisk, x: Nested, y: Tensor) -> Float[Tensor, "P"]:
     """Σ_i ∇ℓ_i over one batch, which can be differentiated again."""
     with sdpa_kernel(SDPBackend.MATH):  # the fused kernels of attention lack second derivatives
         loss = risk.loss.per_example(risk.outputs(x), y).sum()

@@ -255,9 +255,12 @@ class AdaptiveRefresh(Policy):
         if past.model is None or iteration % self.every or self._left(past) <= 0:
             return past
         begun, past = past.model.unprotected(model), AdaptivePast.of(past)
-        predicted, frozen = predicted_loss(past, model), memory_loss(past.stored, model)
-        grown = () if iteration else frozen_together(past.stored, model)
-        actual = sum(risk.value() for risk in grown) if grown else frozen
+        predicted = predicted_loss(past, model)
+        grown = frozen_together(past.stored, model) if begun or not iteration else ()
+        actual = sum(risk.value() for risk in grown)
+        # what trains now and was frozen may have changed in the frozen past functions, which share it
+        frozen = actual if begun else memory_loss(past.stored, model)
+        actual = actual if grown else frozen
         reason = self.trust.broken(TrustCheck(past.loss, actual, predicted))
         if begun:
             reason = f"{in_words(begun)} train now and did not before"
