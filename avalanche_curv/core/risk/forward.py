@@ -96,6 +96,11 @@ class Called(nn.Module):
         return self.function(self.module, inputs)
 
 
+def as_function(model: nn.Module) -> nn.Module:
+    """A model as one of inputs alone, in any nesting, as far as it does not need a `forward`."""
+    return model if isinstance(model, Called) else Called(model, Logits())
+
+
 def called(model: nn.Module, inputs: Nested) -> Any:
     """What the model returns."""
     if isinstance(inputs, Mapping):
