@@ -21,7 +21,7 @@ from avalanche_curv.core.options import check_whole
 from avalanche_curv.core.quadratic.policies import part_seed
 from avalanche_curv.core.risk.batches import CountedBatches, random_part, untouched_randomness
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
-from avalanche_curv.core.risk.frozen import unwrapped
+from avalanche_curv.core.risk.frozen import keep_what_trains, unwrapped
 from avalanche_curv.core.risk.parameters import ParameterSpace
 from avalanche_curv.core.risk.preflight import check_batch
 from avalanche_curv.core.risk.selection import Selection, warn_unprotected
@@ -121,8 +121,10 @@ def preflight(
     measured or projected at its end. `trial` does that to the risk of a few examples of its first batch, over the
     parameters that `selection` takes; `data` takes the examples from the experience.
 
-    In a task that an online stream splits it looks at the first part only.
+    In a task that an online stream splits it looks at the first part only. What the past holds of parameters that were
+    frozen until now is kept apart from them.
     """
+    keep_what_trains(strategy.model)
     experience = strategy.experience
     if tells_tasks(strategy) and not getattr(experience, "is_first_subexp", True):
         return

@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from avalanche_curv.core.curvature.operators import FactorInOutputs, Operator, pieces
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
+from avalanche_curv.core.risk.frozen import Graphs
 from avalanche_curv.core.risk.jacobians import parameters_of, pulled_back
 from avalanche_curv.core.risk.losses import ExampleLoss
 from avalanche_curv.core.risk.nested import Nested, leaves
@@ -106,7 +107,7 @@ class Linearised(OfRisk):
     def matmat(self, matrix: Float[Tensor, "P k"]) -> Float[Tensor, "P k"]:
         """C M, column by column."""
         total = torch.zeros_like(matrix)
-        for batch in self._batches:
+        for batch in self._batches.value:
             total += batch.matmat(matrix)
         return total / self.risk.examples
 
@@ -115,9 +116,12 @@ class Linearised(OfRisk):
         return {"curvature": self.curvature, "risk": self.risk}
 
     @cached_property
-    def _batches(self) -> list[_Batch]:
-        generator = self.curvature.generator()
-        return [_Batch(self.curvature, self.risk, x, y, generator) for x, y in self.risk]
+    def _batches(self) -> Graphs[list[_Batch]]:
+        def made() -> list[_Batch]:
+            generator = self.curvature.generator()
+            return [_Batch(self.curvature, self.risk, x, y, generator) for x, y in self.risk]
+
+        return Graphs(self.risk.base, made)
 
 
 @dataclass(frozen=True)

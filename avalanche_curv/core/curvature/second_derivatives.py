@@ -17,7 +17,7 @@ from avalanche_curv.core.curvature.operators import Operator
 from avalanche_curv.core.curvature.products import OfRisk
 from avalanche_curv.core.risk.batches import untouched_randomness
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
-from avalanche_curv.core.risk.frozen import copied_without_graphs
+from avalanche_curv.core.risk.frozen import Graphs, copied_without_graphs
 from avalanche_curv.core.risk.known import is_plain
 from avalanche_curv.core.risk.nested import Nested
 from avalanche_curv.core.risk.trust import differing, directions, nearby
@@ -39,7 +39,7 @@ class LinearisedHessian(OfRisk):
 
     def _product(self, vector: Float[Tensor, "P"]) -> Float[Tensor, "P"]:
         total = torch.zeros_like(vector)
-        for gradient in self._gradients:
+        for gradient in self._gradients.value:
             if gradient.requires_grad:
                 parts = torch.autograd.grad(
                     gradient, self.risk.parameters, vector,
@@ -49,8 +49,8 @@ class LinearisedHessian(OfRisk):
         return total
 
     @cached_property
-    def _gradients(self) -> list[Tensor]:
-        return [summed_gradient_graph(self.risk, x, y) for x, y in self.risk]
+    def _gradients(self) -> Graphs[list[Tensor]]:
+        return Graphs(self.risk.base, lambda: [summed_gradient_graph(self.risk, x, y) for x, y in self.risk])
 
 
 COLUMNS = 32  # products at once: this bounds the memory

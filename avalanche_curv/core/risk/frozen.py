@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -72,24 +73,32 @@ SAMPLE = 64  # entries by which a shared parameter is known
 
 
 class Shared:
-    """A parameter of a frozen copy that shares its memory with the model, as it was when it was frozen.
+    """How a parameter of a frozen copy that shares its memory with one of the model was when it was frozen.
 
     It stands at the parameter as the attribute `shared`. A deep copy of the parameter has memory and no mark, and so
     has one that is read from a file.
     """
 
-    def __init__(self, parameter: Tensor) -> None:
-        self.version = parameter._version
-        self.sample = _sample(parameter).clone()
+    def __init__(self, owner: nn.Parameter) -> None:
+        self.owner = weakref.ref(owner)
+        self.watched = owner.detach()  # which shares torch's count of in-place operations
+        self.version = owner._version
+        self.sample = _sample(owner).clone()
 
-    def holds(self, parameter: Tensor) -> bool:
-        """Whether the parameter is as it was, as far as torch's count of in-place operations and some of its entries
-        say: `parameter.data` is changed without being counted."""
-        now = _sample(parameter)
-        return parameter._version == self.version and bool(((now == self.sample) | (now != now)).all())  # or NaN
+    def holds(self) -> bool:
+        """Whether the memory is as it was, as far as torch's count of in-place operations and some of its entries say:
+        `parameter.data` is changed without being counted."""
+        owner, now = self.owner(), _sample(self.watched)
+        counted = owner is None or owner.data_ptr() == self.watched.data_ptr()  # else it was given memory anew
+        same = bool(((now == self.sample) | (now != now)).all())  # or NaN
+        return same and not (counted and self.watched._version != self.version)
 
     def __reduce__(self) -> tuple:
         return type(None), ()
+
+
+_sharing: weakref.WeakValueDictionary[int, nn.Parameter] = weakref.WeakValueDictionary()
+"""The parameters of frozen copies that share memory, by their `id`."""
 
 
 def shared(model: nn.Module, selection: Selection) -> dict[int, nn.Parameter]:
@@ -114,16 +123,48 @@ def shared(model: nn.Module, selection: Selection) -> dict[int, nn.Parameter]:
 
 
 def _standing_in(parameter: nn.Parameter) -> nn.Parameter:
-    other: Any = nn.Parameter(parameter.detach(), requires_grad=False)
-    other.shared = getattr(parameter, "shared", None) or Shared(other)
+    other: Any = nn.Parameter(parameter.data, requires_grad=False)
+    other.shared = getattr(parameter, "shared", None) or Shared(parameter)
+    _sharing[id(other)] = other
     return other
+
+
+def keep_what_trains(model: nn.Module) -> None:
+    """To be called before the parameters of `model` are trained: frozen copies that share memory with those that
+    require a gradient now, and did not before, get memory of their own."""
+    training = {id(p) for p in model.parameters() if p.requires_grad}
+    other: Any
+    for other in [*_sharing.values()]:
+        mark = getattr(other, "shared", None)
+        if mark is not None and id(mark.owner()) in training and mark.holds():
+            other.data, other.shared = other.data.clone(), None
+
+
+T = TypeVar("T")
+
+
+class Graphs(Generic[T]):
+    """What `make` returns, with graphs through a frozen copy, which hold views of its parameters: kept as long as these
+    stay where they are in memory, and made anew after `keep_what_trains`. Raises ValueError as `check_unchanged`."""
+
+    def __init__(self, base: nn.Module, make: Callable[[], T]) -> None:
+        self.base, self.make = base, make
+        self._places: list[int] | None = None
+
+    @property
+    def value(self) -> T:
+        check_unchanged(self.base)
+        places = [parameter.data_ptr() for parameter in self.base.parameters()]
+        if self._places != places:
+            self._places, self._value = places, self.make()
+        return self._value
 
 
 def check_unchanged(base: nn.Module) -> None:
     """Raises ValueError where a parameter of a frozen copy that shares the memory of the model was changed since."""
     for name, parameter in base.named_parameters():
         mark = getattr(parameter, "shared", None)
-        if mark is not None and not mark.holds(parameter):
+        if mark is not None and not mark.holds():
             raise ValueError(
                 f"Parameter '{name}' of {type(base).__name__} was frozen (requires_grad=False) when its loss was, so "
                 "that it was not copied, and was changed in place since: that loss is lost. Take a "
@@ -147,9 +188,6 @@ def copied_base(base: nn.Module, owned: Callable[[str], bool] = lambda name: Fal
         if getattr(p, "shared", None) is not None and not owned(name)
     }
     return copied_without_graphs(base, memo)
-
-
-T = TypeVar("T")
 
 
 def copied_without_graphs(value: T, memo: dict[int, Any] | None = None) -> T:

@@ -16,13 +16,14 @@ from avalanche_curv import (
     EmpiricalFisher,
     EmpiricalRisk,
     Kronecker,
+    MatrixFree,
     Merge,
     Past,
     Refresh,
     RelativeError,
     estimate,
 )
-from avalanche_curv.core.risk.frozen import frozen_copy
+from avalanche_curv.core.risk.frozen import frozen_copy, keep_what_trains
 
 POLICIES = [
     Accumulate(), Merge(), Refresh(fraction=0.5), AdaptiveRefresh(RelativeError(1e-9), fraction=0.5, every=1),
@@ -130,7 +131,7 @@ def test_values_that_are_given_anew_or_are_not_finite_are_no_change(model, data)
         model[4].bias[0] = math.nan
     risk = snapshot(model, data)
     model[3].weight.data = torch.zeros_like(model[3].weight)
-    model[3].to(torch.float32)
+    in_place(model[3].weight)
     assert math.isnan(risk.value())
     assert risk.base[3].weight.any()
 
@@ -153,6 +154,28 @@ def test_parameters_that_train_later_are_copied_before_they_do(model, data):
         model[3].weight += 1
     assert wider.value() == before
     assert wider.base[2].weight.data_ptr() == model[2].weight.data_ptr()
+
+
+def test_a_risk_keeps_what_trains_later(model, data):
+    risk, operator = (snapshot(model, data) for _ in range(2))
+    matrix = estimate(GGN(), MatrixFree(), operator).curvature
+    before, vector = risk.value(), torch.ones(risk.space.size, dtype=torch.float64)
+    expected = matrix.product(vector)
+    model[3].requires_grad_()
+    keep_what_trains(model)
+    in_place(model[3].weight)
+    assert risk.value() == before
+    assert torch.equal(matrix.product(vector), expected)
+    assert risk.base[2].weight.data_ptr() == model[2].weight.data_ptr()
+
+
+def test_a_product_that_keeps_graphs_notices_a_change_too(model, data):
+    matrix = estimate(GGN(), MatrixFree(), snapshot(model, data)).curvature
+    vector = torch.ones(matrix.size, dtype=torch.float64)
+    matrix.product(vector)
+    in_place(model[3].weight)
+    with pytest.raises(ValueError, match="changed in place since"):
+        matrix.product(vector)
 
 
 def test_adaptive_refresh_goes_on_from_what_trains_now(model, data):
