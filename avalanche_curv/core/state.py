@@ -60,6 +60,8 @@ def written(value: Any) -> Any:
         return value
     if isinstance(value, tuple):
         return tuple(map(written, value))
+    if isinstance(value, list):
+        return [*map(written, value)]
     if isinstance(value, Mapping):
         return {"type": "dict", "fields": {name: written(part) for name, part in value.items()}}
     if isinstance(value, Storable):
@@ -91,6 +93,8 @@ def read(value: Any, known: Mapping[str, Callable[..., Any]] | None = None) -> A
 def _read(value: Any, known: Mapping[str, Callable[..., Any]]) -> Any:
     if isinstance(value, tuple) and not isinstance(value, torch.Size):
         return tuple(_read(part, known) for part in value)
+    if isinstance(value, list):
+        return [_read(part, known) for part in value]
     if not isinstance(value, dict):
         return value
     if value.get("type") not in known:

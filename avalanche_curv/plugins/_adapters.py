@@ -3,7 +3,6 @@ experience bound to it, or the classifier that is trained and not the one that e
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,13 +13,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
+from avalanche_curv.core.risk.forward import Forward
 from avalanche_curv.core.state import Storable
 
 
-def adapter_of(model: nn.Module, dataset: Any, number: int) -> Callable[[nn.Module], nn.Module] | None:
-    """What makes `model` a function of inputs alone, as it is trained on the examples of experience `number`; None
-    where it is one already. Raises ValueError for several task labels before a multi-task model, and for a model with a
-    `TrainEvalModel` inside."""
+def forward_of(model: nn.Module, dataset: Any, number: int) -> Forward | None:
+    """How `model` is called as it is trained on the examples of experience `number`; None where inputs are enough.
+    Raises ValueError for several task labels before a multi-task model, and for a model with a `TrainEvalModel` inside.
+    """
     if isinstance(model, TrainEvalModel):
         return AsTrained()
     if any(isinstance(module, TrainEvalModel) for module in model.modules()):
@@ -42,9 +42,9 @@ def adapter_of(model: nn.Module, dataset: Any, number: int) -> Callable[[nn.Modu
 def check_same_outputs(risk: EmpiricalRisk, task: int) -> None:
     """Raises ValueError where a multi-task model gives other outputs for the integer label that `SingleTask` binds than
     for a tensor of it."""
-    inputs, _ = next(iter(risk))
+    inputs, targets = next(iter(risk))
     with torch.no_grad():
-        labels = torch.full((len(inputs),), task, device=inputs.device)
+        labels = torch.full((len(targets),), task, device=targets.device)
         expected, got = avalanche_forward(risk.base, inputs, labels), risk.model(inputs)
     if expected.shape != got.shape or not torch.allclose(expected, got, rtol=1e-4, atol=1e-5, equal_nan=True):
         raise ValueError(
@@ -55,47 +55,22 @@ def check_same_outputs(risk: EmpiricalRisk, task: int) -> None:
 
 @dataclass(frozen=True)
 class SingleTask(Storable):
-    """Binds the task label of an experience, so that a multi-task model maps inputs alone to outputs."""
+    """A multi-task model called with the one integer label of an experience: the same outputs as with a tensor of
+    labels, which Avalanche pads with zero logits up to the largest class known, but free of the in-place writes that
+    `vmap` cannot follow."""
 
     task: int
 
-    def __call__(self, module: nn.Module) -> nn.Module:
-        return _OneTask(module, self.task)
-
-
-class _OneTask(nn.Module):
-    """A multi-task model called with one integer label: the same outputs as with a tensor of labels, which Avalanche
-    pads with zero logits up to the largest class known, but free of the in-place writes that `vmap` cannot follow."""
-
-    def __init__(self, module: nn.Module, task: int) -> None:
-        super().__init__()
-        self.module, self.task = module, task
-        splitting = (m for m in module.modules() if type(m).forward is MultiTaskModule.forward)
-        self.width = getattr(next(splitting, None), "max_class_label", 0)
-        self.eval()
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        outputs = self.module(inputs, self.task)
-        return F.pad(outputs, (0, max(0, self.width - outputs.shape[1])))
+    def __call__(self, model: nn.Module, inputs: Tensor) -> Tensor:
+        outputs = model(inputs, self.task)
+        splitting = (m for m in model.modules() if type(m).forward is MultiTaskModule.forward)
+        return F.pad(outputs, (0, max(0, getattr(next(splitting, None), "max_class_label", 0) - outputs.shape[1])))
 
 
 @dataclass(frozen=True)
 class AsTrained(Storable):
-    """Makes a `TrainEvalModel` the function that is trained."""
-
-    def __call__(self, module: nn.Module) -> nn.Module:
-        return _Trained(module)
-
-
-class _Trained(nn.Module):
     """A `TrainEvalModel` as it is trained, also in eval mode: its loss is that of the classifier for training, and not
     of the one it is evaluated with (nearest class means, FeCAM), which has no loss."""
 
-    def __init__(self, module: Any) -> None:
-        super().__init__()
-        self.module = module
-        self.eval()
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        module: Any = self.module
-        return module.train_classifier(module.feature_extractor(inputs))
+    def __call__(self, model: Any, inputs: Tensor) -> Tensor:
+        return model.train_classifier(model.feature_extractor(inputs))

@@ -21,11 +21,11 @@ from avalanche_curv.core.options import check_whole
 from avalanche_curv.core.quadratic.policies import part_seed
 from avalanche_curv.core.risk.batches import CountedBatches, random_part, untouched_randomness
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
-from avalanche_curv.core.risk.frozen import unwrapped
+from avalanche_curv.core.risk.frozen import keep_what_trains, unwrapped
 from avalanche_curv.core.risk.parameters import ParameterSpace
 from avalanche_curv.core.risk.preflight import check_batch
 from avalanche_curv.core.risk.selection import Selection, warn_unprotected
-from avalanche_curv.plugins._adapters import SingleTask, adapter_of, check_same_outputs
+from avalanche_curv.plugins._adapters import SingleTask, check_same_outputs, forward_of
 
 IN_MEMORY_BYTES = 2**30  # data sets up to this size are loaded once, larger ones at every pass
 
@@ -121,8 +121,10 @@ def preflight(
     measured or projected at its end. `trial` does that to the risk of a few examples of its first batch, over the
     parameters that `selection` takes; `data` takes the examples from the experience.
 
-    In a task that an online stream splits it looks at the first part only.
+    In a task that an online stream splits it looks at the first part only. What the past holds of parameters that were
+    frozen until now is kept apart from them.
     """
+    keep_what_trains(strategy.model)
     experience = strategy.experience
     if tells_tasks(strategy) and not getattr(experience, "is_first_subexp", True):
         return
@@ -267,13 +269,13 @@ def current_risk(
     dataset = data(strategy.experience)
     with untouched_randomness():
         model = unwrapped(strategy.model)
-        adapter = adapter_of(model, dataset, current_number(strategy))
+        forward = forward_of(model, dataset, current_number(strategy))
         batches = _batches(dataset if indices is None else dataset.subset(indices), batch_size)
         risk = EmpiricalRisk.snapshot(
-            model, strategy._criterion, batches, adapter=adapter, include=selection.include, exclude=selection.exclude
+            model, strategy._criterion, batches, forward=forward, include=selection.include, exclude=selection.exclude
         )
-        if isinstance(adapter, SingleTask):
-            check_same_outputs(risk, adapter.task)
+        if isinstance(forward, SingleTask):
+            check_same_outputs(risk, forward.task)
     return risk
 
 
@@ -305,7 +307,7 @@ def check_experience(strategy: Any) -> None:
             f"Experience {current_number(strategy)} holds no examples, so it has no loss to remember. "
             "Remove it from the stream."
         )
-    adapter_of(unwrapped(strategy.model), told_data(strategy.experience), current_number(strategy))
+    forward_of(unwrapped(strategy.model), told_data(strategy.experience), current_number(strategy))
 
 
 def loader(dataset: Any, batch_size: int) -> DataLoader:

@@ -66,20 +66,10 @@ class PastFunction:
     def vector(self, model):
         return torch.cat([p.reshape(-1) for p in self.parameters(model).values()])
 
-    def adapter(self, model):
-        return model if self.task is None else Bound(model, self.task)
-
-
-class Bound(nn.Module):
-    """A multi-head model for one task; its outputs are padded with zeros, as those for a tensor of labels are."""
-
-    def __init__(self, module, task):
-        super().__init__()
-        self.module, self.task = module, task
-
-    def forward(self, inputs):
-        outputs = self.module(inputs, self.task)
-        return pad(outputs, (0, self.module.classifier.max_class_label - outputs.shape[1]))
+    def forward(self, model, inputs):
+        """A multi-head model for one task; its outputs are padded with zeros, as those for a tensor of labels are."""
+        outputs = model(inputs, self.task)
+        return pad(outputs, (0, model.classifier.max_class_label - outputs.shape[1]))
 
 
 def on_paper(past, anchored, now, curvature, stored):
@@ -91,7 +81,7 @@ def on_paper(past, anchored, now, curvature, stored):
     delta = past.vector(now) - past.vector(anchored)
     for x, y in zip(*stored):
         risk = EmpiricalRisk.snapshot(
-            past.model, nn.CrossEntropyLoss(), [(x[None], y[None])], adapter=None if past.task is None else past.adapter
+            past.model, nn.CrossEntropyLoss(), [(x[None], y[None])], forward=None if past.task is None else past.forward
         )
         bend = estimate(curvature, Dense(), risk).curvature.dense() @ delta
         before, slope = past.loss_and_gradient(anchored, x, y)

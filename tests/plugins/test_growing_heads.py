@@ -117,7 +117,7 @@ def test_refreshing_estimates_all_of_the_past_at_the_newest_parameters(run, stru
 
 def slope(risk, model):
     """The gradient of the mean loss of a risk's examples at another model."""
-    (inputs, targets), task = next(iter(risk.batches)), getattr(risk.adapter, "task", 0)
+    (inputs, targets), task = next(iter(risk.batches)), getattr(risk.forward, "task", 0)
     outputs = avalanche_forward(model, inputs, torch.full((len(targets),), task))
     parts = torch.autograd.grad(
         cross_entropy(outputs, targets), list(model.parameters()), allow_unused=True, materialize_grads=True

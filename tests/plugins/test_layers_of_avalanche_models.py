@@ -16,15 +16,9 @@ def masked_head():
     return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), head)
 
 
-class OneTask(nn.Module):
+def first_head(model, inputs):
     """A multi-task model seen through one of its heads."""
-
-    def __init__(self, module):
-        super().__init__()
-        self.module = module
-
-    def forward(self, inputs):
-        return self.module(inputs, torch.zeros(len(inputs), dtype=torch.long))
+    return model(inputs, torch.zeros(len(inputs), dtype=torch.long))
 
 
 def squares(model, inputs, targets):
@@ -53,12 +47,12 @@ def ggn_diagonal(model, inputs):
     return total / len(inputs)
 
 
-def case(model, shape, classes, adapter=None, examples=5):
+def case(model, shape, classes, forward=None, examples=5):
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(examples, *shape, generator=generator, dtype=torch.float64)
     targets = torch.randint(classes, (examples,), generator=generator)
     batches = list(zip(inputs.split(3), targets.split(3)))
-    risk = EmpiricalRisk.snapshot(model, nn.CrossEntropyLoss(), batches, adapter=adapter)
+    risk = EmpiricalRisk.snapshot(model, nn.CrossEntropyLoss(), batches, forward=forward)
     return risk, inputs, targets
 
 
@@ -99,7 +93,7 @@ def test_a_head_of_another_task_has_no_curvature(structure, make, double):
     model.classifier.known_train_tasks_labels.add(1)
     model.classifier.masking = False
     model.eval()
-    risk, inputs, targets = case(model, (6,), 2, OneTask)
+    risk, inputs, targets = case(model, (6,), 2, first_head)
     values = estimate(GGN(), structure, risk).curvature.dense().diagonal()
     parts = dict(zip(risk.space.names, risk.space.split(values)))
     assert not parts["classifier.classifiers.1.classifier.weight"].any()

@@ -139,7 +139,7 @@ SETUPS = {
     "random in eval": SetUp(
         ValueError, "draws at random in eval mode", lambda: Changed(lambda f, x: nn.functional.dropout(f))
     ),
-    "outputs in a tuple": SetUp(TypeError, "Give an `adapter` that picks it", lambda: Changed(lambda f, x: (f, x))),
+    "outputs in a tuple": SetUp(TypeError, "Say which it is: forward=", lambda: Changed(lambda f, x: (f, x))),
     "batch axis second": SetUp(ValueError, "Put the batch axis first", lambda: Changed(lambda f, x: f.T)),
     "one number": SetUp(ValueError, "Put the batch axis first", lambda: Changed(lambda f, x: f.mean())),
     "writes into inputs": SetUp(
@@ -149,7 +149,7 @@ SETUPS = {
     "a lock in the model": SetUp(TypeError, "Keep locks, files and generators out", Locked),
     "nothing to train": SetUp(ValueError, "Set requires_grad=True", lambda: net().requires_grad_(False)),
     "a hook for training only": SetUp(ValueError, "return early where not", lambda: with_hook(fails_in_eval)),
-    "mappings": SetUp(ValueError, "Make pairs of it", data=(lambda i: {"x": X[i], "y": Y[i]},)),
+    "mappings": SetUp(ValueError, "Call its targets \"labels\"", data=(lambda i: {"x": X[i], "y": Y[i]},)),
     "no layer to factorise": SetUp(TypeError, "Use LowRank or Diagonal", OnlyToken, plugin=ewc(structure=Kronecker())),
     "too large a matrix": SetUp(MemoryError, "Use LowRank", plugin=ewc(structure=Dense(max_bytes=1000))),
     "not a number in the data": SetUp(NonFiniteCurvatureError, "NaN in the data", data=(X / 0, Y)),
@@ -176,7 +176,7 @@ SETUPS = {
         **nothing, metrics=fidelity_metrics,
     ),
     "a landscape of mappings": SetUp(
-        ValueError, "Make pairs of it", **nothing, metrics=landscape_metrics,
+        ValueError, "make pairs of it", **nothing, metrics=landscape_metrics,
         data=(lambda i: {"x": X[i], "y": Y[i]},),
     ),
     "the plasticity of a locked model": SetUp(TypeError, "Keep locks", Locked, **nothing, metrics=plasticity_metrics),

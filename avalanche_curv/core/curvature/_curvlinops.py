@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
+from avalanche_curv.core.risk.nested import Nested, examples
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", FutureWarning)  # a dependency of curvlinops still uses torch.jit
@@ -39,21 +40,22 @@ class MeanOperator:
         return torch.cat(parts, dim=1) / self.examples
 
 
-def output_operator(risk: EmpiricalRisk, data: list[tuple[Tensor, Tensor]]) -> MeanOperator:
+def output_operator(risk: EmpiricalRisk, data: list[tuple[Nested, Tensor]]) -> MeanOperator:
     """(1/N) Σ_i J_iᵀ S_i S_iᵀ J_i, as the GGN of ½ Σ_i ‖S_iᵀ f_i‖²; `data` holds inputs and S [n, C, R] by batch."""
     return _mean(GGNLinearOperator, risk, _HalfSquare(), data)
 
 
 def chosen_operator(
-    make: Callable[..., Any], risk: EmpiricalRisk, data: list[tuple[Tensor, Tensor]]
+    make: Callable[..., Any], risk: EmpiricalRisk, data: list[tuple[Nested, Tensor]]
 ) -> ChosenOperator:
-    """(1/N) times what `make(model, loss, parameters, data, num_data=N, check_deterministic=False)` gives.
+    """(1/N) times what `make(model, loss, parameters, data, num_data=N, check_deterministic=False)` gives, with
+    `batch_size_fn` besides where inputs are no tensors.
 
     The model is a copy of the frozen one, since operators may leave hooks on it; the loss sums over examples. Raises
     ValueError where the result is no operator on the parameters.
     """
     model, parameters = risk.copied_model()
-    made = make(model, risk.loss.summed(), parameters, data, num_data=risk.examples, check_deterministic=False)
+    made = make(model, risk.loss.summed(), parameters, data, **_options(risk, data))
     size = risk.space.size
     if tuple(getattr(made, "shape", ())) != (size, size):
         raise ValueError(
@@ -119,9 +121,14 @@ class _Products(LinearOperator):
 
 def _mean(operator: Any, risk: EmpiricalRisk, loss: nn.Module, data: list) -> MeanOperator:
     summed = operator(
-        _Function(risk), loss, risk.parameters, data, num_data=risk.examples, check_deterministic=False
+        _Function(risk), loss, risk.parameters, data, **_options(risk, data)
     )
     return MeanOperator(summed, risk.examples)
+
+
+def _options(risk: EmpiricalRisk, data: list[tuple[Nested, Tensor]]) -> dict[str, Any]:
+    nested = {} if isinstance(data[0][0], Tensor) else {"batch_size_fn": examples}
+    return {"num_data": risk.examples, "check_deterministic": False, **nested}
 
 
 class _Function(nn.Module):
@@ -131,7 +138,7 @@ class _Function(nn.Module):
         super().__init__()
         self.risk, self.held = risk, nn.ParameterList(risk.parameters)
 
-    def forward(self, inputs: Tensor) -> Tensor:
+    def forward(self, inputs: Nested) -> Tensor:
         return self.risk.outputs_at(list(self.held), inputs)
 
 

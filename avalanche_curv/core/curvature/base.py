@@ -25,6 +25,7 @@ from avalanche_curv.core.precision import in_own_precision
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.jacobians import chunk_size, parameters_of, pulled_back
 from avalanche_curv.core.risk.losses import ExampleLoss
+from avalanche_curv.core.risk.nested import Nested, split
 
 M = TypeVar("M", bound=Spectral)
 
@@ -83,7 +84,7 @@ class Curvature(ABC):
         raise TypeError(f"{self} is not known as a sum of outer products. Use Fisher(), GGN() or EmpiricalFisher().")
 
     def example_expansion(
-        self, risk: EmpiricalRisk, inputs: Tensor, targets: Tensor, displacement: Float[Tensor, "P"]
+        self, risk: EmpiricalRisk, inputs: Nested, targets: Tensor, displacement: Float[Tensor, "P"]
     ) -> tuple[Float[Tensor, "n P"], Float[Tensor, "n P"]]:
         """∇ℓ_i(a) and C_i δ for each of n examples, with C_i the curvature of ℓ_i alone at the anchor a of `risk`.
 
@@ -154,7 +155,7 @@ class OutputCurvature(Curvature, ABC):
             for x, y in pieces(self, risk):
                 factor = self.factor(risk.loss, risk.outputs(x), y, generator) / risk.examples**0.5
                 size, columns = chunk_size(risk, factor.shape[2], width), chunk_size(risk, 1, width)
-                for part_x, part_factor in zip(x.split(size), factor.split(size)):
+                for part_x, part_factor in zip(split(x, size), factor.split(size)):
                     for some in part_factor.split(columns, dim=2):  # all, but where rows of one example do not fit
                         yield pulled_back(risk, parameters, part_x, some, names).flatten(0, 1)
 

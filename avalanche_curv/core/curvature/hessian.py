@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.func import grad, jvp, vmap
+from torch.func import grad, jvp
 
 from avalanche_curv.core.curvature.base import Curvature, M
 from avalanche_curv.core.curvature.operators import Operator
 from avalanche_curv.core.curvature.second_derivatives import held_still, hessian_operator
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
-from avalanche_curv.core.risk.jacobians import example_rows, loss_of_one, parameters_of
+from avalanche_curv.core.risk.jacobians import example_rows, loss_of_one, over_examples, parameters_of
+from avalanche_curv.core.risk.nested import Nested, index, split
 from avalanche_curv.core.risk.trust import directions, right_way
 
 
@@ -76,13 +76,13 @@ class Hessian(Curvature):
         return Hessian()
 
     def example_expansion(
-        self, risk: EmpiricalRisk, inputs: Tensor, targets: Tensor, displacement: Float[Tensor, "P"]
+        self, risk: EmpiricalRisk, inputs: Nested, targets: Tensor, displacement: Float[Tensor, "P"]
     ) -> tuple[Float[Tensor, "n P"], Float[Tensor, "n P"]]:
         """∇ℓ_i(a) and ∇²ℓ_i(a) δ, each [n, P], of n examples at the anchor a; the second is the forward derivative of
         the first along δ. Raises TypeError with `psd`."""
         if self.psd is not None:
             return super().example_expansion(risk, inputs, targets, displacement)
-        x, y = (part[:2] for part in risk.few)
+        x, y = index(risk.few, slice(2))
         step = directions(risk.space.size, like=risk.anchor).index_fill(0, held_still(risk), 0)
         ways = {"forward": lambda: [*_forward(risk, x, y, step)]}
         way = right_way(risk, "expansion", ways, lambda: [*_one_by_one(risk, x, y, step)], "loop")
@@ -93,20 +93,20 @@ class Hessian(Curvature):
 
 
 def _forward(
-    risk: EmpiricalRisk, inputs: Tensor, targets: Tensor, displacement: Float[Tensor, "P"]
+    risk: EmpiricalRisk, inputs: Nested, targets: Tensor, displacement: Float[Tensor, "P"]
 ) -> tuple[Float[Tensor, "n P"], Float[Tensor, "n P"]]:
     """∇ℓ_i and ∇²ℓ_i δ of all examples at once."""
     here, step = parameters_of(risk), parameters_of(risk, displacement)
     gradient = grad(loss_of_one(risk))
-    expanded: Any = vmap(lambda x, y: jvp(lambda p: gradient(p, x, y), (here,), (step,)))(inputs, targets)
+    expanded = over_examples(lambda x, y: jvp(lambda p: gradient(p, x, y), (here,), (step,)), inputs, targets)
     slopes, products = (example_rows(parts) for parts in expanded)
     return slopes, products
 
 
 def _one_by_one(
-    risk: EmpiricalRisk, inputs: Tensor, targets: Tensor, displacement: Float[Tensor, "P"]
+    risk: EmpiricalRisk, inputs: Nested, targets: Tensor, displacement: Float[Tensor, "P"]
 ) -> tuple[Float[Tensor, "n P"], Float[Tensor, "n P"]]:
     """∇ℓ_i and ∇²ℓ_i δ of one example after the other."""
-    ones = [replace(risk, batches=(pair,)) for pair in zip(inputs.split(1), targets.split(1))]
+    ones = [replace(risk, batches=(pair,)) for pair in zip(split(inputs, 1), targets.split(1))]
     products = [hessian_operator(one).matmat(displacement[:, None])[:, 0] for one in ones]
     return torch.stack([one.gradient() for one in ones]), torch.stack(products)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk, as_matrix
 from avalanche_curv.core.risk.losses import ExampleLoss
+from avalanche_curv.core.risk.nested import Nested, split
 
 FACTOR_BYTES = 32 * 2**20  # of the factors S of examples that are worked on at once
 
@@ -45,12 +46,12 @@ class FactorInOutputs(Protocol):
     def generator(self) -> torch.Generator: ...
 
 
-def pieces(curvature: FactorInOutputs, risk: EmpiricalRisk) -> Iterator[tuple[Tensor, Tensor]]:
+def pieces(curvature: FactorInOutputs, risk: EmpiricalRisk) -> Iterator[tuple[Nested, Tensor]]:
     """The batches of `risk` in order, each in pieces whose factors S [n, C, R] take up to 32 MiB."""
     size = 0
     for x, y in risk:
         size = size or max(1, FACTOR_BYTES // max(1, factor_bytes(curvature, risk, y)))
-        yield from zip(x.split(size), y.split(size))
+        yield from zip(split(x, size), y.split(size))
 
 
 def factor_bytes(curvature: FactorInOutputs, risk: EmpiricalRisk, targets: Tensor) -> int:

@@ -14,8 +14,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from avalanche_curv.core.curvature.operators import FactorInOutputs, Operator, pieces
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
+from avalanche_curv.core.risk.frozen import Graphs
 from avalanche_curv.core.risk.jacobians import parameters_of, pulled_back
 from avalanche_curv.core.risk.losses import ExampleLoss
+from avalanche_curv.core.risk.nested import Nested, leaves
 from avalanche_curv.core.risk.trust import directions, right_way
 
 
@@ -31,7 +33,7 @@ class OfRisk:
     @property
     def nbytes(self) -> int:
         """The frozen model and the examples."""
-        data = sum(t.nbytes for batch in self.risk.batches for t in batch)
+        data = sum(t.nbytes for batch in self.risk.batches for t in leaves(batch))
         return data + sum(p.nbytes for p in self.risk.base.parameters())
 
 
@@ -105,7 +107,7 @@ class Linearised(OfRisk):
     def matmat(self, matrix: Float[Tensor, "P k"]) -> Float[Tensor, "P k"]:
         """C M, column by column."""
         total = torch.zeros_like(matrix)
-        for batch in self._batches:
+        for batch in self._batches.value:
             total += batch.matmat(matrix)
         return total / self.risk.examples
 
@@ -114,9 +116,12 @@ class Linearised(OfRisk):
         return {"curvature": self.curvature, "risk": self.risk}
 
     @cached_property
-    def _batches(self) -> list[_Batch]:
-        generator = self.curvature.generator()
-        return [_Batch(self.curvature, self.risk, x, y, generator) for x, y in self.risk]
+    def _batches(self) -> Graphs[list[_Batch]]:
+        def made() -> list[_Batch]:
+            generator = self.curvature.generator()
+            return [_Batch(self.curvature, self.risk, x, y, generator) for x, y in self.risk]
+
+        return Graphs(self.risk.base, made)
 
 
 @dataclass(frozen=True)
@@ -139,7 +144,7 @@ class _Batch:
 
     @torch.enable_grad()
     def __init__(
-        self, curvature: FactorInOutputs, risk: EmpiricalRisk, x: Tensor, y: Tensor, generator: torch.Generator
+        self, curvature: FactorInOutputs, risk: EmpiricalRisk, x: Nested, y: Tensor, generator: torch.Generator
     ) -> None:
         self.space, self.parameters = risk.space, risk.parameters
         with sdpa_kernel(SDPBackend.MATH):  # the fused kernels of attention lack second derivatives

@@ -17,8 +17,9 @@ from avalanche_curv.core.curvature.operators import Operator
 from avalanche_curv.core.curvature.products import OfRisk
 from avalanche_curv.core.risk.batches import untouched_randomness
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
-from avalanche_curv.core.risk.frozen import copied_without_graphs
+from avalanche_curv.core.risk.frozen import Graphs, copied_without_graphs
 from avalanche_curv.core.risk.known import is_plain
+from avalanche_curv.core.risk.nested import Nested
 from avalanche_curv.core.risk.trust import differing, directions, nearby
 
 
@@ -38,7 +39,7 @@ class LinearisedHessian(OfRisk):
 
     def _product(self, vector: Float[Tensor, "P"]) -> Float[Tensor, "P"]:
         total = torch.zeros_like(vector)
-        for gradient in self._gradients:
+        for gradient in self._gradients.value:
             if gradient.requires_grad:
                 parts = torch.autograd.grad(
                     gradient, self.risk.parameters, vector,
@@ -48,8 +49,8 @@ class LinearisedHessian(OfRisk):
         return total
 
     @cached_property
-    def _gradients(self) -> list[Tensor]:
-        return [summed_gradient_graph(self.risk, x, y) for x, y in self.risk]
+    def _gradients(self) -> Graphs[list[Tensor]]:
+        return Graphs(self.risk.base, lambda: [summed_gradient_graph(self.risk, x, y) for x, y in self.risk])
 
 
 COLUMNS = 32  # products at once: this bounds the memory
@@ -93,7 +94,7 @@ class ReverseHessian:
 
 
 @torch.enable_grad()
-def summed_gradient_graph(risk: EmpiricalRisk, x: Tensor, y: Tensor) -> Float[Tensor, "P"]:
+def summed_gradient_graph(risk: EmpiricalRisk, x: Nested, y: Tensor) -> Float[Tensor, "P"]:
     """Σ_i ∇ℓ_i over one batch, which can be differentiated again."""
     with sdpa_kernel(SDPBackend.MATH):  # the fused kernels of attention lack second derivatives
         loss = risk.loss.per_example(risk.outputs(x), y).sum()

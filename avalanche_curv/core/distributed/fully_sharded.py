@@ -21,12 +21,19 @@ from avalanche_curv.core.per_example import layer_kinds
 from avalanche_curv.core.per_example.layers import Tap, gradients
 from avalanche_curv.core.risk.batches import Batches, kept, like
 from avalanche_curv.core.risk.empirical_risk import as_matrix
+from avalanche_curv.core.risk.forward import Forward, Labelled, convention_of, is_labelled
 from avalanche_curv.core.risk.losses import ExampleLoss, example_loss
+from avalanche_curv.core.risk.nested import Nested, index
 from avalanche_curv.core.risk.parameters import canonical_name
 
 
 def estimate_fully_sharded(
-    curvature: OutputCurvature, model: nn.Module, criterion: object, batches: Batches
+    curvature: OutputCurvature,
+    model: nn.Module,
+    criterion: object,
+    batches: Batches,
+    *,
+    forward: Forward | None = None,
 ) -> ShardedQuadratic:
     """The diagonal of `curvature` for a model sharded by `fully_shard` (FSDP2): each rank gets the part of its rows,
     and no rank holds the curvature or gradients of more than one layer in full.
@@ -34,7 +41,8 @@ def estimate_fully_sharded(
     For each layer Σ_i Σ_r (∂s_ir/∂W)² follows from what enters it and from its sensitivities, and is added over ranks
     and cut into rows at once. Ranks pass over `batches` of their own, of any number, none included; the mean is over
     the examples of all. Draws are those of `estimate_sharded`. The live model is read in eval mode, and flags,
-    gradients and buffers stay as they are. It must be a function of single examples.
+    gradients and buffers stay as they are. It must be a function of single examples, called as by
+    `EmpiricalRisk.snapshot`.
 
     Raises TypeError for a kind that is no OutputCurvature, a model that is not sharded by rows over one mesh, and for
     trainable parameters outside layers of a known kind that are called once; ValueError where no rank has an example,
@@ -45,14 +53,15 @@ def estimate_fully_sharded(
         raise TypeError(f"{curvature} has no S of each example. Use Fisher(), GGN() or EmpiricalFisher().")
     share, layers, loss = LocalShards.of_model(model), _known_layers(model), example_loss(criterion)
     total = {name: torch.zeros_like(part).detach() for name, part in local_shards(model).items()}
-    reader = _Reader(share, batches, next(iter(total.values())))
+    reader = _Reader(share, batches, next(iter(total.values())), model)
+    call = forward or reader.convention
     check_buffers(model, share.ranks)
     shapes, mesh = dict(zip(share.space.names, share.space.shapes)), mesh_of(model)
     factors = _Factors(curvature, loss, reader.before, layers)
     with _evaluating(model), torch.enable_grad():
         for x, y, counts in reader:
             with _tapped(layers) as taps:
-                outputs = model(x)
+                outputs = call(model, x)
             factor = counts * share.ranks.together(partial(factors.of, outputs.detach(), y, taps))
             outputs = as_matrix(outputs)
             for name, part in _squares(outputs, factor, taps, layers):
@@ -66,28 +75,31 @@ def estimate_fully_sharded(
 class _Reader:
     """This rank's batches, and after them turns that do not count, as others need: a forward pass takes all ranks."""
 
-    def __init__(self, share: LocalShards, batches: Batches, place: Tensor) -> None:
+    def __init__(self, share: LocalShards, batches: Batches, place: Tensor, model: nn.Module) -> None:
         self.ranks, self.place = share.ranks, place
-        self.batches = self.ranks.together(lambda: kept(batches))
-        self.batch: tuple[Tensor, Tensor] | None = None
+        held = self.ranks.together(lambda: kept(batches))
+        labelled = any(self.ranks.gather_of(lambda: is_labelled(next(iter(held), None))))
+        self.convention = convention_of(model, labelled=labelled)
+        self.batches = Labelled(held, self.convention)
+        self.batch: tuple[Nested, Tensor] | None = None
         _, self.spare = borrowed(self.batches, self.ranks)
         counts = self.ranks.gather_of(lambda: sum(len(y) for _, y in self._own()))
         self.examples, self.before = sum(counts), sum(counts[: self.ranks.rank])
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, float]]:
+    def __iter__(self) -> Iterator[tuple[Nested, Tensor, float]]:
         """Inputs, targets, and 1, or 0 where they do not count."""
         iterator = self._own()
         while any(self.ranks.gather_of(lambda: self._reads(iterator))):
             inputs, targets = self.batch or self.spare
-            self.spare = self.spare or (inputs[:1], targets[:1])
+            self.spare = self.spare or index((inputs, targets), slice(1))
             yield like(inputs, self.place), like(targets, self.place), float(self.batch is not None)
 
-    def _reads(self, iterator: Iterator[tuple[Tensor, Tensor]]) -> bool:
+    def _reads(self, iterator: Iterator[tuple[Nested, Tensor]]) -> bool:
         """Whether there is one more, which is then at hand."""
         self.batch = next(iterator, None)
         return self.batch is not None
 
-    def _own(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def _own(self) -> Iterator[tuple[Nested, Tensor]]:
         return (batch for batch in self.batches if len(batch[1]))
 
 

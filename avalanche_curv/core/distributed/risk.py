@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from avalanche_curv.core.distributed.ranks import Ranks
 from avalanche_curv.core.risk.batches import Batches, kept
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
+from avalanche_curv.core.risk.forward import Forward
+from avalanche_curv.core.risk.nested import Nested, examples, index, mapped
 
 
 @dataclass(frozen=True)
@@ -37,14 +39,14 @@ class ShardedRisk:
         batches: Batches,
         *,
         ranks: Ranks = Ranks(),  # noqa: B008  a frozen value
-        adapter: Callable[[nn.Module], nn.Module] | None = None,
+        forward: Forward | None = None,
     ) -> ShardedRisk:
         """`EmpiricalRisk.snapshot` of this rank's `batches`, which may be none. It raises what that raises, on all
         ranks; ValueError too where ranks hold models of other parameters or buffers, or none has an example."""
         own_batches = ranks.together(lambda: kept(batches))
         first, spare = borrowed(own_batches, ranks)
         own = ranks.together(
-            lambda: EmpiricalRisk.snapshot(model, criterion, own_batches if first else (spare,), adapter=adapter)
+            lambda: EmpiricalRisk.snapshot(model, criterion, own_batches if first else (spare,), forward=forward)
         )
         risk = cls(own, tuple(ranks.gather_of(lambda: own.examples if first else 0)), ranks)
         risk._check()
@@ -104,7 +106,7 @@ class ShardedRisk:
 def borrowed(batches: Batches, ranks: Ranks) -> tuple[bool, Any]:
     """Whether this rank has examples, and one of the first rank that has some, as a batch on the CPU; None where every
     rank has. Raises ValueError where none has."""
-    own = ranks.together(lambda: next((batch for batch in batches if len(batch[-1])), None))
+    own = ranks.together(lambda: next((batch for batch in batches if examples(batch)), None))
     known = ranks.gather(own is not None)
     if not any(known):
         raise ValueError("The risk of no examples is not defined: no rank has any. Give one or more to some rank.")
@@ -112,8 +114,13 @@ def borrowed(batches: Batches, ranks: Ranks) -> tuple[bool, Any]:
         return True, None
     lender = known.index(True)
     lending = None if ranks.rank != lender else own
-    lent = ranks.gather_of(lambda: lending and tuple(part[:1].detach().cpu() for part in lending))[lender]
+    lent = ranks.gather_of(lambda: None if lending is None else _lent(lending))[lender]
     return own is not None, lent
+
+
+def _lent(batch: Nested) -> Nested:
+    return mapped(lambda tensor: tensor.detach().cpu(), index(batch, slice(1)))
+
 
 AGREEMENT = 1e-5  # relative: copies of one model may differ by rounding
 

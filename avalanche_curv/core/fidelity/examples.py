@@ -21,6 +21,7 @@ from avalanche_curv.core.risk.jacobians import (
     parameters_of,
     pulled_back,
 )
+from avalanche_curv.core.risk.nested import Nested, split
 
 
 class ExampleModels(ABC):
@@ -51,11 +52,11 @@ class OutputModels(ExampleModels):
             for x, y in pieces(self.curvature, self.risk):
                 factor = self.curvature.factor(self.risk.loss, self.risk.outputs(x), y, generator)
                 size = chunk_size(self.risk, 3)
-                for piece in zip(x.split(size), y.split(size), factor.split(size)):
+                for piece in zip(split(x, size), y.split(size), factor.split(size)):
                     parts.append(self._chunk(here, there, step, *piece))
         return joined(parts)
 
-    def _chunk(self, here: dict, there: dict, step: dict, x: Tensor, y: Tensor, factor: Tensor) -> Comparison:
+    def _chunk(self, here: dict, there: dict, step: dict, x: Nested, y: Tensor, factor: Tensor) -> Comparison:
         loss, now = self.risk.loss, outputs_there(self.risk, there, x)
         then, change = change_of_outputs(self.risk, here, x, step)
         residual = loss.gradient(then, y)
@@ -77,11 +78,11 @@ class ExpandedModels(ExampleModels):
     def compare(self, parameters: Float[Tensor, "P"]) -> Comparison:
         displacement, there = parameters - self.risk.anchor, parameters_of(self.risk, parameters)
         size = chunk_size(self.risk, 3)
-        pieces = (piece for x, y in self.risk for piece in zip(x.split(size), y.split(size)))
+        pieces = (piece for x, y in self.risk for piece in zip(split(x, size), y.split(size)))
         with torch.no_grad():
             return joined([self._chunk(there, displacement, x, y) for x, y in pieces])
 
-    def _chunk(self, there: Parameters, displacement: Float[Tensor, "P"], x: Tensor, y: Tensor) -> Comparison:
+    def _chunk(self, there: Parameters, displacement: Float[Tensor, "P"], x: Nested, y: Tensor) -> Comparison:
         loss, now = self.risk.loss, outputs_there(self.risk, there, x)
         slopes, products = self.curvature.example_expansion(self.risk, x, y, displacement)
         true = pulled_back(self.risk, there, x, loss.gradient(now, y)[:, :, None])[:, 0]
@@ -91,7 +92,7 @@ class ExpandedModels(ExampleModels):
         return Comparison.of(gradients, actual, torch.stack([quadratic, quadratic + linear]))
 
 
-def outputs_there(risk: EmpiricalRisk, parameters: Parameters, inputs: Tensor) -> Float[Tensor, "N C"]:
+def outputs_there(risk: EmpiricalRisk, parameters: Parameters, inputs: Nested) -> Float[Tensor, "N C"]:
     """f(inputs) at other parameters, without a graph."""
     with risk.holding(list(parameters.values())):
         return risk.outputs(inputs)

@@ -15,6 +15,7 @@ from avalanche_curv.core.fidelity.measures import Comparison, GradientProducts
 from avalanche_curv.core.per_example.layers import LayerDiffers, Layers, Tap, linear_layers
 from avalanche_curv.core.precision import in_own_precision
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
+from avalanche_curv.core.risk.nested import Nested
 from avalanche_curv.core.risk.trust import nearby, right_way
 
 
@@ -94,14 +95,14 @@ class _AnchoredBatch:
         curvature: OutputCurvature,
         risk: EmpiricalRisk,
         layers: Layers,
-        x: Tensor,
+        x: Nested,
         y: Tensor,
         generator: torch.Generator,
     ) -> None:
         self.risk, self.layers, self.x, self.y = risk, layers, x, y
         with torch.enable_grad(), layers.tapped() as self.taps:
             self.outputs = risk.outputs(x)
-        layers.check_calls(self.taps, len(x))
+        layers.check_calls(self.taps, len(y))
         values = self.outputs.detach()
         self.loss = risk.loss.per_example(values, y)
         self.residual = risk.loss.gradient(values, y)
@@ -111,7 +112,7 @@ class _AnchoredBatch:
             self.pullback = _sensitivities(self.outputs, self.taps, self.weights, keep=True)
         self.gradients = [_GradientRows(slope) for slope in self._pulled(self.residual)]
         self.inputs = [_InputRows(tap) for tap in self.taps]
-        self.kinds = _kinds(layers, self.taps).to(values)[:, :, None].expand(-1, -1, len(x))
+        self.kinds = _kinds(layers, self.taps).to(values)[:, :, None].expand(-1, -1, len(y))
 
     def measure(self, parameters: Float[Tensor, "P"]) -> _Measured:
         values = self.risk.space.split(parameters)
@@ -133,7 +134,7 @@ class _AnchoredBatch:
         with self.risk.holding(values):
             with self.layers.tapped() as taps:
                 outputs = self.risk.outputs(self.x)
-            self.layers.check_calls(taps, len(self.x))
+            self.layers.check_calls(taps, len(self.y))
             loss = self.risk.loss.per_example(outputs.detach(), self.y)
             residual = self.risk.loss.gradient(outputs.detach(), self.y)
             return taps, _sensitivities(outputs, taps, residual, keep=False), loss

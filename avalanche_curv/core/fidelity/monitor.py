@@ -128,7 +128,7 @@ class PastModels:
 
     @cached_property
     def _groups(self) -> dict[str, list[_Group]]:
-        functions = {risk.adapter for risk in self.refresh}
+        functions = {risk.forward for risk in self.refresh}
         refresh = [list(self.refresh)] if len(functions) == 1 else [[risk] for risk in self.refresh]
         return {
             "accumulate": _grouped(self.curvature, [[risk] for risk in self.accumulate]),

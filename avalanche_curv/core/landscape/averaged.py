@@ -42,7 +42,7 @@ class AveragedCurvature:
         _check(curvature, risks)
         by_function: dict[object, list[EmpiricalRisk]] = {}
         for risk in risks:
-            by_function.setdefault(risk.adapter, []).append(risk)
+            by_function.setdefault(risk.forward, []).append(risk)
         return cls(curvature, tuple(joined_risk(same) for same in by_function.values()))
 
     @property

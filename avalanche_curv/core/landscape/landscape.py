@@ -21,7 +21,7 @@ from avalanche_curv.core.landscape.spectrum import Density, Spectrum, SpectrumMe
 from avalanche_curv.core.options import check_kind, is_count, is_number
 from avalanche_curv.core.precision import in_own_precision
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
-from avalanche_curv.core.risk.frozen import copied_without_graphs
+from avalanche_curv.core.risk.frozen import copied_base
 from avalanche_curv.core.risk.parameters import ParameterSpace
 
 METHODS: tuple[SpectrumMethod, ...] = (WholeMatrix(), GramMatrix(), Lanczos())
@@ -113,7 +113,7 @@ def moved(risks: Sequence[EmpiricalRisk], model: nn.Module) -> list[EmpiricalRis
     were. Parameters that came later do not count, and grown ones are cut to their former shape."""
     if not risks:
         return []
-    base = copied_without_graphs(risks[0].base)
+    base = copied_base(risks[0].base)
     own = (parameter for parameter in base.parameters() if parameter.requires_grad)
     with torch.no_grad():
         for parameter, value in zip(own, risks[0].space.tensors(model)):

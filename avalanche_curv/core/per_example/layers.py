@@ -149,15 +149,15 @@ class Layers:
         inputs, _ = risk.few
         with self.tapped() as taps:
             outputs = risk.outputs(inputs)
-        mixed = outputs @ torch.linspace(1, 2, outputs.shape[1]).to(outputs)
+        examples, mixed = len(outputs), outputs @ torch.linspace(1, 2, outputs.shape[1]).to(outputs)
         called = [tap.layer for tap in taps]
-        kept = [tap for tap in taps if called.count(tap.layer) == 1 and _divides(len(inputs), tap)]
+        kept = [tap for tap in taps if called.count(tap.layer) == 1 and _divides(examples, tap)]
         sensitivities = dict(zip(kept, gradients(mixed.sum(), [tap.outputs for tap in kept])))
         used: set[str] = set()
         for index, one in enumerate(mixed):
             exact = dict(zip(risk.space.names, gradients(one, risk.parameters)))
             used |= {name for name, part in exact.items() if part.any()}
-            kept = [tap for tap in kept if self._explains(tap, sensitivities[tap], len(inputs), index, exact)]
+            kept = [tap for tap in kept if self._explains(tap, sensitivities[tap], examples, index, exact)]
         unused = [layer for layer in self.names if layer not in called and not used & set(self.trainable(layer))]
         layers = [*(tap.layer for tap in kept), *unused]
         explained = {name for layer in layers for name in self.trainable(layer)}
@@ -165,13 +165,13 @@ class Layers:
             self.space,
             {layer: self.names[layer] for layer in layers},
             tuple(name for name in self.space.names if name not in explained),
-            {tap.layer: tuple(len(t) // len(inputs) for t in (tap.inputs, tap.outputs)) for tap in kept},
+            {tap.layer: tuple(len(t) // examples for t in (tap.inputs, tap.outputs)) for tap in kept},
             frozenset(
                 layer for layer in layers
                 if isinstance(layer, nn.Linear)
-                and all(tap.inputs.ndim == 2 and len(tap.inputs) == len(inputs) for tap in kept if tap.layer is layer)
+                and all(tap.inputs.ndim == 2 and len(tap.inputs) == examples for tap in kept if tap.layer is layer)
             ),
-            sum(tap.outputs.nbytes for tap in kept) // len(inputs),
+            sum(tap.outputs.nbytes for tap in kept) // examples,
         )
 
     def _explains(

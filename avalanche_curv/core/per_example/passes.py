@@ -47,7 +47,7 @@ def layer_passes(curvature: OutputCurvature, layers: Layers, risk: EmpiricalRisk
     for x, y in pieces(curvature, risk.rebatched(size)) if layers.names else ():
         with torch.enable_grad(), layers.tapped() as taps:
             outputs = risk.outputs(x)
-        layers.check_calls(taps, len(x))
+        layers.check_calls(taps, len(y))
         factor = curvature.factor(risk.loss, outputs.detach(), y, generator)
-        yield LayerPass(len(x), taps, outputs, factor)
+        yield LayerPass(len(y), taps, outputs, factor)
 

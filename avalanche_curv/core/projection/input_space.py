@@ -19,6 +19,7 @@ from avalanche_curv.core.projection.blocks import Layout
 from avalanche_curv.core.projection.protection import BasisBound, Finding, Protection, TaskFindings, some_of
 from avalanche_curv.core.projection.subspace import Subspace, TaskShare, gram, tolerance
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
+from avalanche_curv.core.risk.nested import leaves
 from avalanche_curv.core.risk.parameters import ParameterSpace
 from avalanche_curv.core.structures.cuts import Cut, Energy
 
@@ -155,16 +156,16 @@ def input_roots(risk: EmpiricalRisk, layers: Layers) -> tuple[dict[nn.Module, Ro
     seen: dict[nn.Module, _InputMoment] = {}
     called: set[nn.Module] = set()
     finite = bool(risk.anchor.isfinite().all())
-    for inputs, _ in risk:
+    for inputs, targets in risk:
         with torch.no_grad(), layers.tapped() as taps:
             outputs = risk.outputs(inputs)
-        layers.check_calls(taps, len(inputs))
-        finite = finite and all(bool(t.isfinite().all()) for t in (inputs, outputs))  # no layer explains NaN
+        layers.check_calls(taps, len(targets))
+        finite = finite and all(bool(t.isfinite().all()) for t in (*leaves(inputs), outputs))  # no layer explains NaN
         called |= {tap.layer for tap in taps}
         for tap in taps:
             if isinstance(tap.layer, nn.Linear | _ConvNd):
-                rows = _rows(layers, tap, len(inputs))
-                seen.setdefault(tap.layer, _InputMoment()).add(rows * (len(inputs) / len(rows) / risk.examples) ** 0.5)
+                rows = _rows(layers, tap, len(targets))
+                seen.setdefault(tap.layer, _InputMoment()).add(rows * (len(targets) / len(rows) / risk.examples) ** 0.5)
     roots = {layer: seen[layer].root() for layer in layers.names if layer in seen}
     if not (finite and all(root.isfinite().all() for root in roots.values())):
         raise NonFiniteCurvatureError(

@@ -21,6 +21,7 @@ from avalanche_curv.core.projection.protection import Finding, Protection
 from avalanche_curv.core.projection.subspace import Subspace, energy, orthonormal, principal_angles
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.frozen import unwrapped
+from avalanche_curv.core.risk.nested import index
 from avalanche_curv.core.risk.parameters import ParameterSpace
 from avalanche_curv.core.risk.selection import training
 from avalanche_curv.core.state import Saved
@@ -280,7 +281,7 @@ def parts_in_use(risk: EmpiricalRisk) -> tuple[frozenset[str], tuple[str, ...]]:
     keeping = {n: m for n, m in risk.base.named_modules() if getattr(m, "running_mean", None) is not None}
     hooks = [module.register_forward_hook(note) for module in keeping.values()]
     try:
-        outputs = risk.outputs(inputs[:2])
+        outputs = risk.outputs(index(inputs, slice(2)))
     finally:
         for hook in hooks:
             hook.remove()

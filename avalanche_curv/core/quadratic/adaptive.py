@@ -25,6 +25,7 @@ from avalanche_curv.core.quadratic.estimate import estimate
 from avalanche_curv.core.quadratic.model import QuadraticModel, half
 from avalanche_curv.core.quadratic.policies import Past, Policy, RefreshEvent, absorbing, check_stored, part_of
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk, frozen_together
+from avalanche_curv.core.risk.frozen import keep_what_trains
 from avalanche_curv.core.risk.selection import in_words
 from avalanche_curv.core.structures.base import Structure
 
@@ -254,10 +255,14 @@ class AdaptiveRefresh(Policy):
     ) -> Past:
         if past.model is None or iteration % self.every or self._left(past) <= 0:
             return past
+        keep_what_trains(model)
         begun, past = past.model.unprotected(model), AdaptivePast.of(past)
-        predicted, frozen = predicted_loss(past, model), memory_loss(past.stored, model)
-        grown = () if iteration else frozen_together(past.stored, model)
-        actual = sum(risk.value() for risk in grown) if grown else frozen
+        predicted = predicted_loss(past, model)
+        grown = frozen_together(past.stored, model) if begun or not iteration else ()
+        actual = sum(risk.value() for risk in grown)
+        # what trains now and was frozen may have changed in the frozen past functions, which share it
+        frozen = actual if begun else memory_loss(past.stored, model)
+        actual = actual if grown else frozen
         reason = self.trust.broken(TrustCheck(past.loss, actual, predicted))
         if begun:
             reason = f"{in_words(begun)} train now and did not before"

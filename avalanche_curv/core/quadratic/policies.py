@@ -17,6 +17,7 @@ from avalanche_curv.core.quadratic.estimate import estimate
 from avalanche_curv.core.quadratic.model import QuadraticModel, alike
 from avalanche_curv.core.quadratic.state import frozen_state, maker_of_risks
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
+from avalanche_curv.core.risk.forward import Forward
 from avalanche_curv.core.state import Saved, State, Storable, check_state, read, written
 from avalanche_curv.core.structures.base import Structure
 
@@ -43,12 +44,19 @@ class Past(OneLine, Saved):
 
         Stored examples are written as tensors, and the model at which they are frozen as its `state_dict`. Raises
         TypeError for what is not made of these: `MatrixFree`, which keeps a model instead of a matrix, and stored
-        examples with an `adapter` of one's own or with parameters selected by type of module; use `save_checkpoint`.
+        examples with parameters selected by type of module; use `save_checkpoint`.
         """
         return {**written(self), **(frozen_state(self.stored) if self.stored else {})}
 
     @classmethod
-    def load_state_dict(cls, state: State, *, model: nn.Module | None = None, criterion: object = None) -> Past:
+    def load_state_dict(
+        cls,
+        state: State,
+        *,
+        model: nn.Module | None = None,
+        criterion: object = None,
+        forward: Forward | None = None,
+    ) -> Past:
         """The past of which `state_dict` made `state`, with the same penalty to the bit. Nothing is changed: it is
         returned.
 
@@ -58,7 +66,7 @@ class Past(OneLine, Saved):
         of one's own is to be imported before.
         """
         found = check_state(state, cls)
-        known = {"EmpiricalRisk": maker_of_risks(found, model, criterion)} if "frozen" in found else {}
+        known = {"EmpiricalRisk": maker_of_risks(found, model, criterion, forward)} if "frozen" in found else {}
         return cls.checked(read(found, known), state)
 
     def widened(self, risk: EmpiricalRisk) -> EmpiricalRisk:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from avalanche_curv.core.risk.batches import Batches
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
-from avalanche_curv.core.risk.frozen import frozen_copy
+from avalanche_curv.core.risk.forward import Forward, restored_forward
+from avalanche_curv.core.risk.frozen import copied_base, frozen_copy
 from avalanche_curv.core.risk.losses import example_loss
+from avalanche_curv.core.risk.selection import Selection, in_words
 
 
 def frozen_state(stored: Sequence[EmpiricalRisk]) -> dict[str, Any]:
@@ -25,19 +28,44 @@ def frozen_state(stored: Sequence[EmpiricalRisk]) -> dict[str, Any]:
     }
 
 
-def maker_of_risks(state: dict[str, Any], model: nn.Module | None, criterion: object) -> Callable[..., EmpiricalRisk]:
-    """Makes the risk of stored examples at the model of `frozen_state`, of their batches and selection. Raises
-    ValueError where `model` or `criterion` is missing, or the model has other parameters."""
+def maker_of_risks(
+    state: dict[str, Any], model: nn.Module | None, criterion: object, given: Forward | None
+) -> Callable[..., EmpiricalRisk]:
+    """Makes the risk of stored examples at the model of `frozen_state`, of their batches, selection and way to call the
+    model; `given` where that is a function of one's own. Raises ValueError where one of these is missing, or the model
+    has other parameters."""
     if model is None or criterion is None:
         raise ValueError("This past holds stored examples: give the `model` and `criterion` that they belong to.")
-    base, loss = frozen_copy(model), example_loss(criterion)
+    base, loss = _base(state["frozen"], {*state["trained"]}, model), example_loss(criterion)
+    verdicts: dict[Forward | None, dict[str, Any]] = {}
+
+    def risk(batches: Batches, forward: object, selection: Selection) -> EmpiricalRisk:
+        function = restored_forward(forward, given)
+        return EmpiricalRisk(base, loss, batches, function, selection, verdicts.setdefault(function, {}))
+
+    return risk
+
+
+def _base(values: Mapping[str, Tensor], trained: Collection[str], model: nn.Module) -> nn.Module:
+    """A frozen copy of `model` with these values, which shares its frozen parameters where they are the same."""
+    base = frozen_copy(model)
+    parameters = dict(base.named_parameters(remove_duplicate=False))
+    same = {
+        name for name, parameter in parameters.items()
+        if hasattr(parameter, "shared") and name not in trained and name in values
+        and torch.equal(parameter, values[name].to(parameter))
+    }
+    base = copied_base(base, owned=lambda name: name not in same)
     try:
-        base.load_state_dict(state["frozen"])
+        others = base.load_state_dict({name: v for name, v in values.items() if name not in same}, strict=False)
+        lacking = [*others.unexpected_keys, *({*others.missing_keys} - same)]
+        reason = f"one of the two lacks {in_words(lacking)}" if lacking else ""
     except RuntimeError as error:
         reason = " ".join(str(error).split())
+    if reason:
         raise ValueError(
             f"{type(model).__name__} is not the model of the stored examples, heads grown as they were: {reason}"
-        ) from error
+        )
     for name, parameter in base.named_parameters():
-        parameter.requires_grad_(name in state["trained"])
-    return partial(EmpiricalRisk, base, loss, verdicts={})
+        parameter.requires_grad_(name in trained)
+    return base

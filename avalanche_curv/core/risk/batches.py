@@ -15,8 +15,10 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-Batches = Iterable[tuple[Tensor, Tensor]]
-"""(inputs, targets), which may be passed over again."""
+from avalanche_curv.core.risk.nested import Nested, cat, examples, index, leaves, mapped, shapes, split
+
+Batches = Iterable[tuple[Nested, Nested]]
+"""(inputs, targets), which may be passed over again; inputs are any nesting of tensors (`nested`)."""
 
 
 class CountedBatches(ABC):
@@ -28,14 +30,22 @@ class CountedBatches(ABC):
         """N."""
 
     @abstractmethod
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[Nested, Nested]]:
         """(inputs, targets)."""
+
+
+class View:
+    """Other batches, each seen otherwise, with as many examples."""
+
+    batches: Batches
 
 
 def count(batches: Batches) -> int:
     """The number of examples: as `CountedBatches` say, or counted in one pass."""
-    inner = batches.batches if isinstance(batches, SamePass) else batches
-    return inner.examples if isinstance(inner, CountedBatches) else sum(len(targets) for _, targets in batches)
+    inner = batches
+    while isinstance(inner, View):
+        inner = inner.batches
+    return inner.examples if isinstance(inner, CountedBatches) else sum(examples(targets) for _, targets in batches)
 
 
 def kept(batches: Batches) -> Batches:
@@ -54,7 +64,7 @@ def kept(batches: Batches) -> Batches:
 
 
 @dataclass(eq=False)
-class SamePass:
+class SamePass(View):
     """A re-iterable view of batches whose every pass draws the same random numbers: the same shuffle, the same
     augmentation. Global random states and those of the loader are then as they were.
 
@@ -65,7 +75,7 @@ class SamePass:
     _states: dict[int, Tensor] = field(default_factory=dict, repr=False)
     _seen: list[tuple[float, ...]] = field(default_factory=list, repr=False)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[Nested, Nested]]:
         generators = _generators(self.batches)
         for place, generator in enumerate(generators):
             self._states.setdefault(place, generator.get_state())
@@ -94,9 +104,7 @@ class SamePass:
         return True
 
     def _check(self, number: int, batch: Any) -> None:
-        if not isinstance(batch, (tuple, list)):
-            return  # refused elsewhere
-        print_ = tuple(_fingerprint(part) for part in batch if isinstance(part, Tensor))
+        print_ = tuple(map(_fingerprint, leaves(batch)))
         if number == len(self._seen):
             self._seen.append(print_)
         elif not np.array_equal(print_, self._seen[number], equal_nan=True):
@@ -182,38 +190,31 @@ class Rebatched:
     batches: Batches
     size: int
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        inputs: list[Tensor] = []
-        targets: list[Tensor] = []
+    def __iter__(self) -> Iterator[tuple[Nested, Nested]]:
+        held: list[tuple[Nested, Nested]] = []
         count = 0
-        for x, y in self.batches:
-            if not len(y):
+        for batch in self.batches:
+            if not examples(batch[1]):
                 continue
-            if count and _shapes((x, y)) != _shapes((inputs[0], targets[0])):
-                yield torch.cat(inputs), torch.cat(targets)
-                inputs, targets, count = [], [], 0
-            for part_x, part_y in zip(x.split(self.size), y.split(self.size)):
-                inputs.append(part_x)
-                targets.append(part_y)
-                count += len(part_y)
+            if count and shapes(batch) != shapes(held[0]):
+                yield cat(held)
+                held, count = [], 0
+            for part in split(tuple(batch), self.size):
+                held.append(part)
+                count += examples(part[1])
                 if count >= self.size:
-                    all_x, all_y = torch.cat(inputs), torch.cat(targets)
-                    yield all_x[: self.size], all_y[: self.size]
-                    inputs, targets = [all_x[self.size :]], [all_y[self.size :]]
+                    whole = cat(held)
+                    yield index(whole, slice(self.size))
                     count -= self.size
+                    held = [index(whole, slice(self.size, None))] if count else []
         if count:
-            yield torch.cat(inputs), torch.cat(targets)
+            yield cat(held)
 
 
-def merged(batches: Batches) -> tuple[tuple[Tensor, Tensor], ...]:
+def merged(batches: Batches) -> tuple[tuple[Nested, Nested], ...]:
     """The examples in as few batches as their shapes allow, in order: sequences of another length do not fit in one."""
-    runs = (list(run) for _, run in groupby(batches, key=_shapes))
-    return tuple((torch.cat([x for x, _ in run]), torch.cat([y for _, y in run])) for run in runs)
-
-
-def _shapes(batch: tuple[Tensor, Tensor]) -> tuple[torch.Size, ...]:
-    """The shapes of one example's inputs and targets."""
-    return tuple(part.shape[1:] for part in batch)
+    runs = groupby(map(tuple, batches), key=shapes)
+    return tuple(cat([*run]) for _, run in runs)
 
 
 def random_part(examples: int, fraction: float, seed: int) -> Int[Tensor, "n"]:
@@ -226,8 +227,12 @@ def random_part(examples: int, fraction: float, seed: int) -> Int[Tensor, "n"]:
     return order[: max(1, round(fraction * examples))].sort().values
 
 
-def like(tensor: Tensor, other: Tensor) -> Tensor:
-    """A tensor on the device of another and, if it holds floating point numbers, in its type; a copy of one that was
-    made in inference mode, with which nothing could be differentiated."""
+def like(value: Nested, other: Tensor) -> Nested:
+    """Tensors on the device of another; those of floating point numbers in its type, too. Of a tensor that was made in
+    inference mode, with which nothing could be differentiated, a copy."""
+    return mapped(lambda tensor: _like(tensor, other), value)
+
+
+def _like(tensor: Tensor, other: Tensor) -> Tensor:
     own = tensor.clone() if tensor.is_inference() else tensor
     return own.to(other) if own.is_floating_point() else own.to(other.device)

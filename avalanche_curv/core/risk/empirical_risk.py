@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -17,9 +17,36 @@ from avalanche_curv.core.arguments import takes
 from avalanche_curv.core.hints import known_arguments
 from avalanche_curv.core.options import OneLine, check_fraction
 from avalanche_curv.core.precision import in_own_precision
-from avalanche_curv.core.risk.batches import Batches, CountedBatches, Rebatched, count, kept, like, merged, random_part
-from avalanche_curv.core.risk.frozen import copied_without_graphs, frozen_copy, unwrapped
+from avalanche_curv.core.risk.batches import (
+    Batches,
+    CountedBatches,
+    Rebatched,
+    count,
+    kept,
+    like,
+    merged,
+    random_part,
+    untouched_randomness,
+)
+from avalanche_curv.core.risk.forward import (
+    Called,
+    Forward,
+    Labelled,
+    convention_of,
+    is_labelled,
+    logits,
+    storable_forward,
+)
+from avalanche_curv.core.risk.frozen import (
+    check_unchanged,
+    copied_base,
+    copied_without_graphs,
+    frozen_copy,
+    unwrapped,
+)
 from avalanche_curv.core.risk.losses import ExampleLoss, example_loss
+from avalanche_curv.core.risk.nested import Nested, cat, index, shapes
+from avalanche_curv.core.risk.nested import examples as number_of
 from avalanche_curv.core.risk.parameters import ParameterSpace, canonical_name
 from avalanche_curv.core.risk.preflight import check_batch, check_given, check_risk, drop_hooks
 from avalanche_curv.core.risk.selection import ParameterSelector, Selection, selection_of
@@ -34,7 +61,8 @@ class EmpiricalRisk(OneLine, Storable):
 
     The mean is over examples: batch sizes, a ragged last batch and the criterion's `reduction` do not matter.
     Build one with `EmpiricalRisk.snapshot`; the user's model, its gradients, flags and buffers stay as they are.
-    Half-precision models are copied in float32.
+    Frozen parameters (`requires_grad=False`) outside of the space are not copied: they must stay as they are for as
+    long as the risk is used (ValueError). Half-precision models are copied in float32, these too.
 
     >>> risk = EmpiricalRisk.snapshot(nn.Linear(1, 1), nn.MSELoss(), [(torch.zeros(3, 1), torch.ones(3, 1))])
     >>> risk.examples, risk.space.size
@@ -44,7 +72,8 @@ class EmpiricalRisk(OneLine, Storable):
     base: nn.Module
     loss: ExampleLoss
     batches: Batches
-    adapter: Callable[[nn.Module], nn.Module] | None = None
+    forward: Forward | None = None
+    """(base, inputs) ↦ outputs; None where it is base(inputs)."""
     selection: Selection = Selection()  # noqa: RUF009  a frozen value
     verdicts: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
     """What was found out of the frozen model by trying: which of several ways to a derivative is right, for instance.
@@ -59,15 +88,22 @@ class EmpiricalRisk(OneLine, Storable):
         criterion: object,
         batches: Batches,
         *,
-        adapter: Callable[[nn.Module], nn.Module] | None = None,
+        forward: Forward | None = None,
         include: Iterable[ParameterSelector] = (),
         exclude: Iterable[ParameterSelector] = (),
     ) -> EmpiricalRisk:
         """Freeze `model` and look at `batches` of (inputs, targets), which may be any iterable.
 
-        A list is kept as it is now. A loader is passed over several times, each time from the same random states, so
-        that it may shuffle. `adapter` wraps the frozen copy where the model is not called as `model(inputs)`; the
-        wrapper keeps the copy under the attribute `module`. The parameter space is that of the trainable parameters, or
+        Inputs are a tensor or any nesting of tensors (tuple, list, mapping, None), each with the example as first axis;
+        they follow the model's device. A list of batches is kept as it is now. A loader is passed over several times,
+        each time from the same random states, so that it may shuffle.
+
+        A tensor goes in as `model(x)`, a tuple as `model(*x)`, a mapping as `model(**x)`, and outputs with `logits`
+        give these; `forward` says another way, which gives a tensor: `lambda model, inputs: model(**inputs)[0]`. A
+        batch that is a mapping with `labels` is one of Hugging Face's: they are the targets, by the conventions in
+        `core.risk.forward`.
+
+        The parameter space is that of the trainable parameters, or
         with `include` of those that it selects by name ("head", "*.bias") or by type of module, also where they are
         frozen (`requires_grad=False`) and train only later; without those that `exclude` selects.
 
@@ -80,7 +116,15 @@ class EmpiricalRisk(OneLine, Storable):
         selection = selection_of(include, exclude)
         selection.check(unwrapped(model))
         loss = example_loss(criterion)
-        risk = cls(frozen_copy(model, selection), loss, kept(batches), adapter, selection)
+        base, held = frozen_copy(model, selection), kept(batches)
+        labelled = is_labelled(next(iter(held), None))
+        convention = convention_of(base, labelled=labelled)
+        if labelled:
+            pairs = Labelled(held, convention)
+            held = tuple(pairs) if isinstance(held, tuple) else pairs
+        risk = cls(base, loss, held, forward, selection)
+        if forward is None and not _is_plainly_called(risk):
+            risk = replace(risk, forward=convention)
         check_risk(risk)
         return risk
 
@@ -91,12 +135,12 @@ class EmpiricalRisk(OneLine, Storable):
 
     def stored_fields(self) -> dict[str, Any]:
         batches = tuple((inputs, targets) for inputs, targets in self.batches)
-        return {"batches": batches, "adapter": self.adapter, "selection": self.selection}
+        return {"batches": batches, "forward": storable_forward(self.forward), "selection": self.selection}
 
     @cached_property
     def model(self) -> nn.Module:
         """The frozen module that maps inputs to outputs."""
-        return self.base if self.adapter is None else self.adapter(self.base)
+        return self.base if self.forward is None else Called(self.base, self.forward)
 
     @cached_property
     def space(self) -> ParameterSpace:
@@ -119,23 +163,25 @@ class EmpiricalRisk(OneLine, Storable):
         """The frozen parameters, in the order of `space`."""
         return [p for p in self.base.parameters() if p.requires_grad]
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches, on the model's device and in its floating point type, without empty ones."""
+    def __iter__(self) -> Iterator[tuple[Nested, Tensor]]:
+        """The batches, on the model's device and in its floating point type, without empty ones. Raises ValueError
+        where frozen parameters that are not copied were changed since."""
+        check_unchanged(self.base)
         for inputs, targets in self.batches:
-            if not len(targets):
+            if not number_of(targets):
                 continue
             x, y = like(inputs, self.anchor), like(targets, self.anchor)
             self.loss.check(self.one_output.expand(len(y), *self.one_output.shape[1:]), y)
             yield x, y
 
     @cached_property
-    def few(self) -> tuple[Tensor, Tensor]:
+    def few(self) -> tuple[Nested, Tensor]:
         """Some examples of one shape, up to four: of the whole of data in memory, else of the first batch. Raises
         ValueError where there is none, and for batches that are no pairs of tensors."""
         in_memory, first = isinstance(self.batches, tuple), None
         for batch in self.batches:
             check_batch(batch)
-            first = batch if first is None and len(batch[1]) else first
+            first = batch if first is None and number_of(batch[1]) else first
             if first is not None and not in_memory:
                 break
         if first is None:
@@ -144,37 +190,35 @@ class EmpiricalRisk(OneLine, Storable):
             )
         found = [first]
         if in_memory:
-            alike = [b for b in self.batches if len(b[1]) and b[0].shape[1:] == first[0].shape[1:]]
-            ends = torch.tensor([len(y) for _, y in alike]).cumsum(0)
+            alike = [b for b in self.batches if number_of(b[1]) and shapes(b) == shapes(first)]
+            ends = torch.tensor([number_of(y) for _, y in alike]).cumsum(0)
             count = min(FEW, int(ends[-1]))
             places = [i * int(ends[-1]) // count for i in range(count)]
             of_batch = torch.bucketize(torch.tensor(places), ends, right=True).tolist()
             starts = [0, *ends.tolist()]
-            found = [tuple(t[p - starts[b] :][:1] for t in alike[b]) for p, b in zip(places, of_batch)]
-        x, y = (torch.cat([part[:FEW] for part in parts]) for parts in zip(*found))
-        return like(x, self.anchor), like(y, self.anchor)
+            found = [index(tuple(alike[b]), slice(p - starts[b], p - starts[b] + 1)) for p, b in zip(places, of_batch)]
+        return like(cat([index(tuple(part), slice(FEW)) for part in found]), self.anchor)
 
     def trial(self, count: int = FEW) -> EmpiricalRisk:
         """The risk of those few examples, or of so many of them."""
-        x, y = self.few
-        return replace(self, batches=((x[:count], y[:count]),))
+        return replace(self, batches=(index(self.few, slice(count)),))
 
     @cached_property
     @in_own_precision
     def one_output(self) -> Float[Tensor, "1 *C"]:
         """The outputs of one example, for their shape."""
         with torch.no_grad():
-            return self.model(self.few[0][:1])
+            return self.model(index(self.few[0], slice(1)))
 
     @cached_property
     def one_loss(self) -> Float[Tensor, "1"]:
         """The loss of one example, which is finite where logits masked with −inf are not."""
-        inputs, targets = self.few
+        inputs, targets = index(self.few, slice(1))
         with torch.no_grad():
-            return self.loss.per_example(self.outputs(inputs[:1]), targets[:1])
+            return self.loss.per_example(self.outputs(inputs), targets)
 
     @in_own_precision
-    def outputs(self, inputs: Tensor) -> Float[Tensor, "N C"]:
+    def outputs(self, inputs: Nested) -> Float[Tensor, "N C"]:
         """f(inputs) of the frozen model, as a matrix."""
         return as_matrix(self.model(inputs))
 
@@ -193,7 +237,7 @@ class EmpiricalRisk(OneLine, Storable):
                 parameter.data = value
 
     @in_own_precision
-    def outputs_at(self, parameters: Sequence[Tensor], inputs: Tensor) -> Float[Tensor, "N C"]:
+    def outputs_at(self, parameters: Sequence[Tensor], inputs: Nested) -> Float[Tensor, "N C"]:
         """f(inputs) of the frozen past function as a function of its parameters, given in the order of `space`, for
         the transforms of torch.func."""
         values = {place: parameters[index] for place, index in self._places.items()}
@@ -213,7 +257,7 @@ class EmpiricalRisk(OneLine, Storable):
 
     def copied_model(self) -> tuple[nn.Module, list[nn.Parameter]]:
         """A copy of `model`, and its trainable parameters in the order of `space`."""
-        base = copied_without_graphs(self.base)
+        base = copied_base(self.base)
         return self.with_base(base).model, [p for p in base.parameters() if p.requires_grad]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> EmpiricalRisk:
@@ -223,7 +267,7 @@ class EmpiricalRisk(OneLine, Storable):
         return copied
 
     def with_base(self, base: nn.Module) -> EmpiricalRisk:
-        """The same examples, loss and adapter with another frozen model."""
+        """The same examples, loss and forward with another frozen model."""
         return replace(self, base=base, verdicts={})
 
     @in_own_precision
@@ -255,7 +299,7 @@ class EmpiricalRisk(OneLine, Storable):
 
     @in_own_precision
     @torch.enable_grad()
-    def summed_gradient(self, inputs: Tensor, targets: Tensor) -> Float[Tensor, "P"]:
+    def summed_gradient(self, inputs: Nested, targets: Tensor) -> Float[Tensor, "P"]:
         """Σ_i ∇ℓ_i over one batch."""
         loss = self.loss.per_example(self.outputs(inputs), targets).sum()
         parts = torch.autograd.grad(loss, self.parameters, allow_unused=True, materialize_grads=True)
@@ -271,10 +315,10 @@ class EmpiricalRisk(OneLine, Storable):
         """The risk of the examples at sorted `indices`, held in memory in as few batches as their shapes allow."""
         chosen, start = [], 0
         for inputs, targets in self.batches:
-            here = indices[(indices >= start) & (indices < start + len(targets))] - start
-            start += len(targets)
+            here = indices[(indices >= start) & (indices < start + number_of(targets))] - start
+            start += number_of(targets)
             if len(here):
-                chosen.append((inputs[here.to(inputs.device)], targets[here.to(targets.device)]))
+                chosen.append(index((inputs, targets), here))
         return replace(self, batches=merged(chosen))
 
     def rebatched(self, size: int) -> EmpiricalRisk:
@@ -282,12 +326,12 @@ class EmpiricalRisk(OneLine, Storable):
         return replace(self, batches=Rebatched(self.batches, size))
 
     def at(self, other: EmpiricalRisk) -> EmpiricalRisk:
-        """The same examples, loss and adapter at the parameters where `other` is frozen."""
-        verdicts = other.verdicts if self.adapter == other.adapter else {}  # another head has other layers
+        """The same examples, loss and forward at the parameters where `other` is frozen."""
+        verdicts = other.verdicts if self.forward == other.forward else {}  # another head has other layers
         return replace(self, base=other.base, verdicts=verdicts)
 
     def frozen_at(self, model: nn.Module) -> EmpiricalRisk:
-        """The same examples, loss, adapter and selection with a new frozen copy of `model` as the past function."""
+        """The same examples, loss, forward and selection with a new frozen copy of `model` as the past function."""
         risk = self.with_base(frozen_copy(model, self.selection))
         drop_hooks(risk)
         return risk
@@ -304,11 +348,24 @@ class EmpiricalRisk(OneLine, Storable):
         missing = {*names} - {*self.space.names}
         if not any(canonical_name(name) in missing and p.numel() for name, p in self.base.named_parameters()):
             return self
-        base = copied_without_graphs(self.base)
+        base = copied_base(self.base, owned=lambda name: canonical_name(name) in missing)
         for name, parameter in base.named_parameters():
             if canonical_name(name) in missing:
                 parameter.requires_grad_(parameter.numel() > 0)
         return self.with_base(base)
+
+
+def _is_plainly_called(risk: EmpiricalRisk) -> bool:
+    """Whether the frozen model makes a tensor of a tensor, as far as it can be called so."""
+    inputs = index(risk.few[0], slice(1))
+    if not isinstance(inputs, Tensor):
+        return False
+    try:
+        with torch.no_grad(), untouched_randomness():
+            outputs = risk.base(inputs)
+    except Exception:  # which is said by `check_risk`
+        return True
+    return logits(outputs) is outputs
 
 
 def joined_risk(risks: list[EmpiricalRisk]) -> EmpiricalRisk:
@@ -316,7 +373,7 @@ def joined_risk(risks: list[EmpiricalRisk]) -> EmpiricalRisk:
     batches as their shapes allow."""
     if len(risks) == 1:
         return risks[0]
-    return replace(risks[0], batches=merged(batch for risk in risks for batch in risk.batches if len(batch[1])))
+    return replace(risks[0], batches=merged(batch for risk in risks for batch in risk.batches if number_of(batch[1])))
 
 
 def frozen_together(risks: Sequence[EmpiricalRisk], model: nn.Module) -> tuple[EmpiricalRisk, ...]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +33,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
 @in_own_precision
 def frozen_copy(model: nn.Module, selection: Selection = Selection()) -> nn.Module:  # noqa: B008  a frozen value
     """A copy in eval mode, without gradients and backward hooks; half precision becomes float32. Those of its
-    parameters require a gradient that `selection` takes into a parameter space (`Selection.in_space`).
+    parameters require a gradient that `selection` takes into a parameter space (`Selection.in_space`). Frozen ones
+    outside of that space are not copied: see `shared`.
 
     Embeddings give plain gradients in it: dense, unscaled, and with norms above `max_norm` already reduced. Tensors
     that a module keeps of its last call are copied without their graph. Raises TypeError for a model that cannot be
@@ -40,7 +42,7 @@ def frozen_copy(model: nn.Module, selection: Selection = Selection()) -> nn.Modu
     """
     try:
         own = unwrapped(model)
-        copied = copied_without_graphs(own, differentiable(own)).eval()
+        copied = copied_without_graphs(own, differentiable(own) | shared(own, selection)).eval()
     except Exception as error:
         raise TypeError(
             f"{type(model).__name__} cannot be frozen, since it cannot be copied: {error}. Past loss is that of a "
@@ -60,10 +62,132 @@ def frozen_copy(model: nn.Module, selection: Selection = Selection()) -> nn.Modu
         module._backward_pre_hooks.clear()
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
             _give_plain_gradients(module)
-    return copied.float() if any(p.dtype in HALF for p in copied.parameters()) else copied
+    return copied.float() if _is_half(copied) else copied
+
+
+def _is_half(model: nn.Module) -> bool:
+    return any(p.dtype in HALF for p in model.parameters())
+
+
+SAMPLE = 64  # entries by which a shared parameter is known
+
+
+class Shared:
+    """How a parameter of a frozen copy that shares its memory with one of the model was when it was frozen.
+
+    It stands at the parameter as the attribute `shared`. A deep copy of the parameter has memory and no mark, and so
+    has one that is read from a file.
+    """
+
+    def __init__(self, owner: nn.Parameter) -> None:
+        self.owner = weakref.ref(owner)
+        self.watched = owner.detach()  # which shares torch's count of in-place operations
+        self.version = owner._version
+        self.sample = _sample(owner).clone()
+
+    def holds(self) -> bool:
+        """Whether the memory is as it was, as far as torch's count of in-place operations and some of its entries say:
+        `parameter.data` is changed without being counted."""
+        owner, now = self.owner(), _sample(self.watched)
+        counted = owner is None or owner.data_ptr() == self.watched.data_ptr()  # else it was given memory anew
+        same = bool(((now == self.sample) | (now != now)).all())  # or NaN
+        return same and not (counted and self.watched._version != self.version)
+
+    def __reduce__(self) -> tuple:
+        return type(None), ()
+
+
+_sharing: weakref.WeakValueDictionary[int, nn.Parameter] = weakref.WeakValueDictionary()
+"""The parameters of frozen copies that share memory, by their `id`."""
+
+
+def shared(model: nn.Module, selection: Selection) -> dict[int, nn.Parameter]:
+    """Stand-ins that share the memory of parameters of `model`, by the `id` of each, as `copy.deepcopy(model, memo)`
+    takes them: of frozen parameters (`requires_grad=False`) outside of the space of `selection`, since training leaves
+    them as they are.
+
+    Copied all the same are those of a model with parameters in half precision, since derivatives are taken in float32;
+    those of an embedding with `max_norm`, which reduces its rows as they are read; those made in inference mode; and
+    those of a type of their own, such as quantised ones.
+    """
+    if _is_half(model):
+        return {}
+    moving = {id(parameter) for _, parameter in selection.in_space(model)}
+    moving |= {id(p) for m in model.modules() if getattr(m, "max_norm", None) is not None for p in m.parameters()}
+    return {
+        id(p): _standing_in(p)
+        for p in model.parameters()
+        if type(p) is nn.Parameter
+        and not (p.requires_grad or id(p) in moving or p.is_inference())
+    }
+
+
+def _standing_in(parameter: nn.Parameter) -> nn.Parameter:
+    other: Any = nn.Parameter(parameter.data, requires_grad=False)
+    other.shared = getattr(parameter, "shared", None) or Shared(parameter)
+    _sharing[id(other)] = other
+    return other
+
+
+def keep_what_trains(model: nn.Module) -> None:
+    """To be called before the parameters of `model` are trained: frozen copies that share memory with those that
+    require a gradient now, and did not before, get memory of their own."""
+    training = {id(p) for p in model.parameters() if p.requires_grad}
+    other: Any
+    for other in [*_sharing.values()]:
+        mark = getattr(other, "shared", None)
+        if mark is not None and id(mark.owner()) in training and mark.holds():
+            other.data, other.shared = other.data.clone(), None
 
 
 T = TypeVar("T")
+
+
+class Graphs(Generic[T]):
+    """What `make` returns, with graphs through a frozen copy, which hold views of its parameters: kept as long as these
+    stay where they are in memory, and made anew after `keep_what_trains`. Raises ValueError as `check_unchanged`."""
+
+    def __init__(self, base: nn.Module, make: Callable[[], T]) -> None:
+        self.base, self.make = base, make
+        self._places: list[int] | None = None
+
+    @property
+    def value(self) -> T:
+        check_unchanged(self.base)
+        places = [parameter.data_ptr() for parameter in self.base.parameters()]
+        if self._places != places:
+            self._places, self._value = places, self.make()
+        return self._value
+
+
+def check_unchanged(base: nn.Module) -> None:
+    """Raises ValueError where a parameter of a frozen copy that shares the memory of the model was changed since."""
+    for name, parameter in base.named_parameters():
+        mark = getattr(parameter, "shared", None)
+        if mark is not None and not mark.holds():
+            raise ValueError(
+                f"Parameter '{name}' of {type(base).__name__} was frozen (requires_grad=False) when its loss was, so "
+                "that it was not copied, and was changed in place since: that loss is lost. Take a "
+                "copy.deepcopy(risk) before, or let the parameter require a gradient and leave it out by exclude=[...]."
+            )
+
+
+def _sample(parameter: Tensor) -> Tensor:
+    """Some entries, spread evenly."""
+    flat = parameter.detach().reshape(-1) if parameter.is_contiguous() else parameter.detach()[:1]
+    return flat[:: max(1, len(flat) // SAMPLE)] if flat.ndim == 1 else flat
+
+
+def copied_base(base: nn.Module, owned: Callable[[str], bool] = lambda name: False) -> nn.Module:
+    """A copy of a frozen copy that shares what that shares, but for the parameters of names that are `owned`. Raises
+    ValueError as `check_unchanged`."""
+    check_unchanged(base)
+    memo = {
+        id(p): _standing_in(p)
+        for name, p in base.named_parameters()
+        if getattr(p, "shared", None) is not None and not owned(name)
+    }
+    return copied_without_graphs(base, memo)
 
 
 def copied_without_graphs(value: T, memo: dict[int, Any] | None = None) -> T:

@@ -12,6 +12,7 @@ from torch.func import jvp, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
+from avalanche_curv.core.risk.nested import Nested, examples, index, leaves, rebuilt, split
 from avalanche_curv.core.risk.trust import directions, nearby, right_way
 
 CHUNK_BYTES = 128 * 2**20
@@ -19,10 +20,10 @@ CHUNK_BYTES = 128 * 2**20
 Parameters = dict[str, Tensor]
 
 
-def outputs_of(risk: EmpiricalRisk) -> Callable[[Parameters, Tensor], Float[Tensor, "N C"]]:
+def outputs_of(risk: EmpiricalRisk) -> Callable[[Parameters, Nested], Float[Tensor, "N C"]]:
     """(parameters, inputs) ↦ outputs, for the frozen past function at any parameters of its shapes."""
 
-    def outputs(parameters: Parameters, inputs: Tensor) -> Tensor:
+    def outputs(parameters: Parameters, inputs: Nested) -> Tensor:
         return risk.outputs_at(list(parameters.values()), inputs)
 
     return outputs
@@ -33,10 +34,10 @@ def parameters_of(risk: EmpiricalRisk, vector: Float[Tensor, "P"] | None = None)
     return dict(zip(risk.space.names, risk.space.split(risk.anchor if vector is None else vector)))
 
 
-def loss_of_one(risk: EmpiricalRisk) -> Callable[[Parameters, Tensor, Tensor], Tensor]:
+def loss_of_one(risk: EmpiricalRisk) -> Callable[[Parameters, Nested, Tensor], Tensor]:
     """(parameters, x, y) ↦ ℓ of one example, for the frozen past function."""
     outputs = outputs_of(risk)
-    return lambda parameters, x, y: risk.loss.per_example(outputs(parameters, x[None]), y[None])[0]
+    return lambda parameters, x, y: risk.loss.per_example(outputs(parameters, index(x, None)), y[None])[0]
 
 
 def example_rows(parts: Parameters) -> Float[Tensor, "N P"]:
@@ -47,7 +48,7 @@ def example_rows(parts: Parameters) -> Float[Tensor, "N P"]:
 def pulled_back(
     risk: EmpiricalRisk,
     parameters: Parameters,
-    inputs: Tensor,
+    inputs: Nested,
     cotangents: Float[Tensor, "N C R"],
     names: Collection[str] | None = None,
 ) -> Float[Tensor, "N R P"]:
@@ -61,31 +62,36 @@ def pulled_back(
 
 
 def _all_at_once(
-    risk: EmpiricalRisk, parameters: Parameters, inputs: Tensor, cotangents: Tensor, names: Collection[str]
+    risk: EmpiricalRisk, parameters: Parameters, inputs: Nested, cotangents: Tensor, names: Collection[str]
 ) -> Tensor:
     outputs = outputs_of(risk)
     moved = {name: parameters[name] for name in names}
 
-    def one(x: Tensor, s: Float[Tensor, "C R"]) -> Parameters:
-        pull: Any = vjp(lambda p: outputs({**parameters, **p}, x[None])[0], moved)[1]
+    def one(x: Nested, s: Float[Tensor, "C R"]) -> Parameters:
+        pull: Any = vjp(lambda p: outputs({**parameters, **p}, index(x, None))[0], moved)[1]
         return vmap(lambda column: pull(column)[0], in_dims=1)(s)
 
-    parts = vmap(one)(inputs, cotangents)
+    parts = over_examples(one, inputs, cotangents)
     return torch.cat([part.reshape(*part.shape[:2], -1) for part in parts.values()], dim=2)
+
+
+def over_examples(function: Callable[[Nested, Tensor], Any], inputs: Nested, others: Tensor) -> Any:
+    """`vmap` of a function of the inputs of one example and of one of the `others`, for inputs in any nesting."""
+    return vmap(lambda tensors, other: function(rebuilt(inputs, tensors), other))(leaves(inputs), others)
 
 
 @torch.enable_grad()
 def _one_by_one(
-    risk: EmpiricalRisk, parameters: Parameters, inputs: Tensor, cotangents: Tensor, names: Collection[str]
+    risk: EmpiricalRisk, parameters: Parameters, inputs: Nested, cotangents: Tensor, names: Collection[str]
 ) -> Tensor:
     """For modules that `vmap` has no rule for, such as recurrent ones, or a wrong one, such as distances."""
     of_name = dict(zip(risk.space.names, risk.parameters))
     moved, rows = [of_name[name] for name in names], []
     with risk.holding(list(parameters.values())):
-        for x, s in zip(inputs, cotangents):
-            outputs = risk.outputs(x[None])[0]
+        for x, s in zip(split(inputs, 1), cotangents):
+            outputs = risk.outputs(x)[0]
             rows += [torch.cat([p.reshape(-1) for p in gradients(outputs, moved, c)]) for c in s.unbind(1)]
-    return torch.stack(rows).view(len(inputs), cotangents.shape[2], -1)
+    return torch.stack(rows).view(len(cotangents), cotangents.shape[2], -1)
 
 
 def gradients(scalar: Tensor, tensors: Sequence[Tensor], weight: Tensor | None = None) -> Sequence[Tensor]:
@@ -100,9 +106,9 @@ def gradients(scalar: Tensor, tensors: Sequence[Tensor], weight: Tensor | None =
 
 def can_vmap(risk: EmpiricalRisk) -> bool:
     """Whether `vmap` over examples and over cotangents gives the derivatives of the model."""
-    inputs = risk.few[0][:2]
+    inputs = index(risk.few[0], slice(2))
     parameters = dict(zip(risk.space.names, nearby(risk)))
-    cotangents = directions(len(inputs), risk.one_output.numel(), 2, like=risk.anchor)
+    cotangents = directions(examples(inputs), risk.one_output.numel(), 2, like=risk.anchor)
 
     def tried(method: Callable[..., Tensor]) -> Callable[[], list[Tensor]]:
         return lambda: risk.space.split(method(risk, parameters, inputs, cotangents, risk.space.names))
@@ -112,22 +118,22 @@ def can_vmap(risk: EmpiricalRisk) -> bool:
 
 
 def change_of_outputs(
-    risk: EmpiricalRisk, parameters: Parameters, inputs: Tensor, step: Parameters
+    risk: EmpiricalRisk, parameters: Parameters, inputs: Nested, step: Parameters
 ) -> tuple[Float[Tensor, "N C"], Float[Tensor, "N C"]]:
     """f and J δ for each example, with J the Jacobian at `parameters` and δ the `step`: in forward mode, or from the
     rows of J where torch has no right forward derivative of the model."""
     direction = torch.cat([part.reshape(-1) for part in step.values()])
 
-    def forward(inputs: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(inputs: Nested) -> tuple[Tensor, Tensor]:
         return jvp(lambda p: outputs_of(risk)(p, inputs), (parameters,), (step,))[:2]
 
-    def by_rows(inputs: Tensor) -> tuple[Tensor, Tensor]:
+    def by_rows(inputs: Nested) -> tuple[Tensor, Tensor]:
         with risk.holding(list(parameters.values())):
             outputs = risk.outputs(inputs)
         columns = torch.eye(outputs.shape[1]).to(outputs).expand(len(outputs), -1, -1).split(1, dim=2)
         return outputs, torch.cat([pulled_back(risk, parameters, inputs, e) @ direction for e in columns], dim=1)
 
-    few = risk.few[0][:2]
+    few = index(risk.few[0], slice(2))
     ways = {"forward": lambda: [forward(few)[1]]}
     way = right_way(risk, "change", ways, lambda: [by_rows(few)[1]], "rows")
     return (forward if way == "forward" else by_rows)(inputs)

@@ -14,8 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from avalanche_curv.core.hints import called
 from avalanche_curv.core.options import in_short
 from avalanche_curv.core.risk.batches import untouched_randomness
+from avalanche_curv.core.risk.forward import Called
 from avalanche_curv.core.risk.frozen import HALF, close, drop_idle_hooks
 from avalanche_curv.core.risk.known import is_plain
+from avalanche_curv.core.risk.nested import Nested, described, examples, index, leaves, mapped, split
 
 if TYPE_CHECKING:
     from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
@@ -52,11 +54,11 @@ def check_risk(risk: EmpiricalRisk) -> None:
     in_memory = isinstance(risk.batches, tuple)
     inputs, targets = risk.few
     drop_hooks(risk)
-    check_precision(risk.model, inputs.clone())
-    check_function(risk.model, inputs.clone())
+    check_precision(risk.model, _cloned(inputs))
+    check_function(risk.model, _cloned(inputs))
     if not is_plain(risk.model):
         with untouched_randomness():
-            check_gradients(risk, inputs[:2].clone())
+            check_gradients(risk, _cloned(index(inputs, slice(2))))
     risk.loss.check(_outputs(risk.model, inputs), targets)
     for _ in risk if in_memory else ():
         pass
@@ -65,28 +67,54 @@ def check_risk(risk: EmpiricalRisk) -> None:
 def drop_hooks(risk: EmpiricalRisk) -> None:
     """Takes forward hooks that only look on from the frozen model of a risk."""
     with untouched_randomness():
-        drop_idle_hooks(risk.base, lambda: _differentiated(risk, risk.few[0].clone()))
+        drop_idle_hooks(risk.base, lambda: _differentiated(risk, _cloned(risk.few[0])))
+
+
+def _cloned(inputs: Nested) -> Nested:
+    return mapped(torch.clone, inputs)
 
 
 def check_batch(batch: Any) -> None:
-    """Raises ValueError unless a batch is a pair of tensors (inputs, targets) of one length."""
+    """Raises ValueError unless a batch is a pair (inputs, targets) of as many examples: inputs a nesting of tensors,
+    targets a tensor."""
     parts = [*batch] if isinstance(batch, (tuple, list)) else []
-    tensors = len(parts) == 2 and all(isinstance(part, Tensor) for part in parts)
-    if tensors and all(part.ndim for part in parts) and len(parts[0]) == len(parts[1]):
+    pair = len(parts) == 2 and isinstance(parts[1], Tensor)
+    odd = _odd(parts[0]) if pair else ""
+    found = leaves(parts) if pair and not odd else []
+    lengths = {part.shape[0] if part.ndim else None for part in found}
+    if len(found) > 1 and len(lengths) == 1 and None not in lengths:
         return
     if len(parts) > 1 and (isinstance(parts[1], (int, float)) or getattr(parts[1], "ndim", 1) == 0):
         raise ValueError(
             f"Expected batches of examples; got the single example {_in_words(batch)}. Give batches, as by "
             "DataLoader(dataset, batch_size=64)."
         )
-    if tensors:
-        shapes = " and ".join(str(tuple(part.shape)) for part in parts)
-        raise ValueError(f"Inputs and targets of a batch must be as many; got shapes {shapes}. Put examples first.")
-    remedy = "Put a pair in a list: [(inputs, targets)]." if isinstance(batch, Tensor) else (
-        "Make pairs of it, as by [(batch[...], batch[...]) for batch in loader], and let an `adapter` or the model "
-        "take one tensor of inputs."
+    if found:
+        got = " and ".join(map(described, parts))
+        raise ValueError(f"Inputs and targets of a batch must be as many; got {got}. Put examples first.")
+    if pair:
+        raise ValueError(
+            f"Inputs must be a tensor, or a tuple, list or mapping of tensors; got {described(parts[0])}. "
+            f"Make a tensor of {odd} in the collate function, or leave it out."
+        )
+    if isinstance(batch, Mapping):
+        remedy = 'Call its targets "labels", or make pairs of it: [(batch, batch.pop("y")) for batch in loader].'
+    elif len(parts) > 2:
+        remedy = "Put all inputs in one tuple, for model(x, mask): [((x, mask), y) for x, mask, y in loader]."
+    else:
+        remedy = "Put a pair in a list: [(inputs, targets)]."
+    raise ValueError(
+        f"Each batch must be a pair (inputs, targets), the targets a tensor; got {_in_words(batch)}. {remedy}"
     )
-    raise ValueError(f"Each batch must be a pair of tensors (inputs, targets); got {_in_words(batch)}. {remedy}")
+
+
+def _odd(inputs: Nested) -> str:
+    """The type of something in a nesting that is neither a tensor nor None; empty where there is none."""
+    if isinstance(inputs, Mapping):
+        return next(filter(None, (f"{key!r}" for key, part in inputs.items() if _odd(part))), "")
+    if isinstance(inputs, (tuple, list)):
+        return next(filter(None, map(_odd, inputs)), "")
+    return "" if inputs is None or isinstance(inputs, Tensor) else type(inputs).__name__
 
 
 def _in_words(data: Any) -> str:
@@ -115,10 +143,10 @@ class _HalfPrecision(TorchDispatchMode):
         return found
 
 
-def check_precision(model: nn.Module, inputs: Tensor) -> None:
+def check_precision(model: nn.Module, inputs: Nested) -> None:
     """Raises ValueError unless the frozen `model` takes inputs of its type and computes in no half precision: what is
     rounded to three digits has no derivatives to be relied on."""
-    name = type(model).__name__
+    name = _named(model)
     remedy = (
         "Cast to the type of the weights in forward, as by x.to(self.layer.weight.dtype), and open torch.autocast "
         "around the model or in training alone, by enabled=self.training. Half precision is float32 in the frozen copy."
@@ -129,59 +157,64 @@ def check_precision(model: nn.Module, inputs: Tensor) -> None:
         except Exception as error:
             if "dtype" not in str(error) and "scalar type" not in str(error):
                 return  # which is said by `check_function`
-            raise ValueError(f"{name} does not take {inputs.dtype} when frozen: {error}. {remedy}") from error
+            kinds = ", ".join(dict.fromkeys(str(part.dtype) for part in leaves(inputs)))
+            raise ValueError(f"{name} does not take {kinds} when frozen: {error}. {remedy}") from error
     if noted.types:
         raise ValueError(f"{name} computes in {', '.join(map(str, noted.types))} when frozen. {remedy}")
 
 
-def check_function(model: nn.Module, inputs: Tensor) -> None:
+def check_function(model: nn.Module, inputs: Nested) -> None:
     """Raises ValueError, or TypeError where the outputs are no tensor, unless `model` maps each of a few examples to
     outputs of its own, the same every time, alone or with others, in any order."""
-    name, version = type(model).__name__, inputs._version
+    name, versions, count = _named(model), [part._version for part in leaves(inputs)], examples(inputs)
     with torch.no_grad(), untouched_randomness():
         first, again = _outputs(model, inputs), _outputs(model, inputs)
-        if inputs._version != version:
+        if [part._version for part in leaves(inputs)] != versions:
             raise ValueError(
                 f"{name} writes into its inputs, which would change stored examples. Clone them in forward."
             )
-        if first.ndim == 0 or len(first) != len(inputs):
+        if first.ndim == 0 or len(first) != count:
             got = "one number" if first.ndim == 0 else f"{len(first)} outputs"
-            raise ValueError(f"{name} gives {got} for {len(inputs)} examples. Put the batch axis first.")
+            raise ValueError(f"{name} gives {got} for {count} examples. Put the batch axis first.")
         if not close(first, again):
             raise ValueError(
                 f"{name} draws at random in eval mode: its loss is no function. Give dropout self.training."
             )
         try:
-            alone, turned = model(inputs[:1]), model(inputs.flip(0)).flip(0)
+            alone, turned = model(index(inputs, slice(1))), model(mapped(lambda t: t.flip(0), inputs)).flip(0)
         except (RuntimeError, ValueError) as error:
             raise ValueError(f"{name} cannot be evaluated on one example ({error}); {ONE_BY_ONE}") from error
     if not (close(first[:1], alone) and close(first, turned)):
         raise ValueError(f"The outputs of {name} for one example depend on the others in the batch; {ONE_BY_ONE}")
 
 
-def _outputs(model: nn.Module, inputs: Tensor) -> Tensor:
+def _named(model: nn.Module) -> str:
+    return type(model.module if isinstance(model, Called) else model).__name__
+
+
+def _outputs(model: nn.Module, inputs: Nested) -> Tensor:
     try:
         outputs = model(inputs)
     except Exception as error:
         raise ValueError(
-            f"{type(model).__name__} cannot be evaluated in eval mode on inputs of shape {tuple(inputs.shape)} and "
-            f"{inputs.dtype}: {type(error).__name__}: {error}. Give inputs as in training, or an `adapter` that calls "
-            "the model with one tensor."
+            f"{_named(model)} cannot be evaluated in eval mode on inputs {described(inputs)}: {type(error).__name__}: "
+            f"{error}. Give inputs as in training, or say how the model is called: "
+            "forward=lambda model, inputs: model(**inputs)."
         ) from error
     if not isinstance(outputs, Tensor):
         raise TypeError(
-            f"{type(model).__name__} gives a {type(outputs).__name__}; expected one tensor of outputs. Give an "
-            "`adapter` that picks it."
+            f"{_named(model)} gives a {type(outputs).__name__}; expected one tensor of outputs. Say which it is: "
+            "forward=lambda model, inputs: model(inputs)[0]."
         )
     return outputs
 
 
-def check_gradients(risk: EmpiricalRisk, inputs: Tensor) -> None:
+def check_gradients(risk: EmpiricalRisk, inputs: Nested) -> None:
     """Raises ValueError unless the gradient over a few examples is the sum of those of single ones, and that which
     `backward` gives in training."""
     _, together = _differentiated(risk, inputs)
     _check_backward(risk, inputs, together)
-    alone = [_differentiated(risk, one, weight)[1] for one, weight in zip(inputs.split(1), _weights(len(inputs)))]
+    alone = [_differentiated(risk, one, weight)[1] for one, weight in zip(split(inputs, 1), _weights(examples(inputs)))]
     floor = 1e-5 * float(torch.stack([part.norm() for part in together]).norm()) if together else 0.0
     for name, whole, parts in zip(risk.space.names, together, zip(*alone)):
         distance = float((sum(parts[1:], parts[0]) - whole).norm())
@@ -193,11 +226,11 @@ def check_gradients(risk: EmpiricalRisk, inputs: Tensor) -> None:
 
 
 @torch.enable_grad()
-def _check_backward(risk: EmpiricalRisk, inputs: Tensor, gradients: Sequence[Tensor]) -> None:
+def _check_backward(risk: EmpiricalRisk, inputs: Nested, gradients: Sequence[Tensor]) -> None:
     outputs = _outputs(risk.model, inputs)
     if not gradients:
         return
-    outputs.backward(_mixture(outputs, _weights(len(inputs))))
+    outputs.backward(_mixture(outputs, _weights(examples(inputs))))
     trained = [torch.zeros_like(p) if p.grad is None else p.grad for p in risk.parameters]
     risk.base.zero_grad(set_to_none=True)
     for name, own, found in zip(risk.space.names, trained, gradients):
@@ -220,14 +253,14 @@ def _weights(examples: int) -> list[float]:
 
 @torch.enable_grad()
 def _differentiated(
-    risk: EmpiricalRisk, inputs: Tensor, weight: float | None = None
+    risk: EmpiricalRisk, inputs: Nested, weight: float | None = None
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The outputs of a few examples, and the gradient of a mixture of them in each parameter; of one example with its
     `weight` in the mixture."""
     outputs = _outputs(risk.model, inputs)
     if not outputs.requires_grad:
         return outputs, ()
-    mixture = _mixture(outputs, _weights(len(inputs)) if weight is None else [weight])
+    mixture = _mixture(outputs, _weights(examples(inputs)) if weight is None else [weight])
     try:
         gradients = torch.autograd.grad(
             outputs, risk.parameters, mixture, allow_unused=True, materialize_grads=True

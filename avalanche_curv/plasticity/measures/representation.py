@@ -16,7 +16,9 @@ from avalanche_curv.core.arguments import takes
 from avalanche_curv.core.options import is_number
 from avalanche_curv.core.precision import in_own_precision
 from avalanche_curv.core.risk.batches import like
+from avalanche_curv.core.risk.forward import as_function
 from avalanche_curv.core.risk.frozen import frozen_copy
+from avalanche_curv.core.risk.nested import Nested
 from avalanche_curv.core.risk.parameters import canonical_name
 from avalanche_curv.plasticity.measures.singular_values import effective_rank, leading_singular_values, stable_rank
 
@@ -31,7 +33,7 @@ NONLINEARITIES: tuple[type[nn.Module], ...] = tuple(
 
 @takes(model=(nn.Module, "the model that is trained"))
 @in_own_precision
-def hidden_activations(model: nn.Module, inputs: Tensor) -> Activations:
+def hidden_activations(model: nn.Module, inputs: Nested) -> Activations:
     """The activations of each hidden layer by its name, in the order of the forward pass, with the units as last axis.
 
     They are the outputs of the model's activation modules (nn.ReLU, nn.GELU, nn.Tanh, ...), except one that gives the
@@ -53,7 +55,7 @@ def hidden_activations(model: nn.Module, inputs: Tensor) -> Activations:
         if isinstance(module, (LINEAR_MAPS, NONLINEARITIES)):
             recorder.watch(module, canonical_name(f"{name}.x").removesuffix("x").removesuffix("."))
     with torch.no_grad():
-        outputs = copied(like(inputs, next(copied.parameters())))
+        outputs = as_function(copied)(like(inputs, next(copied.parameters())))
     found = recorder.hidden(outputs)
     if not found:
         raise ValueError(

@@ -184,8 +184,8 @@ def test_each_head_of_one_frozen_model_has_its_own_layers():
     model, data = nn.Sequential(trunk, *heads).double(), [(torch.randn(5, 4).double(), torch.randint(2, (5,)))]
 
     def risk(head):
-        take = lambda base: nn.Sequential(base[0], nn.Tanh(), base[1 + head])  # noqa: E731
-        return EmpiricalRisk.snapshot(model, nn.CrossEntropyLoss(), data, adapter=take)
+        take = lambda base, x: base[1 + head](base[0](x).tanh())  # noqa: E731
+        return EmpiricalRisk.snapshot(model, nn.CrossEntropyLoss(), data, forward=take)
 
     first, second = risk(0), risk(1)
     assert [*linear_layers(first).folded] == [first.base[0], first.base[1]]

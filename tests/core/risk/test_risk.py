@@ -6,17 +6,6 @@ from avalanche_curv import GGN, Dense, EmpiricalRisk, estimate
 from avalanche_curv.core.risk.batches import random_part
 
 
-class Task(nn.Module):
-    """Fills in the second argument of a model."""
-
-    def __init__(self, module, scale):
-        super().__init__()
-        self.module, self.scale = module, scale
-
-    def forward(self, inputs):
-        return self.module(inputs, self.scale)
-
-
 class TwoArguments(nn.Module):
     def __init__(self):
         super().__init__()
@@ -135,10 +124,10 @@ def test_a_risk_at_another_keeps_its_examples_and_takes_the_parameters(net, data
     assert moved.value() == pytest.approx(nn.CrossEntropyLoss()(net(data[0][:5]), data[1][:5]).item(), rel=1e-12)
 
 
-def test_an_adapter_keeps_the_names_and_completes_the_call(data, make_model, close):
+def test_forward_says_how_the_model_is_called(data, make_model, close):
     model = make_model(TwoArguments)
     risk = EmpiricalRisk.snapshot(
-        model, nn.CrossEntropyLoss(), batches_of(data, 4), adapter=lambda module: Task(module, 2.0)
+        model, nn.CrossEntropyLoss(), batches_of(data, 4), forward=lambda model, x: model(x, 2.0)
     )
     plain = make_model(lambda: nn.Linear(4, 3))
     plain.load_state_dict({name: 2 * value for name, value in model.layer.state_dict().items()})
@@ -167,7 +156,7 @@ def test_a_risk_of_no_examples_is_refused(batches, net):
     ],
 )
 def test_a_batch_must_be_a_pair_of_tensors(batch, net):
-    with pytest.raises(ValueError, match=r"pair of tensors \(inputs, targets\); got \['"):
+    with pytest.raises(ValueError, match=r"pair \(inputs, targets\), the targets a tensor; got \['"):
         EmpiricalRisk.snapshot(net, nn.CrossEntropyLoss(), [batch])
 
 
