@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import nn
 
+from avalanche_curv.core.losses import example_loss
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.frozen import frozen_copy
-from avalanche_curv.core.risk.losses import example_loss
 
 
 def frozen_state(stored: Sequence[EmpiricalRisk]) -> dict[str, Any]:
