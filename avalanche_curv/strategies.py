@@ -18,11 +18,11 @@ from torch.optim import Optimizer
 from avalanche_curv.core.curvature.base import Curvature
 from avalanche_curv.core.curvature.fisher import Fisher
 from avalanche_curv.core.hints import called
+from avalanche_curv.core.losses import example_loss
 from avalanche_curv.core.options import Configured, Forwarded, check_count, check_kind, check_whole, in_short, optional
 from avalanche_curv.core.projection import InputSpace, Projection, Protection, StepProjection
 from avalanche_curv.core.quadratic.policies import Accumulate, Past, Policy
 from avalanche_curv.core.quadratic.stability import Guard, WarnIfUnstable
-from avalanche_curv.core.risk.losses import example_loss
 from avalanche_curv.core.risk.selection import ParameterSelector
 from avalanche_curv.core.structures import Diagonal, Structure
 from avalanche_curv.plasticity.mitigators.base import Mitigator

@@ -12,7 +12,6 @@ import torch
 from avalanche.training import Naive
 from avalanche.training.plugins import ReplayPlugin
 from torch import nn
-from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 import avalanche_curv
@@ -191,17 +190,17 @@ GIVEN = [
     (lambda: snapshot(nn.Linear, CE, BATCHES), r"Did you mean Linear\(\.\.\.\)\?"),
     (lambda: snapshot(made(CurvatureEWC, strength=1), CE, BATCHES), "Give the model of the strategy"),
     (lambda: snapshot(MODEL, CE, BATCHES, includ=["a"]), "no argument includ. Did you mean include"),
-    (lambda: snapshot(MODEL, F.cross_entropy, BATCHES), r"cross_entropy; .* mean nn.CrossEntropyLoss\(\)\?"),
+    (lambda: snapshot(MODEL, nn.TripletMarginLoss(), BATCHES), r"cannot be called .* in two lines:\n    criterion ="),
     (lambda: snapshot(MODEL, nn.CrossEntropyLoss, BATCHES), r"Did you mean nn.CrossEntropyLoss\(\)\?"),
     (lambda: snapshot(MODEL, "mse_loss", BATCHES), r"Did you mean nn.MSELoss\(\)\?"),
-    (lambda: snapshot(MODEL, nn.NLLLoss(), BATCHES), "without log_softmax"),
+    (lambda: snapshot(MODEL, nn.NLLLoss(), BATCHES), r"or give its logits to nn.CrossEntropyLoss"),
     (lambda: snapshot(MODEL, CE, X), r"a list or a loader; got a Tensor of shape \(4, 3\). Give \[\(inputs"),
     (lambda: snapshot(MODEL, CE, (X, Y)), r"got a Tensor of shape \(4, 3\). Put a pair in a list"),
     (lambda: snapshot(MODEL, CE, [[*torch.ones(784, 3)]]), "got a list of 784, the first a Tensor"),
     (lambda: snapshot(MODEL, CE, TensorDataset(X, Y)), r"single example .*DataLoader\(dataset, batch_size=64\)"),
     (lambda: snapshot(MODEL, CE, None), "pairs .* in a list or a loader; got NoneType"),
     (lambda: snapshot(MODEL, nn.MSELoss(), BATCHES), r"got classes, torch.int64.*CrossEntropyLoss.*one_hot\(tar"),
-    (lambda: made(CurvatureEWC, strength=1, criterion=F.cross_entropy), r"Did you mean nn.CrossEntropyLoss\(\)\?"),
+    (lambda: made(CurvatureEWC, strength=1, criterion="cross_entropy"), r"Did you mean nn.CrossEntropyLoss\(\)\?"),
     (lambda: made(OrthogonalProjection, criterion=nn.CrossEntropyLoss), r"Did you mean nn.CrossEntropyLoss\(\)\?"),
     (lambda: made(CurvatureEWC, strength=1, train_mb_size="64"), "train_mb_size must be an integer of at least 1"),
     (lambda: made(CurvatureEWC, strength=1, evaluator=fidelity_metrics()), r"Give EvaluationPlugin\(\*metrics\)"),

@@ -10,6 +10,7 @@ import pytest
 import torch
 from avalanche.training.templates import SupervisedTemplate
 from torch import nn
+from torch.nn import functional as F
 
 import avalanche_curv
 from avalanche_curv import (
@@ -27,6 +28,7 @@ from avalanche_curv import (
     FromLinearOperator,
     InputSpace,
     L2Init,
+    LossFunction,
     LowRank,
     ParameterSpace,
     Parseval,
@@ -44,11 +46,12 @@ from avalanche_curv import (
     Wasserstein,
 )
 from avalanche_curv.core.fidelity.monitor import PastModels
+from avalanche_curv.core.losses.binary import BinaryCrossEntropy
+from avalanche_curv.core.losses.categorical import CrossEntropy
 from avalanche_curv.core.options import Fixed, Setting
 from avalanche_curv.core.projection.projections import Projector
 from avalanche_curv.core.quadratic.penalty import Penalty
 from avalanche_curv.core.quadratic.stability import Guarded, WarnIfUnstable
-from avalanche_curv.core.risk.losses import BinaryCrossEntropy, CrossEntropy
 from avalanche_curv.core.structures import DiagonalMatrix
 from avalanche_curv.plasticity.mitigators.base import Selection
 from avalanche_curv.strategies import Training
@@ -61,7 +64,7 @@ RESULTS = {
 WITH_ARGUMENTS = {
     "AbsoluteError": AbsoluteError(0.1), "BatchedEmpiricalFisher": BatchedEmpiricalFisher(4), "Energy": Energy(0.5),
     "EverySteps": EverySteps(3), "Fisher": Fisher(samples=2, seed=1), "FlatSpectrum": FlatSpectrum(LowRank(Rank(2))),
-    "FromLinearOperator": FromLinearOperator(torch.eye), "LowRank": LowRank(Rank(2), max_rank=3), "Rank": Rank(3),
+    "FromLinearOperator": FromLinearOperator(torch.eye), "LossFunction": LossFunction(F.mse_loss), "LowRank": LowRank(Rank(2), max_rank=3), "Rank": Rank(3),
     "RelativeError": RelativeError(0.1), "Tikhonov": Tikhonov(0.1),
     "FromScratch": avalanche_curv.FromScratch(torch.optim.SGD),
 }  # fmt: skip

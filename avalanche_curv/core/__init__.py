@@ -26,6 +26,7 @@ from avalanche_curv.core.landscape import (
     curvature_drift,
     landscape,
 )
+from avalanche_curv.core.losses import ExampleLoss, LossFunction, example_loss
 from avalanche_curv.core.projection import (
     Eigenspace,
     FreezeUncovered,
@@ -67,13 +68,7 @@ from avalanche_curv.core.quadratic import (
     estimate,
     suggest_strength,
 )
-from avalanche_curv.core.risk import (
-    EmpiricalRisk,
-    ExampleLoss,
-    ParameterSelector,
-    ParameterSpace,
-    example_loss,
-)
+from avalanche_curv.core.risk import EmpiricalRisk, ParameterSelector, ParameterSpace
 from avalanche_curv.core.structures import (
     EKFAC,
     BlockDiagonal,
@@ -130,6 +125,7 @@ __all__ = [
     "Lanczos",
     "Landscape",
     "LeaveUncovered",
+    "LossFunction",
     "LowRank",
     "Matrix",
     "MatrixFree",

@@ -140,7 +140,7 @@ class AbsoluteError(ExampleLoss):
     def hessian_factor(self, outputs, targets):
         return (1 + (outputs - targets).square()).pow(-0.75).diag_embed()
 
-    def sample_gradients(self, outputs, uniform):
+    def sample_gradients(self, outputs, targets, uniform):
         raise TypeError("No likelihood is known for this loss.")
 
     def check_likelihood(self):

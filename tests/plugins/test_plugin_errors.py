@@ -62,9 +62,9 @@ def assert_refused_untrained(error, remedy, model, strategy, train, stream):
 
 
 def test_an_unknown_criterion_is_refused_before_training(net, learner, train, plane):
-    strategy = learner(net, CurvatureEWCPlugin(1.0), criterion=nn.L1Loss())
-    remedy = r"criterion L1Loss; expected CrossEntropyLoss.*@example_loss.register"
-    assert_refused_untrained(TypeError, remedy, net, strategy, train, plane.train_stream)
+    strategy = learner(net, CurvatureEWCPlugin(1.0), criterion=nn.CosineEmbeddingLoss())
+    remedy = r"criterion CosineEmbeddingLoss cannot be called .* in two lines:\n    criterion = LossFunction\(lambda"
+    assert_refused_untrained(ValueError, remedy, net, strategy, train, plane.train_stream)
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,8 @@ def chosen_operator(
     ValueError where the result is no operator on the parameters.
     """
     model, parameters = risk.copied_model()
-    made = make(model, risk.loss.summed(), parameters, data, **_options(risk, data))
+    loss = risk.loss.summed(risk.one_output, risk.few[1])
+    made = make(model, loss, parameters, data, **_options(risk, data))
     size = risk.space.size
     if tuple(getattr(made, "shape", ())) != (size, size):
         raise ValueError(

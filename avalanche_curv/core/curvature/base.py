@@ -16,15 +16,16 @@ from avalanche_curv.core.curvature.operators import (
     FactorInOutputs,
     Operator,
     Spectral,
-    factor_bytes,
+    column_count,
+    factor_of,
     pieces,
     some_factor,
 )
 from avalanche_curv.core.curvature.products import Relinearised, Way, right_products
+from avalanche_curv.core.losses import ExampleLoss, Factor
 from avalanche_curv.core.precision import in_own_precision
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.jacobians import chunk_size, parameters_of, pulled_back
-from avalanche_curv.core.risk.losses import ExampleLoss
 from avalanche_curv.core.risk.nested import Nested, split
 
 M = TypeVar("M", bound=Spectral)
@@ -125,9 +126,9 @@ class OutputCurvature(Curvature, ABC):
     @abstractmethod
     def factor(
         self, loss: ExampleLoss, outputs: Float[Tensor, "N C"], targets: Tensor, generator: torch.Generator
-    ) -> Float[Tensor, "N C R"]:
-        """S_i for each of N examples, from their outputs and targets, with any number R of columns. `generator` gives
-        the draws of a kind that samples."""
+    ) -> Factor | Float[Tensor, "N C R"]:
+        """S_i for each of N examples, from their outputs and targets, with any number R of columns: as a tensor, or as
+        a `Factor`, which need not hold all of them. `generator` gives the draws of a kind that samples."""
 
     def generator(self) -> torch.Generator:
         """A new source of random draws for one pass over the data, equal at every pass: it starts from `seed`."""
@@ -135,16 +136,14 @@ class OutputCurvature(Curvature, ABC):
 
     def operator(self, risk: EmpiricalRisk) -> Operator:
         ways: dict[str, Way] = {"forward": _in_forward_mode, "graphs": Relinearised}
-        _, targets = next(iter(risk))
-        if risk.examples * factor_bytes(self, risk, targets) > FACTOR_BYTES:
-            del ways["forward"]  # which holds S of all examples
+        inputs, targets = next(iter(risk))
+        if some_factor(self, risk, inputs, targets).tensor_bytes(risk.examples) > FACTOR_BYTES:
+            del ways["forward"]  # which holds all columns of S of all examples
         return right_products(self, risk, ways)
-
 
     def row_count(self, risk: EmpiricalRisk) -> int:
         """N R, the number of rows of G: N examples, and R columns of S for each."""
-        _, targets = next(iter(risk))
-        return risk.examples * some_factor(self, risk, targets).shape[2]
+        return column_count(self, risk)
 
     def rows(self, risk: EmpiricalRisk, names: Collection[str] | None = None) -> Iterator[Float[Tensor, "n P"]]:
         """Rows of G with C = GᵀG: the columns of J_iᵀ S_i / √N, one chunk of examples after the other. `names`
@@ -153,16 +152,21 @@ class OutputCurvature(Curvature, ABC):
         width = sum(parameters[name].numel() for name in names or parameters)
         with torch.no_grad():
             for x, y in pieces(self, risk):
-                factor = self.factor(risk.loss, risk.outputs(x), y, generator) / risk.examples**0.5
-                size, columns = chunk_size(risk, factor.shape[2], width), chunk_size(risk, 1, width)
+                outputs = risk.outputs(x)
+                factor = factor_of(self, risk, outputs, y, generator).scaled(risk.examples**-0.5)
+                wide = max(width, outputs.shape[1])
+                size, columns = chunk_size(risk, factor.count, wide), chunk_size(risk, 1, wide)
                 for part_x, part_factor in zip(split(x, size), factor.split(size)):
-                    for some in part_factor.split(columns, dim=2):  # all, but where rows of one example do not fit
-                        yield pulled_back(risk, parameters, part_x, some, names).flatten(0, 1)
+                    some = (pulled_back(risk, parameters, part_x, s, names) for s in part_factor.columns(columns))
+                    if len(part_factor) > 1:  # rows come in the order of examples
+                        yield torch.cat([*some], dim=1).flatten(0, 1)
+                    else:
+                        yield from (rows[0] for rows in some)
 
 
 def _in_forward_mode(curvature: FactorInOutputs, risk: EmpiricalRisk) -> Operator:
     """C by products of curvlinops, which go forward and then in reverse."""
     generator = curvature.generator()
     with torch.no_grad():
-        data = [(x, curvature.factor(risk.loss, risk.outputs(x), y, generator)) for x, y in risk]
+        data = [(x, factor_of(curvature, risk, risk.outputs(x), y, generator).tensor()) for x, y in risk]
     return output_operator(risk, data)

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from avalanche_curv.core.curvature.base import Curvature, OutputCurvature
 from avalanche_curv.core.curvature.operators import GramOperator, Operator
+from avalanche_curv.core.losses import ExampleLoss
 from avalanche_curv.core.options import check_count, settle
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
-from avalanche_curv.core.risk.losses import ExampleLoss
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from avalanche_curv.core.curvature.base import OutputCurvature
+from avalanche_curv.core.losses import ExampleLoss, Factor
 from avalanche_curv.core.options import check_count, check_seed, optional, settle
-from avalanche_curv.core.risk.losses import ExampleLoss
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,15 @@ class Fisher(OutputCurvature):
 
     def check_loss(self, loss: ExampleLoss) -> None:
         loss.check_likelihood()
-
-    def factor(self, loss: ExampleLoss, outputs: Tensor, targets: Tensor, generator: torch.Generator) -> Tensor:
-        loss.check_likelihood()
         if self.samples is None:
-            return loss.hessian_factor(outputs, targets)
-        count, width = outputs.shape
-        uniform = torch.rand(count, self.samples, width, generator=generator, dtype=torch.float64)
-        return loss.sample_gradients(outputs, uniform.to(outputs)) / self.samples**0.5
+            loss.check_expectation()
+
+    def factor(
+        self, loss: ExampleLoss, outputs: Tensor, targets: Tensor, generator: torch.Generator
+    ) -> Factor | Tensor:
+        self.check_loss(loss)
+        if self.samples is None:
+            return loss.fisher_factor(outputs, targets)
+        draws = len(outputs), self.samples, loss.draws(outputs, targets)
+        uniform = torch.rand(*draws, generator=generator, dtype=torch.float64)
+        return loss.sample_gradients(outputs, targets, uniform.to(outputs)) / self.samples**0.5

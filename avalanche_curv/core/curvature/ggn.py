@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from avalanche_curv.core.curvature.base import OutputCurvature
-from avalanche_curv.core.risk.losses import ExampleLoss
+from avalanche_curv.core.losses import ExampleLoss, Factor
 
 
 @dataclass(frozen=True)
@@ -19,5 +19,7 @@ class GGN(OutputCurvature):
     diagonal is also that of the `Hessian`, since each output is piecewise linear in any single weight.
     """
 
-    def factor(self, loss: ExampleLoss, outputs: Tensor, targets: Tensor, generator: torch.Generator) -> Tensor:
+    def factor(
+        self, loss: ExampleLoss, outputs: Tensor, targets: Tensor, generator: torch.Generator
+    ) -> Factor | Tensor:
         return loss.hessian_factor(outputs, targets)

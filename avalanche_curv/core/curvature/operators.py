@@ -10,8 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from avalanche_curv.core.losses import ExampleLoss
+from avalanche_curv.core.losses.factor import Factor, as_factor
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk, as_matrix
-from avalanche_curv.core.risk.losses import ExampleLoss
 from avalanche_curv.core.risk.nested import Nested, split
 
 FACTOR_BYTES = 32 * 2**20  # of the factors S of examples that are worked on at once
@@ -41,32 +42,50 @@ class FactorInOutputs(Protocol):
 
     def factor(
         self, loss: ExampleLoss, outputs: Float[Tensor, "N C"], targets: Tensor, generator: torch.Generator
-    ) -> Float[Tensor, "N C R"]: ...
+    ) -> Factor | Float[Tensor, "N C R"]: ...
 
     def generator(self) -> torch.Generator: ...
 
 
+def factor_of(
+    curvature: FactorInOutputs, risk: EmpiricalRisk, outputs: Float[Tensor, "N C"], targets: Tensor,
+    generator: torch.Generator,
+) -> Factor:
+    """S of some examples of a risk."""
+    return as_factor(curvature.factor(risk.loss, outputs, targets, generator))
+
+
 def pieces(curvature: FactorInOutputs, risk: EmpiricalRisk) -> Iterator[tuple[Nested, Tensor]]:
-    """The batches of `risk` in order, each in pieces whose factors S [n, C, R] take up to 32 MiB."""
-    size = 0
+    """The batches of `risk` in order, each in pieces whose factors S hold up to 32 MiB."""
+    sizes: dict[torch.Size, int] = {}
     for x, y in risk:
-        size = size or max(1, FACTOR_BYTES // max(1, factor_bytes(curvature, risk, y)))
-        yield from zip(split(x, size), y.split(size))
+        shape = y.shape[1:]
+        if shape not in sizes:
+            sizes[shape] = max(1, FACTOR_BYTES // max(1, some_factor(curvature, risk, x, y).bytes_an_example))
+        yield from zip(split(x, sizes[shape]), y.split(sizes[shape]))
 
 
-def factor_bytes(curvature: FactorInOutputs, risk: EmpiricalRisk, targets: Tensor) -> int:
-    """The memory of S of each example; 0 where all share one."""
-    factor = some_factor(curvature, risk, targets)
-    return factor.stride(0) * factor.element_size()
-
-
-def some_factor(curvature: FactorInOutputs, risk: EmpiricalRisk, targets: Tensor) -> Float[Tensor, "2 C R"]:
-    """S of an example that is given twice, for its shape; `targets` are those of a batch."""
-    outputs, target = as_matrix(risk.one_output), targets[:1]
+def some_factor(curvature: FactorInOutputs, risk: EmpiricalRisk, inputs: Nested, targets: Tensor) -> Factor:
+    """S of an example that is given twice, for its size: one of a batch of these inputs and targets."""
+    outputs, target = as_matrix(risk.output_like(inputs)), targets[:1]
     with torch.no_grad():
-        return curvature.factor(
-            risk.loss, outputs.expand(2, -1), target.expand(2, *target.shape[1:]), curvature.generator()
+        return factor_of(
+            curvature, risk, outputs.expand(2, -1), target.expand(2, *target.shape[1:]), curvature.generator()
         )
+
+
+def column_count(curvature: FactorInOutputs, risk: EmpiricalRisk) -> int:
+    """The columns of S of all examples, which are as many for each where all targets have one shape."""
+    if risk.one_output.ndim <= 2 and not isinstance(risk.batches, tuple):
+        x, y = next(iter(risk))
+        return risk.examples * some_factor(curvature, risk, x, y).count
+    total, counts = 0, dict[torch.Size, int]()
+    for x, y in risk:
+        shape = y.shape[1:]
+        if shape not in counts:
+            counts[shape] = some_factor(curvature, risk, x, y).count
+        total += len(y) * counts[shape]
+    return total
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from avalanche_curv.core.curvature.base import OutputCurvature
-from avalanche_curv.core.risk.losses import ExampleLoss
+from avalanche_curv.core.losses import ExampleLoss
 
 
 @dataclass(frozen=True)
@@ -26,4 +25,5 @@ class OutputGradient(OutputCurvature):
                 f"OutputGradient needs one class for each example, and an output for each class; got targets of "
                 f"{targets.dtype} and shape {tuple(targets.shape)}, {outputs.shape[1]} outputs. Use GGN() instead."
             )
-        return F.one_hot(targets, outputs.shape[1]).to(outputs)[:, :, None]
+        classes = torch.arange(outputs.shape[1], device=outputs.device)
+        return (targets[:, None] == classes).to(outputs)[:, :, None]

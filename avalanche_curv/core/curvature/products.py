@@ -12,11 +12,11 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from avalanche_curv.core.curvature.operators import FactorInOutputs, Operator, pieces
+from avalanche_curv.core.curvature.operators import FactorInOutputs, Operator, factor_of, pieces
+from avalanche_curv.core.losses import ExampleLoss
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.frozen import Graphs
 from avalanche_curv.core.risk.jacobians import parameters_of, pulled_back
-from avalanche_curv.core.risk.losses import ExampleLoss
 from avalanche_curv.core.risk.nested import Nested, leaves
 from avalanche_curv.core.risk.trust import directions, right_way
 
@@ -150,7 +150,7 @@ class _Batch:
         with sdpa_kernel(SDPBackend.MATH):  # the fused kernels of attention lack second derivatives
             self.outputs = risk.outputs(x)
         values = self.outputs.detach()
-        self.factor = curvature.factor(risk.loss, values, y, generator)
+        self.factor = factor_of(curvature, risk, values, y, generator)
         self.weights = torch.zeros_like(values, requires_grad=True)
         self.pullback = tuple(torch.zeros_like(p) for p in self.parameters)
         if self.outputs.requires_grad:
@@ -171,8 +171,8 @@ class _Batch:
             return [torch.zeros_like(part) for part in direction]
         functions, vectors = zip(*reached)
         (change,) = torch.autograd.grad(functions, self.weights, vectors, retain_graph=True)
-        curved = torch.einsum("ncr,nr->nc", self.factor, torch.einsum("ncr,nc->nr", self.factor, change))
         parts = torch.autograd.grad(
-            self.outputs, self.parameters, curved, retain_graph=True, allow_unused=True, materialize_grads=True
+            self.outputs, self.parameters, self.factor.times(change),
+            retain_graph=True, allow_unused=True, materialize_grads=True,
         )
         return list(parts)

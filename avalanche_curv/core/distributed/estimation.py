@@ -11,10 +11,10 @@ from torch import Tensor
 from avalanche_curv.core.curvature.base import Curvature, NonFiniteCurvatureError, OutputCurvature
 from avalanche_curv.core.curvature.operators import Operator
 from avalanche_curv.core.distributed.risk import ShardedRisk
+from avalanche_curv.core.losses import ExampleLoss, Factor
 from avalanche_curv.core.quadratic.model import QuadraticModel
 from avalanche_curv.core.risk.batches import random_part
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk, as_matrix
-from avalanche_curv.core.risk.losses import ExampleLoss
 from avalanche_curv.core.structures.base import Matrix, Structure
 from avalanche_curv.core.structures.rules import check_pair, structured
 
@@ -139,7 +139,7 @@ def _written(option: object) -> str:
     """An option as ranks compare it: an object that does not say its values would show its address."""
     return repr(option) if is_dataclass(option) else type(option).__qualname__
 
-CHUNK = 4096  # examples whose draws are skipped at once
+CHUNK = 2**20  # outputs of examples whose draws are skipped at once
 
 
 def with_draws_after(
@@ -159,13 +159,16 @@ class _Later(OutputCurvature):
     outputs: Float[Tensor, "1 C"]
     targets: Tensor
 
-    def factor(self, loss: ExampleLoss, outputs: Tensor, targets: Tensor, generator: torch.Generator) -> Tensor:
+    def factor(
+        self, loss: ExampleLoss, outputs: Tensor, targets: Tensor, generator: torch.Generator
+    ) -> Factor | Tensor:
         return self.curvature.factor(loss, outputs, targets, generator)
 
     def generator(self) -> torch.Generator:
         generator = self.curvature.generator()
-        for start in range(0, self.skipped, CHUNK):
-            self._skip(min(CHUNK, self.skipped - start), generator)
+        chunk = max(1, CHUNK // self.outputs.shape[1])
+        for start in range(0, self.skipped, chunk):
+            self._skip(min(chunk, self.skipped - start), generator)
         return generator
 
     @property

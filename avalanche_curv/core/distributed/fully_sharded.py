@@ -17,12 +17,13 @@ from avalanche_curv.core.distributed.estimation import with_draws_after
 from avalanche_curv.core.distributed.penalty import ShardedQuadratic, diagonal_columns
 from avalanche_curv.core.distributed.risk import borrowed, check_buffers
 from avalanche_curv.core.distributed.shares import LocalShards, local_shards, mesh_of
+from avalanche_curv.core.losses import ExampleLoss, Factor, example_loss
+from avalanche_curv.core.losses.factor import as_factor
 from avalanche_curv.core.per_example import layer_kinds
 from avalanche_curv.core.per_example.layers import Tap, gradients
 from avalanche_curv.core.risk.batches import Batches, kept, like
-from avalanche_curv.core.risk.empirical_risk import as_matrix
+from avalanche_curv.core.risk.empirical_risk import FEW, as_matrix
 from avalanche_curv.core.risk.forward import Forward, Labelled, convention_of, is_labelled
-from avalanche_curv.core.risk.losses import ExampleLoss, example_loss
 from avalanche_curv.core.risk.nested import Nested, index
 from avalanche_curv.core.risk.parameters import canonical_name
 
@@ -62,7 +63,7 @@ def estimate_fully_sharded(
         for x, y, counts in reader:
             with _tapped(layers) as taps:
                 outputs = call(model, x)
-            factor = counts * share.ranks.together(partial(factors.of, outputs.detach(), y, taps))
+            factor = share.ranks.together(partial(factors.of, outputs.detach(), y, taps)).scaled(counts)
             outputs = as_matrix(outputs)
             for name, part in _squares(outputs, factor, taps, layers):
                 total[name] += _rows_of_sum(part.view(shapes[name]), mesh)
@@ -112,16 +113,21 @@ class _Factors:
         self.curvature, self.loss, self.before, self.layers = curvature, loss, before, layers
         self.generator: torch.Generator | None = None
 
-    def of(self, outputs: Float[Tensor, "N *C"], targets: Tensor, taps: list[Tap]) -> Float[Tensor, "N C r"]:
+    def of(self, outputs: Float[Tensor, "N *C"], targets: Tensor, taps: list[Tap]) -> Factor:
         """Raises TypeError for layers whose squares do not follow from their taps, ValueError for targets that do not
         fit the loss."""
         _check_calls(self.layers, taps, len(targets))
+        self.loss = self.loss.fitted(partial(_few, outputs, targets))
         self.loss.check(outputs, targets)
         outputs = as_matrix(outputs)
         if self.generator is None:
             later = with_draws_after(self.curvature, self.before, self.loss, outputs, targets)
             self.generator = later.generator()
-        return self.curvature.factor(self.loss, outputs, targets, self.generator)
+        return as_factor(self.curvature.factor(self.loss, outputs, targets, self.generator))
+
+
+def _few(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    return outputs[:FEW], targets[:FEW]
 
 
 def _known_layers(model: nn.Module) -> dict[nn.Module, str]:
@@ -189,11 +195,11 @@ def _tapped(layers: dict[nn.Module, str]) -> Iterator[list[Tap]]:
 
 
 def _squares(
-    outputs: Tensor, factor: Tensor, taps: list[Tap], layers: dict[nn.Module, str]
+    outputs: Tensor, factor: Factor, taps: list[Tap], layers: dict[nn.Module, str]
 ) -> Iterator[tuple[str, Tensor]]:
     """Σ_i Σ_r (∂s_ir/∂·)² of this rank's examples, for each parameter of one layer after the other."""
     ends = [tap.outputs for tap in taps]
-    columns = [gradients(outputs, ends, column) for column in factor.unbind(2)]
+    columns = [gradients(outputs, ends, s) for some in factor.columns(1) for s in some.unbind(2)]
     for tap, of_tap in zip(taps, zip(*columns)):
         own = dict(tap.layer.named_parameters(recurse=False))
         for short, part in sorted(layer_kinds.squares(tap.layer, tap.inputs, of_tap, len(outputs)).items()):

@@ -9,8 +9,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from avalanche_curv.core.curvature.base import Curvature, OutputCurvature
-from avalanche_curv.core.curvature.operators import pieces
+from avalanche_curv.core.curvature.operators import factor_of, pieces
 from avalanche_curv.core.fidelity.measures import Comparison, GradientProducts, concatenated
+from avalanche_curv.core.losses import Factor
 from avalanche_curv.core.precision import in_own_precision
 from avalanche_curv.core.quadratic.model import half
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
@@ -50,13 +51,13 @@ class OutputModels(ExampleModels):
         parts = []
         with torch.no_grad():
             for x, y in pieces(self.curvature, self.risk):
-                factor = self.curvature.factor(self.risk.loss, self.risk.outputs(x), y, generator)
+                factor = factor_of(self.curvature, self.risk, self.risk.outputs(x), y, generator)
                 size = chunk_size(self.risk, 3)
                 for piece in zip(split(x, size), y.split(size), factor.split(size)):
                     parts.append(self._chunk(here, there, step, *piece))
         return joined(parts)
 
-    def _chunk(self, here: dict, there: dict, step: dict, x: Nested, y: Tensor, factor: Tensor) -> Comparison:
+    def _chunk(self, here: dict, there: dict, step: dict, x: Nested, y: Tensor, factor: Factor) -> Comparison:
         loss, now = self.risk.loss, outputs_there(self.risk, there, x)
         then, change = change_of_outputs(self.risk, here, x, step)
         residual = loss.gradient(then, y)
@@ -99,14 +100,14 @@ def outputs_there(risk: EmpiricalRisk, parameters: Parameters, inputs: Nested) -
 
 
 def output_increase(
-    factor: Float[Tensor, "N C R"], residual: Float[Tensor, "N C"], change: Float[Tensor, "N C"]
+    factor: Factor, residual: Float[Tensor, "N C"], change: Float[Tensor, "N C"]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """S Sᵀu, the linear increase (∇_f ℓ)ᵀu and the quadratic increase ½ ‖Sᵀu‖² of each example.
 
     Args: the `factor` S of the curvature in the outputs, the `residual` ∇_f ℓ at the anchor, the `change` u = J δ of
     the outputs.
     """
-    curved = torch.einsum("ncr,nr->nc", factor, torch.einsum("ncr,nc->nr", factor, change))
+    curved = factor.times(change)
     return curved, (residual * change).sum(1), half_product(curved, change)
 
 

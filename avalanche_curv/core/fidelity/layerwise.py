@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from avalanche_curv.core.curvature.base import Curvature, OutputCurvature
+from avalanche_curv.core.curvature.operators import factor_of
 from avalanche_curv.core.fidelity.examples import ExampleModels, OutputModels, joined, output_increase
 from avalanche_curv.core.fidelity.measures import Comparison, GradientProducts
 from avalanche_curv.core.per_example.layers import LayerDiffers, Layers, Tap, linear_layers
@@ -106,7 +107,7 @@ class _AnchoredBatch:
         values = self.outputs.detach()
         self.loss = risk.loss.per_example(values, y)
         self.residual = risk.loss.gradient(values, y)
-        self.factor = curvature.factor(risk.loss, values, y, generator)
+        self.factor = factor_of(curvature, risk, values, y, generator)
         with torch.enable_grad():
             self.weights = torch.zeros_like(values, requires_grad=True)
             self.pullback = _sensitivities(self.outputs, self.taps, self.weights, keep=True)

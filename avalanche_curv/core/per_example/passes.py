@@ -10,7 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from avalanche_curv.core.curvature.base import OutputCurvature
-from avalanche_curv.core.curvature.operators import pieces
+from avalanche_curv.core.curvature.operators import factor_of, pieces
+from avalanche_curv.core.losses import Factor
 from avalanche_curv.core.per_example.layers import Layers, Tap
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.jacobians import gradients
@@ -26,14 +27,14 @@ class LayerPass:
     examples: int
     taps: list[Tap]
     outputs: Float[Tensor, "n C"]
-    factor: Float[Tensor, "n C R"]
+    factor: Factor
 
     @property
     def columns(self) -> Iterator[list[Sequence[Tensor]]]:
         """For each column s_r of S, ∂(Σ_i s_irᵀ f_i)/∂Z of each tap; some columns at a time where these are large."""
         ends = [tap.outputs for tap in self.taps]
-        width = max(1, CHUNK_BYTES // max(1, sum(end.nbytes for end in ends)))
-        for some in self.factor.split(width, dim=2):
+        width = max(1, CHUNK_BYTES // max(1, self.outputs.nbytes, sum(end.nbytes for end in ends)))
+        for some in self.factor.columns(width):
             yield [gradients(self.outputs, ends, column) for column in some.unbind(2)]
 
 
@@ -48,6 +49,6 @@ def layer_passes(curvature: OutputCurvature, layers: Layers, risk: EmpiricalRisk
         with torch.enable_grad(), layers.tapped() as taps:
             outputs = risk.outputs(x)
         layers.check_calls(taps, len(y))
-        factor = curvature.factor(risk.loss, outputs.detach(), y, generator)
+        factor = factor_of(curvature, risk, outputs.detach(), y, generator)
         yield LayerPass(len(y), taps, outputs, factor)
 

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from avalanche_curv.core.curvature.base import Curvature
 from avalanche_curv.core.curvature.fisher import Fisher
+from avalanche_curv.core.losses import ExampleLoss
 from avalanche_curv.core.options import check_count, check_kind, check_seed, optional, settle
 from avalanche_curv.core.projection.blocks import Layout
 from avalanche_curv.core.projection.protection import BasisBound, Finding, Protection, TaskFindings, some_of
 from avalanche_curv.core.projection.subspace import Subspace, remainder
 from avalanche_curv.core.quadratic.estimate import estimate
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
-from avalanche_curv.core.risk.losses import ExampleLoss
 from avalanche_curv.core.risk.parameters import ParameterSpace
 from avalanche_curv.core.structures.block_diagonal import BlockDiagonal, Grouping, WholeModel
 from avalanche_curv.core.structures.cuts import Cut, Rank

@@ -6,12 +6,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from avalanche_curv.core.losses import ExampleLoss
 from avalanche_curv.core.projection.blocks import Layout
 from avalanche_curv.core.projection.subspace import Subspace
 from avalanche_curv.core.quadratic.policies import part_seed
 from avalanche_curv.core.risk.batches import random_part
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
-from avalanche_curv.core.risk.losses import ExampleLoss
 from avalanche_curv.core.risk.parameters import ParameterSpace
 
 

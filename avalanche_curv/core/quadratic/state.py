@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from avalanche_curv.core.losses import example_loss
 from avalanche_curv.core.risk.batches import Batches
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.forward import Forward, restored_forward
 from avalanche_curv.core.risk.frozen import copied_base, frozen_copy
-from avalanche_curv.core.risk.losses import example_loss
 from avalanche_curv.core.risk.selection import Selection, in_words
 
 

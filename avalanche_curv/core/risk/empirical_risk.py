@@ -15,6 +15,7 @@ from torch.func import functional_call
 
 from avalanche_curv.core.arguments import takes
 from avalanche_curv.core.hints import known_arguments
+from avalanche_curv.core.losses import ExampleLoss, example_loss
 from avalanche_curv.core.options import OneLine, check_fraction
 from avalanche_curv.core.precision import in_own_precision
 from avalanche_curv.core.risk.batches import (
@@ -44,7 +45,6 @@ from avalanche_curv.core.risk.frozen import (
     frozen_copy,
     unwrapped,
 )
-from avalanche_curv.core.risk.losses import ExampleLoss, example_loss
 from avalanche_curv.core.risk.nested import Nested, cat, index, shapes
 from avalanche_curv.core.risk.nested import examples as number_of
 from avalanche_curv.core.risk.parameters import ParameterSpace, canonical_name
@@ -70,7 +70,7 @@ class EmpiricalRisk(OneLine, Storable):
     """
 
     base: nn.Module
-    loss: ExampleLoss
+    form: ExampleLoss
     batches: Batches
     forward: Forward | None = None
     """(base, inputs) ↦ outputs; None where it is base(inputs)."""
@@ -131,7 +131,7 @@ class EmpiricalRisk(OneLine, Storable):
     def described(self) -> tuple[str, ...]:
         known = "examples" in vars(self) or isinstance(self.batches, (tuple, CountedBatches))
         count = f"{self.examples} examples" if known else "examples to be loaded"
-        return count, f"{type(self.loss).__name__} of {type(self.base).__name__}", f"{self.space.size} parameters"
+        return count, f"{type(self.form).__name__} of {type(self.base).__name__}", f"{self.space.size} parameters"
 
     def stored_fields(self) -> dict[str, Any]:
         batches = tuple((inputs, targets) for inputs, targets in self.batches)
@@ -171,7 +171,8 @@ class EmpiricalRisk(OneLine, Storable):
             if not number_of(targets):
                 continue
             x, y = like(inputs, self.anchor), like(targets, self.anchor)
-            self.loss.check(self.one_output.expand(len(y), *self.one_output.shape[1:]), y)
+            one = self.output_like(x)
+            self.loss.check(one.expand(len(y), *one.shape[1:]), y)
             yield x, y
 
     @cached_property
@@ -209,6 +210,23 @@ class EmpiricalRisk(OneLine, Storable):
         """The outputs of one example, for their shape."""
         with torch.no_grad():
             return self.model(index(self.few[0], slice(1)))
+
+    def output_like(self, inputs: Nested) -> Float[Tensor, "1 *C"]:
+        """The outputs of one example, for their shape: the first of these inputs, where it is not known."""
+        if shapes(inputs) == shapes(self.few[0]):
+            return self.one_output
+        return self._whole(index(inputs, slice(1)))
+
+    @in_own_precision
+    def _whole(self, inputs: Nested) -> Float[Tensor, "N *C"]:
+        """Outputs in their own shape, without a graph."""
+        with torch.no_grad():
+            return self.model(inputs)
+
+    @cached_property
+    def loss(self) -> ExampleLoss:
+        """ℓ, for the outputs that this model has."""
+        return self.form.fitted(lambda: (self._whole(self.few[0]), self.few[1]))
 
     @cached_property
     def one_loss(self) -> Float[Tensor, "1"]:

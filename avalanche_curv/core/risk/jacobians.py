@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.func import jvp, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from avalanche_curv.core.losses.factor import PerOutput
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.nested import Nested, examples, index, leaves, rebuilt, split
 from avalanche_curv.core.risk.trust import directions, nearby, right_way
@@ -130,7 +131,7 @@ def change_of_outputs(
     def by_rows(inputs: Nested) -> tuple[Tensor, Tensor]:
         with risk.holding(list(parameters.values())):
             outputs = risk.outputs(inputs)
-        columns = torch.eye(outputs.shape[1]).to(outputs).expand(len(outputs), -1, -1).split(1, dim=2)
+        columns = PerOutput(outputs.new_ones(1, 1).expand_as(outputs)).columns(1)
         return outputs, torch.cat([pulled_back(risk, parameters, inputs, e) @ direction for e in columns], dim=1)
 
     few = index(risk.few[0], slice(2))

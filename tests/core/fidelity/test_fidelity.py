@@ -146,10 +146,11 @@ class Cubic(ExampleLoss):
     def hessian_factor(self, outputs, targets):
         return (6 * outputs).sqrt().diag_embed()
 
-    def sample_gradients(self, outputs, uniform):
+    def sample_gradients(self, outputs, targets, uniform):
         raise TypeError("A cubic is no log-likelihood.")
 
-    check_likelihood = sample_gradients
+    def check_likelihood(self):
+        raise TypeError("A cubic is no log-likelihood.")
 
     def check(self, outputs, targets):
         pass

@@ -90,7 +90,7 @@ def test_weights_of_binary_outputs_broadcast_as_in_torch(shape, reduction, batch
     whole = estimate(GGN(), Dense(), risk).curvature.dense()
     close(whole, estimate(Hessian(), Dense(), risk).curvature.dense())  # the model is linear
     close(whole.diagonal().diag(), estimate(Hessian(), Diagonal(), risk).curvature.dense())
-    close(risk.loss.summed()(model(batch[0]), y) / 6, torch.stack(singles).mean())
+    close(risk.loss.summed(risk.one_output, y)(model(batch[0]), y) / 6, torch.stack(singles).mean())
 
 
 def test_a_single_output_takes_a_single_weight(batch, close):

@@ -64,7 +64,7 @@ def assert_loss(criterion, f, y, gradient, second):
     """The loss in its outputs, by the formulas and by autograd."""
     loss, f, y = example_loss(criterion), torch.tensor([f]), y[None]
     assert_all_digits(loss.gradient(f, y)[0], gradient)
-    factor = loss.hessian_factor(f, y)[0]
+    factor = loss.hessian_factor(f, y).tensor()[0]
     assert_all_digits(factor @ factor.T, second)
     assert_all_digits(grad(lambda v: loss.per_example(v, y)[0])(f)[0], gradient)
     assert_all_digits(hessian(lambda v: loss.per_example(v[None], y)[0])(f[0]), second)
@@ -133,15 +133,15 @@ def test_sampled_gradients_keep_their_digits(logits):
     for y in range(len(logits)):
         middle = ((borders[y] + borders[y + 1]) / 2).expand(1, 1, len(logits))
         label = int((middle[0, 0, 0] >= borders[1:-1]).sum())  # the one drawn, where the interval is too small for y
-        drawn = example_loss(nn.CrossEntropyLoss()).sample_gradients(torch.tensor([logits]), middle)
+        drawn = example_loss(nn.CrossEntropyLoss()).sample_gradients(torch.tensor([logits]), torch.tensor([0]), middle)
         expected = torch.tensor([-q[c] if c == label else p[c] for c in range(len(logits))]).double()
         assert_all_digits(drawn[0, :, 0], expected)
     on, off = (torch.full((1, 1, 2), uniform) for uniform in (0.0, 1.0))
     f = torch.tensor([[30.0, -30.0]])
     low, high = 1 / (1 + math.exp(30)), 1 / (1 + math.exp(-30))
     binary = example_loss(nn.BCEWithLogitsLoss(reduction="sum"))
-    assert_all_digits(binary.sample_gradients(f, on)[0, :, 0], torch.tensor([-low, -high]).double())
-    assert_all_digits(binary.sample_gradients(f, off)[0, :, 0], torch.tensor([high, low]).double())
+    assert_all_digits(binary.sample_gradients(f, f, on)[0, :, 0], torch.tensor([-low, -high]).double())
+    assert_all_digits(binary.sample_gradients(f, f, off)[0, :, 0], torch.tensor([high, low]).double())
 
 
 @pytest.mark.parametrize("size", [30.0, 1000.0])
@@ -157,7 +157,7 @@ def test_values_and_both_derivatives_of_the_loss_keep_their_digits_under_autogra
     assert of(f, 1).item() == pytest.approx(size + exact, rel=1e-6)
     for y in (0, 1):
         assert_all_digits(grad(of)(f, y), loss.gradient(f[None], torch.tensor([y]))[0].double())
-        factor = loss.hessian_factor(f[None], torch.tensor([y]))[0].double()
+        factor = loss.hessian_factor(f[None], torch.tensor([y])).tensor()[0].double()
         assert_all_digits(hessian(of)(f, y), factor @ factor.T)
     binary = example_loss(nn.BCEWithLogitsLoss())
     for f, y in itertools.product([size, -size], [0.0, 1.0]):
@@ -213,7 +213,7 @@ def test_masked_logits_curve_like_a_model_without_their_classes(how, hidden, mak
 
 def test_a_masked_class_that_the_cumulated_probabilities_leave_a_gap_for_is_not_drawn():
     f = torch.cat([torch.randn(1, 50, generator=torch.Generator().manual_seed(0)), torch.tensor([[-math.inf]])], 1)
-    drawn = example_loss(nn.CrossEntropyLoss()).sample_gradients(f, torch.ones(1, 1, 51))
+    drawn = example_loss(nn.CrossEntropyLoss()).sample_gradients(f, torch.tensor([0]), torch.ones(1, 1, 51))
     assert drawn[0, 50, 0] == 0
 
 

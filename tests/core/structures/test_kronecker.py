@@ -29,6 +29,7 @@ from avalanche_curv import (
     estimate,
     rule,
 )
+from avalanche_curv.core.losses.factor import as_factor
 from avalanche_curv.core.per_example import layer_kinds
 from avalanche_curv.core.per_example import passes as pieces
 from avalanche_curv.core.structures import DiagonalMatrix, KroneckerMatrix
@@ -77,7 +78,8 @@ class Case:
     def columns(self, kind):
         """S [N, C, R] of every example."""
         with torch.no_grad():
-            return kind.factor(self.risk.loss, self.model(self.inputs), self.targets, kind.generator())
+            outputs = self.model(self.inputs)
+            return as_factor(kind.factor(self.risk.loss, outputs, self.targets, kind.generator())).tensor()
 
 
 @pytest.fixture
@@ -514,7 +516,7 @@ class Mine(OutputCurvature):
     """A kind with a factor of each example."""
 
     def factor(self, loss, outputs, targets, generator):
-        return 2 * loss.hessian_factor(outputs, targets)
+        return loss.hessian_factor(outputs, targets).scaled(2.0)
 
 
 @pytest.fixture
