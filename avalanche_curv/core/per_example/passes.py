@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -11,9 +12,9 @@ from torch import Tensor
 
 from avalanche_curv.core.curvature.base import OutputCurvature
 from avalanche_curv.core.curvature.operators import pieces
-from avalanche_curv.core.per_example.layers import Layers, Tap
+from avalanche_curv.core.per_example.layers import Layers, sensitivities
+from avalanche_curv.core.per_example.taps import Tap
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
-from avalanche_curv.core.risk.jacobians import gradients
 
 CHUNK = 512  # examples that go through the model at once, fewer where they are large
 CHUNK_BYTES = 32 * 2**20  # of what leaves the layers, for these examples and for the columns of S at once
@@ -29,12 +30,11 @@ class LayerPass:
     factor: Float[Tensor, "n C R"]
 
     @property
-    def columns(self) -> Iterator[list[Sequence[Tensor]]]:
+    def columns(self) -> Iterator[list[Sequence[Any]]]:
         """For each column s_r of S, ∂(Σ_i s_irᵀ f_i)/∂Z of each tap; some columns at a time where these are large."""
-        ends = [tap.outputs for tap in self.taps]
-        width = max(1, CHUNK_BYTES // max(1, sum(end.nbytes for end in ends)))
+        width = max(1, CHUNK_BYTES // max(1, sum(end.nbytes for tap in self.taps for end in tap.ends)))
         for some in self.factor.split(width, dim=2):
-            yield [gradients(self.outputs, ends, column) for column in some.unbind(2)]
+            yield [sensitivities(self.outputs, self.taps, column) for column in some.unbind(2)]
 
 
 def layer_passes(curvature: OutputCurvature, layers: Layers, risk: EmpiricalRisk) -> Iterator[LayerPass]:
@@ -45,7 +45,7 @@ def layer_passes(curvature: OutputCurvature, layers: Layers, risk: EmpiricalRisk
     generator = curvature.generator()
     size = min(CHUNK, max(1, CHUNK_BYTES // max(1, layers.bytes_an_example)))
     for x, y in pieces(curvature, risk.rebatched(size)) if layers.names else ():
-        with torch.enable_grad(), layers.tapped() as taps:
+        with torch.enable_grad(), layers.tapped(len(x)) as taps:
             outputs = risk.outputs(x)
         layers.check_calls(taps, len(x))
         factor = curvature.factor(risk.loss, outputs.detach(), y, generator)
