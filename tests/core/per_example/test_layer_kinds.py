@@ -151,6 +151,17 @@ def positions(*axes, place=lambda x: x):
     return lambda: Positions(torch.arange(3).view(*axes, 3), place)
 
 
+class Attention(nn.Module):
+    """One head, with layers of its own for q, k and v: no output depends on the bias of k."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x):
+        return (self.q(x) @ self.k(x).mT).softmax(2) @ self.v(x)
+
+
 class Beside(nn.Module):
     """The weight of a layer is used beside the layer, and another layer is never called."""
 
@@ -241,6 +252,7 @@ MODELS = {
     "positions on one row": (positions(1), (3,), ()),
     "positions along the first axis": (positions(place=lambda x: x.sum(0)), (3,), ("places.weight",)),
     "positions by a place of their own": (positions(place=lambda x: x[[2, 1, 0]]), (3,), ("places.weight",)),
+    "attention": (lambda: before(12, Attention()), (3, 4), ()),
     "beside a layer": (Beside, (4,), ("scale", "body.weight", "body.bias")),
     "called by keyword": (Named, (4,), ()),
     "frozen weight": (frozen("0.weight", "1.bias"), (2, 4), ()),
