@@ -80,9 +80,8 @@ class Layers:
         return self.owned[layer]
 
     @contextmanager
-    def tapped(self, examples: int | None = None) -> Iterator[list[Tap]]:
-        """Collects a tap for each layer that is called while the context is open, with this number of examples; without
-        it none for what is alike for all examples."""
+    def tapped(self, examples: int) -> Iterator[list[Tap]]:
+        """Collects a tap for each layer that is called on this number of examples while the context is open."""
         taps: list[Tap] = []
         tied = {layer: one for one in self.names if isinstance(one, Tied) for layer in one.calls}
 
@@ -91,8 +90,6 @@ class Layers:
                 output = output.detach().requires_grad_()
             inputs = (*args, *named.values())[0].detach()
             if layer in self.repeated:
-                if examples is None:
-                    return output
                 output, inputs = (_for_each(t, examples, alike=inputs.ndim == 1) for t in (output, inputs))
             _collect(taps, Tap(layer, inputs, output), tied.get(layer))
             return output.clone()  # what follows may write in place
@@ -142,7 +139,7 @@ class Layers:
     def _tried(self, risk: EmpiricalRisk) -> Layers:
         inputs, _ = risk.few
         examples = len(inputs)
-        with self.tapped() as calls:
+        with self.tapped(examples) as calls:
             outputs = risk.outputs(inputs)
         kept, used = self._explained(risk, outputs, self._united(calls), examples)
         called = {tap.layer for tap in calls}
