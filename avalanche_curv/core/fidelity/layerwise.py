@@ -101,7 +101,7 @@ class _AnchoredBatch:
         generator: torch.Generator,
     ) -> None:
         self.risk, self.layers, self.x, self.y = risk, layers, x, y
-        with torch.enable_grad(), layers.tapped() as self.taps:
+        with torch.enable_grad(), layers.tapped(len(y)) as self.taps:
             self.outputs = risk.outputs(x)
         layers.check_calls(self.taps, len(y))
         values = self.outputs.detach()
@@ -133,7 +133,7 @@ class _AnchoredBatch:
     def _truth(self, values: list[Tensor]) -> tuple[list[Tap], tuple[Tensor, ...], Tensor]:
         """Inputs and outputs of its layers, B and losses of the past function at other parameters."""
         with self.risk.holding(values):
-            with self.layers.tapped() as taps:
+            with self.layers.tapped(len(self.y)) as taps:
                 outputs = self.risk.outputs(self.x)
             self.layers.check_calls(taps, len(self.y))
             loss = self.risk.loss.per_example(outputs.detach(), self.y)

@@ -27,7 +27,7 @@ CACHED = 2**19  # numbers that are worked on at once
 def prepared(layer: nn.Module, inputs: Tensor, examples: int) -> Tensor | None:
     """What the weight is multiplied with: A [n, in, T] of a linear or convolutional layer, the normalised inputs of a
     norm layer, the indices of an embedding. None for a layer of which no form is known."""
-    return None
+    return _tokens(inputs, examples) if is_transposed(layer) else None
 
 
 def surely_prepared(layer: nn.Module, inputs: Tensor, examples: int) -> Tensor:
@@ -42,19 +42,46 @@ def surely_prepared(layer: nn.Module, inputs: Tensor, examples: int) -> Tensor:
 @singledispatch
 def rows(layer: nn.Module, ready: Tensor, sensitivity: Tensor, examples: int) -> Rows:
     """The gradient of each example's scalar in each parameter of `layer`, [n, *shape], from its prepared inputs."""
-    raise _unknown(layer)
+    if not is_transposed(layer):
+        raise _unknown(layer)
+    b = _tokens(sensitivity, examples)
+    return {"weight": ready @ b.mT, "bias": b.sum(2)}
 
 
 def is_known(layer: nn.Module) -> bool:
     """Whether there is a form for this kind of layer."""
-    return prepared.dispatch(type(layer)) is not prepared.dispatch(nn.Module)
+    return prepared.dispatch(type(layer)) is not prepared.dispatch(nn.Module) or is_transposed(layer)
+
+
+def is_transposed(layer: nn.Module) -> bool:
+    """Whether the layer is x W + b with W [in, out]: the `Conv1D` of GPT-2, in Hugging Face's library and elsewhere. It
+    is known by its name, so that nothing is imported, and tried as all layers are."""
+    weight = getattr(layer, "weight", None)
+    named = any(kind.__name__ == "Conv1D" for kind in type(layer).__mro__)
+    return named and isinstance(weight, Tensor) and weight.ndim == 2
+
+
+def is_table(layer: nn.Module) -> bool:
+    """Whether the layer looks rows up, which may be the same for all examples: those of positions."""
+    return isinstance(layer, nn.Embedding)
 
 
 def is_outer(layer: nn.Module) -> bool:
-    """Whether the gradient of the layer's weight is B Aᵀ, with A as prepared and B = `positions(sensitivity)`."""
+    """Whether the gradient of the layer's weight, as a matrix [out, in], is B Aᵀ, with A as prepared and
+    B = `positions(sensitivity)`."""
     if isinstance(layer, _ConvNd):
         return layer.groups == 1 and not isinstance(layer, _ConvTransposeNd)
-    return isinstance(layer, nn.Linear)
+    return isinstance(layer, nn.Linear) or is_transposed(layer)
+
+
+def added_rows(total: Rows, layer: nn.Module, ready: Tensor, sensitivity: Tensor, examples: int) -> Rows:
+    """The rows of a layer added to those of another one, in their memory as far as there are any."""
+    if isinstance(layer, nn.Embedding) and "weight" in total:
+        where, b = _embedded(layer, ready, sensitivity, examples)
+        total["weight"].view(-1, layer.embedding_dim).index_add_(0, where, b)
+        return total
+    found = rows(layer, ready, sensitivity, examples)
+    return {name: total[name].add_(part) if name in total else part for name, part in found.items()}
 
 
 def positions(layer: nn.Module, sensitivity: Tensor, examples: int) -> Float[Tensor, "n out T"]:
@@ -89,7 +116,8 @@ def _squares_of_one_position(layer: nn.Module, inputs: Tensor, columns: Sequence
     total = first.square()
     for b in others:
         total.addcmul_(b, b)
-    return {"weight": total.T @ ready[:, :, 0].square(), "bias": total.sum(0)}
+    a = ready[:, :, 0].square()
+    return {"weight": a.T @ total if is_transposed(layer) else total.T @ a, "bias": total.sum(0)}
 
 
 @prepared.register

@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from avalanche_curv.core.per_example import layer_kinds
+from avalanche_curv.core.per_example.taps import Places, Tap, Tied, TiedTap
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.jacobians import gradients
 from avalanche_curv.core.risk.parameters import ParameterSpace, canonical_name
@@ -21,20 +20,7 @@ from avalanche_curv.core.risk.trust import TOLERANCE, nearby
 
 T = TypeVar("T")
 
-
-@dataclass(eq=False)
-class Tap:
-    """One layer in one forward pass: its inputs A and outputs Z, [N, in] and [N, out] in a multilayer perceptron."""
-
-    layer: nn.Module
-    inputs: Tensor
-    outputs: Tensor
-
-    @cached_property
-    def input_squares(self) -> Float[Tensor, "5 N"]:
-        """a·a, a'·a', a·a', a'·e and e·e for inputs that do not change: a' = a and e = 0."""
-        squares, zeros = torch.linalg.vecdot(self.inputs, self.inputs), self.inputs.new_zeros(len(self.inputs))
-        return torch.stack([squares, squares, squares, zeros, zeros])
+ROUNDING = 64  # of units in the last place of a layer's gradient
 
 
 @dataclass(frozen=True)
@@ -42,9 +28,10 @@ class Layers:
     """The layers of a frozen model that explain their parameters' per-example gradients, and `rest`: the names of the
     parameters that none explains.
 
-    A layer is taken only if it reproduces the gradients of single examples on a few of the data: one that is called
-    twice, shares a tensor, is bypassed, or mixes examples falls out by itself, whatever it is. A layer that turns out
-    to see other examples otherwise falls out then (`by_layers`).
+    A layer is taken only if it reproduces the gradients of single examples on a few of the data: one that is bypassed
+    or mixes examples falls out by itself, whatever it is. Layers that share a parameter, and calls of one layer, are
+    taken together (`Tied`). What an embedding gives to all examples alike, such as positions, is repeated for each of
+    them (`repeated`). A layer that turns out to see other examples otherwise falls out then (`by_layers`).
     """
 
     space: ParameterSpace
@@ -53,6 +40,8 @@ class Layers:
     folded: dict[nn.Module, tuple[int, ...]] = field(default_factory=dict)  # how many rows an example has, in and out
     flat: frozenset[nn.Module] = frozenset()  # linear layers on matrices: one position an example
     bytes_an_example: int = 0  # of what leaves the layers
+    owned: dict[nn.Module, Places] = field(default_factory=dict)
+    repeated: frozenset[nn.Module] = frozenset()
 
     @classmethod
     def of(cls, risk: EmpiricalRisk) -> Layers:
@@ -65,12 +54,13 @@ class Layers:
     def _candidates(cls, risk: EmpiricalRisk) -> Layers:
         known = ((n, m) for n, m in risk.base.named_modules() if layer_kinds.is_known(m))
         found = {m: canonical_name(f"{n}.weight").removesuffix("weight").removesuffix(".") for n, m in known}
+        of = {id(p): canonical_name(name) for name, p in risk.base.named_parameters() if p.requires_grad}
         tried = cls(risk.space, {})
         for layer, name in found.items():
-            candidate = replace(tried, names={layer: name})
-            trainable = candidate.trainable(layer)
-            if trainable and set(trainable) <= set(risk.space.names):
-                tried.names[layer] = name
+            own = layer.named_parameters(recurse=False)
+            places = {short: of[id(p)] for short, p in own if id(p) in of}
+            if places and set(places.values()) <= set(risk.space.names):
+                tried.names[layer], tried.owned[layer] = name, places
         return tried
 
     def without(self, layer: nn.Module) -> Layers:
@@ -83,25 +73,29 @@ class Layers:
 
     def trainable(self, layer: nn.Module) -> list[str]:
         """The names of the trainable parameters of `layer`."""
-        prefix = f"{self.names[layer]}." if self.names[layer] else ""
-        return [prefix + name for name, p in layer.named_parameters(recurse=False) if p.requires_grad]
+        return [*self.owned[layer].values()]
 
-    def places(self, layer: nn.Module) -> dict[str, str]:
+    def places(self, layer: nn.Module) -> Places:
         """The names of the layer's trainable parameters in the model, by their names in it, such as "weight"."""
-        return {name.rpartition(".")[2]: name for name in self.trainable(layer)}
+        return self.owned[layer]
 
     @contextmanager
-    def tapped(self) -> Iterator[list[Tap]]:
-        """Collects a tap for each call of a layer while the context is open."""
+    def tapped(self, examples: int) -> Iterator[list[Tap]]:
+        """Collects a tap for each layer that is called on this number of examples while the context is open."""
         taps: list[Tap] = []
+        tied = {layer: one for one in self.names if isinstance(one, Tied) for layer in one.calls}
 
         def collect(layer: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor) -> Tensor:
             if not output.requires_grad:
                 output = output.detach().requires_grad_()
-            taps.append(Tap(layer, (*args, *named.values())[0].detach(), output))
+            inputs = (*args, *named.values())[0].detach()
+            if layer in self.repeated:
+                output, inputs = (_for_each(t, examples, alike=inputs.ndim == 1) for t in (output, inputs))
+            _collect(taps, Tap(layer, inputs, output), tied.get(layer))
             return output.clone()  # what follows may write in place
 
-        handles = [layer.register_forward_hook(collect, with_kwargs=True) for layer in self.names]
+        called = [layer for one in self.names for layer in (one.calls if isinstance(one, Tied) else (one,))]
+        handles = [layer.register_forward_hook(collect, with_kwargs=True) for layer in dict.fromkeys(called)]
         try:
             with sdpa_kernel(SDPBackend.MATH):  # the fused kernels of attention lack second derivatives
                 yield taps
@@ -109,16 +103,13 @@ class Layers:
             for handle in handles:
                 handle.remove()
 
-    def rows(self, tap: Tap, sensitivity: Tensor, examples: int) -> dict[str, Tensor]:
+    def rows(self, tap: Tap, sensitivity: Any, examples: int) -> dict[str, Tensor]:
         """Per-example gradients in the layer's trainable parameters, [N, *shape]; empty where no form is known."""
-        ready = layer_kinds.prepared(tap.layer, tap.inputs, examples)
-        if ready is None:
-            return {}
-        return self._named(tap.layer, layer_kinds.rows(tap.layer, ready, sensitivity, examples))
+        return self._named(tap.layer, tap.rows(sensitivity, examples))
 
-    def squares(self, tap: Tap, columns: Sequence[Tensor], examples: int) -> dict[str, Tensor]:
+    def squares(self, tap: Tap, columns: Sequence[Any], examples: int) -> dict[str, Tensor]:
         """Σ_r Σ_i (∇s_ir)² in the layer's trainable parameters, from its sensitivity to each s_r."""
-        return self._named(tap.layer, layer_kinds.squares(tap.layer, tap.inputs, columns, examples))
+        return self._named(tap.layer, tap.squares(columns, examples))
 
     def _named(self, layer: nn.Module, parts: dict[str, Tensor]) -> dict[str, Tensor]:
         wanted = self.places(layer)
@@ -130,7 +121,7 @@ class Layers:
         called = [tap.layer for tap in taps]
         for tap in taps:
             rows = tuple(n * examples for n in self.folded.get(tap.layer, ()))
-            if called.count(tap.layer) > 1 or rows != (len(tap.inputs), len(tap.outputs)):
+            if called.count(tap.layer) > 1 or rows != tap.lengths:
                 raise LayerDiffers(tap.layer)
 
     @torch.enable_grad()
@@ -146,47 +137,106 @@ class Layers:
             return Layers(self.space, {}, self.space.names)
 
     def _tried(self, risk: EmpiricalRisk) -> Layers:
-        inputs, _ = risk.few
-        with self.tapped() as taps:
+        inputs, targets = risk.few
+        examples = len(targets)
+        with self.tapped(examples) as calls:
             outputs = risk.outputs(inputs)
-        examples, mixed = len(outputs), outputs @ torch.linspace(1, 2, outputs.shape[1]).to(outputs)
-        called = [tap.layer for tap in taps]
-        kept = [tap for tap in taps if called.count(tap.layer) == 1 and _divides(examples, tap)]
-        sensitivities = dict(zip(kept, gradients(mixed.sum(), [tap.outputs for tap in kept])))
-        used: set[str] = set()
-        for index, one in enumerate(mixed):
-            exact = dict(zip(risk.space.names, gradients(one, risk.parameters)))
-            used |= {name for name, part in exact.items() if part.any()}
-            kept = [tap for tap in kept if self._explains(tap, sensitivities[tap], examples, index, exact)]
-        unused = [layer for layer in self.names if layer not in called and not used & set(self.trainable(layer))]
+        kept, used = self._explained(risk, outputs, self._united(calls), examples)
+        called = {tap.layer for tap in calls}
+        explained_layers = {tap.layer for tap in kept}
+        alike = frozenset(one for one in called - explained_layers if layer_kinds.is_table(one))
+        kept += self._explained_alike(risk, inputs, outputs, alike, examples)
+        explained = {name for tap in kept for name in self.trainable(tap.layer)}
+        unused = []
+        for layer in self.names:
+            if layer not in called and not (used | explained) & {*self.trainable(layer)}:
+                unused.append(layer)
+                explained |= {*self.trainable(layer)}
         layers = [*(tap.layer for tap in kept), *unused]
-        explained = {name for layer in layers for name in self.trainable(layer)}
         return Layers(
             self.space,
             {layer: self.names[layer] for layer in layers},
             tuple(name for name in self.space.names if name not in explained),
-            {tap.layer: tuple(len(t) // examples for t in (tap.inputs, tap.outputs)) for tap in kept},
+            {tap.layer: tuple(length // examples for length in tap.lengths) for tap in kept},
             frozenset(
                 layer for layer in layers
                 if isinstance(layer, nn.Linear)
                 and all(tap.inputs.ndim == 2 and len(tap.inputs) == examples for tap in kept if tap.layer is layer)
             ),
-            sum(tap.outputs.nbytes for tap in kept) // examples,
+            sum(end.nbytes for tap in kept for end in tap.ends) // examples,
+            self.owned,
+            alike & {tap.layer for tap in kept},
         )
 
+    def _united(self, calls: list[Tap]) -> list[Tap]:
+        """One tap for all calls that share a parameter, in the order of the first of them."""
+        shared: list[set[str]] = []
+        for tap in calls:
+            names = {*self.trainable(tap.layer)}
+            joined = names.union(*(other for other in shared if other & names))
+            shared = [*(other for other in shared if not other & names), joined]
+        groups: dict[int, list[Tap]] = {}
+        for tap in calls:
+            key = next(i for i, names in enumerate(shared) if self.trainable(tap.layer)[0] in names)
+            groups.setdefault(key, []).append(tap)
+        return [taps[0] if len(taps) == 1 else self._tied(taps) for taps in groups.values()]
+
+    def _tied(self, taps: list[Tap]) -> Tap:
+        layer = Tied([tap.layer for tap in taps], self.owned)
+        self.names[layer] = self.names[taps[0].layer]
+        self.owned[layer] = {name: name for tap in taps for name in self.trainable(tap.layer)}
+        return TiedTap.of(layer, taps)
+
+    def _explained_alike(
+        self, risk: EmpiricalRisk, inputs: Tensor, outputs: Tensor, alike: frozenset[nn.Module], examples: int
+    ) -> list[Tap]:
+        """The taps of tables whose output for all examples alike can be repeated for each of them."""
+        if not alike:
+            return []
+        names = {layer: name for layer, name in self.names.items() if layer in alike}
+        tried = replace(self, names=names, repeated=alike)
+        try:
+            with tried.tapped(examples) as taps:
+                repeated = risk.outputs(inputs)
+        except Exception:  # of any kind: what follows cannot take one more axis, say
+            return []
+        called = [tap.layer for tap in taps]
+        if repeated.shape != outputs.shape or bool((repeated - outputs).norm() > TOLERANCE * outputs.norm()):
+            return []
+        once = [tap for tap in taps if called.count(tap.layer) == 1]
+        return tried._explained(risk, repeated, once, examples)[0]
+
+    def _explained(
+        self, risk: EmpiricalRisk, outputs: Tensor, taps: list[Tap], examples: int
+    ) -> tuple[list[Tap], set[str]]:
+        """Those of the taps whose rows are the gradients of each example, and the parameters that have any gradient."""
+        mixed = outputs @ torch.linspace(1, 2, outputs.shape[1]).to(outputs)
+        kept = [tap for tap in taps if all(length > 0 and length % examples == 0 for length in tap.lengths)]
+        found = dict(zip(kept, sensitivities(mixed.sum(), kept)))
+        used: set[str] = set()
+        for index, one in enumerate(mixed):
+            exact = dict(zip(risk.space.names, gradients(one, risk.parameters)))
+            used |= {name for name, part in exact.items() if part.any()}
+            kept = [tap for tap in kept if self._explains(tap, found[tap], examples, index, exact)]
+        return kept, used
+
     def _explains(
-        self, tap: Tap, sensitivity: Tensor, examples: int, index: int, exact: dict[str, Tensor]
+        self, tap: Tap, sensitivity: Any, examples: int, index: int, exact: dict[str, Tensor]
     ) -> bool:
-        """Whether the rows of one of the examples are its exact gradient."""
+        """Whether the rows of one of the examples are its exact gradient, to rounding: the bias of the keys of an
+        attention, for instance, has none but that."""
         try:
             found = self.rows(tap, sensitivity, examples)
         except RuntimeError:  # inputs or outputs in other shapes than the kind of layer has
             return False
+        names = self.trainable(tap.layer)
+        norms = {name: float(exact[name].norm()) for name in names}
+        floor = ROUNDING * torch.finfo(exact[names[0]].dtype).eps * max(norms.values())
         return all(
             name in found
             and found[name].shape == (examples, *exact[name].shape)
-            and bool((found[name][index] - exact[name]).norm() <= TOLERANCE * exact[name].norm())
-            for name in self.trainable(tap.layer)
+            and float((found[name][index] - exact[name]).norm()) <= TOLERANCE * norms[name] + floor
+            for name in names
         )
 
 
@@ -215,5 +265,24 @@ def linear_layers(risk: EmpiricalRisk) -> Layers | None:
     return None if layers.rest or layers.flat != set(layers.names) else layers
 
 
-def _divides(count: int, tap: Tap) -> bool:
-    return all(t.ndim > 0 and len(t) > 0 and len(t) % count == 0 for t in (tap.inputs, tap.outputs))
+def sensitivities(scalar: Tensor, taps: Sequence[Tap], weight: Tensor | None = None) -> list[Any]:
+    """∂(scalar)/∂Z of each tap, or of weightᵀ(scalar) for several: what `rows` and `squares` take."""
+    derivatives = iter(gradients(scalar, [end for tap in taps for end in tap.ends], weight))
+    return [tap.among(derivatives) for tap in taps]
+
+
+def _collect(taps: list[Tap], tap: Tap, tied: Tied | None) -> None:
+    """Appends a tap, or joins it to those of other calls that it is tied to."""
+    if tied is None:
+        taps.append(tap)
+        return
+    known = next((one for one in taps if one.layer is tied), None)
+    if isinstance(known, TiedTap):
+        known.taps.append(tap)
+    else:
+        taps.append(TiedTap.of(tied, [tap]))
+
+
+def _for_each(tensor: Tensor, examples: int, *, alike: bool) -> Tensor:
+    """A tensor for all examples alike once for each of them; without `alike` it has an axis of examples already."""
+    return tensor.expand(examples, *(tensor.shape if alike else tensor.shape[1:]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -12,9 +13,9 @@ from torch import Tensor
 from avalanche_curv.core.curvature.base import OutputCurvature
 from avalanche_curv.core.curvature.operators import factor_of, pieces
 from avalanche_curv.core.losses import Factor
-from avalanche_curv.core.per_example.layers import Layers, Tap
+from avalanche_curv.core.per_example.layers import Layers, sensitivities
+from avalanche_curv.core.per_example.taps import Tap
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
-from avalanche_curv.core.risk.jacobians import gradients
 
 CHUNK = 512  # examples that go through the model at once, fewer where they are large
 CHUNK_BYTES = 32 * 2**20  # of what leaves the layers, for these examples and for the columns of S at once
@@ -30,12 +31,11 @@ class LayerPass:
     factor: Factor
 
     @property
-    def columns(self) -> Iterator[list[Sequence[Tensor]]]:
+    def columns(self) -> Iterator[list[Sequence[Any]]]:
         """For each column s_r of S, ∂(Σ_i s_irᵀ f_i)/∂Z of each tap; some columns at a time where these are large."""
-        ends = [tap.outputs for tap in self.taps]
-        width = max(1, CHUNK_BYTES // max(1, self.outputs.nbytes, sum(end.nbytes for end in ends)))
-        for some in self.factor.columns(width):
-            yield [gradients(self.outputs, ends, column) for column in some.unbind(2)]
+        ends = sum(end.nbytes for tap in self.taps for end in tap.ends)
+        for some in self.factor.columns(max(1, CHUNK_BYTES // max(1, self.outputs.nbytes, ends))):
+            yield [sensitivities(self.outputs, self.taps, column) for column in some.unbind(2)]
 
 
 def layer_passes(curvature: OutputCurvature, layers: Layers, risk: EmpiricalRisk) -> Iterator[LayerPass]:
@@ -46,7 +46,7 @@ def layer_passes(curvature: OutputCurvature, layers: Layers, risk: EmpiricalRisk
     generator = curvature.generator()
     size = min(CHUNK, max(1, CHUNK_BYTES // max(1, layers.bytes_an_example)))
     for x, y in pieces(curvature, risk.rebatched(size)) if layers.names else ():
-        with torch.enable_grad(), layers.tapped() as taps:
+        with torch.enable_grad(), layers.tapped(len(y)) as taps:
             outputs = risk.outputs(x)
         layers.check_calls(taps, len(y))
         factor = factor_of(curvature, risk, outputs.detach(), y, generator)

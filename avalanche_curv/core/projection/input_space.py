@@ -157,7 +157,7 @@ def input_roots(risk: EmpiricalRisk, layers: Layers) -> tuple[dict[nn.Module, Ro
     called: set[nn.Module] = set()
     finite = bool(risk.anchor.isfinite().all())
     for inputs, targets in risk:
-        with torch.no_grad(), layers.tapped() as taps:
+        with torch.no_grad(), layers.tapped(len(targets)) as taps:
             outputs = risk.outputs(inputs)
         layers.check_calls(taps, len(targets))
         finite = finite and all(bool(t.isfinite().all()) for t in (*leaves(inputs), outputs))  # no layer explains NaN

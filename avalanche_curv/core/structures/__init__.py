@@ -17,6 +17,7 @@ from avalanche_curv.core.structures.kronecker_matrix import KeepTerms, Kronecker
 from avalanche_curv.core.structures.low_rank import LowRank, LowRankMatrix
 from avalanche_curv.core.structures.matrix_free import MatrixFree, MatrixFreeMatrix
 from avalanche_curv.core.structures.rules import refusal, rule
+from avalanche_curv.core.structures.weight_sharing import Expand, Reduce
 
 __all__ = [
     "EKFAC",
@@ -27,6 +28,7 @@ __all__ = [
     "Diagonal",
     "DiagonalMatrix",
     "Energy",
+    "Expand",
     "FlatSpectrum",
     "KeepTerms",
     "Kronecker",
@@ -40,6 +42,7 @@ __all__ = [
     "PerParameter",
     "PiWeighted",
     "Rank",
+    "Reduce",
     "Structure",
     "WholeModel",
     "refusal",

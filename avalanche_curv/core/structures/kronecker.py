@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from avalanche_curv.core.curvature.base import Curvature, OutputCurvature
 from avalanche_curv.core.curvature.operators import Operator
-from avalanche_curv.core.options import settle
+from avalanche_curv.core.options import check_kind, settle
 from avalanche_curv.core.per_example import layer_kinds
 from avalanche_curv.core.per_example.layers import Layers, Tap, by_layers
 from avalanche_curv.core.per_example.passes import layer_passes
@@ -29,12 +29,16 @@ from avalanche_curv.core.structures.kronecker_matrix import (
     KroneckerSum,
 )
 from avalanche_curv.core.structures.rules import has_rule, refusal, rule
+from avalanche_curv.core.structures.weight_sharing import Expand, WeightSharing
+
+_Names = tuple[str | None, str | None]  # of a weight and of a bias, as far as they are trainable
 
 
 class Factorised(Structure):
     """What KFAC and EKFAC share: a recipe for matrices that hold Kronecker factors of layers."""
 
     max_bytes: int
+    sharing: WeightSharing
     corrections: ClassVar[int]  # numbers beside the factors for each parameter
     fits_in_blocks = False
 
@@ -60,10 +64,9 @@ class Factorised(Structure):
     def check(self, space: ParameterSpace, itemsize: int) -> None:
         """Refuses what is certain, a matrix with a bias; the others are known, and checked, when layers are."""
         certain = [
-            (name, shape) for name, shape in zip(space.names, space.shapes)
-            if len(shape) == 2 and _bias(name) in space.names
+            shape for name, shape in zip(space.names, space.shapes) if len(shape) == 2 and _bias(name) in space.names
         ]
-        self.check_bytes(sum(self._numbers(space, name, shape) for name, shape in certain) * itemsize)
+        self.check_bytes(sum(n**2 + m**2 + self.corrections * n * m for n, m in certain) * itemsize)
 
     def check_bytes(self, needed: int) -> None:
         """Raises MemoryError for a matrix over the limit."""
@@ -85,19 +88,21 @@ class Kronecker(Factorised):
 
     A = (1 / NT) Σ_{n,t} a_nt a_ntᵀ of the layer's inputs, with a 1 appended for the bias, and
     G = (1 / N) Σ_{n,t,r} b_ntr b_ntrᵀ of the sensitivities to the columns s_r of S, over T positions (Martens & Grosse
-    2015, arXiv:1503.05671; Grosse & Martens 2016, arXiv:1602.01407; "expand" of Eschenhagen et al. 2023). The kind
-    decides the columns: `Fisher()` gives type-2, `Fisher(samples=1)` Monte-Carlo and `EmpiricalFisher()` empirical
-    factors.
+    2015, arXiv:1503.05671; Grosse & Martens 2016, arXiv:1602.01407). That is `sharing=Expand()`, each position as an
+    example of its own; `sharing=Reduce()` joins the positions of an example (Eschenhagen et al. 2023). The kind decides
+    the columns: `Fisher()` gives type-2, `Fisher(samples=1)` Monte-Carlo and `EmpiricalFisher()` empirical factors.
 
-    All other parameters get the exact diagonal: norm layers, embeddings, grouped convolutions, bare tensors, the
-    projections of attention, layers that are called twice or share their weight. A model without any layer to factorise
-    is refused (TypeError), and so is a curvature that is no OutputCurvature.
+    Linear are `nn.Linear`, LoRA's two of an adapter and the `Conv1D` of GPT-2. All other parameters get the exact
+    diagonal: norm layers, embeddings and heads tied to them, grouped convolutions, bare tensors, the packed projections
+    of `nn.MultiheadAttention`, layers that are called twice or share their weight. A model without any layer to
+    factorise is refused (TypeError), and so is a curvature that is no OutputCurvature.
 
     Sums keep a list of terms and are exact; `sums=PiWeighted()` merges them into one.
     """
 
     sums: KroneckerSum = KeepTerms()  # noqa: RUF009  a frozen value
     max_bytes: int = 4 * 2**30
+    sharing: WeightSharing = field(default=Expand(), kw_only=True)
 
     corrections: ClassVar[int] = 0
     is_mean = True
@@ -106,20 +111,24 @@ class Kronecker(Factorised):
         settle(self, max_bytes=check_limit)
         if not isinstance(self.sums, KroneckerSum):
             raise TypeError(f"Kronecker takes KeepTerms() or PiWeighted(); got {self.sums!r}.")
+        check_kind("sharing", self.sharing, WeightSharing, "Expand() or Reduce()")
 
 
 @dataclass(frozen=True)
 class EKFAC(Factorised):
     """KFAC with corrected eigenvalues: C ≈ Q Λ Qᵀ with Q = Q_A ⊗ Q_G the eigenvectors of the Kronecker factors and
     Λ = diag(Qᵀ C Q) exact (George et al. 2018, arXiv:1806.03884), so that its trace is that of C. Numbers: those of
-    KFAC, and one for each parameter. Layers and refusals are those of `Kronecker`. Sums keep a list of terms."""
+    KFAC, and one for each parameter. Layers, refusals and the readings `sharing` of positions, which give the
+    eigenvectors, are those of `Kronecker`. Sums keep a list of terms."""
 
     max_bytes: int = field(default=4 * 2**30, kw_only=True)
+    sharing: WeightSharing = field(default=Expand(), kw_only=True)
 
     corrections: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         settle(self, max_bytes=check_limit)
+        check_kind("sharing", self.sharing, WeightSharing, "Expand() or Reduce()")
 
     @property
     def sums(self) -> KroneckerSum:
@@ -159,7 +168,10 @@ def kronecker(curvature: OutputCurvature, structure: Factorised, risk: Empirical
 def _factorised(
     curvature: OutputCurvature, structure: Factorised, layers: Layers, risk: EmpiricalRisk
 ) -> KroneckerMatrix:
-    factors = {layer: _Sums.of(layers, layer, risk.anchor) for layer in layers.names if layer_kinds.is_outer(layer)}
+    factors = {
+        layer: _Sums.of(layers, layer, structure.sharing, risk.anchor)
+        for layer in layers.names if layer_kinds.is_outer(layer)
+    }
     if not factors:
         raise TypeError(
             f"No layer of {type(risk.base).__name__} can be factorised: Kronecker factors are known of linear layers "
@@ -195,8 +207,7 @@ def ekfac(curvature: OutputCurvature, structure: EKFAC, risk: EmpiricalRisk) -> 
     bases: dict[nn.Module, _Basis] = {}
     for layer in layers.names:
         if layer_kinds.is_outer(layer):
-            names = _names(layers, layer)
-            bases[layer] = _Basis(names, *places[names].terms[0].eigen()[1:])
+            bases[layer] = _Basis(places[_names(layers, layer)])
     for piece in layer_passes(curvature, layers, risk):
         for columns in piece.columns:
             for tap, of_tap in zip(piece.taps, zip(*columns)):
@@ -207,25 +218,29 @@ def ekfac(curvature: OutputCurvature, structure: EKFAC, risk: EmpiricalRisk) -> 
 
 
 class _Sums:
-    """Σ_n (1/T) Σ_t a aᵀ and Σ b bᵀ of one layer, while the data pass by."""
+    """Sums of both factors of one layer over examples, while the data pass by."""
 
-    def __init__(self, layer: nn.Module, names: tuple[str | None, str | None], inputs: int, out: int, like: Tensor):
-        self.kind, self.names = layer, names
+    def __init__(
+        self, layer: nn.Module, names: _Names, sharing: WeightSharing, inputs: int, out: int, like: Tensor
+    ) -> None:
+        self.kind, self.names, self.sharing = layer, names, sharing
         self.a, self.g = like.new_zeros(inputs, inputs), like.new_zeros(out, out)
 
     @classmethod
-    def of(cls, layers: Layers, layer: nn.Module, like: Tensor) -> _Sums:
+    def of(cls, layers: Layers, layer: nn.Module, sharing: WeightSharing, like: Tensor) -> _Sums:
         names = _names(layers, layer)
         shapes = dict(zip(layers.space.names, layers.space.shapes))
         held = [shapes[name] for name in names if name is not None]
-        return cls(layer, names, sum(shape[1:].numel() for shape in held), held[0][0], like)
+        if names[0] is not None and layer_kinds.is_transposed(layer):
+            held[0] = held[0][::-1]
+        return cls(layer, names, sharing, sum(shape[1:].numel() for shape in held), held[0][0], like)
 
     def add_inputs(self, tap: Tap, examples: int) -> None:
         weight, bias = self.names
         ready = layer_kinds.surely_prepared(self.kind, tap.inputs, examples)
-        count = ready.shape[2]
         if weight is not None:
-            rows = ready.mT.reshape(-1, ready.shape[1])
+            rows = self.sharing.inputs(ready)
+            count = len(rows) // examples
             add_gram(self.a[: rows.shape[1], : rows.shape[1]], rows, 1 / count)
             if bias is not None:
                 self.a[-1, :-1] += rows.sum(0) / count
@@ -235,23 +250,24 @@ class _Sums:
     def add_sensitivities(self, columns: Sequence[Tensor], examples: int) -> None:
         for column in columns:
             b = layer_kinds.positions(self.kind, column, examples)
-            add_gram(self.g, b.mT.reshape(-1, b.shape[1]), 1.0)
+            add_gram(self.g, self.sharing.sensitivities(b), 1.0)
 
     def layer(self, examples: int) -> FactoredLayer:
         a, g = (_from_lower(part) / examples for part in (self.a, self.g))
-        return FactoredLayer(*self.names, (Factors(a, g),))
+        return FactoredLayer(*self.names, (Factors(a, g),), layer_kinds.is_transposed(self.kind))
 
 
 class _Basis:
-    """Σ (Q_Gᵀ ∇s Q_A)² of one layer, while the data pass by."""
+    """Σ (Q_Gᵀ ∇s Q_A)² of one layer, while the data pass by, from its place among the factors."""
 
-    def __init__(self, names: tuple[str | None, str | None], g: Tensor, a: Tensor) -> None:
-        self.names, self.g, self.a = names, g, a
+    def __init__(self, place: FactoredLayer) -> None:
+        self.place, (_, self.g, self.a) = place, place.terms[0].eigen()
+        g, a = self.g, self.a
         self.values = g.new_zeros(g.shape[1], a.shape[1])
 
     def add(self, tap: Tap, columns: Sequence[Tensor], examples: int) -> None:
         ready = layer_kinds.surely_prepared(tap.layer, tap.inputs, examples).to(self.a.dtype)
-        weight, bias = self.names
+        weight, bias = self.place.weight, self.place.bias
         one = ready.new_ones(examples, 1, ready.shape[2])
         a = torch.cat([*([ready] if weight else []), *([one] if bias else [])], dim=1)
         size = max(1, layer_kinds.CACHED // self.values.numel())
@@ -266,7 +282,7 @@ class _Basis:
                 self.values += ((self.g.T @ part) @ turned.mT).square_().sum(0)
 
     def layer_of(self, examples: int) -> FactoredLayer:
-        return FactoredLayer(*self.names, (Corrected(self.values / examples, self.g, self.a),))
+        return replace(self.place, terms=(Corrected(self.values / examples, self.g, self.a),))
 
 
 def add_gram(total: Float[Tensor, "d d"], rows: Float[Tensor, "n d"], factor: float) -> None:
@@ -283,7 +299,7 @@ def _from_lower(matrix: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
     return lower + lower.tril(-1).T
 
 
-def _names(layers: Layers, layer: nn.Module) -> tuple[str | None, str | None]:
+def _names(layers: Layers, layer: nn.Module) -> _Names:
     found = layers.places(layer)
     return found.get("weight"), found.get("bias")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -192,26 +193,34 @@ def _pi_weighted(first: KroneckerTerm, second: KroneckerTerm) -> KroneckerTerm:
 
 @dataclass(frozen=True)
 class FactoredLayer(Storable):
-    """The names of a layer's weight and bias, as far as they are trainable, and the terms of its curvature."""
+    """The names of a layer's weight and bias, as far as they are trainable, and the terms of its curvature. A weight
+    that is held `transposed` is [in, out]."""
 
     weight: str | None
     bias: str | None
     terms: tuple[KroneckerTerm, ...]
+    transposed: bool = False
 
     def product(self, parts: dict[str, Tensor]) -> dict[str, Tensor]:
         """Σ_j G_j W A_j in the shapes of the parameters."""
-        weight = None if self.weight is None else parts[self.weight].flatten(1)
+        weight = None if self.weight is None else self.matrix(parts[self.weight])
         bias = None if self.bias is None else parts[self.bias]
         total: dict[str, Tensor] = {}
         for term in self.terms:
             for name, part in zip((self.weight, self.bias), term.product(weight, bias)):
                 if name is not None and part is not None:
                     total[name] = total[name].add_(part) if name in total else part
+        if self.transposed and self.weight is not None:
+            total[self.weight] = total[self.weight].T.contiguous()
         return {name: part.view(parts[name].shape) for name, part in total.items()}
+
+    def matrix(self, weight: Tensor) -> Float[Tensor, "out in"]:
+        """A weight, or any tensor in its place, as one matrix."""
+        return weight.T if self.transposed else weight.flatten(1)
 
     def places(self, parts: dict[str, Tensor]) -> Float[Tensor, "out in"]:
         """The change as one matrix."""
-        weight = [] if self.weight is None else [parts[self.weight].flatten(1)]
+        weight = [] if self.weight is None else [self.matrix(parts[self.weight])]
         bias = [] if self.bias is None else [parts[self.bias][:, None]]
         return torch.cat(weight + bias, dim=1)
 
@@ -250,12 +259,11 @@ class KroneckerMatrix(Matrix):
     def plus(self, other: Matrix) -> KroneckerMatrix:
         if not isinstance(other, KroneckerMatrix) or self.space != other.space:
             raise TypeError(f"A Kronecker matrix can be added to one of the same space; got {type(other).__name__}.")
-        terms: dict[tuple[str | None, str | None], tuple[KroneckerTerm, ...]] = {}
+        layers: dict[tuple[str | None, str | None], FactoredLayer] = {}
         for layer in (*self.layers, *other.layers):
             key = layer.weight, layer.bias
-            terms[key] = (*terms.get(key, ()), *layer.terms)
-        layers = tuple(FactoredLayer(*key, some) for key, some in terms.items())
-        return replace(self, layers=layers, diagonal=self.diagonal + other.diagonal)
+            layers[key] = replace(layer, terms=(*layers[key].terms, *layer.terms)) if key in layers else layer
+        return replace(self, layers=tuple(layers.values()), diagonal=self.diagonal + other.diagonal)
 
     def compressed(self) -> KroneckerMatrix:
         if all(self.sums.of(layer.terms) is layer.terms for layer in self.layers):
@@ -336,8 +344,10 @@ def _places(
     """The rows and columns of a layer's old change in its new one, and the shape of the new one."""
     out, columns, inputs = 0, [], 0
     if layer.weight is not None:
-        was, rest = old[layer.weight], new[layer.weight][1:]
-        out, inputs = new[layer.weight][0], rest.numel()
+        was, (out, *rest) = old[layer.weight], new[layer.weight]
+        if layer.transposed:
+            was, (out, *rest) = was[::-1], new[layer.weight][::-1]
+        inputs = math.prod(rest)
         columns.append(torch.arange(inputs).view(rest)[tuple(slice(0, n) for n in was[1:])].reshape(-1))
         rows = was[0]
     if layer.bias is not None:

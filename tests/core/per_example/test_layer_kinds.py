@@ -6,7 +6,18 @@ from torch import nn
 from torch.nn.functional import linear
 from torchvision.models import VisionTransformer, resnet18
 
-from avalanche_curv import GGN, Diagonal, EmpiricalFisher, EmpiricalRisk, Fisher, Kronecker, LowRank, Rank, estimate
+from avalanche_curv import (
+    GGN,
+    Dense,
+    Diagonal,
+    EmpiricalFisher,
+    EmpiricalRisk,
+    Fisher,
+    Kronecker,
+    LowRank,
+    Rank,
+    estimate,
+)
 from avalanche_curv.core.per_example import layer_kinds
 from avalanche_curv.core.per_example import passes as pieces
 from avalanche_curv.core.per_example.layers import Layers
@@ -109,6 +120,48 @@ class Tied(nn.Module):
         return self.head(self.out(self.mix(self.words(index.long().remainder(5)).mean(1)).tanh()))
 
 
+class Conv1D(nn.Module):
+    """The linear layer of GPT-2: x W + b with W [in, out]."""
+
+    def __init__(self, out, inputs):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(inputs, out)), nn.Parameter(torch.randn(out))
+
+    def forward(self, x):
+        return torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), self.weight).view(*x.shape[:-1], -1)
+
+
+class Positions(nn.Module):
+    """Words in and words out share one table; to each word its position is added, which is the same in all examples."""
+
+    def __init__(self, index, place):
+        super().__init__()
+        self.index, self.place = index, place
+        self.words, self.places, self.mix = nn.Embedding(5, 4), nn.Embedding(3, 4), Conv1D(4, 4)
+        self.out = nn.Linear(4, 5, bias=True)
+        self.out.weight = self.words.weight
+        self.head = nn.Linear(5, CLASSES)
+
+    def forward(self, index):
+        x = self.words(index.long().remainder(5)) + self.place(self.places(self.index))
+        return self.head(self.out(self.mix(x).tanh()).tanh().mean(1))
+
+
+def positions(*axes, place=lambda x: x):
+    return lambda: Positions(torch.arange(3).view(*axes, 3), place)
+
+
+class Attention(nn.Module):
+    """One head, with layers of its own for q, k and v: no output depends on the bias of k."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x):
+        return (self.q(x) @ self.k(x).mT).softmax(2) @ self.v(x)
+
+
 class Beside(nn.Module):
     """The weight of a layer is used beside the layer, and another layer is never called."""
 
@@ -190,9 +243,16 @@ MODELS = {
     "folded tokens": (Folded, (3, 2), ()),
     "sequence first": (SequenceFirst, (6, 2), MIXED),
     "folded sequence first": (lambda: SequenceFirst(True), (6, 2), MIXED),
-    "called twice": (Twice, (4,), ("shared.weight", "shared.bias")),
-    "convolved twice": (ConvolvedTwice, (2, 5), ("shared.weight", "shared.bias", "norm.weight", "norm.bias")),
-    "tied": (Tied, (3,), ("words.weight", "out.bias")),
+    "called twice": (Twice, (4,), ()),
+    "convolved twice": (ConvolvedTwice, (2, 5), ()),
+    "tied": (Tied, (3,), ()),
+    "transposed linear": (lambda: before(12, Conv1D(4, 2)), (3, 2), ()),
+    "transposed linear on matrices": (lambda: before(3, Conv1D(3, 2)), (2,), ()),
+    "positions": (positions(), (3,), ()),
+    "positions on one row": (positions(1), (3,), ()),
+    "positions along the first axis": (positions(place=lambda x: x.sum(0)), (3,), ("places.weight",)),
+    "positions by a place of their own": (positions(place=lambda x: x[[2, 1, 0]]), (3,), ("places.weight",)),
+    "attention": (lambda: before(12, Attention()), (3, 4), ()),
     "beside a layer": (Beside, (4,), ("scale", "body.weight", "body.bias")),
     "called by keyword": (Named, (4,), ()),
     "frozen weight": (frozen("0.weight", "1.bias"), (2, 4), ()),
@@ -291,7 +351,9 @@ def test_only_parameters_outside_known_layers_are_left_to_plain_differentiation(
     assert Layers.of(risk).rest == rest
 
 
-@pytest.mark.parametrize("name", ["tokens", "grouped", "group norm", "words with padding", "conv1d", "folded tokens"])
+@pytest.mark.parametrize(
+    "name", ["tokens", "grouped", "group norm", "words with padding", "conv1d", "folded tokens", "positions"]
+)
 def test_results_do_not_depend_on_how_many_examples_are_worked_on_at_once(name, make_model, close, monkeypatch):
     constructor, shape, _ = MODELS[name]
     model, criterion = make_model(constructor).eval(), CRITERIA["cross_entropy"]
@@ -341,6 +403,44 @@ def test_one_example_is_enough(name, make_model, close):
     inputs, targets = data_for(shape, criterion, examples=1)
     risk = risk_of(model, criterion, inputs, targets)
     close(estimate(GGN(), Diagonal(), risk).curvature.values, diagonals(model, inputs, targets)[GGN()])
+
+
+class Recurrent(nn.Module):
+    """Calls its cell once for each step, and its table of positions with one row for each."""
+
+    def __init__(self):
+        super().__init__()
+        self.cell, self.places, self.head = nn.Linear(3, 3), nn.Embedding(4, 3), nn.Linear(3, CLASSES)
+
+    def forward(self, x):
+        x = x + self.places(torch.arange(x.shape[1]))
+        state = 0
+        for step in x.unbind(1):
+            state = self.cell(step + state).tanh()
+        return self.head(state)
+
+
+def test_a_layer_that_is_called_otherwise_for_later_examples_falls_out_then(make_model, close):
+    model, criterion = make_model(Recurrent).eval(), CRITERIA["cross_entropy"]
+    generator = torch.Generator().manual_seed(0)
+    batches = [
+        (torch.randn(3, steps, 3, generator=generator, dtype=torch.float64), torch.arange(3)) for steps in (4, 1, 2)
+    ]
+    risk = EmpiricalRisk.snapshot(model, criterion, batches)
+    assert Layers.of(risk).rest == ()
+    expected = torch.stack([diagonals(model, *batch)[GGN()] for batch in batches]).mean(0)
+    close(estimate(GGN(), Diagonal(), risk).curvature.values, expected)
+    assert Layers.of(risk).rest == ("cell.weight", "cell.bias")
+
+
+@pytest.mark.parametrize("name", ["positions", "called twice", "transposed linear"])
+@pytest.mark.parametrize("structure", [Dense(), LowRank(Rank(100))], ids=str)
+def test_rows_of_tied_layers_are_sums_over_their_calls(name, structure, make_model, close):
+    constructor, shape, _ = MODELS[name]
+    model, criterion = make_model(constructor).eval(), CRITERIA["mean_square"]
+    inputs, targets = data_for(shape, criterion, examples=5)
+    expected = torch.stack([2 / CLASSES * j.T @ j for _, j in (jacobian(model, x) for x in inputs)]).mean(0)
+    close(estimate(GGN(), structure, risk_of(model, criterion, inputs, targets)).curvature.dense(), expected)
 
 
 @pytest.mark.slow

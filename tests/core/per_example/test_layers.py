@@ -196,7 +196,7 @@ def test_taps_see_inputs_and_outputs_and_leave_no_hook(problem):
     risk = problem("mlp", "cross_entropy").risk
     layers = linear_layers(risk)
     x = next(iter(risk))[0]
-    with torch.enable_grad(), layers.tapped() as taps:
+    with torch.enable_grad(), layers.tapped(len(x)) as taps:
         risk.outputs(x)
     assert [tap.layer for tap in taps] == [risk.base[0], risk.base[2]]
     assert torch.equal(taps[0].inputs, x)
@@ -207,7 +207,7 @@ def test_taps_see_inputs_and_outputs_and_leave_no_hook(problem):
 def test_hooks_are_removed_after_an_error(problem):
     risk = problem("mlp", "cross_entropy").risk
     layers = linear_layers(risk)
-    with pytest.raises(RuntimeError), layers.tapped():
+    with pytest.raises(RuntimeError), layers.tapped(1):
         risk.outputs(torch.zeros(1, 9).double())
     assert not any(m._forward_hooks for m in risk.base.modules())
 
@@ -216,7 +216,7 @@ def test_gradient_and_squares_from_outer_products_on_paper(new_problem, make_mod
     risk = new_problem(make_model(lambda: nn.Linear(4, 2)), "summed_square").risk
     layers = linear_layers(risk)
     x = torch.tensor([[1.0, 2.0, 0.0, 0.0], [0.0, 1.0, 0.0, 3.0]]).double()
-    with torch.enable_grad(), layers.tapped() as taps:
+    with torch.enable_grad(), layers.tapped(len(x)) as taps:
         risk.outputs(x)
     b = torch.tensor([[1.0, -1.0], [2.0, 0.0]]).double()
     rows = layers.rows(taps[0], b, 2)

@@ -23,7 +23,7 @@ from avalanche_curv import (
     estimate,
 )
 from avalanche_curv.core.curvature import operators
-from avalanche_curv.core.per_example import passes
+from avalanche_curv.core.per_example import layer_kinds, passes
 from avalanche_curv.core.risk import jacobians
 
 LIMIT = 2**16  # bytes, for tests with few classes
@@ -85,6 +85,35 @@ def test_draws_do_not_depend_on_the_pieces(structure, monkeypatch):
     monkeypatch.setattr(operators, "FACTOR_BYTES", LIMIT // 16)
     found = estimate(kind, structure, risk_of(CLASSES, batches=7)).curvature.dense()
     torch.testing.assert_close(found, expected)
+
+
+class Words(nn.Module):
+    """Words in and words out share one table; the output is the mean of their logits, in three parts."""
+
+    def __init__(self, words):
+        super().__init__()
+        self.table, self.out = nn.Embedding(words, 4), nn.Linear(4, words)
+        self.out.weight = self.table.weight
+
+    def forward(self, index):
+        return self.out(self.table(index).tanh()).unflatten(2, (3, -1)).mean((1, 3))
+
+
+def test_rows_of_a_table_that_is_tied_to_a_head_are_held_for_few_examples(monkeypatch):
+    """Their squares take one table, and a table for each of the examples that are worked on at once."""
+    words, examples = 600, 40
+    index = torch.randint(words, (examples, 2), generator=torch.Generator().manual_seed(0))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Words(words).double()
+    risk = EmpiricalRisk.snapshot(model, nn.CrossEntropyLoss(), [(index, torch.arange(examples) % 3)])
+    whole = torch.cat([*GGN().rows(risk)]).square().sum(0)
+    monkeypatch.setattr(layer_kinds, "CACHED", 2 * words * 5)
+    monkeypatch.setattr(passes, "CHUNK", 4)
+    with LargestTensor() as largest:
+        found = estimate(GGN(), Diagonal(), risk).curvature.values
+    torch.testing.assert_close(found, whole)
+    assert largest.nbytes <= 5 * words * 5 * 8 < examples * words * 4 * 8
 
 
 THOUSAND = """

@@ -61,6 +61,17 @@ class Called(nn.Module):
         return self.last(x)
 
 
+class Positions(nn.Module):
+    """To each token its position is added, which is the same in all examples."""
+
+    def __init__(self):
+        super().__init__()
+        self.mix, self.places, self.last = nn.Linear(9, 7), nn.Embedding(4, 7), nn.Linear(28, 3)
+
+    def forward(self, x):
+        return self.last(torch.relu(self.mix(x) + self.places(torch.arange(4))).flatten(1))
+
+
 MODELS = {
     "linear": (lambda: nn.Sequential(nn.Linear(12, 9), nn.ReLU(), nn.Linear(9, 9), nn.ReLU(), nn.Linear(9, 3)), (12,)),
     "linear without biases": (
@@ -91,6 +102,7 @@ MODELS = {
     "transposed": (
         lambda: nn.Sequential(nn.ConvTranspose2d(2, 3, 2), nn.ReLU(), nn.Flatten(), nn.Linear(75, 3)), (2, 4, 4)
     ),
+    "positions": (Positions, (4, 9)),
     "called twice": (lambda: Called("first", "again", "again"), (6,)),
     "tied": (lambda: Called("first", "second", tied=True), (6,)),
 }  # fmt: skip
@@ -223,12 +235,13 @@ def test_where_inputs_span_everything_no_weight_moves(optimizer, biases, make_mo
     assert all(map(torch.equal, before, model.parameters()))
 
 
-@pytest.mark.parametrize("name", ["tokens", "transposed", "called twice", "tied"])
+@pytest.mark.parametrize("name", ["tokens", "transposed", "positions", "called twice", "tied"])
 def test_what_has_no_input_space_is_named_and_holds_still_or_is_left(name, make_model):
     make, shape = MODELS[name]
     expected = {
         "tokens": ("1.weight", "1.bias"),
         "transposed": ("0.weight", "0.bias"),
+        "positions": ("places.weight",),
         "called twice": ("again.weight", "again.bias"),
         "tied": ("first.weight", "first.bias", "second.bias"),
     }[name]
