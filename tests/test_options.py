@@ -64,7 +64,8 @@ RESULTS = {
 WITH_ARGUMENTS = {
     "AbsoluteError": AbsoluteError(0.1), "BatchedEmpiricalFisher": BatchedEmpiricalFisher(4), "Energy": Energy(0.5),
     "EverySteps": EverySteps(3), "Fisher": Fisher(samples=2, seed=1), "FlatSpectrum": FlatSpectrum(LowRank(Rank(2))),
-    "FromLinearOperator": FromLinearOperator(torch.eye), "LossFunction": LossFunction(F.mse_loss), "LowRank": LowRank(Rank(2), max_rank=3), "Rank": Rank(3),
+    "FromLinearOperator": FromLinearOperator(torch.eye), "LossFunction": LossFunction(F.mse_loss),
+    "LowRank": LowRank(Rank(2), max_rank=3), "Rank": Rank(3),
     "RelativeError": RelativeError(0.1), "Tikhonov": Tikhonov(0.1),
     "FromScratch": avalanche_curv.FromScratch(torch.optim.SGD),
 }  # fmt: skip

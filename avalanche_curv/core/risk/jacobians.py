@@ -17,6 +17,7 @@ from avalanche_curv.core.risk.nested import Nested, examples, index, leaves, reb
 from avalanche_curv.core.risk.trust import directions, nearby, right_way
 
 CHUNK_BYTES = 128 * 2**20
+PROBES = 4  # random combinations of outputs, on which a way to J δ is tried
 
 Parameters = dict[str, Tensor]
 
@@ -121,8 +122,9 @@ def can_vmap(risk: EmpiricalRisk) -> bool:
 def change_of_outputs(
     risk: EmpiricalRisk, parameters: Parameters, inputs: Nested, step: Parameters
 ) -> tuple[Float[Tensor, "N C"], Float[Tensor, "N C"]]:
-    """f and J δ for each example, with J the Jacobian at `parameters` and δ the `step`: in forward mode, or from the
-    rows of J where torch has no right forward derivative of the model."""
+    """f and J δ for each example, with J the Jacobian at `parameters` and δ the `step`: in forward mode, as the
+    derivative of w ↦ Jᵀw where torch has no right forward derivative of the model, or from the rows of J where it has
+    no right second one either. Tried on combinations of few outputs: there may be many."""
     direction = torch.cat([part.reshape(-1) for part in step.values()])
 
     def forward(inputs: Nested) -> tuple[Tensor, Tensor]:
@@ -134,10 +136,31 @@ def change_of_outputs(
         columns = PerOutput(outputs.new_ones(1, 1).expand_as(outputs)).columns(1)
         return outputs, torch.cat([pulled_back(risk, parameters, inputs, e) @ direction for e in columns], dim=1)
 
-    few = index(risk.few[0], slice(2))
-    ways = {"forward": lambda: [forward(few)[1]]}
-    way = right_way(risk, "change", ways, lambda: [by_rows(few)[1]], "rows")
-    return (forward if way == "forward" else by_rows)(inputs)
+    @torch.enable_grad()
+    def by_graphs(inputs: Nested) -> tuple[Tensor, Tensor]:
+        with risk.holding(list(parameters.values())), sdpa_kernel(SDPBackend.MATH):
+            outputs = risk.outputs(inputs)
+            weights = torch.zeros_like(outputs, requires_grad=True)
+            pullback = torch.autograd.grad(
+                outputs, risk.parameters, weights, create_graph=True, allow_unused=True, materialize_grads=True
+            )
+            reached = [(p, v.contiguous()) for p, v in zip(pullback, step.values()) if p.requires_grad]
+            if not reached:
+                return outputs.detach(), torch.zeros_like(weights)
+            functions, vectors = zip(*reached)
+            (change,) = torch.autograd.grad(functions, weights, vectors)
+        return outputs.detach(), change.detach()
+
+    few, count = index(risk.few[0], slice(2)), len(index(risk.few[1], slice(2)))
+    mixed = directions(count, risk.output_like(few).numel(), PROBES, like=risk.anchor)
+
+    def probed(way: Callable[[Nested], tuple[Tensor, Tensor]]) -> Callable[[], list[Tensor]]:
+        return lambda: [torch.einsum("nk,nkr->nr", way(few)[1], mixed)]
+
+    ways = {"forward": forward, "graphs": by_graphs, "rows": by_rows}
+    exact = lambda: [pulled_back(risk, parameters, few, mixed) @ direction]  # noqa: E731
+    tried = {name: probed(ways[name]) for name in ("forward", "graphs")}
+    return ways[right_way(risk, "change", tried, exact, "rows")](inputs)
 
 
 def chunk_size(risk: EmpiricalRisk, rows_an_example: int, width: int | None = None) -> int:

@@ -1,10 +1,9 @@
 import pytest
 import torch
 from torch import nn
-from torch.func import grad, hessian, vmap
 
 from avalanche_curv import GGN, Dense, EmpiricalRisk, ExampleLoss, estimate, example_loss
-from avalanche_curv.core.losses.factor import Softmax, as_factor
+from avalanche_curv.core.losses.factor import Softmax
 
 
 def outputs_and_targets(name, examples=6, seed=0):
@@ -21,37 +20,6 @@ def covariance(p):
     return p.diag_embed() - p[:, :, None] * p[:, None, :]
 
 
-def test_the_loss_of_an_example_is_the_formula(loss_name, losses, close):
-    f, y = outputs_and_targets(loss_name)
-    on_paper = torch.stack([losses[loss_name].loss(f[i], y[i]) for i in range(len(f))])
-    close(example_loss(losses[loss_name].criterion).per_example(f, y), on_paper)
-
-
-def test_the_loss_of_an_example_is_the_criterion_of_a_batch_of_one(likelihood, losses, close):
-    f, y = outputs_and_targets(likelihood)
-    criterion = losses[likelihood].criterion
-    singles = torch.stack([criterion(f[i : i + 1], y[i : i + 1]) for i in range(len(f))])
-    close(example_loss(criterion).per_example(f, y), singles)
-
-
-def test_gradient_is_that_of_the_formula(loss_name, losses, close):
-    f, y = outputs_and_targets(loss_name)
-    on_paper = torch.stack([grad(losses[loss_name].loss)(f[i], y[i]) for i in range(len(f))])
-    close(example_loss(losses[loss_name].criterion).gradient(f, y), on_paper)
-
-
-def test_gradient_and_hessian_are_those_of_autograd(loss_name, losses, close):
-    f, y = outputs_and_targets(loss_name)
-    loss = example_loss(losses[loss_name].criterion)
-
-    def one(outputs, target):
-        return loss.per_example(outputs[None], target[None])[0]
-
-    close(loss.gradient(f, y), vmap(grad(one))(f, y))
-    factor = as_factor(loss.hessian_factor(f, y)).tensor()
-    close(factor @ factor.mT, torch.stack([hessian(one)(f[i], y[i]) for i in range(len(f))]))
-
-
 def test_targets_of_one_output_may_be_a_vector(losses, close):
     f, y = torch.randn(5, 1).double(), torch.rand(5).double()
     for name in ("mean_square", "binary"):
@@ -59,17 +27,6 @@ def test_targets_of_one_output_may_be_a_vector(losses, close):
         for part in (loss.per_example, loss.gradient):
             close(part(f, y), part(f, y[:, None]))
         close(loss.hessian_factor(f, y).tensor(), loss.hessian_factor(f, y[:, None]).tensor())
-
-
-def test_sampled_gradients_have_mean_zero_and_the_hessian_as_covariance(likelihood, losses):
-    f, y = outputs_and_targets(likelihood, examples=3)
-    loss, draws = example_loss(losses[likelihood].criterion), 40_000
-    uniform = torch.rand(3, draws, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    g = loss.sample_gradients(f, y, uniform)
-    factor = loss.fisher_factor(f, y).tensor()
-    assert g.shape == (3, 3, draws)
-    torch.testing.assert_close(g.mean(2), torch.zeros(3, 3).double(), atol=0.03, rtol=0)
-    torch.testing.assert_close(g @ g.mT / draws, factor @ factor.mT, atol=0.04, rtol=0.04)
 
 
 @pytest.mark.parametrize("uniform", [0.0, 0.5, 1.0])
@@ -142,7 +99,7 @@ def test_ggn_of_a_masked_head_is_finite(net, make_model):
 
 @pytest.mark.parametrize("criterion", ["L1Loss", None, 3.0, nn.L1Loss])
 def test_what_is_no_criterion_is_told_what_to_give(criterion):
-    with pytest.raises(TypeError, match=r"(in two lines:\n    criterion = LossFunction\(lambda|Did you mean nn.L1Loss)"):
+    with pytest.raises(TypeError, match=r"in two lines:\n    criterion = LossFunction\(lambda|Did you mean nn.L1Loss"):
         example_loss(criterion)
 
 
