@@ -21,7 +21,9 @@ from avalanche_curv.core.options import check_whole
 from avalanche_curv.core.quadratic.policies import part_seed
 from avalanche_curv.core.risk.batches import CountedBatches, random_part, untouched_randomness
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
+from avalanche_curv.core.risk.forward import convention_of, is_labelled, logits
 from avalanche_curv.core.risk.frozen import keep_what_trains, unwrapped
+from avalanche_curv.core.risk.nested import Nested, examples, leaves, mapped
 from avalanche_curv.core.risk.parameters import ParameterSpace
 from avalanche_curv.core.risk.preflight import check_batch
 from avalanche_curv.core.risk.selection import Selection, warn_unprotected
@@ -32,7 +34,7 @@ IN_MEMORY_BYTES = 2**30  # data sets up to this size are loaded once, larger one
 
 @dataclass(frozen=True)
 class LoadedBatches(CountedBatches):
-    """(inputs, targets) of a data set, loaded anew at every pass and in the same order."""
+    """(inputs, targets) of a data set, or mappings with `labels`, loaded anew at every pass and in the same order."""
 
     dataset: Any
     size: int
@@ -43,7 +45,13 @@ class LoadedBatches(CountedBatches):
 
     def __iter__(self) -> Iterator[Any]:
         for batch in loader(self.dataset, self.size):
-            yield batch if isinstance(batch, Mapping) else (batch[0], batch[1])
+            yield _without_attributes(self.dataset, batch) if isinstance(batch, Mapping) else (batch[0], batch[1])
+
+
+def _without_attributes(dataset: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """A batch without what Avalanche adds to each example, such as task labels, which the model does not take."""
+    added = {*getattr(dataset, "_data_attributes", ())} - {"labels"}
+    return {name: part for name, part in batch.items() if name not in added}
 
 
 class TaskEnds:
@@ -188,11 +196,10 @@ def _losses_with_gradients(strategy: Any) -> tuple[Tensor, Tensor, float]:
     first = dataset.subset(range(min(len(dataset), 4)))
     with untouched_randomness(), evaluating(strategy.model), torch.enable_grad():
         batch = next(iter(loader(first, len(first))))
-        inputs, targets = (part.to(strategy.device) for part in batch[:2])
-        tasks = batch[-1].to(strategy.device) if len(batch) > 2 else torch.zeros_like(targets, dtype=torch.long)
-        pictured = strategy._criterion(avalanche_forward(strategy.model, inputs, tasks), targets)
+        outputs, targets = _outputs_and_targets(strategy, *_parts(first, batch))
+        pictured = strategy._criterion(outputs, targets)
         try:
-            strategy.mbatch = list(batch)
+            strategy.mbatch = batch if isinstance(batch, Mapping) else list(batch)
             strategy._unpack_minibatch()
             strategy.mb_output = strategy.forward()
             trained = strategy.criterion()
@@ -329,12 +336,21 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = flag
 
 
-def correct(strategy: Any, batch: tuple[Tensor, ...]) -> tuple[int, int]:
+def correct(strategy: Any, batch: tuple[Nested, Tensor, Tensor]) -> tuple[int, int]:
     """Returns (n, N): of the N examples of a batch (inputs, targets, task labels), the model classifies n correctly."""
-    inputs, targets, tasks = (part.to(strategy.device) for part in batch)
     with evaluating(strategy.model):
-        outputs = avalanche_forward(strategy.model, inputs, tasks)
+        outputs, targets = _outputs_and_targets(strategy, *batch)
     return int((outputs.argmax(1) == targets).sum()), len(targets)
+
+
+def _outputs_and_targets(strategy: Any, inputs: Nested, targets: Tensor, tasks: Tensor) -> tuple[Tensor, Tensor]:
+    """The outputs of the model of a strategy, and the targets, as its criterion takes both."""
+    inputs, targets, tasks = mapped(lambda tensor: tensor.to(strategy.device), (inputs, targets, tasks))
+    model = unwrapped(strategy.model)
+    if is_multi_task_module(model) or isinstance(inputs, Tensor):
+        return logits(avalanche_forward(strategy.model, inputs, tasks)), targets
+    convention = convention_of(model, labelled=isinstance(inputs, Mapping))
+    return convention(strategy.model, inputs), convention.targets(targets)
 
 
 def classes_of(strategy: Any) -> set[tuple[int, int]]:
@@ -359,18 +375,28 @@ def predicted(strategy: Any) -> tuple[Tensor, Tensor, Tensor] | None:
     return outputs.argmax(1), targets, strategy.mbatch[-1] if told else torch.zeros_like(targets)
 
 
-def collected(dataset: Any, indices: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+def collected(dataset: Any, indices: list[int]) -> tuple[Nested, Tensor, Tensor]:
     """The examples at `indices` as one batch (inputs, targets, task labels); label 0 where the data carry none."""
     part = dataset.subset(indices)
     with untouched_randomness():
         batch = next(iter(loader(part, len(indices))))
-    tasks = batch[-1] if len(batch) > 2 else torch.zeros(len(indices), dtype=torch.long)
+    return _parts(part, batch)
+
+
+def _parts(dataset: Any, batch: Any) -> tuple[Nested, Tensor, Tensor]:
+    """(inputs, targets, task labels) of a batch of a data set; of a mapping, the rest, `labels` and 0."""
+    if is_labelled(batch):
+        rest = _without_attributes(dataset, batch)
+        targets = rest.pop("labels")
+        return rest, targets, torch.zeros(len(targets), dtype=torch.long)
+    tasks = batch[-1] if len(batch) > 2 else torch.zeros(examples(batch[1]), dtype=torch.long)
     return batch[0], batch[1], tasks
 
 
 def _batches(dataset: Any, size: int) -> Any:
     batches = LoadedBatches(dataset, size)
     first = next(iter(batches))
-    check_batch(first)
-    fits = first[0].nbytes / len(first[0]) * len(dataset) <= IN_MEMORY_BYTES
+    if not is_labelled(first):
+        check_batch(first)
+    fits = sum(part.nbytes for part in leaves(first)) / examples(first) * len(dataset) <= IN_MEMORY_BYTES
     return tuple(batches) if fits else batches
