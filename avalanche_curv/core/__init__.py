@@ -1,5 +1,6 @@
 """Past loss as a quadratic model: pure functions and values on torch, SciPy and curvlinops."""
 
+from avalanche_curv.core.attachment import Attachment
 from avalanche_curv.core.curvature import (
     GGN,
     Absolute,
@@ -47,6 +48,7 @@ from avalanche_curv.core.quadratic import (
     AbsoluteError,
     Accumulate,
     AdaptiveRefresh,
+    CurvatureRegularizer,
     Damping,
     Guard,
     Merge,
@@ -100,11 +102,13 @@ __all__ = [
     "Accumulate",
     "AdaptiveRefresh",
     "Alignment",
+    "Attachment",
     "BatchedEmpiricalFisher",
     "BlockDiagonal",
     "Clip",
     "Curvature",
     "CurvatureDrift",
+    "CurvatureRegularizer",
     "Damping",
     "Dense",
     "Diagonal",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable
 from functools import wraps
 from itertools import permutations
@@ -54,3 +55,12 @@ def _refuse(label: str, given: dict[str, Any], kinds: dict[str, tuple[type, str]
         raise TypeError(f"{label}({', '.join(given)}) takes these in this order; got {got}.")
     for name, value in given.items():
         check_kind(name, value, *kinds[name])
+
+
+def outside() -> int:
+    """The `stacklevel` with which the function that calls this warns of the line outside of this package that led to
+    it."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] == "avalanche_curv":
+        level, frame = level + 1, frame.f_back
+    return level

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import FrozenInstanceError, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from numbers import Integral, Real
 from typing import Any, Generic, TypeVar, overload
 
@@ -235,7 +235,7 @@ class Forwarded:
     def __set__(self, instance: Any, value: Any) -> None:
         try:
             setattr(getattr(instance, self.holder), self.name, value)
-        except FrozenInstanceError as error:
+        except AttributeError as error:  # of a frozen value, or of a `Fixed` attribute
             raise AttributeError(_fixed(instance, self.name)) from error
 
 

@@ -26,7 +26,7 @@ from avalanche_curv.core.risk.frozen import keep_what_trains, unwrapped
 from avalanche_curv.core.risk.nested import Nested, examples, leaves, mapped
 from avalanche_curv.core.risk.parameters import ParameterSpace
 from avalanche_curv.core.risk.preflight import check_batch
-from avalanche_curv.core.risk.selection import Selection, warn_unprotected
+from avalanche_curv.core.risk.selection import Selection
 from avalanche_curv.plugins._adapters import SingleTask, check_same_outputs, forward_of
 
 IN_MEMORY_BYTES = 2**30  # data sets up to this size are loaded once, larger ones at every pass
@@ -240,19 +240,6 @@ def current_space(strategy: Any, selection: Selection = Selection()) -> Paramete
 def current_itemsize(strategy: Any) -> int:
     """Bytes of one number of the model's curvature: those of its parameters, float32 for half precision."""
     return max(4, *(p.element_size() for p in strategy.model.parameters()))
-
-
-class Unprotected:
-    """Warns once of each set of parameters that train although the past does not know them."""
-
-    def __init__(self) -> None:
-        self._said: set[str] = set()
-
-    def say(self, names: Sequence[str]) -> None:
-        """`names` are those that train so now; nothing happens for those that were said before."""
-        if not self._said.issuperset(names):
-            self._said.update(names)
-            warn_unprotected(names)
 
 
 def current_number(strategy: Any) -> int:

@@ -24,7 +24,7 @@ from avalanche_curv.core.projection import (
 )
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.parameters import ParameterSpace
-from avalanche_curv.core.risk.selection import ParameterSelector, Selection, in_words, selection_of
+from avalanche_curv.core.risk.selection import ParameterSelector, Selection, Unprotected, in_words, selection_of
 from avalanche_curv.core.state import State, check_state, state_of
 from avalanche_curv.plugins import _bridge
 
@@ -95,7 +95,7 @@ class OrthogonalProjectionPlugin(Configured, SupervisedPlugin):
         self.selection = selection_of(include, exclude)
         projection.check_rank(max_rank)
         self.protected = ProtectedSpace()
-        self._unprotected = _bridge.Unprotected()
+        self._unprotected = Unprotected()
         self._projector: Projector | None = None  # for the length of an experience
         self._task_ends = _bridge.TaskEnds()
         self._resting: list[str] = []  # names of norm layers in eval mode for the length of an experience

@@ -18,9 +18,9 @@ from avalanche_curv import (
     Refresh,
     suggest_strength,
 )
+from avalanche_curv.core.quadratic import effect as of_steps
 from avalanche_curv.core.quadratic.paces import share_of_step
 from avalanche_curv.core.structures import DiagonalMatrix
-from avalanche_curv.plugins import _effect
 
 IDLE, LOST = "penalty did nothing", "nothing is left of earlier classes"
 
@@ -91,7 +91,7 @@ def test_strength_0_only_measures_and_evaluations_in_training_do_not_count(run):
 
 def test_the_looks_at_steps_change_nothing(run, monkeypatch):
     looked = run(10.0, evaluations=0)[0]
-    monkeypatch.setattr(_effect.StepEffect, "look", lambda *args: None)
+    monkeypatch.setattr(of_steps.StepEffect, "look", lambda *args: None)
     without = run(10.0, evaluations=0)[0]
     for ours, theirs in zip(looked.model.parameters(), without.model.parameters()):
         assert torch.equal(ours, theirs)
@@ -146,8 +146,8 @@ def test_the_share_of_a_penalty_in_a_step_is_that_of_the_steps_with_and_without_
 
 
 def test_the_largest_share_of_an_experience_counts_and_short_ones_are_judged_together(monkeypatch):
-    shares, effect = [], _effect.StepEffect()
-    monkeypatch.setattr(_effect, "share_of_step", lambda *args: shares.pop(0))
+    shares, effect = [], of_steps.StepEffect()
+    monkeypatch.setattr(of_steps, "share_of_step", lambda *args: shares.pop(0))
 
     def verdict_after(updates, *seen):
         shares[:] = seen

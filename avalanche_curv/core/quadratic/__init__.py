@@ -13,6 +13,7 @@ from avalanche_curv.core.quadratic.adaptive import (
 from avalanche_curv.core.quadratic.estimate import estimate
 from avalanche_curv.core.quadratic.model import QuadraticModel
 from avalanche_curv.core.quadratic.policies import Accumulate, Merge, Past, Policy, Refresh, RefreshEvent
+from avalanche_curv.core.quadratic.regularizer import CurvatureRegularizer
 from avalanche_curv.core.quadratic.stability import (
     Guard,
     RescaleIfUnstable,
@@ -27,6 +28,7 @@ __all__ = [
     "AbsoluteError",
     "Accumulate",
     "AdaptiveRefresh",
+    "CurvatureRegularizer",
     "Damping",
     "Guard",
     "Merge",

@@ -34,13 +34,15 @@ AT_REST = Descent(0.0, 2.0, None)
 ADAM = (torch.optim.Adam, torch.optim.AdamW)
 
 
-def descents(optimizer: torch.optim.Optimizer) -> list[tuple[Descent, frozenset[int]]] | None:
-    """The descent of each parameter group, and which trainable parameters it steps, by identity. None for an optimizer
-    that scales its steps by their size, such as Adam."""
-    if not isinstance(optimizer, torch.optim.SGD):
+def descents(*optimizers: torch.optim.Optimizer) -> list[tuple[Descent, frozenset[int]]] | None:
+    """The descent of each parameter group, and which trainable parameters it steps, by identity; those of several
+    optimizers are counted through. An optimizer that scales its steps by their size, such as Adam, has none; None where
+    all do."""
+    descending = [optimizer for optimizer in optimizers if isinstance(optimizer, torch.optim.SGD)]
+    if not descending:
         return None
     found = []
-    for number, group in enumerate(optimizer.param_groups):
+    for number, group in enumerate(group for optimizer in descending for group in optimizer.param_groups):
         momentum = float(group["momentum"])
         limit = 2 * (1 + momentum) / ((1 + 2 * momentum) if group["nesterov"] else 1)
         descent = Descent(float(group["lr"]) * (1 - float(group["dampening"])), limit, number)

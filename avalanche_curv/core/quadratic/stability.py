@@ -191,11 +191,11 @@ class Guarded:
         self._sharpness: float | None = None
         self._scaled: tuple[tuple[float, ...], float, int | None] | None = None
 
-    def allowed(self, strength: float, optimizer: torch.optim.Optimizer, model: nn.Module) -> float:
-        """The strength for the next step of `optimizer` on `model`, at most `strength`. Raises what the guard
-        raises."""
+    def allowed(self, strength: float, model: nn.Module, *optimizers: torch.optim.Optimizer) -> float:
+        """The strength for the next step of `model`, of which each of the `optimizers` makes a part: at most
+        `strength`. Without optimizers the guard is not asked. Raises what the guard raises."""
         strength = min(strength, self._bound)
-        groups = None if self._passed or strength <= 0 else descents(optimizer)
+        groups = None if self._passed or strength <= 0 else descents(*optimizers)
         if self.guard is None or groups is None or (groups, strength) == self._seen:
             return strength
         found = self._stability(strength, groups, model)
@@ -213,19 +213,19 @@ class Guarded:
         after._passed = self._passed
         return after
 
-    def stability(self, strength: float, optimizer: torch.optim.Optimizer, model: nn.Module) -> Stability | None:
-        """The stability of `optimizer` on strength · ½ δᵀCδ; None where it is not SGD, and where no rate, the strength
-        or λ_max is positive.
+    def stability(self, strength: float, model: nn.Module, *optimizers: torch.optim.Optimizer) -> Stability | None:
+        """The stability of the `optimizers` of one model on strength · ½ δᵀCδ; None where none is SGD, and where no
+        rate, the strength or λ_max is positive.
 
         >>> from avalanche_curv import ParameterSpace
         >>> from avalanche_curv.core.structures import DiagonalMatrix
         >>> model = nn.Linear(1, 1, bias=False)
         >>> past = QuadraticModel(ParameterSpace.of(model), torch.zeros(1), DiagonalMatrix(torch.tensor([3.0])))
-        >>> found = Guarded(None, past).stability(2.0, torch.optim.SGD(model.parameters(), lr=0.5), model)
+        >>> found = Guarded(None, past).stability(2.0, model, torch.optim.SGD(model.parameters(), lr=0.5))
         >>> found.product, found.limit, found.diverges
         (3.0, 2.0, True)
         """
-        groups = descents(optimizer)
+        groups = descents(*optimizers)
         return None if groups is None else self._stability(strength, groups, model)
 
     def state_dict(self) -> dict[str, Any]:
@@ -320,12 +320,12 @@ def suggest_strength(
     if not isinstance(quadratic, QuadraticModel):
         raise TypeError(f"past must be a Past or a QuadraticModel; got {past!r}. Give strategy.past or plugin.past.")
     if descents(optimizer) is not None:
-        found = Guarded(None, quadratic).stability(math.inf, optimizer, model)
+        found = Guarded(None, quadratic).stability(math.inf, model, optimizer)
         return NO_STRENGTH_ACTS if found is None else found.suggestion
     paces, kind = adam_paces(optimizer, model, quadratic.space), type(optimizer).__name__
     sharpness = math.nan if paces is None else _largest_scaled(quadratic, paces)
     if paces is None or not math.isfinite(sharpness):
-        return StrengthSuggestion(None, (1000.0, 100.0, 10.0, 1.0), f"no rule is known for this state of {kind}")
+        return without_rule(f"no rule is known for this state of {kind}")
     if sharpness <= 0:
         return NO_STRENGTH_ACTS
     largest, typical = 1 / sharpness, 1 / min(sharpness, _typical_scaled(quadratic, paces))
@@ -335,6 +335,11 @@ def suggest_strength(
         f"with the second moments of {kind} as they are, no direction of the penalty is unstable up to strength "
         f"{largest:.3g}, and its curvature on average not up to {typical:.3g}",
     )
+
+
+def without_rule(reason: str) -> StrengthSuggestion:
+    """The decades from 1,000 to 1, for this reason."""
+    return StrengthSuggestion(None, (1000.0, 100.0, 10.0, 1.0), reason)
 
 
 NO_STRENGTH_ACTS = StrengthSuggestion(

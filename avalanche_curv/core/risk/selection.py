@@ -124,6 +124,19 @@ def warn_unprotected(names: Sequence[str], stacklevel: int = 2) -> None:
     )
 
 
+class Unprotected:
+    """Warns once of each set of parameters that train although the past does not know them."""
+
+    def __init__(self) -> None:
+        self._said: set[str] = set()
+
+    def say(self, names: Sequence[str]) -> None:
+        """`names` are those that train so now; nothing happens for those that were said before."""
+        if not self._said.issuperset(names):
+            self._said.update(names)
+            warn_unprotected(names)
+
+
 def in_words(names: Sequence[str]) -> str:
     """The first four of these names, and how many more there are.
 

@@ -1,6 +1,6 @@
 """Mitigators of the loss of plasticity, which work around the steps of any optimiser."""
 
-from avalanche_curv.plasticity.mitigators.base import Attachment, Mitigator
+from avalanche_curv.plasticity.mitigators.base import Mitigator
 from avalanche_curv.plasticity.mitigators.crelu import CReLU
 from avalanche_curv.plasticity.mitigators.l2 import L2, L2Init
 from avalanche_curv.plasticity.mitigators.parseval import Parseval
@@ -20,7 +20,6 @@ from avalanche_curv.plasticity.mitigators.wasserstein import Wasserstein
 __all__ = [
     "L2",
     "AfterTask",
-    "Attachment",
     "CReLU",
     "EveryStep",
     "EverySteps",

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import weakref
 from abc import ABC
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +11,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from avalanche_curv.core.attachment import Attachment, check_attachable, stepped_by
 from avalanche_curv.core.options import Configured, Fixed, Forwarded, Setting, check_whole
 from avalanche_curv.core.risk.parameters import canonical_name
 from avalanche_curv.core.risk.selection import ParameterSelector, Selection, selection_of
@@ -59,7 +58,8 @@ class Mitigator(Configured, ABC):
         """
         self._check(optimizer, model)
         if self._attached is not None:
-            self._attached.move_from(model)
+            self._attached.check_model(model)
+            self._attached.remove()
         try:
             self.prepare(model)
             if not self.parameters(model, optimizer):
@@ -70,8 +70,18 @@ class Mitigator(Configured, ABC):
         except Exception:
             self.release()
             raise
-        self._attached = Attachment(self, weakref.ref(model), self._hooks(optimizer, model))
+        self._attached = Attachment.around_steps(
+            self, optimizer, model,
+            before=lambda stepping, _: self.before_step(model, stepping),
+            after=lambda stepping: self.after_step(model, stepping),
+        )
         return self._attached
+
+    def detach(self, attachment: Attachment) -> None:
+        """Called when an attachment is removed."""
+        if self._attached is attachment:
+            self._attached = None
+            self.release()
 
     def prepare(self, model: nn.Module) -> None:
         """Inspects the model before training, and again after it has grown.
@@ -119,7 +129,7 @@ class Mitigator(Configured, ABC):
     def parameters(self, model: nn.Module, optimizer: Optimizer | None = None) -> dict[str, nn.Parameter]:
         """The parameters to work on by canonical name, each once: trainable, selected and, where an optimiser is given,
         stepped by it."""
-        stepped = None if optimizer is None else {id(p) for group in optimizer.param_groups for p in group["params"]}
+        stepped = None if optimizer is None else stepped_by(optimizer)
         return {
             canonical_name(name): parameter
             for name, parameter in self.selection.of(model, self._selected)
@@ -132,68 +142,9 @@ class Mitigator(Configured, ABC):
 
     def _check(self, optimizer: Optimizer, model: nn.Module) -> None:
         """Raises TypeError for arguments of other types, and for LBFGS."""
-        if not isinstance(optimizer, Optimizer) or not isinstance(model, nn.Module):
-            given = f"{type(optimizer).__name__}, {type(model).__name__}"
-            raise TypeError(f"attach(optimizer, model) takes a torch optimiser and a module; got {given}.")
+        check_attachable(optimizer, model)
         if isinstance(optimizer, torch.optim.LBFGS):
             raise TypeError(
                 f"{type(self).__name__} cannot follow LBFGS, which makes gradients anew inside its step. Add the "
                 "penalty to the loss in its closure, or use another optimiser."
             )
-
-    def _hooks(self, optimizer: Optimizer, model: nn.Module) -> tuple[Any, ...]:
-        def before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimiser
-            if closure is None:
-                self.before_step(model, optimizer)
-                return None
-
-            def closure_with_mitigator() -> Any:
-                loss = closure()
-                self.before_step(model, optimizer)
-                return loss
-
-            return args[:1], {**kwargs, "closure": closure_with_mitigator}
-
-        def after(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if not skips_step(optimizer):
-                self.after_step(model, optimizer)
-
-        return optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)
-
-
-@dataclass(frozen=True, eq=False)
-class Attachment:
-    """The connection of a mitigator to an optimiser and a model, as returned by `Mitigator.attach`."""
-
-    mitigator: Mitigator
-    model: weakref.ref[nn.Module]
-    hooks: tuple[Any, ...]
-
-    def remove(self) -> None:
-        """Removes the hooks from the optimiser; a second call has no effect."""
-        for hook in self.hooks:
-            hook.remove()
-        if self.mitigator._attached is self:
-            self.mitigator._attached = None
-            self.mitigator.release()
-
-    def move_from(self, model: nn.Module) -> None:
-        """Leaves the optimiser, to follow another one of `model`. Raises RuntimeError for another model."""
-        if self.model() is not model:
-            raise RuntimeError(
-                f"This {type(self.mitigator).__name__} is attached for another model. Make one for each model, or call "
-                "remove() on what attach() returned."
-            )
-        self.remove()
-
-    def __enter__(self) -> Attachment:
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self.remove()
-
-
-def skips_step(optimizer: Optimizer) -> bool:
-    """Whether a fused optimiser skips this step, since a gradient scaler has found that gradients are not finite."""
-    return bool(float(getattr(optimizer, "found_inf", 0.0)))

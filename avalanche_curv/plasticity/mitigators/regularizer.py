@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from avalanche_curv.core.attachment import check_minimises, skips_step
 from avalanche_curv.core.options import Setting, check_count, check_kind, check_number
 from avalanche_curv.core.risk.selection import ParameterSelector
-from avalanche_curv.plasticity.mitigators.base import Mitigator, skips_step
+from avalanche_curv.plasticity.mitigators.base import Mitigator
 
 
 class Regularizer(Mitigator):
@@ -60,7 +61,7 @@ class Regularizer(Mitigator):
     def before_step(self, model: nn.Module, optimizer: Optimizer) -> None:
         if self.strength == 0 or self.steps % self.every or skips_step(optimizer):
             return
-        self._check_direction(optimizer)
+        check_minimises(self, optimizer)
         parameters = {n: p for n, p in self.parameters(model, optimizer).items() if p.grad is not None}
         with _unscaled(optimizer, [p.grad for p in parameters.values() if p.grad is not None]):
             if parameters:
@@ -68,13 +69,7 @@ class Regularizer(Mitigator):
 
     def _check(self, optimizer: Optimizer, model: nn.Module) -> None:
         super()._check(optimizer, model)
-        self._check_direction(optimizer)
-
-    def _check_direction(self, optimizer: Optimizer) -> None:
-        if any(group.get("maximize") for group in optimizer.param_groups):
-            raise ValueError(
-                f"{type(self).__name__} minimises its penalty, but the optimiser maximises. Minimise the negative loss."
-            )
+        check_minimises(self, optimizer)
 
 
 @contextmanager

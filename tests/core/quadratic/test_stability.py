@@ -53,8 +53,8 @@ def test_descent_on_the_penalty_diverges_just_above_the_limit_and_not_below(mode
     past = quadratic(model, DiagonalMatrix(torch.tensor([0.1, 3.0, 1.0]).double()))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, **options)
     guarded = Guarded(None, past)
-    strength = factor * guarded.stability(2.0, optimizer, model).largest_strength
-    assert guarded.stability(strength, optimizer, model).diverges is diverges
+    strength = factor * guarded.stability(2.0, model, optimizer).largest_strength
+    assert guarded.stability(strength, model, optimizer).diverges is diverges
     assert ends_far(optimizer, past, model, strength) is diverges
 
 
@@ -80,7 +80,7 @@ def test_each_parameter_group_descends_at_its_own_rate(options, factor, diverges
     model, past = two_layers()
     optimizer = torch.optim.SGD([{"params": part.parameters(), **own} for part, own in zip(model, options)])
     guarded = Guarded(None, past)
-    largest = guarded.stability(100.0, optimizer, model).largest_strength
+    largest = guarded.stability(100.0, model, optimizer).largest_strength
     matrix, pace = past.curvature.dense(), []
     for part, group in zip(model, optimizer.param_groups):
         beta = group["momentum"]
@@ -97,12 +97,12 @@ def test_the_rate_of_another_group_does_not_lower_the_strength(model):
     past = quadratic(model, DiagonalMatrix(torch.tensor([4.0, 1, 1, 1e-3, 1e-3, 0]).double()))
     groups = [{"params": part.parameters(), "lr": lr} for part, lr in zip(model, (0.1, 1.0))]
     sgd = torch.optim.SGD([*groups, {"params": [nn.Parameter(torch.zeros(2))], "lr": 1e4}])
-    assert Guarded(StopIfUnstable(), past).allowed(4.9, sgd, model) == 4.9
+    assert Guarded(StopIfUnstable(), past).allowed(4.9, model, sgd) == 4.9
     with pytest.raises(UnstablePenaltyError, match=r"lr 0\.1 of parameter group 0, which .*strength 5\.1"):
-        Guarded(StopIfUnstable(), past).allowed(5.1, sgd, model)
-    assert Guarded(RescaleIfUnstable(1.0), past).allowed(50.0, sgd, model) == pytest.approx(5.0, rel=1e-2)
+        Guarded(StopIfUnstable(), past).allowed(5.1, model, sgd)
+    assert Guarded(RescaleIfUnstable(1.0), past).allowed(50.0, model, sgd) == pytest.approx(5.0, rel=1e-2)
     model[0].weight.requires_grad_(False)  # which no step moves
-    assert Guarded(StopIfUnstable(), past).allowed(1900.0, sgd, model) == 1900
+    assert Guarded(StopIfUnstable(), past).allowed(1900.0, model, sgd) == 1900
 
 
 def test_lambda_max_is_computed_once_while_rates_keep_their_proportion(monkeypatch):
@@ -112,12 +112,12 @@ def test_lambda_max_is_computed_once_while_rates_keep_their_proportion(monkeypat
     monkeypatch.setattr(DenseMatrix, "product", lambda self, v: counted.append(1) or product(self, v))
     sgd = torch.optim.SGD([{"params": p.parameters(), "lr": lr} for p, lr in zip(model, (0.1, 0.3))])
     guarded = Guarded(RescaleIfUnstable(0.9), past)
-    first = guarded.allowed(100.0, sgd, model)
+    first = guarded.allowed(100.0, model, sgd)
     done = len(counted)
     for step in range(5):
         for group in sgd.param_groups:
             group["lr"] *= 1.1
-        assert guarded.allowed(100.0 + step, sgd, model) <= first
+        assert guarded.allowed(100.0 + step, model, sgd) <= first
     assert len(counted) == done
 
 
@@ -128,36 +128,36 @@ def test_the_sharpness_of_any_structure_is_its_largest_eigenvalue():
     for curvature in (matrix, DenseMatrix(matrix.dense())):
         model = nn.Linear(40, 1, bias=False).double()
         sgd = torch.optim.SGD(model.parameters(), lr=1.0)
-        found = Guarded(None, quadratic(model, curvature)).stability(1.0, sgd, model)
+        found = Guarded(None, quadratic(model, curvature)).stability(1.0, model, sgd)
         assert found.sharpness == pytest.approx(4.0, rel=1e-2)
 
 
 def test_nothing_is_said_of_adam_of_no_strength_and_of_no_curvature(model):
     sgd = torch.optim.SGD(model.parameters(), lr=1.0)
     curved = Guarded(StopIfUnstable(), quadratic(model, DenseMatrix(9 * torch.eye(3).double())))
-    assert curved.stability(5.0, torch.optim.Adam(model.parameters(), lr=1.0), model) is None
-    assert curved.stability(0.0, sgd, model) is None
-    assert curved.allowed(0.0, sgd, model) == 0
-    assert Guarded(None, quadratic(model, DenseMatrix(-torch.eye(3).double()))).stability(5.0, sgd, model) is None
+    assert curved.stability(5.0, model, torch.optim.Adam(model.parameters(), lr=1.0)) is None
+    assert curved.stability(0.0, model, sgd) is None
+    assert curved.allowed(0.0, model, sgd) == 0
+    assert Guarded(None, quadratic(model, DenseMatrix(-torch.eye(3).double()))).stability(5.0, model, sgd) is None
 
 
 def test_a_guard_looks_again_where_the_learning_rate_or_the_strength_has_changed(model):
     past = quadratic(model, DiagonalMatrix(torch.ones(3).double()))
     sgd = torch.optim.SGD(model.parameters(), lr=0.1)
     stop, rescale = Guarded(StopIfUnstable(), past), Guarded(RescaleIfUnstable(0.5), past)
-    assert stop.allowed(10.0, sgd, model) == rescale.allowed(10.0, sgd, model) == 10
+    assert stop.allowed(10.0, model, sgd) == rescale.allowed(10.0, model, sgd) == 10
     with pytest.raises(UnstablePenaltyError):
-        stop.allowed(21.0, sgd, model)
+        stop.allowed(21.0, model, sgd)
     sgd.param_groups[0]["lr"] = 1.0
-    assert rescale.allowed(10.0, sgd, model) == pytest.approx(1.0)
+    assert rescale.allowed(10.0, model, sgd) == pytest.approx(1.0)
     with pytest.raises(UnstablePenaltyError):
-        stop.allowed(10.0, sgd, model)
+        stop.allowed(10.0, model, sgd)
     sgd.param_groups[0]["lr"] = 4.0
-    assert rescale.allowed(10.0, sgd, model) == pytest.approx(0.25)
-    assert rescale.allowed(0.1, sgd, model) == 0.1
+    assert rescale.allowed(10.0, model, sgd) == pytest.approx(0.25)
+    assert rescale.allowed(0.1, model, sgd) == 0.1
     sgd.param_groups[0]["lr"] = 0.1
     for guarded in (rescale, copy.deepcopy(rescale), pickle.loads(pickle.dumps(rescale))):
-        assert guarded.allowed(10.0, sgd, model) == pytest.approx(0.25)  # for as long as this model is in use
+        assert guarded.allowed(10.0, model, sgd) == pytest.approx(0.25)  # for as long as this model is in use
 
 
 def test_a_warning_is_given_once_for_a_picture(model):
@@ -165,16 +165,16 @@ def test_a_warning_is_given_once_for_a_picture(model):
     sgd = torch.optim.SGD(model.parameters(), lr=1.0)
     guarded = Guarded(WarnIfUnstable(), past)
     with pytest.warns(UserWarning, match="diverges"):
-        assert guarded.allowed(10.0, sgd, model) == 10
+        assert guarded.allowed(10.0, model, sgd) == 10
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         sgd.param_groups[0]["lr"] = 2.0
-        assert guarded.allowed(20.0, sgd, model) == 20
+        assert guarded.allowed(20.0, model, sgd) == 20
 
 
 def test_guards_warn_rescale_and_stop_with_the_numbers(model):
     past = quadratic(model, DiagonalMatrix(torch.tensor([1.0, 4.0, 0.0]).double()))
-    found = Guarded(None, past).stability(5.0, torch.optim.SGD(model.parameters(), lr=0.5), model)
+    found = Guarded(None, past).stability(5.0, model, torch.optim.SGD(model.parameters(), lr=0.5))
     numbers = r"lr 0.5 · strength 5 · λ_max 4 = 10 is above 2, .* stable up to strength 1 .* up to lr 0.1 at"
     with pytest.warns(UserWarning, match=numbers):
         assert WarnIfUnstable().strength(found) == 5.0

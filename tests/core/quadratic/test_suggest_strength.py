@@ -57,7 +57,7 @@ def test_groups_of_parameters_and_the_message_of_the_guard_have_the_same_numbers
     found = suggest_strength(past, sgd, model)
     assert found.largest_stable == pytest.approx(5.0, rel=1e-2)
     with pytest.warns(UserWarning, match=r"stable up to strength 5 .*\(to try: 2, 0.2, 0.02, 0.002; see suggest_st"):
-        Guarded(WarnIfUnstable(), past).allowed(6.0, sgd, model)
+        Guarded(WarnIfUnstable(), past).allowed(6.0, model, sgd)
 
 
 def frozen_adam(model, kind=torch.optim.Adam, **options):

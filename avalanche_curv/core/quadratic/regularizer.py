@@ -1,0 +1,498 @@
+"""The penalty of the past in any training loop: added to gradients before each step, or to the loss."""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from avalanche_curv.core.arguments import outside
+from avalanche_curv.core.attachment import Attachment, check_attachable, check_minimises, innermost, stepped_by
+from avalanche_curv.core.curvature.base import Curvature, NonFiniteCurvatureError
+from avalanche_curv.core.curvature.fisher import Fisher
+from avalanche_curv.core.options import Configured, Fixed, Forwarded, Setting, check_kind, check_number
+from avalanche_curv.core.quadratic.effect import StepEffect, idle
+from avalanche_curv.core.quadratic.estimate import estimate
+from avalanche_curv.core.quadratic.penalty import Penalty, check_takes_dense_gradients
+from avalanche_curv.core.quadratic.policies import Accumulate, Past, Policy
+from avalanche_curv.core.quadratic.stability import (
+    Guard,
+    Guarded,
+    StrengthSuggestion,
+    WarnIfUnstable,
+    check_guard,
+    suggest_strength,
+    without_rule,
+)
+from avalanche_curv.core.risk.batches import untouched_randomness
+from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
+from avalanche_curv.core.risk.frozen import unwrapped
+from avalanche_curv.core.risk.parameters import canonical_name
+from avalanche_curv.core.risk.selection import ParameterSelector, Selection, Unprotected, selection_of
+from avalanche_curv.core.state import State, check_state, state_of
+from avalanche_curv.core.structures import Diagonal, Structure
+from avalanche_curv.core.structures.rules import check_pair
+
+LOG = logging.getLogger("avalanche_curv")
+
+
+class CurvatureRegularizer(Configured):
+    """Adds strength · q(θ) to what training minimises, with q the quadratic model of the loss on past tasks.
+
+    With the defaults, q = Σ_t ½ Σ_i F_{t,i} (θ_i − a_{t,i})² over past tasks t, with F_t the exact diagonal Fisher of
+    the mean loss at the anchor a_t (Kirkpatrick et al. 2017, eq. 3). The gradient is exact.
+
+        regularizer = CurvatureRegularizer(100.0)
+        for batches in tasks:
+            optimizer = torch.optim.Adam(model.parameters())
+            with regularizer.attach(optimizer, model):
+                ...  # any training loop
+            regularizer.absorb(model, criterion, batches)
+
+    `attach` adds strength · ∇q to the gradients just before each step: once a step, however many backward passes it
+    has; clipping has then seen the gradients of the task alone. `strength * q` as a term of the loss is
+    `penalty(model)`, which clipping sees, and so does whatever else reads gradients; it is for use in place of
+    `attach`, not beside it. Both train equal weights.
+
+    `strength` is λ and means the same for every curvature and structure; 0 only measures, and trains exactly as without
+    a regulariser. `guard` looks at each new model of the past under SGD: where lr · strength · λ_max(C) says that the
+    penalty alone diverges, it warns (`WarnIfUnstable()`), lowers the strength for as long as that model is in use
+    (`RescaleIfUnstable()`), or raises (`StopIfUnstable()`); None does not look. It looks at the rate of each parameter
+    group, again where a rate or the strength changes.
+
+    `strength`, `guard` and `past` may be set at any time and act from the next step on, so that the strength may follow
+    a schedule; `weight` is the strength of the last step, as the guard allowed it, and `last_penalty` q(θ) there.
+    Others of the arguments cannot be changed. `past` holds the quadratic model, what the policy stores and, of
+    `AdaptiveRefresh`, every refresh with its reason, which are also logged to the logger `avalanche_curv`. It begins as
+    the `past` given, empty by default: one that a policy has made of the data that a model was pretrained on.
+
+    q is a function of the trainable parameters, or with `include` of those that it selects by name ("head", "*.bias")
+    or by type of module, also where they are frozen (`requires_grad=False`) and train only later; without those that
+    `exclude` selects. What was ever in q stays in it, also for tasks that end while it is frozen. Parameters that
+    train and were not in it because they were frozen are warned of before their first step. It warns once, with what
+    to try next, after a task where its part was below 1e-3 of the length of every step that was looked at (steps 8,
+    16, 32, ...; `suggest_strength`).
+
+    Raises TypeError or ValueError for unusable options when it is made.
+    """
+
+    strength = Setting(partial(check_number, at_least=0, hint="0 only measures."))
+    guard = Setting[Guard | None](check_guard)
+    past = Setting[Past](partial(check_kind, kind=Past, example="Past()"))
+    curvature = Fixed[Curvature](partial(check_kind, kind=Curvature, example="Fisher()"))
+    structure = Fixed[Structure](partial(check_kind, kind=Structure, example="Diagonal()"))
+    policy = Fixed[Policy](partial(check_kind, kind=Policy, example="Accumulate()"))
+    selection = Fixed[Selection]()
+    include, exclude = Forwarded("selection"), Forwarded("selection")
+
+    def __init__(
+        self,
+        strength: float,
+        *,
+        curvature: Curvature = Fisher(),  # noqa: B008  a frozen value
+        structure: Structure = Diagonal(),  # noqa: B008
+        policy: Policy = Accumulate(),  # noqa: B008
+        guard: Guard | None = WarnIfUnstable(),  # noqa: B008
+        past: Past = Past(),  # noqa: B008
+        include: Iterable[ParameterSelector] = (),
+        exclude: Iterable[ParameterSelector] = (),
+    ) -> None:
+        self.strength, self.guard = strength, guard
+        self.curvature, self.structure, self.policy = curvature, structure, policy
+        _check_curvature(curvature, structure)
+        self.past, self.selection = past, selection_of(include, exclude)
+        policy.check_past(past)
+        self._weight = self.strength
+        self._last: Tensor | None = None
+        self._updates = 0  # of the current task
+        self._guarded: Guarded | None = None  # made from `guard` and `past` when it is needed
+        self._weighted: Penalty | None = None  # made from `past`
+        self._unprotected, self._effect, self._idle = Unprotected(), StepEffect(), False
+        self._forget_the_loop()
+
+    def _forget_the_loop(self) -> None:
+        self._attached: list[Attachment] = []
+        self._seen: tuple[weakref.ref[Any], ...] = ()  # the model of the last step, and its optimisers
+        self._restart()
+
+    def _restart(self) -> None:
+        """Before the first step of a task."""
+        self._begun = self._unfinished = False
+        self._parts: weakref.WeakKeyDictionary[Optimizer, _Part] = weakref.WeakKeyDictionary()
+
+    @property
+    def weight(self) -> float:
+        """The strength of the last step, which is lower than `strength` where the guard says so."""
+        return self._weight
+
+    @property
+    def last_penalty(self) -> Tensor | None:
+        """q(θ) at the last step, without strength; None before there is a past."""
+        return self._last
+
+    def attach(self, optimizer: Optimizer, model: nn.Module) -> Attachment:
+        """Adds strength · ∇q to the gradients before each `optimizer.step()` from now on, until `remove()` of what is
+        returned, which is a context manager too.
+
+        - Gradient accumulation: it is added once a step.
+        - Clipping, as by `clip_grad_norm_`, happens before the step and sees the gradients of the task alone: what is
+          added is not clipped. For a penalty that is clipped too, add `penalty(model)` to the loss instead.
+        - `torch.amp.GradScaler`: gradients are unscaled by then, or, for fused optimisers, what is added is scaled as
+          they are. Steps that it skips add nothing.
+        - A closure: q is added to the gradients and to the loss of each of its evaluations, as LBFGS needs.
+        - Several optimisers of one model are each attached. Where they step after one backward pass, q is evaluated
+          once, before the first of them steps, and each adds the part of its own parameters. Attached again to an
+          optimiser of the same parameters, as to a new one for each task, it leaves the old one.
+        - DistributedDataParallel: it is added after gradients were averaged, and equal on every rank.
+
+        A parameter without a gradient gets that of the penalty; a step where no parameter has one is left alone, and so
+        are parameters that no optimiser steps. `policy.revise` is called after each step.
+
+        Raises TypeError for what is no optimiser and model, and for SparseAdam; ValueError where the optimiser steps
+        nothing of the model or maximises, and where the model lacks a parameter of the past; RuntimeError where this
+        is attached for another model.
+        """
+        optimizer = innermost(optimizer)
+        check_attachable(optimizer, model)
+        check_minimises(self, optimizer)
+        stepped = stepped_by(optimizer)
+        if stepped.isdisjoint(map(id, model.parameters())):
+            raise ValueError(
+                f"The {type(optimizer).__name__} steps no parameter of {type(model).__name__}. Give the optimiser of "
+                "this model."
+            )
+        self._check(optimizer)
+        if self.past.model is not None:
+            self.past.model.space.tensors(model)
+        for other, attachment in self._followed():
+            attachment.check_model(model)
+            if not stepped.isdisjoint(stepped_by(other)):
+                attachment.remove()
+        attachment = Attachment.around_steps(
+            self, optimizer, model,
+            before=lambda stepping, evaluation: self._add(stepping, model, evaluation),
+            after=lambda stepping: None if self._parts else self._finish(model),
+        )
+        self._attached, self._begun = [*self._attached, attachment], False
+        return attachment
+
+    def detach(self, attachment: Attachment) -> None:
+        """Called when an attachment is removed."""
+        self._attached = [one for one in self._attached if one is not attachment]
+        self._parts.clear()
+
+    def penalty(self, model: nn.Module, *optimizers: Optimizer) -> Tensor:
+        """strength · q(θ) as a scalar to be added to the loss, with its exact gradient; zero without a past and at
+        strength 0. Call `revise(model)` after each step where the policy is `AdaptiveRefresh`.
+
+        `optimizers` are those of the step, for the guard, which does not look without them. Raises RuntimeError where
+        this is attached, since the penalty would count twice, and what the guard raises.
+        """
+        if self._attached and torch.is_grad_enabled():
+            raise RuntimeError(
+                "This CurvatureRegularizer is attached and adds its gradient before each step: as a term of the loss "
+                "it would count twice. Leave the term out, or call remove() on what attach() returned."
+            )
+        if not self._begun:
+            self.begin(model, *optimizers)
+        penalty = self._ready(model, *optimizers)
+        if penalty is None:
+            return next(model.parameters()).new_zeros(())
+        weighted = penalty(model)
+        self._last = weighted.detach() / self._weight
+        return weighted
+
+    def check(self, model: nn.Module, criterion: object, batches: Any, **options: Any) -> None:
+        """Raises what would keep a task from being absorbed at its end, as seen on a few of its examples: before it is
+        trained. The arguments are those of `absorb`."""
+        with untouched_randomness():
+            self.check_risk(self._risk(model, criterion, batches, options).trial())
+
+    def check_risk(self, risk: EmpiricalRisk) -> None:
+        """Raises what would keep the examples of `risk` from being absorbed, by doing it with the few that it holds."""
+        self.curvature.check_loss(risk.loss)
+        space = risk.space if self.past.model is None else risk.space.union(self.past.model.space)
+        self.structure.check(space, risk.anchor.element_size())
+        if not self.past.experiences:
+            estimate(self.curvature, self.structure, risk)
+
+    def absorb(self, model: nn.Module, criterion: object, batches: Any, **options: Any) -> None:
+        """Takes in a task at its end: `past` then holds its loss too, as `criterion` gives it for `batches` of (inputs,
+        targets) at the parameters that `model` has now. Further `options` are those of `EmpiricalRisk.snapshot`.
+
+        Model, gradients and random states stay as they are. Raises what `snapshot` raises, and NonFiniteCurvatureError
+        after training that diverged: `past` is then as before.
+        """
+        with untouched_randomness():
+            self.absorb_risk(self._risk(model, criterion, batches, options))
+
+    def absorb_part(
+        self, model: nn.Module, criterion: object, batches: Any, *, share: float, **options: Any
+    ) -> None:
+        """Takes in one part of a stream that does not tell where its tasks end, as `share` > 0 of a task: its number
+        of examples over that which a task is taken to have. Raises TypeError for policies that store examples, which
+        take whole tasks only, and what `absorb` raises."""
+        share = check_number("share", share, above=0, hint="It is a number of examples over that of a task.")
+        self.policy.check_parts(self.structure, max(2, self._updates))
+        with untouched_randomness():
+            self.absorb_risk(self._risk(model, criterion, batches, options), share)
+
+    def absorb_risk(self, risk: EmpiricalRisk, share: float | None = None, number: int | None = None) -> None:
+        """Takes in the loss of a task that is frozen at its end, or of a part of one that is the `share` of a task.
+        `number` is what warnings call the task, by default how many were absorbed before."""
+        number = self.past.experiences if number is None else number
+        with self._keeping_the_past():
+            if share is None:
+                self.past = self.policy.absorb(self.past, risk, self.curvature, self.structure)
+            else:
+                self.past = self.policy.absorb_part(self.past, risk, self.curvature, self.structure, share)
+        guarded, model = self._guarded, self.past.model
+        self._guarded = None if guarded is None or model is None or share is None else guarded.renewed(model)
+        self._updates, self._weighted = 0, None
+        self._restart()
+        if (largest := self._effect.negligible()) is not None and not self._idle:
+            self._idle = True
+            warnings.warn(idle(number, self._weight, largest, self._suggested()), UserWarning, stacklevel=outside())
+
+    def begin(self, model: nn.Module, *optimizers: Optimizer) -> None:
+        """Before the first step on new data: takes the past where the model is, which may have been moved to another
+        device or floating point type, and lets the policy revise it for a model that has grown. Called by itself with
+        the first step, or first `penalty`, of a task.
+
+        Raises TypeError for SparseAdam, ValueError for a past that the policy cannot go on from or whose parameters the
+        model lacks.
+        """
+        self._check(*optimizers)
+        self._see(model, optimizers)
+        past = self.past.model
+        if past is not None and (moved := past.following(model)) is not past:
+            self.past = replace(self.past, model=moved)
+        if self._updates == 0:
+            self._revise(model)
+        self._begun = True
+
+    def revise(self, model: nn.Module) -> None:
+        """After each step: counts it, and lets the policy revise the past. Called by itself where this is attached."""
+        self._updates += 1
+        self._revise(model)
+
+    def look(self, optimizer: Optimizer, model: nn.Module, scale: float = 1.0) -> None:
+        """Looks at the part of the penalty in the next step, when all gradients are there: `scale` times what they are.
+        Called by itself where this is attached."""
+        if self.past.model is not None and self._weight > 0:
+            self._effect.look(optimizer, model, self.past.model, scale * self._weight)
+
+    def state_dict(self) -> State:
+        """What is known between two steps, as tensors, numbers, strings, tuples and dictionaries, for `torch.save`: the
+        past, how many steps the current task has had, and what the guard has decided. Options are not in it.
+
+        Raises TypeError for a past that is not made of these (see `Past.state_dict`).
+        """
+        decided = None if self._guarded is None else self._guarded.state_dict()
+        return state_of(
+            type(self).__name__, past=self.past.state_dict(), updates=self._updates, unfinished=self._unfinished,
+            guarded=decided,
+        )
+
+    def load_state_dict(self, state: State, *, model: nn.Module | None = None, criterion: object = None) -> None:
+        """Takes over what `state_dict` returned, as by `torch.load(path, weights_only=True)`, of a regulariser with the
+        same options: with model and optimiser loaded too, training goes on to the bit as it would have.
+
+        `model` and `criterion` are needed where the past holds stored examples, and as in `Past.load_state_dict`.
+        Raises ValueError for any other state, with what came, and for a past that the policy cannot go on from; the
+        regulariser is then as it was.
+        """
+        fields = "past", "updates", "unfinished", "guarded"
+        parts = check_state(state, type(self).__name__, *fields)["fields"]
+        past = Past.load_state_dict(parts["past"], model=model, criterion=criterion)
+        self.policy.check_past(past)
+        self.past, self._updates, self._guarded, self._weighted = past, parts["updates"], None, None
+        if parts["guarded"] is not None and past.model is not None:
+            self._guarded = Guarded(self.guard, past.model)
+            self._guarded.load_state_dict(parts["guarded"])
+        self._restart()
+        self._unfinished = parts["unfinished"]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles are attached to nothing; they know what the guard has decided, which a schedule of
+        learning rates would not decide again."""
+        return {**self.__dict__, "_weighted": None, "_attached": [], "_seen": (), "_parts": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _parts=weakref.WeakKeyDictionary())
+
+    def _check(self, *optimizers: Optimizer) -> None:
+        for optimizer in optimizers if self.strength else ():
+            check_takes_dense_gradients(optimizer)
+        self.policy.check_past(self.past)
+
+    def _risk(self, model: nn.Module, criterion: object, batches: Any, options: dict[str, Any]) -> EmpiricalRisk:
+        for name in {"include", "exclude"} & options.keys():
+            raise TypeError(f"Parameters are selected once: give {name}=[...] to the CurvatureRegularizer.")
+        options = {**options, "include": self.selection.include, "exclude": self.selection.exclude}
+        return EmpiricalRisk.snapshot(model, criterion, batches, **options)
+
+    def _followed(self) -> list[tuple[Optimizer, Attachment]]:
+        """The optimisers this is attached to, in the order of attaching, without those that are gone."""
+        found = [(one.optimizer(), one) for one in self._attached]
+        self._attached = [attachment for optimizer, attachment in found if optimizer is not None]
+        return [(optimizer, attachment) for optimizer, attachment in found if optimizer is not None]
+
+    def _ready(self, model: nn.Module, *optimizers: Optimizer) -> Penalty | None:
+        """The penalty of the next step; None where it adds nothing."""
+        past = self.past.model
+        self._see(model, optimizers)
+        if past is None:
+            self._weight, self._last = self.strength, None
+            return None
+        self._unprotected.say(past.unprotected(model))
+        if self._guarded is None or self._guarded.past is not past or self._guarded.guard is not self.guard:
+            self._guarded = Guarded(self.guard, past)
+        self._weight = self._guarded.allowed(self.strength, model, *optimizers)
+        if self._weight == 0:
+            self._last = past(model)
+            return None
+        if self._weighted is None or self._weighted.of is not past:
+            for optimizer in optimizers:
+                check_takes_dense_gradients(optimizer)
+            self._weighted = Penalty(past, self._weight)
+        self._weighted.strength = self._weight
+        return self._weighted
+
+    def _add(self, optimizer: Optimizer, model: nn.Module, evaluation: int) -> Tensor | None:
+        """Adds to the gradients of one optimiser its part of the penalty's; returns strength · q(θ), where something is
+        added. `evaluation` as in `Attachment.around_steps`."""
+        part, value = None if evaluation else self._parts.pop(optimizer, None), None
+        if part is None or part.is_stale:
+            optimizers = [one for one, _ in self._followed()]
+            if evaluation <= 1:
+                self._finish(model)
+                if not self._begun:
+                    self.begin(model, *optimizers)
+                self._unfinished = True
+            pulls, value = self._pulls(model, optimizers)
+            self._parts.clear()
+            for one in optimizers if evaluation == 0 else (optimizer,):
+                self._parts[one] = _Part.of(one, pulls)
+            part = self._parts.pop(optimizer)
+        scale = getattr(optimizer, "grad_scale", None)
+        _add_to_gradients(part.pulls, scale)
+        if part.pulls and evaluation <= 1:
+            self.look(optimizer, model, 1.0 if scale is None else float(scale))
+        return value
+
+    def _pulls(self, model: nn.Module, optimizers: list[Optimizer]) -> tuple[list[Pull], Tensor | None]:
+        """The parameters that these step and the gradients of the penalty in them, and its value; nothing where no
+        parameter has a gradient yet."""
+        stepped = stepped_by(*optimizers)
+        named = {canonical_name(n): p for n, p in model.named_parameters() if p.requires_grad and id(p) in stepped}
+        penalty = None if all(p.grad is None for p in named.values()) else self._ready(model, *optimizers)
+        if penalty is None:
+            return [], None
+        with torch.no_grad():
+            value, gradients = penalty.evaluate(penalty.space.tensors(model))
+        self._last = value / self._weight
+        return [(named[name], g) for name, g in zip(penalty.space.names, gradients) if name in named], value
+
+    def _finish(self, model: nn.Module) -> None:
+        """Ends an update, of which every optimiser has made its part."""
+        if self._unfinished:
+            self._unfinished = False
+            self.revise(model)
+
+    def _revise(self, model: nn.Module) -> None:
+        if not self.policy.revises:
+            return
+        with untouched_randomness(), torch.enable_grad(), self._keeping_the_past():
+            revised = self.policy.revise(
+                self.past, unwrapped(model), self._updates, self.curvature, self.structure
+            )
+        for event in revised.refreshes[len(self.past.refreshes) :]:
+            LOG.info("Refresh in experience %d after %d updates: %s", event.experience, event.iteration, event.reason)
+        self.past = revised
+
+    def _see(self, model: nn.Module, optimizers: Iterable[Optimizer]) -> None:
+        self._seen = (weakref.ref(model), *map(weakref.ref, optimizers))
+
+    def _suggested(self) -> StrengthSuggestion:
+        """Strengths to try with the optimisers of the last step: those of the one that allows the least."""
+        model, *optimizers = [one() for one in self._seen] or [None]
+        found = [suggest_strength(self.past, one, model) for one in optimizers if one is not None and model is not None]
+        return min(found, key=lambda one: one.grid[:1] or (math.inf,), default=without_rule("no optimizer is known"))
+
+    @contextmanager
+    def _keeping_the_past(self) -> Iterator[None]:
+        try:
+            yield
+        except NonFiniteCurvatureError as error:
+            tried = self.past.model is not None and self._weight and len(self._seen) > 1
+            further = f" {self._suggested()}" if tried else ""
+            raise NonFiniteCurvatureError(
+                f"{error} The model of the {self.past.experiences} experiences before it is kept in `past`.{further}"
+            ) from error
+
+
+Pull = tuple[nn.Parameter, Tensor]
+"""A parameter, and what is to be added to the gradient of its first entries along each axis."""
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What one optimiser is to add in its next step: until then its gradients must be those of the same backward pass,
+    which `witness` shows, the smallest of its parameters."""
+
+    pulls: list[Pull]
+    witness: nn.Parameter
+    gradient: Tensor | None
+
+    @classmethod
+    def of(cls, optimizer: Optimizer, pulls: list[Pull]) -> _Part:
+        own = stepped_by(optimizer)
+        witness = min((p for group in optimizer.param_groups for p in group["params"]), key=torch.numel)
+        return cls([(p, pull) for p, pull in pulls if id(p) in own], witness, witness.grad)
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether the gradients are new ones."""
+        return self.witness.grad is not self.gradient
+
+
+@torch.no_grad()
+def _add_to_gradients(pulls: list[Pull], scale: Tensor | None) -> None:
+    """p.grad += scale · pull for each parameter p, in its dtype; a missing gradient counts as zero, and a sparse one
+    becomes dense."""
+    gradients, added = [], []
+    for parameter, pull in pulls:
+        pull = (pull if scale is None else pull * scale.to(pull.device)).to(parameter.dtype)
+        if parameter.grad is None and parameter.shape == pull.shape:
+            parameter.grad = pull
+            continue
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        elif parameter.grad.layout != torch.strided:
+            parameter.grad = parameter.grad.to_dense()
+        gradients.append(parameter.grad[tuple(map(slice, pull.shape))])
+        added.append(pull)
+    if gradients:
+        torch._foreach_add_(gradients, added)
+
+
+def _check_curvature(curvature: Curvature, structure: Structure) -> None:
+    check_pair(curvature, structure)
+    if not (curvature.is_semidefinite or curvature.is_mended):
+        warnings.warn(
+            f"{curvature} may be indefinite, and a penalty with it may reward leaving the anchor without bound. Use "
+            "Hessian(psd=Clip()) or Hessian(psd=Absolute()) unless that is what you study; say is_semidefinite = True "
+            "of a kind of your own that is not.",
+            stacklevel=outside(),
+        )
