@@ -61,9 +61,9 @@ class OnlyToken(nn.Module):
         return x @ self.token
 
 
-class TwiceTheLoss(nn.CrossEntropyLoss):
+class SquareOfTheLoss(nn.CrossEntropyLoss):
     def forward(self, outputs, targets):
-        return 2 * super().forward(outputs, targets)
+        return super().forward(outputs, targets).square()
 
 
 def with_hook(hook) -> nn.Module:
@@ -116,16 +116,16 @@ def ewc(**options):
     return lambda: CurvatureEWCPlugin(1.0, **options)
 
 
-unknown = {"criterion": nn.L1Loss(), "error": TypeError, "remedy": "Write one as an ExampleLoss"}
+unknown = {"criterion": nn.CosineEmbeddingLoss(), "error": ValueError, "remedy": "in two lines"}
 nothing = {"plugin": lambda: None}
 SETUPS = {
     "unknown criterion": SetUp(**unknown),
-    "criterion that overrides": SetUp(TypeError, "Write it as an ExampleLoss", criterion=TwiceTheLoss()),
-    "function as criterion": SetUp(TypeError, "mean nn.CrossEntropyLoss", criterion=nn.functional.cross_entropy),
+    "criterion that overrides": SetUp(ValueError, "mixes the examples", criterion=SquareOfTheLoss()),
+    "function as criterion": SetUp(ValueError, "MSELoss needs targets", criterion=nn.functional.mse_loss),
     "no likelihood": SetUp(ValueError, "drop the class weights", criterion=nn.CrossEntropyLoss(torch.rand(3))),
     "targets of another size": SetUp(ValueError, "needs targets of the outputs' shape", criterion=nn.MSELoss()),
-    "class probabilities": SetUp(ValueError, "register an ExampleLoss", data=(X, torch.rand(24, 3))),
-    "ignored targets": SetUp(ValueError, "Drop these examples", data=(X, torch.where(Y == 0, -100, Y))),
+    "class logits": SetUp(ValueError, "Give them, not logits", data=(X, -torch.rand(24, 3))),
+    "targets out of range": SetUp(ValueError, "one logit a class", data=(X, torch.where(Y == 0, -1, Y))),
     "classes without logits": SetUp(ValueError, "Give the model one logit a class", data=(X, Y + 3)),
     "statistics of the batch": SetUp(
         ValueError, "normalisation with running statistics", lambda: net(nn.BatchNorm1d(5, track_running_stats=False))
@@ -157,7 +157,7 @@ SETUPS = {
         TypeError, r"Use GGN\(\) instead", criterion=nn.MSELoss(), data=(X, torch.rand(24, 3)),
         plugin=lambda: OrthogonalProjectionPlugin(Eigenspace(OutputGradient(), Rank(2))),
     ),
-    "a kind that is broken": SetUp(RuntimeError, "Nothing was trained", plugin=ewc(curvature=BrokenKind())),
+    "a kind that is broken": SetUp(ValueError, "Nothing was trained", plugin=ewc(curvature=BrokenKind())),
     "a structure that is broken": SetUp(
         ValueError, "no such matrix", plugin=ewc(curvature=Hessian(), structure=BrokenStructure()),
         model=lambda: Changed(lambda f, x: f.square()),
