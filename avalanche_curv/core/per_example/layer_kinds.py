@@ -71,6 +71,11 @@ def is_outer(layer: nn.Module) -> bool:
     B = `positions(sensitivity)`."""
     if isinstance(layer, _ConvNd):
         return layer.groups == 1 and not isinstance(layer, _ConvTransposeNd)
+    return takes_tokens(layer)
+
+
+def takes_tokens(layer: nn.Module) -> bool:
+    """Whether the layer is linear in the last axis of its inputs, at each position by itself."""
     return isinstance(layer, nn.Linear) or is_transposed(layer)
 
 

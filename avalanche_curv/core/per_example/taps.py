@@ -97,14 +97,15 @@ class TiedTap(Tap):
     def rows(self, sensitivity: Any, examples: int) -> dict[str, Tensor]:
         """The sum of the rows of all calls, the last first: a head's rows are full, an embedding's few are added."""
         total: dict[str, Tensor] = {}
-        for tap, b in reversed([*zip(self.taps, sensitivity)]):
+        joined, (found,) = self._joined([sensitivity], examples)
+        for tap, b in reversed([*zip(joined.taps, found)]):
             places = self.layer.places[tap.layer]
             ready = layer_kinds.prepared(tap.layer, tap.inputs, examples)
             if ready is None:
                 return {}
             known = {short: total[name] for short, name in places.items() if name in total}
-            found = layer_kinds.added_rows(known, tap.layer, ready, b, examples)
-            total |= {name: found[short] for short, name in places.items()}
+            rows = layer_kinds.added_rows(known, tap.layer, ready, b, examples)
+            total |= {name: rows[short] for short, name in places.items()}
         return total
 
     def squares(self, columns: Sequence[Any], examples: int) -> dict[str, Tensor]:
@@ -112,16 +113,35 @@ class TiedTap(Tap):
         parameters = {name: p for tap in self.taps for name, p in self._parameters(tap)}
         size = max(1, layer_kinds.CACHED // sum(p.numel() for p in parameters.values()))
         total: dict[str, Tensor] = {}
+        joined, columns = self._joined(columns, examples)
         for start in range(0, examples, size):
             part, count = slice(start, start + size), min(size, examples - start)
             here = TiedTap.of(self.layer, [
-                Tap(tap.layer, _of_examples(tap.inputs, examples, part), tap.outputs) for tap in self.taps
+                Tap(tap.layer, _of_examples(tap.inputs, examples, part), tap.outputs) for tap in joined.taps
             ])  # fmt: skip
             for column in columns:
                 for name, rows in here.rows([_of_examples(b, examples, part) for b in column], count).items():
                     square = rows.square_().sum(0)
                     total[name] = total[name].add_(square) if name in total else square
         return total
+
+    def _joined(self, columns: Sequence[Any], examples: int) -> tuple[TiedTap, Sequence[Any]]:
+        """The same tap and sensitivities with one call of each linear layer, at the positions of all of its calls."""
+        calls: dict[nn.Module, list[int]] = {}
+        for place, tap in enumerate(self.taps):
+            calls.setdefault(tap.layer, []).append(place)
+        groups: list[list[int]] = []
+        for layer, places in calls.items():
+            groups += [places] if layer_kinds.takes_tokens(layer) else [[place] for place in places]
+        if len(groups) == len(self.taps):
+            return self, columns
+        taps = [
+            Tap(self.taps[group[0]].layer, _together([self.taps[i].inputs for i in group], examples), self.outputs)
+            for group in groups
+        ]
+        return TiedTap.of(self.layer, taps), [
+            [_together([column[i] for i in group], examples) for group in groups] for column in columns
+        ]
 
     def _parameters(self, tap: Tap) -> Iterator[tuple[str, Tensor]]:
         own = dict(tap.layer.named_parameters(recurse=False))
@@ -130,3 +150,10 @@ class TiedTap(Tap):
 
 def _of_examples(tensor: Tensor, examples: int, part: slice) -> Tensor:
     return tensor.unflatten(0, (examples, -1))[part].flatten(0, 1)
+
+
+def _together(tensors: Sequence[Tensor], examples: int) -> Tensor:
+    """The positions of several tensors, one after the other: [examples, T, features]; one tensor as it is."""
+    if len(tensors) == 1:
+        return tensors[0]
+    return torch.cat([tensor.reshape(examples, -1, tensor.shape[-1]) for tensor in tensors], dim=1)
