@@ -132,6 +132,7 @@ def objects():
     """One of each object with attributes that a user reaches."""
     from avalanche_curv import (
         CurvatureEWCPlugin,
+        CurvatureRegularizer,
         MitigatorPlugin,
         OrthogonalProjectionPlugin,
         SpectralRegPlugin,
@@ -150,7 +151,7 @@ def objects():
     metrics = [metric for maker in makers for metric in maker()]
     core = [
         Guarded(WarnIfUnstable(), quadratic), Penalty(quadratic, 2.0), Projector(ProtectedSpace(), StepProjection()),
-        PastModels(Fisher()), AdaptiveRefresh(), quadratic,
+        PastModels(Fisher()), AdaptiveRefresh(), quadratic, CurvatureRegularizer(1.0),
     ]  # fmt: skip
     strategies = [
         strategy(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), **given)

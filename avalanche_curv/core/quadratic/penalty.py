@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,10 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from avalanche_curv.core.arguments import outside
+from avalanche_curv.core.curvature.base import Curvature
 from avalanche_curv.core.options import Fixed, check_number
 from avalanche_curv.core.precision import in_own_precision
 from avalanche_curv.core.quadratic.model import QuadraticModel, check_first_order, half, times
 from avalanche_curv.core.risk.parameters import ParameterSpace
+from avalanche_curv.core.structures import Structure
+from avalanche_curv.core.structures.rules import check_pair
 
 
 class Penalty:
@@ -86,6 +91,18 @@ def check_takes_dense_gradients(optimizer: torch.optim.Optimizer) -> None:
         raise TypeError(
             "SparseAdam steps sparse gradients alone, and with the penalty of the past every gradient is dense: from "
             "the second experience on it would fail. Use SGD, which takes both, or Adam with Embedding(sparse=False)."
+        )
+
+
+def check_bounded(curvature: Curvature, structure: Structure) -> None:
+    """Warns of a curvature with which a penalty may have no lower bound. Raises what `check_pair` raises."""
+    check_pair(curvature, structure)
+    if not (curvature.is_semidefinite or curvature.is_mended):
+        warnings.warn(
+            f"{curvature} may be indefinite, and a penalty with it may reward leaving the anchor without bound. Use "
+            "Hessian(psd=Clip()) or Hessian(psd=Absolute()) unless that is what you study; say is_semidefinite = True "
+            "of a kind of your own that is not.",
+            stacklevel=outside(),
         )
 
 

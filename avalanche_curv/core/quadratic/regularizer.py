@@ -8,7 +8,7 @@ import warnings
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -23,7 +23,8 @@ from avalanche_curv.core.curvature.fisher import Fisher
 from avalanche_curv.core.options import Configured, Fixed, Forwarded, Setting, check_kind, check_number
 from avalanche_curv.core.quadratic.effect import StepEffect, idle
 from avalanche_curv.core.quadratic.estimate import estimate
-from avalanche_curv.core.quadratic.penalty import Penalty, check_takes_dense_gradients
+from avalanche_curv.core.quadratic.parts import Part, Pull, add_to_gradients
+from avalanche_curv.core.quadratic.penalty import Penalty, check_bounded, check_takes_dense_gradients
 from avalanche_curv.core.quadratic.policies import Accumulate, Past, Policy
 from avalanche_curv.core.quadratic.stability import (
     Guard,
@@ -41,7 +42,6 @@ from avalanche_curv.core.risk.parameters import canonical_name
 from avalanche_curv.core.risk.selection import ParameterSelector, Selection, Unprotected, selection_of
 from avalanche_curv.core.state import State, check_state, state_of
 from avalanche_curv.core.structures import Diagonal, Structure
-from avalanche_curv.core.structures.rules import check_pair
 
 LOG = logging.getLogger("avalanche_curv")
 
@@ -109,7 +109,7 @@ class CurvatureRegularizer(Configured):
     ) -> None:
         self.strength, self.guard = strength, guard
         self.curvature, self.structure, self.policy = curvature, structure, policy
-        _check_curvature(curvature, structure)
+        check_bounded(curvature, structure)
         self.past, self.selection = past, selection_of(include, exclude)
         policy.check_past(past)
         self._weight = self.strength
@@ -128,7 +128,7 @@ class CurvatureRegularizer(Configured):
     def _restart(self) -> None:
         """Before the first step of a task."""
         self._begun = self._unfinished = False
-        self._parts: weakref.WeakKeyDictionary[Optimizer, _Part] = weakref.WeakKeyDictionary()
+        self._parts: weakref.WeakKeyDictionary[Optimizer, Part] = weakref.WeakKeyDictionary()
 
     @property
     def weight(self) -> float:
@@ -383,10 +383,10 @@ class CurvatureRegularizer(Configured):
             pulls, value = self._pulls(model, optimizers)
             self._parts.clear()
             for one in optimizers if evaluation == 0 else (optimizer,):
-                self._parts[one] = _Part.of(one, pulls)
+                self._parts[one] = Part.of(one, pulls)
             part = self._parts.pop(optimizer)
         scale = getattr(optimizer, "grad_scale", None)
-        _add_to_gradients(part.pulls, scale)
+        add_to_gradients(part.pulls, scale)
         if part.pulls and evaluation <= 1:
             self.look(optimizer, model, 1.0 if scale is None else float(scale))
         return value
@@ -440,59 +440,3 @@ class CurvatureRegularizer(Configured):
             raise NonFiniteCurvatureError(
                 f"{error} The model of the {self.past.experiences} experiences before it is kept in `past`.{further}"
             ) from error
-
-
-Pull = tuple[nn.Parameter, Tensor]
-"""A parameter, and what is to be added to the gradient of its first entries along each axis."""
-
-
-@dataclass(frozen=True)
-class _Part:
-    """What one optimiser is to add in its next step: until then its gradients must be those of the same backward pass,
-    which `witness` shows, the smallest of its parameters."""
-
-    pulls: list[Pull]
-    witness: nn.Parameter
-    gradient: Tensor | None
-
-    @classmethod
-    def of(cls, optimizer: Optimizer, pulls: list[Pull]) -> _Part:
-        own = stepped_by(optimizer)
-        witness = min((p for group in optimizer.param_groups for p in group["params"]), key=torch.numel)
-        return cls([(p, pull) for p, pull in pulls if id(p) in own], witness, witness.grad)
-
-    @property
-    def is_stale(self) -> bool:
-        """Whether the gradients are new ones."""
-        return self.witness.grad is not self.gradient
-
-
-@torch.no_grad()
-def _add_to_gradients(pulls: list[Pull], scale: Tensor | None) -> None:
-    """p.grad += scale · pull for each parameter p, in its dtype; a missing gradient counts as zero, and a sparse one
-    becomes dense."""
-    gradients, added = [], []
-    for parameter, pull in pulls:
-        pull = (pull if scale is None else pull * scale.to(pull.device)).to(parameter.dtype)
-        if parameter.grad is None and parameter.shape == pull.shape:
-            parameter.grad = pull
-            continue
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        elif parameter.grad.layout != torch.strided:
-            parameter.grad = parameter.grad.to_dense()
-        gradients.append(parameter.grad[tuple(map(slice, pull.shape))])
-        added.append(pull)
-    if gradients:
-        torch._foreach_add_(gradients, added)
-
-
-def _check_curvature(curvature: Curvature, structure: Structure) -> None:
-    check_pair(curvature, structure)
-    if not (curvature.is_semidefinite or curvature.is_mended):
-        warnings.warn(
-            f"{curvature} may be indefinite, and a penalty with it may reward leaving the anchor without bound. Use "
-            "Hessian(psd=Clip()) or Hessian(psd=Absolute()) unless that is what you study; say is_semidefinite = True "
-            "of a kind of your own that is not.",
-            stacklevel=outside(),
-        )

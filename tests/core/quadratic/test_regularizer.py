@@ -124,6 +124,20 @@ def test_attached_and_added_to_the_loss_train_equal_weights(structure, optimizer
     assert (found - weights(without)).abs().max() > 1e-3
 
 
+def test_a_wrapped_model_is_that_in_the_wrapper(model):
+    def wrapped(train):
+        return lambda model, optimizers, penalty=None: train(nn.DataParallel(model), optimizers, penalty)
+
+    regularizer, optimizers_of = with_past(model), one(torch.optim.SGD, lr=0.1)
+    whole = copy.deepcopy(model)
+    (optimizer,) = optimizers_of(whole)
+    data_parallel = nn.DataParallel(whole)
+    with copy.deepcopy(regularizer).attach(optimizer, data_parallel):
+        plain(data_parallel, [optimizer])
+    assert torch.equal(weights(whole), added(model, optimizers_of, regularizer, wrapped(plain)))
+    assert torch.equal(weights(whole), attached(model, optimizers_of, regularizer))
+
+
 def test_the_gradient_added_is_that_of_the_quadratic_written_out(model):
     regularizer = with_past(model)
     past, optimizer = regularizer.past.model, torch.optim.SGD(model.parameters(), lr=1.0)
