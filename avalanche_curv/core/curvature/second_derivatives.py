@@ -228,8 +228,7 @@ def _wrong_second_derivatives(trial: EmpiricalRisk, tolerance: float) -> list[in
     vector, space = directions(trial.space.size, 1, like=trial.anchor), trial.space
     vector = vector.index_fill(0, held_still(trial), 0)
     here = space.flatten([p.detach() for p in trial.parameters])
-    near = _difference(trial, here, vector[:, 0])
-    rounding = torch.finfo(here.dtype).eps * float(trial.gradient_at(here).norm() * vector.norm()) / _width(here)
+    near, rounding = _difference(trial, here, vector[:, 0]), _rounding(trial, here, vector)
     wanted, size = space.split(near), float(near.norm())
     try:
         product = ReverseHessian(trial).matmat(vector)[:, 0]
@@ -252,7 +251,13 @@ def _is_symmetric(trial: EmpiricalRisk) -> bool:
     here = trial.space.flatten([p.detach() for p in trial.parameters])
     of_u, of_v = (_difference(trial, here, direction) for direction in (u, v))
     size = float(of_u.norm() * v.norm() + of_v.norm() * u.norm()) / trial.space.size**0.5
-    return abs(float(u @ of_v - v @ of_u)) <= 1e-2 * size
+    noise = 1e2 * (_rounding(trial, here, u) * v.norm() + _rounding(trial, here, v) * u.norm())
+    return abs(float(u @ of_v - v @ of_u)) <= 1e-2 * size + float(noise)
+
+
+def _rounding(trial: EmpiricalRisk, here: Float[Tensor, "P"], vector: Tensor) -> float:
+    """The norm of what rounding leaves of H v by differences."""
+    return torch.finfo(here.dtype).eps * float(trial.gradient_at(here).norm() * vector.norm()) / _width(here)
 
 
 def _no_hessian(risk: EmpiricalRisk, wrong: list[int]) -> str:
