@@ -58,8 +58,9 @@ def _base(values: Mapping[str, Tensor], trained: Collection[str], model: nn.Modu
     base = copied_base(base, owned=lambda name: name not in same)
     try:
         others = base.load_state_dict({name: v for name, v in values.items() if name not in same}, strict=False)
-        lacking = [*others.unexpected_keys, *({*others.missing_keys} - same)]
-        reason = f"one of the two lacks {in_words(lacking)}" if lacking else ""
+        missing = [name for name in others.missing_keys if name not in same]
+        found = {"Missing keys": missing, "unexpected keys": others.unexpected_keys}
+        reason = "; ".join(f"{what} {in_words(names)}" for what, names in found.items() if names)
     except RuntimeError as error:
         reason = " ".join(str(error).split())
     if reason:
