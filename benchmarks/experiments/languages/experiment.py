@@ -25,7 +25,17 @@ from avalanche_curv.core import (
     NonFiniteCurvatureError,
 )
 from benchmarks.experiments.languages.gpt import GPT, Size, with_adapters
-from benchmarks.experiments.languages.methods import L2, Joint, Memory, Method, Naive, Quadratic, Replay, windows
+from benchmarks.experiments.languages.methods import (
+    L2,
+    Joint,
+    LastByte,
+    Memory,
+    Method,
+    Naive,
+    Quadratic,
+    Replay,
+    windows,
+)
 from benchmarks.experiments.languages.text import LANGUAGES, Parts, language
 from benchmarks.harness import Context, Experiment, Options, Record, Results
 from benchmarks.harness.experiment import digest
@@ -115,7 +125,7 @@ def methods(batch: int, quick: bool) -> dict[str, Method]:
         Quadratic(BatchedEmpiricalFisher(batch), Diagonal(), many, decades(2, 5)),
         Quadratic(EmpiricalFisher(), Diagonal(), many, decades(0, 3)),
         *(Quadratic(sampled, structure, many, decades(-1, 2)) for structure in (Diagonal(), Kronecker(), EKFAC())),
-        *(Quadratic(exact, structure, few, decades(-1, 2)) for structure in (Diagonal(), Kronecker())),
+        *(Quadratic(exact, structure, few, decades(-1, 2), LastByte) for structure in (Diagonal(), Kronecker())),
     ]  # fmt: skip
     return dict(zip(ROWS, kept))
 

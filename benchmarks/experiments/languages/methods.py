@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Int, UInt8
 from torch import Tensor, nn
 
 from avalanche_curv.core import Accumulate, Curvature, EmpiricalRisk, Past, Structure
@@ -153,15 +153,42 @@ class _L2(Memory):
         return sum(anchor.nbytes for anchor in self.anchors)
 
 
+class EveryByte(nn.Module):
+    """A model as curvature sees it: the loss of a window is the mean over the bytes after each of its own."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, tokens: Int[Tensor, "N T"]) -> Tensor:
+        return self.module(tokens)
+
+    @staticmethod
+    def targets(following: Int[Tensor, "N T"]) -> Tensor:
+        return following
+
+
+class LastByte(EveryByte):
+    """The loss of a window is that of the byte after the last alone, where a pass for each of T times 256 outputs would
+    take too long."""
+
+    def forward(self, tokens: Int[Tensor, "N T"]) -> Tensor:
+        return self.module(tokens)[:, :, -1]
+
+    @staticmethod
+    def targets(following: Int[Tensor, "N T"]) -> Tensor:
+        return following[:, -1]
+
+
 @dataclass(frozen=True)
 class Quadratic(Method):
-    """λ q(θ), with q the sum of the languages' quadratic models: `CurvatureRegularizer`. The curvature is that of so
-    many windows."""
+    """λ q(θ), with q the sum of the languages' quadratic models. The curvature is that of so many windows."""
 
     curvature: Curvature
     structure: Structure
     windows: int
     strengths: tuple[float, ...]
+    seen: type[EveryByte] = EveryByte
 
     @property
     def grid(self) -> tuple[float, ...]:
@@ -171,15 +198,6 @@ class Quadratic(Method):
         return _Quadratic(self, strength)
 
 
-class Last(nn.Module):
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, tokens: Tensor) -> Float[Tensor, "N 256"]:
-        return self.module(tokens)[:, :, -1]
-
-
 class _Quadratic(Memory):
     def __init__(self, method: Quadratic, strength: float) -> None:
         self.method, self.strength = method, strength
@@ -187,15 +205,16 @@ class _Quadratic(Memory):
         self.penalty: Penalty | None = None
 
     def keep(self, model: nn.Module, data: Tensor, context: int, generator: torch.Generator) -> None:
-        x, y = windows(data, self.method.windows, context, generator)
-        batches = list(zip(x.split(AT_ONCE), y[:, -1].split(AT_ONCE)))
-        risk = EmpiricalRisk.snapshot(model, nn.CrossEntropyLoss(), batches, adapter=Last)
-        self.past = Accumulate().absorb(self.past, risk, self.method.curvature, self.method.structure)
+        own = self.method
+        inputs, following = windows(data, own.windows, context, generator)
+        batches = list(zip(inputs.split(AT_ONCE), own.seen.targets(following).split(AT_ONCE)))
+        risk = EmpiricalRisk.snapshot(own.seen(model), nn.CrossEntropyLoss(), batches)
+        self.past = Accumulate().absorb(self.past, risk, own.curvature, own.structure)
         if self.past.model is not None:
             self.penalty = Penalty(self.past.model, self.strength)
 
     def term(self, model: nn.Module) -> Tensor | float:
-        return 0.0 if self.penalty is None else self.penalty(model)
+        return 0.0 if self.penalty is None else self.penalty(self.method.seen(model))
 
     @property
     def nbytes(self) -> int:
