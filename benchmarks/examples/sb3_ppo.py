@@ -25,16 +25,16 @@ def logits(policy: Any, observations: torch.Tensor) -> torch.Tensor:
 def agreement(strength: float) -> float:
     """The part of the states of the first environment where the agent still does what it did in them, after both."""
     first, second = gymnasium.make("CartPole-v1"), Reversed(gymnasium.make("CartPole-v1"))
-    agent = PPO("MlpPolicy", first, n_steps=256, batch_size=64, learning_rate=3e-3, seed=0, device="cpu")
+    agent = PPO("MlpPolicy", first, n_steps=128, batch_size=64, learning_rate=3e-3, seed=0, device="cpu")
     regularizer = CurvatureRegularizer(strength, structure=Kronecker())  # the Fisher of the policy
     regularizer.attach(agent.policy.optimizer, agent.policy)
-    agent.learn(2_048)
+    agent.learn(1_024)
     states, actions = (torch.tensor(getattr(agent.rollout_buffer, name)) for name in ("observations", "actions"))
     states, actions = states.flatten(0, -2), actions.flatten().long()
     regularizer.absorb(agent.policy, nn.CrossEntropyLoss(), [(states, actions)], forward=logits)
     before = logits(agent.policy, states).argmax(1)
     agent.set_env(second)
-    agent.learn(2_048)
+    agent.learn(1_024)
     return float((logits(agent.policy, states).argmax(1) == before).float().mean())
 
 
