@@ -29,17 +29,17 @@ class OfMappings(Naive):
 
 
 def task(number: int) -> AvalancheDataset:
-    """Two words in random order after one that names the task: which one is at its place?"""
-    rows = torch.randint(2, (256, 8))
-    rows[:, 0] = 2 + number
-    examples = [{"input_ids": row, "labels": row[1 + number]} for row in rows]
+    """Two words in random order: which one comes first? The words of a task are its own, and so its classes."""
+    rows = 2 * number + torch.randint(2, (256, 8))
+    examples = [{"input_ids": row, "labels": row[0]} for row in rows]
     tasks = DataAttribute(ConstantSequence(0, len(rows)), "targets_task_labels", use_in_getitem=True)
     return AvalancheDataset([examples], data_attributes=[tasks], collate_fn=default_data_collator)
 
 
 def accuracies(strength: float) -> list[float]:
     torch.manual_seed(0)
-    config = BertConfig(vocab_size=8, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = BertConfig(vocab_size=8, num_labels=4, **size)
     model, tasks = BertForSequenceClassification(config), [task(0), task(1)]
     strategy = OfMappings(
         model=model, optimizer=torch.optim.Adam(model.parameters(), lr=1e-2), criterion=nn.CrossEntropyLoss(),

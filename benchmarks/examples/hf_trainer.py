@@ -27,16 +27,15 @@ class KeepThePast(transformers.TrainerCallback):
 
 
 def task(number: int) -> list[dict[str, torch.Tensor]]:
-    """Two words in random order after one that names the task: which one is at its place?"""
-    rows = torch.randint(2, (256, 8))
-    rows[:, 0] = 2 + number
-    return [{"input_ids": row, "labels": row[1 + number]} for row in rows]
+    """Two words in random order: which one comes first? The words of a task are its own, and so its classes."""
+    rows = 2 * number + torch.randint(2, (256, 8))
+    return [{"input_ids": row, "labels": row[0]} for row in rows]
 
 
 def losses(strength: float) -> list[float]:
     transformers.set_seed(0)
     size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-    bert = transformers.BertForSequenceClassification(transformers.BertConfig(vocab_size=8, **size))
+    bert = transformers.BertForSequenceClassification(transformers.BertConfig(vocab_size=8, num_labels=4, **size))
     adapter = LoraConfig(task_type="SEQ_CLS", r=4, target_modules=["query", "value"])
     model = get_peft_model(bert, adapter)
     regularizer = CurvatureRegularizer(strength)  # of the adapter and the head, which alone are trained
