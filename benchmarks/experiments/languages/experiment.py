@@ -1,0 +1,307 @@
+"""Bits per byte of a small GPT that learns English, Python, C++ and YAML in turn: what each method keeps of them."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean
+from typing import Annotated, Any
+
+import torch
+import tyro
+from jaxtyping import UInt8
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from avalanche_curv.core import (
+    EKFAC,
+    BatchedEmpiricalFisher,
+    Diagonal,
+    EmpiricalFisher,
+    Fisher,
+    Kronecker,
+    NonFiniteCurvatureError,
+)
+from benchmarks.experiments.languages.gpt import GPT, Size, with_adapters
+from benchmarks.experiments.languages.methods import (
+    L2,
+    Joint,
+    LastByte,
+    Memory,
+    Method,
+    Naive,
+    Quadratic,
+    Replay,
+    windows,
+)
+from benchmarks.experiments.languages.text import LANGUAGES, Parts, language
+from benchmarks.harness import Context, Experiment, Options, Record, Results
+from benchmarks.harness.experiment import digest
+from benchmarks.harness.kept import kept
+from benchmarks.harness.options import one_of, positive
+from benchmarks.strategies import decades
+
+FIRST_SEED = 1000  # of tuning
+AT_ONCE_TESTED = 256  # windows
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The model; `first_steps` steps on the first language, `steps` on each other one, with batches of so many windows
+    and Adam; and the bytes of each language to train on. Held out: tested on text held out for tuning."""
+
+    size: Size
+    first_steps: int
+    steps: int
+    batch: int
+    first_rate: float
+    rate: float
+    text: int
+    held_out: bool = False
+
+
+SETTINGS = {
+    "small": Setting(Size(2, 48, 4, 32), 600, 80, 16, 1e-2, 5e-3, 2**17),
+    "medium": Setting(Size(4, 256, 8, 128), 5_000, 1_000, 32, 1e-3, 5e-4, 2**18),  # hours of a core
+    "large": Setting(Size(6, 384, 6, 256), 20_000, 3_000, 64, 1e-3, 3e-4, 2**18),  # days
+}
+QUICK = Setting(Size(2, 16, 2, 16), 10, 4, 8, 1e-2, 5e-3, 2**13)
+
+
+NAIVE, AT_ONCE, FORKS = "Naive", "all at once", "EWC, squared batch gradients"
+EMPIRICAL = "empirical Fisher, Diagonal()"
+SLOW = "exact Fisher, Diagonal()", "exact Fisher, Kronecker()"
+SAMPLED = tuple(f"Fisher of one sample, {kept}" for kept in ("Diagonal()", "Kronecker()", "EKFAC()"))
+ROWS = NAIVE, AT_ONCE, "Replay of 2 KiB", "Replay of 16 KiB", "L2", FORKS, EMPIRICAL, *SAMPLED, *SLOW
+ADAPTED = NAIVE, AT_ONCE, "Replay of 16 KiB", "L2", FORKS, SAMPLED[0], SAMPLED[2]
+
+
+@dataclass(frozen=True)
+class Full:
+    """All weights are trained."""
+
+    name, rows = "all weights", ROWS
+
+    def prepare(self, model: GPT) -> GPT:
+        return model
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """Adapters of this rank on the linear layers of the blocks are trained after the first language."""
+
+    rank: int = 4
+    name, rows = "LoRA", ADAPTED
+
+    def prepare(self, model: GPT) -> GPT:
+        return with_adapters(model, self.rank)
+
+
+TRAINED: tuple[Full | LoRA, ...] = (Full(), LoRA())
+
+
+@dataclass(frozen=True)
+class Config:
+    """What is trained after the first language, and what is kept of languages seen."""
+
+    label: str
+    row: str
+    part: str
+    setting: Setting
+    trained: Full | LoRA
+    method: Method
+    strength: float = 0.0
+    cost: float = 1.0
+
+
+def methods(batch: int, quick: bool) -> dict[str, Method]:
+    """By their names in the tables. Strengths are such that the best is none of the ends."""
+    few, many = (2, 8) if quick else (8, 128)  # windows; exact kinds take a pass backward for each of 256 bytes
+    sampled, exact = Fisher(samples=1, seed=0), Fisher()
+    kept = [
+        Naive(), Joint(), Replay(2_048, batch), Replay(16_384, batch), L2(),
+        Quadratic(BatchedEmpiricalFisher(batch), Diagonal(), many, decades(2, 5)),
+        Quadratic(EmpiricalFisher(), Diagonal(), many, decades(0, 3)),
+        *(Quadratic(sampled, structure, many, decades(-1, 2)) for structure in (Diagonal(), Kronecker(), EKFAC())),
+        *(Quadratic(exact, structure, few, (1.0, 10.0, 100.0), LastByte) for structure in (Diagonal(), Kronecker())),
+    ]  # fmt: skip
+    return dict(zip(ROWS, kept))
+
+
+@dataclass(frozen=True)
+class LanguagesOptions(Options):
+    """Three seeds unless asked for others."""
+
+    seeds: Annotated[int, positive()] = 3
+    """run seeds 0 to SEEDS - 1"""
+    size: Annotated[str, one_of("size", SETTINGS)] = "small"
+    """of the model, with its steps; medium: hours a run on one core, large: days"""
+    tied: bool = False
+    """whether the head of the model has the weights of its embedding"""
+    tuning: Annotated[bool, tyro.conf.Fixed, tyro.conf.Suppress] = False
+    """no option of the command line"""
+    strengths: Annotated[tuple[tuple[str, float], ...], tyro.conf.Fixed, tyro.conf.Suppress] = ()
+    """what tuning has found, by label; no option of the command line"""
+
+
+class Languages(Experiment):
+    """Bits per byte on every language after each.
+
+    First each strength is tried with seed 1000, on text held out for it; that of the fewest bits per byte on all
+    languages at the end, among equal ones the smallest, is the one of the report.
+    """
+
+    name = "languages"
+    options_type = LanguagesOptions
+
+    def variant(self, options: LanguagesOptions) -> str:
+        parts = options.size * (options.size != "small"), "tied" * options.tied, "tuning" * options.tuning
+        return "-".join(filter(None, parts))
+
+    def prerequisite(self, options: LanguagesOptions) -> tuple[Experiment, Options] | None:
+        return None if options.tuning else (self, replace(options, tuning=True, seeds=1))
+
+    def settled(self, options: LanguagesOptions, results: Results) -> LanguagesOptions:
+        return replace(options, strengths=tuple(best_strengths(results).items()))
+
+    def configs(self, options: LanguagesOptions) -> Sequence[Config]:
+        setting = QUICK if options.quick else SETTINGS[options.size]
+        setting = replace(setting, size=replace(setting.size, tied=options.tied), held_out=options.tuning)
+        found, made = dict(options.strengths), []
+        for trained in TRAINED:
+            for row, method in methods(setting.batch, options.quick).items():
+                if row in trained.rows:
+                    label = f"{trained.name}, {row}"
+                    strength = found.get(label, method.grid[0] if method.grid else 0.0)
+                    cost = 2.0 if row in SLOW else 1.0
+                    made.append(Config(label, row, trained.name, setting, trained, method, strength, cost))
+        if not options.tuning:
+            return made
+        tried = slice(1 if options.quick else None)
+        return [
+            replace(one, label=f"{one.label} at {strength:g}", strength=strength)
+            for one in made
+            if not (options.quick and one.row in SLOW)
+            for strength in one.method.grid[tried]
+        ]
+
+    def run(self, config: Config, seed: int, context: Context) -> Iterator[Record]:
+        seed += FIRST_SEED * config.setting.held_out
+        texts = {name: language(name, config.setting.text) for name in LANGUAGES}
+        model = pretrained(config.setting, texts, seed)
+        torch.manual_seed(seed)
+        for name, text in texts.items():
+            yield {"metric": "bytes", "value": len(text.train), "row": name, "digest": text.digest}
+        model = config.trained.prepare(model)
+        yield {"metric": "parameters", "value": sum(p.numel() for p in model.parameters() if p.requires_grad)}
+        yield from course(config, model, texts, seed)
+
+
+def best_strengths(results: Results) -> dict[str, float]:
+    """By the label of a report: the strength of the fewest bits per byte, among equal ones the smallest."""
+    best: dict[str, tuple[float, float]] = {}
+    for one in results.each():
+        bits, row = one.final("mean_bits"), one.first
+        if bits is not None and math.isfinite(bits.mean):
+            label, tried = f"{row['part']}, {row['row']}", (bits.mean, row["strength"])
+            best[label] = min(best.get(label, tried), tried)
+    return {label: strength for label, (_, strength) in best.items()}
+
+
+def pretrained(setting: Setting, texts: Mapping[str, Parts], seed: int) -> GPT:
+    """A model that has learned the first language, the same for every method of a seed; kept below --out."""
+    first = next(iter(texts))
+    torch.manual_seed(seed)
+    model, generator = GPT(setting.size), torch.Generator().manual_seed(seed)
+
+    def trained() -> dict[str, Any]:
+        memory = Naive().memory(0.0)
+        fit(model, [texts[first].train], memory, setting, setting.first_steps, setting.first_rate, generator)
+        return {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+
+    which = digest([replace(setting, held_out=False), texts[first].digest, seed, torch.__version__])
+    model.load_state_dict({name: torch.tensor(array) for name, array in kept(f"languages-{which}", trained).items()})
+    return model
+
+
+def course(config: Config, model: GPT, texts: Mapping[str, Parts], seed: int) -> Iterator[Record]:
+    """Learn the other languages in turn. After each, the bits per byte on every one, seen or not; the step is the
+    number of the language. Then means, and what it took."""
+    setting, (first, *others) = config.setting, texts
+    tests = {name: text.held_out if setting.held_out else text.test for name, text in texts.items()}
+    generator, drawn = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed + 1)
+    memory, last, seconds = config.method.memory(config.strength), first, 0.0
+    stages, found = config.method.stages(first, others), [bits(model, tests, setting)]
+    yield from _row(found[0], 1)
+    for number, stage in enumerate(stages, start=1):
+        start = time.perf_counter()
+        try:
+            memory.keep(model, texts[last].train, setting.size.context, drawn)
+        except NonFiniteCurvatureError:
+            yield {"metric": "mean_bits", "value": math.nan}
+            return
+        steps = setting.steps * len(others) // len(stages)
+        fit(model, [texts[name].train for name in stage], memory, setting, steps, setting.rate, generator)
+        seconds += time.perf_counter() - start
+        found.append(bits(model, tests, setting))
+        yield from _row(found[-1], 1 + number * len(others) // len(stages))
+        last = stage[-1]
+    values = {"seconds": seconds, "kept_bytes": memory.nbytes, **summary([list(row.values()) for row in found])}
+    yield from ({"metric": metric, "value": value} for metric, value in values.items())
+
+
+def fit(
+    model: nn.Module, data: Sequence[UInt8[Tensor, "n"]], memory: Memory, setting: Setting, steps: int, rate: float,
+    generator: torch.Generator,
+) -> None:  # fmt: skip
+    """So many steps of Adam on windows of each text, as many of each as of the others."""
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=rate)
+    each = -(-setting.batch // len(data))
+    for _ in range(steps):
+        drawn = [windows(text, each, setting.size.context, generator) for text in data]
+        inputs, targets = (torch.cat(parts) for parts in zip(*drawn))
+        loss = cross_entropy(model(inputs), targets) + memory.term(model)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+@torch.no_grad()
+def bits(model: nn.Module, texts: Mapping[str, UInt8[Tensor, "n"]], setting: Setting) -> dict[str, float]:
+    """Bits per byte on each text: −log₂ of the probability of a byte, its mean over those of windows side by side that
+    have a byte before them in theirs. 8 of a model that knows nothing."""
+    found = {}
+    for name, text in texts.items():
+        length = setting.size.context + 1
+        side_by_side = text[: len(text) // length * length].view(-1, length).long()
+        parts = [
+            cross_entropy(model(part[:, :-1]), part[:, 1:], reduction="sum")
+            for part in side_by_side.split(AT_ONCE_TESTED)
+        ]
+        found[name] = float(torch.stack(parts).sum()) / side_by_side[:, 1:].numel() / math.log(2)
+    return found
+
+
+def _row(found: Mapping[str, float], step: int) -> Iterator[Record]:
+    yield from ({"metric": f"bits/{name}", "value": value, "step": step} for name, value in found.items())
+    seen = list(found.values())[:step]
+    yield {"metric": "bits/seen", "value": fmean(seen), "step": step}
+
+
+def summary(found: Sequence[Sequence[float]]) -> dict[str, float]:
+    """Of the bits b_{t,j} on language j after stage t: their mean over j after the last stage, the mean of the b_{j,j},
+    and forgetting, the mean of b_{T,j} − b_{j,j} over all j but the last. Of languages learned at once, in one stage
+    after the first, all is that of the last.
+
+    >>> {name: round(value, 3) for name, value in summary([[2.0, 8.0], [3.0, 2.0]]).items()}
+    {'mean_bits': 2.5, 'learned': 2.0, 'forgetting': 1.0}
+    """
+    last, count = found[-1], len(found[-1])
+    learned = [found[j][j] for j in range(count)] if len(found) == count else list(last)
+    rises = [now - then for now, then in zip(last[:-1], learned)]
+    return {"mean_bits": fmean(last), "learned": fmean(learned), "forgetting": fmean(rises)}
+
+
+experiment = Languages()

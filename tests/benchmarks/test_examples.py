@@ -1,0 +1,38 @@
+"""Each script of `benchmarks/examples` runs as it stands, on models made from a configuration, and prints what the past
+changes."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parents[2] / "benchmarks" / "examples"
+PACKAGES = {
+    "amp_accumulation": [],
+    "hf_trainer": ["transformers", "peft", "accelerate"],
+    "lightning_callback": ["lightning"],
+    "sb3_ppo": ["stable_baselines3", "gymnasium"],
+    "avalanche_hugging_face": ["transformers"],
+}
+
+
+def test_every_script_is_listed_here_and_has_at_most_sixty_lines():
+    scripts = {path.stem: len(path.read_text().splitlines()) for path in FOLDER.glob("*.py")}
+    assert scripts.keys() == PACKAGES.keys()
+    assert max(scripts.values()) <= 60
+    assert not any("register" in path.read_text().replace("regularizer", "") for path in FOLDER.glob("*.py"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PACKAGES)
+def test_a_script_runs_and_the_past_changes_what_it_prints(name, tmp_path, monkeypatch):
+    for package in PACKAGES[name]:
+        pytest.importorskip(package, reason="needs pip install -e '.[examples]'")
+    monkeypatch.setenv("PYTHONPATH", str(FOLDER.parents[1]))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    ran = subprocess.run([sys.executable, str(FOLDER / f"{name}.py")], capture_output=True, text=True, cwd=tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    without, with_past = re.findall(r"^strength \S+: (.*\d.*)$", ran.stdout, re.MULTILINE)
+    assert without != with_past
