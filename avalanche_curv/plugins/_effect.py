@@ -9,7 +9,7 @@ from torch import Tensor
 
 from avalanche_curv.core.quadratic.stability import StrengthSuggestion
 
-MOST = 0.9  # of the examples of earlier classes
+MOST = 0.9  # of what is not recognised
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class Kept:
 
     @property
     def displaced(self) -> bool:
-        """Whether nearly all of them are taken for the newest classes, as where classes grow and nothing is stored."""
-        return self.renamed >= MOST
+        """Whether the others are taken for the newest classes, as where classes grow and nothing is stored."""
+        return self.renamed >= MOST * (1 - self.right)
 
     def in_words(self, strength: float, stored: bool, suggestion: StrengthSuggestion) -> str:
         """What to say where `nothing` is left of them, and what to try; `stored` is whether examples are."""

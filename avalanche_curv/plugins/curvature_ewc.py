@@ -19,6 +19,7 @@ from avalanche_curv.core.options import Configured, Fixed, Forwarded, Setting, c
 from avalanche_curv.core.quadratic.policies import Accumulate, Past, Policy
 from avalanche_curv.core.quadratic.regularizer import CurvatureRegularizer
 from avalanche_curv.core.quadratic.stability import Guard, WarnIfUnstable, suggest_strength
+from avalanche_curv.core.risk.forward import Forward
 from avalanche_curv.core.risk.selection import ParameterSelector
 from avalanche_curv.core.state import State, check_state, state_of
 from avalanche_curv.core.structures import Diagonal, Structure
@@ -173,17 +174,20 @@ class CurvatureEWCPlugin(Configured, SupervisedPlugin):
             type(self).__name__, regularizer=self.regularizer.state_dict(), task_ends=self._task_ends.state_dict()
         )
 
-    def load_state_dict(self, state: State, *, model: nn.Module | None = None, criterion: object = None) -> None:
+    def load_state_dict(
+        self, state: State, *, model: nn.Module | None = None, criterion: object = None, forward: Forward | None = None
+    ) -> None:
         """Takes over what `state_dict` returned, as by `torch.load(path, weights_only=True)`, of a plugin with the same
         options: with the model loaded too, training goes on to the bit as it would have, under SGD without momentum.
         Avalanche clears what other optimizers know when a new strategy begins; there use `save_checkpoint`.
 
-        `model` and `criterion` are needed where the past holds stored examples, and as in `Past.load_state_dict`.
+        `model`, `criterion` and `forward` are needed where the past holds stored examples, and as in
+        `Past.load_state_dict`.
         Raises ValueError for any other state, with what came, and for a past that the policy cannot go on from; the
         plugin is then as it was.
         """
         parts = check_state(state, type(self).__name__, "regularizer", "task_ends")["fields"]
-        self.regularizer.load_state_dict(parts["regularizer"], model=model, criterion=criterion)
+        self.regularizer.load_state_dict(parts["regularizer"], model=model, criterion=criterion, forward=forward)
         self._task_ends.load_state_dict(parts["task_ends"])
 
 

@@ -90,34 +90,37 @@ def step_scale(optimizer: torch.optim.Optimizer, group: dict[str, Any], paramete
 def share_of_step(
     optimizer: torch.optim.Optimizer, model: nn.Module, past: QuadraticModel, strength: float
 ) -> float:
-    """‖S strength · ∇q‖ / ‖S ∇‖: how long the part of the penalty strength · q in the next step is, relative to that
-    step, with the gradients ∇ that the parameters of `model` have now, that of the penalty included, and the scale S of
-    each coordinate (`step_scale`). NaN where no gradient is left.
+    """‖S strength · ∇q‖_C / ‖S ∇‖_C: how much of the next step comes from the penalty strength · q, both measured by
+    the curvature of the past, ‖v‖_C² = vᵀ C v.
+
+    ∇ are the gradients that the parameters of `model` have now, that of the penalty included, and S is the scale of
+    each coordinate (`step_scale`). The plain length would not do: Adam moves all coordinates alike, and the few on
+    which the past depends are little of it. NaN where no gradient is left in these.
 
     >>> from avalanche_curv.core.structures import DiagonalMatrix
     >>> model = nn.Linear(2, 1, bias=False)
     >>> _ = nn.init.ones_(model.weight)
-    >>> past = QuadraticModel(ParameterSpace.of(model), torch.zeros(2), DiagonalMatrix(torch.tensor([3.0, 4.0])))
+    >>> past = QuadraticModel(ParameterSpace.of(model), torch.zeros(2), DiagonalMatrix(torch.tensor([3.0, 1.0])))
     >>> model.weight.grad = torch.tensor([[0.0, 50.0]])
     >>> round(share_of_step(torch.optim.SGD(model.parameters(), lr=0.1), model, past, strength=2.0), 6)
-    0.2
+    0.21166
     """
     pulls = dict(zip(past.space.names, past.space.split(strength * past.gradient_at(past.displacement(model)))))
+    pull, step = ({name: torch.zeros_like(part) for name, part in pulls.items()} for _ in range(2))
     names = {id(parameter): canonical_name(name) for name, parameter in model.named_parameters()}
-    parts, whole = [], []
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            if parameter.grad is None:
-                continue
-            scale = step_scale(optimizer, group, parameter)
-            whole.append(_length(scale * parameter.grad.to_dense()))
-            pull = pulls.get(names.get(id(parameter), ""))
-            if pull is not None:
-                corner = tuple(slice(0, n) for n in pull.shape)  # a parameter that has grown since
-                parts.append(_length((scale[corner] if isinstance(scale, Tensor) else scale) * pull))
-    length = math.hypot(*map(float, whole))
-    return math.hypot(*map(float, parts)) / length if length else math.nan
+            name = names.get(id(parameter), "")
+            if parameter.grad is not None and name in pulls:
+                corner = tuple(slice(0, n) for n in pulls[name].shape)  # a parameter that has grown since
+                scale = step_scale(optimizer, group, parameter)
+                scale = scale[corner] if isinstance(scale, Tensor) else scale
+                pull[name] += scale * pulls[name]
+                step[name] += scale * parameter.grad.to_dense()[corner]
+    lengths = [_squared_length(past, past.space.flatten([*parts.values()])) for parts in (pull, step)]
+    return math.sqrt(lengths[0] / lengths[1]) if lengths[1] else math.nan
 
 
-def _length(vector: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(vector, dtype=torch.float64)
+def _squared_length(past: QuadraticModel, vector: Float[Tensor, "P"]) -> float:
+    """|vᵀ C v|."""
+    return abs(float(vector.to(past.anchor) @ past.curvature.product(vector.to(past.anchor))))

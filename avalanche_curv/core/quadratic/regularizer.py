@@ -23,6 +23,7 @@ from avalanche_curv.core.curvature.fisher import Fisher
 from avalanche_curv.core.options import Configured, Fixed, Forwarded, Setting, check_kind, check_number
 from avalanche_curv.core.quadratic.effect import StepEffect, idle
 from avalanche_curv.core.quadratic.estimate import estimate
+from avalanche_curv.core.quadratic.model import QuadraticModel
 from avalanche_curv.core.quadratic.parts import Part, Pull, add_to_gradients
 from avalanche_curv.core.quadratic.penalty import Penalty, check_bounded, check_takes_dense_gradients
 from avalanche_curv.core.quadratic.policies import Accumulate, Past, Policy
@@ -37,7 +38,8 @@ from avalanche_curv.core.quadratic.stability import (
 )
 from avalanche_curv.core.risk.batches import untouched_randomness
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
-from avalanche_curv.core.risk.frozen import unwrapped
+from avalanche_curv.core.risk.forward import Forward
+from avalanche_curv.core.risk.frozen import keep_what_trains, unwrapped
 from avalanche_curv.core.risk.parameters import canonical_name
 from avalanche_curv.core.risk.selection import ParameterSelector, Selection, Unprotected, selection_of
 from avalanche_curv.core.state import State, check_state, state_of
@@ -80,8 +82,8 @@ class CurvatureRegularizer(Configured):
     or by type of module, also where they are frozen (`requires_grad=False`) and train only later; without those that
     `exclude` selects. What was ever in q stays in it, also for tasks that end while it is frozen. Parameters that
     train and were not in it because they were frozen are warned of before their first step. It warns once, with what
-    to try next, after a task where its part was below 1e-3 of the length of every step that was looked at (steps 8,
-    16, 32, ...; `suggest_strength`).
+    to try next, after a task where its part was below 1e-2 of every step that was looked at (8, 16, 32, ...), as C
+    measures both: see `suggest_strength`.
 
     Raises TypeError or ValueError for unusable options when it is made.
     """
@@ -118,6 +120,7 @@ class CurvatureRegularizer(Configured):
         self._guarded: Guarded | None = None  # made from `guard` and `past` when it is needed
         self._weighted: Penalty | None = None  # made from `past`
         self._unprotected, self._effect, self._idle = Unprotected(), StepEffect(), False
+        self._own: Past | None = None  # the newest that was made here, and not given or loaded
         self._forget_the_loop()
 
     def _forget_the_loop(self) -> None:
@@ -223,8 +226,20 @@ class CurvatureRegularizer(Configured):
         self.curvature.check_loss(risk.loss)
         space = risk.space if self.past.model is None else risk.space.union(self.past.model.space)
         self.structure.check(space, risk.anchor.element_size())
-        if not self.past.experiences:
-            estimate(self.curvature, self.structure, risk)
+        if self.past is not self._own:
+            found = estimate(self.curvature, self.structure, risk)
+            if self.past.model is not None and not self.past.stored:
+                self._check_addition(self.past.model, found)
+
+    def _check_addition(self, past: QuadraticModel, found: QuadraticModel) -> None:
+        """Raises TypeError for a past, given or loaded, that was made with another structure."""
+        try:
+            _ = past + found
+        except TypeError as error:
+            raise TypeError(
+                f"The past of {type(past.curvature).__name__} cannot go on with structure={self.structure}: {error} "
+                "Give the structure that the past was made with."
+            ) from error
 
     def absorb(self, model: nn.Module, criterion: object, batches: Any, **options: Any) -> None:
         """Takes in a task at its end: `past` then holds its loss too, as `criterion` gives it for `batches` of (inputs,
@@ -256,6 +271,7 @@ class CurvatureRegularizer(Configured):
                 self.past = self.policy.absorb(self.past, risk, self.curvature, self.structure)
             else:
                 self.past = self.policy.absorb_part(self.past, risk, self.curvature, self.structure, share)
+        self._own = self.past
         guarded, model = self._guarded, self.past.model
         self._guarded = None if guarded is None or model is None or share is None else guarded.renewed(model)
         self._updates, self._weighted = 0, None
@@ -272,11 +288,14 @@ class CurvatureRegularizer(Configured):
         Raises TypeError for SparseAdam, ValueError for a past that the policy cannot go on from or whose parameters the
         model lacks.
         """
+        keep_what_trains(model)
         self._check(*optimizers)
         self._see(model, optimizers)
         past = self.past.model
         if past is not None and (moved := past.following(model)) is not past:
+            own = self.past is self._own
             self.past = replace(self.past, model=moved)
+            self._own = self.past if own else None
         if self._updates == 0:
             self._revise(model)
         self._begun = True
@@ -304,17 +323,20 @@ class CurvatureRegularizer(Configured):
             guarded=decided,
         )
 
-    def load_state_dict(self, state: State, *, model: nn.Module | None = None, criterion: object = None) -> None:
+    def load_state_dict(
+        self, state: State, *, model: nn.Module | None = None, criterion: object = None, forward: Forward | None = None
+    ) -> None:
         """Takes over what `state_dict` returned, as by `torch.load(path, weights_only=True)`, of a regulariser with the
         same options: with model and optimiser loaded too, training goes on to the bit as it would have.
 
-        `model` and `criterion` are needed where the past holds stored examples, and as in `Past.load_state_dict`.
+        `model`, `criterion` and `forward` are needed where the past holds stored examples, and as in
+        `Past.load_state_dict`.
         Raises ValueError for any other state, with what came, and for a past that the policy cannot go on from; the
         regulariser is then as it was.
         """
         fields = "past", "updates", "unfinished", "guarded"
         parts = check_state(state, type(self).__name__, *fields)["fields"]
-        past = Past.load_state_dict(parts["past"], model=model, criterion=criterion)
+        past = Past.load_state_dict(parts["past"], model=model, criterion=criterion, forward=forward)
         self.policy.check_past(past)
         self.past, self._updates, self._guarded, self._weighted = past, parts["updates"], None, None
         if parts["guarded"] is not None and past.model is not None:
@@ -419,7 +441,8 @@ class CurvatureRegularizer(Configured):
             )
         for event in revised.refreshes[len(self.past.refreshes) :]:
             LOG.info("Refresh in experience %d after %d updates: %s", event.experience, event.iteration, event.reason)
-        self.past = revised
+        if revised is not self.past:
+            self.past = self._own = revised
 
     def _see(self, model: nn.Module, optimizers: Iterable[Optimizer]) -> None:
         self._seen = (weakref.ref(model), *map(weakref.ref, optimizers))

@@ -7,13 +7,14 @@ import sys
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from avalanche_curv.core.arguments import takes
 from avalanche_curv.core.eigen import largest_of_products
 from avalanche_curv.core.options import Fixed, check_kind, check_number, settle
 from avalanche_curv.core.quadratic.model import QuadraticModel
@@ -59,6 +60,11 @@ class StrengthSuggestion:
     def below(cls, largest: float, reason: str) -> StrengthSuggestion:
         """From half of the largest stable strength down, which leaves as much to the curvature of the loss."""
         return cls(largest, decades(largest / 2), reason)
+
+    def above(self, strength: float) -> StrengthSuggestion:
+        """Without what is no larger than a strength that does too little, where something is."""
+        larger = tuple(one for one in self.grid if one > strength)
+        return replace(self, grid=larger) if larger else self
 
     @property
     def numbers(self) -> str:
@@ -277,6 +283,7 @@ class Guarded:
         )
 
 
+@takes(optimizer=(torch.optim.Optimizer, "strategy.optimizer"), model=(nn.Module, "strategy.model"))
 def suggest_strength(
     past: Past | QuadraticModel, optimizer: torch.optim.Optimizer, model: nn.Module
 ) -> StrengthSuggestion:

@@ -29,6 +29,7 @@ from avalanche_curv import (
     RescaleIfUnstable,
     StopIfUnstable,
     UnstablePenaltyError,
+    suggest_strength,
 )
 from avalanche_curv.core.quadratic.penalty import Penalty
 
@@ -527,6 +528,24 @@ def test_a_scaled_step_is_not_taken_for_one_without_penalty(model):
     for _ in range(2):
         scaled(model, [optimizer])
     assert 0.1 < regularizer._effect._largest <= 1.5
+
+
+def test_a_past_of_another_structure_is_refused_before_a_task_is_trained(model):
+    data = model, nn.CrossEntropyLoss(), batches_of(0)
+    past = with_past(model, structure=Kronecker()).past
+    for given in (fresh(structure=Diagonal(), past=past), fresh(structure=Diagonal())):
+        given.past = past
+        with pytest.raises(TypeError, match=r"past of KroneckerMatrix cannot go on with structure=Diagonal\(\)"):
+            given.check(*data)
+    fresh(structure=Kronecker(), past=past).check(*data)
+
+
+def test_strengths_are_not_suggested_for_arguments_in_another_order(model):
+    past, optimizer = with_past(model).past, torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(TypeError, match=r"suggest_strength\(optimizer, model\) takes these in this order"):
+        suggest_strength(past, model, optimizer)
+    with pytest.raises(TypeError, match=r"optimizer must be an Optimizer; got None"):
+        suggest_strength(past, None, model)
 
 
 def test_diverged_training_keeps_the_past(model):
