@@ -43,7 +43,7 @@ def test_the_library_installs_what_it_imports_and_no_more():
 
 
 def test_the_benchmarks_import_nothing_that_no_extra_declares():
-    assert imported("benchmarks") <= declared("benchmarks", "cluster", "peers", "pretrained", "rl")
+    assert imported("benchmarks") <= declared("benchmarks", "cluster", "examples", "peers", "pretrained", "rl")
 
 
 @pytest.mark.slow

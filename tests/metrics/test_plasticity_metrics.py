@@ -403,8 +403,8 @@ def test_models_and_criteria_that_cannot_be_measured_are_refused_before_the_firs
     with pytest.raises(ValueError, match="Linear has no hidden activations"):
         measured(linear, plane.train_stream)
     assert torch.equal(linear.weight, before)
-    with pytest.raises(TypeError, match="No per-example form"):
-        measured(net, plane.train_stream, criterion=lambda o, y: o.sum())
+    with pytest.raises(ValueError, match="mixes the examples of a batch"):
+        measured(net, plane.train_stream, criterion=lambda o, y: o.std())
 
 
 @pytest.mark.parametrize(

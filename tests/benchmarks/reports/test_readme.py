@@ -43,10 +43,6 @@ def document(tmp_path, stored, folder, experiments):
     return path
 
 
-def test_the_documents_of_the_project_are_what_their_published_results_say(capsys):
-    assert fill(check=True) == 0
-
-
 def test_publishing_and_filling_gives_the_tables_of_the_report(document, folder):
     text = document.read_text()
     source = "`python -m benchmarks run stored` at commit 0123456.\n"  # not the folder of one machine
