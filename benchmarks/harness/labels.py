@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from math import isfinite
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ def label_points(
     for axes, labels in written.items():
         every = [*(label.xy for label in labels), *others.get(axes, ())]
         pixels = [axes.transData.transform(xy) for xy in every]
-        taken = [_box(float(x), float(y), 9, 9) for x, y in pixels]
+        taken = [_box(float(x), float(y), 9, 9) for x, y in pixels if isfinite(x) and isfinite(y)]
         for label in sorted(labels, key=lambda label: -label.xy[0]):  # at the right there is least room
             taken.append(_settle(axes, label, taken, figure.dpi / 72))
 

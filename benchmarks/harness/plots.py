@@ -192,6 +192,9 @@ def plot_scatter(
             if chosen[label].matters
         ]  # fmt: skip
         others[axes] = [(x.mean, y.mean) for label, (x, y) in known.items() if not chosen[label].matters]
+        bars = [(x, y, part / 4) for label, (x, y) in known.items() if chosen[label].matters for part in range(-4, 5)]
+        others[axes] += [(x.mean + part * (x.std or 0), y.mean) for x, y, part in bars]
+        others[axes] += [(x.mean, y.mean + part * (y.std or 0)) for x, y, part in bars]
     name_the_rest(figure, chosen, linestyle="")
     label_points(figure, named, others)
     return saved(figure, path)
