@@ -103,14 +103,14 @@ class EmpiricalRisk(OneLine, Storable):
         batch that is a mapping with `labels` is one of Hugging Face's: they are the targets, by the conventions in
         `core.risk.forward`.
 
-        The parameter space is that of the trainable parameters, or
-        with `include` of those that it selects by name ("head", "*.bias") or by type of module, also where they are
-        frozen (`requires_grad=False`) and train only later; without those that `exclude` selects.
+        The parameter space is that of the trainable parameters, or with `include` of those that it selects by name
+        ("head", "*.bias") or by type of module, also where they are frozen (`requires_grad=False`) and train only
+        later; without those that `exclude` selects.
 
-        Raises TypeError for arguments in another order and for data that are no batches, for a criterion without a
-        per-example form, for a model that cannot be copied or gives no tensor, and for selectors of another type;
-        ValueError for a model without trainable parameters or that is no function of single examples, for a selector
-        that fits none, for empty data and for data that the loss does not cover.
+        Raises TypeError for arguments in another order and for data that are no batches, for what is no criterion, for
+        a model that cannot be copied or gives no tensor, and for selectors of another type; ValueError for a criterion
+        that mixes examples, for a model without trainable parameters or that is no function of single examples, for a
+        selector that fits none, for empty data and for data that the loss does not cover.
         """
         check_given(model, criterion, batches)
         selection = selection_of(include, exclude)
@@ -205,11 +205,9 @@ class EmpiricalRisk(OneLine, Storable):
         return replace(self, batches=(index(self.few, slice(count)),))
 
     @cached_property
-    @in_own_precision
     def one_output(self) -> Float[Tensor, "1 *C"]:
         """The outputs of one example, for their shape."""
-        with torch.no_grad():
-            return self.model(index(self.few[0], slice(1)))
+        return self._whole(index(self.few[0], slice(1)))
 
     def output_like(self, inputs: Nested) -> Float[Tensor, "1 *C"]:
         """The outputs of one example, for their shape: the first of these inputs, where it is not known."""
