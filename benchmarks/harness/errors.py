@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
 T = TypeVar("T")
+ONE_LINE = 400  # characters of choices that still stand in one paragraph
 
 
 class UsageError(Exception):
@@ -12,7 +13,7 @@ class UsageError(Exception):
 
 
 def unknown(what: str, given: str, choices: Iterable[str]) -> str:
-    """The message for a name that is not among the choices, with the nearest ones.
+    """The message for a name that is not among the choices, with the nearest ones; of many choices, each has a line.
 
     >>> unknown("experiment", "refrsh", ["compare", "refresh"])
     "unknown experiment 'refrsh'; did you mean 'refresh'? Choices: compare, refresh."
@@ -23,7 +24,10 @@ def unknown(what: str, given: str, choices: Iterable[str]) -> str:
     near = nearest(given, names)
     guess = f"; did you mean {' or '.join(map(repr, near))}?" if near else "."
     between = "; " if any("," in name for name in names) else ", "
-    return f"unknown {what} '{given}'{guess} Choices: {between.join(names)}."
+    listed = between.join(names)
+    return f"unknown {what} '{given}'{guess} Choices:" + (
+        f" {listed}." if len(listed) <= ONE_LINE else "".join(f"\n  {name}" for name in names)
+    )
 
 
 def nearest(given: str, names: Sequence[str], most: int = 3) -> list[str]:
