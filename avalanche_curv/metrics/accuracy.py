@@ -8,6 +8,7 @@ from typing import Any
 from avalanche.evaluation.metric_results import MetricValue
 from torch import Tensor
 
+from avalanche_curv.core.nested import are_classes
 from avalanche_curv.core.options import Fixed, Setting, check_count, check_fraction, check_seed, in_short
 from avalanche_curv.core.quadratic.policies import part_seed
 from avalanche_curv.core.risk.batches import random_part
@@ -91,11 +92,6 @@ class TaskAccuracyMetric(ScalarMetric):
 
 def _sample(dataset: Any, fraction: float, seed: int) -> Batch:
     return _bridge.collected(dataset, random_part(len(dataset), fraction, seed).tolist())
-
-
-def are_classes(targets: Tensor) -> bool:
-    """Whether targets are classes, one integer for each example, so that there is an accuracy."""
-    return targets.ndim == 1 and not targets.is_floating_point()
 
 
 def _rate(correct_of: tuple[int, int]) -> float:

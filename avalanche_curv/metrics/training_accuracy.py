@@ -22,11 +22,11 @@ from avalanche.training.plugins import EvaluationPlugin, SupervisedPlugin
 from torch import nn
 from torch.optim import Optimizer
 
+from avalanche_curv.core.nested import are_classes, described
 from avalanche_curv.core.options import Fixed, check_seed, settle
 from avalanche_curv.core.quadratic.policies import part_seed
 from avalanche_curv.core.risk.frozen import unwrapped
 from avalanche_curv.metrics._published import ScalarMetric
-from avalanche_curv.metrics.accuracy import are_classes
 from avalanche_curv.plugins import _bridge
 
 BATCH_SIZE = 256  # examples
@@ -66,8 +66,8 @@ class TrainingAccuracyMetric(ScalarMetric):
         targets = _bridge.collected(_bridge.data_of(strategy.experience), [0])[1]
         if not are_classes(targets):
             raise ValueError(
-                f"from_scratch compares accuracies, but the targets are no classes: {targets.dtype} of shape "
-                f"{tuple(targets.shape[1:])}. Leave it out."
+                f"from_scratch compares accuracies, but the targets are no classes: {described(targets)}. Leave "
+                "it out."
             )
         self._trained.append((strategy.experience, 0))
 

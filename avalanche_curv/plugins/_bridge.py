@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from avalanche_curv.core.curvature.base import NonFiniteCurvatureError
+from avalanche_curv.core.nested import Nested, examples, leaves, mapped
 from avalanche_curv.core.options import check_whole
 from avalanche_curv.core.quadratic.policies import part_seed
 from avalanche_curv.core.risk.batches import CountedBatches, random_part, untouched_randomness
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.forward import convention_of, is_labelled, logits
 from avalanche_curv.core.risk.frozen import keep_what_trains, unwrapped
-from avalanche_curv.core.risk.nested import Nested, examples, leaves, mapped
 from avalanche_curv.core.risk.parameters import ParameterSpace
 from avalanche_curv.core.risk.preflight import check_batch
 from avalanche_curv.core.risk.selection import Selection

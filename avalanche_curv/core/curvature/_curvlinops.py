@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from avalanche_curv.core.nested import Nested, described, examples
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
-from avalanche_curv.core.risk.nested import Nested, examples
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", FutureWarning)  # a dependency of curvlinops still uses torch.jit
@@ -52,8 +52,13 @@ def chosen_operator(
     `batch_size_fn` besides where inputs are no tensors.
 
     The model is a copy of the frozen one, since operators may leave hooks on it; the loss sums over examples. Raises
-    ValueError where the result is no operator on the parameters.
+    ValueError where the result is no operator on the parameters, and TypeError for targets in a nesting.
     """
+    if not isinstance(risk.few[1], Tensor):
+        raise TypeError(
+            f"Operators of curvlinops take one tensor of targets; got {described(risk.few[1])}. Use GGN(), "
+            "Hessian() or EmpiricalFisher()."
+        )
     model, parameters = risk.copied_model()
     loss = risk.loss.summed(risk.one_output, risk.few[1])
     made = make(model, loss, parameters, data, **_options(risk, data))

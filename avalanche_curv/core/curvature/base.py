@@ -23,10 +23,10 @@ from avalanche_curv.core.curvature.operators import (
 )
 from avalanche_curv.core.curvature.products import Relinearised, Way, right_products
 from avalanche_curv.core.losses import ExampleLoss, Factor
+from avalanche_curv.core.nested import Nested, split
 from avalanche_curv.core.precision import in_own_precision
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.jacobians import chunk_size, parameters_of, pulled_back
-from avalanche_curv.core.risk.nested import Nested, split
 
 M = TypeVar("M", bound=Spectral)
 
@@ -85,7 +85,7 @@ class Curvature(ABC):
         raise TypeError(f"{self} is not known as a sum of outer products. Use Fisher(), GGN() or EmpiricalFisher().")
 
     def example_expansion(
-        self, risk: EmpiricalRisk, inputs: Nested, targets: Tensor, displacement: Float[Tensor, "P"]
+        self, risk: EmpiricalRisk, inputs: Nested, targets: Nested, displacement: Float[Tensor, "P"]
     ) -> tuple[Float[Tensor, "n P"], Float[Tensor, "n P"]]:
         """∇ℓ_i(a) and C_i δ for each of n examples, with C_i the curvature of ℓ_i alone at the anchor a of `risk`.
 
@@ -125,7 +125,7 @@ class OutputCurvature(Curvature, ABC):
 
     @abstractmethod
     def factor(
-        self, loss: ExampleLoss, outputs: Float[Tensor, "N C"], targets: Tensor, generator: torch.Generator
+        self, loss: ExampleLoss, outputs: Float[Tensor, "N C"], targets: Nested, generator: torch.Generator
     ) -> Factor | Float[Tensor, "N C R"]:
         """S_i for each of N examples, from their outputs and targets, with any number R of columns: as a tensor, or as
         a `Factor`, which need not hold all of them. `generator` gives the draws of a kind that samples."""

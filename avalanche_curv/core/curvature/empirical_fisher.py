@@ -12,6 +12,8 @@ from torch import Tensor
 from avalanche_curv.core.curvature.base import Curvature, OutputCurvature
 from avalanche_curv.core.curvature.operators import GramOperator, Operator
 from avalanche_curv.core.losses import ExampleLoss
+from avalanche_curv.core.nested import Nested
+from avalanche_curv.core.nested import examples as number_of
 from avalanche_curv.core.options import check_count, settle
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 
@@ -20,7 +22,7 @@ from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 class EmpiricalFisher(OutputCurvature):
     """(1/N) Σ_i g_i g_iᵀ, with g_i the gradient of example i at its observed label. It is not the Fisher."""
 
-    def factor(self, loss: ExampleLoss, outputs: Tensor, targets: Tensor, generator: torch.Generator) -> Tensor:
+    def factor(self, loss: ExampleLoss, outputs: Tensor, targets: Nested, generator: torch.Generator) -> Tensor:
         return loss.gradient(outputs, targets)[:, :, None]
 
 
@@ -48,7 +50,7 @@ class BatchedEmpiricalFisher(Curvature):
     def rows(self, risk: EmpiricalRisk) -> Iterator[Float[Tensor, "1 P"]]:
         """ḡ_b / √B, one row at a time."""
         for x, y in risk.rebatched(self.batch_size):
-            yield risk.summed_gradient(x, y)[None] / (len(y) * self.terms(risk.examples) ** 0.5)
+            yield risk.summed_gradient(x, y)[None] / (number_of(y) * self.terms(risk.examples) ** 0.5)
 
     def terms(self, examples: int) -> int:
         """B, the number of mini-batches that this number of examples makes; the last may be smaller."""

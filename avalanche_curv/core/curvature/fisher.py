@@ -10,6 +10,7 @@ from torch import Tensor
 
 from avalanche_curv.core.curvature.base import OutputCurvature
 from avalanche_curv.core.losses import ExampleLoss, Factor
+from avalanche_curv.core.nested import Nested
 from avalanche_curv.core.options import check_count, check_seed, optional, settle
 
 
@@ -38,7 +39,7 @@ class Fisher(OutputCurvature):
             loss.check_expectation()
 
     def factor(
-        self, loss: ExampleLoss, outputs: Tensor, targets: Tensor, generator: torch.Generator
+        self, loss: ExampleLoss, outputs: Tensor, targets: Nested, generator: torch.Generator
     ) -> Factor | Tensor:
         self.check_loss(loss)
         if self.samples is None:

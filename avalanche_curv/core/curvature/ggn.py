@@ -9,6 +9,7 @@ from torch import Tensor
 
 from avalanche_curv.core.curvature.base import OutputCurvature
 from avalanche_curv.core.losses import ExampleLoss, Factor
+from avalanche_curv.core.nested import Nested
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,6 @@ class GGN(OutputCurvature):
     """
 
     def factor(
-        self, loss: ExampleLoss, outputs: Tensor, targets: Tensor, generator: torch.Generator
+        self, loss: ExampleLoss, outputs: Tensor, targets: Nested, generator: torch.Generator
     ) -> Factor | Tensor:
         return loss.hessian_factor(outputs, targets)

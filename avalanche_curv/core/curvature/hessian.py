@@ -13,9 +13,9 @@ from torch.func import grad, jvp
 from avalanche_curv.core.curvature.base import Curvature, M
 from avalanche_curv.core.curvature.operators import Operator
 from avalanche_curv.core.curvature.second_derivatives import held_still, hessian_operator
+from avalanche_curv.core.nested import Nested, index, split
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.jacobians import example_rows, loss_of_one, over_examples, parameters_of
-from avalanche_curv.core.risk.nested import Nested, index, split
 from avalanche_curv.core.risk.trust import directions, right_way
 
 
@@ -76,7 +76,7 @@ class Hessian(Curvature):
         return Hessian()
 
     def example_expansion(
-        self, risk: EmpiricalRisk, inputs: Nested, targets: Tensor, displacement: Float[Tensor, "P"]
+        self, risk: EmpiricalRisk, inputs: Nested, targets: Nested, displacement: Float[Tensor, "P"]
     ) -> tuple[Float[Tensor, "n P"], Float[Tensor, "n P"]]:
         """∇ℓ_i(a) and ∇²ℓ_i(a) δ, each [n, P], of n examples at the anchor a; the second is the forward derivative of
         the first along δ. Raises TypeError with `psd`."""
@@ -93,7 +93,7 @@ class Hessian(Curvature):
 
 
 def _forward(
-    risk: EmpiricalRisk, inputs: Nested, targets: Tensor, displacement: Float[Tensor, "P"]
+    risk: EmpiricalRisk, inputs: Nested, targets: Nested, displacement: Float[Tensor, "P"]
 ) -> tuple[Float[Tensor, "n P"], Float[Tensor, "n P"]]:
     """∇ℓ_i and ∇²ℓ_i δ of all examples at once."""
     here, step = parameters_of(risk), parameters_of(risk, displacement)
@@ -104,9 +104,9 @@ def _forward(
 
 
 def _one_by_one(
-    risk: EmpiricalRisk, inputs: Nested, targets: Tensor, displacement: Float[Tensor, "P"]
+    risk: EmpiricalRisk, inputs: Nested, targets: Nested, displacement: Float[Tensor, "P"]
 ) -> tuple[Float[Tensor, "n P"], Float[Tensor, "n P"]]:
     """∇ℓ_i and ∇²ℓ_i δ of one example after the other."""
-    ones = [replace(risk, batches=(pair,)) for pair in zip(split(inputs, 1), targets.split(1))]
+    ones = [replace(risk, batches=(pair,)) for pair in split((inputs, targets), 1)]
     products = [hessian_operator(one).matmat(displacement[:, None])[:, 0] for one in ones]
     return torch.stack([one.gradient() for one in ones]), torch.stack(products)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,8 +12,8 @@ from torch import Tensor
 
 from avalanche_curv.core.losses import ExampleLoss
 from avalanche_curv.core.losses.factor import Factor, as_factor
+from avalanche_curv.core.nested import Nested, examples, index, repeated, shapes, split
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk, as_matrix
-from avalanche_curv.core.risk.nested import Nested, split
 
 FACTOR_BYTES = 32 * 2**20  # of the factors S of examples that are worked on at once
 
@@ -41,37 +41,35 @@ class FactorInOutputs(Protocol):
     `generator` the source of its random draws for one pass over the data."""
 
     def factor(
-        self, loss: ExampleLoss, outputs: Float[Tensor, "N C"], targets: Tensor, generator: torch.Generator
+        self, loss: ExampleLoss, outputs: Float[Tensor, "N C"], targets: Nested, generator: torch.Generator
     ) -> Factor | Float[Tensor, "N C R"]: ...
 
     def generator(self) -> torch.Generator: ...
 
 
 def factor_of(
-    curvature: FactorInOutputs, risk: EmpiricalRisk, outputs: Float[Tensor, "N C"], targets: Tensor,
+    curvature: FactorInOutputs, risk: EmpiricalRisk, outputs: Float[Tensor, "N C"], targets: Nested,
     generator: torch.Generator,
 ) -> Factor:
     """S of some examples of a risk."""
     return as_factor(curvature.factor(risk.loss, outputs, targets, generator))
 
 
-def pieces(curvature: FactorInOutputs, risk: EmpiricalRisk) -> Iterator[tuple[Nested, Tensor]]:
+def pieces(curvature: FactorInOutputs, risk: EmpiricalRisk) -> Iterator[tuple[Nested, Nested]]:
     """The batches of `risk` in order, each in pieces whose factors S hold up to 32 MiB."""
-    sizes: dict[torch.Size, int] = {}
+    sizes: dict[Hashable, int] = {}
     for x, y in risk:
-        shape = y.shape[1:]
+        shape = shapes(y)
         if shape not in sizes:
             sizes[shape] = max(1, FACTOR_BYTES // max(1, some_factor(curvature, risk, x, y).bytes_an_example))
-        yield from zip(split(x, sizes[shape]), y.split(sizes[shape]))
+        yield from split((x, y), sizes[shape])
 
 
-def some_factor(curvature: FactorInOutputs, risk: EmpiricalRisk, inputs: Nested, targets: Tensor) -> Factor:
+def some_factor(curvature: FactorInOutputs, risk: EmpiricalRisk, inputs: Nested, targets: Nested) -> Factor:
     """S of an example that is given twice, for its size: one of a batch of these inputs and targets."""
-    outputs, target = as_matrix(risk.output_like(inputs)), targets[:1]
+    twice = repeated((as_matrix(risk.output_like(inputs)), index(targets, slice(1))), 2)
     with torch.no_grad():
-        return factor_of(
-            curvature, risk, outputs.expand(2, -1), target.expand(2, *target.shape[1:]), curvature.generator()
-        )
+        return factor_of(curvature, risk, *twice, curvature.generator())
 
 
 def column_count(curvature: FactorInOutputs, risk: EmpiricalRisk) -> int:
@@ -79,12 +77,12 @@ def column_count(curvature: FactorInOutputs, risk: EmpiricalRisk) -> int:
     if risk.one_output.ndim <= 2 and not isinstance(risk.batches, tuple):
         x, y = next(iter(risk))
         return risk.examples * some_factor(curvature, risk, x, y).count
-    total, counts = 0, dict[torch.Size, int]()
+    total, counts = 0, dict[Hashable, int]()
     for x, y in risk:
-        shape = y.shape[1:]
+        shape = shapes(y)
         if shape not in counts:
             counts[shape] = some_factor(curvature, risk, x, y).count
-        total += len(y) * counts[shape]
+        total += examples(y) * counts[shape]
     return total
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from avalanche_curv.core.curvature.base import OutputCurvature
 from avalanche_curv.core.losses import ExampleLoss
+from avalanche_curv.core.nested import Nested, are_classes, described
 
 
 @dataclass(frozen=True)
@@ -19,11 +20,11 @@ class OutputGradient(OutputCurvature):
     Raises TypeError for targets that are no classes.
     """
 
-    def factor(self, loss: ExampleLoss, outputs: Tensor, targets: Tensor, generator: torch.Generator) -> Tensor:
-        if targets.is_floating_point() or targets.ndim != 1 or outputs.shape[1] < 2:
+    def factor(self, loss: ExampleLoss, outputs: Tensor, targets: Nested, generator: torch.Generator) -> Tensor:
+        if not are_classes(targets) or outputs.shape[1] < 2:
             raise TypeError(
                 f"OutputGradient needs one class for each example, and an output for each class; got targets of "
-                f"{targets.dtype} and shape {tuple(targets.shape)}, {outputs.shape[1]} outputs. Use GGN() instead."
+                f"{described(targets)}, {outputs.shape[1]} outputs. Use GGN() instead."
             )
         classes = torch.arange(outputs.shape[1], device=outputs.device)
         return (targets[:, None] == classes).to(outputs)[:, :, None]

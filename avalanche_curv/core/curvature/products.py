@@ -14,10 +14,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from avalanche_curv.core.curvature.operators import FactorInOutputs, Operator, factor_of, pieces
 from avalanche_curv.core.losses import ExampleLoss
+from avalanche_curv.core.nested import Nested, leaves
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.frozen import Graphs
 from avalanche_curv.core.risk.jacobians import parameters_of, pulled_back
-from avalanche_curv.core.risk.nested import Nested, leaves
 from avalanche_curv.core.risk.trust import directions, right_way
 
 
@@ -63,7 +63,7 @@ class _OneColumn:
     """S of one column, with which the derivatives of the outputs are tried: they do not depend on S."""
 
     def factor(
-        self, loss: ExampleLoss, outputs: Float[Tensor, "N C"], targets: Tensor, generator: torch.Generator
+        self, loss: ExampleLoss, outputs: Float[Tensor, "N C"], targets: Nested, generator: torch.Generator
     ) -> Float[Tensor, "N C 1"]:
         return torch.linspace(1, 2, outputs.shape[1]).to(outputs).expand_as(outputs)[:, :, None]
 

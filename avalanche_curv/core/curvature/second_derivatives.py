@@ -15,11 +15,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from avalanche_curv.core.curvature.operators import Operator
 from avalanche_curv.core.curvature.products import OfRisk
+from avalanche_curv.core.nested import Nested
 from avalanche_curv.core.risk.batches import untouched_randomness
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.frozen import Graphs, copied_without_graphs
 from avalanche_curv.core.risk.known import is_plain
-from avalanche_curv.core.risk.nested import Nested
 from avalanche_curv.core.risk.trust import differing, directions, nearby
 
 

@@ -12,6 +12,7 @@ from avalanche_curv.core.curvature.base import Curvature, NonFiniteCurvatureErro
 from avalanche_curv.core.curvature.operators import Operator
 from avalanche_curv.core.distributed.risk import ShardedRisk
 from avalanche_curv.core.losses import ExampleLoss, Factor
+from avalanche_curv.core.nested import Nested, index, repeated
 from avalanche_curv.core.quadratic.model import QuadraticModel
 from avalanche_curv.core.risk.batches import random_part
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk, as_matrix
@@ -143,11 +144,11 @@ CHUNK = 2**20  # outputs of examples whose draws are skipped at once
 
 
 def with_draws_after(
-    curvature: OutputCurvature, examples: int, loss: ExampleLoss, outputs: Float[Tensor, "N C"], targets: Tensor
+    curvature: OutputCurvature, examples: int, loss: ExampleLoss, outputs: Float[Tensor, "N C"], targets: Nested
 ) -> OutputCurvature:
     """The kind with its draws as they are after a number of examples of the shape of the given ones; itself if it
     draws none. Draws of a kind come one example after another, so that they do not depend on the batch size."""
-    later = _Later(curvature, examples, loss, outputs[:1].detach(), targets[:1])
+    later = _Later(curvature, examples, loss, *index((outputs.detach(), targets), slice(1)))
     return later if examples and later.draws else curvature
 
 
@@ -157,10 +158,10 @@ class _Later(OutputCurvature):
     skipped: int
     loss: ExampleLoss
     outputs: Float[Tensor, "1 C"]
-    targets: Tensor
+    targets: Nested
 
     def factor(
-        self, loss: ExampleLoss, outputs: Tensor, targets: Tensor, generator: torch.Generator
+        self, loss: ExampleLoss, outputs: Tensor, targets: Nested, generator: torch.Generator
     ) -> Factor | Tensor:
         return self.curvature.factor(loss, outputs, targets, generator)
 
@@ -180,6 +181,5 @@ class _Later(OutputCurvature):
         return not torch.equal(before, generator.get_state())
 
     def _skip(self, examples: int, generator: torch.Generator) -> None:
-        outputs, targets = (t.expand(examples, *t.shape[1:]) for t in (self.outputs, self.targets))
         with torch.no_grad():
-            self.curvature.factor(self.loss, outputs, targets, generator)
+            self.curvature.factor(self.loss, *repeated((self.outputs, self.targets), examples), generator)

@@ -19,12 +19,12 @@ from avalanche_curv.core.distributed.risk import borrowed, check_buffers
 from avalanche_curv.core.distributed.shares import LocalShards, local_shards, mesh_of
 from avalanche_curv.core.losses import ExampleLoss, Factor, example_loss
 from avalanche_curv.core.losses.factor import as_factor
+from avalanche_curv.core.nested import Nested, examples, index
 from avalanche_curv.core.per_example import layer_kinds
 from avalanche_curv.core.per_example.layers import Tap, gradients
 from avalanche_curv.core.risk.batches import Batches, kept, like
 from avalanche_curv.core.risk.empirical_risk import FEW, as_matrix
 from avalanche_curv.core.risk.forward import Forward, Labelled, convention_of, is_labelled
-from avalanche_curv.core.risk.nested import Nested, index
 from avalanche_curv.core.risk.parameters import canonical_name
 
 
@@ -84,7 +84,7 @@ class _Reader:
         self.batches = Labelled(held, self.convention)
         self.batch: tuple[Nested, Tensor] | None = None
         _, self.spare = borrowed(self.batches, self.ranks)
-        counts = self.ranks.gather_of(lambda: sum(len(y) for _, y in self._own()))
+        counts = self.ranks.gather_of(lambda: sum(examples(y) for _, y in self._own()))
         self.examples, self.before = sum(counts), sum(counts[: self.ranks.rank])
 
     def __iter__(self) -> Iterator[tuple[Nested, Tensor, float]]:
@@ -101,7 +101,7 @@ class _Reader:
         return self.batch is not None
 
     def _own(self) -> Iterator[tuple[Nested, Tensor]]:
-        return (batch for batch in self.batches if len(batch[1]))
+        return (batch for batch in self.batches if examples(batch[1]))
 
 
 class _Factors:
@@ -113,21 +113,17 @@ class _Factors:
         self.curvature, self.loss, self.before, self.layers = curvature, loss, before, layers
         self.generator: torch.Generator | None = None
 
-    def of(self, outputs: Float[Tensor, "N *C"], targets: Tensor, taps: list[Tap]) -> Factor:
+    def of(self, outputs: Float[Tensor, "N *C"], targets: Nested, taps: list[Tap]) -> Factor:
         """Raises TypeError for layers whose squares do not follow from their taps, ValueError for targets that do not
         fit the loss."""
-        _check_calls(self.layers, taps, len(targets))
-        self.loss = self.loss.fitted(partial(_few, outputs, targets))
+        _check_calls(self.layers, taps, examples(targets))
+        self.loss = self.loss.fitted(partial(index, (outputs, targets), slice(FEW)))
         self.loss.check(outputs, targets)
         outputs = as_matrix(outputs)
         if self.generator is None:
             later = with_draws_after(self.curvature, self.before, self.loss, outputs, targets)
             self.generator = later.generator()
         return as_factor(self.curvature.factor(self.loss, outputs, targets, self.generator))
-
-
-def _few(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    return outputs[:FEW], targets[:FEW]
 
 
 def _known_layers(model: nn.Module) -> dict[nn.Module, str]:

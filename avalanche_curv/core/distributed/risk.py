@@ -12,10 +12,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from avalanche_curv.core.distributed.ranks import Ranks
+from avalanche_curv.core.nested import Nested, examples, index, mapped
 from avalanche_curv.core.risk.batches import Batches, kept
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.forward import Forward
-from avalanche_curv.core.risk.nested import Nested, examples, index, mapped
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from avalanche_curv.core.curvature.base import Curvature, OutputCurvature
 from avalanche_curv.core.curvature.operators import factor_of, pieces
 from avalanche_curv.core.fidelity.measures import Comparison, GradientProducts, concatenated
 from avalanche_curv.core.losses import Factor
+from avalanche_curv.core.nested import Nested, split
 from avalanche_curv.core.precision import in_own_precision
 from avalanche_curv.core.quadratic.model import half
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
@@ -22,7 +23,6 @@ from avalanche_curv.core.risk.jacobians import (
     parameters_of,
     pulled_back,
 )
-from avalanche_curv.core.risk.nested import Nested, split
 
 
 class ExampleModels(ABC):
@@ -53,11 +53,11 @@ class OutputModels(ExampleModels):
             for x, y in pieces(self.curvature, self.risk):
                 factor = factor_of(self.curvature, self.risk, self.risk.outputs(x), y, generator)
                 size = chunk_size(self.risk, 3)
-                for piece in zip(split(x, size), y.split(size), factor.split(size)):
-                    parts.append(self._chunk(here, there, step, *piece))
+                for piece, part in zip(split((x, y), size), factor.split(size)):
+                    parts.append(self._chunk(here, there, step, *piece, part))
         return joined(parts)
 
-    def _chunk(self, here: dict, there: dict, step: dict, x: Nested, y: Tensor, factor: Factor) -> Comparison:
+    def _chunk(self, here: dict, there: dict, step: dict, x: Nested, y: Nested, factor: Factor) -> Comparison:
         loss, now = self.risk.loss, outputs_there(self.risk, there, x)
         then, change = change_of_outputs(self.risk, here, x, step)
         residual = loss.gradient(then, y)
@@ -79,11 +79,11 @@ class ExpandedModels(ExampleModels):
     def compare(self, parameters: Float[Tensor, "P"]) -> Comparison:
         displacement, there = parameters - self.risk.anchor, parameters_of(self.risk, parameters)
         size = chunk_size(self.risk, 3)
-        pieces = (piece for x, y in self.risk for piece in zip(split(x, size), y.split(size)))
+        pieces = (piece for x, y in self.risk for piece in split((x, y), size))
         with torch.no_grad():
             return joined([self._chunk(there, displacement, x, y) for x, y in pieces])
 
-    def _chunk(self, there: Parameters, displacement: Float[Tensor, "P"], x: Nested, y: Tensor) -> Comparison:
+    def _chunk(self, there: Parameters, displacement: Float[Tensor, "P"], x: Nested, y: Nested) -> Comparison:
         loss, now = self.risk.loss, outputs_there(self.risk, there, x)
         slopes, products = self.curvature.example_expansion(self.risk, x, y, displacement)
         true = pulled_back(self.risk, there, x, loss.gradient(now, y)[:, :, None])[:, 0]

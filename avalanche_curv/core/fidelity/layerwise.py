@@ -13,10 +13,11 @@ from avalanche_curv.core.curvature.base import Curvature, OutputCurvature
 from avalanche_curv.core.curvature.operators import factor_of
 from avalanche_curv.core.fidelity.examples import ExampleModels, OutputModels, joined, output_increase
 from avalanche_curv.core.fidelity.measures import Comparison, GradientProducts
+from avalanche_curv.core.nested import Nested
+from avalanche_curv.core.nested import examples as number_of
 from avalanche_curv.core.per_example.layers import LayerDiffers, Layers, Tap, linear_layers
 from avalanche_curv.core.precision import in_own_precision
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
-from avalanche_curv.core.risk.nested import Nested
 from avalanche_curv.core.risk.trust import nearby, right_way
 
 
@@ -97,13 +98,13 @@ class _AnchoredBatch:
         risk: EmpiricalRisk,
         layers: Layers,
         x: Nested,
-        y: Tensor,
+        y: Nested,
         generator: torch.Generator,
     ) -> None:
         self.risk, self.layers, self.x, self.y = risk, layers, x, y
-        with torch.enable_grad(), layers.tapped(len(y)) as self.taps:
+        with torch.enable_grad(), layers.tapped(number_of(y)) as self.taps:
             self.outputs = risk.outputs(x)
-        layers.check_calls(self.taps, len(y))
+        layers.check_calls(self.taps, number_of(y))
         values = self.outputs.detach()
         self.loss = risk.loss.per_example(values, y)
         self.residual = risk.loss.gradient(values, y)
@@ -113,7 +114,7 @@ class _AnchoredBatch:
             self.pullback = _sensitivities(self.outputs, self.taps, self.weights, keep=True)
         self.gradients = [_GradientRows(slope) for slope in self._pulled(self.residual)]
         self.inputs = [_InputRows(tap) for tap in self.taps]
-        self.kinds = _kinds(layers, self.taps).to(values)[:, :, None].expand(-1, -1, len(y))
+        self.kinds = _kinds(layers, self.taps).to(values)[:, :, None].expand(-1, -1, number_of(y))
 
     def measure(self, parameters: Float[Tensor, "P"]) -> _Measured:
         values = self.risk.space.split(parameters)

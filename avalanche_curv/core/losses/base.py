@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from avalanche_curv.core.losses.factor import Factor
+from avalanche_curv.core.nested import Nested, described
 
 
 class ExampleLoss(ABC):
@@ -20,39 +21,40 @@ class ExampleLoss(ABC):
     padding) has loss 0 and stays in N. One exception: with one class for each example, torch's mean divides class
     weights by those of the batch, which in a batch of one would undo them: see `CrossEntropy`.
 
-    Outputs are [N, K], further axes flattened; targets are as the data give them. Every method treats the N examples
+    Outputs are [N, K], further axes flattened; targets are as the data give them, a tensor for
+    all criteria of torch but `GaussianNLLLoss`. Every method treats the N examples
     independently, and where the model is sure, small entries keep their own digits.
     """
 
     @abstractmethod
-    def per_example(self, outputs: Float[Tensor, "N K"], targets: Tensor) -> Float[Tensor, "N"]:
+    def per_example(self, outputs: Float[Tensor, "N K"], targets: Nested) -> Float[Tensor, "N"]:
         """ℓ(f_i, y_i), differentiable."""
 
     @abstractmethod
-    def gradient(self, outputs: Float[Tensor, "N K"], targets: Tensor) -> Float[Tensor, "N K"]:
+    def gradient(self, outputs: Float[Tensor, "N K"], targets: Nested) -> Float[Tensor, "N K"]:
         """∇_f ℓ(f_i, y_i)."""
 
     @abstractmethod
-    def hessian_factor(self, outputs: Float[Tensor, "N K"], targets: Tensor) -> Factor | Float[Tensor, "N K R"]:
+    def hessian_factor(self, outputs: Float[Tensor, "N K"], targets: Nested) -> Factor | Float[Tensor, "N K R"]:
         """S_i with S_i S_iᵀ = ∇²_f ℓ(f_i, y_i)."""
 
-    def fisher_factor(self, outputs: Float[Tensor, "N K"], targets: Tensor) -> Factor | Float[Tensor, "N K R"]:
+    def fisher_factor(self, outputs: Float[Tensor, "N K"], targets: Nested) -> Factor | Float[Tensor, "N K R"]:
         """S_i with S_i S_iᵀ = E[g gᵀ] for the gradients g of `sample_gradients`; those of ∇²_f ℓ for most losses."""
         return self.hessian_factor(outputs, targets)
 
     @abstractmethod
     def sample_gradients(
-        self, outputs: Float[Tensor, "N K"], targets: Tensor, uniform: Float[Tensor, "N m draws"]
+        self, outputs: Float[Tensor, "N K"], targets: Nested, uniform: Float[Tensor, "N m draws"]
     ) -> Float[Tensor, "N K m"]:
         """∇_f ℓ(f_i, y) at labels y of the model itself, from uniform draws in [0, 1). Of `targets` no label is used,
         but which tokens count. A mean over outputs or tokens is taken of E[g gᵀ]: for a factor s before the sum of
         independent losses, gradients are those of the sum times √s."""
 
-    def draws(self, outputs: Float[Tensor, "N K"], targets: Tensor) -> int:
+    def draws(self, outputs: Float[Tensor, "N K"], targets: Nested) -> int:
         """The number of uniform numbers that one sample of an example takes: one for each output, unless fewer do."""
         return outputs.shape[1]
 
-    def summed(self, outputs: Tensor, targets: Tensor) -> nn.Module:
+    def summed(self, outputs: Tensor, targets: Nested) -> nn.Module:
         """Σ_i ℓ_i as a criterion with `reduction="sum"`, for outputs and targets like these, in their own shape:
         torch's own where there is one of the same value, for libraries that look at its type."""
         return Summed(self)
@@ -65,10 +67,10 @@ class ExampleLoss(ABC):
         """Raises ValueError where `fisher_factor` is not known, so that a Fisher information takes samples."""
 
     @abstractmethod
-    def check(self, outputs: Tensor, targets: Tensor) -> None:
+    def check(self, outputs: Tensor, targets: Nested) -> None:
         """Raises ValueError for outputs (in the model's own shape) or targets that this form does not cover."""
 
-    def fitted(self, few: Callable[[], tuple[Tensor, Tensor]]) -> ExampleLoss:
+    def fitted(self, few: Callable[[], tuple[Tensor, Nested]]) -> ExampleLoss:
         """This loss for a model of which `few` gives some outputs, in their own shape, with their targets. Raises
         ValueError where it cannot be one for them."""
         return self
@@ -83,5 +85,15 @@ class Summed(nn.Module):
         super().__init__()
         self.loss = loss
 
-    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+    def forward(self, outputs: Tensor, targets: Nested) -> Tensor:
         return self.loss.per_example(outputs.reshape(len(outputs), -1), targets).sum()
+
+
+def check_tensor(name: str, targets: Nested) -> None:
+    """Raises ValueError for targets in a nesting, of a criterion that takes one tensor."""
+    if not isinstance(targets, Tensor):
+        raise ValueError(
+            f"{name} takes one tensor of targets; got {described(targets)}. Give a function of all of them, such as "
+            "lambda outputs, targets: F.cross_entropy(outputs[:, :5], targets[0]) + F.mse_loss(outputs[:, 5], "
+            "targets[1])."
+        )

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from avalanche_curv.core.losses.base import ExampleLoss
+from avalanche_curv.core.losses.base import ExampleLoss, check_tensor
 from avalanche_curv.core.losses.factor import Factor, PerToken, Softmax, Tokens
 from avalanche_curv.core.options import ByValue
 
@@ -137,6 +137,7 @@ class CrossEntropy(ByValue, ExampleLoss):
             )
 
     def check(self, outputs: Tensor, targets: Tensor) -> None:
+        check_tensor("Cross-entropy", targets)
         got = tuple(outputs.shape)
         if outputs.ndim < 2:
             raise ValueError(
@@ -231,6 +232,7 @@ class NegativeLogLikelihood(ExampleLoss):
         self.entropy.check_likelihood()
 
     def check(self, outputs: Tensor, targets: Tensor) -> None:
+        check_tensor("NLLLoss", targets)
         if targets.is_floating_point():
             raise ValueError(f"NLLLoss needs integer class targets; got {targets.dtype}. Convert them with .long().")
         self.entropy.check(outputs, targets)
@@ -276,6 +278,7 @@ class Divergence(ExampleLoss):
         """Classes are drawn from the model."""
 
     def check(self, outputs: Tensor, targets: Tensor) -> None:
+        check_tensor("KLDivLoss", targets)
         if outputs.shape != targets.shape or not targets.is_floating_point() or outputs.ndim < 2:
             raise ValueError(
                 f"KLDivLoss needs probabilities of the outputs' shape {tuple(outputs.shape)}; got {targets.dtype} "

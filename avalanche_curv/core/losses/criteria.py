@@ -16,12 +16,12 @@ from avalanche_curv.core.losses.binary import Bernoulli, BinaryCrossEntropy, Sof
 from avalanche_curv.core.losses.categorical import CrossEntropy, Divergence, NegativeLogLikelihood
 from avalanche_curv.core.losses.elementwise import (
     AbsoluteError,
-    GaussianError,
     HuberError,
     PoissonError,
     SquaredError,
 )
 from avalanche_curv.core.losses.function import REMEDY, LossFunction
+from avalanche_curv.core.losses.gaussian import GaussianError
 from avalanche_curv.core.losses.margins import MultiMargin, multi_label_margin
 
 OF_FUNCTION: dict[Any, Callable[[], nn.Module]] = {
@@ -32,6 +32,7 @@ OF_FUNCTION: dict[Any, Callable[[], nn.Module]] = {
     F.smooth_l1_loss: nn.SmoothL1Loss,
     F.huber_loss: nn.HuberLoss,
     F.poisson_nll_loss: nn.PoissonNLLLoss,
+    F.gaussian_nll_loss: nn.GaussianNLLLoss,
     F.kl_div: nn.KLDivLoss,
     F.binary_cross_entropy: nn.BCELoss,
     F.binary_cross_entropy_with_logits: nn.BCEWithLogitsLoss,
@@ -50,7 +51,8 @@ def example_loss(criterion: object) -> ExampleLoss:
 
     In closed form: `CrossEntropyLoss`, `NLLLoss`, `KLDivLoss`, `BCELoss`, `BCEWithLogitsLoss`, `MSELoss`, `L1Loss`,
     `SmoothL1Loss`, `HuberLoss`, `PoissonNLLLoss`, `GaussianNLLLoss`, `SoftMarginLoss`, `MultiLabelSoftMarginLoss`, and
-    their functions in `torch.nn.functional`. Any other criterion(outputs, targets) becomes a `LossFunction`; of a
+    their functions in `torch.nn.functional`. `losses.gaussian` says where the variances of `GaussianNLLLoss` stand. Any
+    other criterion(outputs, targets), of targets that may be a nesting of tensors, becomes a `LossFunction`; of a
     module a frozen copy in eval mode is taken. Add a closed form of your own with `@example_loss.register`.
 
     Raises TypeError for what cannot be called, and for classes.

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from scipy import special
 from torch import Tensor, nn
 
-from avalanche_curv.core.losses.base import ExampleLoss
+from avalanche_curv.core.losses.base import ExampleLoss, check_tensor
 from avalanche_curv.core.losses.factor import Factor, PerOutput
 
 
@@ -210,52 +210,6 @@ class PoissonError(Elementwise):
         return f.exp() if self.log_input else f
 
 
-@dataclass(frozen=True)
-class GaussianError(Elementwise):
-    """φ = ½ (log v + (f − y)² / v), v at least ε, for targets [N, 2, *shape] that hold y and then v:
-    `torch.stack([target, var], dim=1)` of what the criterion is called with. `full` adds ½ log 2π.
-
-    Variances that the model gives itself are a `LossFunction`:
-    `LossFunction(lambda f, y: F.gaussian_nll_loss(f[:, 0], y, f[:, 1]))`.
-    """
-
-    full: bool = False
-    eps: float = 1e-6
-    mean: bool = True
-    name = "GaussianNLLLoss"
-
-    def value(self, f: Tensor, y: Tensor) -> Tensor:
-        v = self._variance(y)
-        return 0.5 * (v.log() + (f - y[:, 0]).square() / v + self.full * math.log(2 * math.pi))
-
-    def slope(self, f: Tensor, y: Tensor) -> Tensor:
-        return (f - y[:, 0]) / self._variance(y)
-
-    def bend(self, f: Tensor, y: Tensor) -> Tensor:
-        return 1 / self._variance(y)
-
-    def drawn(self, f: Tensor, y: Tensor, uniform: Tensor) -> Tensor:
-        return gaussian(uniform) / self._variance(y).sqrt()
-
-    def matched(self, targets: Tensor, outputs: Tensor) -> Tensor:
-        return targets.reshape(len(outputs), 2, -1).to(outputs)
-
-    def check(self, outputs: Tensor, targets: Tensor) -> None:
-        wanted = (len(outputs), 2, *outputs.shape[1:])
-        if targets.shape != wanted or not (targets[:, 1] >= 0).all():
-            raise ValueError(
-                f"GaussianNLLLoss takes targets of shape {wanted} that hold targets and then variances of at least 0, "
-                f"as by torch.stack([target, var], dim=1); got {tuple(targets.shape)}. For variances that the model "
-                "gives use LossFunction(lambda f, y: F.gaussian_nll_loss(f[:, 0], y, f[:, 1]))."
-            )
-
-    def check_likelihood(self) -> None:
-        """A Gaussian."""
-
-    def _variance(self, y: Tensor) -> Tensor:
-        return y[:, 1].clamp_min(self.eps)
-
-
 def no_likelihood(name: str) -> ValueError:
     """What is raised for the Fisher information of a loss that is no log-likelihood."""
     return ValueError(
@@ -277,6 +231,7 @@ def scale(mean: bool, outputs: Float[Tensor, "N K"]) -> float:
 
 def check_same_shape(name: str, outputs: Tensor, targets: Tensor) -> None:
     """Raises ValueError unless each output has a target."""
+    check_tensor(name, targets)
     if outputs.shape != targets.shape:
         classes = not (targets.is_floating_point() or targets.is_complex()) and targets.shape == outputs.shape[:1]
         if classes and outputs.shape[1:].numel() > 1:

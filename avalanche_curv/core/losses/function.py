@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch.func import grad, jacrev, vmap
 
 from avalanche_curv.core.losses.base import ExampleLoss
 from avalanche_curv.core.losses.factor import Columns, Factor
+from avalanche_curv.core.nested import Nested, cat, described, index, leaves, mapped, rebuilt, split
 from avalanche_curv.core.options import check_flag, optional, settle
 
 WIDEST = 4096  # outputs of an example of whose second derivatives a matrix is made
@@ -23,7 +24,9 @@ AGREE = 3e-3  # relative: more than rounding in single precision
 @dataclass(frozen=True)
 class LossFunction(ExampleLoss):
     """ℓ(f, y) = function(f[None], y[None]): what a function or module returns for a batch of one example, summed where
-    that is not one number. Outputs have the model's own shape.
+    that is not one number. Outputs have the model's own shape; targets are a tensor or a nesting of tensors (tuple,
+    list, mapping), each with the example as first axis. Outputs of several heads go in one tensor, joined by `forward`
+    and taken apart by the function.
 
     Derivatives in the outputs are torch's: those of all examples at once, by `torch.func`, where these are right on a
     few examples, and else of one example after the other. Of K outputs the second derivatives are a [K, K] matrix for
@@ -37,8 +40,8 @@ class LossFunction(ExampleLoss):
     Example: `LossFunction(lambda f, y: (f - y).pow(4).mean())`.
     """
 
-    function: Callable[[Tensor, Tensor], Tensor]
-    sample: Callable[[Tensor, Tensor], Tensor] | None = None
+    function: Callable[[Tensor, Nested], Tensor]
+    sample: Callable[[Tensor, Tensor], Nested] | None = None
     _shape: tuple[int, ...] | None = field(default=None, repr=False)
     _at_once: bool = field(default=True, repr=False)
 
@@ -47,19 +50,19 @@ class LossFunction(ExampleLoss):
         if not (self._shape is None or isinstance(self._shape, tuple)):
             raise TypeError(f"LossFunction(_shape=...) is found on some outputs; got {self._shape!r}.")
 
-    def per_example(self, outputs: Tensor, targets: Tensor) -> Tensor:
+    def per_example(self, outputs: Tensor, targets: Nested) -> Tensor:
         shaped = self._shaped(outputs, targets)
         if self._at_once:
-            return vmap(self._one)(shaped, targets)
-        return torch.stack([self._one(f, y) for f, y in zip(shaped, targets)])
+            return self._over_examples(self._one, shaped, targets)
+        return torch.stack([self._one(f, y) for f, y in _pairs(shaped, targets)])
 
-    def gradient(self, outputs: Tensor, targets: Tensor) -> Tensor:
+    def gradient(self, outputs: Tensor, targets: Nested) -> Tensor:
         shaped = self._shaped(outputs, targets).detach()
         if self._at_once:
-            return vmap(grad(self._one))(shaped, targets).reshape(outputs.shape).detach()
-        return torch.stack([self._slope(f, y) for f, y in zip(shaped, targets)]).reshape(outputs.shape)
+            return self._over_examples(grad(self._one), shaped, targets).reshape(outputs.shape).detach()
+        return torch.stack([self._slope(f, y) for f, y in _pairs(shaped, targets)]).reshape(outputs.shape)
 
-    def hessian_factor(self, outputs: Tensor, targets: Tensor) -> Factor:
+    def hessian_factor(self, outputs: Tensor, targets: Nested) -> Factor:
         width = outputs.shape[1]
         if width > WIDEST:
             raise ValueError(
@@ -78,10 +81,10 @@ class LossFunction(ExampleLoss):
             )
         return Columns(vectors * values.clamp_min(0).sqrt()[:, None])
 
-    def fisher_factor(self, outputs: Tensor, targets: Tensor) -> Factor:
+    def fisher_factor(self, outputs: Tensor, targets: Nested) -> Factor:
         raise self._without_expectation()
 
-    def sample_gradients(self, outputs: Tensor, targets: Tensor, uniform: Tensor) -> Tensor:
+    def sample_gradients(self, outputs: Tensor, targets: Nested, uniform: Tensor) -> Tensor:
         if self.sample is None:
             raise self._without_likelihood()
         shaped = self._shaped(outputs, targets)
@@ -109,7 +112,7 @@ class LossFunction(ExampleLoss):
             "Fisher(samples=1), GGN() or EmpiricalFisher()."
         )
 
-    def check(self, outputs: Tensor, targets: Tensor) -> None:
+    def check(self, outputs: Tensor, targets: Nested) -> None:
         """Every output and target that the criterion takes is covered."""
 
     @property
@@ -121,21 +124,21 @@ class LossFunction(ExampleLoss):
         outputs, targets = few()
         outputs = outputs.detach()
         if len(outputs) == 1:  # and another one, to be looked at beside it
-            outputs, targets = torch.cat([outputs, 0.9 * outputs + 0.05]), torch.cat([targets, targets])
-        alone = torch.stack([self._tried(outputs[i : i + 1], targets[i : i + 1]) for i in range(len(outputs))])
+            outputs, targets = torch.cat([outputs, 0.9 * outputs + 0.05]), cat([targets, targets])
+        alone = torch.stack([self._tried(*one) for one in split((outputs, targets), 1)])
         for count in (len(outputs), len(outputs) - 1 or 1):
-            self._check_separable(self._tried(outputs[-count:], targets[-count:]), alone[-count:])
+            self._check_separable(self._tried(*index((outputs, targets), slice(-count, None))), alone[-count:])
         found = replace(self, _shape=tuple(outputs.shape[1:]))
         return replace(found, _at_once=found._is_right_at_once(outputs, targets))
 
-    def _tried(self, outputs: Tensor, targets: Tensor) -> Tensor:
+    def _tried(self, outputs: Tensor, targets: Nested) -> Tensor:
         try:
             with torch.no_grad():
                 loss = self.function(outputs, targets)
         except Exception as error:
             raise ValueError(
-                f"The criterion {self.name} cannot be called with outputs {tuple(outputs.shape)} and targets "
-                f"{tuple(targets.shape)} of {targets.dtype}: {type(error).__name__}: {error}. {REMEDY}"
+                f"The criterion {self.name} cannot be called with outputs {described(outputs)} and targets "
+                f"{described(targets)}: {type(error).__name__}: {error}. {REMEDY}"
             ) from error
         if not isinstance(loss, Tensor) or not loss.is_floating_point():
             raise TypeError(f"The criterion {self.name} gives {type(loss).__name__}; expected a loss. {REMEDY}")
@@ -156,7 +159,7 @@ class LossFunction(ExampleLoss):
             "torch's module, as nn.CrossEntropyLoss(weight=...)."
         )
 
-    def _is_right_at_once(self, outputs: Tensor, targets: Tensor) -> bool:
+    def _is_right_at_once(self, outputs: Tensor, targets: Nested) -> bool:
         """Whether values and slopes of all examples at once are those of one after the other."""
         flat = outputs.reshape(len(outputs), -1)
         slow = replace(self, _at_once=False)
@@ -167,11 +170,15 @@ class LossFunction(ExampleLoss):
             return False
         return all(torch.allclose(*pair, AGREE, 1e-6, equal_nan=True) for pair in zip(found, wanted))
 
-    def _one(self, outputs: Tensor, target: Tensor) -> Tensor:
-        return self.function(outputs[None], target[None]).sum()
+    def _one(self, outputs: Tensor, target: Nested) -> Tensor:
+        return self.function(outputs[None], index(target, None)).sum()
+
+    def _over_examples(self, function: Callable[[Tensor, Nested], Tensor], shaped: Tensor, targets: Nested) -> Tensor:
+        """`vmap` of a function of the outputs and the target of one example."""
+        return vmap(lambda f, tensors: function(f, rebuilt(targets, tensors)))(shaped, leaves(targets))
 
     @torch.enable_grad()
-    def _slope(self, outputs: Tensor, target: Tensor) -> Tensor:
+    def _slope(self, outputs: Tensor, target: Nested) -> Tensor:
         free = outputs.detach().clone().requires_grad_()
         loss = self._one(free, target)
         if not loss.requires_grad:
@@ -179,26 +186,27 @@ class LossFunction(ExampleLoss):
         (slope,) = torch.autograd.grad(loss, free, allow_unused=True, materialize_grads=True)
         return slope
 
-    def _second(self, shaped: Tensor, targets: Tensor) -> Tensor:
+    def _second(self, shaped: Tensor, targets: Nested) -> Tensor:
         if self._at_once:
             try:
-                return vmap(jacrev(grad(self._one)))(shaped, targets)
+                return self._over_examples(jacrev(grad(self._one)), shaped, targets)
             except (RuntimeError, NotImplementedError):
                 pass  # a derivative of which vmap has no rule
         with torch.enable_grad():
             return torch.stack([
                 torch.autograd.functional.hessian(lambda v, y=y: self._one(v, y), f)
-                for f, y in zip(shaped, targets)
+                for f, y in _pairs(shaped, targets)
             ])
 
-    def _shaped(self, outputs: Float[Tensor, "N K"], targets: Tensor) -> Tensor:
+    def _shaped(self, outputs: Float[Tensor, "N K"], targets: Nested) -> Tensor:
         """Outputs in the model's own shape; where sequences of another length come, one axis has another size."""
         shape = self._shape
         if shape is None or len(shape) == 1 or outputs.shape[1] == math.prod(shape):
             return outputs if shape is None or len(shape) == 1 else outputs.reshape(len(outputs), *shape)
         places = [axis for axis, size in enumerate(shape) if outputs.shape[1] % (math.prod(shape) // size) == 0]
         sizes = {axis: outputs.shape[1] // (math.prod(shape) // shape[axis]) for axis in places}
-        fitting = [axis for axis in places if sizes[axis] in targets.shape[1:]]
+        of_targets = {size for target in leaves(targets) for size in target.shape[1:]}
+        fitting = [axis for axis in places if sizes[axis] in of_targets]
         if len(fitting) != 1:
             raise ValueError(
                 f"{outputs.shape[1]} outputs of an example have no shape like {shape} that is known to be theirs. Give "
@@ -207,6 +215,11 @@ class LossFunction(ExampleLoss):
         own = list(shape)
         own[fitting[0]] = sizes[fitting[0]]
         return outputs.reshape(len(outputs), *own)
+
+
+def _pairs(shaped: Tensor, targets: Nested) -> Iterator[tuple[Tensor, Nested]]:
+    """The outputs and the target of one example after the other."""
+    return zip(shaped, (mapped(lambda tensor: tensor[0], one) for one in split(targets, 1)))
 
 
 def _check_function(name: str, value: Any) -> Any:

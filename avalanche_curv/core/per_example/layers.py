@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from avalanche_curv.core.nested import examples as number_of
 from avalanche_curv.core.per_example import layer_kinds
 from avalanche_curv.core.per_example.taps import Places, Tap, Tied, TiedTap
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
@@ -138,7 +139,7 @@ class Layers:
 
     def _tried(self, risk: EmpiricalRisk) -> Layers:
         inputs, targets = risk.few
-        examples = len(targets)
+        examples = number_of(targets)
         with self.tapped(examples) as calls:
             outputs = risk.outputs(inputs)
         kept, used = self._explained(risk, outputs, self._united(calls), examples)

@@ -13,6 +13,7 @@ from torch import Tensor
 from avalanche_curv.core.curvature.base import OutputCurvature
 from avalanche_curv.core.curvature.operators import factor_of, pieces
 from avalanche_curv.core.losses import Factor
+from avalanche_curv.core.nested import examples as number_of
 from avalanche_curv.core.per_example.layers import Layers, sensitivities
 from avalanche_curv.core.per_example.taps import Tap
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
@@ -46,9 +47,9 @@ def layer_passes(curvature: OutputCurvature, layers: Layers, risk: EmpiricalRisk
     generator = curvature.generator()
     size = min(CHUNK, max(1, CHUNK_BYTES // max(1, layers.bytes_an_example)))
     for x, y in pieces(curvature, risk.rebatched(size)) if layers.names else ():
-        with torch.enable_grad(), layers.tapped(len(y)) as taps:
+        with torch.enable_grad(), layers.tapped(number_of(y)) as taps:
             outputs = risk.outputs(x)
-        layers.check_calls(taps, len(y))
+        layers.check_calls(taps, number_of(y))
         factor = factor_of(curvature, risk, outputs.detach(), y, generator)
-        yield LayerPass(len(y), taps, outputs, factor)
+        yield LayerPass(number_of(y), taps, outputs, factor)
 

@@ -12,6 +12,8 @@ from torch.nn.modules.conv import _ConvNd
 
 from avalanche_curv.core.curvature.base import NonFiniteCurvatureError
 from avalanche_curv.core.eigen import spectrum
+from avalanche_curv.core.nested import examples as number_of
+from avalanche_curv.core.nested import leaves
 from avalanche_curv.core.options import check_count, check_kind, check_seed, optional, settle
 from avalanche_curv.core.per_example import layer_kinds
 from avalanche_curv.core.per_example.layers import Layers, Tap, by_layers
@@ -19,7 +21,6 @@ from avalanche_curv.core.projection.blocks import Layout
 from avalanche_curv.core.projection.protection import BasisBound, Finding, Protection, TaskFindings, some_of
 from avalanche_curv.core.projection.subspace import Subspace, TaskShare, gram, tolerance
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
-from avalanche_curv.core.risk.nested import leaves
 from avalanche_curv.core.risk.parameters import ParameterSpace
 from avalanche_curv.core.structures.cuts import Cut, Energy
 
@@ -157,15 +158,16 @@ def input_roots(risk: EmpiricalRisk, layers: Layers) -> tuple[dict[nn.Module, Ro
     called: set[nn.Module] = set()
     finite = bool(risk.anchor.isfinite().all())
     for inputs, targets in risk:
-        with torch.no_grad(), layers.tapped(len(targets)) as taps:
+        count = number_of(targets)
+        with torch.no_grad(), layers.tapped(count) as taps:
             outputs = risk.outputs(inputs)
-        layers.check_calls(taps, len(targets))
+        layers.check_calls(taps, count)
         finite = finite and all(bool(t.isfinite().all()) for t in (*leaves(inputs), outputs))  # no layer explains NaN
         called |= {tap.layer for tap in taps}
         for tap in taps:
             if isinstance(tap.layer, nn.Linear | _ConvNd):
-                rows = _rows(layers, tap, len(targets))
-                seen.setdefault(tap.layer, _InputMoment()).add(rows * (len(targets) / len(rows) / risk.examples) ** 0.5)
+                rows = _rows(layers, tap, count)
+                seen.setdefault(tap.layer, _InputMoment()).add(rows * (count / len(rows) / risk.examples) ** 0.5)
     roots = {layer: seen[layer].root() for layer in layers.names if layer in seen}
     if not (finite and all(root.isfinite().all() for root in roots.values())):
         raise NonFiniteCurvatureError(

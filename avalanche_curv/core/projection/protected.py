@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from avalanche_curv.core.arguments import takes
+from avalanche_curv.core.nested import index
 from avalanche_curv.core.options import OneLine, check_count, counted
 from avalanche_curv.core.precision import in_own_precision
 from avalanche_curv.core.projection.blocks import Parts, ProtectedBlock
@@ -21,7 +22,6 @@ from avalanche_curv.core.projection.protection import Finding, Protection
 from avalanche_curv.core.projection.subspace import Subspace, energy, orthonormal, principal_angles
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.frozen import unwrapped
-from avalanche_curv.core.risk.nested import index
 from avalanche_curv.core.risk.parameters import ParameterSpace
 from avalanche_curv.core.risk.selection import training
 from avalanche_curv.core.state import Saved

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from avalanche_curv.core.risk.nested import Nested, cat, examples, index, leaves, mapped, shapes, split
+from avalanche_curv.core.nested import Nested, cat, examples, index, leaves, mapped, shapes, split
 
 Batches = Iterable[tuple[Nested, Nested]]
 """(inputs, targets), which may be passed over again; inputs are any nesting of tensors (`nested`)."""

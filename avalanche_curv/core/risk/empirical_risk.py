@@ -16,6 +16,8 @@ from torch.func import functional_call
 from avalanche_curv.core.arguments import takes
 from avalanche_curv.core.hints import known_arguments
 from avalanche_curv.core.losses import ExampleLoss, example_loss
+from avalanche_curv.core.nested import Nested, cat, index, repeated, shapes
+from avalanche_curv.core.nested import examples as number_of
 from avalanche_curv.core.options import OneLine, check_fraction
 from avalanche_curv.core.precision import in_own_precision
 from avalanche_curv.core.risk.batches import (
@@ -45,8 +47,6 @@ from avalanche_curv.core.risk.frozen import (
     frozen_copy,
     unwrapped,
 )
-from avalanche_curv.core.risk.nested import Nested, cat, index, shapes
-from avalanche_curv.core.risk.nested import examples as number_of
 from avalanche_curv.core.risk.parameters import ParameterSpace, canonical_name
 from avalanche_curv.core.risk.preflight import check_batch, check_given, check_risk, drop_hooks
 from avalanche_curv.core.risk.selection import ParameterSelector, Selection, selection_of
@@ -94,9 +94,9 @@ class EmpiricalRisk(OneLine, Storable):
     ) -> EmpiricalRisk:
         """Freeze `model` and look at `batches` of (inputs, targets), which may be any iterable.
 
-        Inputs are a tensor or any nesting of tensors (tuple, list, mapping, None), each with the example as first axis;
-        they follow the model's device. A list of batches is kept as it is now. A loader is passed over several times,
-        each time from the same random states, so that it may shuffle.
+        Inputs, and targets of a criterion of your own, are a tensor or any nesting of tensors (tuple, list, mapping,
+        None), each with the example as first axis; they follow the model's device. A list of batches is kept as it is
+        now. A loader is passed over several times, each time from the same random states, so that it may shuffle.
 
         A tensor goes in as `model(x)`, a tuple as `model(*x)`, a mapping as `model(**x)`, and outputs with `logits`
         give these; `forward` says another way, which gives a tensor: `lambda model, inputs: model(**inputs)[0]`. A
@@ -163,7 +163,7 @@ class EmpiricalRisk(OneLine, Storable):
         """The frozen parameters, in the order of `space`."""
         return [p for p in self.base.parameters() if p.requires_grad]
 
-    def __iter__(self) -> Iterator[tuple[Nested, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[Nested, Nested]]:
         """The batches, on the model's device and in its floating point type, without empty ones. Raises ValueError
         where frozen parameters that are not copied were changed since."""
         check_unchanged(self.base)
@@ -172,13 +172,13 @@ class EmpiricalRisk(OneLine, Storable):
                 continue
             x, y = like(inputs, self.anchor), like(targets, self.anchor)
             one = self.output_like(x)
-            self.loss.check(one.expand(len(y), *one.shape[1:]), y)
+            self.loss.check(repeated(one, number_of(y)), y)
             yield x, y
 
     @cached_property
-    def few(self) -> tuple[Nested, Tensor]:
+    def few(self) -> tuple[Nested, Nested]:
         """Some examples of one shape, up to four: of the whole of data in memory, else of the first batch. Raises
-        ValueError where there is none, and for batches that are no pairs of tensors."""
+        ValueError where there is none, and for batches that are no pairs of tensors or nestings of these."""
         in_memory, first = isinstance(self.batches, tuple), None
         for batch in self.batches:
             check_batch(batch)
@@ -315,7 +315,7 @@ class EmpiricalRisk(OneLine, Storable):
 
     @in_own_precision
     @torch.enable_grad()
-    def summed_gradient(self, inputs: Nested, targets: Tensor) -> Float[Tensor, "P"]:
+    def summed_gradient(self, inputs: Nested, targets: Nested) -> Float[Tensor, "P"]:
         """Σ_i ∇ℓ_i over one batch."""
         loss = self.loss.per_example(self.outputs(inputs), targets).sum()
         parts = torch.autograd.grad(loss, self.parameters, allow_unused=True, materialize_grads=True)

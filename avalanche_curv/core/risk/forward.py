@@ -23,8 +23,8 @@ from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
+from avalanche_curv.core.nested import Nested
 from avalanche_curv.core.risk.batches import Batches, View
-from avalanche_curv.core.risk.nested import Nested
 from avalanche_curv.core.state import Storable
 
 Forward: TypeAlias = Callable[[Any, Any], Tensor]
@@ -153,7 +153,7 @@ class Labelled(View):
     batches: Batches
     convention: Convention
 
-    def __iter__(self) -> Iterator[tuple[Nested, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[Nested, Nested]]:
         batch: Any
         for batch in self.batches:
             yield self.pair(batch) if is_labelled(batch) else batch

@@ -12,8 +12,8 @@ from torch.func import jvp, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from avalanche_curv.core.losses.factor import PerOutput
+from avalanche_curv.core.nested import Nested, examples, index, leaves, rebuilt, split
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
-from avalanche_curv.core.risk.nested import Nested, examples, index, leaves, rebuilt, split
 from avalanche_curv.core.risk.trust import directions, nearby, right_way
 
 CHUNK_BYTES = 128 * 2**20
@@ -36,10 +36,10 @@ def parameters_of(risk: EmpiricalRisk, vector: Float[Tensor, "P"] | None = None)
     return dict(zip(risk.space.names, risk.space.split(risk.anchor if vector is None else vector)))
 
 
-def loss_of_one(risk: EmpiricalRisk) -> Callable[[Parameters, Nested, Tensor], Tensor]:
+def loss_of_one(risk: EmpiricalRisk) -> Callable[[Parameters, Nested, Nested], Tensor]:
     """(parameters, x, y) ↦ ℓ of one example, for the frozen past function."""
     outputs = outputs_of(risk)
-    return lambda parameters, x, y: risk.loss.per_example(outputs(parameters, index(x, None)), y[None])[0]
+    return lambda parameters, x, y: risk.loss.per_example(outputs(parameters, index(x, None)), index(y, None))[0]
 
 
 def example_rows(parts: Parameters) -> Float[Tensor, "N P"]:
@@ -77,9 +77,10 @@ def _all_at_once(
     return torch.cat([part.reshape(*part.shape[:2], -1) for part in parts.values()], dim=2)
 
 
-def over_examples(function: Callable[[Nested, Tensor], Any], inputs: Nested, others: Tensor) -> Any:
-    """`vmap` of a function of the inputs of one example and of one of the `others`, for inputs in any nesting."""
-    return vmap(lambda tensors, other: function(rebuilt(inputs, tensors), other))(leaves(inputs), others)
+def over_examples(function: Callable[[Nested, Nested], Any], inputs: Nested, others: Nested) -> Any:
+    """`vmap` of a function of the inputs of one example and of one of the `others`, in any nesting."""
+    both = (inputs, others)
+    return vmap(lambda *tensors: function(*rebuilt(both, tensors)))(*leaves(both))
 
 
 @torch.enable_grad()
@@ -151,7 +152,7 @@ def change_of_outputs(
             (change,) = torch.autograd.grad(functions, weights, vectors)
         return outputs.detach(), change.detach()
 
-    few, count = index(risk.few[0], slice(2)), len(index(risk.few[1], slice(2)))
+    few, count = index(risk.few[0], slice(2)), min(2, examples(risk.few[1]))
     mixed = directions(count, risk.output_like(few).numel(), PROBES, like=risk.anchor)
 
     def probed(way: Callable[[Nested], tuple[Tensor, Tensor]]) -> Callable[[], list[Tensor]]:

@@ -12,12 +12,12 @@ from torch.nn.modules.loss import _Loss
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from avalanche_curv.core.hints import called
+from avalanche_curv.core.nested import Nested, described, examples, index, leaves, mapped, split
 from avalanche_curv.core.options import in_short
 from avalanche_curv.core.risk.batches import untouched_randomness
 from avalanche_curv.core.risk.forward import Called
 from avalanche_curv.core.risk.frozen import HALF, close, drop_idle_hooks
 from avalanche_curv.core.risk.known import is_plain
-from avalanche_curv.core.risk.nested import Nested, described, examples, index, leaves, mapped, split
 
 if TYPE_CHECKING:
     from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
@@ -75,12 +75,11 @@ def _cloned(inputs: Nested) -> Nested:
 
 
 def check_batch(batch: Any) -> None:
-    """Raises ValueError unless a batch is a pair (inputs, targets) of as many examples: inputs a nesting of tensors,
-    targets a tensor."""
+    """Raises ValueError unless a batch is a pair (inputs, targets) of as many examples, each a nesting of tensors."""
     parts = [*batch] if isinstance(batch, (tuple, list)) else []
-    pair = len(parts) == 2 and isinstance(parts[1], Tensor)
-    odd = _odd(parts[0]) if pair else ""
-    found = leaves(parts) if pair and not odd else []
+    pair = len(parts) == 2 and leaves(parts[1]) != []
+    odd = [_odd(part) for part in parts] if pair else []
+    found = leaves(parts) if pair and not any(odd) else []
     lengths = {part.shape[0] if part.ndim else None for part in found}
     if len(found) > 1 and len(lengths) == 1 and None not in lengths:
         return
@@ -91,12 +90,13 @@ def check_batch(batch: Any) -> None:
         )
     if found:
         got = " and ".join(map(described, parts))
-        raise ValueError(f"Inputs and targets of a batch must be as many; got {got}. Put examples first.")
-    if pair:
-        raise ValueError(
-            f"Inputs must be a tensor, or a tuple, list or mapping of tensors; got {described(parts[0])}. "
-            f"Make a tensor of {odd} in the collate function, or leave it out."
-        )
+        raise ValueError(f"Inputs and targets of a batch must be as many; got {got}. {_examples_first(parts[1])}")
+    for role, part, what in zip(("Inputs", "Targets"), parts, odd):
+        if what:
+            raise ValueError(
+                f"{role} must be a tensor, or a tuple, list or mapping of tensors; got {described(part)}. "
+                f"Make a tensor of {what} in the collate function, or leave it out."
+            )
     if isinstance(batch, Mapping):
         remedy = 'Call its targets "labels", or make pairs of it: [(batch, batch.pop("y")) for batch in loader].'
     elif len(parts) > 2:
@@ -104,8 +104,20 @@ def check_batch(batch: Any) -> None:
     else:
         remedy = "Put a pair in a list: [(inputs, targets)]."
     raise ValueError(
-        f"Each batch must be a pair (inputs, targets), the targets a tensor; got {_in_words(batch)}. {remedy}"
+        "Each batch must be a pair (inputs, targets), the targets a tensor or a nesting of tensors; got "
+        f"{_in_words(batch)}. {remedy}"
     )
+
+
+def _examples_first(targets: Nested) -> str:
+    """What to do about targets that are not as many as the inputs."""
+    if isinstance(targets, (tuple, list)) and all(isinstance(part, Mapping) for part in targets):
+        return (
+            "A list with one mapping for each example, as of detectors, has no axis of examples: in the collate "
+            "function pad them to one length and stack them, {name: pad_sequence([t[name] for t in targets], "
+            "batch_first=True)}, with a mask of the entries that count."
+        )
+    return "Put examples first."
 
 
 def _odd(inputs: Nested) -> str:
@@ -203,8 +215,9 @@ def _outputs(model: nn.Module, inputs: Nested) -> Tensor:
         ) from error
     if not isinstance(outputs, Tensor):
         raise TypeError(
-            f"{_named(model)} gives a {type(outputs).__name__}; expected one tensor of outputs. Say which it is: "
-            "forward=lambda model, inputs: model(inputs)[0]."
+            f"{_named(model)} gives a {type(outputs).__name__}; expected one tensor of outputs. Say which it is, "
+            "forward=lambda model, inputs: model(inputs)[0], or join several, as by torch.cat(model(inputs), dim=1), "
+            "and let the criterion take them apart."
         )
     return outputs
 

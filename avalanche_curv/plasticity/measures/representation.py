@@ -13,12 +13,12 @@ from torch.nn.modules import activation
 from torch.nn.modules.conv import _ConvNd
 
 from avalanche_curv.core.arguments import takes
+from avalanche_curv.core.nested import Nested
 from avalanche_curv.core.options import is_number
 from avalanche_curv.core.precision import in_own_precision
 from avalanche_curv.core.risk.batches import like
 from avalanche_curv.core.risk.forward import as_function
 from avalanche_curv.core.risk.frozen import frozen_copy
-from avalanche_curv.core.risk.nested import Nested
 from avalanche_curv.core.risk.parameters import canonical_name
 from avalanche_curv.plasticity.measures.singular_values import effective_rank, leading_singular_values, stable_rank
 

@@ -22,6 +22,7 @@ from avalanche_curv import (
     example_loss,
 )
 from avalanche_curv.core.losses.factor import as_factor
+from avalanche_curv.core.nested import Nested, index, split
 
 N = 4
 GENERATOR = torch.Generator().manual_seed(0)
@@ -46,8 +47,15 @@ def counts(*shape):
     return (4 * unit(*shape)).round()
 
 
-def gaussian(f, y):
-    return F.gaussian_nll_loss(f, y[:, 0], y[:, 1])
+def heads(f, y):
+    """A class with its logits, and a box that counts where there is one."""
+    off = F.huber_loss(f[:, 3:], y["box"][0], reduction="none") * y["box"][1][:, None]
+    return F.cross_entropy(f[:, :3], y["class"]) + 2 * off.mean()
+
+
+def heads_in_turn(f, y):
+    """Without a rule to do all examples at once."""
+    return sum(heads(one, y) if float(one.detach().sum()) < 1e9 else one.sum() for one in [f])
 
 
 def quartic(f, y):
@@ -77,7 +85,7 @@ class Case:
 
     criterion: Any
     outputs: Tensor
-    targets: Tensor
+    targets: Nested
     one: Any = None
 
 
@@ -147,10 +155,12 @@ CASES = {
     "huber": Case(nn.HuberLoss(delta=0.6, reduction="sum"), real(3), real(3)),
     "poisson": Case(nn.PoissonNLLLoss(full=True), real(3), counts(3)),
     "poisson of rates": Case(nn.PoissonNLLLoss(log_input=False, eps=0.1), unit(3) + 0.2, counts(3)),
-    "gaussian": Case(nn.GaussianNLLLoss(full=True), real(3), torch.stack([real(3), unit(3) + 0.1], 1),
-                     lambda f, y: F.gaussian_nll_loss(f, y[:, 0], y[:, 1], full=True)),
-    "gaussian, summed": Case(nn.GaussianNLLLoss(reduction="sum"), real(2, 2), torch.stack([real(2, 2), unit(2, 2)], 1),
-                             lambda f, y: F.gaussian_nll_loss(f, y[:, 0], y[:, 1], reduction="sum")),
+    "gaussian": Case(nn.GaussianNLLLoss(full=True), real(3), (real(3), unit(3) + 0.1),
+                     lambda f, y: F.gaussian_nll_loss(f, *y, full=True)),
+    "gaussian, one variance": Case(nn.GaussianNLLLoss(reduction="sum"), real(2, 2), [real(2, 2), unit(2) + 0.1],
+                                   lambda f, y: F.gaussian_nll_loss(f, *y, reduction="sum")),
+    "torch's function of three": Case(F.gaussian_nll_loss, real(), (real(), unit()),
+                                      lambda f, y: F.gaussian_nll_loss(f, *y)),
     "binary": Case(nn.BCEWithLogitsLoss(), real(3), unit(3)),
     "binary, weighted": Case(nn.BCEWithLogitsLoss(W, pos_weight=2 * W), real(3), yes(3)),
     "bernoulli": Case(nn.BCELoss(), 0.1 + 0.8 * unit(3), unit(3)),
@@ -167,6 +177,10 @@ CASES = {
     ),
     "function": Case(quartic, real(3), real(3)),
     "function of two axes": Case(quartic, real(2, 3), real(2, 3)),
+    "function of a nesting": Case(heads, real(5), {"class": LABELS, "box": (real(2), yes(), None)}),
+    "function of a nesting, one after the other": Case(
+        heads_in_turn, real(5), {"class": LABELS, "box": (real(2), yes(), None)}
+    ),
     "function, one after the other": Case(data_dependent, real(3), real(3)),
     "torch's function": Case(F.cross_entropy, real(3), LABELS),
     "torch's function of tokens": Case(F.cross_entropy, real(3, 5), TOKENS, no_token(CE())),
@@ -188,7 +202,7 @@ def one_by_one(case):
     """ℓ, ∇ℓ and ∇²ℓ of each example in its flat outputs, by autograd."""
     formula, found = case.one or case.criterion, []
     for i in range(N):
-        f, y = case.outputs[i : i + 1], case.targets[i : i + 1]
+        f, y = index((case.outputs, case.targets), slice(i, i + 1))
 
         def loss(v, f=f, y=y):
             return formula(v.view_as(f), y).sum()
@@ -250,7 +264,7 @@ LIKELIHOODS = {
 
 def expected_square(case, i):
     """E[g gᵀ] of one example, the mean over outputs or tokens taken outside: a sum over targets in closed form."""
-    f, y, criterion = case.outputs[i], case.targets[i], case.criterion
+    (f, y), criterion = index((case.outputs, case.targets), i), case.criterion
     flat = f.reshape(-1)
     scale = 1 / len(flat) if getattr(criterion, "reduction", "mean") == "mean" else 1.0
     diagonals = {
@@ -259,7 +273,7 @@ def expected_square(case, i):
         nn.MultiLabelSoftMarginLoss: lambda: flat.sigmoid() * (1 - flat.sigmoid()),
         nn.SoftMarginLoss: lambda: flat.sigmoid() * (1 - flat.sigmoid()),
         nn.BCELoss: lambda: 1 / (flat * (1 - flat)),
-        nn.GaussianNLLLoss: lambda: 1 / y[1].reshape(-1),
+        nn.GaussianNLLLoss: lambda: 1 / (y[1][..., None] if y[1].ndim < f.ndim else y[1]).expand_as(f).reshape(-1),
         nn.PoissonNLLLoss: lambda: poisson(flat, criterion),
         nn.SmoothL1Loss: lambda: torch.ones_like(flat),
     }  # fmt: skip
@@ -313,7 +327,7 @@ def test_the_fisher_is_the_expectation_over_targets_of_the_model(case, close):
 @pytest.mark.parametrize("name", [name for name in CASES if name not in {*LIKELIHOODS, "smooth, not at all"}])
 def test_the_fisher_of_what_is_no_likelihood_is_refused_alone(name):
     case = CASES[name]
-    if name in ("classes, bytes", "labels, summed", "torch's function", "torch's function of tokens"):
+    if name in ("classes, bytes", "labels, summed") or name.startswith("torch's"):
         return
     with pytest.raises(ValueError, match=r"Fisher information is not defined .*Use GGN|sample=lambda outputs, uniform"):
         fitted(case).check_likelihood()
@@ -337,7 +351,7 @@ def test_the_curvature_of_a_network_is_that_of_the_loop(name, make_model, close)
     with torch.no_grad():
         case = Case(known.criterion, model(inputs), known.targets, known.one)
     values, slopes, curvatures = one_by_one(softmaxed(case))
-    batches = list(zip(inputs.split(3), case.targets.split(3)))
+    batches = split((inputs, case.targets), 3)
     risk = EmpiricalRisk.snapshot(model, case.criterion, batches)
     jacobians = Jacobians(risk).all
     assert risk.value() == pytest.approx(values.mean().item(), rel=1e-10)
@@ -367,6 +381,64 @@ class Jacobians:
             outputs = risk.outputs(x)[0]
         rows = [torch.autograd.grad(f, risk.parameters, retain_graph=True) for f in outputs]
         return torch.stack([torch.cat([part.reshape(-1) for part in row]) for row in rows])
+
+
+@pytest.mark.parametrize("options", [{}, {"full": True, "reduction": "sum"}], ids=["mean", "sum"])
+def test_variances_that_a_model_predicts_are_taken_from_its_outputs(options, close):
+    """GaussianNLLLoss of means and variances [N, 2, ...] or [N, 2 d1, ...], the last variance below ε: against torch
+    after each other, and the Fisher against its closed form and against draws."""
+    criterion, y = nn.GaussianNLLLoss(eps=0.05, **options), real(2, 3)
+    f, v = real(2, 3), unit(2, 3) + 0.1
+    v[0, 0, 0] = 0.01
+
+    def torchs(both, y):
+        return criterion(both[:, 0], y, both[:, 1])
+
+    known = Case(torchs, torch.stack([f, v], 1), y)
+    loss = example_loss(criterion).fitted(lambda: (known.outputs, y))
+    loss.check(known.outputs, y)
+    loss.check(torch.cat([f, v], 1), y)
+    flat = known.outputs.reshape(N, -1)
+    close(torch.cat([f, v], 1).reshape(N, -1), flat)
+    values, slopes, _ = one_by_one(known)
+    close(loss.per_example(flat, y), values)
+    close(loss.gradient(flat, y), slopes)
+    free = flat.clone().requires_grad_()
+    close(torch.autograd.grad(loss.per_example(free, y).sum(), free)[0], slopes)
+    with pytest.raises(ValueError, match=r"not convex in variances that the model predicts.* Use Fisher\(\)"):
+        loss.hessian_factor(flat, y)
+    loss.check_likelihood()
+    scale, own = 1.0 if options else 1 / 6, v.clamp_min(0.05).reshape(N, -1)
+    expected = scale * torch.cat([1 / own, 0.5 / own**2], 1)
+    close(as_factor(loss.fisher_factor(flat, y)).tensor(), expected.sqrt().diag_embed())
+    uniform = torch.rand(N, 20_000, loss.draws(flat, y), generator=torch.Generator().manual_seed(2)).double()
+    g = loss.sample_gradients(flat, y, uniform)
+    products = g[:, :, None] * g[:, None]
+    assert ((products.mean(3) - expected.diag_embed()).abs() <= 6 * products.std(3) / 20_000**0.5 + 1e-9).all()
+
+
+GAUSSIAN = nn.GaussianNLLLoss()
+
+
+@pytest.mark.parametrize(
+    ("outputs", "targets"),
+    [
+        (real(3), real(2, 3)), (real(3), (real(3), unit(2))), (real(3), (real(3), -unit(3))), (real(3), (real(3),)),
+        (real(3), real(3)), (real(2, 3), real(3)), (torch.cat([real(3), -unit(3)], 1), real(3)),
+        (real(3), {"target": real(3), "var": unit(3)}),
+    ],
+)  # fmt: skip
+def test_variances_that_stand_nowhere_are_asked_for(outputs, targets):
+    loss = example_loss(GAUSSIAN).fitted(lambda: (outputs, targets))
+    with pytest.raises(ValueError, match=r"Got outputs .* and targets .*\(x, \(target, var\)\), and join .*forward="):
+        loss.check(outputs, targets)
+
+
+@pytest.mark.parametrize("name", ["classes", "nll", "kl", "squares", "binary", "signs"])
+def test_a_criterion_of_one_tensor_says_so_of_a_nesting(name):
+    loss, outputs = example_loss(CASES[name].criterion), CASES[name].outputs
+    with pytest.raises(ValueError, match=r"takes one tensor of targets; got \(float64 \(4, .* Give a function of all"):
+        loss.check(outputs, (real(3), real(2)))
 
 
 def test_ignored_tokens_are_as_if_they_were_not_there(close):

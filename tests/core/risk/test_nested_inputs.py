@@ -1,5 +1,5 @@
-"""Inputs that are tuples, lists, mappings and nestings of these: every quantity is that of the same model and examples
-with all inputs in one tensor."""
+"""Inputs and targets that are tuples, lists, mappings and nestings of these: every quantity is that of the same model
+and examples with all inputs, or targets, in one tensor."""
 
 from collections import UserDict
 from dataclasses import replace
@@ -8,6 +8,7 @@ import pytest
 import torch
 from curvlinops import GGNLinearOperator
 from torch import nn
+from torch.nn import functional as F
 
 from avalanche_curv import (
     EKFAC,
@@ -24,6 +25,7 @@ from avalanche_curv import (
     Hessian,
     InputSpace,
     Kronecker,
+    LossFunction,
     LowRank,
     MatrixFree,
     OutputGradient,
@@ -34,8 +36,8 @@ from avalanche_curv import (
     landscape,
 )
 from avalanche_curv.core.fidelity.monitor import PastModels
+from avalanche_curv.core.nested import described, index, mapped
 from avalanche_curv.core.risk.batches import like
-from avalanche_curv.core.risk.nested import described, index, mapped
 
 EXAMPLES, TOKENS = 7, 3
 
@@ -153,6 +155,67 @@ def test_a_quantity_is_that_of_inputs_in_one_tensor(kind, risks, close):
         close(KINDS[kind](risks[nesting]), expected)
 
 
+class Boxes(nn.Sequential):
+    """A class of two and a box of two numbers, of three numbers."""
+
+    def __init__(self):
+        super().__init__(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 4))
+
+
+def joined(f, y):
+    return F.cross_entropy(f[:, :2], y[:, 0].long()) + (y[:, 3] * (f[:, 2:] - y[:, 1:3]).square().sum(1)).mean()
+
+
+def drawn(f, uniform):
+    """Not its likelihood, but the same targets for all nestings."""
+    return torch.cat([(uniform[:, :1] > 0.5).to(f), f[:, 2:] + uniform[:, 2:], uniform[:, :1].ceil()], dim=1)
+
+
+TARGETS = {
+    "dict": lambda y: {"class": y[:, 0].long(), "box": (y[:, 1:3], [y[:, 3]]), "more": None},
+    "tuple": lambda y: (y[:, 0].long(), Batch(box=y[:, 1:3], counts=y[:, 3])),
+}
+
+
+def of_nesting(name):
+    def apart(f, y):
+        (label, box, counts) = (
+            (y["class"], y["box"][0], y["box"][1][0]) if name == "dict" else (y[0], y[1]["box"], y[1]["counts"])
+        )
+        return F.cross_entropy(f[:, :2], label) + (counts * (f[:, 2:] - box).square().sum(1)).mean()
+
+    return LossFunction(apart, sample=lambda f, uniform: TARGETS[name](drawn(f, uniform)))
+
+
+@pytest.fixture(scope="module")
+def boxes():
+    """The risk with all targets in one tensor, and those with the same targets in nestings."""
+    torch.manual_seed(0)
+    model, x = Boxes().double(), torch.randn(EXAMPLES, 3).double()
+    y = torch.cat([torch.randint(2, (EXAMPLES, 1)), torch.randn(EXAMPLES, 2), torch.rand(EXAMPLES, 1)], 1).double()
+
+    def of(criterion, nest):
+        batches = [(x[part], nest(y[part])) for part in (slice(4), slice(4, None))]
+        return EmpiricalRisk.snapshot(model, criterion, batches)
+
+    found = {name: of(of_nesting(name), nest) for name, nest in TARGETS.items()}
+    return {"tensor": of(LossFunction(joined, sample=drawn), lambda y: y), **found}
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("output gradients", "curvlinops")])
+def test_a_quantity_is_that_of_targets_in_one_tensor(kind, boxes, close):
+    expected = KINDS[kind](boxes["tensor"])
+    for nesting in TARGETS:
+        close(KINDS[kind](boxes[nesting]), expected)
+
+
+def test_what_takes_no_nested_targets_says_so(boxes):
+    with pytest.raises(TypeError, match=r"one class for each example.* got targets of \{'class': int64 \(2,\), 'box'"):
+        KINDS["output gradients"](boxes["dict"])
+    with pytest.raises(TypeError, match=r"one tensor of targets; got \{'class': .* Use GGN\(\), Hessian\(\) or Emp"):
+        KINDS["curvlinops"](boxes["dict"])
+
+
 @pytest.mark.parametrize("nesting", NESTINGS)
 def test_inputs_keep_their_containers_and_integers_stay_integers(nesting, risks, examples):
     (inputs, _), *_ = risks[nesting].rebatched(5)
@@ -205,3 +268,24 @@ def test_longer_tuples_are_answered_with_how_to_nest_them(examples):
     ids, mask, numbers, targets = examples
     with pytest.raises(ValueError, match=r"Put all inputs in one tuple, for model\(x, mask\)"):
         EmpiricalRisk.snapshot(TwoInputs(), nn.CrossEntropyLoss(), [(ids, numbers, mask, targets)])
+
+
+def boxes_of(counts):
+    return [{"boxes": torch.zeros(n, 4), "labels": torch.zeros(n)} for n in counts]
+
+
+TARGETS_REFUSED = {
+    "of another length": (lambda y: {"class": y, "box": y[:2]}, r"must be as many; got .* Put examples first"),
+    "one mapping an example": (lambda y: boxes_of([1, 2, 0]), r"must be as many.*pad them .*pad_sequence\(.*a mask of"),
+    "names": (lambda y: (y, ["a"] * 7), r"Targets must be a tensor, or .*; got \(int64 .*Make a tensor of str"),
+    "none": (lambda y: {"class": None}, r"the targets a tensor or a nesting of tensors; got \['Tensor', 'dict'\]"),
+    "two for one": (lambda y: (y, y), r"Cross-entropy takes one tensor of targets; got \(int64 \(4,\), "),
+}
+
+
+@pytest.mark.parametrize("name", TARGETS_REFUSED)
+def test_targets_that_do_not_fit_are_refused_with_what_came(name, examples):
+    _, _, numbers, targets = examples
+    change, message = TARGETS_REFUSED[name]
+    with pytest.raises(ValueError, match=message):
+        EmpiricalRisk.snapshot(nn.Linear(2, 2), nn.CrossEntropyLoss(), [(numbers, change(targets))])

@@ -1,4 +1,5 @@
-"""Nestings of tensors: what a model takes for its inputs, with one example on the first axis of each tensor.
+"""Nestings of tensors: what a model takes for its inputs and a criterion for its targets, with one example on the first
+axis of each tensor.
 
 A nesting is a tensor, a tuple, list or mapping of nestings, such as the `BatchEncoding` of a tokenizer, or None where
 an optional input is not given. Every function keeps the kinds of the containers.
@@ -75,6 +76,11 @@ def index(value: Nested, places: slice | Tensor | None) -> Nested:
     return mapped(lambda tensor: tensor[places.to(tensor.device)], value)
 
 
+def repeated(value: Nested, times: int) -> Nested:
+    """A single example so many times, without memory for it."""
+    return mapped(lambda tensor: tensor.expand(times, *tensor.shape[1:]), value)
+
+
 def shapes(value: Nested) -> Hashable:
     """The shapes of one example, equal for nestings whose examples fit in one batch."""
     if isinstance(value, Tensor):
@@ -82,6 +88,11 @@ def shapes(value: Nested) -> Hashable:
     if isinstance(value, Mapping):
         return tuple((key, shapes(part)) for key, part in value.items())
     return tuple(map(shapes, value)) if isinstance(value, (tuple, list)) else value
+
+
+def are_classes(targets: Nested) -> bool:
+    """Whether targets are classes, one integer for each example, so that there is an accuracy."""
+    return isinstance(targets, Tensor) and targets.ndim == 1 and not targets.is_floating_point()
 
 
 def described(value: Nested) -> str:
