@@ -101,9 +101,10 @@ class LossFunction(ExampleLoss):
 
     def _without_likelihood(self) -> ValueError:
         return ValueError(
-            f"The Fisher information is not defined for {self.name}, of which no likelihood is known. Say how its "
-            "targets are drawn, LossFunction(f, sample=lambda outputs, uniform: ...), or use GGN() or "
-            "EmpiricalFisher()."
+            f"The Fisher information is not defined for {self.name}, of which no likelihood is known. Use GGN() or "
+            "EmpiricalFisher(), or say how its targets are drawn from uniform numbers, in two lines:\n"
+            "    criterion = LossFunction(f, sample=lambda outputs, uniform: outputs + torch.special.ndtri(uniform))\n"
+            "    regularizer = CurvatureRegularizer(1.0, curvature=Fisher(samples=1))"
         )
 
     def _without_expectation(self) -> ValueError:
