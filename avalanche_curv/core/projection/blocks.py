@@ -22,23 +22,26 @@ class Layout(Storable):
     """How some parameters are arranged in one matrix X [r, d].
 
     All in one row [1, P]; or `stacked`, with what belongs to each output of a layer in a row of its own: X = (W | b),
-    [out, in] for a bias-free linear layer, [out, in · kernel + 1] for a convolution with bias.
+    [out, in] for a bias-free linear layer, [out, in · kernel + 1] for a convolution with bias. With `transposed` the
+    layer's own weight is [in, out], and its transpose is what stands in X.
     """
 
     space: ParameterSpace
     stacked: bool = False
+    transposed: bool = False
 
     @property
     def columns(self) -> ParameterSpace:
         """The coordinates of a row: the parameters, or where `stacked` their parts of one output."""
         if not self.stacked:
             return self.space
-        return ParameterSpace(self.space.names, tuple(shape[1:] for shape in self.space.shapes))
+        of_one = slice(-1) if self.transposed else slice(1, None)
+        return ParameterSpace(self.space.names, tuple(shape[of_one] for shape in self.space.shapes))
 
     @property
     def height(self) -> int:
         """r, the number of rows."""
-        return self.space.shapes[0][0] if self.stacked else 1
+        return self.space.shapes[0][-1 if self.transposed else 0] if self.stacked else 1
 
     def difference(self, moved: Parts, start: Parts | None, like: Tensor) -> Float[Tensor, "r d"]:
         """The matrix X of `moved` − `start`, or of `moved` alone where `start` is None, in the type of `like`."""
@@ -52,9 +55,9 @@ class Layout(Storable):
 
     def parts(self, matrix: Float[Tensor, "r d"]) -> dict[str, Tensor]:
         """Views of the entries of X in the shapes of the parameters, by name."""
+        parts = zip(self.space.names, self.space.shapes, matrix.split(self.columns.sizes, dim=1))
         return {
-            name: part.view(shape)
-            for name, shape, part in zip(self.space.names, self.space.shapes, matrix.split(self.columns.sizes, dim=1))
+            name: part.T if self.transposed and len(shape) == 2 else part.view(shape) for name, shape, part in parts
         }
 
     def widened(self, matrix: Float[Tensor, "m d"], outer: Layout) -> Float[Tensor, "m e"]:

@@ -28,7 +28,7 @@ from avalanche_curv.core.structures.cuts import Cut, Energy
 @dataclass(frozen=True)
 class InputSpace(Protection):
     """Protects the span of the inputs of each linear and convolutional layer (Saha et al. 2021, gradient projection
-    memory).
+    memory), the `Conv1D` of GPT-2 among them.
 
     Where no output of a layer W a + b changes for any input a of the past, nothing after it changes either: it is
     enough that the rows of (ΔW | Δb) stay orthogonal to all (a, 1), as the gradients of later tasks are made to be. A
@@ -77,10 +77,11 @@ class InputSpace(Protection):
 
     def bounds(self, space: ParameterSpace) -> dict[str, BasisBound]:
         """How much one task may add for every layer that may have an input space, which is known when it is called."""
-        found: dict[str, BasisBound] = {}
-        for name, shape in zip(space.names, space.shapes):
+        found, shapes = dict[str, BasisBound](), dict(zip(space.names, space.shapes))
+        for name, shape in shapes.items():
             if len(shape) > 1:
-                d = shape[1:].numel() + 1
+                outputs = shapes.get(f"{name.removesuffix('weight')}bias", shape[:1]).numel()  # [out, in] or [in, out]
+                d = shape.numel() // outputs + 1
                 found[name.rpartition(".")[0]] = BasisBound(d, min(d, max(cut.most() for cut in self._cuts)))
         return found
 
@@ -165,7 +166,7 @@ def input_roots(risk: EmpiricalRisk, layers: Layers) -> tuple[dict[nn.Module, Ro
         finite = finite and all(bool(t.isfinite().all()) for t in (*leaves(inputs), outputs))  # no layer explains NaN
         called |= {tap.layer for tap in taps}
         for tap in taps:
-            if isinstance(tap.layer, nn.Linear | _ConvNd):
+            if isinstance(tap.layer, _ConvNd) or layer_kinds.takes_tokens(tap.layer):
                 rows = _rows(layers, tap, count)
                 seen.setdefault(tap.layer, _InputMoment()).add(rows * (count / len(rows) / risk.examples) ** 0.5)
     roots = {layer: seen[layer].root() for layer in layers.names if layer in seen}
@@ -178,11 +179,12 @@ def input_roots(risk: EmpiricalRisk, layers: Layers) -> tuple[dict[nn.Module, Ro
 
 
 def layout_of(layers: Layers, layer: nn.Module) -> Layout:
-    """The layout (W | b) of the trainable parameters of a layer."""
+    """The layout (W | b) of the trainable parameters of a layer, (Wᵀ | b) of one whose weight is [in, out]."""
     shapes = dict(zip(layers.space.names, layers.space.shapes))
     places = layers.places(layer)
     names = tuple(places[short] for short in ("weight", "bias") if short in places)
-    return Layout(ParameterSpace(names, tuple(shapes[name] for name in names)), stacked=True)
+    space = ParameterSpace(names, tuple(shapes[name] for name in names))
+    return Layout(space, stacked=True, transposed=layer_kinds.is_transposed(layer))
 
 
 def _rows(layers: Layers, tap: Tap, examples: int) -> Float[Tensor, "n d"]:

@@ -11,12 +11,16 @@ from avalanche_curv import (
     Diagonal,
     EmpiricalFisher,
     EmpiricalRisk,
+    Energy,
+    InputSpace,
     Kronecker,
     LowRank,
+    ProtectedSpace,
     Rank,
     estimate,
 )
 from avalanche_curv.core.per_example.layers import Layers
+from avalanche_curv.core.projection.subspace import principal_angles
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.slow  # the library takes seconds to import
@@ -143,3 +147,22 @@ def test_factors_of_a_layer_are_those_of_its_inputs_and_outputs(made, close):
     parts = found.product(torch.ones(found.size).double())
     weight = dict(zip(risk.space.names, risk.space.split(parts)))[place.weight]
     close(weight, (place.terms[0].g @ torch.ones(12, 5).double() @ place.terms[0].a)[:, :4].T)
+
+
+def test_what_enters_the_layers_of_gpt2_is_protected(made):
+    """The span of (a, 1) over tokens, from explicit inputs, also where the weight is [in, out]."""
+    model, risk, *_ = made("GPT-2")
+    layers = {name: layer for name, layer in model.named_modules() if type(layer).__name__ == "Conv1D"}
+    seen = {}
+    for name, layer in layers.items():
+        layer.register_forward_hook(lambda _, args, out, name=name: seen.update({name: args[0].detach().flatten(0, 1)}))
+    with torch.no_grad():
+        model(torch.cat([x for x, _ in risk]))
+    space = ProtectedSpace().absorb(risk, InputSpace(Energy(1.0, most_pairs=100)))
+    assert {*space.blocks} == {*layers}
+    for name, inputs in seen.items():
+        exact = torch.linalg.qr(torch.cat([inputs, torch.ones(len(inputs), 1).double()], dim=1).T)[0].T
+        assert principal_angles(space.blocks[name].subspace.rows, exact).max() < 1e-6
+    others = {name for name in risk.space.names if name.rpartition(".")[0] not in layers}
+    assert {*space.held.names} == others
+    assert {name.split(".")[-2] for name in others} == {"wte", "wpe", "ln_1", "ln_2", "ln_f"}

@@ -61,6 +61,17 @@ class Called(nn.Module):
         return self.last(x)
 
 
+class Conv1D(nn.Module):
+    """That of GPT-2 in Hugging Face's library, by its name: x W + b with W [in, out]."""
+
+    def __init__(self, outputs, inputs):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(inputs, outputs) / 3), nn.Parameter(torch.zeros(outputs))
+
+    def forward(self, x):
+        return x @ self.weight + self.bias
+
+
 class Positions(nn.Module):
     """To each token its position is added, which is the same in all examples."""
 
@@ -98,6 +109,12 @@ MODELS = {
     ),
     "tokens": (
         lambda: nn.Sequential(nn.Linear(9, 7), nn.LayerNorm(7), nn.ReLU(), nn.Flatten(), nn.Linear(28, 3)), (4, 9)
+    ),
+    "transposed weights": (
+        lambda: nn.Sequential(Conv1D(11, 12), nn.ReLU(), Conv1D(9, 11), nn.ReLU(), nn.Linear(9, 3)), (12,)
+    ),
+    "transposed weights on tokens": (
+        lambda: nn.Sequential(Conv1D(7, 9), nn.ReLU(), nn.Flatten(), Conv1D(3, 28)), (4, 9)
     ),
     "transposed": (
         lambda: nn.Sequential(nn.ConvTranspose2d(2, 3, 2), nn.ReLU(), nn.Flatten(), nn.Linear(75, 3)), (2, 4, 4)
@@ -148,6 +165,33 @@ def test_it_is_the_span_of_all_that_enters_a_layer(make_model):
         torch.testing.assert_close(share.values, torch.linalg.eigvalsh(moment).flip(0)[: len(exact)])
     assert space.used == 3 * 8 + 3 * 2
     assert space.energy == pytest.approx(1)
+
+
+def test_a_transposed_weight_is_protected_as_the_linear_layer_that_it_is(make_model):
+    """The span of (a, 1) over tokens by hand; steps, bounds and memory as those of `nn.Linear` with Wᵀ."""
+    layer = make_model(lambda: nn.Sequential(Conv1D(3, 8), nn.Tanh(), nn.Flatten(), Conv1D(3, 12)))
+    linear = make_model(lambda: nn.Sequential(nn.Linear(8, 3), nn.Tanh(), nn.Flatten(), nn.Linear(12, 3)))
+    with torch.no_grad():
+        for one, other in zip(layer, linear):
+            if isinstance(other, nn.Linear):
+                other.weight.copy_(one.weight.T)
+                other.bias.copy_(one.bias)
+    inputs = draws(2, 4, 8)
+    space, expected = (ProtectedSpace().absorb(risk_of(m, inputs), InputSpace(EVERYTHING)) for m in (layer, linear))
+    rows = torch.cat([inputs.flatten(0, 1), torch.ones(8, 1).double()], dim=1)
+    found = space.blocks["0"].subspace
+    assert principal_angles(found.rows, torch.linalg.qr(rows.T)[0].T).max() < 1e-7
+    assert found.rank == 8
+    assert space.used == expected.used == 3 * 8 + 3 * 2
+    for task in range(1, 3):
+        new = draws(4, 4, 8, seed=task)
+        for model, own in ((layer, space), (linear, expected)):
+            learn(model, own, new, steps=5)
+        for one, other in zip(layer, linear):
+            if isinstance(other, nn.Linear):
+                torch.testing.assert_close(one.weight.T, other.weight, rtol=0, atol=1e-9)
+                torch.testing.assert_close(one.bias, other.bias, rtol=0, atol=1e-9)
+    assert InputSpace().bounds(risk_of(layer, inputs).space) == InputSpace().bounds(risk_of(linear, inputs).space)
 
 
 @pytest.mark.parametrize("fraction", [0.5, 0.8, 0.95])
