@@ -30,7 +30,8 @@ def estimate_sharded(
     take products of C, which are added over ranks: they agree with one process as far as its search for eigenpairs is
     accurate, to rounding up to 1,000 parameters. Products of a `MatrixFree` matrix go on talking to all ranks.
 
-    Draws of a Monte-Carlo Fisher are those of one process that passes over the examples of rank 0, then of rank 1, ...
+    Draws of a Monte-Carlo Fisher are those of one process that passes over the examples of rank 0, then of rank 1, ...,
+    as far as examples have one shape; of sentences of several lengths they are others.
     Raises what `estimate` raises, on all ranks; ValueError where they disagree about what is to be estimated, or
     where mini-batches of `BatchedEmpiricalFisher` would reach over two ranks; TypeError for EKFAC.
     """

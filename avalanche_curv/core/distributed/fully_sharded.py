@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain, islice, repeat
 from typing import Any
 
 import torch
@@ -41,9 +42,9 @@ def estimate_fully_sharded(
 
     For each layer Σ_i Σ_r (∂s_ir/∂W)² follows from what enters it and from its sensitivities, and is added over ranks
     and cut into rows at once. Ranks pass over `batches` of their own, of any number, none included; the mean is over
-    the examples of all. Draws are those of `estimate_sharded`. The live model is read in eval mode, and flags,
-    gradients and buffers stay as they are. It must be a function of single examples, called as by
-    `EmpiricalRisk.snapshot`.
+    the examples of all, whose sequences may have any lengths. Draws are those of `estimate_sharded`. The live model is
+    read in eval mode, and flags, gradients and buffers stay as they are. It must be a function of single examples,
+    called as by `EmpiricalRisk.snapshot`.
 
     Raises TypeError for a kind that is no OutputCurvature, a model that is not sharded by rows over one mesh, and for
     trainable parameters outside layers of a known kind that are called once; ValueError where no rank has an example,
@@ -64,8 +65,8 @@ def estimate_fully_sharded(
             with _tapped(layers) as taps:
                 outputs = call(model, x)
             factor = share.ranks.together(partial(factors.of, outputs.detach(), y, taps)).scaled(counts)
-            outputs = as_matrix(outputs)
-            for name, part in _squares(outputs, factor, taps, layers):
+            passes = max(share.ranks.gather(factor.count))  # sentences of another length have other numbers of columns
+            for name, part in _squares(as_matrix(outputs), factor, taps, layers, passes):
                 total[name] += _rows_of_sum(part.view(shapes[name]), mesh)
     values = torch.cat([total[name].reshape(-1) for name in share.space.names]).detach() / reader.examples
     if not all(share.ranks.gather(bool(values.isfinite().all()))):
@@ -191,11 +192,13 @@ def _tapped(layers: dict[nn.Module, str]) -> Iterator[list[Tap]]:
 
 
 def _squares(
-    outputs: Tensor, factor: Factor, taps: list[Tap], layers: dict[nn.Module, str]
+    outputs: Tensor, factor: Factor, taps: list[Tap], layers: dict[nn.Module, str], passes: int
 ) -> Iterator[tuple[str, Tensor]]:
-    """Σ_i Σ_r (∂s_ir/∂·)² of this rank's examples, for each parameter of one layer after the other."""
+    """Σ_i Σ_r (∂s_ir/∂·)² of this rank's examples, for each parameter of one layer after the other, in so many backward
+    passes: each takes all ranks, and those of a rank with fewer columns end with zeros."""
     ends = [tap.outputs for tap in taps]
-    columns = [gradients(outputs, ends, s) for some in factor.columns(1) for s in some.unbind(2)]
+    own = (s for some in factor.columns(1) for s in some.unbind(2))
+    columns = [gradients(outputs, ends, s) for s in islice(chain(own, repeat(torch.zeros_like(outputs))), passes)]
     for tap, of_tap in zip(taps, zip(*columns)):
         own = dict(tap.layer.named_parameters(recurse=False))
         for short, part in sorted(layer_kinds.squares(tap.layer, tap.inputs, of_tap, len(outputs)).items()):

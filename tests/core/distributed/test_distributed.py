@@ -10,7 +10,17 @@ import pytest
 import torch
 from torch import distributed, nn
 
-from avalanche_curv.core import GGN, Diagonal, EmpiricalRisk, Fisher, Kronecker, LowRank, Rank, estimate
+from avalanche_curv.core import (
+    GGN,
+    Diagonal,
+    EmpiricalFisher,
+    EmpiricalRisk,
+    Fisher,
+    Kronecker,
+    LowRank,
+    Rank,
+    estimate,
+)
 from avalanche_curv.core.distributed import ShardedRisk
 
 pytestmark = pytest.mark.skipif(not distributed.is_available(), reason="this torch has no torch.distributed")
@@ -124,6 +134,15 @@ def test_the_diagonal_of_a_model_that_no_rank_holds_is_that_of_one_that_is_held(
     kind = PAIRS[number][0]
     expected = estimate(kind, Diagonal(), alone(there["layered"])).curvature.values
     torch.testing.assert_close(joined(ranks, "fully_sharded", (number, shards)), expected, **EXACT)
+
+
+@pytest.mark.parametrize("number", range(3), ids=["Fisher", "GGN", "empirical"])
+def test_sentences_of_other_lengths_take_ranks_as_many_backward_passes(ranks, number):
+    """A rank with fewer columns of S than another waits for it; so do those whose sentences have other lengths."""
+    model, batches = there["made"](there["tagger"]), there["sentences"](0) + there["sentences"](1)
+    risk = EmpiricalRisk.snapshot(model, nn.CrossEntropyLoss(), batches, forward=there["tags"])
+    expected = estimate((Fisher(), GGN(), EmpiricalFisher())[number], Diagonal(), risk).curvature.values
+    torch.testing.assert_close(joined(ranks, "fully_sharded", ("ragged", number)), expected, **EXACT)
 
 
 def test_its_penalty_adds_the_exact_gradient_to_each_shard(ranks):

@@ -100,6 +100,24 @@ def layered():
     )
 
 
+def tagger():
+    """Of tokens, which sequences have of several numbers."""
+    return nn.Sequential(nn.Embedding(6, 4), nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, CLASSES))
+
+
+def tags(model, words):
+    """[N, C, T]."""
+    return model(words).movedim(-1, 1)
+
+
+def sentences(rank):
+    """Batches of sentences of several lengths, the longest of them on rank 0; their last token does not count."""
+    generator = torch.Generator().manual_seed(rank)
+    shapes = [(2, 3), (1, 6)] if rank == 0 else [(3, 2)]
+    words = [torch.randint(6, shape, generator=generator) for shape in shapes]
+    return [(x, (x % CLASSES).index_fill(1, torch.tensor([x.shape[1] - 1]), -100)) for x in words]
+
+
 def normed():
     """With running statistics."""
     return nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, CLASSES))
@@ -327,6 +345,13 @@ def fully_sharded(rank):
     found["too late"] = raised(lambda: past.penalty(model))
     loss.backward()
     found["gradient"], found["penalty"] = gradients(model), past(model)
+    words = made(tagger)
+    for layer in (words[1], words[3]):
+        fully_shard(layer, mesh=mesh)
+    fully_shard(words, mesh=mesh)
+    for number, kind in enumerate((Fisher(), GGN(), EmpiricalFisher())):
+        kept = estimate_fully_sharded(kind, words, criterion, sentences(rank), forward=tags)
+        found["ragged", number] = kept.curvature.diagonal, LocalShards.of_model(words).ranges
     tied = nn.Sequential(layer := made(lambda: nn.Linear(4, 4)), nn.Tanh(), layer)
     fully_shard(tied, mesh=mesh)
     found["twice"] = raised(lambda: estimate_fully_sharded(Fisher(), tied, criterion, mine("uneven", rank)))
