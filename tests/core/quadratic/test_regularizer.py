@@ -390,6 +390,15 @@ ADAPTIVE = AdaptiveRefresh(trust=AbsoluteError(1e-4), fraction=0.5, every=2)
 EVENTS = [event for task in range(4) for event in (*2 * [(task, batch) for batch in batches_of(task)], (task, None))]
 
 
+def grown(model):
+    """The model with one more output."""
+    old, model[2] = model[2], nn.Linear(5, 4).double()
+    with torch.no_grad():
+        for new, before in zip(model[2].parameters(), old.parameters()):
+            new.fill_(0.1)[:3] = before
+    return model
+
+
 def follow(events, model, optimizers, regularizer):
     """Steps on the batches of tasks, each of which is absorbed at its end."""
     for task, batch in events:
@@ -406,6 +415,12 @@ def follow(events, model, optimizers, regularizer):
 @pytest.mark.parametrize("policy", [Accumulate(), Merge(0.5), Refresh(0.5, gradient=True), ADAPTIVE], ids=type)
 @pytest.mark.parametrize("stop", [21, 24], ids=["between tasks", "in a task"])
 def test_a_resumed_run_ends_bit_identically(policy, stop, model):
+    """What the guard decided at a rate in a task holds in it at lower ones, which would not decide so again."""
+
+    def schedule(optimizers):
+        if stop == 24 and policy is not ADAPTIVE:  # which estimates anew in a task
+            optimizers[0].param_groups[0]["lr"] /= 1e4
+
     def begun(parts=None):
         learner = copy.deepcopy(model)
         regularizer = fresh(100.0, Diagonal(), policy=policy, guard=RescaleIfUnstable(0.1))
@@ -418,9 +433,12 @@ def test_a_resumed_run_ends_bit_identically(policy, stop, model):
         return learner, [optimizer], regularizer
 
     whole = begun()
-    follow(EVENTS, *whole)
+    follow(EVENTS[:stop], *whole)
+    schedule(whole[1])
+    follow(EVENTS[stop:], *whole)
     stopped, (optimizer,), regularizer = begun()
     follow(EVENTS[:stop], stopped, [optimizer], regularizer)
+    schedule([optimizer])
     file = io.BytesIO()
     parts = {"model": stopped, "optimizer": optimizer, "regularizer": regularizer}
     torch.save({name: part.state_dict() for name, part in parts.items()}, file)
@@ -435,14 +453,18 @@ def test_a_resumed_run_ends_bit_identically(policy, stop, model):
 
 @pytest.mark.parametrize("optimizers_of", [one(torch.optim.SGD, lr=0.1), layers])
 def test_the_policy_revises_after_each_step_of_all_optimizers(optimizers_of, model, caplog):
+    """And before the first step of a task, for which the model has grown."""
     explicit, regularizer = copy.deepcopy(model), fresh(1.0, policy=ADAPTIVE)
-    optimizers = optimizers_of(model)
-    for optimizer in optimizers:
-        regularizer.attach(optimizer, model)
     with caplog.at_level(logging.INFO, logger="avalanche_curv"):
-        follow(EVENTS, model, optimizers, regularizer)
-    past, optimizers = Past(), optimizers_of(explicit)
+        for task in range(4):
+            optimizers = optimizers_of(grown(model) if task == 2 else model)
+            attachments = [regularizer.attach(optimizer, model) for optimizer in optimizers]
+            follow([event for event in EVENTS if event[0] == task], model, optimizers, regularizer)
+            for attachment in attachments:
+                attachment.remove()
+    past = Past()
     for task in range(4):
+        optimizers = optimizers_of(grown(explicit) if task == 2 else explicit)
         past = ADAPTIVE.revise(past, explicit, 0, Fisher(), Dense())
         for number, (x, y) in enumerate(2 * batches_of(task)):
             for optimizer in optimizers:
@@ -457,7 +479,8 @@ def test_the_policy_revises_after_each_step_of_all_optimizers(optimizers_of, mod
     torch.testing.assert_close(weights(model), weights(explicit), rtol=0, atol=1e-12)
     found = [(event.experience, event.iteration) for event in regularizer.past.refreshes]
     assert found == [(event.experience, event.iteration) for event in past.refreshes]
-    assert len(found) == sum("Refresh in experience" in text for text in caplog.messages) > 0
+    assert len(found) == sum("Refresh in experience" in text for text in caplog.messages) > 1
+    assert (2, 0) in found
 
 
 def test_parts_of_a_task_weigh_by_their_share(model):
