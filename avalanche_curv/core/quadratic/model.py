@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -18,6 +18,8 @@ from avalanche_curv.core.risk.parameters import ParameterSpace
 from avalanche_curv.core.risk.selection import training, warn_unprotected
 from avalanche_curv.core.state import Saved
 from avalanche_curv.core.structures.base import Matrix
+
+Number = TypeVar("Number", float, Tensor)
 
 
 @dataclass(frozen=True)
@@ -223,7 +225,7 @@ def times(gradient: Tensor, scale: Tensor) -> Tensor:
     return gradient if scale.device.type == "cpu" and scale.item() == 1 else gradient * scale
 
 
-def half(quadratic_form: Tensor) -> Tensor:
+def half(quadratic_form: Number) -> Number:
     """½ δᵀ(Cδ) from δᵀ(Cδ): the ½ of every penalty and prediction."""
     return 0.5 * quadratic_form
 

@@ -49,7 +49,8 @@ def add_to_gradients(pulls: list[Pull], scale: Tensor | None) -> None:
             parameter.grad = torch.zeros_like(parameter)
         elif parameter.grad.layout != torch.strided:
             parameter.grad = parameter.grad.to_dense()
-        gradients.append(parameter.grad[tuple(map(slice, pull.shape))])
+        whole = parameter.shape == pull.shape
+        gradients.append(parameter.grad if whole else parameter.grad[tuple(map(slice, pull.shape))])
         added.append(pull)
     if gradients:
         torch._foreach_add_(gradients, added)

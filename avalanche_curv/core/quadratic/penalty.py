@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from avalanche_curv.core.arguments import outside
 from avalanche_curv.core.curvature.base import Curvature
 from avalanche_curv.core.options import Fixed, check_number
 from avalanche_curv.core.precision import in_own_precision
+from avalanche_curv.core.quadratic.fused import OnePass
 from avalanche_curv.core.quadratic.model import QuadraticModel, check_first_order, half, times
 from avalanche_curv.core.risk.parameters import ParameterSpace
 from avalanche_curv.core.structures import Structure
@@ -39,6 +40,7 @@ class Penalty:
     @in_own_precision
     def __init__(self, past: QuadraticModel, strength: float) -> None:
         self.of, self._strength = past, math.nan
+        self._value: float | None = None  # q(θ), where it was computed beside the gradient
         self._centred = past = _centre(past) or past
         self.strength = strength
         self.space = past.space
@@ -63,6 +65,7 @@ class Penalty:
             self._factor, self._scaled = self._strength, self._centred
         else:
             self._factor, self._scaled = 1.0, self._centred.scaled(self._strength)
+        self._one_pass = _in_one_pass(self._scaled) if self._factor == 1 and strength > 0 else None
 
     def __call__(self, model: nn.Module) -> Tensor:
         """A scalar whose gradient in the parameters of `model` is exactly strength · (g + C δ)."""
@@ -71,18 +74,44 @@ class Penalty:
     @in_own_precision
     def evaluate(self, parameters: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """strength · q(θ) at these parameters θ, and its gradient strength · (g + C δ) in the shape of each of them."""
-        past = self.past
+        products = self._products(parameters)
+        pairs = zip(self.displacements, products)
+        value = half(torch.stack([d.reshape(-1) @ g.reshape(-1) for d, g in pairs]).sum()) + self.past.constant
+        if self.past.gradient is not None:
+            value = value + self.displacement @ self.past.gradient
+        return (value if self._factor == 1 else self._factor * value), self._with_slope(products)
+
+    @in_own_precision
+    def gradients(self, parameters: Sequence[Tensor]) -> list[Tensor]:
+        """strength · (g + C δ) at these parameters, in the shape of each of them, as `evaluate` returns it."""
+        return self._with_slope(self._products(parameters))
+
+    def add(self, parameters: Mapping[str, Tensor]) -> bool:
+        """Adds strength · ∇q(θ) to the gradients of these parameters θ, by name, where one pass over memory is enough
+        (`OnePass`); otherwise nothing is done, and False returned."""
+        form = None if self._one_pass is None else self._one_pass.add([parameters.get(n) for n in self.space.names])
+        if form is None:
+            return False
+        self._value = (half(form) + self.past.constant) / self.strength
+        return True
+
+    def last(self) -> Tensor:
+        """q(θ), without strength, at the parameters of the last call of `evaluate`, `gradients` or `add`. It may take
+        one more product with C."""
+        if self._value is None:
+            return self._centred.increase(self.displacement) + self._centred.constant
+        return self._centred.anchor.new_tensor(self._value)
+
+    def _products(self, parameters: Sequence[Tensor]) -> list[Tensor]:
+        self._value = None
         for parameter, anchor, displacement in zip(parameters, self.anchors, self.displacements):
             torch.sub(parameter, anchor, out=displacement)
-        gradients = past.curvature.products(self.displacement, self.space)
-        products = zip(self.displacements, gradients)
-        value = half(torch.stack([d.reshape(-1) @ g.reshape(-1) for d, g in products]).sum()) + past.constant
-        if past.gradient is not None:
-            value = value + self.displacement @ past.gradient
-            gradients = [g.add_(slope) for g, slope in zip(gradients, self.space.split(past.gradient))]
-        if self._factor != 1:
-            value, gradients = self._factor * value, [g.mul_(self._factor) for g in gradients]
-        return value, gradients
+        return self.past.curvature.products(self.displacement, self.space)
+
+    def _with_slope(self, products: list[Tensor]) -> list[Tensor]:
+        if self.past.gradient is not None:
+            products = [g.add_(slope) for g, slope in zip(products, self.space.split(self.past.gradient))]
+        return products if self._factor == 1 else [g.mul_(self._factor) for g in products]
 
 
 def check_takes_dense_gradients(optimizer: torch.optim.Optimizer) -> None:
@@ -123,6 +152,14 @@ class _Penalty(torch.autograd.Function):
             )
         gradients, ctx.gradients = ctx.gradients, None
         return None, *(times(part, grad_outputs[0]).to(dtype) for part, dtype in zip(gradients, ctx.types))
+
+
+def _in_one_pass(past: QuadraticModel) -> OnePass | None:
+    """For a diagonal C and no slope at the anchor."""
+    parts = past.curvature.eigenvectors_beside_diagonal()
+    if past.gradient is not None or parts is None or len(parts[0][0]) or parts[1] is None:
+        return None
+    return OnePass(past.anchor, parts[1], past.space.shapes)
 
 
 def _centre(past: QuadraticModel) -> QuadraticModel | None:

@@ -40,7 +40,7 @@ from avalanche_curv.core.risk.batches import untouched_randomness
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.forward import Forward
 from avalanche_curv.core.risk.frozen import keep_what_trains, unwrapped
-from avalanche_curv.core.risk.parameters import canonical_name
+from avalanche_curv.core.risk.parameters import NamedParameters
 from avalanche_curv.core.risk.selection import ParameterSelector, Selection, Unprotected, selection_of
 from avalanche_curv.core.state import State, check_state, state_of
 from avalanche_curv.core.structures import Diagonal, Structure
@@ -116,6 +116,7 @@ class CurvatureRegularizer(Configured):
         policy.check_past(past)
         self._weight = self.strength
         self._last: Tensor | None = None
+        self._evaluated: Penalty | None = None  # in the last step, and not yet asked for its value
         self._updates = 0  # of the current task
         self._guarded: Guarded | None = None  # made from `guard` and `past` when it is needed
         self._weighted: Penalty | None = None  # made from `past`
@@ -140,7 +141,10 @@ class CurvatureRegularizer(Configured):
 
     @property
     def last_penalty(self) -> Tensor | None:
-        """q(θ) at the last step, without strength; None before there is a past."""
+        """q(θ) at the last step, without strength; None before there is a past. Where this is attached it is computed
+        when it is asked for."""
+        if self._evaluated is not None:
+            self._last, self._evaluated = self._evaluated.last(), None
         return self._last
 
     def attach(self, optimizer: Optimizer, model: nn.Module) -> Attachment:
@@ -181,9 +185,10 @@ class CurvatureRegularizer(Configured):
             attachment.check_model(model)
             if not stepped.isdisjoint(stepped_by(other)):
                 attachment.remove()
+        named = NamedParameters(model)
         attachment = Attachment.around_steps(
             self, optimizer, model,
-            before=lambda stepping, evaluation: self._add(stepping, model, evaluation),
+            before=lambda stepping, evaluation: self._add(stepping, named, evaluation),
             after=lambda stepping: None if self._parts else self._finish(model),
         )
         self._attached, self._begun = [*self._attached, attachment], False
@@ -348,7 +353,8 @@ class CurvatureRegularizer(Configured):
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles are attached to nothing; they know what the guard has decided, which a schedule of
         learning rates would not decide again."""
-        return {**self.__dict__, "_weighted": None, "_attached": [], "_seen": (), "_parts": None}
+        last = self.last_penalty
+        return {**self.__dict__, "_last": last, "_weighted": None, "_attached": [], "_seen": (), "_parts": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _parts=weakref.WeakKeyDictionary())
@@ -374,6 +380,7 @@ class CurvatureRegularizer(Configured):
         """The penalty of the next step; None where it adds nothing."""
         past = self.past.model
         self._see(model, optimizers)
+        self._evaluated = None
         if past is None:
             self._weight, self._last = self.strength, None
             return None
@@ -391,10 +398,11 @@ class CurvatureRegularizer(Configured):
         self._weighted.strength = self._weight
         return self._weighted
 
-    def _add(self, optimizer: Optimizer, model: nn.Module, evaluation: int) -> Tensor | None:
-        """Adds to the gradients of one optimiser its part of the penalty's; returns strength · q(θ), where something is
-        added. `evaluation` as in `Attachment.around_steps`."""
-        part, value = None if evaluation else self._parts.pop(optimizer, None), None
+    def _add(self, optimizer: Optimizer, named: NamedParameters, evaluation: int) -> Tensor | None:
+        """Adds to the gradients of one optimiser its part of the penalty's; returns strength · q(θ), where it is in a
+        closure and something is added. `evaluation` as in `Attachment.around_steps`."""
+        part, value, model = None if evaluation else self._parts.pop(optimizer, None), None, named.model
+        scale = getattr(optimizer, "grad_scale", None)
         if part is None or part.is_stale:
             optimizers = [one for one, _ in self._followed()]
             if evaluation <= 1:
@@ -402,29 +410,40 @@ class CurvatureRegularizer(Configured):
                 if not self._begun:
                     self.begin(model, *optimizers)
                 self._unfinished = True
-            pulls, value = self._pulls(model, optimizers)
             self._parts.clear()
+            penalty, own = self._due(named, optimizers)
+            if penalty is not None and len(optimizers) == 1 and not evaluation and scale is None and penalty.add(own):
+                self.look(optimizer, model)
+                return None
+            pulls, value = ([], None) if penalty is None else self._pulls(penalty, named, own, valued=evaluation > 0)
             for one in optimizers if evaluation == 0 else (optimizer,):
                 self._parts[one] = Part.of(one, pulls)
             part = self._parts.pop(optimizer)
-        scale = getattr(optimizer, "grad_scale", None)
         add_to_gradients(part.pulls, scale)
         if part.pulls and evaluation <= 1:
             self.look(optimizer, model, 1.0 if scale is None else float(scale))
         return value
 
-    def _pulls(self, model: nn.Module, optimizers: list[Optimizer]) -> tuple[list[Pull], Tensor | None]:
-        """The parameters that these step and the gradients of the penalty in them, and its value; nothing where no
-        parameter has a gradient yet."""
+    def _due(
+        self, named: NamedParameters, optimizers: list[Optimizer]
+    ) -> tuple[Penalty | None, dict[str, nn.Parameter]]:
+        """The penalty of the next step, None where it adds nothing and where no parameter has a gradient yet; and the
+        parameters that these optimisers train."""
         stepped = stepped_by(*optimizers)
-        named = {canonical_name(n): p for n, p in model.named_parameters() if p.requires_grad and id(p) in stepped}
-        penalty = None if all(p.grad is None for p in named.values()) else self._ready(model, *optimizers)
-        if penalty is None:
-            return [], None
+        own = {name: p for name, p in named().items() if p.requires_grad and id(p) in stepped}
+        if all(p.grad is None for p in own.values()):
+            return None, own
+        self._evaluated = self._ready(named.model, *optimizers)
+        return self._evaluated, own
+
+    def _pulls(
+        self, penalty: Penalty, named: NamedParameters, own: dict[str, nn.Parameter], valued: bool
+    ) -> tuple[list[Pull], Tensor | None]:
+        """The parameters of `own` and the gradients of the penalty in them; and its value, where that is asked for."""
         with torch.no_grad():
-            value, gradients = penalty.evaluate(penalty.space.tensors(model))
-        self._last = value / self._weight
-        return [(named[name], g) for name, g in zip(penalty.space.names, gradients) if name in named], value
+            parameters = penalty.space.cut(named())
+            value, gradients = penalty.evaluate(parameters) if valued else (None, penalty.gradients(parameters))
+        return [(own[name], g) for name, g in zip(penalty.space.names, gradients) if name in own], value
 
     def _finish(self, model: nn.Module) -> None:
         """Ends an update, of which every optimiser has made its part."""

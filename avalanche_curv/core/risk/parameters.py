@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -23,6 +24,45 @@ def canonical_name(name: str) -> str:
     while name.startswith(("module.", "_orig_mod.")):
         name = name.split(".", 1)[1]
     return name.replace("._orig_mod.", ".")
+
+
+def canonical_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of `model` by their canonical names, in the order of `named_parameters()`."""
+    return {canonical_name(name): parameter for name, parameter in model.named_parameters()}
+
+
+class NamedParameters:
+    """`canonical_parameters` of one model at any time. They are searched for again only where a module or parameter of
+    it was added, taken away or replaced: the search is felt in every step of a small model.
+
+    >>> model = nn.Sequential(nn.Linear(3, 2))
+    >>> named = NamedParameters(model)
+    >>> list(named()), named() is named()
+    (['0.weight', '0.bias'], True)
+    >>> _ = model.append(nn.Linear(2, 1, bias=False))
+    >>> list(named())
+    ['0.weight', '0.bias', '1.weight']
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._kept: list[tuple[dict[str, Any], dict[str, Any]]] = []  # what modules hold, and what they held
+        self._named: dict[str, nn.Parameter] = {}
+
+    def __call__(self) -> dict[str, nn.Parameter]:
+        if not self._hold():
+            held = [own for module in self.model.modules() for own in (module._parameters, module._modules)]
+            self._kept, self._named = [(now, dict(now)) for now in held], canonical_parameters(self.model)
+        return self._named
+
+    def _hold(self) -> bool:
+        for now, then in self._kept:
+            if len(now) != len(then):
+                return False
+            for name, what in then.items():
+                if now.get(name) is not what:
+                    return False
+        return bool(self._kept)
 
 
 @dataclass(frozen=True)
@@ -76,7 +116,7 @@ class ParameterSpace(Storable):
 
         Raises ValueError if one is missing or has become smaller.
         """
-        return self.cut({canonical_name(name): parameter for name, parameter in model.named_parameters()})
+        return self.cut(canonical_parameters(model))
 
     def cut(self, current: Mapping[str, Tensor]) -> list[Tensor]:
         """The tensors of this space's parameters, from a mapping by canonical name, each cut to its shape here.

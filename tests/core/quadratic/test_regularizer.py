@@ -280,8 +280,8 @@ def test_a_closure_that_returns_nothing_trains_as_the_step_after_it(model):
 
 
 def test_of_two_optimizers_the_first_evaluates_for_both_unless_gradients_are_new(model, monkeypatch):
-    calls, evaluate = [], Penalty.evaluate
-    monkeypatch.setattr(Penalty, "evaluate", lambda *args: calls.append(1) or evaluate(*args))
+    calls, gradients = [], Penalty.gradients
+    monkeypatch.setattr(Penalty, "gradients", lambda *args: calls.append(1) or gradients(*args))
     regularizer = with_past(model)
     attached(model, layers, regularizer)
     assert len(calls) == STEPS
