@@ -1,16 +1,8 @@
 """The quadratic model of past loss: estimated, kept up to date by a policy, and added to training as a penalty."""
 
-from avalanche_curv.core.quadratic.adaptive import (
-    AbsoluteError,
-    AdaptiveRefresh,
-    Damping,
-    RatioBand,
-    RelativeError,
-    StepBound,
-    Tikhonov,
-    Trust,
-)
+from avalanche_curv.core.quadratic.adaptive import AdaptiveRefresh, Damping, StepBound, Tikhonov
 from avalanche_curv.core.quadratic.estimate import estimate
+from avalanche_curv.core.quadratic.looks import AllStored, Look, RandomPart
 from avalanche_curv.core.quadratic.model import QuadraticModel
 from avalanche_curv.core.quadratic.policies import Accumulate, Merge, Past, Policy, Refresh, RefreshEvent
 from avalanche_curv.core.quadratic.regularizer import CurvatureRegularizer
@@ -23,18 +15,22 @@ from avalanche_curv.core.quadratic.stability import (
     WarnIfUnstable,
     suggest_strength,
 )
+from avalanche_curv.core.quadratic.trust import AbsoluteError, RatioBand, RelativeError, Trust
 
 __all__ = [
     "AbsoluteError",
     "Accumulate",
     "AdaptiveRefresh",
+    "AllStored",
     "CurvatureRegularizer",
     "Damping",
     "Guard",
+    "Look",
     "Merge",
     "Past",
     "Policy",
     "QuadraticModel",
+    "RandomPart",
     "RatioBand",
     "Refresh",
     "RefreshEvent",

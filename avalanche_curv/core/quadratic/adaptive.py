@@ -1,14 +1,15 @@
-"""A trust region for the quadratic model of past loss: where it is trusted, how it stays bounded, when it is estimated
-anew."""
+"""A trust region for the quadratic model of past loss: how it stays bounded, and when it is estimated anew."""
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from avalanche_curv.core.curvature.base import Curvature
 from avalanche_curv.core.options import (
@@ -22,108 +23,22 @@ from avalanche_curv.core.options import (
 )
 from avalanche_curv.core.precision import in_own_precision
 from avalanche_curv.core.quadratic.estimate import estimate
+from avalanche_curv.core.quadratic.looks import Look, RandomPart
 from avalanche_curv.core.quadratic.model import QuadraticModel, half
-from avalanche_curv.core.quadratic.policies import Past, Policy, RefreshEvent, absorbing, check_stored, part_of
+from avalanche_curv.core.quadratic.policies import (
+    Past,
+    Policy,
+    RefreshEvent,
+    absorbing,
+    check_stored,
+    part_of,
+    part_seed,
+)
+from avalanche_curv.core.quadratic.trust import RelativeError, Trust, TrustCheck
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk, frozen_together
 from avalanche_curv.core.risk.frozen import keep_what_trains
 from avalanche_curv.core.risk.selection import in_words
 from avalanche_curv.core.structures.base import Structure
-
-
-@dataclass(frozen=True)
-class TrustCheck:
-    """The loss L of stored examples against its quadratic model q, at the anchor a and at the current parameters θ.
-
-    `start` = L(a) = q(a), `actual` = L(θ), `predicted` = q(θ).
-
-    >>> check = TrustCheck(start=1.0, actual=2.0, predicted=1.5)
-    >>> check.error, check.ratio
-    (0.5, 2.0)
-    """
-
-    start: float
-    actual: float
-    predicted: float
-
-    @property
-    def error(self) -> float:
-        """|L(θ) − q(θ)|."""
-        return abs(self.actual - self.predicted)
-
-    @property
-    def ratio(self) -> float:
-        """ρ = (L(θ) − L(a)) / (q(θ) − q(a)), NaN where nothing is predicted."""
-        change = self.predicted - self.start
-        return (self.actual - self.start) / change if change else float("nan")
-
-
-class Trust(ABC):
-    """The region in which a quadratic model is trusted."""
-
-    @abstractmethod
-    def broken(self, check: TrustCheck) -> str | None:
-        """Why the model is not trusted at these parameters, with its numbers; None where it is."""
-
-
-check_tolerance = partial(check_number, above=0, hint="Smaller refreshes more often; infinity is Refresh().")
-
-
-@dataclass(frozen=True)
-class AbsoluteError(Trust):
-    """|L(θ) − q(θ)| ≤ tolerance, in units of the loss summed over past experiences."""
-
-    tolerance: float
-
-    def __post_init__(self) -> None:
-        settle(self, tolerance=check_tolerance)
-
-    def broken(self, check: TrustCheck) -> str | None:
-        if check.error <= self.tolerance:
-            return None
-        return f"error {check.error:.3g} above the tolerance {self.tolerance:g}"
-
-
-@dataclass(frozen=True)
-class RelativeError(Trust):
-    """|L(θ) − q(θ)| ≤ tolerance · max(L(θ), L(a)): a share of the loss of the stored examples."""
-
-    tolerance: float
-
-    def __post_init__(self) -> None:
-        settle(self, tolerance=check_tolerance)
-
-    def broken(self, check: TrustCheck) -> str | None:
-        loss = max(check.actual, check.start)
-        if check.error <= self.tolerance * loss:
-            return None
-        return f"error {check.error:.3g} above {self.tolerance:g} times the loss {loss:.3g}"
-
-
-@dataclass(frozen=True)
-class RatioBand(Trust):
-    """low ≤ ρ ≤ high for the ratio ρ of the actual to the predicted change (Conn et al. 2000, section 6.1).
-
-    Changes that are both below `floor` · L(a) are not judged: their ratio is noise.
-    """
-
-    low: float = 0.5
-    high: float = 2.0
-    floor: float = 0.1
-
-    def __post_init__(self) -> None:
-        settle(self, low=check_number, high=check_number)
-        if not self.low < 1 < self.high:
-            raise ValueError(
-                f"RatioBand needs low < 1 < high; got low={self.low!r}, high={self.high!r}. 1 is a perfect prediction; "
-                "RatioBand(0.5, 2.0) allows a factor of two either way."
-            )
-        settle(self, floor=partial(check_number, at_least=0, hint="0 judges every change."))
-
-    def broken(self, check: TrustCheck) -> str | None:
-        actual, predicted = check.actual - check.start, check.predicted - check.start
-        if max(abs(actual), abs(predicted)) <= self.floor * check.start or self.low <= check.ratio <= self.high:
-            return None
-        return f"ratio {check.ratio:.3g} of actual to predicted change outside [{self.low:g}, {self.high:g}]"
 
 
 class Damping(ABC):
@@ -180,13 +95,15 @@ class StepBound(Damping):
 class AdaptivePast(Past):
     """What `AdaptiveRefresh` knows of past experiences besides their model and stored examples.
 
-    `loss` is L(a), that of the stored examples at the anchor, `damping` the part τI of the curvature that only keeps
-    the model bounded below, and `refreshes` say when and why the model was estimated anew during an experience.
+    `loss` is L(a), that of the stored examples at the anchor, and `losses` are those of each example, by experience;
+    `damping` is the part τI of the curvature that only keeps the model bounded below, and `refreshes` say when and why
+    the model was estimated anew during an experience.
     """
 
     loss: float = 0.0
     damping: float = 0.0
     refreshes: tuple[RefreshEvent, ...] = ()
+    losses: tuple[Float[Tensor, "n"], ...] = field(default=(), repr=False)
 
     @classmethod
     def of(cls, past: Past) -> AdaptivePast:
@@ -204,7 +121,7 @@ class AdaptiveRefresh(Policy):
 
         q(θ) = L(a) + gᵀδ + ½ δᵀ C δ,   δ = θ − a,   g = ∇L(a),   C = Σ_t C_t(a).
 
-    Every `every` iterations L(θ) is measured, one forward pass over the stored examples. Where it leaves the region in
+    Every `every` iterations L(θ) is measured, on as many stored examples as `look` takes. Where it leaves the region in
     which `trust` believes q, the anchor moves to θ and g and C are estimated anew, at most `max_refreshes` times an
     experience; at the end of each experience always. Before the first iteration L is that of the model as it has grown:
     where new outputs or unmasked units change it beyond `trust`, the model is estimated anew too, and so it is where
@@ -215,21 +132,21 @@ class AdaptiveRefresh(Policy):
     trusted is that of Levenberg (1944) and of Conn et al. (2000).
     """
 
-    trust: Trust = RelativeError(0.1)
+    trust: Trust = RelativeError(0.1)  # noqa: RUF009  a frozen value
     every: int = 5
-    max_refreshes: int | None = 10
+    max_refreshes: int | None = None
     damping: Damping = StepBound()
+    look: Look = RandomPart()  # noqa: RUF009  a frozen value
     fraction: float = 0.1
     seed: int = 0
 
     revises = True
 
     def __post_init__(self) -> None:
-        settle(
-            self, fraction=check_fraction, seed=check_seed, every=check_count, max_refreshes=optional(check_whole)
-        )
+        settle(self, fraction=check_fraction, seed=check_seed, every=check_count, max_refreshes=optional(check_whole))
         for name, value, expected, example in (
             ("trust", self.trust, Trust, "RelativeError(0.1), AbsoluteError(0.1) or RatioBand(0.5, 2.0)"),
+            ("look", self.look, Look, "RandomPart(256) or AllStored()"),
             ("damping", self.damping, Damping, "StepBound(10.0) or Tikhonov(0.0)"),
         ):
             if not isinstance(value, expected):
@@ -250,33 +167,42 @@ class AdaptiveRefresh(Policy):
         check_stored("AdaptiveRefresh()", past)
 
     @in_own_precision
-    def revise(
-        self, past: Past, model: nn.Module, iteration: int, curvature: Curvature, structure: Structure
-    ) -> Past:
+    def revise(self, past: Past, model: nn.Module, iteration: int, curvature: Curvature, structure: Structure) -> Past:
         if past.model is None or iteration % self.every or self._left(past) <= 0:
             return past
         keep_what_trains(model)
-        begun, past = past.model.unprotected(model), AdaptivePast.of(past)
-        predicted = predicted_loss(past, model)
-        grown = frozen_together(past.stored, model) if begun or not iteration else ()
-        actual = sum(risk.value() for risk in grown)
-        # what trains now and was frozen may have changed in the frozen past functions, which share it
-        frozen = actual if begun else memory_loss(past.stored, model)
-        actual = actual if grown else frozen
-        reason = self.trust.broken(TrustCheck(past.loss, actual, predicted))
+        begun, unchanged, past = past.model.unprotected(model), past, AdaptivePast.of(past)
+        check, frozen, grown = self._looked(past, model, iteration, begun)
+        reason = self.trust.broken(check)
         if begun:
             reason = f"{in_words(begun)} train now and did not before"
         if reason is None:
-            return past
-        if actual != frozen:
-            reason = f"growth changed the loss from {frozen:.3g} to {actual:.3g}: {reason}"
+            return unchanged
+        if check.actual != frozen:
+            reason = f"growth changed the loss from {frozen:.3g} to {check.actual:.3g}: {reason}"
         if self._left(past) == 1:
             reason = f"{reason}; the last of {self.max_refreshes}"
-        event = RefreshEvent(past.experiences, iteration, reason, actual, predicted)
+        event = RefreshEvent(past.experiences, iteration, reason, check.actual, check.predicted)
         stored = grown or frozen_together(past.stored, model)
-        return replace(
-            self._refreshed(past, stored, curvature, structure), refreshes=(*past.refreshes, event)
-        )
+        refreshed = self._refreshed(past, stored, curvature, structure)
+        return replace(refreshed, refreshes=(*past.refreshes, event))
+
+    def _looked(
+        self, past: AdaptivePast, model: nn.Module, iteration: int, begun: Collection[str]
+    ) -> tuple[TrustCheck, float, tuple[EmpiricalRisk, ...]]:
+        """The loss of stored examples against its model; that loss on their frozen past functions; and, where these
+        may have grown, the stored examples at the model as it is, whose loss is then the actual one."""
+        predicted = predicted_loss(past, model)
+        if not begun and iteration and past.losses:
+            seed = part_seed(part_seed(self.seed, past.experiences), iteration)
+            losses = partial(_losses, past.stored, [risk.space.tensors(model) for risk in past.stored])
+            check = self.look.check(past.loss, predicted, past.losses, losses, self.trust, seed)
+            return check, check.actual, ()
+        grown = frozen_together(past.stored, model)
+        actual = sum(risk.value() for risk in grown)
+        # what trains now and was frozen may have changed in the frozen past functions, which share it
+        frozen = actual if begun else memory_loss(past.stored, model)
+        return TrustCheck(past.loss, actual, predicted), frozen, grown
 
     def _left(self, past: Past) -> float:
         """How many refreshes this experience may still have."""
@@ -288,9 +214,16 @@ class AdaptiveRefresh(Policy):
     ) -> AdaptivePast:
         """The past with the model of the stored examples at the parameters where they are frozen."""
         models = [estimate(curvature, structure, risk, gradient=True) for risk in stored]
-        total, loss = sum_at_one_anchor(models), sum(risk.value() for risk in stored)
+        total, losses = sum_at_one_anchor(models), tuple(risk.losses() for risk in stored)
         tau = self.damping.amount(total)
-        return replace(past, model=damped(total, tau), loss=loss, damping=tau, stored=stored)
+        return replace(
+            past,
+            model=damped(total, tau),
+            loss=sum(float(each.double().mean()) for each in losses),
+            losses=losses,
+            damping=tau,
+            stored=stored,
+        )
 
 
 @in_own_precision
@@ -301,6 +234,15 @@ def predicted_loss(past: Past, model: nn.Module) -> float:
     own, displacement = AdaptivePast.of(past), past.model.displacement(model)
     increase = past.model.increase(displacement) - half(own.damping * (displacement @ displacement))
     return own.loss + float(increase)
+
+
+def _losses(
+    stored: Sequence[EmpiricalRisk], parameters: Sequence[Sequence[Tensor]], t: int, indices: Tensor | None
+) -> Float[Tensor, "n"]:
+    """ℓ_n of those stored examples of experience t on their frozen past function at these parameters."""
+    part = stored[t] if indices is None else stored[t].select(indices)
+    with part.holding(parameters[t]):
+        return part.losses()
 
 
 def memory_loss(stored: tuple[EmpiricalRisk, ...], model: nn.Module) -> float:

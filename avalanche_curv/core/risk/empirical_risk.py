@@ -287,6 +287,12 @@ class EmpiricalRisk(OneLine, Storable):
         return replace(self, base=base, verdicts={})
 
     @in_own_precision
+    def losses(self) -> Float[Tensor, "N"]:
+        """ℓ of each example at the frozen parameters."""
+        with torch.no_grad():
+            return torch.cat([self.loss.per_example(self.outputs(x), y) for x, y in self])
+
+    @in_own_precision
     def value(self) -> float:
         """L at the frozen parameters, summed in float64."""
         with torch.no_grad():
