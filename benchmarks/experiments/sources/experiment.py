@@ -14,6 +14,7 @@ from avalanche_curv import (
     GGN,
     Accumulate,
     AdaptiveRefresh,
+    AllStored,
     BatchedEmpiricalFisher,
     BlockDiagonal,
     Clip,
@@ -146,7 +147,7 @@ def all_recipes() -> list[Recipe]:
         "merge": Merge(),
         "refresh": Refresh(fraction=1.0),
         "refresh, slope": Refresh(fraction=1.0, gradient=True),
-        "adaptive": AdaptiveRefresh(fraction=1.0),
+        "adaptive": AdaptiveRefresh(max_refreshes=10, look=AllStored(), fraction=1.0),
     }
     kinds: dict[str, Curvature] = {
         "Hessian": Hessian(),

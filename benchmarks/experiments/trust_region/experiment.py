@@ -14,6 +14,7 @@ from torch import nn
 from avalanche_curv import (
     GGN,
     AdaptiveRefresh,
+    AllStored,
     CurvatureEWCPlugin,
     Dense,
     Diagonal,
@@ -174,7 +175,7 @@ def rows(setting: Setting, quick: bool) -> list[Config]:
     usual: Structure = Dense() if setting.stream == "sine" else LowRank(Rank(20))
 
     def adaptive(tolerance: float, cap: int | None = None, structure: Structure = usual) -> Method:
-        policy = AdaptiveRefresh(RelativeError(tolerance), max_refreshes=cap, fraction=setting.memory)
+        policy = AdaptiveRefresh(RelativeError(tolerance), max_refreshes=cap, look=AllStored(), fraction=setting.memory)
         return Ours(1.0, GGN(), structure, policy)
 
     tuned = {name: STRENGTHS[setting.stream, name] for name in (EWC, PER_TASK, WITH_SLOPE)}
@@ -188,7 +189,9 @@ def rows(setting: Setting, quick: bool) -> list[Config]:
     found |= {f"adaptive {CHOSEN:g}, at most {cap}": adaptive(CHOSEN, cap) for cap in CAPS}
     if setting.stream == "split_digits":
         others: dict[str, Structure] = {
-            "diagonal": Diagonal(), "Kronecker": Kronecker(), "matrix-free": MatrixFree(),
+            "diagonal": Diagonal(),
+            "Kronecker": Kronecker(),
+            "matrix-free": MatrixFree(),
         }
         found |= {f"adaptive {CHOSEN:g}, {name}": adaptive(CHOSEN, None, s) for name, s in others.items()}
     found |= {REPLAY: MemoryReplay(1.0, setting.memory), "Avalanche's Replay": Rehearsal(setting.memory)}
