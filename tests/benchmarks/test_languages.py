@@ -1,16 +1,19 @@
 """A GPT that learns languages in turn: the texts, the model, what methods add to the loss, and one quick run."""
 
 import math
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
+from avalanche_curv.core import Diagonal, EmpiricalFisher
 from benchmarks.experiments.languages import text as texts
 from benchmarks.experiments.languages.experiment import (
     AT_ONCE,
     FORKS,
+    MERGED,
     NAIVE,
     QUICK,
     SAMPLED,
@@ -20,8 +23,18 @@ from benchmarks.experiments.languages.experiment import (
     experiment,
     summary,
 )
-from benchmarks.experiments.languages.gpt import GPT, Adapted, Size, with_adapters
-from benchmarks.experiments.languages.methods import L2, Joint, Naive, Replay, windows
+from benchmarks.experiments.languages.gpt import GPT, Adapted, Size, merged, with_adapters
+from benchmarks.experiments.languages.methods import (
+    L2,
+    Joint,
+    LastByte,
+    Merged,
+    Naive,
+    Quadratic,
+    Replay,
+    as_forks,
+    windows,
+)
 from benchmarks.experiments.languages.report import report
 from benchmarks.experiments.languages.text import LANGUAGES, SHORTEST, language
 from benchmarks.harness import Results
@@ -129,7 +142,7 @@ def test_replay_divides_its_bytes_among_the_languages():
 
 
 def test_the_way_since_the_last_language_alone_is_penalised():
-    model, memory = GPT(Size(1, 8, 2, 4)), L2().memory(3.0)
+    model, memory = GPT(Size(1, 8, 2, 4)), L2((3.0,)).memory(3.0)
     assert float(torch.as_tensor(memory.term(model)).detach()) == 0
     for _ in range(2):
         memory.keep(model, torch.zeros(9, dtype=torch.uint8), 4, torch.Generator())
@@ -137,6 +150,94 @@ def test_the_way_since_the_last_language_alone_is_penalised():
         with torch.no_grad():
             model.head.weight.add_(2.0)
         assert float(memory.term(model).detach()) == pytest.approx(3.0 / 2 * 2.0**2 * 256 * 8)
+
+
+@pytest.fixture
+def text():
+    return torch.randint(256, (300,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def gradients(model, loss):
+    """Of the loss, in what is trained, by name."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return dict(zip(trained, torch.autograd.grad(loss, list(trained.values()))))
+
+
+def test_as_forks_have_it_squares_of_batch_gradients_add_up_around_the_newest_weights(text):
+    torch.manual_seed(0)
+    model, strength = GPT(Size(1, 4, 2, 4)).double(), 7.0
+    memory = as_forks(4, 8, (strength,)).memory(strength)
+    importances = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    for seed in (3, 4):
+        inputs, targets = windows(text, 8, 4, torch.Generator().manual_seed(seed))
+        for part in (slice(0, 4), slice(4, 8)):
+            loss = nn.functional.cross_entropy(model(inputs[part]), targets[part])
+            for name, gradient in gradients(model, loss).items():
+                importances[name] += gradient.square() / 2
+        memory.keep(model, text, 4, torch.Generator().manual_seed(seed))
+        anchor = {name: p.detach().clone() for name, p in model.named_parameters()}
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter))
+    expected = sum((importances[name] * (p - anchor[name]).square()).sum() for name, p in model.named_parameters())
+    assert float(memory.term(model).detach()) == pytest.approx(strength / 2 * float(expected.detach()))
+
+
+def test_merged_layers_are_the_adapted_ones_and_their_weights_alone_train(text):
+    torch.manual_seed(0)
+    model = with_adapters(GPT(Size(1, 8, 2, 6)), 2)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter)
+    plain, tokens = merged(model), text[:12].view(2, 6).long()
+    torch.testing.assert_close(plain(tokens), model(tokens))
+    assert not any(isinstance(module, Adapted) for module in plain.modules())
+    assert {name for name, p in plain.named_parameters() if p.requires_grad} == {
+        f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Adapted)
+    }
+    assert sum(isinstance(module, Adapted) for module in model.modules()) == 6  # left as it was
+
+
+def test_the_quadratic_model_of_merged_weights_is_one_of_w_plus_b_a(text):
+    torch.manual_seed(0)
+    model = with_adapters(GPT(Size(1, 8, 2, 6)).double(), 2)
+    memory = Quadratic(EmpiricalFisher(), Diagonal(), 6, (), Merged()).memory(3.0)
+    memory.keep(model, text, 6, torch.Generator().manual_seed(5))
+    for module in model.modules():
+        if isinstance(module, Adapted):
+            nn.init.normal_(module.up.weight)
+    inputs, targets = windows(text, 6, 6, torch.Generator().manual_seed(5))
+    plain = merged(with_adapters_at_zero(model))
+    squares = [gradients(plain, nn.functional.cross_entropy(plain(x[None]), y[None])) for x, y in zip(inputs, targets)]
+    expected = 0.0
+    for name, module in model.named_modules():
+        if isinstance(module, Adapted):
+            moved = module.up.weight @ module.down.weight
+            diagonal = sum(found[f"{name}.weight"].square() for found in squares) / len(squares)
+            expected = expected + 3.0 / 2 * (diagonal * moved.square()).sum()
+    term = memory.term(model)
+    assert float(term.detach()) == pytest.approx(float(expected.detach()))
+    ours, theirs = gradients(model, term), gradients(model, expected)
+    for name in theirs:
+        torch.testing.assert_close(ours[name], theirs[name])
+    assert any(float(gradient.abs().max()) > 0 for name, gradient in ours.items() if "down" in name)
+
+
+def with_adapters_at_zero(model):
+    """A copy as after the first language."""
+    copied = deepcopy(model)
+    for module in copied.modules():
+        if isinstance(module, Adapted):
+            nn.init.zeros_(module.up.weight)
+    return copied
+
+
+def test_where_only_the_last_byte_counts_its_loss_is_that_of_the_window(text):
+    torch.manual_seed(0)
+    model = GPT(Size(1, 8, 2, 6)).double()
+    inputs, targets = windows(text, 4, 6, torch.Generator().manual_seed(0))
+    risk = LastByte().risk(model, [(inputs, targets)])
+    expected = nn.functional.cross_entropy(model(inputs)[:, :, -1], targets[:, -1])
+    assert float(risk.value()) == pytest.approx(float(expected.detach()))
 
 
 def test_all_languages_at_once_are_one_stage_of_as_many_steps():
@@ -164,7 +265,7 @@ def test_a_size_and_a_tied_head_have_folders_of_their_own_and_tuning_tries_every
     tried = experiment.configs(LanguagesOptions(tuning=True))
     assert {config.setting.held_out for config in tried} == {True}
     label = f"LoRA, {FORKS}"
-    assert len({config.strength for config in tried if config.label.startswith(label)}) == 4
+    assert len({config.strength for config in tried if config.label.startswith(label)}) == 5
     configs = experiment.configs(LanguagesOptions(strengths=((label, 30.0),), size="medium"))
     assert next(config for config in configs if config.label == label).strength == 30.0
     assert {config.setting.size.layers for config in configs} == {4}
@@ -172,7 +273,8 @@ def test_a_size_and_a_tied_head_have_folders_of_their_own_and_tuning_tries_every
 
 @pytest.fixture(scope="module")
 def measured(results_of):
-    rows = {f"all weights, {row}" for row in (NAIVE, AT_ONCE, FORKS, SAMPLED[1])} | {f"LoRA, {SAMPLED[0]}"}
+    full = {f"all weights, {row}" for row in (NAIVE, AT_ONCE, FORKS, SAMPLED[1])}
+    rows = full | {f"LoRA, {row}" for row in (NAIVE, SAMPLED[0], MERGED[1])}
     configs = experiment.configs(LanguagesOptions(quick=True))
     return results_of(experiment, [config for config in configs if config.label in rows])
 
@@ -181,6 +283,12 @@ def test_the_report_shows_each_row_and_the_bits_after_each_language(measured, tm
     written = report(measured, tmp_path)
     assert "## All weights" in written
     assert "## LoRA" in written
+    assert f"| {MERGED[1]} " in written
+    beyond = written.partition("### All weights: what is beyond noise")[2].partition("##")[0]
+    assert [line.partition("|")[2].partition("|")[0].strip() for line in beyond.splitlines() if line[:3] == "| F"] == [
+        SAMPLED[1]
+    ]
+    assert "too few seeds" in beyond
     assert all(f"| {row} " in written for row in (NAIVE, AT_ONCE, FORKS, *SAMPLED[:2]))
     assert "| Naive, after YAML " in written
     assert (tmp_path / "languages.png").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
@@ -17,7 +18,6 @@ from torch.nn.functional import cross_entropy
 
 from avalanche_curv.core import (
     EKFAC,
-    BatchedEmpiricalFisher,
     Diagonal,
     EmpiricalFisher,
     Fisher,
@@ -30,18 +30,19 @@ from benchmarks.experiments.languages.methods import (
     Joint,
     LastByte,
     Memory,
+    Merged,
     Method,
     Naive,
     Quadratic,
     Replay,
+    as_forks,
     windows,
 )
 from benchmarks.experiments.languages.text import LANGUAGES, Parts, language
 from benchmarks.harness import Context, Experiment, Options, Record, Results
 from benchmarks.harness.experiment import digest
 from benchmarks.harness.kept import kept
-from benchmarks.harness.options import one_of, positive
-from benchmarks.strategies import decades
+from benchmarks.harness.options import one_of
 
 FIRST_SEED = 1000  # of tuning
 AT_ONCE_TESTED = 256  # windows
@@ -49,57 +50,110 @@ AT_ONCE_TESTED = 256  # windows
 
 @dataclass(frozen=True)
 class Setting:
-    """The model; `first_steps` steps on the first language, `steps` on each other one, with batches of so many windows
-    and Adam; and the bytes of each language to train on. Held out: tested on text held out for tuning."""
+    """The model; `first_steps` steps on the first language at that rate, `steps` on each other one, with batches of so
+    many windows and Adam; and the bytes of each language to train on. Held out: tested on text held out for tuning."""
 
     size: Size
     first_steps: int
     steps: int
     batch: int
-    first_rate: float
     rate: float
     text: int
     held_out: bool = False
 
 
 SETTINGS = {
-    "small": Setting(Size(2, 48, 4, 32), 600, 80, 16, 1e-2, 5e-3, 2**17),
-    "medium": Setting(Size(4, 256, 8, 128), 5_000, 1_000, 32, 1e-3, 5e-4, 2**18),  # hours of a core
-    "large": Setting(Size(6, 384, 6, 256), 20_000, 3_000, 64, 1e-3, 3e-4, 2**18),  # days
+    "small": Setting(Size(2, 48, 4, 32), 600, 80, 16, 1e-2, 2**17),
+    "medium": Setting(Size(4, 256, 8, 128), 5_000, 1_000, 32, 1e-3, 2**18),  # hours of a core
+    "large": Setting(Size(6, 384, 6, 256), 20_000, 3_000, 64, 1e-3, 2**18),  # days
 }
-QUICK = Setting(Size(2, 16, 2, 16), 10, 4, 8, 1e-2, 5e-3, 2**13)
+QUICK = Setting(Size(2, 16, 2, 16), 10, 4, 8, 1e-2, 2**13)
 
 
 NAIVE, AT_ONCE, FORKS = "Naive", "all at once", "EWC, squared batch gradients"
-EMPIRICAL = "empirical Fisher, Diagonal()"
-SLOW = "exact Fisher, Diagonal()", "exact Fisher, Kronecker()"
-SAMPLED = tuple(f"Fisher of one sample, {kept}" for kept in ("Diagonal()", "Kronecker()", "EKFAC()"))
-ROWS = NAIVE, AT_ONCE, "Replay of 2 KiB", "Replay of 16 KiB", "L2", FORKS, EMPIRICAL, *SAMPLED, *SLOW
-ADAPTED = NAIVE, AT_ONCE, "Replay of 16 KiB", "L2", FORKS, SAMPLED[0], SAMPLED[2]
+REPLAY, LESS_REPLAY, WEIGHTS = "Replay of 16 KiB", "Replay of 2 KiB", "L2"
+EMPIRICAL = "empirical Fisher, diagonal"
+SAMPLED = tuple(f"Fisher of one sample, {structure}" for structure in ("diagonal", "Kronecker", "EKFAC"))
+MERGED = tuple(f"{row} of W + B A" for row in SAMPLED[:2])
+EXACT = "exact Fisher, diagonal", "exact Fisher, Kronecker"
+BASELINES = NAIVE, REPLAY, FORKS
+"""What the report tests against."""
+
+
+class Trained(ABC):
+    """What is trained after the first language, at `slower` times the rate of the first."""
+
+    name: str
+    slower: float
+
+    @abstractmethod
+    def prepare(self, model: GPT) -> GPT:
+        """The model as it goes on."""
+
+    @abstractmethod
+    def methods(self, batch: int, quick: bool) -> dict[str, Method]:
+        """By their names in the tables. Strengths are such that the best is none of the ends."""
 
 
 @dataclass(frozen=True)
-class Full:
-    """All weights are trained."""
+class Full(Trained):
+    """All weights."""
 
-    name, rows = "all weights", ROWS
+    slower: float = 0.5
+    name = "all weights"
 
     def prepare(self, model: GPT) -> GPT:
         return model
 
+    def methods(self, batch: int, quick: bool) -> dict[str, Method]:
+        many, few = (8, 2) if quick else (512, 16)  # windows; exact kinds take a pass backward for each of 256 bytes
+        return {
+            NAIVE: Naive(), AT_ONCE: Joint(),
+            LESS_REPLAY: Replay(2_048, batch), REPLAY: Replay(16_384, batch),
+            WEIGHTS: L2(halves(-6, -2)),
+            FORKS: as_forks(batch, many, halves(5, 9)),
+            EMPIRICAL: Quadratic(EmpiricalFisher(), Diagonal(), many, halves(2, 6)),
+            **{row: Quadratic(ONE_SAMPLE, structure, many, halves(-1, 3)) for row, structure in STRUCTURES.items()},
+            EXACT[0]: Quadratic(Fisher(), Diagonal(), few, halves(-1, 3), LastByte()),
+            EXACT[1]: Quadratic(Fisher(), Kronecker(), few, halves(-1, 3), LastByte()),
+        }  # fmt: skip
+
 
 @dataclass(frozen=True)
-class LoRA:
-    """Adapters of this rank on the linear layers of the blocks are trained after the first language."""
+class LoRA(Trained):
+    """Adapters of this rank on the linear layers of the blocks."""
 
     rank: int = 4
-    name, rows = "LoRA", ADAPTED
+    slower: float = 1.0
+    name = "LoRA"
 
     def prepare(self, model: GPT) -> GPT:
         return with_adapters(model, self.rank)
 
+    def methods(self, batch: int, quick: bool) -> dict[str, Method]:
+        many = 8 if quick else 512
+        return {
+            NAIVE: Naive(), AT_ONCE: Joint(), REPLAY: Replay(16_384, batch),
+            WEIGHTS: L2(halves(-6, -2)),
+            FORKS: as_forks(batch, many, halves(5, 9)),
+            **{row: Quadratic(ONE_SAMPLE, structure, many, halves(-1, 3)) for row, structure in STRUCTURES.items()},
+            MERGED[0]: Quadratic(ONE_SAMPLE, Diagonal(), many, halves(-1, 3), Merged()),
+            MERGED[1]: Quadratic(ONE_SAMPLE, Kronecker(), many, halves(-1, 3), Merged()),
+        }  # fmt: skip
 
-TRAINED: tuple[Full | LoRA, ...] = (Full(), LoRA())
+
+def halves(first: int, last: int) -> tuple[float, ...]:
+    """Powers of √10, rounded.
+
+    >>> halves(-1, 2)
+    (0.3, 1.0, 3.0, 10.0)
+    """
+    return tuple(float(f"{(1, 3)[power % 2]}e{power // 2}") for power in range(first, last + 1))
+
+
+ONE_SAMPLE = Fisher(samples=1, seed=0)
+STRUCTURES = dict(zip(SAMPLED, (Diagonal(), Kronecker(), EKFAC())))
+TRAINED: tuple[Trained, ...] = (Full(), LoRA())
 
 
 @dataclass(frozen=True)
@@ -110,32 +164,14 @@ class Config:
     row: str
     part: str
     setting: Setting
-    trained: Full | LoRA
+    trained: Trained
     method: Method
     strength: float = 0.0
     cost: float = 1.0
 
 
-def methods(batch: int, quick: bool) -> dict[str, Method]:
-    """By their names in the tables. Strengths are such that the best is none of the ends."""
-    few, many = (2, 8) if quick else (8, 128)  # windows; exact kinds take a pass backward for each of 256 bytes
-    sampled, exact = Fisher(samples=1, seed=0), Fisher()
-    kept = [
-        Naive(), Joint(), Replay(2_048, batch), Replay(16_384, batch), L2(),
-        Quadratic(BatchedEmpiricalFisher(batch), Diagonal(), many, decades(2, 5)),
-        Quadratic(EmpiricalFisher(), Diagonal(), many, decades(0, 3)),
-        *(Quadratic(sampled, structure, many, decades(-1, 2)) for structure in (Diagonal(), Kronecker(), EKFAC())),
-        *(Quadratic(exact, structure, few, (1.0, 10.0, 100.0), LastByte) for structure in (Diagonal(), Kronecker())),
-    ]  # fmt: skip
-    return dict(zip(ROWS, kept))
-
-
 @dataclass(frozen=True)
 class LanguagesOptions(Options):
-    """Three seeds unless asked for others."""
-
-    seeds: Annotated[int, positive()] = 3
-    """run seeds 0 to SEEDS - 1"""
     size: Annotated[str, one_of("size", SETTINGS)] = "small"
     """of the model, with its steps; medium: hours a run on one core, large: days"""
     tied: bool = False
@@ -171,19 +207,18 @@ class Languages(Experiment):
         setting = replace(setting, size=replace(setting.size, tied=options.tied), held_out=options.tuning)
         found, made = dict(options.strengths), []
         for trained in TRAINED:
-            for row, method in methods(setting.batch, options.quick).items():
-                if row in trained.rows:
-                    label = f"{trained.name}, {row}"
-                    strength = found.get(label, method.grid[0] if method.grid else 0.0)
-                    cost = 2.0 if row in SLOW else 1.0
-                    made.append(Config(label, row, trained.name, setting, trained, method, strength, cost))
+            for row, method in trained.methods(setting.batch, options.quick).items():
+                label = f"{trained.name}, {row}"
+                strength = found.get(label, method.grid[0] if method.grid else 0.0)
+                cost = 2.0 if row in EXACT else 1.0
+                made.append(Config(label, row, trained.name, setting, trained, method, strength, cost))
         if not options.tuning:
             return made
         tried = slice(1 if options.quick else None)
         return [
             replace(one, label=f"{one.label} at {strength:g}", strength=strength)
             for one in made
-            if not (options.quick and one.row in SLOW)
+            if not (options.quick and one.row in EXACT)
             for strength in one.method.grid[tried]
         ]
 
@@ -218,7 +253,7 @@ def pretrained(setting: Setting, texts: Mapping[str, Parts], seed: int) -> GPT:
 
     def trained() -> dict[str, Any]:
         memory = Naive().memory(0.0)
-        fit(model, [texts[first].train], memory, setting, setting.first_steps, setting.first_rate, generator)
+        fit(model, [texts[first].train], memory, setting, setting.first_steps, setting.rate, generator)
         return {name: tensor.numpy() for name, tensor in model.state_dict().items()}
 
     which = digest([replace(setting, held_out=False), texts[first].digest, seed, torch.__version__])
@@ -234,6 +269,7 @@ def course(config: Config, model: GPT, texts: Mapping[str, Parts], seed: int) ->
     generator, drawn = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed + 1)
     memory, last, seconds = config.method.memory(config.strength), first, 0.0
     stages, found = config.method.stages(first, others), [bits(model, tests, setting)]
+    rate = setting.rate * config.trained.slower
     yield from _row(found[0], 1)
     for number, stage in enumerate(stages, start=1):
         start = time.perf_counter()
@@ -243,7 +279,7 @@ def course(config: Config, model: GPT, texts: Mapping[str, Parts], seed: int) ->
             yield {"metric": "mean_bits", "value": math.nan}
             return
         steps = setting.steps * len(others) // len(stages)
-        fit(model, [texts[name].train for name in stage], memory, setting, steps, setting.rate, generator)
+        fit(model, [texts[name].train for name in stage], memory, setting, steps, rate, generator)
         seconds += time.perf_counter() - start
         found.append(bits(model, tests, setting))
         yield from _row(found[-1], 1 + number * len(others) // len(stages))

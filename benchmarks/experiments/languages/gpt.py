@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
@@ -80,6 +81,11 @@ class Adapted(nn.Module):
         self.up = nn.Linear(rank, layer.out_features, bias=False)
         nn.init.zeros_(self.up.weight)
 
+    @property
+    def weight(self) -> Float[Tensor, "out in"]:
+        """W + B A."""
+        return self.layer.weight + self.up.weight @ self.down.weight
+
     def forward(self, x: Tensor) -> Tensor:
         return self.layer(x) + self.up(self.down(x))
 
@@ -92,3 +98,14 @@ def with_adapters(model: GPT, rank: int) -> GPT:
             if isinstance(layer, nn.Linear):
                 setattr(parent, name, Adapted(layer, rank))
     return model
+
+
+def merged(model: GPT) -> GPT:
+    """A copy with plain layers of weight W + B A in place of the adapted ones, in which these weights alone train."""
+    plain = deepcopy(model).requires_grad_(False)
+    for parent in list(plain.blocks.modules()):
+        for name, module in list(parent.named_children()):
+            if isinstance(module, Adapted):
+                module.layer.weight = nn.Parameter(module.weight.detach())
+                setattr(parent, name, module.layer)
+    return plain

@@ -4,15 +4,25 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Int, UInt8
 from torch import Tensor, nn
 
-from avalanche_curv.core import Accumulate, Curvature, EmpiricalRisk, Past, Structure
+from avalanche_curv.core import (
+    Accumulate,
+    BatchedEmpiricalFisher,
+    Curvature,
+    Diagonal,
+    EmpiricalRisk,
+    Merge,
+    Past,
+    Policy,
+    Structure,
+)
 from avalanche_curv.core.quadratic.penalty import Penalty
-from benchmarks.strategies import decades
+from benchmarks.experiments.languages.gpt import Adapted, merged
 
 Windows = tuple[Int[Tensor, "N T"], Int[Tensor, "N T"]]
 """N windows of T bytes, and the byte after each of theirs."""
@@ -128,9 +138,11 @@ class _Replay(Memory):
 class L2(Method):
     """λ/2 ‖θ − a‖², with a the weights at the end of the last language."""
 
+    strengths: tuple[float, ...]
+
     @property
     def grid(self) -> tuple[float, ...]:
-        return decades(-3, 0)
+        return self.strengths
 
     def memory(self, strength: float) -> Memory:
         return _L2(strength)
@@ -153,42 +165,72 @@ class _L2(Memory):
         return sum(anchor.nbytes for anchor in self.anchors)
 
 
-class EveryByte(nn.Module):
-    """A model as curvature sees it: the loss of a window is the mean over the bytes after each of its own."""
+class Seen(ABC):
+    """Of which outputs and which weights a quadratic model is."""
 
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
+    @abstractmethod
+    def risk(self, model: nn.Module, batches: Sequence[Windows]) -> EmpiricalRisk:
+        """The mean loss over windows, as curvature sees it."""
 
-    def forward(self, tokens: Int[Tensor, "N T"]) -> Tensor:
-        return self.module(tokens)
-
-    @staticmethod
-    def targets(following: Int[Tensor, "N T"]) -> Tensor:
-        return following
+    @abstractmethod
+    def term(self, penalty: Penalty, model: nn.Module) -> Tensor:
+        """λ q, with its gradient in what is trained."""
 
 
-class LastByte(EveryByte):
-    """The loss of a window is that of the byte after the last alone, where a pass for each of T times 256 outputs would
-    take too long."""
+@dataclass(frozen=True)
+class EveryByte(Seen):
+    """The weights that are trained. The loss of a window is the mean over the bytes after each of its own."""
 
-    def forward(self, tokens: Int[Tensor, "N T"]) -> Tensor:
-        return self.module(tokens)[:, :, -1]
+    def risk(self, model: nn.Module, batches: Sequence[Windows]) -> EmpiricalRisk:
+        return EmpiricalRisk.snapshot(model, nn.CrossEntropyLoss(), batches)
 
-    @staticmethod
-    def targets(following: Int[Tensor, "N T"]) -> Tensor:
-        return following[:, -1]
+    def term(self, penalty: Penalty, model: nn.Module) -> Tensor:
+        return penalty(model)
+
+
+@dataclass(frozen=True)
+class LastByte(Seen):
+    """The weights that are trained. The loss of a window is that of the byte after the last alone, where a pass for
+    each of T times 256 outputs would take too long."""
+
+    def risk(self, model: nn.Module, batches: Sequence[Windows]) -> EmpiricalRisk:
+        last = [(inputs, following[:, -1]) for inputs, following in batches]
+        return EmpiricalRisk.snapshot(
+            model, nn.CrossEntropyLoss(), last, forward=lambda model, inputs: model(inputs)[:, :, -1]
+        )
+
+    def term(self, penalty: Penalty, model: nn.Module) -> Tensor:
+        return penalty(model)
+
+
+@dataclass(frozen=True)
+class Merged(Seen):
+    """The weights W + B A of adapted layers. In A and B a quadratic model sees nothing of A where B = 0, as after the
+    first language, and misses the product of both displacements; in W + B A it misses neither, at the size of W."""
+
+    def risk(self, model: nn.Module, batches: Sequence[Windows]) -> EmpiricalRisk:
+        return EveryByte().risk(merged(model), batches)
+
+    def term(self, penalty: Penalty, model: nn.Module) -> Tensor:
+        """By the chain rule: its gradient is that of Σ ⟨∇q, W + B A⟩ with ∇q constant."""
+        own = {f"{name}.weight": module.weight for name, module in model.named_modules() if isinstance(module, Adapted)}
+        weights = penalty.space.cut(own)
+        value, slopes = penalty.evaluate([weight.detach() for weight in weights])
+        along = torch.stack([(slope * weight).sum() for slope, weight in zip(slopes, weights)]).sum()
+        return value + along - along.detach()
 
 
 @dataclass(frozen=True)
 class Quadratic(Method):
-    """λ q(θ), with q the sum of the languages' quadratic models. The curvature is that of so many windows."""
+    """λ q(θ), with q the quadratic model of the languages' losses that the policy keeps. The curvature is that of so
+    many windows."""
 
     curvature: Curvature
     structure: Structure
     windows: int
     strengths: tuple[float, ...]
-    seen: type[EveryByte] = EveryByte
+    seen: Seen = EveryByte()
+    policy: Policy = field(default_factory=Accumulate)
 
     @property
     def grid(self) -> tuple[float, ...]:
@@ -206,17 +248,28 @@ class _Quadratic(Memory):
 
     def keep(self, model: nn.Module, data: Tensor, context: int, generator: torch.Generator) -> None:
         own = self.method
-        inputs, following = windows(data, own.windows, context, generator)
-        batches = list(zip(inputs.split(AT_ONCE), own.seen.targets(following).split(AT_ONCE)))
-        risk = EmpiricalRisk.snapshot(own.seen(model), nn.CrossEntropyLoss(), batches)
-        self.past = Accumulate().absorb(self.past, risk, own.curvature, own.structure)
+        drawn = (part.split(AT_ONCE) for part in windows(data, own.windows, context, generator))
+        risk = own.seen.risk(model, list(zip(*drawn)))
+        self.past = own.policy.absorb(self.past, risk, own.curvature, own.structure)
         if self.past.model is not None:
             self.penalty = Penalty(self.past.model, self.strength)
 
     def term(self, model: nn.Module) -> Tensor | float:
-        return 0.0 if self.penalty is None else self.penalty(self.method.seen(model))
+        return 0.0 if self.penalty is None else self.method.seen.term(self.penalty, model)
 
     @property
     def nbytes(self) -> int:
         model = self.past.model
         return 0 if model is None else model.anchor.nbytes + model.curvature.nbytes
+
+
+def as_forks(batch: int, windows: int, strengths: tuple[float, ...]) -> Quadratic:
+    """EWC as forks of trainers have it: F = Σ_t (1/B) Σ_b ḡ_b², with ḡ_b the mean gradient of mini-batch b at the
+    labels of the text, and λ/2 Σ_i F_i (θ_i − a_i)² with a single anchor a, the newest weights.
+
+    So does `EWCTrainer` of https://github.com/which47/LLMCL, to which trl's issue 2428 points. There F adds up during
+    training, the gradient of the penalty included and step k weighted by 1/k, with no pass of its own; other code has
+    the pass that this has, and mostly no ½, which changes λ alone. A batch of N windows makes ḡ², but for the mean
+    gradient itself, N times smaller than the squares of single gradients (`EmpiricalFisher`), hence the large λ.
+    """
+    return Quadratic(BatchedEmpiricalFisher(batch), Diagonal(), windows, strengths, policy=Merge())
