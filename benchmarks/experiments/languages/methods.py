@@ -11,7 +11,6 @@ from jaxtyping import Int, UInt8
 from torch import Tensor, nn
 
 from avalanche_curv.core import (
-    Accumulate,
     BatchedEmpiricalFisher,
     Curvature,
     Diagonal,
@@ -222,15 +221,15 @@ class Merged(Seen):
 
 @dataclass(frozen=True)
 class Quadratic(Method):
-    """λ q(θ), with q the quadratic model of the languages' losses that the policy keeps. The curvature is that of so
-    many windows."""
+    """λ q(θ), with q the quadratic model of the languages' losses that the policy keeps: all around the newest weights,
+    unless another is given. The curvature is that of so many windows."""
 
     curvature: Curvature
     structure: Structure
     windows: int
     strengths: tuple[float, ...]
     seen: Seen = EveryByte()
-    policy: Policy = field(default_factory=Accumulate)
+    policy: Policy = field(default_factory=Merge)
 
     @property
     def grid(self) -> tuple[float, ...]:
@@ -272,4 +271,4 @@ def as_forks(batch: int, windows: int, strengths: tuple[float, ...]) -> Quadrati
     the pass that this has, and mostly no ½, which changes λ alone. A batch of N windows makes ḡ², but for the mean
     gradient itself, N times smaller than the squares of single gradients (`EmpiricalFisher`), hence the large λ.
     """
-    return Quadratic(BatchedEmpiricalFisher(batch), Diagonal(), windows, strengths, policy=Merge())
+    return Quadratic(BatchedEmpiricalFisher(batch), Diagonal(), windows, strengths)
