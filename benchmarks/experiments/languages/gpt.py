@@ -100,10 +100,10 @@ def with_adapters(model: GPT, rank: int) -> GPT:
     return model
 
 
-def merged(model: GPT) -> GPT:
+def merged(model: nn.Module) -> nn.Module:
     """A copy with plain layers of weight W + B A in place of the adapted ones, in which these weights alone train."""
     plain = deepcopy(model).requires_grad_(False)
-    for parent in list(plain.blocks.modules()):
+    for parent in list(plain.modules()):
         for name, module in list(parent.named_children()):
             if isinstance(module, Adapted):
                 module.layer.weight = nn.Parameter(module.weight.detach())
