@@ -276,7 +276,7 @@ def course(config: Config, model: GPT, texts: Mapping[str, Parts], seed: int) ->
     rate = setting.rate * config.trained.slower
     yield from _row(found[0], 1)
     for number, stage in enumerate(stages, start=1):
-        start = time.perf_counter()
+        start = time.process_time()
         try:
             memory.keep(model, texts[last].train, setting.size.context, drawn)
         except NonFiniteCurvatureError:
@@ -284,7 +284,7 @@ def course(config: Config, model: GPT, texts: Mapping[str, Parts], seed: int) ->
             return
         steps = setting.steps * len(others) // len(stages)
         fit(model, [texts[name].train for name in stage], memory, setting, steps, rate, generator)
-        seconds += time.perf_counter() - start
+        seconds += time.process_time() - start
         found.append(bits(model, tests, setting))
         yield from _row(found[-1], 1 + number * len(others) // len(stages))
         last = stage[-1]
