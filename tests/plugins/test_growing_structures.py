@@ -1,5 +1,8 @@
 """Every structure with every policy while the model grows: folded quadratics against explicit sums over experiences."""
 
+import copy
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -16,6 +19,7 @@ from avalanche_curv import (
     EmpiricalFisher,
     Energy,
     FlatSpectrum,
+    FrobeniusOptimal,
     Hessian,
     Kronecker,
     LowRank,
@@ -201,13 +205,27 @@ def test_a_sum_of_limited_rank_is_the_best_approximation_of_its_running_sum(ende
 
 
 @pytest.mark.parametrize("policy", [Accumulate(), Merge(0.5), Refresh(1.0)], ids=["accumulate", "merge", "refresh"])
-def test_merged_factors_keep_trace_and_number_of_terms_while_the_head_grows(policy, ended):
+@pytest.mark.parametrize("exact", [Kronecker(), EKFAC()], ids=str)
+@pytest.mark.parametrize("sums", [PiWeighted(), FrobeniusOptimal()], ids=str)
+def test_merged_factors_keep_trace_and_number_of_terms_while_the_head_grows(sums, exact, policy, ended):
     risks, model = ended
-    merged, kept = (absorbed(policy, risks, GGN(), structure) for structure in (Kronecker(PiWeighted()), Kronecker()))
+    merged, kept = (absorbed(policy, risks, GGN(), one) for one in (replace(exact, sums=sums), exact))
     assert all(len(layer.terms) == 1 for layer in merged.curvature.layers)
     assert merged.curvature.trace() == pytest.approx(kept.curvature.trace())
     assert max(len(layer.terms) for layer in kept.curvature.layers) == 3
     assert merged.penalty(model).isfinite()
+    assert torch.linalg.eigvalsh(merged.curvature.dense()).min() > -1e-10
+
+
+@pytest.mark.parametrize("exact", [Kronecker(), EKFAC()], ids=str)
+def test_one_pair_has_value_and_slope_of_the_exact_sum_at_the_newest_anchor_of_a_grown_head(exact, ended):
+    risks, model = ended[0], copy.deepcopy(ended[1])
+    one, kept = (absorbed(Accumulate(), risks[:2], GGN(), it) for it in (replace(exact, sums=PiWeighted()), exact))
+    with torch.no_grad():
+        for parameter, values in zip(one.space.tensors(model), one.space.split(one.anchor)):
+            parameter.copy_(values)
+    assert_same_function(one, kept.penalty(model), model)
+    assert one.gradient.norm() > 1e-3
 
 
 TRAINED = ["low rank and residual", "low rank blocks", "flat", "kronecker", "ekfac", "matrix free, in part"]

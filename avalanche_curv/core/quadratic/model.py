@@ -130,13 +130,15 @@ class QuadraticModel(OneLine, Saved):
             old.constant + new.constant,
             tuple(name for name in dict.fromkeys((*old.frozen, *new.frozen)) if name not in space.names),
         )
-        return exact.with_curvature(exact.curvature.compressed())
+        return exact.compressed()
 
     @in_own_precision
-    def with_curvature(self, curvature: Matrix) -> QuadraticModel:
-        """Another curvature around the minimum of this model, so that q stays bounded below where both are positive
-        semi-definite: the slope g at the anchor would leave the range of a smaller C."""
-        if curvature is self.curvature or self.gradient is None:
+    def compressed(self) -> QuadraticModel:
+        """This function with its curvature as a sum keeps it (`Matrix.compressed`), so that q stays bounded below where
+        C is positive semi-definite: with the same slope g at the anchor where that lies in the range of what is kept
+        (`Matrix.keeps_range`), around the same minimum elsewhere."""
+        curvature = self.curvature.compressed()
+        if curvature is self.curvature or self.gradient is None or self.curvature.keeps_range:
             return replace(self, curvature=curvature)
         step = minimiser(self.curvature.product, self.gradient)
         lowest = self.constant + float(self.increase(step))

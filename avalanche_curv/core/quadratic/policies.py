@@ -158,8 +158,9 @@ absorbing = takes(
 class Accumulate(Policy):
     """q = Σ_t ½ δ_tᵀ C_t δ_t: each experience keeps its own anchor (Kirkpatrick et al. 2017).
 
-    The sum is one quadratic model. Dense, diagonal and block-diagonal curvature folds exactly, so that memory and step
-    time do not grow with the number of experiences; other structures keep what each experience adds (see theirs).
+    The sum is one quadratic model at the newest anchor, with the slope of the past there. Dense, diagonal and
+    block-diagonal curvature folds exactly, so that memory and step time do not grow with the number of experiences;
+    other structures keep what each experience adds, or merge it (see theirs).
     With fraction < 1, C_t is estimated on that random part of the experience's examples, drawn by `seed`.
 
     Of a stream that hides where its tasks end, each part adds share · ½ δᵀ C δ at its own anchor.

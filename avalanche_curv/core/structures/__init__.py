@@ -13,7 +13,8 @@ from avalanche_curv.core.structures.dense import Dense, DenseMatrix
 from avalanche_curv.core.structures.diagonal import Diagonal, DiagonalMatrix
 from avalanche_curv.core.structures.flat_spectrum import FlatSpectrum
 from avalanche_curv.core.structures.kronecker import EKFAC, Kronecker
-from avalanche_curv.core.structures.kronecker_matrix import KeepTerms, KroneckerMatrix, PiWeighted
+from avalanche_curv.core.structures.kronecker_matrix import KroneckerMatrix
+from avalanche_curv.core.structures.kronecker_sums import FrobeniusOptimal, KeepTerms, PiWeighted
 from avalanche_curv.core.structures.low_rank import LowRank, LowRankMatrix
 from avalanche_curv.core.structures.matrix_free import MatrixFree, MatrixFreeMatrix
 from avalanche_curv.core.structures.rules import refusal, rule
@@ -30,6 +31,7 @@ __all__ = [
     "Energy",
     "Expand",
     "FlatSpectrum",
+    "FrobeniusOptimal",
     "KeepTerms",
     "Kronecker",
     "KroneckerMatrix",

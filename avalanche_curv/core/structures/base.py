@@ -117,6 +117,9 @@ class Matrix(OneLine, Storable, ABC):
         """C as a sum keeps it: itself, or an approximation where the structure bounds its size."""
         return self
 
+    keeps_range: bool = False
+    """Whether the range of `compressed()` holds that of C, if positive semi-definite: C v is never out of its reach."""
+
     @abstractmethod
     def scaled(self, factor: float) -> Matrix:
         """factor · C."""

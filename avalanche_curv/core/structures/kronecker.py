@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -20,34 +20,33 @@ from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.parameters import ParameterSpace
 from avalanche_curv.core.structures.base import CurvatureSource, Matrix, Structure, check_limit, check_memory
 from avalanche_curv.core.structures.diagonal import add_squares_of_rows
-from avalanche_curv.core.structures.kronecker_matrix import (
-    Corrected,
-    FactoredLayer,
-    Factors,
-    KeepTerms,
-    KroneckerMatrix,
-    KroneckerSum,
-)
+from avalanche_curv.core.structures.kronecker_matrix import FactoredLayer, KroneckerMatrix
+from avalanche_curv.core.structures.kronecker_sums import KeepTerms, KroneckerSum
+from avalanche_curv.core.structures.kronecker_terms import Corrected, Factors
 from avalanche_curv.core.structures.rules import has_rule, refusal, rule
 from avalanche_curv.core.structures.weight_sharing import Expand, WeightSharing
 
 _Names = tuple[str | None, str | None]  # of a weight and of a bias, as far as they are trainable
 
 
+@dataclass(frozen=True)
 class Factorised(Structure):
     """What KFAC and EKFAC share: a recipe for matrices that hold Kronecker factors of layers."""
 
-    max_bytes: int
-    sharing: WeightSharing
+    sums: KroneckerSum = KeepTerms()  # noqa: RUF009  a frozen value
+    max_bytes: int = 4 * 2**30
+    sharing: WeightSharing = field(default=Expand(), kw_only=True)
+
     corrections: ClassVar[int]  # numbers beside the factors for each parameter
     fits_in_blocks = False
 
-    if TYPE_CHECKING:
-
-        @property
-        def sums(self) -> KroneckerSum:
-            """How two matrices are added."""
-            ...
+    def __post_init__(self) -> None:
+        settle(self, max_bytes=check_limit)
+        if not isinstance(self.sums, KroneckerSum):
+            raise TypeError(
+                f"{type(self).__name__} takes KeepTerms(), PiWeighted() or FrobeniusOptimal(); got {self.sums!r}."
+            )
+        check_kind("sharing", self.sharing, WeightSharing, "Expand() or Reduce()")
 
     @property
     def sums_grow(self) -> bool:  # type: ignore[override]
@@ -97,42 +96,22 @@ class Kronecker(Factorised):
     of `nn.MultiheadAttention`, layers that are called twice or share their weight. A model without any layer to
     factorise is refused (TypeError), and so is a curvature that is no OutputCurvature.
 
-    Sums keep a list of terms and are exact; `sums=PiWeighted()` merges them into one.
+    Sums keep a list of terms and are exact, and each term makes a step slower. `sums=PiWeighted()` keeps one pair for
+    all of the past, `sums=KeepTerms(most=n)` the newest terms beside one pair of the older ones.
     """
-
-    sums: KroneckerSum = KeepTerms()  # noqa: RUF009  a frozen value
-    max_bytes: int = 4 * 2**30
-    sharing: WeightSharing = field(default=Expand(), kw_only=True)
 
     corrections: ClassVar[int] = 0
     is_mean = True
-
-    def __post_init__(self) -> None:
-        settle(self, max_bytes=check_limit)
-        if not isinstance(self.sums, KroneckerSum):
-            raise TypeError(f"Kronecker takes KeepTerms() or PiWeighted(); got {self.sums!r}.")
-        check_kind("sharing", self.sharing, WeightSharing, "Expand() or Reduce()")
 
 
 @dataclass(frozen=True)
 class EKFAC(Factorised):
     """KFAC with corrected eigenvalues: C ≈ Q Λ Qᵀ with Q = Q_A ⊗ Q_G the eigenvectors of the Kronecker factors and
     Λ = diag(Qᵀ C Q) exact (George et al. 2018, arXiv:1806.03884), so that its trace is that of C. Numbers: those of
-    KFAC, and one for each parameter. Layers, refusals and the readings `sharing` of positions, which give the
-    eigenvectors, are those of `Kronecker`. Sums keep a list of terms."""
-
-    max_bytes: int = field(default=4 * 2**30, kw_only=True)
-    sharing: WeightSharing = field(default=Expand(), kw_only=True)
+    KFAC, and one for each parameter. Layers, refusals, sums and the readings `sharing` of positions, which give the
+    eigenvectors, are those of `Kronecker`."""
 
     corrections: ClassVar[int] = 1
-
-    def __post_init__(self) -> None:
-        settle(self, max_bytes=check_limit)
-        check_kind("sharing", self.sharing, WeightSharing, "Expand() or Reduce()")
-
-    @property
-    def sums(self) -> KroneckerSum:
-        return KeepTerms()
 
     def from_shards(self, source: CurvatureSource) -> Matrix:
         raise TypeError(

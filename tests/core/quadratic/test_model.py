@@ -1,14 +1,20 @@
+from functools import reduce
+from operator import add
+
 import pytest
 import torch
 from torch import Size, nn
 
 from avalanche_curv import (
+    EKFAC,
     GGN,
     BlockDiagonal,
     Dense,
     Diagonal,
     EmpiricalRisk,
     Fisher,
+    FrobeniusOptimal,
+    KeepTerms,
     Kronecker,
     LowRank,
     ParameterSpace,
@@ -293,23 +299,51 @@ def test_a_sum_that_is_cut_keeps_its_minimum_and_stays_bounded_below() -> None:
         assert float(total(model)) == pytest.approx(4 * w2**2)
 
 
-@pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("structure", [LowRank(Rank(2), max_rank=4), Kronecker(PiWeighted())], ids=str)
-def test_bounded_sums_of_many_experiences_are_never_negative(structure, dtype, seed) -> None:
+def moved(structure, seed, dtype=torch.float64):
+    """Quadratic models of five experiences, and the model far from them."""
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
-    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).to(dtype)
-    total = None
+    model, found = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).to(dtype), []
     for _ in range(5):
         x, y = torch.randn(20, 4, generator=generator).to(dtype), torch.randint(3, (20,), generator=generator)
-        new = estimate(Fisher(), structure, EmpiricalRisk.snapshot(model, nn.CrossEntropyLoss(), [(x, y)]))
-        total = new if total is None else total + new
+        found.append(estimate(Fisher(), structure, EmpiricalRisk.snapshot(model, nn.CrossEntropyLoss(), [(x, y)])))
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+    return found, model, generator
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("structure", [LowRank(Rank(2), max_rank=4), Kronecker(FrobeniusOptimal())], ids=str)
+def test_bounded_sums_of_many_experiences_are_never_negative(structure, dtype, seed) -> None:
+    parts, model, generator = moved(structure, seed, dtype)
+    total = reduce(add, parts)
     for _ in range(50):
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.copy_(3 * torch.randn(parameter.shape, generator=generator))
         assert float(total(model)) > -1e-5
+
+
+@pytest.mark.parametrize(
+    "structure", [Kronecker(PiWeighted()), Kronecker(KeepTerms(most=2)), EKFAC(PiWeighted())], ids=str
+)
+def test_one_pair_keeps_the_slope_at_the_newest_anchor_and_a_minimum(structure, close) -> None:
+    """Of the sum that it takes in; for pi-weighted factors the minimum lies below q there by 1 / c as much, at most."""
+    parts, *_ = moved(structure, seed=0)
+    held = parts[0]
+    for new in parts[1:]:
+        slope, value = held.gradient_at(new.anchor - held.anchor), held.increase(new.anchor - held.anchor)
+        exact = held.curvature.dense() + new.curvature.dense()
+        total, before = held + new, held.constant + value
+        close(total.gradient, slope)
+        assert total.constant == pytest.approx(float(before))
+        kept = total.curvature.dense()
+        steps = [-torch.linalg.pinv(curvature, hermitian=True) @ slope for curvature in (exact, kept)]
+        close(kept @ steps[1], -slope)  # which has a minimum
+        if structure == Kronecker(PiWeighted()):
+            assert slope @ steps[1] >= 2 * slope @ steps[0]
+        held = total
+
+

@@ -17,6 +17,8 @@ from avalanche_curv import (
     EmpiricalRisk,
     Fisher,
     FlatSpectrum,
+    FrobeniusOptimal,
+    KeepTerms,
     Kronecker,
     LowRank,
     Matrix,
@@ -35,7 +37,8 @@ from avalanche_curv.core.structures import DiagonalMatrix
 
 STRUCTURES = [
     Dense(), Diagonal(), BlockDiagonal(), BlockDiagonal(PerLayer(), LowRank(Rank(2))), LowRank(Rank(2), Diagonal()),
-    FlatSpectrum(LowRank(Rank(2))), Kronecker(), Kronecker(PiWeighted()), EKFAC(),
+    FlatSpectrum(LowRank(Rank(2))), Kronecker(), Kronecker(PiWeighted()), Kronecker(KeepTerms(2, FrobeniusOptimal())),
+    EKFAC(), EKFAC(PiWeighted()),
 ]
 
 

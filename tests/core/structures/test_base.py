@@ -12,6 +12,7 @@ from avalanche_curv import (
     Diagonal,
     Energy,
     FlatSpectrum,
+    KeepTerms,
     Kronecker,
     LowRank,
     MatrixFree,
@@ -33,7 +34,8 @@ from avalanche_curv.core.structures import (
 )
 from avalanche_curv.core.structures.base import DampedMatrix, human_bytes
 from avalanche_curv.core.structures.block_diagonal import Block
-from avalanche_curv.core.structures.kronecker_matrix import Corrected, FactoredLayer, Factors
+from avalanche_curv.core.structures.kronecker_matrix import FactoredLayer
+from avalanche_curv.core.structures.kronecker_terms import Corrected, Factors
 from avalanche_curv.core.structures.matrix_free import OperatorTerm
 from avalanche_curv.core.structures.rules import check_pair
 
@@ -346,7 +348,10 @@ def test_sizes_for_people(count, text):
         (lambda: BlockDiagonal(PerLayer(), Dense), TypeError, "takes blocks"),
         (lambda: Kronecker(PiWeighted), TypeError, "takes KeepTerms"),
         (lambda: Kronecker("pi"), TypeError, "takes KeepTerms"),
-        (lambda: EKFAC(PiWeighted()), TypeError, "positional"),
+        (lambda: EKFAC(PiWeighted), TypeError, "EKFAC takes KeepTerms"),
+        (lambda: KeepTerms(0), ValueError, r"KeepTerms\(most=...\) must be an integer of at least 1; got 0"),
+        (lambda: KeepTerms(1), ValueError, r"at least 2; got 1. For one pair take sums=PiWeighted\(\)"),
+        (lambda: KeepTerms(3, KeepTerms()), TypeError, "merged must be an OnePair"),
         (lambda: MatrixFree(0), ValueError, r"MatrixFree\(fraction=...\) must lie in \(0, 1\]"),
     ],
 )

@@ -2,7 +2,8 @@
 
 import copy
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import reduce
 
 import pytest
 import torch
@@ -21,7 +22,9 @@ from avalanche_curv import (
     EmpiricalFisher,
     EmpiricalRisk,
     Fisher,
+    FrobeniusOptimal,
     Hessian,
+    KeepTerms,
     Kronecker,
     OutputCurvature,
     ParameterSpace,
@@ -34,7 +37,8 @@ from avalanche_curv.core.per_example import layer_kinds
 from avalanche_curv.core.per_example import passes as pieces
 from avalanche_curv.core.structures import DiagonalMatrix, KroneckerMatrix
 from avalanche_curv.core.structures import kronecker as rules
-from avalanche_curv.core.structures.kronecker_matrix import FactoredLayer, Factors
+from avalanche_curv.core.structures.kronecker_matrix import FactoredLayer
+from avalanche_curv.core.structures.kronecker_terms import Corrected, Factors
 from avalanche_curv.core.structures.rules import check_pair
 
 EXAMPLES, BATCH, CLASSES = 7, 4, 3
@@ -428,8 +432,6 @@ def test_corrected_and_plain_terms_add_up(case, close):
     risk = case(convolutional).risk
     one, two = (estimate(GGN(), structure, risk).curvature for structure in (Kronecker(), EKFAC()))
     close(one.plus(two).dense(), one.dense() + two.dense())
-    with pytest.raises(TypeError, match="Only plain Kronecker factors can be merged"):
-        estimate(GGN(), Kronecker(PiWeighted()), risk).curvature.plus(two).compressed()
 
 
 def test_merged_factors_keep_the_trace_and_stay_one_term():
@@ -467,16 +469,109 @@ def merging(term):
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 50.0])
-def test_equal_summands_give_a_multiple(scale, close):
-    one = random_kronecker(0, PiWeighted())
+@pytest.mark.parametrize("sums", [PiWeighted(), FrobeniusOptimal()], ids=str)
+def test_equal_summands_give_a_multiple(sums, scale, close):
+    one = random_kronecker(0, sums)
     (term,) = one.plus(one.scaled(scale)).compressed().layers[0].terms
     close(term.dense(), (1 + scale) * one.layers[0].terms[0].dense())
 
 
+def random_corrected(seed, sums=None):
+    generator = torch.Generator().manual_seed(seed)
+    q_g, q_a = (torch.linalg.qr(torch.randn(3, 3, generator=generator).double()).Q for _ in "ga")
+    values = torch.rand(3, 3, generator=generator).double()
+    layers = (FactoredLayer("weight", "bias", (Corrected(values, q_g, q_a),)),)
+    return KroneckerMatrix(SPACE, layers, torch.zeros(SPACE.size).double(), sums or PiWeighted())
+
+
+@pytest.mark.parametrize("sums", [PiWeighted(), FrobeniusOptimal()], ids=str)
+def test_corrected_eigenvalues_of_a_merged_sum_are_those_of_the_exact_sum_in_one_basis(sums, close):
+    one, two = random_corrected(0, sums), random_corrected(1, sums)
+    (term,) = one.plus(two).compressed().layers[0].terms
+    q = torch.kron(term.g, term.a)
+    exact = sum(m.layers[0].terms[0].dense() for m in (one, two))
+    close(q.T @ q, torch.eye(9).double())
+    close(term.values.reshape(-1), (q.T @ exact @ q).diagonal())
+    assert term.trace() == pytest.approx(float(exact.trace()))
+    # the eigenvectors are those of the merged partial traces
+    parts = [Factors(*(torch.einsum(rule, m.layers[0].terms[0].dense().view(3, 3, 3, 3)) / exact_root(m)
+                       for rule in ("ijik->jk", "ikjk->ij"))) for m in (one, two)]  # fmt: skip
+    (expected,) = sums.of(tuple(parts))
+    for basis, factor in ((term.g, expected.g), (term.a, expected.a)):
+        turned = basis.T @ factor @ basis
+        close(turned, turned.diagonal().diag())
+
+
+def exact_root(matrix):
+    return matrix.layers[0].terms[0].dense().trace().sqrt()
+
+
+def test_a_corrected_sum_of_matrices_with_the_same_eigenvectors_is_exact(close):
+    one = random_corrected(0)
+    (term,) = one.layers[0].terms
+    other = replace(one, layers=(replace(one.layers[0], terms=(replace(term, values=term.values.flip(0) ** 2),)),))
+    close(one.plus(other).compressed().dense(), one.dense() + other.dense())
+
+
+def rearranged(terms):
+    """Σ_i vec(A_i) vec(G_i)ᵀ from the entries of the sum of kron(G_i, A_i), without the factors."""
+    whole = sum(torch.kron(term.g, term.a) for term in terms)
+    g, a = len(terms[0].g), len(terms[0].a)
+    return whole.view(g, a, g, a).permute(1, 3, 0, 2).reshape(a * a, g * g)
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_the_frobenius_optimal_pair_is_the_best_product_but_for_the_trace(count, close):
+    generator = torch.Generator().manual_seed(count)
+    terms = tuple(Factors(positive(4, generator), 3 * positive(3, generator)) for _ in range(count))
+    (found,) = FrobeniusOptimal().of(terms)
+    u, s, v = torch.linalg.svd(rearranged(terms))
+    best = torch.kron(v[0].view(3, 3), u[:, 0].view(4, 4)) * s[0]
+    close(found.dense(), best * (sum(term.trace() for term in terms) / best.trace()))
+    assert torch.linalg.eigvalsh(found.dense()).min() > -1e-12
+
+
+def test_a_shared_factor_makes_the_frobenius_optimal_pair_exact(close):
+    generator = torch.Generator().manual_seed(0)
+    a, terms = positive(4, generator), []
+    terms = tuple(Factors(a * scale, positive(3, generator)) for scale in (1.0, 20.0, 0.1))
+    (found,) = FrobeniusOptimal().of(terms)
+    close(found.dense(), sum(term.dense() for term in terms))
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_no_pi_weighted_pair_holds_a_direction_less_than_its_share_of_the_sum(count):
+    generator = torch.Generator().manual_seed(count)
+    terms = tuple(Factors(10**n * positive(4, generator), positive(3, generator)) for n in range(count))
+    (found,) = PiWeighted().of(terms)
+    traces = torch.tensor([term.trace() for term in terms])
+    share = traces.sum() / traces.sqrt().sum().square()
+    assert 1 / count <= share < 1
+    assert torch.linalg.eigvalsh(found.dense() - share * sum(term.dense() for term in terms)).min() > -1e-9
+    for other in torch.rand(50, count, generator=generator).double():
+        pair = Factors(sum(w * t.a for w, t in zip(other, terms)), sum(t.g / w for w, t in zip(other, terms)))
+        assert pair.trace() >= float(traces.sqrt().sum().square()) * (1 - 1e-6)
+
+
+@pytest.mark.parametrize("most", [2, 3])
+def test_a_bounded_list_keeps_the_newest_terms_beside_one_pair_of_the_others(most, close):
+    parts = [random_kronecker(seed, KeepTerms(most=most)) for seed in range(5)]
+    total = reduce(lambda one, two: one.plus(two).compressed(), parts)
+    oldest, *newest = total.layers[0].terms
+    assert len(newest) == most - 1
+    for kept, part in zip(newest, parts[-most + 1 :]):
+        assert kept is part.layers[0].terms[0]
+    (pair,) = reduce(lambda held, m: PiWeighted().of((*held, *m.layers[0].terms)), parts[: -most + 1], ())
+    close(oldest.dense(), pair.dense())
+    assert total.trace() == pytest.approx(sum(m.trace() for m in parts))
+
+
 def test_merging_with_nothing_changes_nothing(close):
-    one = random_kronecker(0, PiWeighted())
-    for total in (one.plus(one.scaled(0.0)), one.scaled(0.0).plus(one)):
-        close(total.compressed().dense(), one.dense())
+    for one in (random_kronecker(0, PiWeighted()), random_kronecker(0, FrobeniusOptimal()), random_corrected(0)):
+        for total in (one.plus(one.scaled(0.0)), one.scaled(0.0).plus(one)):
+            close(total.compressed().dense(), one.dense())
+    nothing = one.scaled(0.0)
+    assert [len(layer.terms) for layer in nothing.plus(nothing).compressed().layers] == [1]
 
 
 def test_a_larger_convolution_has_the_entries_of_the_smaller_at_their_places(close):

@@ -1,0 +1,167 @@
+"""Symmetric matrices over the changes of one layer that are, or come from, Kronecker products."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from avalanche_curv.core.eigen import spectrum
+from avalanche_curv.core.state import Storable
+
+Change = tuple[Float[Tensor, "out in"] | None, Float[Tensor, "out"] | None]
+"""Of a layer's weight and of its bias, as far as they are trainable; in one matrix the bias is the last column."""
+
+
+class KroneckerTerm(Storable, ABC):
+    """A symmetric matrix over changes of one layer, [out, in] with the bias."""
+
+    @abstractmethod
+    def product(self, weight: Tensor | None, bias: Tensor | None) -> Change:
+        """The matrix times a change, in memory of its own."""
+
+    @abstractmethod
+    def scaled(self, factor: float) -> KroneckerTerm:
+        """factor times the matrix."""
+
+    @abstractmethod
+    def placed(self, rows: Tensor, columns: Tensor, out: int, inputs: int) -> KroneckerTerm:
+        """The matrix over larger changes, in which those of this one stand at some rows and columns; zero elsewhere."""
+
+    @abstractmethod
+    def map_spectrum(self, function: Callable[[Tensor], Tensor]) -> KroneckerTerm:
+        """`function` of the eigenvalues."""
+
+    @abstractmethod
+    def eigen(self) -> tuple[Float[Tensor, "out in"], Float[Tensor, "out out"], Float[Tensor, "in in"]]:
+        """Λ, Q_G and Q_A: the eigenvalue Λ_ij belongs to the change q_i q_jᵀ."""
+
+    @abstractmethod
+    def factors(self) -> Factors:
+        """The matrix, or in the place of one that is no product the pair of its partial traces over G and over A."""
+
+    @abstractmethod
+    def diagonal_in(self, g: Float[Tensor, "out r"], a: Float[Tensor, "in s"]) -> Float[Tensor, "r s"]:
+        """The quadratic forms of the changes g_i a_jᵀ of these columns."""
+
+    @abstractmethod
+    def dense(self) -> Float[Tensor, "d d"]:
+        """All entries, over changes in row-major order."""
+
+    @abstractmethod
+    def trace(self) -> float:
+        """The sum of the eigenvalues."""
+
+    @abstractmethod
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What is stored."""
+
+
+@dataclass(frozen=True)
+class Factors(KroneckerTerm):
+    """W ↦ G W A."""
+
+    a: Float[Tensor, "in in"]
+    g: Float[Tensor, "out out"]
+
+    def product(self, weight: Tensor | None, bias: Tensor | None) -> Change:
+        turned = _times(weight, bias, self.a)
+        return (
+            None if weight is None else self.g @ turned[:, : weight.shape[1]],
+            None if bias is None else self.g @ turned[:, -1],
+        )
+
+    def scaled(self, factor: float) -> Factors:
+        return replace(self, g=self.g * factor)
+
+    def placed(self, rows: Tensor, columns: Tensor, out: int, inputs: int) -> Factors:
+        g, a = self.g.new_zeros(out, out), self.a.new_zeros(inputs, inputs)
+        g[rows[:, None], rows], a[columns[:, None], columns] = self.g, self.a
+        return Factors(a, g)
+
+    def map_spectrum(self, function: Callable[[Tensor], Tensor]) -> KroneckerTerm:
+        values, g, a = self.eigen()
+        return Corrected(function(values), g, a)
+
+    def eigen(self) -> tuple[Tensor, Tensor, Tensor]:
+        (of_g, g), (of_a, a) = (spectrum(factor) for factor in (self.g, self.a))
+        return torch.outer(of_g, of_a).to(self.a), g.to(self.a), a.to(self.a)
+
+    def factors(self) -> Factors:
+        return self
+
+    def diagonal_in(self, g: Tensor, a: Tensor) -> Tensor:
+        return torch.outer((g * (self.g @ g)).sum(0), (a * (self.a @ a)).sum(0))
+
+    def dense(self) -> Tensor:
+        return torch.kron(self.g, self.a)
+
+    def trace(self) -> float:
+        return float(self.a.double().trace() * self.g.double().trace())
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.a, self.g
+
+
+@dataclass(frozen=True)
+class Corrected(KroneckerTerm):
+    """W ↦ Q_G (Λ ∘ (Q_Gᵀ W Q_A)) Q_Aᵀ."""
+
+    values: Float[Tensor, "out in"]
+    g: Float[Tensor, "out out"]
+    a: Float[Tensor, "in in"]
+
+    def product(self, weight: Tensor | None, bias: Tensor | None) -> Change:
+        turned = self.g @ (self.g.T @ _times(weight, bias, self.a)).mul_(self.values)
+        return (
+            None if weight is None else turned @ self.a[: weight.shape[1]].T,
+            None if bias is None else turned @ self.a[-1],
+        )
+
+    def scaled(self, factor: float) -> Corrected:
+        return replace(self, values=self.values * factor)
+
+    def placed(self, rows: Tensor, columns: Tensor, out: int, inputs: int) -> Corrected:
+        """Eigenvectors keep their number: only their entries get new places."""
+        g, a = self.g.new_zeros(out, self.g.shape[1]), self.a.new_zeros(inputs, self.a.shape[1])
+        g[rows], a[columns] = self.g, self.a
+        return Corrected(self.values, g, a)
+
+    def map_spectrum(self, function: Callable[[Tensor], Tensor]) -> KroneckerTerm:
+        return replace(self, values=function(self.values))
+
+    def eigen(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.values, self.g, self.a
+
+    def factors(self) -> Factors:
+        """A = Q_A diag(Σ_i Λ_i·) Q_Aᵀ / √tr and G = Q_G diag(Σ_j Λ_·j) Q_Gᵀ / √tr."""
+        root = self.values.sum().sqrt()
+        return Factors(
+            (self.a * (self.values.sum(0) / root)) @ self.a.T, (self.g * (self.values.sum(1) / root)) @ self.g.T
+        )
+
+    def diagonal_in(self, g: Tensor, a: Tensor) -> Tensor:
+        return (g.T @ self.g).square() @ self.values @ (self.a.T @ a).square()
+
+    def dense(self) -> Tensor:
+        vectors = torch.kron(self.g, self.a)
+        return (vectors * self.values.reshape(-1)) @ vectors.T
+
+    def trace(self) -> float:
+        return float(self.values.double().sum())
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.values, self.g, self.a
+
+
+def _times(weight: Tensor | None, bias: Tensor | None, matrix: Float[Tensor, "in k"]) -> Float[Tensor, "out k"]:
+    """[W, b] M, without putting the two together."""
+    if weight is None:
+        return torch.outer(bias, matrix[0]) if bias is not None else matrix[:0]
+    if bias is None:
+        return weight @ matrix
+    return torch.addmm(torch.outer(bias, matrix[-1]), weight, matrix[:-1])
