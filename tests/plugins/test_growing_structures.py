@@ -47,6 +47,8 @@ EXACT = {
     "flat": FlatSpectrum(LowRank(Rank(3))),
     "kronecker": Kronecker(),
     "ekfac": EKFAC(),
+    "cut kronecker": Kronecker(cut=Rank(1)),
+    "cut ekfac": EKFAC(cut=Energy(0.5)),
     "matrix free": MatrixFree(),
     "matrix free, in part": MatrixFree(0.5, seed=1),
 }
@@ -205,7 +207,7 @@ def test_a_sum_of_limited_rank_is_the_best_approximation_of_its_running_sum(ende
 
 
 @pytest.mark.parametrize("policy", [Accumulate(), Merge(0.5), Refresh(1.0)], ids=["accumulate", "merge", "refresh"])
-@pytest.mark.parametrize("exact", [Kronecker(), EKFAC()], ids=str)
+@pytest.mark.parametrize("exact", [Kronecker(), EKFAC(), Kronecker(cut=Rank(1)), EKFAC(cut=Energy(0.5))], ids=str)
 @pytest.mark.parametrize("sums", [PiWeighted(), FrobeniusOptimal()], ids=str)
 def test_merged_factors_keep_trace_and_number_of_terms_while_the_head_grows(sums, exact, policy, ended):
     risks, model = ended
@@ -217,7 +219,7 @@ def test_merged_factors_keep_trace_and_number_of_terms_while_the_head_grows(sums
     assert torch.linalg.eigvalsh(merged.curvature.dense()).min() > -1e-10
 
 
-@pytest.mark.parametrize("exact", [Kronecker(), EKFAC()], ids=str)
+@pytest.mark.parametrize("exact", [Kronecker(), EKFAC(), Kronecker(cut=Rank(1)), EKFAC(cut=Energy(0.5))], ids=str)
 def test_one_pair_has_value_and_slope_of_the_exact_sum_at_the_newest_anchor_of_a_grown_head(exact, ended):
     risks, model = ended[0], copy.deepcopy(ended[1])
     one, kept = (absorbed(Accumulate(), risks[:2], GGN(), it) for it in (replace(exact, sums=PiWeighted()), exact))
@@ -228,7 +230,9 @@ def test_one_pair_has_value_and_slope_of_the_exact_sum_at_the_newest_anchor_of_a
     assert one.gradient.norm() > 1e-3
 
 
-TRAINED = ["low rank and residual", "low rank blocks", "flat", "kronecker", "ekfac", "matrix free, in part"]
+TRAINED = [
+    "low rank and residual", "low rank blocks", "flat", "kronecker", "ekfac", "cut kronecker", "matrix free, in part"
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("structure", TRAINED)

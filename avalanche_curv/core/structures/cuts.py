@@ -7,13 +7,15 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import partial
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from avalanche_curv.core.options import check_count, check_number, settle
+from avalanche_curv.core.state import Storable
 
 
-class Cut(ABC):
+class Cut(Storable, ABC):
     """How many of the top eigenpairs are kept."""
 
     needs_trace: bool = False
@@ -30,6 +32,11 @@ class Cut(ABC):
     @abstractmethod
     def count(self, values: Float[Tensor, "k"], trace: float) -> int:
         """How many of these eigenvalues, in falling order, are kept of a matrix with this trace."""
+
+    @abstractmethod
+    def corner(self, values: Float[Tensor, "m n"]) -> tuple[int, int]:
+        """How many rows and columns of the eigenvalues of a Kronecker product are kept, of which the largest come
+        first: those of the eigenvectors of its two factors, at most `most()` of each."""
 
     def is_enough(self, values: Float[Tensor, "k"], trace: float) -> bool:
         """Whether the cut lies among the eigenvalues given."""
@@ -54,10 +61,16 @@ class Rank(Cut):
     def count(self, values: Tensor, trace: float) -> int:
         return min(self.k, len(values))
 
+    def corner(self, values: Tensor) -> tuple[int, int]:
+        rows, columns = values.shape
+        return min(self.k, rows), min(self.k, columns)
+
 
 @dataclass(frozen=True)
 class Energy(Cut):
     """The fewest top eigenpairs that hold a `fraction` of the trace, at most `most_pairs` of them (with a warning).
+
+    Of a Kronecker product the fewest eigenvectors of both factors together, at most `most_pairs` of each.
 
     For positive semi-definite curvature: where eigenvalues cancel, a part of the trace means nothing.
     """
@@ -93,3 +106,11 @@ class Energy(Cut):
 
     def is_enough(self, values: Tensor, trace: float) -> bool:
         return super().is_enough(values, trace) or float(values.double().sum()) >= self.fraction * trace
+
+    def corner(self, values: Tensor) -> tuple[int, int]:
+        held = values.double().cumsum(0).cumsum(1)
+        enough = held >= self.fraction * held[-1, -1] * (1 - 1e-6)
+        rows, columns = (torch.arange(1, min(n, self.most_pairs) + 1, device=values.device) for n in values.shape)
+        together = (rows[:, None] + columns).where(enough[: len(rows), : len(columns)], sum(values.shape) + 1)
+        row, column = divmod(int(together.argmin()), len(columns))
+        return (row + 1, column + 1) if enough[row, column] else (len(rows), len(columns))

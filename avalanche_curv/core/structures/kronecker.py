@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
@@ -19,6 +19,7 @@ from avalanche_curv.core.per_example.passes import layer_passes
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.parameters import ParameterSpace
 from avalanche_curv.core.structures.base import CurvatureSource, Matrix, Structure, check_limit, check_memory
+from avalanche_curv.core.structures.cuts import Cut
 from avalanche_curv.core.structures.diagonal import add_squares_of_rows
 from avalanche_curv.core.structures.kronecker_matrix import FactoredLayer, KroneckerMatrix
 from avalanche_curv.core.structures.kronecker_sums import KeepTerms, KroneckerSum
@@ -36,6 +37,7 @@ class Factorised(Structure):
     sums: KroneckerSum = KeepTerms()  # noqa: RUF009  a frozen value
     max_bytes: int = 4 * 2**30
     sharing: WeightSharing = field(default=Expand(), kw_only=True)
+    cut: Cut | None = field(default=None, kw_only=True)
 
     corrections: ClassVar[int]  # numbers beside the factors for each parameter
     fits_in_blocks = False
@@ -47,6 +49,8 @@ class Factorised(Structure):
                 f"{type(self).__name__} takes KeepTerms(), PiWeighted() or FrobeniusOptimal(); got {self.sums!r}."
             )
         check_kind("sharing", self.sharing, WeightSharing, "Expand() or Reduce()")
+        if self.cut is not None:
+            check_kind("cut", self.cut, Cut, "Energy(0.9) or Rank(50)")
 
     @property
     def sums_grow(self) -> bool:  # type: ignore[override]
@@ -56,9 +60,18 @@ class Factorised(Structure):
     def from_operator(self, operator: Operator, risk: EmpiricalRisk) -> Matrix:
         raise TypeError(f"{type(self).__name__} needs S of each example: products alone give no Kronecker factors.")
 
+    def kept(self, matrix: KroneckerMatrix) -> KroneckerMatrix:
+        """A matrix of whole factors as this recipe keeps it, and its sums."""
+        return replace(matrix, sums=self.sums, cut=self.cut).compressed()
+
     def bytes(self, space: ParameterSpace, itemsize: int) -> int:
-        """As if every weight of two or more axes, with its bias, lay in a layer that can be factorised."""
-        return (space.size + sum(self._numbers(space, *pair) for pair in zip(space.names, space.shapes))) * itemsize
+        """At most, as if every weight of two or more axes, with its bias, lay in a layer that can be factorised."""
+        return (space.size + sum(self._held(*shape)[0] for shape in self._layers(space))) * itemsize
+
+    def cost(self, space: ParameterSpace) -> int:
+        """Floating point operations of a product with one term of each layer, at most; the loss of an example takes
+        six for each parameter, forwards and backwards, in a network of linear layers."""
+        return 2 * space.size + sum(out * inputs * self._held(out, inputs)[1] for out, inputs in self._layers(space))
 
     def check(self, space: ParameterSpace, itemsize: int) -> None:
         """Refuses what is certain, a matrix with a bias; the others are known, and checked, when layers are."""
@@ -72,12 +85,20 @@ class Factorised(Structure):
         remedy = "Use LowRank(Rank(20)) or Diagonal(), or raise max_bytes."
         check_memory(f"{type(self).__name__}()", needed, self.max_bytes, remedy)
 
-    def _numbers(self, space: ParameterSpace, name: str, shape: torch.Size) -> int:
-        """Held for the layer of one weight, beside the diagonal."""
-        if len(shape) < 2 or name.rpartition(".")[2] != "weight":
-            return 0
-        inputs = shape.numel() // shape[0] + (_bias(name) in space.names)
-        return inputs**2 + shape[0] ** 2 + self.corrections * inputs * shape[0]
+    def _held(self, out: int, inputs: int) -> tuple[int, int]:
+        """Numbers that are held for a layer beside the diagonal, and operations of a product for each entry."""
+        whole = out**2 + inputs**2 + self.corrections * out * inputs, 2 * (1 + self.corrections) * (out + inputs)
+        if self.cut is None:
+            return whole
+        r, s = (min(n, self.cut.most()) for n in (out, inputs))
+        part = out * r + inputs * s + (r + 1) * (s + 1), 4 * (r + s)
+        return part if part[1] < whole[1] else whole
+
+    def _layers(self, space: ParameterSpace) -> Iterator[tuple[int, int]]:
+        """[out, in] of each, with the bias."""
+        for name, shape in zip(space.names, space.shapes):
+            if len(shape) > 1 and name.rpartition(".")[2] == "weight":
+                yield shape[0], shape.numel() // shape[0] + (_bias(name) in space.names)
 
 
 @dataclass(frozen=True)
@@ -98,18 +119,30 @@ class Kronecker(Factorised):
 
     Sums keep a list of terms and are exact, and each term makes a step slower. `sums=PiWeighted()` keeps one pair for
     all of the past, `sums=KeepTerms(most=n)` the newest terms beside one pair of the older ones.
+
+    With `cut=Energy(0.8)` only the leading eigenvectors of A and G are kept, the fewest that hold this part of the
+    trace of A ⊗ G between them, and beyond them the means of the eigenvalues, so that the trace stays and no direction
+    goes free; `cut=Rank(k)` keeps k of each. Layers of which a product would not become cheaper stay whole.
     """
 
     corrections: ClassVar[int] = 0
-    is_mean = True
+
+    def from_shards(self, source: CurvatureSource) -> Matrix:
+        matrix = source.averaged(replace(self, cut=None))
+        return self.kept(matrix) if isinstance(matrix, KroneckerMatrix) else matrix
+
+    @property
+    def is_mean(self) -> bool:  # type: ignore[override]
+        """Unless eigenvectors are cut."""
+        return self.cut is None
 
 
 @dataclass(frozen=True)
 class EKFAC(Factorised):
     """KFAC with corrected eigenvalues: C ≈ Q Λ Qᵀ with Q = Q_A ⊗ Q_G the eigenvectors of the Kronecker factors and
     Λ = diag(Qᵀ C Q) exact (George et al. 2018, arXiv:1806.03884), so that its trace is that of C. Numbers: those of
-    KFAC, and one for each parameter. Layers, refusals, sums and the readings `sharing` of positions, which give the
-    eigenvectors, are those of `Kronecker`."""
+    KFAC, and one for each parameter. Layers, refusals, sums, cuts and the readings `sharing` of positions, which
+    give the eigenvectors, are those of `Kronecker`."""
 
     corrections: ClassVar[int] = 1
 
@@ -141,6 +174,10 @@ def factors_need_examples(curvature: Curvature, structure: Factorised) -> str | 
 @rule(OutputCurvature, Kronecker)
 def kronecker(curvature: OutputCurvature, structure: Factorised, risk: EmpiricalRisk) -> KroneckerMatrix:
     """Factors of every layer that has one weight matrix, and the exact diagonal of the others."""
+    return structure.kept(_factors(curvature, structure, risk))
+
+
+def _factors(curvature: OutputCurvature, structure: Factorised, risk: EmpiricalRisk) -> KroneckerMatrix:
     return by_layers(risk, lambda layers: _factorised(curvature, structure, layers, risk))
 
 
@@ -174,13 +211,13 @@ def _factorised(
     diagonal /= risk.examples
     add_squares_of_rows(views, curvature, risk, layers.rest)
     found = tuple(sums.layer(risk.examples) for sums in factors.values())
-    return KroneckerMatrix(risk.space, found, diagonal, structure.sums)
+    return KroneckerMatrix(risk.space, found, diagonal)
 
 
 @rule(OutputCurvature, EKFAC)
 def ekfac(curvature: OutputCurvature, structure: EKFAC, risk: EmpiricalRisk) -> KroneckerMatrix:
     """A second pass projects per-example gradients on the factors' eigenvectors, b aᵀ ↦ (Q_Gᵀ b) (Q_Aᵀ a)ᵀ."""
-    matrix = kronecker(curvature, structure, risk)
+    matrix = _factors(curvature, structure, risk)
     layers = Layers.of(risk)
     places = {(place.weight, place.bias): place for place in matrix.layers}
     bases: dict[nn.Module, _Basis] = {}
@@ -193,7 +230,7 @@ def ekfac(curvature: OutputCurvature, structure: EKFAC, risk: EmpiricalRisk) -> 
                 if tap.layer in bases:
                     bases[tap.layer].add(tap, of_tap, piece.examples)
     found = tuple(basis.layer_of(risk.examples) for basis in bases.values())
-    return KroneckerMatrix(risk.space, found, matrix.diagonal, structure.sums)
+    return structure.kept(KroneckerMatrix(risk.space, found, matrix.diagonal))
 
 
 class _Sums:

@@ -15,6 +15,8 @@ from avalanche_curv.core.eigen import Pairs
 from avalanche_curv.core.risk.parameters import ParameterSpace
 from avalanche_curv.core.state import Storable
 from avalanche_curv.core.structures.base import Matrix
+from avalanche_curv.core.structures.cuts import Cut
+from avalanche_curv.core.structures.kronecker_cut import leading_part
 from avalanche_curv.core.structures.kronecker_sums import KeepTerms, KroneckerSum
 from avalanche_curv.core.structures.kronecker_terms import KroneckerTerm
 
@@ -65,6 +67,7 @@ class KroneckerMatrix(Matrix):
     layers: tuple[FactoredLayer, ...]
     diagonal: Float[Tensor, "P"]
     sums: KroneckerSum = KeepTerms()  # noqa: RUF009  a frozen value
+    cut: Cut | None = None
 
     @property
     def size(self) -> int:
@@ -94,9 +97,16 @@ class KroneckerMatrix(Matrix):
         return replace(self, layers=tuple(layers.values()), diagonal=self.diagonal + other.diagonal)
 
     def compressed(self) -> KroneckerMatrix:
-        if all(self.sums.of(layer.terms) is layer.terms for layer in self.layers):
-            return self
-        return replace(self, layers=tuple(replace(layer, terms=self.sums.of(layer.terms)) for layer in self.layers))
+        """With the terms that stand for those of each layer, and these cut."""
+        layers = tuple(self._compressed(layer) for layer in self.layers)
+        return self if all(a is b for a, b in zip(layers, self.layers)) else replace(self, layers=layers)
+
+    def _compressed(self, layer: FactoredLayer) -> FactoredLayer:
+        terms = self.sums.of(layer.terms)
+        if self.cut is not None:
+            terms = tuple(leading_part(term, self.cut) for term in terms)
+        same = len(terms) == len(layer.terms) and all(a is b for a, b in zip(terms, layer.terms))
+        return layer if same else replace(layer, terms=terms)
 
     @property
     def keeps_range(self) -> bool:  # type: ignore[override]
@@ -117,7 +127,8 @@ class KroneckerMatrix(Matrix):
             rows, columns = rows.to(diagonal.device), columns.to(diagonal.device)
             return layer.each(lambda term: term.placed(rows, columns, out, inputs))
 
-        return KroneckerMatrix(outer, tuple(place(layer) for layer in self.layers), diagonal, self.sums)
+        layers = tuple(place(layer) for layer in self.layers)
+        return KroneckerMatrix(outer, layers, diagonal, self.sums, self.cut)
 
     def map_spectrum(self, function: Callable[[Tensor], Tensor]) -> KroneckerMatrix:
         if any(len(layer.terms) > 1 for layer in self.layers):

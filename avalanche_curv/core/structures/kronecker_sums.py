@@ -57,7 +57,7 @@ class OnePair(KroneckerSum):
         a = sum(float(w) * pair.a for w, pair in zip(x, pairs))
         g = sum(float(w) * pair.g for w, pair in zip(y, pairs))
         merged = Factors(torch.as_tensor(a), torch.as_tensor(g))
-        if all(isinstance(term, Factors) for term in terms):
+        if all(term.is_product for term in terms):
             return merged.scaled(sum(term.trace() for term in terms) / merged.trace())
         _, q_g, q_a = merged.eigen()
         return Corrected(sum(term.diagonal_in(q_g, q_a) for term in terms), q_g, q_a)

@@ -20,6 +20,9 @@ Change = tuple[Float[Tensor, "out in"] | None, Float[Tensor, "out"] | None]
 class KroneckerTerm(Storable, ABC):
     """A symmetric matrix over changes of one layer, [out, in] with the bias."""
 
+    is_product: bool = False
+    """Whether it is the Kronecker product of its `factors`."""
+
     @abstractmethod
     def product(self, weight: Tensor | None, bias: Tensor | None) -> Change:
         """The matrix times a change, in memory of its own."""
@@ -56,6 +59,11 @@ class KroneckerTerm(Storable, ABC):
     def trace(self) -> float:
         """The sum of the eigenvalues."""
 
+    @property
+    @abstractmethod
+    def work(self) -> int:
+        """Floating point operations of a product, for each entry of the change."""
+
     @abstractmethod
     def tensors(self) -> tuple[Tensor, ...]:
         """What is stored."""
@@ -65,11 +73,13 @@ class KroneckerTerm(Storable, ABC):
 class Factors(KroneckerTerm):
     """W ↦ G W A."""
 
+    is_product = True
+
     a: Float[Tensor, "in in"]
     g: Float[Tensor, "out out"]
 
     def product(self, weight: Tensor | None, bias: Tensor | None) -> Change:
-        turned = _times(weight, bias, self.a)
+        turned = times_with_bias(weight, bias, self.a)
         return (
             None if weight is None else self.g @ turned[:, : weight.shape[1]],
             None if bias is None else self.g @ turned[:, -1],
@@ -103,6 +113,10 @@ class Factors(KroneckerTerm):
     def trace(self) -> float:
         return float(self.a.double().trace() * self.g.double().trace())
 
+    @property
+    def work(self) -> int:
+        return 2 * (len(self.a) + len(self.g))
+
     def tensors(self) -> tuple[Tensor, ...]:
         return self.a, self.g
 
@@ -114,9 +128,10 @@ class Corrected(KroneckerTerm):
     values: Float[Tensor, "out in"]
     g: Float[Tensor, "out out"]
     a: Float[Tensor, "in in"]
+    is_product: bool = False
 
     def product(self, weight: Tensor | None, bias: Tensor | None) -> Change:
-        turned = self.g @ (self.g.T @ _times(weight, bias, self.a)).mul_(self.values)
+        turned = self.g @ (self.g.T @ times_with_bias(weight, bias, self.a)).mul_(self.values)
         return (
             None if weight is None else turned @ self.a[: weight.shape[1]].T,
             None if bias is None else turned @ self.a[-1],
@@ -129,10 +144,10 @@ class Corrected(KroneckerTerm):
         """Eigenvectors keep their number: only their entries get new places."""
         g, a = self.g.new_zeros(out, self.g.shape[1]), self.a.new_zeros(inputs, self.a.shape[1])
         g[rows], a[columns] = self.g, self.a
-        return Corrected(self.values, g, a)
+        return replace(self, g=g, a=a)
 
     def map_spectrum(self, function: Callable[[Tensor], Tensor]) -> KroneckerTerm:
-        return replace(self, values=function(self.values))
+        return replace(self, values=function(self.values), is_product=False)
 
     def eigen(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.values, self.g, self.a
@@ -154,11 +169,17 @@ class Corrected(KroneckerTerm):
     def trace(self) -> float:
         return float(self.values.double().sum())
 
+    @property
+    def work(self) -> int:
+        return 4 * (self.a.shape[1] + self.g.shape[1])
+
     def tensors(self) -> tuple[Tensor, ...]:
         return self.values, self.g, self.a
 
 
-def _times(weight: Tensor | None, bias: Tensor | None, matrix: Float[Tensor, "in k"]) -> Float[Tensor, "out k"]:
+def times_with_bias(
+    weight: Tensor | None, bias: Tensor | None, matrix: Float[Tensor, "in k"]
+) -> Float[Tensor, "out k"]:
     """[W, b] M, without putting the two together."""
     if weight is None:
         return torch.outer(bias, matrix[0]) if bias is not None else matrix[:0]

@@ -45,6 +45,7 @@ BY_SUMS = [
     (Fisher(), Diagonal()), (SAMPLED, Diagonal()), (EmpiricalFisher(), Diagonal()), (Hessian(Clip()), Diagonal()),
     (GGN(), Dense()), (BatchedEmpiricalFisher(3), Dense()), (Hessian(Clip()), BlockDiagonal(PerLayer())),
     (Fisher(), Kronecker()), (SAMPLED, Kronecker()), (EmpiricalFisher(), Kronecker()),
+    (SAMPLED, Kronecker(cut=Rank(1))),
 ]
 BY_PRODUCTS = [
     (GGN(), LowRank(Rank(4), residual=Diagonal())), (SAMPLED, LowRank(Energy(0.9))),

@@ -15,6 +15,7 @@ from avalanche_curv import (
     Dense,
     Diagonal,
     EmpiricalRisk,
+    Energy,
     Fisher,
     FlatSpectrum,
     FrobeniusOptimal,
@@ -38,7 +39,7 @@ from avalanche_curv.core.structures import DiagonalMatrix
 STRUCTURES = [
     Dense(), Diagonal(), BlockDiagonal(), BlockDiagonal(PerLayer(), LowRank(Rank(2))), LowRank(Rank(2), Diagonal()),
     FlatSpectrum(LowRank(Rank(2))), Kronecker(), Kronecker(PiWeighted()), Kronecker(KeepTerms(2, FrobeniusOptimal())),
-    EKFAC(), EKFAC(PiWeighted()),
+    EKFAC(), EKFAC(PiWeighted()), Kronecker(cut=Rank(1)), EKFAC(PiWeighted(), cut=Energy(0.5)),
 ]
 
 

@@ -34,6 +34,7 @@ from avalanche_curv.core.structures import (
 )
 from avalanche_curv.core.structures.base import DampedMatrix, human_bytes
 from avalanche_curv.core.structures.block_diagonal import Block
+from avalanche_curv.core.structures.kronecker_cut import leading_part
 from avalanche_curv.core.structures.kronecker_matrix import FactoredLayer
 from avalanche_curv.core.structures.kronecker_terms import Corrected, Factors
 from avalanche_curv.core.structures.matrix_free import OperatorTerm
@@ -77,7 +78,7 @@ def low_rank(entries, diagonal):
     return matrix, whole + beside.diag() if diagonal else whole
 
 
-def kronecker(entries, corrected):
+def kronecker(entries, corrected, cut=None):
     a, g = entries[:3, :3] @ entries[:3, :3], entries[3:6, 3:6] @ entries[3:6, 3:6]
     diagonal = torch.zeros(10).double()
     diagonal[6] = 1.5
@@ -87,6 +88,9 @@ def kronecker(entries, corrected):
         term = Corrected(entries[6:9, 6:9], q_g, q_a)
         q = torch.kron(q_g, q_a)
         whole = q @ entries[6:9, 6:9].reshape(-1).diag() @ q.T
+    if cut is not None:
+        term = leading_part(term, cut)
+        whole = term.dense()
     matrix = KroneckerMatrix(SPACE, (FactoredLayer("weight", "bias", (term,)),), diagonal)
     return matrix, placed(whole, LAYER, 10) + diagonal.diag()
 
@@ -104,6 +108,7 @@ MATRICES = {
     "low rank and diagonal": lambda e: low_rank(e, diagonal=True),
     "kronecker": lambda e: kronecker(e, corrected=False),
     "corrected kronecker": lambda e: kronecker(e, corrected=True),
+    "cut kronecker": lambda e: kronecker(e, corrected=False, cut=Rank(1)),
     "matrix free": matrix_free,
 }
 EVERY = [*MATRICES, *(f"damped {name}" for name in MATRICES)]
@@ -349,6 +354,7 @@ def test_sizes_for_people(count, text):
         (lambda: Kronecker(PiWeighted), TypeError, "takes KeepTerms"),
         (lambda: Kronecker("pi"), TypeError, "takes KeepTerms"),
         (lambda: EKFAC(PiWeighted), TypeError, "EKFAC takes KeepTerms"),
+        (lambda: Kronecker(cut=0.9), TypeError, r"cut must be a Cut; got 0.9. Give a value such as Energy\(0.9\)"),
         (lambda: KeepTerms(0), ValueError, r"KeepTerms\(most=...\) must be an integer of at least 1; got 0"),
         (lambda: KeepTerms(1), ValueError, r"at least 2; got 1. For one pair take sums=PiWeighted\(\)"),
         (lambda: KeepTerms(3, KeepTerms()), TypeError, "merged must be an OnePair"),

@@ -21,6 +21,7 @@ from avalanche_curv import (
     Dense,
     EmpiricalFisher,
     EmpiricalRisk,
+    Energy,
     Fisher,
     FrobeniusOptimal,
     Hessian,
@@ -29,6 +30,7 @@ from avalanche_curv import (
     OutputCurvature,
     ParameterSpace,
     PiWeighted,
+    Rank,
     estimate,
     rule,
 )
@@ -37,6 +39,7 @@ from avalanche_curv.core.per_example import layer_kinds
 from avalanche_curv.core.per_example import passes as pieces
 from avalanche_curv.core.structures import DiagonalMatrix, KroneckerMatrix
 from avalanche_curv.core.structures import kronecker as rules
+from avalanche_curv.core.structures.kronecker_cut import LeadingPart, leading_part
 from avalanche_curv.core.structures.kronecker_matrix import FactoredLayer
 from avalanche_curv.core.structures.kronecker_terms import Corrected, Factors
 from avalanche_curv.core.structures.rules import check_pair
@@ -572,6 +575,148 @@ def test_merging_with_nothing_changes_nothing(close):
             close(total.compressed().dense(), one.dense())
     nothing = one.scaled(0.0)
     assert [len(layer.terms) for layer in nothing.plus(nothing).compressed().layers] == [1]
+
+
+# Cuts
+
+
+def orthogonal(size, seed):
+    return torch.linalg.qr(torch.randn(size, size, generator=torch.Generator().manual_seed(seed)).double()).Q
+
+
+def spiked(values_g, values_a, seed=0):
+    """Factors with these eigenvalues."""
+    q_g, q_a = orthogonal(len(values_g), seed), orthogonal(len(values_a), seed + 1)
+    g, a = (torch.as_tensor(v).double() for v in (values_g, values_a))
+    return Factors((q_a * a) @ q_a.T, (q_g * g) @ q_g.T)
+
+
+def one_layer(term, cut=None, sums=None):
+    out, inputs = (len(side) for side in (term.g, term.a))
+    space = ParameterSpace(("weight", "bias"), (Size((out, inputs - 1)), Size((out,))))
+    layers = (FactoredLayer("weight", "bias", (term,)),)
+    return KroneckerMatrix(space, layers, torch.zeros(space.size).double(), sums or PiWeighted(), cut)
+
+
+FALLING = ([9.0, 3.0, 0.3, 0.2, 0.1, 0.1, 0.1, 0.1], [20.0, 5.0, 1.0, 0.2, 0.1, 0.1, 0.1, 0.1, 0.05])
+
+
+@pytest.mark.parametrize("cut", [Rank(1), Rank(3), Energy(0.5), Energy(0.9)], ids=str)
+@pytest.mark.parametrize("corrected", [False, True])
+def test_a_cut_keeps_leading_eigenvalues_and_the_means_of_the_others(cut, corrected, close):
+    term = spiked(*FALLING)
+    if corrected:
+        values, g, a = term.eigen()
+        term = Corrected(values * torch.rand(values.shape, generator=torch.Generator().manual_seed(2)), g, a)
+    (found,) = one_layer(term, cut).compressed().layers[0].terms
+    values, g, a = term.eigen()
+    rows, columns = (values.sum(dim).argsort(descending=True) for dim in (1, 0))
+    values, g, a = values[rows][:, columns], g[:, rows], a[:, columns]
+    r, s = found.g.shape[1], found.a.shape[1]
+    expected = values.clone()
+    for row, column in ((slice(r), slice(s, None)), (slice(r, None), slice(s)), (slice(r, None), slice(s, None))):
+        part = values[row, column]
+        kept = part.mean() if row.start == r and column.start == s else part.mean(0 if row.start == r else 1, True)
+        expected[row, column] = kept
+    vectors = torch.kron(g, a)
+    close(found.dense(), (vectors * expected.reshape(-1)) @ vectors.T)
+    assert found.trace() == pytest.approx(term.trace())
+    assert torch.linalg.eigvalsh(found.dense()).min() > 0
+    error = torch.linalg.norm(found.dense() - term.dense())
+    assert 0 < float(error**2) <= float((expected - values).square().sum()) * (1 + 1e-9)
+    whole = one_layer(found)
+    v = torch.randn(whole.size, generator=torch.Generator().manual_seed(3)).double()
+    close(whole.product(v), whole.dense() @ v)
+
+
+@pytest.mark.parametrize("names", [("weight", "bias"), ("weight", None), (None, "bias")], ids=str)
+def test_products_with_what_was_cut_go_without_weight_or_bias(names, close):
+    out, inputs = 8, (names[0] is not None) * 8 + (names[1] is not None)
+    term = spiked(FALLING[0], FALLING[1][:inputs])
+    shapes = {"weight": Size((out, 2, 2, 2)), "bias": Size((out,))}
+    space = ParameterSpace(*zip(*((name, shapes[name]) for name in names if name)))
+    whole = KroneckerMatrix(space, (FactoredLayer(*names, (term,)),), torch.zeros(space.size).double(), cut=Rank(1))
+    matrix = whole.compressed()
+    assert isinstance(matrix.layers[0].terms[0], LeadingPart)
+    v = torch.randn(matrix.size, generator=torch.Generator().manual_seed(3)).double()
+    close(matrix.product(v), matrix.dense() @ v)
+    close(matrix.dense().trace(), whole.dense().trace())
+
+
+def test_an_energy_cut_takes_the_fewest_eigenvectors_that_hold_it_between_them():
+    values_g, values_a = FALLING
+    part = torch.outer(*(torch.tensor(v).double() for v in FALLING)).cumsum(0).cumsum(1)
+    part = part / part[-1, -1]
+    for fraction in (0.3, 0.6, 0.75, 0.9):
+        r, s = Energy(fraction).corner(torch.outer(torch.tensor(values_g), torch.tensor(values_a)))
+        assert part[r - 1, s - 1] >= fraction
+        fewer = [i + j + 2 for i in range(8) for j in range(9) if part[i, j] >= fraction]
+        assert r + s == min(fewer)
+    assert Energy(1.0, most_pairs=2).corner(torch.ones(8, 9)) == (2, 2)
+    assert Rank(3).corner(torch.ones(8, 2)) == (3, 2)
+
+
+def test_what_would_not_become_cheaper_stays_whole_and_so_does_a_cut_of_all_that_is_there(close):
+    even = spiked([1.0] * 8, [1.0] * 9)
+    assert one_layer(even, Energy(0.9)).compressed().layers[0].terms == (even,)
+    low = spiked([2.0, 1.0, 0, 0, 0, 0, 0, 0], [3.0, 1.0, 0, 0, 0, 0, 0, 0, 0])
+    (found,) = one_layer(low, Rank(2)).compressed().layers[0].terms
+    close(found.dense(), low.dense())
+    close(found.map_spectrum(lambda x: 2 * x).dense(), 2 * low.dense())
+    close(found.scaled(2.0).dense(), 2 * low.dense())
+
+
+@pytest.mark.parametrize("corrected", [False, True])
+def test_what_was_cut_is_merged_as_if_it_were_whole_and_cut_again(corrected, close):
+    terms = [spiked(*FALLING, seed=seed) for seed in (0, 5)]
+    if corrected:
+        terms = [term.map_spectrum(lambda x: x + x.square()) for term in terms]
+    one, two = (one_layer(term, Rank(3)).compressed() for term in terms)
+    total = one.plus(two).compressed()
+    (found,) = total.layers[0].terms
+    assert total.trace() == pytest.approx(one.trace() + two.trace())
+    parts = [matrix.layers[0].terms[0] for matrix in (one, two)]
+    whole = [part.whole() if corrected else part.factors() for part in parts]
+    for part, other in zip(parts, whole):
+        close(part.dense(), other.dense())
+    close(found.dense(), leading_part(*PiWeighted().of(tuple(whole)), Rank(3)).dense())
+    close(one.plus(one).compressed().dense(), 2 * one.dense())
+
+
+def test_a_cut_layer_that_grows_keeps_its_entries_and_gives_nothing_to_new_rows(close):
+    small, large = (ParameterSpace(("weight", "bias"), (Size((out, 8)), Size((out,)))) for out in (8, 10))
+    matrix = one_layer(spiked(*FALLING), Rank(2)).compressed()
+    where = large.positions(small)
+    expected = torch.zeros(large.size, large.size).double()
+    expected[where[:, None], where] = matrix.dense()
+    grown = matrix.embedded(small, large)
+    close(grown.dense(), expected)
+    assert grown.compressed() is grown
+    new = one_layer(spiked([*FALLING[0], 0.1, 0.1], FALLING[1], 3), Rank(2))
+    total = grown.plus(new.compressed()).compressed()
+    assert total.trace() == pytest.approx(matrix.trace() + new.trace())
+    assert isinstance(total.layers[0].terms[0], LeadingPart)
+
+
+@pytest.mark.parametrize("structure", [Kronecker, EKFAC])
+@pytest.mark.parametrize("cut", [Rank(2), Energy(0.5, most_pairs=4)], ids=str)
+def test_a_cut_estimate_is_that_of_the_whole_cut_and_its_bytes_are_foreseen(structure, cut, new_problem, make_model):
+    model = make_model(lambda: nn.Sequential(nn.Linear(4, 30), nn.Tanh(), nn.Linear(30, 3)))
+    risk = new_problem(model, "cross_entropy").risk
+    whole, found = (estimate(GGN(), one, risk).curvature for one in (structure(), structure(cut=cut)))
+    for layer, other in zip(found.layers, whole.layers):
+        torch.testing.assert_close(layer.terms[0].dense(), leading_part(other.terms[0], cut).dense())
+    assert isinstance(found.layers[0].terms[0], LeadingPart)
+    assert found.trace() == pytest.approx(whole.trace())
+    foreseen = [one.bytes(risk.space, 8) for one in (structure(), structure(cut=cut))]
+    assert whole.nbytes == foreseen[0]
+    assert found.nbytes <= foreseen[1] < foreseen[0]
+    assert found.nbytes == foreseen[1] or cut != Rank(2)
+    costs = [one.cost(risk.space) for one in (structure(), structure(cut=cut))]
+    terms = [[layer.terms[0] for layer in matrix.layers] for matrix in (whole, found)]
+    done = [sum(len(term.g) * len(term.a) * term.work for term in some) for some in terms]
+    assert done[0] + 2 * risk.space.size == costs[0]
+    assert done[1] + 2 * risk.space.size <= costs[1] < costs[0]
 
 
 def test_a_larger_convolution_has_the_entries_of_the_smaller_at_their_places(close):

@@ -1,0 +1,129 @@
+"""Kronecker terms of which the leading eigenvectors are kept, and the mean of all other eigenvalues."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from avalanche_curv.core.structures.cuts import Cut
+from avalanche_curv.core.structures.kronecker_terms import (
+    Change,
+    Corrected,
+    Factors,
+    KroneckerTerm,
+    times_with_bias,
+)
+
+
+@dataclass(frozen=True)
+class LeadingPart(KroneckerTerm):
+    """Λ on the changes u_i v_jᵀ of r columns u_i of U and s columns v_j of V, and elsewhere the means of what was cut:
+    ρ_i on u_i vᵀ and κ_j on u v_jᵀ for all u, v orthogonal to these, and τ on u vᵀ. The trace stays.
+
+    With X = Uᵀ W, Y = W V and Z = Uᵀ W V the product with a change W is
+    τ W + U ((ρ − τ) ∘ X) + (Y ∘ (κ − τ) + U ((Λ − ρ − κ + τ) ∘ Z)) Vᵀ, 4 (r + s) out · in operations instead of
+    2 (out + in) out · in. `values` is [[Λ, ρ], [κ, τ]].
+    """
+
+    values: Float[Tensor, "r+1 s+1"]
+    g: Float[Tensor, "out r"]
+    a: Float[Tensor, "in s"]
+    is_product: bool = False
+
+    def product(self, weight: Tensor | None, bias: Tensor | None) -> Change:
+        inner, rows, columns, rest = self._differences()
+        y = times_with_bias(weight, bias, self.a)
+        right = torch.addmm(y * columns, self.g, inner * (self.g.T @ y))
+        left = self.g * rows
+
+        def part(own: Tensor, vectors: Float[Tensor, "k s"]) -> Tensor:
+            return (own * rest).addmm_(left, self.g.T @ own).addmm_(right, vectors.T)
+
+        return (
+            None if weight is None else part(weight, self.a[: weight.shape[1]]),
+            None if bias is None else part(bias[:, None], self.a[-1:])[:, 0],
+        )
+
+    def scaled(self, factor: float) -> LeadingPart:
+        return replace(self, values=self.values * factor)
+
+    def placed(self, rows: Tensor, columns: Tensor, out: int, inputs: int) -> KroneckerTerm:
+        """Itself where nothing has grown; whole elsewhere, since the new coordinates get no mean."""
+        return self if (out, inputs) == (len(self.g), len(self.a)) else self.whole().placed(rows, columns, out, inputs)
+
+    def map_spectrum(self, function: Callable[[Tensor], Tensor]) -> LeadingPart:
+        return replace(self, values=function(self.values), is_product=False)
+
+    def whole(self) -> Corrected:
+        """With all eigenvectors, of which those that were cut are any."""
+        (r, s), (out, inputs) = (n.shape[1] for n in (self.g, self.a)), (len(self.g), len(self.a))
+        rows = torch.arange(out, device=self.g.device).clamp(max=r)
+        columns = torch.arange(inputs, device=self.a.device).clamp(max=s)
+        values = self.values[rows[:, None], columns]
+        return Corrected(values, _completed(self.g), _completed(self.a), self.is_product)
+
+    def eigen(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.whole().eigen()
+
+    def factors(self) -> Factors:
+        return self.whole().factors()
+
+    def diagonal_in(self, g: Tensor, a: Tensor) -> Tensor:
+        return self.whole().diagonal_in(g, a)
+
+    def dense(self) -> Tensor:
+        return self.whole().dense()
+
+    def trace(self) -> float:
+        return self.whole().trace()
+
+    @property
+    def work(self) -> int:
+        return 4 * (self.g.shape[1] + self.a.shape[1])
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.values, self.g, self.a
+
+    def _differences(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Λ − ρ − κ + τ [r, s], ρ − τ [r], κ − τ [s] and τ."""
+        rows, columns, rest = self.values[:-1, -1], self.values[-1, :-1], self.values[-1, -1]
+        return self.values[:-1, :-1] - rows[:, None] - columns + rest, rows - rest, columns - rest, rest
+
+
+def leading_part(term: KroneckerTerm, cut: Cut) -> KroneckerTerm:
+    """The term cut to its leading eigenvectors; itself where a product would not become cheaper, and where it has grown
+    since it was estimated, so that its eigenvectors do not span the layer.
+
+    The squared error in the Frobenius norm is the sum of (λ − mean)² over each of the parts whose mean is kept; all of
+    it lies between 0 and the largest eigenvalue that was cut.
+    """
+    if isinstance(term, LeadingPart):
+        return term
+    values, g, a = term.eigen()
+    if g.shape[0] != g.shape[1] or a.shape[0] != a.shape[1]:
+        return term
+    rows, columns = (values.sum(dim).argsort(descending=True) for dim in (1, 0))
+    values = values[rows[:, None], columns]
+    r, s = cut.corner(values)
+    with_means = _averaging(r, g) @ values @ _averaging(s, a).T
+    kept = g[:, rows[:r]].contiguous(), a[:, columns[:s]].contiguous()
+    part = LeadingPart(with_means, *kept, term.is_product)
+    return part if part.work < term.work else term
+
+
+def _averaging(kept: int, like: Float[Tensor, "n n"]) -> Float[Tensor, "kept+1 n"]:
+    """Takes the first entries of a vector as they are, and then the mean of all others; 0 where there are none."""
+    matrix = torch.eye(kept + 1, len(like), dtype=like.dtype, device=like.device)
+    matrix[kept] = 0
+    matrix[kept, kept:] = 1 / max(1, len(like) - kept)
+    return matrix
+
+
+def _completed(columns: Float[Tensor, "n r"]) -> Float[Tensor, "n n"]:
+    """Orthonormal columns, and others that complete them to a basis."""
+    basis = torch.linalg.qr(columns.double(), mode="complete").Q.to(columns)
+    return torch.cat([columns, basis[:, columns.shape[1] :]], dim=1)
