@@ -196,13 +196,18 @@ class Merge(Policy):
     of an experience gives C ← decay^s · C + (1 − decay^s) / (1 − decay) · C_t, or C + s C_t for decay = 1: a moving
     average over examples, the same however they are cut. A part of a single update is never away from its anchor when
     its gradient is taken, so that the penalty would do nothing (ValueError).
+
+    With fraction < 1, C_t is estimated on that random part of the experience's examples, drawn by `seed`.
     """
 
     decay: float = 1.0
+    fraction: float = 1.0
+    seed: int = 0
 
     def __post_init__(self) -> None:
         hint = "1 keeps all of the past, 0 none of it."
-        settle(self, decay=partial(check_number, at_least=0, at_most=1, hint=hint))
+        decay = partial(check_number, at_least=0, at_most=1, hint=hint)
+        settle(self, decay=decay, fraction=check_fraction, seed=check_seed)
 
     @absorbing
     def absorb(self, past: Past, risk: EmpiricalRisk, curvature: Curvature, structure: Structure) -> Past:
@@ -214,7 +219,8 @@ class Merge(Policy):
     ) -> Past:
         kept = self.decay**share
         added = share if self.decay == 1 else (1 - kept) / (1 - self.decay)
-        new = estimate(curvature, structure, past.widened(risk)).scaled(added)
+        drawn = part_of(past.widened(risk), self.fraction, self.seed, past.experiences)
+        new = estimate(curvature, structure, drawn).scaled(added)
         if past.model is not None:
             old, new = alike(past.model, new)
             new = replace(

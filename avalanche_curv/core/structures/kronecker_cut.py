@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from jaxtyping import Float
@@ -35,13 +36,13 @@ class LeadingPart(KroneckerTerm):
     is_product: bool = False
 
     def product(self, weight: Tensor | None, bias: Tensor | None) -> Change:
-        inner, rows, columns, rest = self._differences()
+        inner, rows, columns = self._differences
         y = times_with_bias(weight, bias, self.a)
         right = torch.addmm(y * columns, self.g, inner * (self.g.T @ y))
-        left = self.g * rows
+        left = torch.cat([self.g * rows, right], dim=1)
 
         def part(own: Tensor, vectors: Float[Tensor, "k s"]) -> Tensor:
-            return (own * rest).addmm_(left, self.g.T @ own).addmm_(right, vectors.T)
+            return torch.addmm(own, left, torch.cat([self.g.T @ own, vectors.T]), beta=self._rest)
 
         return (
             None if weight is None else part(weight, self.a[: weight.shape[1]]),
@@ -88,10 +89,16 @@ class LeadingPart(KroneckerTerm):
     def tensors(self) -> tuple[Tensor, ...]:
         return self.values, self.g, self.a
 
-    def _differences(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Λ − ρ − κ + τ [r, s], ρ − τ [r], κ − τ [s] and τ."""
+    @cached_property
+    def _rest(self) -> float:
+        """τ, read once, since reading it waits for a GPU."""
+        return float(self.values[-1, -1])
+
+    @cached_property
+    def _differences(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Λ − ρ − κ + τ [r, s], ρ − τ [r] and κ − τ [s]."""
         rows, columns, rest = self.values[:-1, -1], self.values[-1, :-1], self.values[-1, -1]
-        return self.values[:-1, :-1] - rows[:, None] - columns + rest, rows - rest, columns - rest, rest
+        return self.values[:-1, :-1] - rows[:, None] - columns + rest, rows - rest, columns - rest
 
 
 def leading_part(term: KroneckerTerm, cut: Cut) -> KroneckerTerm:

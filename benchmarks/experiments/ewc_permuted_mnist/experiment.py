@@ -23,6 +23,7 @@ from avalanche_curv import (
 )
 from avalanche_curv.core import NonFiniteCurvatureError
 from benchmarks.data import ALL, CLASSES, DEVIATION, MEAN, check, read
+from benchmarks.experiments.ewc_permuted_mnist.sums import methods, price
 from benchmarks.harness import Context, Experiment, Options, Record
 from benchmarks.harness.errors import selected
 from benchmarks.harness.options import one_of, positive
@@ -31,7 +32,7 @@ from benchmarks.networks import mlp
 from benchmarks.streams.whole_batches import TensorStream, accuracy_records, permuted, plain_trainer
 from benchmarks.training import Data, Trainer, mean, summary
 
-MAIN, TUNE, ORIGINAL = PARTS = ("main", "tune", "original")
+MAIN, TUNE, ORIGINAL, SUMS = PARTS = ("main", "tune", "original", "sums")
 FIRST_TUNING_SEED = 1000
 VALIDATION = 0.1  # of the training images, in tuning
 PART = 0.1  # of the examples of a task, on which its curvature is estimated
@@ -172,6 +173,9 @@ def rows(part: str) -> list[Config]:
     if part == ORIGINAL:
         theirs = Ours(THEIRS, BatchedEmpiricalFisher(batch_size=256), Diagonal(), Accumulate())
         return [Config("Avalanche's setting", theirs, ORIGINALLY), Config("Naive in it", Plain(), ORIGINALLY)]
+    if part == SUMS:
+        setting, chosen = replace(ADAM, tasks=6, steps=300), {"Naive": Plain(), **methods(PART)}
+        return [Config(label, method, setting, slowdown=3.0) for label, method in chosen.items()]
     path, aside = penalised()
     if part == TUNE:
         return [config for row in (*path, *aside) for config in row.tuning()]
@@ -188,7 +192,8 @@ class EwcOptions(Options):
     """None leaves what each row has; no `row` is all of the part."""
 
     part: Annotated[str, one_of("part", PARTS)] = MAIN
-    """tune: strengths, on held-out images and seeds from 1000 on; original: Avalanche's setting"""
+    """tune: strengths, on held-out images and seeds from 1000 on; original: Avalanche's setting; sums: how sums of
+    Kronecker factors are kept"""
     tasks: Annotated[int | None, positive()] = None
     """default: 10"""
     row: tuple[str, ...] = ()
@@ -239,6 +244,8 @@ class EwcPermutedMnist(Experiment):
             yield from accuracy_records(rows[-1], learned)
         scalars = {"average_accuracy": mean(rows[-1])} if joint else summary(rows)
         yield from ({"metric": name, "value": value} for name, value in {**scalars, "seconds": trainer.seconds}.items())
+        inputs, targets = (part[: setting.batch] for part in found.parts[0].all())
+        yield from price(trainer, (inputs, targets))
 
 
 def stream(setting: Setting, seed: int, dataset_root: Path | None, *, at_once: bool) -> TensorStream:
