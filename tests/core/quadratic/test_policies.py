@@ -89,6 +89,15 @@ def test_accumulate_on_a_fraction_estimates_on_the_part_that_others_keep(experie
     )
 
 
+def test_merge_estimates_on_the_same_part_of_a_fraction(experiences):
+    _, risks = experiences
+    past = absorbed(Merge(fraction=0.5, seed=3), risks, GGN(), Diagonal())
+    parts = [estimate(GGN(), Diagonal(), part_of(risk, 0.5, 3, t)) for t, risk in enumerate(risks)]
+    assert past.model.curvature.trace() == pytest.approx(sum(part.curvature.trace() for part in parts), rel=1e-10)
+    whole = absorbed(Merge(), risks, GGN(), Diagonal()).model.curvature.trace()
+    assert past.model.curvature.trace() != pytest.approx(whole, rel=1e-3)
+
+
 @pytest.mark.parametrize("structure", STRUCTURES)
 @pytest.mark.parametrize("decay", [1.0, 0.7])
 def test_merge_follows_its_recursion(structure, decay, experiences, close):
