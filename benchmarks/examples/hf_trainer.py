@@ -27,15 +27,16 @@ class KeepThePast(transformers.TrainerCallback):
 
 
 def task(number: int) -> list[dict[str, torch.Tensor]]:
-    """Two words in random order: which one comes first? The words of a task are its own, and so its classes."""
-    rows = 2 * number + torch.randint(2, (256, 8))
-    return [{"input_ids": row, "labels": row[0]} for row in rows]
+    """Texts on one of two topics, each with four words of its own. The topics of a task are its own, too."""
+    topics = 2 * number + torch.randint(2, (256,))
+    return [{"input_ids": 4 * topic + torch.randint(4, (8,)), "labels": topic} for topic in topics]
 
 
 def losses(strength: float) -> list[float]:
     transformers.set_seed(0)
     size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-    bert = transformers.BertForSequenceClassification(transformers.BertConfig(vocab_size=8, num_labels=4, **size))
+    config = transformers.BertConfig(vocab_size=16, num_labels=4, initializer_range=0.3, **size)
+    bert = transformers.BertForSequenceClassification(config)
     adapter = LoraConfig(task_type="SEQ_CLS", r=4, target_modules=["query", "value"])
     model = get_peft_model(bert, adapter)
     regularizer = CurvatureRegularizer(strength)  # of the adapter and the head, which alone are trained
