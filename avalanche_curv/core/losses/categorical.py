@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -77,8 +78,25 @@ def _one_hot(classes: Tensor, logits: Float[Tensor, "M C"]) -> Tensor:
     return classes.long()[..., None] == torch.arange(logits.shape[1], device=logits.device)
 
 
+class OfClasses(ExampleLoss):
+    """A loss with the derivatives of Σ_c m_c (−log softmax(z)_c), token by token."""
+
+    @abstractmethod
+    def mass(self, outputs: Float[Tensor, "N K"], targets: Tensor) -> Mass:
+        """The tokens z and m."""
+
+    def gradient(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return self.mass(outputs, targets).gradient()
+
+    def hessian_factor(self, outputs: Tensor, targets: Tensor) -> Factor:
+        return self.mass(outputs, targets).factor()
+
+    def sample_gradients(self, outputs: Tensor, targets: Tensor, uniform: Tensor) -> Tensor:
+        return self.mass(outputs, targets).sample_gradients(uniform)
+
+
 @dataclass(frozen=True, eq=False)
-class CrossEntropy(ByValue, ExampleLoss):
+class CrossEntropy(ByValue, OfClasses):
     """ℓ = w_y (−log softmax(f)_y), optionally with label smoothing ε, for integer classes, one for each example or one
     for each token; and ℓ = Σ_c w_c y_c (−log softmax(f)_c) for probabilities y of classes.
 
@@ -98,7 +116,7 @@ class CrossEntropy(ByValue, ExampleLoss):
 
     def per_example(self, outputs: Tensor, targets: Tensor) -> Tensor:
         if self.smoothing or targets.is_floating_point():
-            return self._mass(outputs, targets).values()
+            return self.mass(outputs, targets).values()
         tokens, logits, label, amount = self._labelled(outputs, targets)
         own, top = label[:, None], logits.argmax(1, keepdim=True)
         here, peak = logits.gather(1, torch.cat([own, top], dim=1)).split(1, dim=1)
@@ -107,15 +125,6 @@ class CrossEntropy(ByValue, ExampleLoss):
         if self.weight is not None:
             amount = amount * self._weights(self.weight, logits, targets)[label]
         return _sum(tokens, torch.where(amount > 0, amount * loss, 0.0))
-
-    def gradient(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        return self._mass(outputs, targets).gradient()
-
-    def hessian_factor(self, outputs: Tensor, targets: Tensor) -> Factor:
-        return self._mass(outputs, targets).factor()
-
-    def sample_gradients(self, outputs: Tensor, targets: Tensor, uniform: Tensor) -> Tensor:
-        return self._mass(outputs, targets).sample_gradients(uniform)
 
     def draws(self, outputs: Tensor, targets: Tensor) -> int:
         tokens = self._tokens(targets).count
@@ -183,7 +192,7 @@ class CrossEntropy(ByValue, ExampleLoss):
             amount = amount / torch.where(total > 0, total, 1.0).repeat_interleave(tokens.count)
         return tokens, logits, label, amount
 
-    def _mass(self, outputs: Tensor, targets: Tensor) -> Mass:
+    def mass(self, outputs: Tensor, targets: Tensor) -> Mass:
         if targets.is_floating_point():
             tokens = self._tokens(targets)
             logits, given = tokens.apart(outputs), tokens.apart(targets.to(outputs).reshape(len(targets), -1))
@@ -204,7 +213,7 @@ class CrossEntropy(ByValue, ExampleLoss):
 
 
 @dataclass(frozen=True)
-class NegativeLogLikelihood(ExampleLoss):
+class NegativeLogLikelihood(OfClasses):
     """ℓ = −w_y f_y for outputs f that are log-probabilities: the cross-entropy of f, since log_softmax(f) = f.
 
     In f itself the loss is linear, and its Gauss-Newton matrix would be zero; seen as the cross-entropy it has the
@@ -216,14 +225,8 @@ class NegativeLogLikelihood(ExampleLoss):
     def per_example(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return self.entropy.per_example(outputs, targets)
 
-    def gradient(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        return self.entropy.gradient(outputs, targets)
-
-    def hessian_factor(self, outputs: Tensor, targets: Tensor) -> Factor:
-        return self.entropy.hessian_factor(outputs, targets)
-
-    def sample_gradients(self, outputs: Tensor, targets: Tensor, uniform: Tensor) -> Tensor:
-        return self.entropy.sample_gradients(outputs, targets, uniform)
+    def mass(self, outputs: Tensor, targets: Tensor) -> Mass:
+        return self.entropy.mass(outputs, targets)
 
     def draws(self, outputs: Tensor, targets: Tensor) -> int:
         return self.entropy.draws(outputs, targets)
@@ -249,7 +252,7 @@ def is_normalised(outputs: Tensor, axis: int) -> bool:
 
 
 @dataclass(frozen=True)
-class Divergence(ExampleLoss):
+class Divergence(OfClasses):
     """ℓ = s Σ_c y_c (log y_c − f_c) for outputs f that are log-probabilities and probabilities y, or log y: the
     divergence KL(y ‖ softmax(f)), with the curvature of cross-entropy (see `NegativeLogLikelihood`).
 
@@ -262,17 +265,8 @@ class Divergence(ExampleLoss):
     axis: int = 1
 
     def per_example(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        found = self._mass(outputs, targets)
+        found = self.mass(outputs, targets)
         return found.values() + _sum(found.tokens, torch.xlogy(found.mass, self._given(outputs, targets)).sum(1))
-
-    def gradient(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        return self._mass(outputs, targets).gradient()
-
-    def hessian_factor(self, outputs: Tensor, targets: Tensor) -> Factor:
-        return self._mass(outputs, targets).factor()
-
-    def sample_gradients(self, outputs: Tensor, targets: Tensor, uniform: Tensor) -> Tensor:
-        return self._mass(outputs, targets).sample_gradients(uniform)
 
     def check_likelihood(self) -> None:
         """Classes are drawn from the model."""
@@ -304,7 +298,7 @@ class Divergence(ExampleLoss):
         given = self._tokens(targets).apart(targets.to(outputs).reshape(len(targets), -1))
         return given.exp() if self.log_target else given
 
-    def _mass(self, outputs: Tensor, targets: Tensor) -> Mass:
+    def mass(self, outputs: Tensor, targets: Tensor) -> Mass:
         tokens, given = self._tokens(targets), self._given(outputs, targets)
         scale, logits = 1 / outputs.shape[1] if self.mean else 1.0, tokens.apart(outputs)
         return Mass(tokens, logits, scale * given, _one_hot(given.argmax(1), logits))
