@@ -181,12 +181,11 @@ def grid() -> list[Config]:
 
 
 def _quick(config: Config) -> Config:
-    """Every row on tiny models and few examples."""
-    works = tuple(replace(work, examples=work.examples and 32) for work in config.works)
-    tiny = replace(config, model=config.model.tiny(), works=works, rounds=1)
-    if config.model.large:
-        return replace(tiny, examples=16, peer_examples=16, batch=8, steps=2)
-    return replace(tiny, examples=256, peer_examples=64, batch=32, steps=3)
+    """Every row on tiny models and few examples; errors on multilayer perceptrons alone."""
+    works = tuple(replace(work, examples=work.examples and 16) for work in config.works)
+    small = config.small if isinstance(config.small, MLP) else None
+    few = {"examples": 32, "peer_examples": 16, "batch": 8, "steps": 2, "rounds": 1}
+    return replace(config, model=config.model.tiny(), small=small, works=works, **few)
 
 
 def builds(config: Config, model: nn.Module, peers: list[Peer]) -> Iterator[Record]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +13,6 @@ CLASSES = 10
 
 class Family(ABC):
     """A model with ten classes and the shape of its inputs; frozen, so that a configuration can hold it."""
-
-    large: ClassVar[bool] = False  # a step of it takes long: quick runs see few examples
 
     @property
     @abstractmethod
@@ -87,7 +84,6 @@ class ResNet18(Family):
     """torchvision's, untrained, on 3x32x32, with so many blocks of each width."""
 
     blocks: int = 2
-    large: ClassVar[bool] = True
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -98,8 +94,29 @@ class ResNet18(Family):
 
         return ResNet(BasicBlock, [self.blocks] * 4, num_classes=CLASSES)
 
-    def tiny(self) -> ResNet18:
-        return ResNet18(blocks=1)
+    def tiny(self) -> FirstStage:
+        return FirstStage()
+
+
+@dataclass(frozen=True)
+class FirstStage(Family):
+    """The first convolution of ResNet-18 and one of its blocks of 64 channels."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (3, 32, 32)
+
+    def build(self) -> nn.Module:
+        from torchvision.models.resnet import BasicBlock, ResNet
+
+        whole = ResNet(BasicBlock, [1] * 4)
+        return nn.Sequential(
+            whole.conv1, whole.bn1, whole.relu, whole.maxpool, whole.layer1, whole.avgpool, nn.Flatten(),
+            nn.Linear(64, CLASSES),
+        )
+
+    def tiny(self) -> FirstStage:
+        return self
 
 
 @dataclass(frozen=True)

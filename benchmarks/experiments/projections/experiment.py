@@ -188,7 +188,7 @@ def setting_for(options: ProjectionsOptions) -> Setting:
     UsageError where MNIST is absent."""
     setting = Setting(epochs=1 if options.part == WIDE else 5)
     if options.quick:
-        setting = Setting("digits", tasks=2, size=400, hidden=20)
+        setting = Setting("digits", tasks=2, size=100, epochs=1, hidden=20)
     check(setting.images, options.dataset_root)
     asked: dict[str, Any] = {"tasks": options.tasks, "epochs": options.epochs, "size": options.examples}
     return replace(setting, **{name: value for name, value in asked.items() if value is not None})

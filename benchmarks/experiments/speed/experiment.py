@@ -54,8 +54,8 @@ class Speed(Experiment):
     jobs = 1  # a second one would disturb the times
 
     def configs(self, options: Options) -> Sequence[Config]:
-        few = {"examples": 256, "experiences": 3, "rounds": 2, "steps": 3, "period": 4, "images": 2}
-        small = Config("MLP 784-40-40-10", hidden=40, width=32, **few)
+        few = {"examples": 64, "batch": 16, "experiences": 2, "stored": 10, "rounds": 1, "steps": 3, "period": 2}
+        small = Config("MLP 784-10-10-10", hidden=10, width=8, images=2, **few)
         return [small if options.quick else Config()]
 
     def run(self, config: Config, seed: int, context: Context) -> list[Record]:
