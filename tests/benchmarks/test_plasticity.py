@@ -2,7 +2,7 @@
 
 import pickle
 import struct
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -318,12 +318,21 @@ def test_the_small_preset_takes_the_digits_where_mnist_is_not_whole(tmp_path):
     assert setting_for(options).images == "digits"
 
 
-@pytest.mark.parametrize("label", [
-    "SpectralReg 0.0001",
-    *(pytest.param(label, marks=pytest.mark.slow) for label in (
-        "L2 init 0.0001", "Wasserstein 0.0001", "Parseval 0.0001", "ReDO 0.1",
-    )),
-])
+@dataclass(frozen=True)
+class HalfResNet18:
+    """ResNet-18 without its layers of 256 and 512 channels, which take nearly all of its time."""
+
+    output = "fc"
+
+    def build(self, shape, classes, activation):
+        model = ResNet18().build(shape, classes, activation)
+        model.layer3, model.layer4, model.fc = nn.Identity(), nn.Identity(), nn.Linear(128, classes)
+        return model
+
+
+@pytest.mark.parametrize(
+    "label", ["SpectralReg 0.0001", "L2 init 0.0001", "Wasserstein 0.0001", "Parseval 0.0001", "ReDO 0.1"]
+)
 @pytest.mark.parametrize("network", ["resnet18", "vit_tiny"])
 def test_the_large_networks_learn_a_slice(network, label, tmp_path, unchecked):
     WRITERS["cifar10"](tmp_path)
@@ -332,7 +341,7 @@ def test_the_large_networks_learn_a_slice(network, label, tmp_path, unchecked):
         change="pixel_permutation",
     )
     known = {config.label: config for config in experiment.configs(options)}
-    chosen = VitTiny(layers=2, width=48) if network == "vit_tiny" else ResNet18()
+    chosen = VitTiny(layers=2, width=48) if network == "vit_tiny" else HalfResNet18()
     small = replace(known[label], setting=replace(known[label].setting, network=chosen, validation=0))
     records = [*experiment.run(small, 0, Context(0, True, tmp_path, tmp_path / "board"))]
     assert all(np.isfinite(record["value"]) for record in records)
@@ -433,12 +442,12 @@ def test_a_report_of_nothing_but_one_run_is_written(configs, tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(not (DATA / "MNIST" / "raw").is_dir(), reason=f"MNIST is not in {DATA}")
 def test_on_random_labels_an_unregularised_network_loses_what_spectral_regularisation_keeps(tmp_path):
-    """640 images of MNIST, 15 tasks of 20 epochs, three seeds."""
+    """640 images of MNIST, 15 tasks of 20 epochs; more seeds are in the table of the experiment."""
     options = PlasticityOptions(dataset_root=DATA, part="methods")
     chosen = {config.label: config for config in experiment.configs(options)}
     ends = {}
     for label in ("none", "SpectralReg 0.001"):
-        runs = [experiment.run(chosen[label], seed, Context(seed, False, DATA, tmp_path)) for seed in range(3)]
-        ends[label] = [r["value"] for records in runs for r in records if r["metric"] == "final_accuracy"]
-    assert min(ends["SpectralReg 0.001"]) - max(ends["none"]) > 0.4
-    assert np.mean(ends["SpectralReg 0.001"]) > 0.87
+        records = experiment.run(chosen[label], 0, Context(0, False, DATA, tmp_path))
+        (ends[label],) = (r["value"] for r in records if r["metric"] == "final_accuracy")
+    assert ends["SpectralReg 0.001"] - ends["none"] > 0.4
+    assert ends["SpectralReg 0.001"] > 0.87

@@ -156,7 +156,9 @@ def test_merging_moves_every_quadratic_to_the_newest_anchor(structure, ended):
     assert_same_function(absorbed(Merge(0.5), risks, GGN(), EXACT[structure]), expected, model)
 
 
-@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize(
+    ("structure", "gradient"), [*((name, True) for name in EXACT), ("dense", False)], indirect=["structure"]
+)
 def test_refreshing_estimates_all_of_the_past_at_the_newest_parameters(structure, gradient, ended):
     risks, model = ended
     newest = risks[-1]
