@@ -96,7 +96,7 @@ def trained(make, digits, learner, train):
     return run
 
 
-@pytest.fixture(params=[False, True], ids=["one growing head", "a head for each task"])
+@pytest.fixture(scope="module", params=[False, True], ids=["one growing head", "a head for each task"])
 def ended(request, trained):
     return trained(request.param)
 
@@ -131,29 +131,35 @@ def assert_same_function(past, expected, model):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
 
 
-@pytest.fixture(params=EXACT)
+@pytest.fixture(scope="module", params=EXACT)
 def structure(request, ended):
     return request.param
 
 
-def test_accumulation_is_the_sum_of_separate_quadratics(structure, ended):
-    risks, model = ended
+@pytest.fixture(scope="module")
+def separate(structure, ended):
+    """A kind, and the space, matrix and anchor that each experience alone gives."""
+    risks, _ = ended
     kind = EmpiricalFisher() if "low rank" in structure else GGN()
-    separate = [estimate(kind, EXACT[structure], risk) for risk in risks]
-    assert separate[0].space.size < separate[-1].space.size  # it has grown
-    expected = sum(half_form(model, q.space, q.curvature.dense(), q.anchor) for q in separate)
+    alone = [estimate(kind, EXACT[structure], risk) for risk in risks]
+    return kind, [(q.space, q.curvature.dense(), q.anchor) for q in alone]
+
+
+def test_accumulation_is_the_sum_of_separate_quadratics(structure, separate, ended):
+    (risks, model), (kind, alone) = ended, separate
+    assert alone[0][0].size < alone[-1][0].size  # it has grown
+    expected = sum(half_form(model, *q) for q in alone)
     assert expected > 1e-4
     assert_same_function(absorbed(Accumulate(), risks, kind, EXACT[structure]), expected, model)
 
 
-def test_merging_moves_every_quadratic_to_the_newest_anchor(structure, ended):
-    risks, model = ended
+def test_merging_moves_every_quadratic_to_the_newest_anchor(structure, separate, ended):
+    (risks, model), (kind, alone) = ended, separate
     expected = 0
-    for age, risk in enumerate(reversed(risks)):
-        q = estimate(GGN(), EXACT[structure], risk)
-        anchor = coordinates(risks[-1].base, q.space).detach()
-        expected = expected + 0.5**age * half_form(model, q.space, q.curvature.dense(), anchor)
-    assert_same_function(absorbed(Merge(0.5), risks, GGN(), EXACT[structure]), expected, model)
+    for age, (space, matrix, _) in enumerate(reversed(alone)):
+        anchor = coordinates(risks[-1].base, space).detach()
+        expected = expected + 0.5**age * half_form(model, space, matrix, anchor)
+    assert_same_function(absorbed(Merge(0.5), risks, kind, EXACT[structure]), expected, model)
 
 
 @pytest.mark.parametrize(

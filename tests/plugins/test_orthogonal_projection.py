@@ -493,8 +493,7 @@ def test_a_basis_over_its_limit_is_refused_before_the_experience_and_the_past_is
     assert space.experiences == 1
 
 
-@pytest.mark.parametrize("protect", [*FAMILY.values(), InputSpace(Rank(2))])
-@pytest.mark.parametrize("place", [0, 3, 17])
+@pytest.mark.parametrize(("protect", "place"), zip([*FAMILY.values(), InputSpace(Rank(2))], [0, 3, 17, 0, 3]))
 def test_divergence_names_the_experience_and_keeps_what_was_protected(
     protect, place, net, learner, train, plane, examples, stream_of
 ):
