@@ -22,8 +22,9 @@ from avalanche_curv.core.options import check_whole
 from avalanche_curv.core.quadratic.policies import part_seed
 from avalanche_curv.core.risk.batches import CountedBatches, random_part, untouched_randomness
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
-from avalanche_curv.core.risk.forward import convention_of, is_labelled, logits
+from avalanche_curv.core.risk.forward import convention_of, logits
 from avalanche_curv.core.risk.frozen import keep_what_trains, unwrapped
+from avalanche_curv.core.risk.labelled import inputs_of, is_labelled
 from avalanche_curv.core.risk.parameters import ParameterSpace
 from avalanche_curv.core.risk.preflight import check_batch
 from avalanche_curv.core.risk.selection import Selection
@@ -336,8 +337,10 @@ def _outputs_and_targets(strategy: Any, inputs: Nested, targets: Tensor, tasks: 
     model = unwrapped(strategy.model)
     if is_multi_task_module(model) or isinstance(inputs, Tensor):
         return logits(avalanche_forward(strategy.model, inputs, tasks)), targets
-    convention = convention_of(model, labelled=isinstance(inputs, Mapping))
-    return convention(strategy.model, inputs), convention.targets(targets)
+    labelled = isinstance(inputs, Mapping)
+    convention = convention_of(model, labelled=labelled)
+    taken = inputs_of(model, {**inputs, "labels": targets}) if labelled else inputs
+    return convention(strategy.model, taken), convention.targets(targets)
 
 
 def classes_of(strategy: Any) -> set[tuple[int, int]]:

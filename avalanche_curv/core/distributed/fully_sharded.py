@@ -25,7 +25,8 @@ from avalanche_curv.core.per_example import layer_kinds
 from avalanche_curv.core.per_example.layers import Tap, gradients
 from avalanche_curv.core.risk.batches import Batches, kept, like
 from avalanche_curv.core.risk.empirical_risk import FEW, as_matrix
-from avalanche_curv.core.risk.forward import Forward, Labelled, convention_of, is_labelled
+from avalanche_curv.core.risk.forward import Forward, convention_of
+from avalanche_curv.core.risk.labelled import Labelled, is_labelled
 from avalanche_curv.core.risk.parameters import canonical_name
 
 
@@ -82,7 +83,7 @@ class _Reader:
         held = self.ranks.together(lambda: kept(batches))
         labelled = any(self.ranks.gather_of(lambda: is_labelled(next(iter(held), None))))
         self.convention = convention_of(model, labelled=labelled)
-        self.batches = Labelled(held, self.convention)
+        self.batches = Labelled(held, self.convention, model)
         self.batch: tuple[Nested, Tensor] | None = None
         _, self.spare = borrowed(self.batches, self.ranks)
         counts = self.ranks.gather_of(lambda: sum(examples(y) for _, y in self._own()))

@@ -162,11 +162,14 @@ class CrossEntropy(ByValue, OfClasses):
         wanted = (len(outputs), *outputs.shape[2:])
         if targets.shape != wanted or targets.dtype not in (torch.int64, torch.uint8):
             last = targets.shape == outputs.shape[:-1] and outputs.ndim > 2
-            hint = "Put classes on the second axis, as by logits.transpose(1, 2). " if last else ""
+            axes = (
+                "Put classes on the second axis, as by logits.transpose(1, 2); where targets are next tokens, take "
+                "logits[:, :-1].transpose(1, 2) and targets[:, 1:]. "
+            )
             raise ValueError(
                 f"Cross-entropy of logits {got} needs integer class targets of shape {wanted}, int64 or uint8 as for "
                 f"torch in training, or probabilities of classes of the logits' shape; got {targets.dtype} "
-                f"{tuple(targets.shape)}. {hint}Convert integers with .long()."
+                f"{tuple(targets.shape)}. {axes if last else ''}Convert integers with .long()."
             )
         labels = targets.long()
         labels = labels[labels != self.ignored]

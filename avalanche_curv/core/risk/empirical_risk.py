@@ -34,9 +34,7 @@ from avalanche_curv.core.risk.batches import (
 from avalanche_curv.core.risk.forward import (
     Called,
     Forward,
-    Labelled,
     convention_of,
-    is_labelled,
     logits,
     storable_forward,
 )
@@ -47,6 +45,7 @@ from avalanche_curv.core.risk.frozen import (
     frozen_copy,
     unwrapped,
 )
+from avalanche_curv.core.risk.labelled import Labelled, is_labelled, settled
 from avalanche_curv.core.risk.parameters import ParameterSpace, canonical_name
 from avalanche_curv.core.risk.preflight import check_batch, check_given, check_risk, drop_hooks
 from avalanche_curv.core.risk.selection import ParameterSelector, Selection, selection_of
@@ -100,8 +99,9 @@ class EmpiricalRisk(OneLine, Storable):
 
         A tensor goes in as `model(x)`, a tuple as `model(*x)`, a mapping as `model(**x)`, and outputs with `logits`
         give these; `forward` says another way, which gives a tensor: `lambda model, inputs: model(**inputs)[0]`. A
-        batch that is a mapping with `labels` is one of Hugging Face's: they are the targets, by the conventions in
-        `core.risk.forward`.
+        batch that is a mapping with `labels` is one of Hugging Face's: they are the targets, of causal language models
+        as next tokens, and decoder inputs are made of them as in training. What is so made is compared with the loss
+        that the model itself returns: see `core.risk.labelled`.
 
         The parameter space is that of the trainable parameters, or with `include` of those that it selects by name
         ("head", "*.bias") or by type of module, also where they are frozen (`requires_grad=False`) and train only
@@ -110,17 +110,20 @@ class EmpiricalRisk(OneLine, Storable):
         Raises TypeError for arguments in another order and for data that are no batches, for what is no criterion, for
         a model that cannot be copied or gives no tensor, and for selectors of another type; ValueError for a criterion
         that mixes examples, for a model without trainable parameters or that is no function of single examples, for a
-        selector that fits none, for empty data and for data that the loss does not cover.
+        selector that fits none, for empty data and for data that the loss does not cover; for labels whose
+        cross-entropy is not the loss that the model itself returns.
         """
         check_given(model, criterion, batches)
         selection = selection_of(include, exclude)
         selection.check(unwrapped(model))
         loss = example_loss(criterion)
         base, held = frozen_copy(model, selection), kept(batches)
-        labelled = is_labelled(next(iter(held), None))
-        convention = convention_of(base, labelled=labelled)
-        if labelled:
-            pairs = Labelled(held, convention)
+        first: Any = next(iter(held), None)
+        convention = convention_of(base, labelled=is_labelled(first))
+        if is_labelled(first):
+            few = like(index(first, slice(FEW)), next(base.parameters(), torch.zeros(())))
+            convention = settled(convention, base, few, forward, loss)
+            pairs = Labelled(held, convention, base)
             held = tuple(pairs) if isinstance(held, tuple) else pairs
         risk = cls(base, loss, held, forward, selection)
         if forward is None and not _is_plainly_called(risk):

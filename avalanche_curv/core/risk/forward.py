@@ -3,68 +3,80 @@
 Where nobody says it by `forward`, a tensor goes in as `model(x)`, a tuple or list as `model(*x)`, a mapping as
 `model(**x)`, and of outputs that have `logits`, as an attribute or a key, these are taken.
 
-A batch that is a mapping with `labels` is one of Hugging Face's: `labels` are the targets, and the rest is what the
-model takes. What its outputs [N, T, V] mean, the model says itself, by its `loss_type` and the name of its type:
+A batch that is a mapping with `labels` is one of Hugging Face's: see `labelled`. What its outputs [N, T, V] mean, the
+model says itself, by its `loss_type` and the names of its type and of those that it is derived from:
 
 - ForCausalLM, LMHeadModel (GPT-2), ForConditionalGeneration without an encoder: outputs [N, V, T − 1] of the tokens
   that have a next one, and targets [N, T − 1], the next tokens.
 - ForMaskedLM, ForTokenClassification, ForConditionalGeneration with an encoder: outputs [N, V, T], targets [N, T].
 - any other, such as ForSequenceClassification: outputs and targets as they are.
 
-Of pairs (inputs, targets) nothing is shifted: the targets are then as many as the outputs. The model is not given the
-labels, and a loss of its own is not used.
+Of pairs (inputs, targets) nothing is shifted: the targets are then as many as the outputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
 from avalanche_curv.core.nested import Nested
-from avalanche_curv.core.risk.batches import Batches, View
 from avalanche_curv.core.state import Storable
 
 Forward: TypeAlias = Callable[[Any, Any], Tensor]
 """(model, inputs) ↦ outputs."""
 
 
+class Convention(Storable, ABC):
+    """What a model gives that is called by no `forward`, and which labels belong to it."""
+
+    def __call__(self, model: nn.Module, inputs: Nested) -> Tensor:
+        return self.outputs(logits(called(model, inputs)))
+
+    @abstractmethod
+    def outputs(self, found: Tensor) -> Tensor:
+        """The outputs, of the logits that the model gives."""
+
+    @abstractmethod
+    def targets(self, labels: Tensor) -> Tensor:
+        """The targets, of the labels."""
+
+
 @dataclass(frozen=True)
-class Logits(Storable):
+class Logits(Convention):
     """The outputs of a model, or the logits among them."""
 
-    def __call__(self, model: nn.Module, inputs: Nested) -> Tensor:
-        return logits(called(model, inputs))
+    def outputs(self, found: Tensor) -> Tensor:
+        return found
 
     def targets(self, labels: Tensor) -> Tensor:
         return labels
 
 
 @dataclass(frozen=True)
-class TokenLogits(Storable):
+class TokenLogits(Convention):
     """Logits [N, T, V] of tokens as [N, V, T], where losses of torch have the classes."""
 
-    def __call__(self, model: nn.Module, inputs: Nested) -> Tensor:
-        return logits(called(model, inputs)).movedim(-1, 1)
+    def outputs(self, found: Tensor) -> Tensor:
+        return found.movedim(-1, 1)
 
     def targets(self, labels: Tensor) -> Tensor:
         return labels
 
 
 @dataclass(frozen=True)
-class NextTokenLogits(Storable):
+class NextTokenLogits(Convention):
     """Logits [N, T, V] of next tokens as [N, V, T − 1], against the tokens from the second on."""
 
-    def __call__(self, model: nn.Module, inputs: Nested) -> Tensor:
-        return logits(called(model, inputs))[:, :-1].movedim(-1, 1)
+    def outputs(self, found: Tensor) -> Tensor:
+        return found[:, :-1].movedim(-1, 1)
 
     def targets(self, labels: Tensor) -> Tensor:
         return labels[:, 1:]
 
-
-Convention: TypeAlias = Logits | TokenLogits | NextTokenLogits
 
 NEXT = ("ForCausalLM", "LMHeadModel")
 SAME = ("ForMaskedLM", "ForTokenClassification")
@@ -72,16 +84,31 @@ EITHER = ("ForConditionalGeneration",)
 
 
 def convention_of(model: Any, *, labelled: bool) -> Convention:
-    """How a model is called that does not say it by `forward`; `labelled` where its batches are mappings with
-    `labels`."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # inside an adapter of PEFT
-    said = f"{getattr(inner, 'loss_type', None)} {type(inner).__name__}"
-    encodes = getattr(getattr(inner, "config", None), "is_encoder_decoder", False)
-    if any(name in said for name in (*SAME, *(EITHER if encodes else ()))):
+    """How a model is called that does not say it by `forward`, as its names say; `labelled` where its batches are
+    mappings with `labels`."""
+    if is_named(model, *SAME) or generates_from_an_encoder(model):
         return TokenLogits()
-    if any(name in said for name in (*NEXT, *EITHER)):
+    if is_named(model, *NEXT, *EITHER):
         return NextTokenLogits() if labelled else TokenLogits()
     return Logits()
+
+
+def is_named(model: Any, *names: str) -> bool:
+    """Whether one of these is in the `loss_type` of a model, or in the name of its type or of one it is derived
+    from."""
+    inner = unadapted(model)
+    said = " ".join([str(getattr(inner, "loss_type", None)), *(kind.__name__ for kind in type(inner).__mro__)])
+    return any(name in said for name in names)
+
+
+def generates_from_an_encoder(model: Any) -> bool:
+    """Whether a model has a decoder whose inputs are, in training, its labels one place later."""
+    return is_named(model, *EITHER) and getattr(getattr(unadapted(model), "config", None), "is_encoder_decoder", False)
+
+
+def unadapted(model: Any) -> Any:
+    """The model inside an adapter of PEFT."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 class Called(nn.Module):
@@ -139,26 +166,3 @@ def restored_forward(stored: Any, given: Forward | None) -> Forward | None:
             "a state does not hold. Give it again: load_state_dict(state, model=..., criterion=..., forward=...)."
         )
     return given
-
-
-def is_labelled(batch: Any) -> bool:
-    """Whether a batch is a mapping with `labels`."""
-    return isinstance(batch, Mapping) and isinstance(batch.get("labels"), Tensor)
-
-
-@dataclass(frozen=True)
-class Labelled(View):
-    """Batches that are mappings with `labels`, as pairs (inputs, targets)."""
-
-    batches: Batches
-    convention: Convention
-
-    def __iter__(self) -> Iterator[tuple[Nested, Nested]]:
-        batch: Any
-        for batch in self.batches:
-            yield self.pair(batch) if is_labelled(batch) else batch
-
-    def pair(self, batch: Mapping[str, Any]) -> tuple[dict[str, Nested], Tensor]:
-        """The batch without its labels, and the targets."""
-        inputs = {name: part for name, part in batch.items() if name != "labels"}
-        return inputs, self.convention.targets(batch["labels"])
