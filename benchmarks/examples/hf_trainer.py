@@ -22,8 +22,7 @@ class KeepThePast(transformers.TrainerCallback):
 
     def on_train_end(self, *args: Any, model: nn.Module, train_dataloader: Any, **kwargs: Any) -> None:
         self.attached.remove()
-        batches = list(train_dataloader)  # mappings with labels; the loader would shuffle anew at each pass
-        self.regularizer.absorb(model, nn.CrossEntropyLoss(), batches)
+        self.regularizer.absorb(model, nn.CrossEntropyLoss(), train_dataloader)  # its batches are mappings with labels
 
 
 def task(number: int) -> list[dict[str, torch.Tensor]]:

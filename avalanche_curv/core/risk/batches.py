@@ -7,13 +7,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import groupby, islice
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
 
 from avalanche_curv.core.nested import Nested, cat, examples, index, leaves, mapped, shapes, split
 
@@ -52,7 +53,8 @@ def kept(batches: Batches) -> Batches:
     """Batches that later changes of a list, a shuffling loader and random transforms leave as they are.
 
     A list or an iterator becomes a tuple. Of what has to be loaded at each pass, every pass is made from the same
-    random states: see `SamePass`. A loader that begins otherwise all the same is held in memory as it comes once.
+    random states: see `SamePass`. A loader that begins otherwise all the same is held in memory as it comes once, such
+    as those of accelerate and of Hugging Face's `Trainer`, which count the passes and shuffle by their number.
     """
     if isinstance(batches, SamePass):
         return batches
@@ -95,10 +97,12 @@ class SamePass(View):
             raise self._differs(f"{number} batches instead of at least {len(self._seen)}")
 
     def repeats(self) -> bool:
-        """Whether two passes begin alike."""
+        """Whether two passes begin alike: the second after the first whole one, unless they are known not to be
+        counted."""
         try:
-            for _ in range(2):
-                next(iter(self), None)
+            for _ in islice(self, 1) if _is_plain(self.batches) else self:
+                pass
+            next(iter(self), None)
         except ValueError:
             return False
         return True
@@ -172,6 +176,16 @@ def _generators(loader: Any) -> list[torch.Generator]:
     places = (loader, sampler, batch_sampler, getattr(batch_sampler, "sampler", None))
     found = (getattr(place, "generator", None) for place in places)
     return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
+
+
+def _is_plain(batches: Any) -> bool:
+    """Whether no pass depends on those before but by random states: a `DataLoader` of torch over a data set with
+    places, with torch's own samplers, or `CountedBatches`."""
+    if not isinstance(batches, DataLoader):
+        return isinstance(batches, CountedBatches)
+    samplers = (batches.sampler, batches.batch_sampler, getattr(batches.batch_sampler, "sampler", None))
+    own = all(type(part).__module__.startswith("torch.") for part in (batches, *samplers) if part is not None)
+    return own and not isinstance(batches.dataset, IterableDataset)
 
 
 def _fingerprint(part: Tensor) -> float:

@@ -95,7 +95,8 @@ class EmpiricalRisk(OneLine, Storable):
 
         Inputs, and targets of a criterion of your own, are a tensor or any nesting of tensors (tuple, list, mapping,
         None), each with the example as first axis; they follow the model's device. A list of batches is kept as it is
-        now. A loader is passed over several times, each time from the same random states, so that it may shuffle.
+        now. A loader is passed over several times, each time from the same random states, so that it may shuffle; one
+        that shuffles by the number of passes, as that of Hugging Face's `Trainer`, is held in memory.
 
         A tensor goes in as `model(x)`, a tuple as `model(*x)`, a mapping as `model(**x)`, and outputs with `logits`
         give these; `forward` says another way, which gives a tensor: `lambda model, inputs: model(**inputs)[0]`. A

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler, TensorDataset, default_collate
 
 from avalanche_curv.core import (
     GGN,
@@ -148,6 +148,65 @@ def test_a_loader_with_randomness_of_its_own_is_held_in_memory(make_model, data)
     loader = Loader(data, lambda x: x + torch.rand(1, generator=noise, dtype=x.dtype))
     risk = EmpiricalRisk.snapshot(make_model(lambda: nn.Linear(4, 3)), CE, loader)
     assert risk.value() == risk.value()
+
+
+class ByEpoch(RandomSampler):
+    """Shuffles by the number of passes that were made, as accelerate's `SeedableRandomSampler`."""
+
+    epoch = 0
+
+    def __iter__(self):
+        self.generator = torch.Generator().manual_seed(self.epoch)
+        yield from super().__iter__()
+        self.epoch += 1
+
+
+class Streamed(IterableDataset):
+    """Shuffles by the number of passes, too."""
+
+    epoch = 0
+
+    def __init__(self, data: tuple[Tensor, Tensor]) -> None:
+        self.data = data
+
+    def __iter__(self):
+        order = torch.randperm(len(self.data[0]), generator=torch.Generator().manual_seed(self.epoch))
+        yield from ((self.data[0][i], self.data[1][i]) for i in order)
+        self.epoch += 1
+
+
+def prepared(data: tuple[Tensor, Tensor]):
+    accelerate = pytest.importorskip("accelerate")
+    shuffled = accelerate.utils.DataLoaderConfiguration(use_seedable_sampler=True)
+    accelerator = accelerate.Accelerator(cpu=True, dataloader_config=shuffled)
+    return accelerator.prepare(DataLoader(TensorDataset(*data), 5, shuffle=True))
+
+
+COUNTING = {
+    "sampler": lambda data: DataLoader(TensorDataset(*data), 5, sampler=ByEpoch(range(12))),
+    "stream": lambda data: DataLoader(Streamed(data), 5),
+    "accelerate": prepared,
+}
+
+
+@pytest.mark.parametrize("name", COUNTING)
+def test_a_loader_that_shuffles_by_the_number_of_passes_is_held_in_memory(name, make_model, data, close) -> None:
+    model, loader = make_model(lambda: nn.Linear(4, 3)), COUNTING[name](data)
+    assert not torch.equal(*(torch.cat([y for _, y in loader]) for _ in range(2)))
+    risk = EmpiricalRisk.snapshot(model, CE, loader)
+    assert risk.value() == risk.value()
+    assert torch.equal(*(torch.cat([x for x, _ in risk]) for _ in range(2)))
+    past = Accumulate().absorb(Past(), risk, EmpiricalFisher(), Dense())
+    close(past.model.curvature.dense(), dense(model, [data], EmpiricalFisher()))
+
+
+def test_a_plain_loader_is_not_passed_over_to_see_that_it_repeats_itself(make_model, data) -> None:
+    seen: list[int] = []
+    loader = DataLoader(
+        TensorDataset(*data), 5, shuffle=True, collate_fn=lambda some: seen.append(len(some)) or default_collate(some)
+    )
+    EmpiricalRisk.snapshot(make_model(lambda: nn.Linear(4, 3)), CE, loader)
+    assert {*seen} == {5}  # the last batch, of two, was not loaded
 
 
 def test_data_that_change_later_in_a_pass_are_refused(make_model, data) -> None:
