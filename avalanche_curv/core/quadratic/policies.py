@@ -61,9 +61,10 @@ class Past(OneLine, Saved):
         returned.
 
         Where it holds stored examples, `criterion` is their loss, and `model` one of the same parameters, heads grown
-        as they were; their values do not matter, and it stays as it is. Raises ValueError where these are needed and
-        missing, for any other state, with what came, and for a type that is not known: a structure, policy or grouping
-        of one's own is to be imported before.
+        as they were; their values do not matter, and it stays as it is. Frozen parameters of it that have the values
+        of then are shared, others are copied: loading the model first saves that memory. Raises ValueError where these
+        are needed and missing, for any other state, with what came, and for a type that is not known: a structure,
+        policy or grouping of one's own is to be imported before.
         """
         found = check_state(state, cls)
         known = {"EmpiricalRisk": maker_of_risks(found, model, criterion, forward)} if "frozen" in found else {}

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
 
 from avalanche_curv.core.precision import differentiable, in_own_precision
+from avalanche_curv.core.risk.fingerprint import fingerprint
 from avalanche_curv.core.risk.selection import Selection
 
 HALF = {torch.float16, torch.bfloat16}
@@ -69,9 +70,6 @@ def _is_half(model: nn.Module) -> bool:
     return any(p.dtype in HALF for p in model.parameters())
 
 
-SAMPLE = 64  # entries by which a shared parameter is known
-
-
 class Shared:
     """How a parameter of a frozen copy that shares its memory with one of the model was when it was frozen.
 
@@ -81,17 +79,12 @@ class Shared:
 
     def __init__(self, owner: nn.Parameter) -> None:
         self.owner = weakref.ref(owner)
-        self.watched = owner.detach()  # which shares torch's count of in-place operations
-        self.version = owner._version
-        self.sample = _sample(owner).clone()
+        self.fingerprint = fingerprint(owner)
 
-    def holds(self) -> bool:
-        """Whether the memory is as it was, as far as torch's count of in-place operations and some of its entries say:
-        `parameter.data` is changed without being counted."""
-        owner, now = self.owner(), _sample(self.watched)
-        counted = owner is None or owner.data_ptr() == self.watched.data_ptr()  # else it was given memory anew
-        same = bool(((now == self.sample) | (now != now)).all())  # or NaN
-        return same and not (counted and self.watched._version != self.version)
+    def describes(self, parameter: nn.Parameter) -> bool:
+        """Whether the values are those of then: they alone count, not whether they were written meanwhile, as by
+        `load_state_dict` with equal ones."""
+        return torch.equal(fingerprint(parameter), self.fingerprint)
 
     def __reduce__(self) -> tuple:
         return type(None), ()
@@ -136,7 +129,7 @@ def keep_what_trains(model: nn.Module) -> None:
     other: Any
     for other in [*_sharing.values()]:
         mark = getattr(other, "shared", None)
-        if mark is not None and id(mark.owner()) in training and mark.holds():
+        if mark is not None and id(mark.owner()) in training and mark.describes(other):
             other.data, other.shared = other.data.clone(), None
 
 
@@ -161,21 +154,19 @@ class Graphs(Generic[T]):
 
 
 def check_unchanged(base: nn.Module) -> None:
-    """Raises ValueError where a parameter of a frozen copy that shares the memory of the model was changed since."""
+    """Raises ValueError where a parameter of a frozen copy that shares the memory of the model has other values now.
+
+    All of them are read, once for each use of a risk: see `fingerprint`.
+    """
     for name, parameter in base.named_parameters():
         mark = getattr(parameter, "shared", None)
-        if mark is not None and not mark.holds():
+        if mark is not None and not mark.describes(parameter):
             raise ValueError(
                 f"Parameter '{name}' of {type(base).__name__} was frozen (requires_grad=False) when its loss was, so "
-                "that it was not copied, and was changed in place since: that loss is lost. Take a "
-                "copy.deepcopy(risk) before, or let the parameter require a gradient and leave it out by exclude=[...]."
+                "that it was not copied, and was changed in place since: that loss is lost, unless its values are "
+                "written back. Take a copy.deepcopy(risk) before, or let the parameter require a gradient and leave it "
+                "out by exclude=[...]."
             )
-
-
-def _sample(parameter: Tensor) -> Tensor:
-    """Some entries, spread evenly."""
-    flat = parameter.detach().reshape(-1) if parameter.is_contiguous() else parameter.detach()[:1]
-    return flat[:: max(1, len(flat) // SAMPLE)] if flat.ndim == 1 else flat
 
 
 def copied_base(base: nn.Module, owned: Callable[[str], bool] = lambda name: False) -> nn.Module:

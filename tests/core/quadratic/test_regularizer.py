@@ -451,6 +451,36 @@ def test_a_resumed_run_ends_bit_identically(policy, stop, model):
     assert torch.equal(whole[2].past.model.anchor, resumed[2].past.model.anchor)
 
 
+@pytest.mark.parametrize("first", ["model", "regularizer", "attach"])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_frozen_body_is_resumed_in_any_order(first, seed):
+    """`seed` makes the model that is loaded into: with the frozen values of before, or with others."""
+
+    def begun(seed=0):
+        torch.manual_seed(seed)
+        learner = nn.Sequential(nn.Linear(4, 8).requires_grad_(False), nn.ReLU(), nn.Linear(8, 3)).double()
+        return learner, torch.optim.SGD(learner[2:].parameters(), lr=0.3), fresh(10.0, Diagonal(), policy=ADAPTIVE)
+
+    whole, optimizer, regularizer = begun()
+    regularizer.attach(optimizer, whole)
+    follow(EVENTS[:21], whole, [optimizer], regularizer)
+    saved = copy.deepcopy({"model": whole.state_dict(), "regularizer": regularizer.state_dict()})
+    resumed, other, loaded = begun(seed)
+    loads = {
+        "model": lambda: resumed.load_state_dict(saved["model"]),
+        "regularizer": lambda: loaded.load_state_dict(
+            saved["regularizer"], model=resumed, criterion=nn.CrossEntropyLoss()
+        ),
+        "attach": lambda: loaded.attach(other, resumed),
+    }
+    for name in (first, *(name for name in ("regularizer", "model", "attach") if name != first)):
+        loads[name]()
+    follow(EVENTS[21:], whole, [optimizer], regularizer)
+    follow(EVENTS[21:], resumed, [other], loaded)
+    assert torch.equal(weights(whole), weights(resumed))
+    assert regularizer.past.refreshes == loaded.past.refreshes != ()
+
+
 @pytest.mark.parametrize("optimizers_of", [one(torch.optim.SGD, lr=0.1), layers])
 def test_the_policy_revises_after_each_step_of_all_optimizers(optimizers_of, model, caplog):
     """And before the first step of a task, for which the model has grown."""

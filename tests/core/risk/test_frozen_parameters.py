@@ -47,7 +47,7 @@ class LargestStorage(TorchDispatchMode):
         return found
 
 
-WIDE = 150
+WIDE = 600  # so that nothing is as large that does not grow with the layer
 
 
 @pytest.fixture
@@ -105,6 +105,9 @@ def in_place(p):
 CHANGES = {
     "in place": in_place,
     "its data": lambda p: p.data.mul_(2),
+    "one entry of its data": lambda p: p.data[7, 3:4].add_(1e-9),
+    "one row of its data": lambda p: p.data[7].neg_(),
+    "rows of its data exchanged": lambda p: p.data.copy_(p.data.roll(1, 0)),
     "loaded": lambda p: nn.Module.load_state_dict(holding(p), {"p": p + 1}),
 }
 
@@ -124,6 +127,20 @@ def test_a_frozen_parameter_that_changes_is_noticed(change, model, data):
         risk.value()
     assert owned.value() == before
     assert snapshot(model, data).value() != before
+
+
+@pytest.mark.parametrize("write", ["loaded", "there and back", "its data"])
+def test_equal_values_that_are_written_are_no_change(write, model, data):
+    risk, state = snapshot(model, data), copy.deepcopy(model.state_dict())
+    matrix, vector = estimate(GGN(), MatrixFree(), risk).curvature, torch.ones(risk.space.size, dtype=torch.float64)
+    before, product = risk.value(), matrix.product(vector)
+    if write == "its data":
+        model[3].weight.data.copy_(state["3.weight"])
+    if write == "there and back":
+        in_place(model[3].weight)
+    model.load_state_dict(state)
+    assert risk.value() == before
+    assert torch.equal(matrix.product(vector), product)
 
 
 def test_values_that_are_given_anew_or_are_not_finite_are_no_change(model, data):
@@ -214,11 +231,11 @@ def test_an_adapter_of_peft_costs_memory_of_its_own_size():
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
     torch.manual_seed(0)
     config = transformers.GPT2Config(
-        n_layer=2, n_head=2, n_embd=32, vocab_size=600, n_positions=8, num_labels=2, pad_token_id=0
+        n_layer=2, n_head=2, n_embd=32, vocab_size=20_000, n_positions=8, num_labels=2, pad_token_id=0
     )
     base = transformers.GPT2ForSequenceClassification(config)
     model = peft.get_peft_model(base, peft.LoraConfig(r=1, target_modules=["c_attn"], fan_in_fan_out=True))
-    batch = {"input_ids": torch.randint(1, 600, (3, 4)), "labels": torch.tensor([0, 1, 1])}
+    batch = {"input_ids": torch.randint(1, 20_000, (3, 4)), "labels": torch.tensor([0, 1, 1])}
     policy, noted = AdaptiveRefresh(fraction=1, every=1), LargestStorage()
     with noted:
         risk = snapshot(model, [batch])
