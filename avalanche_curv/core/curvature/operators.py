@@ -67,9 +67,9 @@ def pieces(curvature: FactorInOutputs, risk: EmpiricalRisk) -> Iterator[tuple[Ne
 
 def some_factor(curvature: FactorInOutputs, risk: EmpiricalRisk, inputs: Nested, targets: Nested) -> Factor:
     """S of an example that is given twice, for its size: one of a batch of these inputs and targets."""
-    twice = repeated((as_matrix(risk.output_like(inputs)), index(targets, slice(1))), 2)
+    outputs, target = repeated((as_matrix(risk.output_like(inputs)), index(targets, slice(1))), 2)
     with torch.no_grad():
-        return factor_of(curvature, risk, *twice, curvature.generator())
+        return factor_of(curvature, risk, outputs, target, curvature.generator())
 
 
 def column_count(curvature: FactorInOutputs, risk: EmpiricalRisk) -> int:

@@ -182,5 +182,6 @@ class _Later(OutputCurvature):
         return not torch.equal(before, generator.get_state())
 
     def _skip(self, examples: int, generator: torch.Generator) -> None:
+        outputs, targets = repeated((self.outputs, self.targets), examples)
         with torch.no_grad():
-            self.curvature.factor(self.loss, *repeated((self.outputs, self.targets), examples), generator)
+            self.curvature.factor(self.loss, outputs, targets, generator)

@@ -198,8 +198,8 @@ def _squares(
     """Σ_i Σ_r (∂s_ir/∂·)² of this rank's examples, for each parameter of one layer after the other, in so many backward
     passes: each takes all ranks, and those of a rank with fewer columns end with zeros."""
     ends = [tap.outputs for tap in taps]
-    own = (s for some in factor.columns(1) for s in some.unbind(2))
-    columns = [gradients(outputs, ends, s) for s in islice(chain(own, repeat(torch.zeros_like(outputs))), passes)]
+    sums = chain((s for some in factor.columns(1) for s in some.unbind(2)), repeat(torch.zeros_like(outputs)))
+    columns = [gradients(outputs, ends, s) for s in islice(sums, passes)]
     for tap, of_tap in zip(taps, zip(*columns)):
         own = dict(tap.layer.named_parameters(recurse=False))
         for short, part in sorted(layer_kinds.squares(tap.layer, tap.inputs, of_tap, len(outputs)).items()):

@@ -53,8 +53,8 @@ class OutputModels(ExampleModels):
             for x, y in pieces(self.curvature, self.risk):
                 factor = factor_of(self.curvature, self.risk, self.risk.outputs(x), y, generator)
                 size = chunk_size(self.risk, 3)
-                for piece, part in zip(split((x, y), size), factor.split(size)):
-                    parts.append(self._chunk(here, there, step, *piece, part))
+                for (some, targets), part in zip(split((x, y), size), factor.split(size)):
+                    parts.append(self._chunk(here, there, step, some, targets, part))
         return joined(parts)
 
     def _chunk(self, here: dict, there: dict, step: dict, x: Nested, y: Nested, factor: Factor) -> Comparison:
