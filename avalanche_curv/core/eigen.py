@@ -59,21 +59,17 @@ def top_of_products(product: Callable[[Tensor], Tensor], like: Float[Tensor, "P"
     tensor([-5.,  3.])
     """
     size = len(like)
+    if _is_small(size, count):
+        return _top(*_decomposed(_columns(product, like)), count, like)
     numpy_product = _for_numpy(product, like)
-    if size <= WHOLE or count >= size - 1:
-        values, vectors = _whole(product, like)
-    else:
-        start = torch.randn(size, generator=torch.Generator().manual_seed(0), dtype=torch.float64).numpy()
-        first = numpy_product(start)
-        if not first.any():  # a matrix of zeros, which ARPACK refuses
-            return like.new_zeros(count), torch.eye(count, size).to(like)
-        if not np.isfinite(first).all():
-            return like.new_full((count,), torch.nan), like.new_full((count, size), torch.nan)
-        operator = LinearOperator((size, size), matvec=numpy_product, dtype=np.float64)
-        values, vectors = eigsh(operator, k=count, which="LM", tol=TOLERANCE, v0=start)
-    order = np.argsort(-np.abs(values))[:count]
-    rows = np.ascontiguousarray(vectors[:, order].T)
-    return torch.as_tensor(values[order].copy()).to(like), torch.as_tensor(rows).to(like)
+    start = torch.randn(size, generator=torch.Generator().manual_seed(0), dtype=torch.float64).numpy()
+    first = numpy_product(start)
+    if not first.any():  # a matrix of zeros, which ARPACK refuses
+        return like.new_zeros(count), torch.eye(count, size).to(like)
+    if not np.isfinite(first).all():
+        return like.new_full((count,), torch.nan), like.new_full((count, size), torch.nan)
+    operator = LinearOperator((size, size), matvec=numpy_product, dtype=np.float64)
+    return _top(*eigsh(operator, k=count, which="LM", tol=TOLERANCE, v0=start), count, like)
 
 
 def largest_of_products(product: Callable[[Tensor], Tensor], like: Float[Tensor, "P"]) -> float:
@@ -84,8 +80,7 @@ def largest_of_products(product: Callable[[Tensor], Tensor], like: Float[Tensor,
     3.0
     """
     if len(like) <= COARSE:
-        values = _whole(product, like)[0]
-        return float(values.max())
+        return float(_decomposed(_columns(product, like))[0].max())
     start = torch.randn(len(like), generator=torch.Generator().manual_seed(0), dtype=torch.float64).numpy()
     numpy_product = _for_numpy(product, like)
     first = numpy_product(start)
@@ -101,7 +96,14 @@ def top_of_operator(operator: Operator, like: Float[Tensor, "P"], count: int) ->
 
     Returns the eigenvalues [count], largest magnitude first, and the eigenvectors as rows [count, P].
     """
+    if _is_small(len(like), count):  # all columns in one pass over the examples
+        return _top(*_decomposed(operator.matmat(torch.eye(len(like)).to(like))), count, like)
     return top_of_products(lambda v: operator.matmat(v[:, None])[:, 0], like, count)
+
+
+def _is_small(size: int, count: int) -> bool:
+    """Whether a matrix is written out: small ones, and where nearly all pairs are asked for, which ARPACK refuses."""
+    return size <= WHOLE or count >= size - 1
 
 
 def _for_numpy(product: Callable[[Tensor], Tensor], like: Tensor) -> Callable[[np.ndarray], np.ndarray]:
@@ -112,8 +114,19 @@ def _for_numpy(product: Callable[[Tensor], Tensor], like: Tensor) -> Callable[[n
     return numpy_product
 
 
-def _whole(product: Callable[[Tensor], Tensor], like: Tensor) -> tuple[np.ndarray, ...]:
-    """The eigendecomposition of the matrix written out by its products."""
-    numpy_product = _for_numpy(product, like)
-    whole = np.stack([numpy_product(row) for row in np.eye(len(like))])
-    return tuple(part.numpy() for part in spectrum(torch.as_tensor((whole + whole.T) / 2)))
+def _columns(product: Callable[[Tensor], Tensor], like: Float[Tensor, "P"]) -> Float[Tensor, "P P"]:
+    """The matrix written out by its products."""
+    return torch.stack([product(row) for row in torch.eye(len(like)).to(like)])
+
+
+def _decomposed(whole: Float[Tensor, "P P"]) -> tuple[np.ndarray, ...]:
+    """Eigenvalues and eigenvectors, as columns, of a matrix that is symmetric but for rounding."""
+    whole = whole.detach().double().cpu()
+    return tuple(part.numpy() for part in spectrum((whole + whole.T) / 2))
+
+
+def _top(values: np.ndarray, vectors: np.ndarray, count: int, like: Tensor) -> Pairs:
+    """Of eigenpairs the `count` largest in magnitude, in the type of `like`."""
+    order = np.argsort(-np.abs(values))[:count]
+    rows = np.ascontiguousarray(vectors[:, order].T)
+    return torch.as_tensor(values[order].copy()).to(like), torch.as_tensor(rows).to(like)
