@@ -36,7 +36,7 @@ class LeadingPart(KroneckerTerm):
     is_product: bool = False
 
     def product(self, weight: Tensor | None, bias: Tensor | None) -> Change:
-        inner, rows, columns = self._differences
+        inner, rows, columns = self._differences()
         y = times_with_bias(weight, bias, self.a)
         right = torch.addmm(y * columns, self.g, inner * (self.g.T @ y))
         left = torch.cat([self.g * rows, right], dim=1)
@@ -94,7 +94,6 @@ class LeadingPart(KroneckerTerm):
         """τ, read once, since reading it waits for a GPU."""
         return float(self.values[-1, -1])
 
-    @cached_property
     def _differences(self) -> tuple[Tensor, Tensor, Tensor]:
         """Λ − ρ − κ + τ [r, s], ρ − τ [r] and κ − τ [s]."""
         rows, columns, rest = self.values[:-1, -1], self.values[-1, :-1], self.values[-1, -1]

@@ -54,13 +54,12 @@ class OnePair(KroneckerSum):
     def _merged(self, terms: list[KroneckerTerm]) -> KroneckerTerm:
         pairs = [term.factors() for term in terms]
         x, y = (w / w.mean() for w in self.weights(pairs))
-        a = sum(float(w) * pair.a for w, pair in zip(x, pairs))
-        g = sum(float(w) * pair.g for w, pair in zip(y, pairs))
-        merged = Factors(torch.as_tensor(a), torch.as_tensor(g))
+        merged = Factors(_weighted(x, [pair.a for pair in pairs]), _weighted(y, [pair.g for pair in pairs]))
         if all(term.is_product for term in terms):
             return merged.scaled(sum(term.trace() for term in terms) / merged.trace())
         _, q_g, q_a = merged.eigen()
-        return Corrected(sum(term.diagonal_in(q_g, q_a) for term in terms), q_g, q_a)
+        diagonals = [term.diagonal_in(q_g, q_a) for term in terms]
+        return Corrected(_weighted(torch.ones(len(terms)), diagonals), q_g, q_a)
 
 
 @dataclass(frozen=True)
@@ -96,6 +95,10 @@ class FrobeniusOptimal(OnePair):
         root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
         x = (k_g @ root @ spectrum(root @ k_g @ root)[1][:, -1]).abs()
         return x, k_a @ x
+
+
+def _weighted(weights: Float[Tensor, "n"], parts: list[Tensor]) -> Tensor:
+    return sum((float(w) * part for w, part in zip(weights, parts)), torch.zeros_like(parts[0]))
 
 
 def _gram(factors: list[Tensor]) -> Float[Tensor, "n n"]:
