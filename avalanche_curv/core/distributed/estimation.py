@@ -28,7 +28,8 @@ def estimate_sharded(
     C = Σ_r (N_r / N) C_r is linear in the examples, and so is every number of Diagonal, Dense, Kronecker (A and G each
     by itself, of which the product would not be) and of blocks of these: those are added over ranks. Other structures
     take products of C, which are added over ranks: they agree with one process as far as its search for eigenpairs is
-    accurate, to rounding up to 1,000 parameters. Products of a `MatrixFree` matrix go on talking to all ranks.
+    accurate, to rounding up to 1,000 parameters. Products of a `MatrixFree` matrix go on talking to all ranks. A of
+    Kronecker is that of one process where examples without any token that counts are as large a share of every rank's.
 
     Draws of a Monte-Carlo Fisher are those of one process that passes over the examples of rank 0, then of rank 1, ...,
     as far as examples have one shape; of sentences of several lengths they are others.

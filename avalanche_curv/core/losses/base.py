@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from avalanche_curv.core.losses.factor import Factor
@@ -53,6 +53,10 @@ class ExampleLoss(ABC):
     def draws(self, outputs: Float[Tensor, "N K"], targets: Nested) -> int:
         """The number of uniform numbers that one sample of an example takes: one for each output, unless fewer do."""
         return outputs.shape[1]
+
+    def counted(self, targets: Nested) -> Bool[Tensor, "N ..."] | None:
+        """Which targets count, [N] or one for each token, [N, d1, ...]; None for a loss that leaves none out."""
+        return None
 
     def summed(self, outputs: Tensor, targets: Nested) -> nn.Module:
         """Σ_i ℓ_i as a criterion with `reduction="sum"`, for outputs and targets like these, in their own shape:

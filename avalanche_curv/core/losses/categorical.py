@@ -130,6 +130,9 @@ class CrossEntropy(ByValue, OfClasses):
         tokens = self._tokens(targets).count
         return tokens if tokens > 1 else outputs.shape[1]
 
+    def counted(self, targets: Tensor) -> Bool[Tensor, "N ..."] | None:
+        return None if targets.is_floating_point() else targets.long() != self.ignored
+
     def summed(self, outputs: Tensor, targets: Tensor) -> nn.Module:
         if outputs.ndim > 2 or (self.weight is not None and targets.is_floating_point()):
             return super().summed(outputs, targets)
@@ -233,6 +236,9 @@ class NegativeLogLikelihood(OfClasses):
 
     def draws(self, outputs: Tensor, targets: Tensor) -> int:
         return self.entropy.draws(outputs, targets)
+
+    def counted(self, targets: Tensor) -> Bool[Tensor, "N ..."] | None:
+        return self.entropy.counted(targets)
 
     def check_likelihood(self) -> None:
         self.entropy.check_likelihood()

@@ -12,8 +12,10 @@ from torch import Tensor
 
 from avalanche_curv.core.curvature.base import OutputCurvature
 from avalanche_curv.core.curvature.operators import factor_of, pieces
-from avalanche_curv.core.losses import Factor
+from avalanche_curv.core.losses import ExampleLoss, Factor
+from avalanche_curv.core.nested import Nested
 from avalanche_curv.core.nested import examples as number_of
+from avalanche_curv.core.per_example.counting import Counting
 from avalanche_curv.core.per_example.layers import Layers, sensitivities
 from avalanche_curv.core.per_example.taps import Tap
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
@@ -30,6 +32,13 @@ class LayerPass:
     taps: list[Tap]
     outputs: Float[Tensor, "n C"]
     factor: Factor
+    loss: ExampleLoss
+    targets: Nested
+
+    @property
+    def counting(self) -> Counting:
+        """Which positions of the layers count, before any sensitivity."""
+        return Counting.of(self.loss, self.taps, self.targets)
 
     @property
     def columns(self) -> Iterator[list[Sequence[Any]]]:
@@ -51,5 +60,5 @@ def layer_passes(curvature: OutputCurvature, layers: Layers, risk: EmpiricalRisk
             outputs = risk.outputs(x)
         layers.check_calls(taps, number_of(y))
         factor = factor_of(curvature, risk, outputs.detach(), y, generator)
-        yield LayerPass(number_of(y), taps, outputs, factor)
+        yield LayerPass(number_of(y), taps, outputs, factor, risk.loss, y)
 

@@ -16,6 +16,7 @@ from avalanche_curv.core.nested import examples as number_of
 from avalanche_curv.core.nested import leaves
 from avalanche_curv.core.options import check_count, check_kind, check_seed, optional, settle
 from avalanche_curv.core.per_example import layer_kinds
+from avalanche_curv.core.per_example.counting import Counting
 from avalanche_curv.core.per_example.layers import Layers, Tap, by_layers
 from avalanche_curv.core.projection.blocks import Layout
 from avalanche_curv.core.projection.protection import BasisBound, Finding, Protection, TaskFindings, some_of
@@ -37,7 +38,8 @@ class InputSpace(Protection):
     With `Energy(e)` the top eigenvectors of M = mean (a, 1)(a, 1)ᵀ outside of what is held already join it, as few as
     hold e of tr M together with that (the paper's eq. 9); with `Rank(k)` those of M itself. Several `cuts` are for the
     trainable layers in the order of the model, the last one for all that follow. M is of `examples`, drawn by `seed`
-    (None takes all).
+    (None takes all). Padding, and what else the loss leaves out by `ignore_index`, has no part in it
+    (`core.per_example.counting` says which positions count).
 
     By default the directions that hold 95 % of M join, at most 1,000 of them a task. `Energy(1.0)` keeps all but
     rounding. Outputs that have grown are closed, from the end of their first task on, to the inputs of all tasks.
@@ -159,16 +161,19 @@ def input_roots(risk: EmpiricalRisk, layers: Layers) -> tuple[dict[nn.Module, Ro
     called: set[nn.Module] = set()
     finite = bool(risk.anchor.isfinite().all())
     for inputs, targets in risk:
-        count = number_of(targets)
-        with torch.no_grad(), layers.tapped(count) as taps:
+        count, counted = number_of(targets), risk.loss.counted(targets)
+        with torch.set_grad_enabled(counted is not None and counted.ndim > 1), layers.tapped(count) as taps:
             outputs = risk.outputs(inputs)
         layers.check_calls(taps, count)
         finite = finite and all(bool(t.isfinite().all()) for t in (*leaves(inputs), outputs))  # no layer explains NaN
         called |= {tap.layer for tap in taps}
+        counting = Counting.of(risk.loss, taps, targets)
+        counting.note_all(risk.loss, outputs, targets)
         for tap in taps:
             if isinstance(tap.layer, _ConvNd) or layer_kinds.takes_tokens(tap.layer):
                 rows = _rows(layers, tap, count)
-                seen.setdefault(tap.layer, _InputMoment()).add(rows * (count / len(rows) / risk.examples) ** 0.5)
+                rows = rows * (count / len(rows) / risk.examples) ** 0.5
+                seen.setdefault(tap.layer, _InputMoment()).add(_that_count(rows, counting.shares(tap.layer, rows)))
     roots = {layer: seen[layer].root() for layer in layers.names if layer in seen}
     if not (finite and all(root.isfinite().all() for root in roots.values())):
         raise NonFiniteCurvatureError(
@@ -198,6 +203,15 @@ def _rows(layers: Layers, tap: Tap, examples: int) -> Float[Tensor, "n d"]:
     if "bias" in places:
         parts.append(torch.ones_like(rows[:, :1]))
     return torch.cat(parts, dim=1)
+
+
+def _that_count(rows: Float[Tensor, "n d"], shares: Float[Tensor, "N T"] | None) -> Float[Tensor, "m d"]:
+    """The rows of positions that count, each times the root of its share."""
+    if shares is None:
+        return rows
+    groups = len(rows) // shares.numel()
+    roots = shares.sqrt()[:, None].expand(-1, groups, -1).reshape(-1, 1)
+    return (rows * roots)[roots[:, 0] > 0]
 
 
 def _falling(root: Root, kind: torch.dtype) -> tuple[Float[Tensor, "n"], Float[Tensor, "n d"]]:

@@ -14,6 +14,7 @@ from avalanche_curv.core.curvature.base import Curvature, OutputCurvature
 from avalanche_curv.core.curvature.operators import Operator
 from avalanche_curv.core.options import check_kind, settle
 from avalanche_curv.core.per_example import layer_kinds
+from avalanche_curv.core.per_example.counting import Counting
 from avalanche_curv.core.per_example.layers import Layers, Tap, by_layers
 from avalanche_curv.core.per_example.passes import layer_passes
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
@@ -112,6 +113,11 @@ class Kronecker(Factorised):
     example of its own; `sharing=Reduce()` joins the positions of an example (Eschenhagen et al. 2023). The kind decides
     the columns: `Fisher()` gives type-2, `Fisher(samples=1)` Monte-Carlo and `EmpiricalFisher()` empirical factors.
 
+    Means of inputs are over the positions that count: padding, and what else the loss leaves out by `ignore_index`, is
+    as if it were not there, and an example without a position that counts has no part in A. Which positions these are
+    where a layer has others than the targets have tokens, says `core.per_example.counting`. A criterion that is a
+    function of your own leaves no position out.
+
     Linear are `nn.Linear`, LoRA's two of an adapter and the `Conv1D` of GPT-2. All other parameters get the exact
     diagonal: norm layers, embeddings and heads tied to them, grouped convolutions, bare tensors, the packed projections
     of `nn.MultiheadAttention`, layers that are called twice or share their weight. A model without any layer to
@@ -198,16 +204,19 @@ def _factorised(
     diagonal = torch.zeros_like(risk.anchor)
     views = dict(zip(risk.space.names, risk.space.split(diagonal)))
     for piece in layer_passes(curvature, layers, risk):
-        for tap in piece.taps:
-            if tap.layer in factors:
-                factors[tap.layer].add_inputs(tap, piece.examples)
+        counting = piece.counting
         for columns in piece.columns:
             for tap, of_tap in zip(piece.taps, zip(*columns)):
                 if tap.layer in factors:
                     factors[tap.layer].add_sensitivities(of_tap, piece.examples)
+                    for sensitivity in of_tap:
+                        counting.note(tap, sensitivity)
                 else:
                     for name, part in layers.squares(tap, of_tap, piece.examples).items():
                         views[name] += part
+        for tap in piece.taps:
+            if tap.layer in factors:
+                factors[tap.layer].add_inputs(tap, piece.examples, counting)
     diagonal /= risk.examples
     add_squares_of_rows(views, curvature, risk, layers.rest)
     found = tuple(sums.layer(risk.examples) for sums in factors.values())
@@ -241,6 +250,7 @@ class _Sums:
     ) -> None:
         self.kind, self.names, self.sharing = layer, names, sharing
         self.a, self.g = like.new_zeros(inputs, inputs), like.new_zeros(out, out)
+        self.idle = 0  # examples without a position that counts
 
     @classmethod
     def of(cls, layers: Layers, layer: nn.Module, sharing: WeightSharing, like: Tensor) -> _Sums:
@@ -251,17 +261,21 @@ class _Sums:
             held[0] = held[0][::-1]
         return cls(layer, names, sharing, sum(shape[1:].numel() for shape in held), held[0][0], like)
 
-    def add_inputs(self, tap: Tap, examples: int) -> None:
+    def add_inputs(self, tap: Tap, examples: int, counting: Counting) -> None:
         weight, bias = self.names
         ready = layer_kinds.surely_prepared(self.kind, tap.inputs, examples)
+        shares = counting.shares(tap.layer, ready)
+        idle = 0 if shares is None else int((shares == 0).all(1).sum())
+        self.idle += idle
         if weight is not None:
-            rows = self.sharing.inputs(ready)
+            rows = self.sharing.inputs(ready, shares)
             count = len(rows) // examples
             add_gram(self.a[: rows.shape[1], : rows.shape[1]], rows, 1 / count)
             if bias is not None:
-                self.a[-1, :-1] += rows.sum(0) / count
+                ones = None if shares is None else self.sharing.inputs(torch.ones_like(ready[:, :1]), shares)
+                self.a[-1, :-1] += (rows.sum(0) if ones is None else (ones.T @ rows)[0]) / count
         if bias is not None:
-            self.a[-1, -1] += examples
+            self.a[-1, -1] += examples - idle
 
     def add_sensitivities(self, columns: Sequence[Tensor], examples: int) -> None:
         for column in columns:
@@ -269,7 +283,7 @@ class _Sums:
             add_gram(self.g, self.sharing.sensitivities(b), 1.0)
 
     def layer(self, examples: int) -> FactoredLayer:
-        a, g = (_from_lower(part) / examples for part in (self.a, self.g))
+        a, g = _from_lower(self.a) / max(1, examples - self.idle), _from_lower(self.g) / examples
         return FactoredLayer(*self.names, (Factors(a, g),), layer_kinds.is_transposed(self.kind))
 
 

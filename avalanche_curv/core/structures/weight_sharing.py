@@ -16,8 +16,9 @@ class WeightSharing(Storable, ABC):
     Σ_t b_nt a_ntᵀ, is a sum of T products, whose square is no Kronecker product. At T = 1 all readings agree."""
 
     @abstractmethod
-    def inputs(self, a: Float[Tensor, "n in T"]) -> Float[Tensor, "m in"]:
-        """Rows whose mean outer product is the mean of the first factor over these examples."""
+    def inputs(self, a: Float[Tensor, "n in T"], shares: Float[Tensor, "n T"] | None = None) -> Float[Tensor, "m in"]:
+        """Rows whose mean outer product is the mean of the first factor over these examples. Where not every position
+        counts, `shares` weighs them: T times the share of each in the mean over those of its example."""
 
     @abstractmethod
     def sensitivities(self, b: Float[Tensor, "n out T"]) -> Float[Tensor, "m out"]:
@@ -34,8 +35,9 @@ class Expand(WeightSharing):
     Grosse & Martens 2016.
     """
 
-    def inputs(self, a: Tensor) -> Tensor:
-        return a.mT.reshape(-1, a.shape[1])
+    def inputs(self, a: Tensor, shares: Tensor | None = None) -> Tensor:
+        rows = a.mT.reshape(-1, a.shape[1])
+        return rows if shares is None else rows * shares.sqrt().reshape(-1, 1)
 
     def sensitivities(self, b: Tensor) -> Tensor:
         return b.mT.reshape(-1, b.shape[1])
@@ -50,8 +52,8 @@ class Reduce(WeightSharing):
     error (Proposition 2): classifiers of sequences and images. Factors are of N rows instead of N T, which is cheaper.
     """
 
-    def inputs(self, a: Tensor) -> Tensor:
-        return a.mean(2)
+    def inputs(self, a: Tensor, shares: Tensor | None = None) -> Tensor:
+        return a.mean(2) if shares is None else (a @ shares[:, :, None])[:, :, 0] / a.shape[2]
 
     def sensitivities(self, b: Tensor) -> Tensor:
         return b.sum(2)

@@ -72,6 +72,13 @@ class Conv1D(nn.Module):
         return x @ self.weight + self.bias
 
 
+class Transposed(nn.Module):
+    """Classes on the second axis."""
+
+    def forward(self, x):
+        return x.transpose(1, 2)
+
+
 class Positions(nn.Module):
     """To each token its position is added, which is the same in all examples."""
 
@@ -192,6 +199,20 @@ def test_a_transposed_weight_is_protected_as_the_linear_layer_that_it_is(make_mo
                 torch.testing.assert_close(one.weight.T, other.weight, rtol=0, atol=1e-9)
                 torch.testing.assert_close(one.bias, other.bias, rtol=0, atol=1e-9)
     assert InputSpace().bounds(risk_of(layer, inputs).space) == InputSpace().bounds(risk_of(linear, inputs).space)
+
+
+def test_padding_does_not_enter_it(make_model):
+    """What stands at tokens that the loss leaves out is as if it were not there."""
+    model = make_model(lambda: nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3), Transposed()))
+    tokens, labels = draws(2, 3, 6), torch.arange(6).view(2, 3) % 3
+    filled = torch.cat([tokens, draws(2, 2, 6, seed=1)], dim=1)
+    padded = EmpiricalRisk.snapshot(model, nn.CrossEntropyLoss(), [(filled, F.pad(labels, (0, 2), value=-100))])
+    without = EmpiricalRisk.snapshot(model, nn.CrossEntropyLoss(), [(tokens, labels)])
+    found, wanted = (ProtectedSpace().absorb(risk, InputSpace(Energy(0.9))).blocks for risk in (padded, without))
+    for key, block in wanted.items():
+        assert found[key].subspace.rank == block.subspace.rank
+        assert principal_angles(found[key].subspace.rows, block.subspace.rows).max() < 1e-7
+        torch.testing.assert_close(found[key].subspace.shares[0].values, block.subspace.shares[0].values)
 
 
 @pytest.mark.parametrize("fraction", [0.5, 0.8, 0.95])

@@ -13,11 +13,13 @@ from avalanche_curv import (
     Diagonal,
     EmpiricalFisher,
     EmpiricalRisk,
+    Expand,
     Fisher,
     Hessian,
     Kronecker,
     LowRank,
     Rank,
+    Reduce,
     estimate,
 )
 from avalanche_curv.core.fidelity import example_models
@@ -123,12 +125,72 @@ def test_padding_is_as_if_it_were_not_there(make_model, close):
         for structure in (Dense(), Diagonal(), LowRank(Rank(5))):
             found, wanted = (estimate(kind, structure, risk).curvature.dense() for risk in (here, there))
             torch.testing.assert_close(found, counted * wanted, atol=1e-8, rtol=1e-8)
+    for kind in (GGN(), Fisher(), EmpiricalFisher()):
+        for sharing in (Expand(), Reduce()):
+            for factors in (Kronecker(sharing=sharing), EKFAC(sharing=sharing)):
+                found, wanted = (estimate(kind, factors, risk).curvature.dense() for risk in (here, there))
+                close(found, counted * wanted)
     moved = here.anchor + 0.1
     found, wanted = (example_models(GGN(), risk).compare(moved).quadratic for risk in (here, there))
     kept = torch.tensor([0, 1, 2, 3, 5])
     close(found.kappa[kept], wanted.kappa)
     close(found.increase[kept], wanted.increase)
     assert found.kappa[4] == 0
+
+
+class NextTokens(nn.Module):
+    """Classes [N, C, T − 1] of next tokens, from causal attention over tokens [N, T]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.mix, self.head = nn.Embedding(5, 3), nn.Linear(3, 4), nn.Linear(4, 5)
+
+    def forward(self, tokens):
+        x = self.mix(self.words(tokens))
+        seen = F.scaled_dot_product_attention(x, x, x, is_causal=True)
+        return self.head(torch.tanh(seen))[:, :-1].transpose(1, 2)
+
+
+def answers(length):
+    """Twelve sentences of 3, 6 and 4 tokens, of which the first two are a question, padded to a length; or each by
+    itself."""
+    generator = torch.Generator().manual_seed(0)
+    sentences = [torch.randint(5, (1, own), generator=generator) for own in 4 * (3, 6, 4)]
+    pairs = [(x, torch.where(torch.arange(1, x.shape[1]) < 2, PADDING, x[:, 1:])) for x in sentences]
+    if length is None:
+        return pairs
+    padded = (
+        torch.cat([F.pad(part, (0, width - part.shape[1]), value=value) for part in parts])
+        for parts, width, value in zip(zip(*pairs), (length, length - 1), (1, PADDING))
+    )
+    return [tuple(padded)]
+
+
+@pytest.mark.parametrize("sharing", [Expand(), Reduce()], ids=str)
+def test_padded_next_tokens_have_the_factors_of_those_without(sharing, make_model, close):
+    """Layers have a position more than there are targets. What is padded with reaches no output that counts."""
+    model = make_model(NextTokens)
+    without, padded = (EmpiricalRisk.snapshot(model, nn.CrossEntropyLoss(), answers(n)) for n in (None, 8))
+    for kind in (GGN(), Fisher(), EmpiricalFisher()):
+        for factors in (Kronecker(sharing=sharing), EKFAC(sharing=sharing)):
+            close(*(estimate(kind, factors, risk).curvature.dense() for risk in (padded, without)))
+
+
+def test_a_question_counts_where_its_answer_depends_on_it(make_model, close):
+    """Before attention, of all tokens but the last; in the head, of those with a target."""
+    model = make_model(NextTokens)
+    risk = EmpiricalRisk.snapshot(model, nn.CrossEntropyLoss(), answers(8))
+    seen = {}
+    model.head.register_forward_pre_hook(lambda _, args: seen.update(head=args[0].detach()))
+    wanted = {"mix": 0, "head": 0}
+    for x, _ in answers(None):
+        model(x)
+        for name, inputs in {"mix": model.words(x).detach()[0, :-1], "head": seen["head"][0, 1:-1]}.items():
+            rows = torch.cat([inputs, torch.ones_like(inputs[:, :1])], dim=1)
+            wanted[name] = wanted[name] + rows.T @ rows / len(rows) / 12
+    found = estimate(GGN(), Kronecker(), risk).curvature.layers
+    for place, a in zip(found, wanted.values()):
+        close(place.terms[0].a, a)
 
 
 def test_draws_of_tokens_do_not_depend_on_the_batch_size(make_model, close):
