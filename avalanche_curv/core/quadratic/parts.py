@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import weakref
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,8 @@ class Part:
     pulls: list[Pull]
     witness: nn.Parameter
     gradient: Tensor | None
+    passes: list[None] = field(default_factory=list)
+    """One for each backward pass since this part waits, which may be in the same gradient after zeroing it in place."""
 
     @classmethod
     def of(cls, optimizer: Optimizer, pulls: list[Pull]) -> Part:
@@ -29,10 +32,16 @@ class Part:
         witness = min((p for group in optimizer.param_groups for p in group["params"]), key=torch.numel)
         return cls([(p, pull) for p, pull in pulls if id(p) in own], witness, witness.grad)
 
+    def wait(self) -> None:
+        """Counts backward passes from now on, for as long as this part lives."""
+        passes = self.passes
+        hook = self.witness.register_post_accumulate_grad_hook(lambda _: passes.append(None))
+        weakref.finalize(self, hook.remove)
+
     @property
     def is_stale(self) -> bool:
-        """Whether the gradients are new ones."""
-        return self.witness.grad is not self.gradient
+        """Whether the gradients are new ones; those that were only scaled or clipped are not."""
+        return self.witness.grad is not self.gradient or bool(self.passes)
 
 
 @torch.no_grad()

@@ -419,6 +419,8 @@ class CurvatureRegularizer(Configured):
             for one in optimizers if evaluation == 0 else (optimizer,):
                 self._parts[one] = Part.of(one, pulls)
             part = self._parts.pop(optimizer)
+            for waiting in self._parts.values():
+                waiting.wait()
         add_to_gradients(part.pulls, scale)
         if part.pulls and evaluation <= 1:
             self.look(optimizer, model, 1.0 if scale is None else float(scale))

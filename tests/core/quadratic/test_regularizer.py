@@ -286,15 +286,36 @@ def test_of_two_optimizers_the_first_evaluates_for_both_unless_gradients_are_new
     attached(model, layers, regularizer)
     assert len(calls) == STEPS
 
+
+@pytest.mark.parametrize("to_none", [True, False])
+def test_two_optimizers_that_take_turns_each_see_the_penalty_where_they_step(to_none, model):
+    """Gradients that are zeroed in place stay the same tensors."""
+
     def alternating(model, optimizers, penalty=None):
         for number, (x, y) in zip(range(2 * STEPS), 6 * batches_of(2)):
             for optimizer in optimizers:
-                optimizer.zero_grad()
+                optimizer.zero_grad(set_to_none=to_none)
             loss = cross_entropy(model(x), y)
             (loss if penalty is None else loss + penalty(model)).backward()
             optimizers[number % 2].step()
 
-    ways = layers, regularizer, alternating
+    ways = layers, with_past(model), alternating
+    assert torch.equal(attached(model, *ways), added(model, *ways))
+
+
+def test_gradients_that_are_clipped_between_two_optimizers_are_still_of_one_backward_pass(model):
+    def clipped(model, optimizers, penalty=None):
+        for _, (x, y) in zip(range(STEPS), 3 * batches_of(2)):
+            for optimizer in optimizers:
+                optimizer.zero_grad(set_to_none=False)
+            loss = cross_entropy(model(x), y)
+            (loss if penalty is None else loss + penalty(model)).backward()
+            for optimizer in optimizers:
+                nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1e9)
+                optimizer.step()
+        assert not any(parameter._post_accumulate_grad_hooks for parameter in model.parameters())
+
+    ways = layers, with_past(model), clipped
     assert torch.equal(attached(model, *ways), added(model, *ways))
 
 
