@@ -21,6 +21,7 @@ from avalanche_curv.core.curvature.operators import (
     pieces,
     some_factor,
 )
+from avalanche_curv.core.curvature.outlook import Outlook
 from avalanche_curv.core.curvature.products import Relinearised, Way, right_products
 from avalanche_curv.core.losses import ExampleLoss, Factor
 from avalanche_curv.core.nested import Nested, split
@@ -148,7 +149,7 @@ class OutputCurvature(Curvature, ABC):
     def rows(self, risk: EmpiricalRisk, names: Collection[str] | None = None) -> Iterator[Float[Tensor, "n P"]]:
         """Rows of G with C = GᵀG: the columns of J_iᵀ S_i / √N, one chunk of examples after the other. `names`
         restricts them to some parameters, in the order given."""
-        parameters, generator = parameters_of(risk), self.generator()
+        parameters, generator, outlook = parameters_of(risk), self.generator(), Outlook(self, risk)
         width = sum(parameters[name].numel() for name in names or parameters)
         with torch.no_grad():
             for x, y in pieces(self, risk):
@@ -160,8 +161,11 @@ class OutputCurvature(Curvature, ABC):
                     some = (pulled_back(risk, parameters, part_x, s, names) for s in part_factor.columns(columns))
                     if len(part_factor) > 1:  # rows come in the order of examples
                         yield torch.cat([*some], dim=1).flatten(0, 1)
+                        outlook.took(len(part_factor), factor.count, factor.count)
                     else:
-                        yield from (rows[0] for rows in some)
+                        for rows in some:
+                            yield rows[0]
+                            outlook.took(1, rows.shape[1], factor.count)
 
 
 def _in_forward_mode(curvature: FactorInOutputs, risk: EmpiricalRisk) -> Operator:

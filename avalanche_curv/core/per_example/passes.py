@@ -12,6 +12,7 @@ from torch import Tensor
 
 from avalanche_curv.core.curvature.base import OutputCurvature
 from avalanche_curv.core.curvature.operators import factor_of, pieces
+from avalanche_curv.core.curvature.outlook import Outlook
 from avalanche_curv.core.losses import ExampleLoss, Factor
 from avalanche_curv.core.nested import Nested
 from avalanche_curv.core.nested import examples as number_of
@@ -26,7 +27,8 @@ CHUNK_BYTES = 32 * 2**20  # of what leaves the layers, for these examples and fo
 
 @dataclass(frozen=True)
 class LayerPass:
-    """A chunk of n examples after a forward pass: what entered and left each layer, the outputs and the factor S."""
+    """A chunk of n examples after a forward pass: what entered and left each layer, the outputs and the factor S, whose
+    columns the outlook counts."""
 
     examples: int
     taps: list[Tap]
@@ -34,6 +36,7 @@ class LayerPass:
     factor: Factor
     loss: ExampleLoss
     targets: Nested
+    outlook: Outlook
 
     @property
     def counting(self) -> Counting:
@@ -46,6 +49,7 @@ class LayerPass:
         ends = sum(end.nbytes for tap in self.taps for end in tap.ends)
         for some in self.factor.columns(max(1, CHUNK_BYTES // max(1, self.outputs.nbytes, ends))):
             yield [sensitivities(self.outputs, self.taps, column) for column in some.unbind(2)]
+            self.outlook.took(self.examples, some.shape[2], self.factor.count)
 
 
 def layer_passes(curvature: OutputCurvature, layers: Layers, risk: EmpiricalRisk) -> Iterator[LayerPass]:
@@ -53,12 +57,12 @@ def layer_passes(curvature: OutputCurvature, layers: Layers, risk: EmpiricalRisk
 
     To be used within `by_layers`: raises LayerDiffers if a layer is called otherwise than on the first examples.
     """
-    generator = curvature.generator()
+    generator, outlook = curvature.generator(), Outlook(curvature, risk)
     size = min(CHUNK, max(1, CHUNK_BYTES // max(1, layers.bytes_an_example)))
     for x, y in pieces(curvature, risk.rebatched(size)) if layers.names else ():
         with torch.enable_grad(), layers.tapped(number_of(y)) as taps:
             outputs = risk.outputs(x)
         layers.check_calls(taps, number_of(y))
         factor = factor_of(curvature, risk, outputs.detach(), y, generator)
-        yield LayerPass(number_of(y), taps, outputs, factor, risk.loss, y)
+        yield LayerPass(number_of(y), taps, outputs, factor, risk.loss, y, outlook)
 

@@ -23,8 +23,9 @@ def estimate(
 
     C is `curvature` in the form of `structure`; g = ∇L(a) with `gradient=True`, and zero otherwise, which takes the
     anchor for a minimum. Raises TypeError for arguments of other types or in another order and for a pair that does not
-    go together, MemoryError before computing a matrix
-    over the structure's limit, and NonFiniteCurvatureError for NaN or infinity in the result, its anchor included.
+    go together, MemoryError before computing a matrix over the structure's limit, and NonFiniteCurvatureError for NaN
+    or infinity in the result, its anchor included. Warns where the columns of an exact kind, one for each class of each
+    token, will take longer than ten minutes.
 
     Beside the matrix and the activations of one batch it takes a copy of the model and of one gradient, and rows of up
     to 2 MiB at once (`Diagonal`, `Kronecker`, `EKFAC`), up to 1 GiB of rows or a Gram matrix of 3,000 rows (`LowRank`),
