@@ -79,6 +79,10 @@ class ExampleLoss(ABC):
         ValueError where it cannot be one for them."""
         return self
 
+    def check_batch(self, batch: Callable[[], tuple[Tensor, Nested]]) -> None:  # noqa: B027  known ones are right
+        """Raises ValueError where the loss of a batch, of which `batch` gives the outputs and targets, is neither the
+        mean nor the sum of the losses of its examples."""
+
 
 class Summed(nn.Module):
     """Σ_i ℓ_i of outputs in their own shape."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Hashable
 from copy import deepcopy
-from functools import singledispatch
+from functools import partial, singledispatch
 from typing import Any
 
 import torch
@@ -51,9 +52,10 @@ def example_loss(criterion: object) -> ExampleLoss:
 
     In closed form: `CrossEntropyLoss`, `NLLLoss`, `KLDivLoss`, `BCELoss`, `BCEWithLogitsLoss`, `MSELoss`, `L1Loss`,
     `SmoothL1Loss`, `HuberLoss`, `PoissonNLLLoss`, `GaussianNLLLoss`, `SoftMarginLoss`, `MultiLabelSoftMarginLoss`, and
-    their functions in `torch.nn.functional`. `losses.gaussian` says where the variances of `GaussianNLLLoss` stand. Any
-    other criterion(outputs, targets), of targets that may be a nesting of tensors, becomes a `LossFunction`; of a
-    module a frozen copy in eval mode is taken. Add a closed form of your own with `@example_loss.register`.
+    their functions in `torch.nn.functional`, also with options, as `partial(F.cross_entropy, label_smoothing=0.1)`.
+    `losses.gaussian` says where the variances of `GaussianNLLLoss` stand. Any other criterion(outputs, targets), of
+    targets that may be a nesting of tensors, becomes a `LossFunction`; of a module a frozen copy in eval mode is taken.
+    Add a closed form of your own with `@example_loss.register`.
 
     Raises TypeError for what cannot be called, and for classes.
 
@@ -106,6 +108,15 @@ def _of(known: type[nn.Module]) -> Callable[[Form], Form]:
 @example_loss.register
 def _(criterion: ExampleLoss) -> ExampleLoss:
     return criterion
+
+
+@example_loss.register(partial)
+def _of_options(criterion: partial[Any]) -> ExampleLoss:
+    """A function of torch with options of its module is that module; any other is a function."""
+    known, options = OF_FUNCTION.get(criterion.func), criterion.keywords
+    if known is None or criterion.args or not options.keys() <= inspect.signature(known).parameters.keys():
+        return LossFunction(criterion)
+    return example_loss(known(**options))
 
 
 @_of(nn.CrossEntropyLoss)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,7 +36,8 @@ class LossFunction(ExampleLoss):
     `Hessian(psd=Clip())` are. `sample(outputs, uniform)` draws targets [N, ...] of the likelihood exp(−ℓ) from uniform
     numbers of the outputs' shape; with it there is a `Fisher(samples=m)`, without it none.
 
-    On a few examples it is checked that the loss of a batch is the mean or the sum of the losses of its examples.
+    On a few examples and on a first batch it is checked that the loss of a batch is the mean or the sum of the losses
+    of its examples. `criterion(outputs, targets)` is the function, for training.
 
     Example: `LossFunction(lambda f, y: (f - y).pow(4).mean())`.
     """
@@ -49,6 +51,10 @@ class LossFunction(ExampleLoss):
         settle(self, function=_check_function, sample=optional(_check_function), _at_once=check_flag)
         if not (self._shape is None or isinstance(self._shape, tuple)):
             raise TypeError(f"LossFunction(_shape=...) is found on some outputs; got {self._shape!r}.")
+
+    def __call__(self, outputs: Tensor, targets: Nested) -> Tensor:
+        """What the function gives for a batch."""
+        return self.function(outputs, targets)
 
     def per_example(self, outputs: Tensor, targets: Nested) -> Tensor:
         shaped = self._shaped(outputs, targets)
@@ -119,7 +125,8 @@ class LossFunction(ExampleLoss):
     @property
     def name(self) -> str:
         """The criterion, in messages."""
-        return getattr(self.function, "__name__", type(self.function).__name__)
+        function = self.function.func if isinstance(self.function, partial) else self.function
+        return getattr(function, "__name__", type(function).__name__)
 
     def fitted(self, few: Callable[[], tuple[Tensor, Tensor]]) -> LossFunction:
         outputs, targets = few()
@@ -128,9 +135,18 @@ class LossFunction(ExampleLoss):
             outputs, targets = torch.cat([outputs, 0.9 * outputs + 0.05]), cat([targets, targets])
         alone = torch.stack([self._tried(*one) for one in split((outputs, targets), 1)])
         for count in (len(outputs), len(outputs) - 1 or 1):
-            self._check_separable(self._tried(*index((outputs, targets), slice(-count, None))), alone[-count:])
+            self._check_separable(*index((outputs, targets), slice(-count, None)), alone[-count:])
         found = replace(self, _shape=tuple(outputs.shape[1:]))
         return replace(found, _at_once=found._is_right_at_once(outputs, targets))
+
+    def check_batch(self, batch: Callable[[], tuple[Tensor, Nested]]) -> None:
+        outputs, targets = batch()
+        twos = torch.arange(len(outputs)) // 2 * 2
+        shared = ", two by two with one target,"  # so that there are positive pairs for a criterion that looks for some
+        for given, of_which in ((targets, ""), (index(targets, twos), shared)):
+            with torch.no_grad():
+                alone = self.per_example(outputs.reshape(len(outputs), -1), given)
+            self._check_separable(outputs, given, alone, of_which)
 
     def _tried(self, outputs: Tensor, targets: Nested) -> Tensor:
         try:
@@ -145,19 +161,19 @@ class LossFunction(ExampleLoss):
             raise TypeError(f"The criterion {self.name} gives {type(loss).__name__}; expected a loss. {REMEDY}")
         return loss.sum()
 
-    def _check_separable(self, together: Tensor, alone: Float[Tensor, "n"]) -> None:
-        if not alone.isfinite().all() and together.isfinite():
-            alone = alone.nan_to_num(math.inf)
+    def _check_separable(
+        self, outputs: Tensor, targets: Nested, alone: Float[Tensor, "n"], of_which: str = ""
+    ) -> None:
+        together, count = self._tried(outputs, targets), len(alone)
         floor = AGREE * float(alone.abs().mean()) + 1e-6
-        ways = alone.mean(), alone.sum()
-        if not together.isfinite() or any(float((together - way).abs()) <= floor for way in ways):
+        ways = ((alone.mean(), floor), (alone.sum(), floor * max(1.0, count / 4)))
+        is_one = alone.isfinite().all() and any(float((together - way).abs()) <= within for way, within in ways)
+        if is_one or not together.isfinite():
             return
         raise ValueError(
-            f"{self.name} mixes the examples of a batch: for {len(alone)} of them it gives {float(together):.6g}, "
+            f"{self.name} mixes the examples of a batch: for {count} of them{of_which} it gives {float(together):.6g}, "
             f"which is neither the mean ({float(alone.mean()):.6g}) nor the sum of its values for each of them alone. "
-            "Past loss is a mean over examples: give a criterion of single examples for the past, as "
-            "EmpiricalRisk.snapshot(model, nn.CrossEntropyLoss(), batches). Class weights and ignore_index belong into "
-            "torch's module, as nn.CrossEntropyLoss(weight=...)."
+            f"Past loss is a mean over examples: {_of_single_examples(outputs, targets)}"
         )
 
     def _is_right_at_once(self, outputs: Tensor, targets: Nested) -> bool:
@@ -216,6 +232,21 @@ class LossFunction(ExampleLoss):
         own = list(shape)
         own[fitting[0]] = sizes[fitting[0]]
         return outputs.reshape(len(outputs), *own)
+
+
+def _of_single_examples(outputs: Tensor, targets: Nested) -> str:
+    """The remedy for a criterion that mixes examples."""
+    if outputs.ndim > 2 and isinstance(targets, Tensor) and not targets.is_floating_point():
+        last = targets.shape == outputs.shape[:-1]
+        forward = ", forward=lambda model, inputs: model(inputs).movedim(-1, 1)" if last else ""
+        return (
+            "nn.CrossEntropyLoss() takes it over the tokens that count of each, of outputs [N, C, T], targets [N, T] "
+            f"with -100 at padding, as EmpiricalRisk.snapshot(model, nn.CrossEntropyLoss(), batches{forward})."
+        )
+    return (
+        "give a criterion of single examples for the past, as EmpiricalRisk.snapshot(model, nn.CrossEntropyLoss(), "
+        "batches). Class weights and ignore_index belong into torch's module, as nn.CrossEntropyLoss(weight=...)."
+    )
 
 
 def _pairs(shaped: Tensor, targets: Nested) -> Iterator[tuple[Tensor, Nested]]:

@@ -22,6 +22,7 @@ from avalanche_curv.core.risk.known import is_plain
 if TYPE_CHECKING:
     from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 
+BATCH = 512  # examples of a batch on which a criterion is tried
 ONE_BY_ONE = "past loss is a mean over single examples. Use normalisation with running statistics."
 
 
@@ -48,7 +49,7 @@ def check_risk(risk: EmpiricalRisk) -> None:
     look on are dropped.
 
     It is seen on a few examples of the first batch that holds some, or, of data in memory, of all; of these all targets
-    are looked at besides.
+    are looked at besides. Of a criterion that is a function, up to 512 examples of the first batch are looked at.
     """
     _ = risk.space
     in_memory = isinstance(risk.batches, tuple)
@@ -60,8 +61,16 @@ def check_risk(risk: EmpiricalRisk) -> None:
         with untouched_randomness():
             check_gradients(risk, _cloned(index(inputs, slice(2))))
     risk.loss.check(_outputs(risk.model, inputs), targets)
+    risk.loss.check_batch(lambda: _first_batch(risk))
     for _ in risk if in_memory else ():
         pass
+
+
+def _first_batch(risk: EmpiricalRisk) -> tuple[Tensor, Nested]:
+    """The outputs and targets of the first batch, or of its first examples."""
+    inputs, targets = index(next(iter(risk)), slice(BATCH))
+    with torch.no_grad(), untouched_randomness():
+        return _outputs(risk.model, _cloned(inputs)), targets
 
 
 def drop_hooks(risk: EmpiricalRisk) -> None:

@@ -1,7 +1,9 @@
 """Every criterion in its outputs: value, slope, curvature and draws as torch's own criterion of one example says."""
 
 import math
+import re
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,9 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.functional import hessian
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
 
 from avalanche_curv import (
     GGN,
+    CurvatureRegularizer,
     Dense,
     Diagonal,
     EmpiricalFisher,
@@ -457,6 +461,13 @@ def test_ignored_tokens_are_as_if_they_were_not_there(close):
         assert curved[:, :, ~kept].abs().max() == 0
 
 
+class Transposed(nn.Module):
+    """Classes on the second axis."""
+
+    def forward(self, x):
+        return x.transpose(1, 2)
+
+
 def contrastive(f, y):
     return (f @ f.T).logsumexp(1).mean()
 
@@ -474,6 +485,102 @@ def test_a_criterion_that_mixes_examples_is_refused_by_name(criterion):
 def test_one_example_is_enough_to_see_that_a_criterion_mixes():
     with pytest.raises(ValueError, match="mixes the examples"):
         example_loss(contrastive).fitted(lambda: (real(3)[:1], real(3)[:1]))
+
+
+def supervised_contrastive(f, y):
+    """Khosla et al. (2020); zero where no two examples share a class."""
+    others = ~torch.eye(len(f), dtype=torch.bool)
+    alike = (y[:, None] == y) & others
+    surprise = -(f @ f.T).masked_fill(~others, -1e9).log_softmax(1)
+    return ((surprise * alike).sum(1) / alike.sum(1).clamp_min(1)).sum() / (alike.any(1).sum().clamp_min(1))
+
+
+def hardest_triplets(f, y):
+    """Hermans et al. (2017), of each example with the farthest of its class and the nearest of another."""
+    far, alike = torch.cdist(f, f), y[:, None] == y
+    return F.relu((far * alike).amax(1) - far.masked_fill(alike, 1e9).amin(1) + 0.2).mean()
+
+
+@pytest.mark.parametrize("criterion", [supervised_contrastive, hardest_triplets])
+@pytest.mark.parametrize("labels", [torch.arange(32) % 10, torch.arange(32)], ids=["some alike", "all different"])
+@pytest.mark.parametrize("loaded", [True, False])
+def test_a_criterion_of_pairs_is_refused_though_the_first_examples_make_none(criterion, labels, loaded, make):
+    """On four examples of four classes it is zero, as it is on each of them."""
+    net, x = make(lambda: nn.Linear(4, 3)), torch.randn(32, 4, generator=torch.Generator().manual_seed(1))
+    batches = DataLoader(TensorDataset(x, labels), batch_size=32) if loaded else [(x, labels)]
+    assert criterion(net(x[:4]), labels[:4]) == 0
+    with pytest.raises(ValueError, match=rf"{criterion.__name__} mixes the examples of a batch: for .*nn\.Cross"):
+        EmpiricalRisk.snapshot(net, criterion, batches)
+
+
+@pytest.mark.parametrize("last", [True, False], ids=["classes last", "classes second"])
+def test_the_mean_over_the_tokens_of_a_batch_is_refused_with_a_remedy_that_works(last, make):
+    """Of sequences of several lengths."""
+    layers = [nn.Linear(2, 3)] if last else [nn.Linear(2, 3), Transposed()]
+    model, x = make(lambda: nn.Sequential(*layers)).double(), real(5, 2)
+    batches = [(x, TOKENS)]
+
+    def over_the_batch(f, y):
+        return F.cross_entropy(f.movedim(-1, 1) if last else f, y)
+
+    with pytest.raises(ValueError, match="over_the_batch mixes the examples") as raised:
+        EmpiricalRisk.snapshot(model, over_the_batch, batches)
+    (remedy,) = re.findall(r"EmpiricalRisk\.snapshot\(.*\)(?=\.)", str(raised.value))
+    risk = eval(remedy)
+    f = model(x).detach().movedim(-1, 1) if last else model(x).detach()
+    each = [CE()(a[None], b[None]) if (b != -100).any() else a.sum() * 0 for a, b in zip(f, TOKENS)]
+    assert risk.value() == pytest.approx(float(sum(each)) / N)
+
+
+def remedy_in(message):
+    """The code of a message: its lines that are indented."""
+    return "\n".join(line[4:] for line in str(message).splitlines() if line.startswith("    "))
+
+
+def test_two_lines_make_a_fisher_of_a_function(make):
+    """As the message shows them; the criterion then trains, too."""
+    model, batches = make(lambda: nn.Linear(2, 3)).double(), [(real(2), real(3))]
+    with pytest.raises(ValueError, match="The Fisher information is not defined for quartic") as raised:
+        CurvatureRegularizer(1.0).absorb(model, quartic, batches)
+    known = {**globals(), "f": quartic}
+    exec(remedy_in(raised.value), known)
+    known["regularizer"].absorb(model, known["criterion"], batches)
+    assert known["regularizer"].past.model.curvature.trace() > 0
+    f, y = model(batches[0][0]), batches[0][1]
+    assert torch.equal(known["criterion"](f, y), quartic(f, y))
+
+
+def test_two_lines_make_a_criterion_of_a_function(make):
+    model, batches = make(lambda: nn.Linear(2, 3)).double(), [(real(2), real(3))]
+    with pytest.raises(TypeError, match="such as nn") as raised:
+        EmpiricalRisk.snapshot(model, None, batches)
+    known = {**globals(), "model": model, "batches": batches}
+    exec(remedy_in(raised.value), known)
+    assert known["risk"].value() == pytest.approx(F.mse_loss(model(batches[0][0]), batches[0][1]).item())
+
+
+@pytest.mark.parametrize(
+    ("function", "module", "targets"),
+    [
+        (partial(F.cross_entropy, label_smoothing=0.1), CE(label_smoothing=0.1), LABELS),
+        (partial(F.cross_entropy, weight=W, reduction="sum"), CE(W, reduction="sum"), LABELS),
+        (partial(F.mse_loss, reduction="sum"), nn.MSELoss(reduction="sum"), real(3)),
+        (partial(F.huber_loss, delta=0.3), nn.HuberLoss(delta=0.3), real(3)),
+    ],
+)
+def test_a_function_of_torch_with_options_is_its_module(function, module, targets, close):
+    f = real(3)
+    found, wanted = example_loss(function), example_loss(module)
+    assert type(found) is type(wanted)
+    close(found.per_example(f, targets), wanted.per_example(f, targets))
+    close(found.gradient(f, targets), wanted.gradient(f, targets))
+
+
+def test_a_function_with_options_of_its_own_has_its_name():
+    weighted = partial(F.mse_loss, weight=torch.ones(3).double())
+    for function in (partial(quartic), weighted, partial(F.mse_loss, real(3))):
+        assert isinstance(example_loss(function), LossFunction)
+        assert example_loss(function).name == function.func.__name__
 
 
 @pytest.mark.parametrize("criterion", [lambda f: f, lambda f, y: 3.0, nn.CosineEmbeddingLoss()])
