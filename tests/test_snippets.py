@@ -122,7 +122,7 @@ def test_what_is_printed_for_mnist_differs_in_the_marked_lines_alone() -> None:
 
 
 def on_mnist(code: str) -> str:
-    """The snippet with what stands behind `# or:` in place of the line above, on the images in DATA; of the first 12,000
+    """The snippet with what stands behind `# or:` in place of the line above, on images in DATA; of the first 12,000
     it takes a quarter."""
     imports = (
         "from avalanche.benchmarks import SplitMNIST\nfrom avalanche.models import SimpleMLP\n"

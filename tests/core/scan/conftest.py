@@ -201,6 +201,11 @@ def top_of(matrix: Tensor) -> Tensor:
     return (vectors[:, kept] * values[kept]) @ vectors[:, kept].T
 
 
+def columns_for(matrix: Tensor) -> Tensor:
+    """Two columns to multiply."""
+    return torch.linspace(-1, 1, 2 * len(matrix)).to(matrix).view(-1, 2).cos()
+
+
 def has_gap(matrix: Tensor) -> bool:
     """Whether the eigenvectors that `top_of` takes are determined."""
     values = torch.linalg.eigvalsh(matrix).abs().sort(descending=True).values
@@ -238,9 +243,11 @@ class Scan:
             (Hessian(), loops.hessians, OF_DIFFERENCES),
         ):
             self.simple(kind, each.mean(0), tolerance)
-            self.others(kind, each.mean(0), tolerance)
-            self.fidelity(kind, each, tolerance)
-            self.landscape(kind, each.mean(0), tolerance)
+            self.operator(kind, each.mean(0), tolerance)
+            if kind != EmpiricalFisher():  # whose rows the others treat as those of a GGN
+                self.others(kind, each.mean(0), tolerance)
+                self.fidelity(kind, each, tolerance)
+                self.landscape(kind, each.mean(0), tolerance)
         self.mended(loops.hessians.mean(0))
         self.factors()
         self.projections()
@@ -272,20 +279,23 @@ class Scan:
         self.estimated(kind, Dense(), matrix, tolerance)
         self.estimated(kind, Diagonal(), matrix.diagonal().diag(), tolerance)
 
+    def operator(self, kind: Curvature, matrix: Tensor, tolerance: float) -> None:
+        columns = columns_for(matrix)
+        products = lambda: kind.operator(self.risk).matmat(columns)  # noqa: E731
+        self.attempt(f"{kind} as an operator", products, matrix @ columns, tolerance)
+
     def others(self, kind: Curvature, matrix: Tensor, tolerance: float) -> None:
         self.estimated(kind, BlockDiagonal(), self.blocks(matrix), tolerance)
-        columns = torch.linspace(-1, 1, 2 * len(matrix)).to(matrix).view(-1, 2).cos()
+        columns = columns_for(matrix)
 
         def free() -> Tensor:
             found = estimate(kind, MatrixFree(), self.risk).curvature
             return torch.stack([found.product(column) for column in columns.T], dim=1)
 
         self.attempt(f"{kind} × MatrixFree", free, matrix @ columns, tolerance)
-        products = lambda: kind.operator(self.risk).matmat(columns)  # noqa: E731
-        self.attempt(f"{kind} as an operator", products, matrix @ columns, tolerance)
         if has_gap(matrix):
             self.estimated(kind, LowRank(Rank(PAIRS)), top_of(matrix), 10 * tolerance)
-            with patch("avalanche_curv.core.structures.low_rank.WHOLE", 0), patch("avalanche_curv.core.eigen.WHOLE", 0):
+            with patch("avalanche_curv.core.structures.low_rank.WHOLE", 0):
                 self.estimated(kind, LowRank(Rank(PAIRS)), top_of(matrix), 1e-4, shuffled=True)
 
     def mended(self, matrix: Tensor) -> None:
