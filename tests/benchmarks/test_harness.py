@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import pytest
 from benchmarks import registry
 from benchmarks.harness.engines import Engine, Lost, run_units
 from benchmarks.harness.errors import UsageError
-from benchmarks.harness.experiment import Unit, digest
+from benchmarks.harness.experiment import Unit, digest, grid
 from benchmarks.harness.results import Results
 from benchmarks.harness.signals import showing_stacks
 from benchmarks.harness.store import Store, only_run_in
@@ -92,6 +93,18 @@ def test_digest_changes_with_what_changes_the_numbers(other):
 def test_digest_does_not_depend_on_the_order_of_keys():
     assert replace(UNIT, config=replace(UNIT.config, extra={"y": 2, "x": 1})).digest == UNIT.digest
     assert digest({"b": 1, "a": 2}) == digest({"a": 2, "b": 1})
+
+
+@pytest.mark.parametrize("name", registry.EXPERIMENTS)
+def test_units_can_be_sent_to_another_process(name):
+    experiment = registry.EXPERIMENTS[name].experiment
+    try:
+        units = grid(experiment, experiment.options_type(quick=True))
+    except UsageError as error:  # of an extra that is not there
+        pytest.skip(str(error))
+    there, sent = pickle.loads(pickle.dumps((experiment, units)))
+    assert there.name == name
+    assert [unit.digest for unit in sent] == [unit.digest for unit in units]
 
 
 def test_digest_refuses_what_has_no_canonical_description():

@@ -107,11 +107,12 @@ def test_strategies_start_alike_repeat_themselves_and_differ_from_naive_where_th
             assert len(entry.unfit[scenario]) > 20, name
             continue
         watcher = watch("before_training_iteration", weights)
-        found, again = run(by_name[name], scenario, watcher), weights(run(by_name[name], scenario))
+        found = run(by_name[name], scenario, watcher)
         assert torch.equal(watcher.seen[0][: len(initial)], initial), name
-        assert torch.isfinite(again).all(), name
-        assert torch.equal(weights(found), again), name
-        assert torch.equal(again, naive) == (name in NO_EFFECT[scenario]), name
+        assert torch.isfinite(weights(found)).all(), name
+        assert torch.equal(weights(found), naive) == (name in NO_EFFECT[scenario]), name
+        if scenario == next(one for one in OUTPUTS if one not in entry.unfit):
+            assert torch.equal(weights(found), weights(run(by_name[name], scenario))), name
         if "CurvatureEWC" not in name:
             found.eval(streams[scenario].test_stream)
 
