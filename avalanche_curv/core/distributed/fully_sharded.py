@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from avalanche_curv.core.curvature.base import NonFiniteCurvatureError, OutputCurvature
 from avalanche_curv.core.distributed.estimation import with_draws_after
 from avalanche_curv.core.distributed.penalty import ShardedQuadratic, diagonal_columns
-from avalanche_curv.core.distributed.risk import borrowed, check_buffers
+from avalanche_curv.core.distributed.risk import borrowed, check_buffers, lent
 from avalanche_curv.core.distributed.shares import LocalShards, local_shards, mesh_of
 from avalanche_curv.core.losses import ExampleLoss, Factor, example_loss
 from avalanche_curv.core.losses.factor import as_factor
@@ -26,7 +26,7 @@ from avalanche_curv.core.per_example.layers import Tap, gradients
 from avalanche_curv.core.risk.batches import Batches, kept, like
 from avalanche_curv.core.risk.empirical_risk import FEW, as_matrix
 from avalanche_curv.core.risk.forward import Forward, convention_of
-from avalanche_curv.core.risk.labelled import Labelled, is_labelled
+from avalanche_curv.core.risk.labelled import Labelled, is_labelled, settled
 from avalanche_curv.core.risk.parameters import canonical_name
 
 
@@ -56,7 +56,7 @@ def estimate_fully_sharded(
         raise TypeError(f"{curvature} has no S of each example. Use Fisher(), GGN() or EmpiricalFisher().")
     share, layers, loss = LocalShards.of_model(model), _known_layers(model), example_loss(criterion)
     total = {name: torch.zeros_like(part).detach() for name, part in local_shards(model).items()}
-    reader = _Reader(share, batches, next(iter(total.values())), model)
+    reader = _Reader(share, batches, next(iter(total.values())), model, forward, loss)
     call = forward or reader.convention
     check_buffers(model, share.ranks)
     shapes, mesh = dict(zip(share.space.names, share.space.shapes)), mesh_of(model)
@@ -78,11 +78,17 @@ def estimate_fully_sharded(
 class _Reader:
     """This rank's batches, and after them turns that do not count, as others need: a forward pass takes all ranks."""
 
-    def __init__(self, share: LocalShards, batches: Batches, place: Tensor, model: nn.Module) -> None:
+    def __init__(
+        self, share: LocalShards, batches: Batches, place: Tensor, model: nn.Module, call: Forward | None,
+        loss: ExampleLoss,
+    ) -> None:  # fmt: skip
         self.ranks, self.place = share.ranks, place
         held = self.ranks.together(lambda: kept(batches))
-        labelled = any(self.ranks.gather_of(lambda: is_labelled(next(iter(held), None))))
-        self.convention = convention_of(model, labelled=labelled)
+        one = next(filter(None, self.ranks.gather_of(lambda: _labelled_example(held))), None)  # the same on all ranks
+        self.convention = convention_of(model, labelled=one is not None)
+        if one is not None:
+            with _evaluating(model):
+                self.convention = settled(self.convention, model, like(one, place), call, loss)
         self.batches = Labelled(held, self.convention, model)
         self.batch: tuple[Nested, Tensor] | None = None
         _, self.spare = borrowed(self.batches, self.ranks)
@@ -104,6 +110,12 @@ class _Reader:
 
     def _own(self) -> Iterator[tuple[Nested, Tensor]]:
         return (batch for batch in self.batches if examples(batch[1]))
+
+
+def _labelled_example(batches: Batches) -> Nested:
+    """The first of batches that are mappings with `labels`; None of any other."""
+    first = next((batch for batch in batches if examples(batch)), None)
+    return lent(first) if is_labelled(first) else None
 
 
 class _Factors:

@@ -114,11 +114,12 @@ def borrowed(batches: Batches, ranks: Ranks) -> tuple[bool, Any]:
         return True, None
     lender = known.index(True)
     lending = None if ranks.rank != lender else own
-    lent = ranks.gather_of(lambda: None if lending is None else _lent(lending))[lender]
-    return own is not None, lent
+    found = ranks.gather_of(lambda: None if lending is None else lent(lending))[lender]
+    return own is not None, found
 
 
-def _lent(batch: Nested) -> Nested:
+def lent(batch: Nested) -> Nested:
+    """The first example of a batch, as a batch on the CPU."""
     return mapped(lambda tensor: tensor.detach().cpu(), index(batch, slice(1)))
 
 

@@ -119,8 +119,7 @@ def _own_loss(model: nn.Module, batch: Mapping[str, Any]) -> float | None:
     if isinstance(returned, tuple):
         returned = {"loss": returned[0]}
     loss = returned.get("loss") if isinstance(returned, Mapping) else getattr(returned, "loss", None)
-    is_number = isinstance(loss, Tensor) and loss.numel() == 1 and bool(loss.isfinite())
-    return float(loss) if is_number else None
+    return float(loss) if isinstance(loss, Tensor) and loss.numel() == 1 and loss.isfinite() else None
 
 
 def _cross_entropies(

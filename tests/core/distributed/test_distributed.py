@@ -145,6 +145,15 @@ def test_sentences_of_other_lengths_take_ranks_as_many_backward_passes(ranks, nu
     torch.testing.assert_close(joined(ranks, "fully_sharded", ("ragged", number)), expected, **EXACT)
 
 
+def test_labels_mean_on_ranks_what_the_loss_of_the_model_says(ranks):
+    batches = [(batch["words"], batch["labels"][:, 1:]) for batch in there["labelled"](1)]
+    next_tokens = lambda model, words: model(words)["logits"][:, :-1].movedim(-1, 1)  # noqa: E731
+    model = there["made"](there["Speaker"])
+    risk = EmpiricalRisk.snapshot(model, nn.CrossEntropyLoss(), batches, forward=next_tokens)
+    expected = estimate(GGN(), Diagonal(), risk).curvature.values
+    torch.testing.assert_close(joined(ranks, "fully_sharded", "labelled"), expected, **EXACT)
+
+
 def test_its_penalty_adds_the_exact_gradient_to_each_shard(ranks):
     past = estimate(PAIRS[2][0], Diagonal(), alone(there["layered"])).scaled(2 * there["STRENGTH"])
     model, (x, y) = there["made"](there["layered"]), there["data"]()

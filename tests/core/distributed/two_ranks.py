@@ -111,6 +111,24 @@ def tags(model, words):
     return model(words).movedim(-1, 1)
 
 
+class Speaker(nn.Module):
+    """A tagger that returns a loss of next tokens for labels, and whose name says nothing of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = tagger()
+
+    def forward(self, words, labels=None):
+        logits = self.layers(words)
+        entropy = lambda: nn.functional.cross_entropy(logits[:, :-1].movedim(-1, 1), labels[:, 1:])  # noqa: E731
+        return {"logits": logits} | ({} if labels is None else {"loss": entropy()})
+
+
+def labelled(rank):
+    """The sentences as mappings with labels; rank 0 has none."""
+    return [{"words": x, "labels": x % CLASSES} for x, _ in sentences(0) + sentences(1)] if rank else []
+
+
 def sentences(rank):
     """Batches of sentences of several lengths, the longest of them on rank 0; their last token does not count."""
     generator = torch.Generator().manual_seed(rank)
@@ -353,6 +371,10 @@ def fully_sharded(rank):
     for number, kind in enumerate((Fisher(), GGN(), EmpiricalFisher())):
         kept = estimate_fully_sharded(kind, words, criterion, sentences(rank), forward=tags)
         found["ragged", number] = kept.curvature.diagonal, LocalShards.of_model(words).ranges
+    speaker = made(Speaker)
+    fully_shard(speaker, mesh=mesh)
+    kept = estimate_fully_sharded(GGN(), speaker, criterion, labelled(rank))
+    found["labelled"] = kept.curvature.diagonal, LocalShards.of_model(speaker).ranges
     tied = nn.Sequential(layer := made(lambda: nn.Linear(4, 4)), nn.Tanh(), layer)
     fully_shard(tied, mesh=mesh)
     found["twice"] = raised(lambda: estimate_fully_sharded(Fisher(), tied, criterion, mine("uneven", rank)))
