@@ -135,7 +135,8 @@ class LossFunction(ExampleLoss):
             outputs, targets = torch.cat([outputs, 0.9 * outputs + 0.05]), cat([targets, targets])
         alone = torch.stack([self._tried(*one) for one in split((outputs, targets), 1)])
         for count in (len(outputs), len(outputs) - 1 or 1):
-            self._check_separable(*index((outputs, targets), slice(-count, None)), alone[-count:])
+            some, of_some = index((outputs, targets), slice(-count, None))
+            self._check_separable(some, of_some, alone[-count:])
         found = replace(self, _shape=tuple(outputs.shape[1:]))
         return replace(found, _at_once=found._is_right_at_once(outputs, targets))
 
