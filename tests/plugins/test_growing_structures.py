@@ -25,6 +25,7 @@ from avalanche_curv import (
     LowRank,
     MatrixFree,
     Merge,
+    PartialTraces,
     Past,
     PerLayer,
     PerParameter,
@@ -216,7 +217,7 @@ def test_a_sum_of_limited_rank_is_the_best_approximation_of_its_running_sum(ende
 
 @pytest.mark.parametrize("policy", [Accumulate(), Merge(0.5), Refresh(1.0)], ids=["accumulate", "merge", "refresh"])
 @pytest.mark.parametrize("exact", [Kronecker(), EKFAC(), Kronecker(cut=Rank(1)), EKFAC(cut=Energy(0.5))], ids=str)
-@pytest.mark.parametrize("sums", [PiWeighted(), FrobeniusOptimal()], ids=str)
+@pytest.mark.parametrize("sums", [PartialTraces(), PiWeighted(), FrobeniusOptimal()], ids=str)
 def test_merged_factors_keep_trace_and_number_of_terms_while_the_head_grows(sums, exact, policy, ended):
     risks, model = ended
     merged, kept = (absorbed(policy, risks, GGN(), one) for one in (replace(exact, sums=sums), exact))
@@ -230,7 +231,7 @@ def test_merged_factors_keep_trace_and_number_of_terms_while_the_head_grows(sums
 @pytest.mark.parametrize("exact", [Kronecker(), EKFAC(), Kronecker(cut=Rank(1)), EKFAC(cut=Energy(0.5))], ids=str)
 def test_one_pair_has_value_and_slope_of_the_exact_sum_at_the_newest_anchor_of_a_grown_head(exact, ended):
     risks, model = ended[0], copy.deepcopy(ended[1])
-    one, kept = (absorbed(Accumulate(), risks[:2], GGN(), it) for it in (replace(exact, sums=PiWeighted()), exact))
+    one, kept = (absorbed(Accumulate(), risks[:2], GGN(), it) for it in (replace(exact, sums=PartialTraces()), exact))
     with torch.no_grad():
         for parameter, values in zip(one.space.tensors(model), one.space.split(one.anchor)):
             parameter.copy_(values)

@@ -126,7 +126,7 @@ class Whole(Policy):
         ({"policy": Refresh()}, "Refresh takes in whole experiences"),
         ({"policy": Whole()}, "Whole takes in whole experiences"),
         ({"policy": Merge()}, "single update"),
-        ({"structure": Kronecker()}, r"Take Kronecker\(PiWeighted\(\)\)"),
+        ({"structure": Kronecker()}, r"Take Kronecker\(PartialTraces\(\)\)"),
     ],
 )
 def test_what_cannot_take_parts_is_refused_before_the_first_step(options, message, net, learner, plane):

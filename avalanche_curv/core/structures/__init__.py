@@ -14,7 +14,7 @@ from avalanche_curv.core.structures.diagonal import Diagonal, DiagonalMatrix
 from avalanche_curv.core.structures.flat_spectrum import FlatSpectrum
 from avalanche_curv.core.structures.kronecker import EKFAC, Kronecker
 from avalanche_curv.core.structures.kronecker_matrix import KroneckerMatrix
-from avalanche_curv.core.structures.kronecker_sums import FrobeniusOptimal, KeepTerms, PiWeighted
+from avalanche_curv.core.structures.kronecker_sums import FrobeniusOptimal, KeepTerms, PartialTraces, PiWeighted
 from avalanche_curv.core.structures.low_rank import LowRank, LowRankMatrix
 from avalanche_curv.core.structures.matrix_free import MatrixFree, MatrixFreeMatrix
 from avalanche_curv.core.structures.rules import refusal, rule
@@ -40,6 +40,7 @@ __all__ = [
     "Matrix",
     "MatrixFree",
     "MatrixFreeMatrix",
+    "PartialTraces",
     "PerLayer",
     "PerParameter",
     "PiWeighted",

@@ -47,7 +47,8 @@ class Factorised(Structure):
         settle(self, max_bytes=check_limit)
         if not isinstance(self.sums, KroneckerSum):
             raise TypeError(
-                f"{type(self).__name__} takes KeepTerms(), PiWeighted() or FrobeniusOptimal(); got {self.sums!r}."
+                f"{type(self).__name__} takes KeepTerms(), PartialTraces(), FrobeniusOptimal() or PiWeighted(); "
+                f"got {self.sums!r}."
             )
         check_kind("sharing", self.sharing, WeightSharing, "Expand() or Reduce()")
         if self.cut is not None:
@@ -123,12 +124,15 @@ class Kronecker(Factorised):
     of `nn.MultiheadAttention`, layers that are called twice or share their weight. A model without any layer to
     factorise is refused (TypeError), and so is a curvature that is no OutputCurvature.
 
-    Sums keep a list of terms and are exact, and each term makes a step slower. `sums=PiWeighted()` keeps one pair for
-    all of the past, `sums=KeepTerms(most=n)` the newest terms beside one pair of the older ones.
+    Sums keep a list of terms and are exact, and each term makes a step slower. `sums=PartialTraces()` keeps one pair
+    for all of the past, `sums=KeepTerms(most=n)` the newest terms beside one pair of the older ones.
 
     With `cut=Energy(0.8)` only the leading eigenvectors of A and G are kept, the fewest that hold this part of the
     trace of A ⊗ G between them, and beyond them the means of the eigenvalues, so that the trace stays and no direction
     goes free; `cut=Rank(k)` keeps k of each. Layers of which a product would not become cheaper stay whole.
+
+    One pair, and what is cut, go best with `Merge()`, whose anchor is the newest: with `Accumulate()` the slope of the
+    past there acts against a curvature that is the exact one no more (`run ewc_permuted_mnist --part sums`).
     """
 
     corrections: ClassVar[int] = 0

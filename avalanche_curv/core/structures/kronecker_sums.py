@@ -63,6 +63,21 @@ class OnePair(KroneckerSum):
 
 
 @dataclass(frozen=True)
+class PartialTraces(OnePair):
+    """The pair of the partial traces of S: x_i = tr G_i and y_i = tr A_i, so that A = Σ_i tr(G_i) A_i, c = 1 / tr S.
+
+    The pair has the partial traces of S, so that terms that are merged one by one give what all of them give at once,
+    each by its trace. Among products it is the one nearest to S / tr S in relative entropy, as the product of the
+    marginals is to a joint distribution. With t_i = tr A_i tr G_i, no term holds a direction by less than t_i / tr S of
+    its curvature there: the cross terms are positive semi-definite.
+    """
+
+    def weights(self, pairs: list[Factors]) -> Weights:
+        x, y = (torch.stack([side.double().trace() for side in sides]) for sides in zip(*((p.g, p.a) for p in pairs)))
+        return x, y
+
+
+@dataclass(frozen=True)
 class PiWeighted(OnePair):
     """The pair of the least trace before c: x_i = √(tr G_i / tr A_i) and y_i = 1 / x_i (Martens & Grosse 2015,
     arXiv:1503.05671, section 6.3, there for two terms).
@@ -70,6 +85,9 @@ class PiWeighted(OnePair):
     With x_i y_i = 1 the trace of a pair is that of S and of cross terms Σ_{i≠j} x_i y_j tr A_i tr G_j, which is least
     for these weights: (Σ_i √t_i)² in all, of the traces t_i of the terms. So c = Σ_i t_i / (Σ_i √t_i)² ≥ 1 / n, and as
     the cross terms are positive semi-definite, c A ⊗ G ⪰ c S: no direction is held by less than c times its curvature.
+
+    Terms that are merged one by one do not weigh alike: as the k-th of terms of one trace the newest has the weight
+    1 / (1 + √(k − 1)) in each factor instead of 1 / k, and what came long before fades. `PartialTraces` weighs alike.
     """
 
     def weights(self, pairs: list[Factors]) -> Weights:
@@ -116,11 +134,11 @@ class KeepTerms(KroneckerSum):
     """
 
     most: int | None = None
-    merged: OnePair = PiWeighted()
+    merged: OnePair = PartialTraces()
 
     def __post_init__(self) -> None:
-        settle(self, most=optional(partial(check_count, hint="Take PiWeighted() for one.")))
-        check_kind("merged", self.merged, OnePair, "PiWeighted()")
+        settle(self, most=optional(partial(check_count, hint="For one pair take sums=PartialTraces().")))
+        check_kind("merged", self.merged, OnePair, "PartialTraces()")
         if self.most == 1:
             raise ValueError(f"KeepTerms(most=...) must be at least 2; got 1. For one pair take sums={self.merged!r}.")
 

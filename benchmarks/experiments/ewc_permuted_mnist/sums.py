@@ -19,6 +19,7 @@ from avalanche_curv import (
     KeepTerms,
     Kronecker,
     Merge,
+    PartialTraces,
     PiWeighted,
 )
 from avalanche_curv.core.quadratic.penalty import Penalty
@@ -33,7 +34,7 @@ STRENGTH = 10.0
 def methods(fraction: float) -> dict[str, Ours]:
     """By label. Curvature is estimated on a `fraction` of each task; where the label does not say that all of it moves
     to the newest anchor, the slope of the past there is kept."""
-    pair, frobenius, cuts = PiWeighted(), FrobeniusOptimal(), {"80 %": Energy(0.8), "60 %": Energy(0.6)}
+    pair, cuts = PartialTraces(), {"80 %": Energy(0.8), "60 %": Energy(0.6)}
     accumulated = {
         "diagonal": Diagonal(),
         "list": Kronecker(),
@@ -41,11 +42,13 @@ def methods(fraction: float) -> dict[str, Ours]:
         "EKFAC pair": EKFAC(pair),
         "list of 3": Kronecker(KeepTerms(most=3)),
         "list cut to 80 %": Kronecker(cut=Energy(0.8)),
-        "one pair, Frobenius": Kronecker(frobenius),
+        "one pair, Frobenius-optimal": Kronecker(FrobeniusOptimal()),
+        "one pair, pi-weighted": Kronecker(PiWeighted()),
     }
     moved = {
         "one pair": Kronecker(pair),
-        "one pair, Frobenius": Kronecker(frobenius),
+        "one pair, Frobenius-optimal": Kronecker(FrobeniusOptimal()),
+        "one pair, pi-weighted": Kronecker(PiWeighted()),
         "EKFAC pair": EKFAC(pair),
         **{f"one pair cut to {part}": Kronecker(pair, cut=cut) for part, cut in cuts.items()},
         **{f"EKFAC pair cut to {part}": EKFAC(pair, cut=cut) for part, cut in cuts.items()},

@@ -18,6 +18,7 @@ from avalanche_curv import (
     Kronecker,
     LowRank,
     ParameterSpace,
+    PartialTraces,
     PiWeighted,
     QuadraticModel,
     Rank,
@@ -327,7 +328,9 @@ def test_bounded_sums_of_many_experiences_are_never_negative(structure, dtype, s
 
 
 @pytest.mark.parametrize(
-    "structure", [Kronecker(PiWeighted()), Kronecker(KeepTerms(most=2)), EKFAC(PiWeighted())], ids=str
+    "structure",
+    [Kronecker(PiWeighted()), Kronecker(PartialTraces()), Kronecker(KeepTerms(most=2)), EKFAC(PiWeighted())],
+    ids=str,
 )
 def test_one_pair_keeps_the_slope_at_the_newest_anchor_and_a_minimum(structure, close) -> None:
     """Of the sum that it takes in; for pi-weighted factors the minimum lies below q there by 1 / c as much, at most."""

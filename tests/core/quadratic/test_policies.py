@@ -172,7 +172,7 @@ def test_parts_of_a_fraction_are_estimated_on_it_and_weigh_as_a_whole(close):
 )
 def test_a_past_that_would_grow_with_every_part_is_refused(structure):
     for policy in (Accumulate(), Merge()):
-        with pytest.raises(TypeError, match=r"keeps a term for each.*Take Kronecker\(PiWeighted\(\)\)"):
+        with pytest.raises(TypeError, match=r"keeps a term for each.*Take Kronecker\(PartialTraces\(\)\)"):
             policy.check_parts(structure, updates=2)
 
 

@@ -24,6 +24,7 @@ from avalanche_curv import (
     LowRank,
     Matrix,
     MatrixFree,
+    PartialTraces,
     Past,
     PerLayer,
     PiWeighted,
@@ -38,8 +39,9 @@ from avalanche_curv.core.structures import DiagonalMatrix
 
 STRUCTURES = [
     Dense(), Diagonal(), BlockDiagonal(), BlockDiagonal(PerLayer(), LowRank(Rank(2))), LowRank(Rank(2), Diagonal()),
-    FlatSpectrum(LowRank(Rank(2))), Kronecker(), Kronecker(PiWeighted()), Kronecker(KeepTerms(2, FrobeniusOptimal())),
-    EKFAC(), EKFAC(PiWeighted()), Kronecker(cut=Rank(1)), EKFAC(PiWeighted(), cut=Energy(0.5)),
+    FlatSpectrum(LowRank(Rank(2))), Kronecker(), Kronecker(PartialTraces()), EKFAC(),
+    Kronecker(KeepTerms(2, FrobeniusOptimal())), EKFAC(PiWeighted()), Kronecker(cut=Rank(1)),
+    EKFAC(PiWeighted(), cut=Energy(0.5)),
 ]
 
 

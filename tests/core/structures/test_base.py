@@ -356,7 +356,7 @@ def test_sizes_for_people(count, text):
         (lambda: EKFAC(PiWeighted), TypeError, "EKFAC takes KeepTerms"),
         (lambda: Kronecker(cut=0.9), TypeError, r"cut must be a Cut; got 0.9. Give a value such as Energy\(0.9\)"),
         (lambda: KeepTerms(0), ValueError, r"KeepTerms\(most=...\) must be an integer of at least 1; got 0"),
-        (lambda: KeepTerms(1), ValueError, r"at least 2; got 1. For one pair take sums=PiWeighted\(\)"),
+        (lambda: KeepTerms(1), ValueError, r"at least 2; got 1. For one pair take sums=PartialTraces\(\)"),
         (lambda: KeepTerms(3, KeepTerms()), TypeError, "merged must be an OnePair"),
         (lambda: MatrixFree(0), ValueError, r"MatrixFree\(fraction=...\) must lie in \(0, 1\]"),
     ],

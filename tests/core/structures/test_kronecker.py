@@ -29,6 +29,7 @@ from avalanche_curv import (
     Kronecker,
     OutputCurvature,
     ParameterSpace,
+    PartialTraces,
     PiWeighted,
     Rank,
     estimate,
@@ -472,7 +473,7 @@ def merging(term):
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 50.0])
-@pytest.mark.parametrize("sums", [PiWeighted(), FrobeniusOptimal()], ids=str)
+@pytest.mark.parametrize("sums", [PartialTraces(), PiWeighted(), FrobeniusOptimal()], ids=str)
 def test_equal_summands_give_a_multiple(sums, scale, close):
     one = random_kronecker(0, sums)
     (term,) = one.plus(one.scaled(scale)).compressed().layers[0].terms
@@ -487,7 +488,7 @@ def random_corrected(seed, sums=None):
     return KroneckerMatrix(SPACE, layers, torch.zeros(SPACE.size).double(), sums or PiWeighted())
 
 
-@pytest.mark.parametrize("sums", [PiWeighted(), FrobeniusOptimal()], ids=str)
+@pytest.mark.parametrize("sums", [PartialTraces(), PiWeighted(), FrobeniusOptimal()], ids=str)
 def test_corrected_eigenvalues_of_a_merged_sum_are_those_of_the_exact_sum_in_one_basis(sums, close):
     one, two = random_corrected(0, sums), random_corrected(1, sums)
     (term,) = one.plus(two).compressed().layers[0].terms
@@ -497,8 +498,8 @@ def test_corrected_eigenvalues_of_a_merged_sum_are_those_of_the_exact_sum_in_one
     close(term.values.reshape(-1), (q.T @ exact @ q).diagonal())
     assert term.trace() == pytest.approx(float(exact.trace()))
     # the eigenvectors are those of the merged partial traces
-    parts = [Factors(*(torch.einsum(rule, m.layers[0].terms[0].dense().view(3, 3, 3, 3)) / exact_root(m)
-                       for rule in ("ijik->jk", "ikjk->ij"))) for m in (one, two)]  # fmt: skip
+    parts = [Factors(*(torch.einsum(traced, m.layers[0].terms[0].dense().view(3, 3, 3, 3)) / exact_root(m)
+                       for traced in ("ijik->jk", "ikjk->ij"))) for m in (one, two)]  # fmt: skip
     (expected,) = sums.of(tuple(parts))
     for basis, factor in ((term.g, expected.g), (term.a, expected.a)):
         turned = basis.T @ factor @ basis
@@ -556,6 +557,28 @@ def test_no_pi_weighted_pair_holds_a_direction_less_than_its_share_of_the_sum(co
         assert pair.trace() >= float(traces.sqrt().sum().square()) * (1 - 1e-6)
 
 
+def test_partial_traces_are_those_of_the_sum_and_the_same_merged_one_by_one(close):
+    generator = torch.Generator().manual_seed(0)
+    terms = tuple(Factors(10**n * positive(4, generator), positive(3, generator)) for n in range(4))
+    (pair,) = PartialTraces().of(terms)
+    close(reduce(lambda held, term: PartialTraces().of((*held, term)), terms[1:], terms[:1])[0].dense(), pair.dense())
+    exact, found = (matrix.view(3, 4, 3, 4) for matrix in (sum(term.dense() for term in terms), pair.dense()))
+    for traced in ("iaib->ab", "iaja->ij"):
+        close(torch.einsum(traced, found), torch.einsum(traced, exact))
+    least = min(term.trace() for term in terms) / pair.trace()
+    assert torch.linalg.eigvalsh(pair.dense() - least * exact.reshape(12, 12)).min() > -1e-9
+
+
+def test_terms_of_one_trace_weigh_alike_in_partial_traces_and_the_newest_most_where_pi_weighs_them():
+    """On terms e_k e_kᵀ ⊗ G, whose weights in A are what stands on its diagonal."""
+    terms = tuple(Factors(torch.eye(5)[k].diag().double(), torch.eye(2).double()) for k in range(5))
+    for sums, newest in ((PartialTraces(), 1 / 5), (PiWeighted(), 1 / (1 + 4**0.5))):
+        (pair,) = reduce(lambda held, term, sums=sums: sums.of((*held, term)), terms[1:], terms[:1])
+        weights = pair.a.diagonal() / pair.a.trace()
+        assert float(weights[-1]) == pytest.approx(newest)
+        assert float(weights.sum()) == pytest.approx(1.0)
+
+
 @pytest.mark.parametrize("most", [2, 3])
 def test_a_bounded_list_keeps_the_newest_terms_beside_one_pair_of_the_others(most, close):
     parts = [random_kronecker(seed, KeepTerms(most=most)) for seed in range(5)]
@@ -564,7 +587,7 @@ def test_a_bounded_list_keeps_the_newest_terms_beside_one_pair_of_the_others(mos
     assert len(newest) == most - 1
     for kept, part in zip(newest, parts[-most + 1 :]):
         assert kept is part.layers[0].terms[0]
-    (pair,) = reduce(lambda held, m: PiWeighted().of((*held, *m.layers[0].terms)), parts[: -most + 1], ())
+    (pair,) = PartialTraces().of(tuple(m.layers[0].terms[0] for m in parts[: -most + 1]))
     close(oldest.dense(), pair.dense())
     assert total.trace() == pytest.approx(sum(m.trace() for m in parts))
 
