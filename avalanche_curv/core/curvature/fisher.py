@@ -46,4 +46,5 @@ class Fisher(OutputCurvature):
             return loss.fisher_factor(outputs, targets)
         draws = len(outputs), self.samples, loss.draws(outputs, targets)
         uniform = torch.rand(*draws, generator=generator, dtype=torch.float64)
-        return loss.sample_gradients(outputs, targets, uniform.to(outputs)) / self.samples**0.5
+        found = loss.sample_gradients(outputs, targets, uniform.to(outputs))
+        return found if self.samples == 1 else found / self.samples**0.5

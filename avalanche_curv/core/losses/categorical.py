@@ -20,13 +20,13 @@ NORMALISED = 1e-3  # how far probabilities may sum up to something else than 1
 
 
 class Mass(NamedTuple):
-    """M tokens with ℓ = Σ_c m_c (−log softmax(z)_c): their logits, the mass m, and of each the class that `gradient`
-    leaves to the others, since entries sum to zero and the largest would cancel where the model is sure."""
+    """M tokens with ℓ = Σ_c m_c (−log softmax(z)_c): their logits, the mass m, and of each the class whose entry of
+    `gradient` is left to the others (see `_balanced`)."""
 
     tokens: Tokens
     logits: Float[Tensor, "M C"]
     mass: Float[Tensor, "M C"]
-    pivot: Bool[Tensor, "M C"]
+    pivot: Int[Tensor, "M"]
 
     def values(self) -> Float[Tensor, "N"]:
         """Σ over the tokens of each example, with derivatives of either order that keep their digits."""
@@ -37,27 +37,76 @@ class Mass(NamedTuple):
     def gradient(self) -> Float[Tensor, "N K"]:
         """∇_f ℓ."""
         gradient = self.mass.sum(1, keepdim=True) * self.logits.softmax(1) - self.mass
-        rest = -gradient.masked_fill(self.pivot, 0.0).sum(1, keepdim=True)
-        return self.tokens.together(torch.where(self.pivot, rest, gradient))
+        return self.tokens.together(_balanced(gradient, self.pivot))
 
     def factor(self) -> Factor:
         """S with S Sᵀ = ∇²_f ℓ, block by block for each token."""
-        inner = Softmax.of(self.logits, self.mass.sum(1))
-        return inner if self.tokens.count == 1 else PerToken(inner, self.tokens, self.logits.shape[1])
+        return _factor(self.tokens, self.logits, self.mass.sum(1))
 
     def sample_gradients(self, uniform: Float[Tensor, "N m draws"]) -> Float[Tensor, "N K m"]:
         """√(Σ_c m_c) (p − e_y) of each token, y ~ p, each from a uniform number of its own."""
-        p, top = self.logits.softmax(1), _one_hot(self.logits.argmax(1), self.logits)
-        others = torch.where(top, p.masked_fill(top, 0.0).sum(1, keepdim=True), 1 - p)  # 1 − p with all its digits
-        drawn = uniform[:, :, : self.tokens.count].transpose(1, 2).reshape(len(p), -1).contiguous()
-        labels = torch.searchsorted(p.cumsum(1)[:, :-1].contiguous(), drawn, right=True)
-        last = ((p > 0) * torch.arange(p.shape[1], device=p.device)).amax(1, keepdim=True)  # p sums to 1 up to rounding
-        root = self.mass.sum(1, keepdim=True).sqrt()
-        columns = [
-            self.tokens.together(root * torch.where(_one_hot(label, p), -others, p))
-            for label in labels.minimum(last).unbind(1)
-        ]
-        return torch.stack(columns, dim=2)
+        return _sampled(self.tokens, self.logits, self.mass.sum(1), uniform)
+
+
+class MassOfOne(NamedTuple):
+    """A `Mass` that lies in one class of each token: its logits, m and the class. Logits are many where classes are, and
+    are read fewer times here."""
+
+    tokens: Tokens
+    logits: Float[Tensor, "M C"]
+    mass: Float[Tensor, "M"]
+    label: Int[Tensor, "M"]
+
+    def values(self) -> Float[Tensor, "N"]:
+        """Σ over the tokens of each example, with derivatives of either order that keep their digits."""
+        own, top = self.label[:, None], self.logits.argmax(1, keepdim=True)
+        here, peak = self.logits.gather(1, torch.cat([own, top], dim=1)).split(1, dim=1)
+        is_top = _one_hot(top[:, 0], self.logits)
+        rest = (self.logits.masked_fill(is_top, -torch.inf) - peak).exp().sum(1).log1p()
+        loss = rest - torch.where(own == top, 0.0, here - peak)[:, 0]
+        return _sum(self.tokens, torch.where(self.mass > 0, self.mass * loss, 0.0))
+
+    def gradient(self) -> Float[Tensor, "N K"]:
+        """∇_f ℓ."""
+        return self.tokens.together(_balanced(self.mass[:, None] * self.logits.softmax(1), self.label))
+
+    def factor(self) -> Factor:
+        """S with S Sᵀ = ∇²_f ℓ, block by block for each token."""
+        return _factor(self.tokens, self.logits, self.mass)
+
+    def sample_gradients(self, uniform: Float[Tensor, "N m draws"]) -> Float[Tensor, "N K m"]:
+        """√m (p − e_y) of each token, y ~ p, each from a uniform number of its own."""
+        return _sampled(self.tokens, self.logits, self.mass, uniform)
+
+
+def _factor(tokens: Tokens, logits: Float[Tensor, "M C"], mass: Float[Tensor, "M"]) -> Factor:
+    inner = Softmax.of(logits, mass)
+    return inner if tokens.count == 1 else PerToken(inner, tokens, logits.shape[1])
+
+
+def _sampled(
+    tokens: Tokens, logits: Float[Tensor, "M C"], mass: Float[Tensor, "M"], uniform: Float[Tensor, "N m draws"]
+) -> Float[Tensor, "N K m"]:
+    p, root = logits.softmax(1), mass.sqrt()[:, None]
+    drawn = uniform[:, :, : tokens.count].transpose(1, 2).reshape(len(p), -1).contiguous()
+    labels = torch.searchsorted(p.cumsum(1), drawn, right=True).clamp_(max=p.shape[1] - 1)
+    if not (p.gather(1, labels) > 0).all():  # p sums to 1 up to rounding
+        last = ((p > 0) * torch.arange(p.shape[1], device=p.device)).amax(1, keepdim=True)
+        labels = labels.minimum(last)
+    columns = [tokens.together(_balanced(p, label).mul_(root)) for label in labels.unbind(1)]
+    return columns[0].unsqueeze(2) if len(columns) == 1 else torch.stack(columns, dim=2)
+
+
+def _balanced(rows: Float[Tensor, "M C"], pivot: Int[Tensor, "M"]) -> Float[Tensor, "M C"]:
+    """The rows with −Σ of the other entries at the pivot of each: rows of derivatives in logits sum to zero, and the
+    entry of the class that the model is sure of would cancel.
+
+    >>> _balanced(torch.tensor([[0.25, 0.5, 0.25]]), torch.tensor([1]))
+    tensor([[ 0.2500, -0.5000,  0.2500]])
+    """
+    place = pivot[:, None]
+    others = rows.scatter(1, place, 0.0)
+    return others.scatter_(1, place, -others.sum(1, keepdim=True))
 
 
 def _surprise(logits: Float[Tensor, "M C"]) -> tuple[Float[Tensor, "M"], Float[Tensor, "M C"]]:
@@ -82,7 +131,7 @@ class OfClasses(ExampleLoss):
     """A loss with the derivatives of Σ_c m_c (−log softmax(z)_c), token by token."""
 
     @abstractmethod
-    def mass(self, outputs: Float[Tensor, "N K"], targets: Tensor) -> Mass:
+    def mass(self, outputs: Float[Tensor, "N K"], targets: Tensor) -> Mass | MassOfOne:
         """The tokens z and m."""
 
     def gradient(self, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -115,16 +164,7 @@ class CrossEntropy(ByValue, OfClasses):
     mean: bool = True
 
     def per_example(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        if self.smoothing or targets.is_floating_point():
-            return self.mass(outputs, targets).values()
-        tokens, logits, label, amount = self._labelled(outputs, targets)
-        own, top = label[:, None], logits.argmax(1, keepdim=True)
-        here, peak = logits.gather(1, torch.cat([own, top], dim=1)).split(1, dim=1)
-        rest = (logits.masked_fill(_one_hot(top[:, 0], logits), -torch.inf) - peak).exp().sum(1).log1p()
-        loss = rest - torch.where(own == top, 0.0, here - peak)[:, 0]
-        if self.weight is not None:
-            amount = amount * self._weights(self.weight, logits, targets)[label]
-        return _sum(tokens, torch.where(amount > 0, amount * loss, 0.0))
+        return self.mass(outputs, targets).values()
 
     def draws(self, outputs: Tensor, targets: Tensor) -> int:
         tokens = self._tokens(targets).count
@@ -198,17 +238,20 @@ class CrossEntropy(ByValue, OfClasses):
             amount = amount / torch.where(total > 0, total, 1.0).repeat_interleave(tokens.count)
         return tokens, logits, label, amount
 
-    def mass(self, outputs: Tensor, targets: Tensor) -> Mass:
+    def mass(self, outputs: Tensor, targets: Tensor) -> Mass | MassOfOne:
         if targets.is_floating_point():
             tokens = self._tokens(targets)
             logits, given = tokens.apart(outputs), tokens.apart(targets.to(outputs).reshape(len(targets), -1))
-            pivot, amount = _one_hot(given.argmax(1), logits), outputs.new_ones(len(logits))
+            pivot, amount = given.argmax(1), outputs.new_ones(len(logits))
             amount = amount / tokens.count if self.mean else amount
             mass = (1 - self.smoothing) * given + self.smoothing / logits.shape[1]
         else:
-            tokens, logits, label, amount = self._labelled(outputs, targets)
-            pivot = _one_hot(label, logits)
-            mass = (1 - self.smoothing) * pivot.to(outputs) + self.smoothing / logits.shape[1]
+            tokens, logits, pivot, amount = self._labelled(outputs, targets)
+            if not self.smoothing:
+                if self.weight is not None:
+                    amount = amount * self._weights(self.weight, logits, targets)[pivot]
+                return MassOfOne(tokens, logits, amount, pivot)
+            mass = (1 - self.smoothing) * _one_hot(pivot, logits).to(outputs) + self.smoothing / logits.shape[1]
         mass = mass if self.weight is None else mass * self._weights(self.weight, logits, targets)
         return Mass(tokens, logits, amount[:, None] * mass, pivot)
 
@@ -231,7 +274,7 @@ class NegativeLogLikelihood(OfClasses):
     def per_example(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return self.entropy.per_example(outputs, targets)
 
-    def mass(self, outputs: Tensor, targets: Tensor) -> Mass:
+    def mass(self, outputs: Tensor, targets: Tensor) -> Mass | MassOfOne:
         return self.entropy.mass(outputs, targets)
 
     def draws(self, outputs: Tensor, targets: Tensor) -> int:
@@ -310,4 +353,4 @@ class Divergence(OfClasses):
     def mass(self, outputs: Tensor, targets: Tensor) -> Mass:
         tokens, given = self._tokens(targets), self._given(outputs, targets)
         scale, logits = 1 / outputs.shape[1] if self.mean else 1.0, tokens.apart(outputs)
-        return Mass(tokens, logits, scale * given, _one_hot(given.argmax(1), logits))
+        return Mass(tokens, logits, scale * given, given.argmax(1))
