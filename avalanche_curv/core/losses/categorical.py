@@ -49,8 +49,7 @@ class Mass(NamedTuple):
 
 
 class MassOfOne(NamedTuple):
-    """A `Mass` that lies in one class of each token: its logits, m and the class. Logits are many where classes are, and
-    are read fewer times here."""
+    """A `Mass` that lies in one class of each token: its logits, m and the class. It reads the logits fewer times."""
 
     tokens: Tokens
     logits: Float[Tensor, "M C"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -81,8 +81,9 @@ class Layers:
         return self.owned[layer]
 
     @contextmanager
-    def tapped(self, examples: int) -> Iterator[list[Tap]]:
-        """Collects a tap for each layer that is called on this number of examples while the context is open."""
+    def tapped(self, examples: int, *, once: bool = False) -> Iterator[list[Tap]]:
+        """Collects a tap for each layer that is called on this number of examples while the context is open. What
+        leaves the model can be differentiated twice, or `once`, by the fused kernels of attention."""
         taps: list[Tap] = []
         tied = {layer: one for one in self.names if isinstance(one, Tied) for layer in one.calls}
 
@@ -98,7 +99,7 @@ class Layers:
         called = [layer for one in self.names for layer in (one.calls if isinstance(one, Tied) else (one,))]
         handles = [layer.register_forward_hook(collect, with_kwargs=True) for layer in dict.fromkeys(called)]
         try:
-            with sdpa_kernel(SDPBackend.MATH):  # the fused kernels of attention lack second derivatives
+            with nullcontext() if once else sdpa_kernel(SDPBackend.MATH):  # fused kernels lack second derivatives
                 yield taps
         finally:
             for handle in handles:

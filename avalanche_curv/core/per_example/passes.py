@@ -60,7 +60,7 @@ def layer_passes(curvature: OutputCurvature, layers: Layers, risk: EmpiricalRisk
     generator, outlook = curvature.generator(), Outlook(curvature, risk)
     size = min(CHUNK, max(1, CHUNK_BYTES // max(1, layers.bytes_an_example)))
     for x, y in pieces(curvature, risk.rebatched(size)) if layers.names else ():
-        with torch.enable_grad(), layers.tapped(number_of(y)) as taps:
+        with torch.enable_grad(), layers.tapped(number_of(y), once=True) as taps:
             outputs = risk.outputs(x)
         layers.check_calls(taps, number_of(y))
         factor = factor_of(curvature, risk, outputs.detach(), y, generator)
