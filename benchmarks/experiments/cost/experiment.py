@@ -34,8 +34,18 @@ from avalanche_curv import (
     Structure,
     estimate,
 )
-from benchmarks.experiments.cost.models import MLP, ConvNet, Family, ResNet18, Transformer, digits
+from benchmarks.experiments.cost.models import (
+    MLP,
+    Classifier,
+    ConvNet,
+    Family,
+    LanguageModel,
+    ResNet18,
+    Transformer,
+    digits,
+)
 from benchmarks.experiments.cost.peers import Batches, Peer, absent, installed, peer_of
+from benchmarks.experiments.languages.experiment import SETTINGS
 from benchmarks.harness import Context, Experiment, Options, Record
 from benchmarks.timing import (
     Repetitions,
@@ -50,8 +60,10 @@ from benchmarks.timing import (
 )
 
 FEW = 1000  # examples of the structures that look at rows
+FEWER = 1  # windows of the kinds that take a backward pass for each token and class
 DIGITS = 500
 TRAINING_STEPS = 100
+LANGUAGE = SETTINGS["small"]
 Pair = tuple[Callable[[], float], Callable[[], float]]
 """The seconds of a reference, and of some work."""
 
@@ -77,13 +89,14 @@ class Tool:
 
 @dataclass(frozen=True)
 class Config:
-    """One model. Times are medians over `rounds`; steps are timed with the past of each number in `pasts`; accuracy is
-    that on `small`. `peers` are the installed ones with their versions, so that installing one asks for a new run;
-    they see the first `peer_examples`, since many of them are slow."""
+    """One model. Times are medians over `rounds`; steps are timed with the past of each number in `pasts`, none where
+    Avalanche's loop does not take the targets; accuracy is that on `small`. `peers` are the installed ones with their
+    versions, so that installing one asks for a new run; they see the first `peer_examples`, since many of them are
+    slow."""
 
     label: str
     model: Family
-    small: Family | None
+    small: Classifier | None
     works: tuple[Work, ...]
     peers: tuple[Tool, ...] = ()
     examples: int = 10_000
@@ -121,7 +134,8 @@ class Cost(Experiment):
         yield {"metric": "parameters", "value": space.size, "row": "model"}
         yield from builds(config, model, peers)
         yield from sizes(config, model, space)
-        yield from steps(config)
+        if config.pasts:
+            yield from steps(config)
         if config.small is not None:
             yield from errors(config, config.small, peers)
 
@@ -160,7 +174,10 @@ def grid() -> list[Config]:
     small_mlp, small_conv = MLP(64, 12), ConvNet(8, (4, 8), 32)
     all_works = (*diagonals, *factors, *eigenvalues, *ranks, *free)
     tools = {peer: Tool(peer.title, peer.package, version) for peer, version in installed().items()}
-    peers, few = tuple(tools.values()), tuple(tool for peer, tool in tools.items() if peer.broad)
+    peers = tuple(tool for peer, tool in tools.items() if not peer.partial)
+    few = tuple(tool for peer, tool in tools.items() if peer.broad)
+    of_tokens = tuple(tool for peer, tool in tools.items() if peer.broad or peer.partial)
+    exact = replace(diagonals[1], examples=FEWER)
     broad = Config(
         "vision transformer", Transformer(32, 8, 2, 64, 128), Transformer(8, 4, 1, 8, 8),
         (*diagonals, *factors, eigenvalues[0], ranks[0], free[0]), few, examples=256, rounds=2, steps=3, pasts=(1,),
@@ -177,6 +194,11 @@ def grid() -> list[Config]:
             examples=128, steps=2, cost=2.0,
         ),
         broad,
+        Config(
+            "GPT over bytes, windows of 32", LanguageModel(LANGUAGE.size), None,
+            (diagonals[0], exact, diagonals[2], *factors[:2], *eigenvalues), of_tokens,
+            examples=1024, peer_examples=1024, rounds=3, pasts=(), cost=3.0,
+        ),
     ]
 
 
@@ -231,7 +253,7 @@ def steps(config: Config) -> Iterator[Record]:
                 yield from ({**record, "row": row.name} for record in found if record["row"] == like)
 
 
-def errors(config: Config, small: Family, peers: list[Peer]) -> Iterator[Record]:
+def errors(config: Config, small: Classifier, peers: list[Peer]) -> Iterator[Record]:
     """‖Ĉ − C‖ / ‖C‖ in the Frobenius norm and tr Ĉ / tr C, with C the exact matrix, after some training on digits."""
     data = digits(small, DIGITS)
     model, batches = _trained(small.build(), *data), batches_of(data, config.batch)

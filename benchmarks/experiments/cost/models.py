@@ -8,16 +8,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from benchmarks.experiments.languages.gpt import BYTES, GPT, Size
+
 CLASSES = 10
 
 
 class Family(ABC):
-    """A model with ten classes and the shape of its inputs; frozen, so that a configuration can hold it."""
-
-    @property
-    @abstractmethod
-    def shape(self) -> tuple[int, ...]:
-        """The shape of one input."""
+    """A model and its inputs and targets; frozen, so that a configuration can hold it."""
 
     @abstractmethod
     def build(self) -> nn.Module:
@@ -27,6 +24,19 @@ class Family(ABC):
     def tiny(self) -> Family:
         """A member that passes in milliseconds."""
 
+    @abstractmethod
+    def examples(self, count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+        """Random inputs and random targets."""
+
+
+class Classifier(Family):
+    """A model with ten classes and the shape of its inputs."""
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, ...]:
+        """The shape of one input."""
+
     def examples(self, count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
         """Random inputs in [0, 1] and random classes."""
         generator = torch.Generator().manual_seed(seed)
@@ -35,7 +45,7 @@ class Family(ABC):
 
 
 @dataclass(frozen=True)
-class MLP(Family):
+class MLP(Classifier):
     """inputs-hidden-hidden-10 with ReLU."""
 
     inputs: int
@@ -56,7 +66,7 @@ class MLP(Family):
 
 
 @dataclass(frozen=True)
-class ConvNet(Family):
+class ConvNet(Classifier):
     """Two convolutions of stride 2 on one channel, a pooling by 2, then hidden-10."""
 
     side: int
@@ -80,7 +90,7 @@ class ConvNet(Family):
 
 
 @dataclass(frozen=True)
-class ResNet18(Family):
+class ResNet18(Classifier):
     """torchvision's, untrained, on 3x32x32, with so many blocks of each width."""
 
     blocks: int = 2
@@ -120,7 +130,7 @@ class FirstStage(Family):
 
 
 @dataclass(frozen=True)
-class Transformer(Family):
+class Transformer(Classifier):
     """torchvision's VisionTransformer on three channels."""
 
     side: int
@@ -145,7 +155,27 @@ class Transformer(Family):
         return replace(self, layers=1, hidden=8, mlp=16)
 
 
-def digits(family: Family, count: int) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class LanguageModel(Family):
+    """The GPT over bytes of the experiment `languages`, untied, on windows of as many bytes as it can see: of each one
+    the next is the target."""
+
+    size: Size
+
+    def build(self) -> nn.Module:
+        return GPT(self.size)
+
+    def tiny(self) -> LanguageModel:
+        return LanguageModel(Size(1, 8, 2, 4))
+
+    def examples(self, count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+        """Windows of random bytes, and each shifted by one."""
+        generator = torch.Generator().manual_seed(seed)
+        windows = torch.randint(BYTES, (count, self.size.context + 1), generator=generator)
+        return windows[:, :-1], windows[:, 1:]
+
+
+def digits(family: Classifier, count: int) -> tuple[Tensor, Tensor]:
     """Real digits of 8x8 pixels (scikit-learn's) in the shape of a small family's inputs."""
     from sklearn.datasets import load_digits
 

@@ -26,7 +26,8 @@ class Peer:
     """A package, what it is asked for, the curvature that this stands for, and how to get ready for a model.
 
     Where it `decomposes` matrices, a part of its price is the same for any number of examples: it then sees all. The
-    `broad` ones are measured on every model.
+    `broad` ones are measured on every model. The `partial` ones leave out the parameters of layers that the package
+    does not know, and are measured on language models alone, which it refuses as a whole.
     """
 
     title: str
@@ -35,6 +36,7 @@ class Peer:
     ready: Callable[[nn.Module, Batches], Ready]
     decomposes: bool = False
     broad: bool = False
+    partial: bool = False
 
 
 def installed() -> dict[Peer, str]:
@@ -78,7 +80,16 @@ def _avalanche(model: nn.Module, batches: Batches) -> Ready:
     return work
 
 
-def _backpack(extension: str, attribute: str, per_example: bool = False) -> Callable[[nn.Module, Batches], Ready]:
+def _parameters(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> dict[str, nn.Parameter]:
+    """The trainable parameters of the modules of these kinds, by name."""
+    owners = [module for module in model.modules() if isinstance(module, kinds)]
+    own = {id(parameter) for module in owners for parameter in module.parameters(recurse=False)}
+    return {name: p for name, p in model.named_parameters() if p.requires_grad and id(p) in own}
+
+
+def _backpack(
+    extension: str, attribute: str, per_example: bool = False, of: tuple[type[nn.Module], ...] = (nn.Module,)
+) -> Callable[[nn.Module, Batches], Ready]:
     """BackPACK's quantities are those of a batch's mean loss; `per_example` for squares of its gradients / n."""
 
     def ready(model: nn.Module, batches: Batches) -> Ready:
@@ -96,7 +107,7 @@ def _backpack(extension: str, attribute: str, per_example: bool = False) -> Call
                 with backpack.backpack(getattr(extensions, extension)()):
                     loss(own(x), y).backward()
                 weight = len(y) ** (2 if per_example else 1) / total
-                for name, parameter in own.named_parameters():
+                for name, parameter in _parameters(own, of).items():
                     found = getattr(parameter, attribute)
                     delattr(parameter, attribute)
                     parts = [found] if isinstance(found, Tensor) else found
@@ -172,12 +183,14 @@ def _nngeometry(representation: str, samples: int | None = None) -> Callable[[nn
     return ready
 
 
-def _curvlinops(fisher: str, operator: str = "KFACLinearOperator") -> Callable[[nn.Module, Batches], Ready]:
+def _curvlinops(
+    fisher: str, operator: str = "KFACLinearOperator", of: tuple[type[nn.Module], ...] = (nn.Module,)
+) -> Callable[[nn.Module, Batches], Ready]:
     def ready(model: nn.Module, batches: Batches) -> Ready:
         import curvlinops
 
         own = copy.deepcopy(model).eval()
-        parameters = [p for p in own.parameters() if p.requires_grad]
+        parameters = [*_parameters(own, of).values()]
 
         def work() -> Dense:
             found = getattr(curvlinops, operator)(
@@ -216,4 +229,10 @@ PEERS = (
          _curvlinops("mc", "EKFACLinearOperator"), decomposes=True),
     Peer("nngeometry, Fisher of one sample, EKFAC", NNGEOMETRY, Fisher(),
          _nngeometry("PMatEKFAC", 1), decomposes=True),
+    Peer("BackPACK, empirical Fisher, diagonal without norm layers", BACKPACK, EmpiricalFisher(),
+         _backpack("SumGradSquared", "sum_grad_squared", per_example=True, of=(nn.Linear, nn.Embedding)), partial=True),
+    Peer("curvlinops, Fisher of one sample, KFAC of linear layers alone", CURVLINOPS, Fisher(),
+         _curvlinops("mc", of=(nn.Linear,)), partial=True),
+    Peer("curvlinops, Fisher of one sample, EKFAC of linear layers alone", CURVLINOPS, Fisher(),
+         _curvlinops("mc", "EKFACLinearOperator", of=(nn.Linear,)), partial=True),
 )

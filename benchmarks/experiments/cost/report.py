@@ -17,6 +17,8 @@ BUILD_GOALS = {
     ("MLP 784-400-400-10", "Fisher, KFAC (type 2)"): 4.0,
     ("MLP 784-400-400-10", "empirical Fisher, top 10"): 15.0,
     ("conv net", "empirical Fisher, diagonal"): 1.5,
+    ("GPT over bytes, windows of 32", "empirical Fisher, diagonal"): 2.0,
+    ("GPT over bytes, windows of 32", "Fisher of one sample, KFAC"): 2.5,
 }
 STEP_GOALS = {
     ("MLP 784-400-400-10", "empirical Fisher, KFAC"): 3.0,
@@ -59,9 +61,10 @@ def _heading(results: Results) -> str:
         lines.append(f"one epoch of gradient passes {reference.mean:.0f} ms")
     if small:
         lines.append(f"errors on {small.mean:,.0f} parameters")
-    few = {work["examples"] for work in config["works"]} - {None}
-    if few:
-        lines.append(f"top 10 and matrix-free from the first {', '.join(f'{n:,}' for n in sorted(few))} examples")
+    for count in sorted({work["examples"] for work in config["works"]} - {None}):
+        names = [work["name"] for work in config["works"] if work["examples"] == count]
+        which = names[0] if len(names) == 1 else "top 10 and matrix-free"
+        lines.append(f"{which} from the first {count:,} example{'s' if count > 1 else ''}")
     if config["peers"]:
         seen = min(config["peer_examples"], config["examples"])
         lines.append(f"peers on the first {seen:,} examples, on all where they decompose matrices")

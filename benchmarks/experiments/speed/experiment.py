@@ -9,12 +9,16 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from benchmarks.experiments.speed import mitigators, passes, steps, suite
+from benchmarks.experiments.languages.experiment import QUICK, SETTINGS, Setting
+from benchmarks.experiments.speed import attached, mitigators, passes, steps, suite
 from benchmarks.harness import Context, Experiment, Options, Record
 from benchmarks.timing import Repetitions
 
 GROUPS = {
     "step": steps.penalised,
+    "attached": attached.on_mlp,
+    "attached_small": attached.on_small_gpt,
+    "attached_medium": attached.on_medium_gpt,
     "estimate": passes.estimates,
     "fidelity": passes.fidelities,
     "on": passes.instruments,
@@ -31,7 +35,8 @@ GROUPS = {
 @dataclass(frozen=True)
 class Config:
     """An MLP 784-hidden-hidden-10 on synthetic inputs; `rounds` interleaved repetitions. Mitigators are timed in rounds
-    of `period` steps of an MLP with four hidden layers of `width`, and on ResNet-18 with batches of `images`."""
+    of `period` steps of an MLP with four hidden layers of `width`, and on ResNet-18 with batches of `images`; the
+    attached penalty also on the `small` and the `medium` GPT of the experiment `languages`."""
 
     label: str = "MLP 784-400-400-10"
     hidden: int = 400
@@ -44,6 +49,8 @@ class Config:
     period: int = 256
     width: int = 256
     images: int = 32
+    small: Setting = SETTINGS["small"]
+    medium: Setting = SETTINGS["medium"]
 
 
 class Speed(Experiment):
@@ -55,7 +62,7 @@ class Speed(Experiment):
 
     def configs(self, options: Options) -> Sequence[Config]:
         few = {"examples": 64, "batch": 16, "experiences": 2, "stored": 10, "rounds": 1, "steps": 3, "period": 2}
-        small = Config("MLP 784-10-10-10", hidden=10, width=8, images=2, **few)
+        small = Config("MLP 784-10-10-10", hidden=10, width=8, images=2, small=QUICK, medium=QUICK, **few)
         return [small if options.quick else Config()]
 
     def run(self, config: Config, seed: int, context: Context) -> list[Record]:
