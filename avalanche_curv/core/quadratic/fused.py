@@ -106,7 +106,8 @@ class OnePass:
         if gradients is None:
             return None
         increment_version(gradients)
-        ours, theirs = (array("Q", map(Tensor.data_ptr, some)) for some in (gradients, parameters))
+        ours = array("Q", map(Tensor.data_ptr, gradients))
+        theirs = array("Q", [parameter.data_ptr() for parameter in parameters if parameter is not None])
         return getattr(library(), NAMES[self.anchor.dtype])(
             len(ours), self._sizes, ours.buffer_info()[0], theirs.buffer_info()[0],
             self.anchor.data_ptr(), self.values.data_ptr(),

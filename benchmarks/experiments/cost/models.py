@@ -37,6 +37,9 @@ class Classifier(Family):
     def shape(self) -> tuple[int, ...]:
         """The shape of one input."""
 
+    @abstractmethod
+    def tiny(self) -> Classifier: ...
+
     def examples(self, count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
         """Random inputs in [0, 1] and random classes."""
         generator = torch.Generator().manual_seed(seed)

@@ -31,7 +31,7 @@ from avalanche_curv import (
 from avalanche_curv.core import NonFiniteCurvatureError
 from avalanche_curv.core.quadratic.penalty import Penalty
 from benchmarks.data import ALL, read
-from benchmarks.experiments.cost.models import MLP, ConvNet, Family, Transformer
+from benchmarks.experiments.cost.models import MLP, Classifier, ConvNet, Transformer
 from benchmarks.harness import Context, Experiment, Options, Record, Results
 from benchmarks.harness.options import positive
 from benchmarks.strategies import decades
@@ -40,7 +40,7 @@ from benchmarks.training import summary
 NAIVE, AT_ONCE = "Naive", "all at once"
 FIRST_SEED = 1000  # of tuning
 HELD_OUT = 300  # training images, of 1,437
-MODELS: dict[str, tuple[Family, float, int]] = {  # by their label in `cost`: Adam's rate, and the steps of a task
+MODELS: dict[str, tuple[Classifier, float, int]] = {  # by their label in `cost`: Adam's rate, and the steps of a task
     "MLP 64-12-12-10": (MLP(64, 12), 1e-2, 100),
     "MLP 784-400-400-10": (MLP(784, 400), 1e-3, 100),
     "conv net": (ConvNet(28, (32, 64), 480), 1e-3, 100),
@@ -79,7 +79,7 @@ class Config:
 
     label: str
     model: str
-    family: Family
+    family: Classifier
     method: str
     setting: Setting
     structure: Structure | None = None
@@ -188,7 +188,7 @@ def sequence(config: Config, seed: int) -> list[tuple[Data, Data]]:
             for o in orders]  # fmt: skip
 
 
-def shown(pixels: Tensor, family: Family) -> Tensor:
+def shown(pixels: Tensor, family: Classifier) -> Tensor:
     """Images of 8x8 pixels as inputs of a model, enlarged to its side."""
     side = family.shape[-1] if len(family.shape) > 1 else round(family.shape[0] ** 0.5)
     images = interpolate(pixels.view(-1, 1, 8, 8), (side, side), mode="bilinear", align_corners=False)
