@@ -1,4 +1,5 @@
-"""The gradient of a diagonal penalty in one pass over memory: compiled where a C compiler is at hand."""
+"""The gradient of a diagonal penalty in one pass over memory, by a loop that is compiled where a C compiler is at
+hand."""
 
 from __future__ import annotations
 
@@ -16,13 +17,13 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
 SOURCE = """
 #define LANES 16   /* sums side by side, which the compiler keeps in vector registers */
 #define STRETCH 4096 /* numbers whose sum is taken in their own type */
-#define ADD(NAME, REAL)                                                                                \\
+#define PASS(NAME, REAL, ASSIGN)                                                                       \\
 double NAME(long count, const long *sizes, REAL *const *gradients, const REAL *const *parameters,      \\
             const REAL *anchor, const REAL *values) {                                                  \\
     double total = 0;                                                                                  \\
@@ -35,12 +36,12 @@ double NAME(long count, const long *sizes, REAL *const *gradients, const REAL *c
             for (; i < full; i += LANES)                                                               \\
                 for (int l = 0; l < LANES; l++) {                                                      \\
                     const REAL d = p[i + l] - a[i + l], pull = v[i + l] * d;                           \\
-                    g[i + l] += pull;                                                                  \\
+                    g[i + l] ASSIGN pull;                                                              \\
                     sums[l] += pull * d;                                                               \\
                 }                                                                                      \\
             for (; i < end; i++) {                                                                     \\
                 const REAL d = p[i] - a[i], pull = v[i] * d;                                           \\
-                g[i] += pull;                                                                          \\
+                g[i] ASSIGN pull;                                                                      \\
                 sums[0] += pull * d;                                                                   \\
             }                                                                                          \\
             for (int l = 0; l < LANES; l++) total += sums[l];                                          \\
@@ -48,13 +49,16 @@ double NAME(long count, const long *sizes, REAL *const *gradients, const REAL *c
     }                                                                                                  \\
     return total;                                                                                      \\
 }
-ADD(add_float32, float)
-ADD(add_float64, double)
+PASS(add_float32, float, +=)
+PASS(add_float64, double, +=)
+PASS(set_float32, float, =)
+PASS(set_float64, double, =)
 """
 FLAGS = "-O3", "-march=native", "-ffp-contract=off", "-shared", "-fPIC"
 """Without contraction products are rounded before they are added, as torch rounds them."""
 SECONDS = 60  # that a compiler may take
-NAMES = {torch.float32: "add_float32", torch.float64: "add_float64"}
+PLAIN = Tensor, nn.Parameter
+NAMES = {torch.float32: "float32", torch.float64: "float64"}
 
 
 @cache
@@ -72,20 +76,19 @@ def library() -> Any:
             found = ctypes.CDLL(str(built))
     except (OSError, subprocess.SubprocessError):
         return None
-    for name in NAMES.values():
-        function = getattr(found, name)
+    for function in (getattr(found, f"{what}_{name}") for name in NAMES.values() for what in ("add", "set")):
         function.restype, function.argtypes = ctypes.c_double, [ctypes.c_long, *[ctypes.c_void_p] * 5]
     return found
 
 
 class OnePass:
-    """F (θ − a), for F = diag(values) [P] and the anchor a [P], added to gradients in one pass over memory, where torch
-    makes three. Each number is rounded as torch rounds it, so that the results are equal to the bit.
+    """F (θ − a), for F = diag(values) [P] and the anchor a [P], by itself or added to gradients, in one pass over
+    memory where torch makes two or three. Each number is rounded as torch rounds it: results are equal to the bit.
 
     It is for plain parameters on the CPU, of the type of the anchor, and for one thread: several share the passes of
     torch. `shapes` are those of the parameters, in the order of the anchor.
 
-    >>> weight = torch.nn.Parameter(torch.tensor([3.0]))
+    >>> weight = nn.Parameter(torch.tensor([3.0]))
     >>> weight.grad = torch.tensor([1.0])
     >>> added = OnePass(torch.tensor([1.0]), torch.tensor([4.0]), [weight.shape]).add([weight])
     >>> added is None or (added, weight.grad)  # None without a compiler, or with several threads
@@ -100,29 +103,34 @@ class OnePass:
     def add(self, parameters: Sequence[Tensor | None]) -> float | None:
         """Adds F (θ − a) to the gradients of these parameters θ, and returns δᵀFδ for δ = θ − a; None, with nothing
         done, where that is not possible."""
-        if not self._usable or torch.get_num_threads() > 1 or library() is None:
-            return None
-        gradients = self._gradients(parameters)
-        if gradients is None:
+        gradients = [None if parameter is None else parameter.grad for parameter in parameters]
+        if not (self._fit(parameters) and self._fit(gradients)):
             return None
         increment_version(gradients)
-        ours = array("Q", map(Tensor.data_ptr, gradients))
-        theirs = array("Q", [parameter.data_ptr() for parameter in parameters if parameter is not None])
-        return getattr(library(), NAMES[self.anchor.dtype])(
+        return self._passed("add", gradients, parameters)
+
+    def gradient(self, parameters: Sequence[Tensor]) -> tuple[float, list[Tensor]] | None:
+        """δᵀFδ and F δ, in the shapes of the parameters and in memory of its own; None where that is not possible."""
+        if not self._fit(parameters):
+            return None
+        gradients = [torch.empty(shape, dtype=self.anchor.dtype) for shape in self.shapes]
+        return self._passed("set", gradients, parameters), gradients
+
+    def _fit(self, tensors: Sequence[Tensor | None]) -> bool:
+        """Whether these lie in memory as the anchor does, and the library is there for them."""
+        if not self._usable or torch.get_num_threads() > 1 or torch.compiler.is_compiling() or library() is None:
+            return False
+        dtype = self.anchor.dtype
+        for tensor, shape in zip(tensors, self.shapes):
+            if tensor is None or type(tensor) not in PLAIN or tensor.layout is not torch.strided:
+                return False
+            if not (tensor.dtype is dtype and tensor.is_cpu and tensor.is_contiguous() and tensor.shape == shape):
+                return False
+        return True
+
+    def _passed(self, what: str, gradients: Sequence[Any], parameters: Sequence[Any]) -> float:
+        ours, theirs = (array("Q", map(Tensor.data_ptr, some)) for some in (gradients, parameters))
+        return getattr(library(), f"{what}_{NAMES[self.anchor.dtype]}")(
             len(ours), self._sizes, ours.buffer_info()[0], theirs.buffer_info()[0],
             self.anchor.data_ptr(), self.values.data_ptr(),
         )  # fmt: skip
-
-    def _gradients(self, parameters: Sequence[Tensor | None]) -> list[Tensor] | None:
-        """The gradients; None where they or the parameters do not lie in memory as the anchor does."""
-        dtype, found = self.anchor.dtype, []
-        for parameter, shape in zip(parameters, self.shapes):
-            if parameter is None or parameter.shape != shape or parameter.dtype is not dtype:
-                return None
-            gradient = parameter.grad
-            if type(gradient) is not Tensor or gradient.dtype is not dtype or gradient.layout is not torch.strided:
-                return None
-            if not (parameter.is_cpu and parameter.is_contiguous() and gradient.is_contiguous()):
-                return None
-            found.append(gradient)
-        return found

@@ -11,8 +11,10 @@ from torch.nn.functional import cross_entropy
 from avalanche_curv import CurvatureRegularizer, Diagonal, EmpiricalFisher
 from avalanche_curv.core.quadratic import fused
 from avalanche_curv.core.quadratic.fused import OnePass, library
+from avalanche_curv.core.quadratic.model import QuadraticModel
 from avalanche_curv.core.quadratic.penalty import Penalty
-from avalanche_curv.core.risk.parameters import NamedParameters, canonical_parameters
+from avalanche_curv.core.risk.parameters import NamedParameters, ParameterSpace, canonical_parameters
+from avalanche_curv.core.structures import DiagonalMatrix
 
 compiled = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler is at hand")
 
@@ -46,7 +48,11 @@ def test_one_pass_adds_to_the_bit_what_torch_adds_in_three(dtype):
     delta = theta - anchor
     expected = torch.cat([parameter.grad.reshape(-1) for parameter in parameters]) + values * delta
     before = parameters[0].grad._version
+    alone, gradients = OnePass(anchor, values, shapes).gradient(parameters)
+    assert torch.equal(torch.cat([gradient.reshape(-1) for gradient in gradients]), values * delta)
+    assert [gradient.shape for gradient in gradients] == shapes
     form = OnePass(anchor, values, shapes).add(parameters)
+    assert form == alone
     assert torch.equal(torch.cat([parameter.grad.reshape(-1) for parameter in parameters]), expected)
     assert torch.equal(torch.cat([parameter.detach().reshape(-1) for parameter in parameters]), theta)
     assert form == pytest.approx(float((values.double() * delta.double().square()).sum()), rel=1e-5)
@@ -111,6 +117,25 @@ def test_several_threads_are_left_to_torch():
     parameters, *rest = drawn(torch.float32, (3, 5))
     torch.set_num_threads(2)
     assert OnePass(*rest).add(parameters) is None
+
+
+@compiled
+def test_a_penalty_in_the_loss_has_the_same_gradient_without_a_compiler(monkeypatch):
+    parameters, anchor, values, _ = drawn(torch.float32, (30, 50), (7,))
+    model = nn.ParameterList(parameters)
+    past = QuadraticModel(ParameterSpace.of(model), anchor, DiagonalMatrix(values), constant=2.0)
+
+    def gradients(value):
+        return torch.cat([g.flatten() for g in torch.autograd.grad(value, [*model.parameters()])])
+
+    penalty = Penalty(past, 3.0)
+    value = penalty(model)
+    last, found = penalty.last(), gradients(value)
+    monkeypatch.setattr(fused, "library", lambda: None)
+    plain = penalty(model)
+    assert torch.equal(gradients(plain), found)
+    for one, other in ((value, plain), (last, penalty.last())):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=0)
 
 
 def test_without_a_compiler_there_is_no_library(monkeypatch, tmp_path):
