@@ -18,7 +18,7 @@ from avalanche_curv.core.curvature.products import OfRisk
 from avalanche_curv.core.nested import Nested
 from avalanche_curv.core.risk.batches import untouched_randomness
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
-from avalanche_curv.core.risk.frozen import Graphs, copied_without_graphs
+from avalanche_curv.core.risk.frozen import Graphs, copied_base
 from avalanche_curv.core.risk.known import is_plain
 from avalanche_curv.core.risk.trust import differing, directions, nearby
 
@@ -144,7 +144,7 @@ def _width(parameters: Float[Tensor, "P"]) -> float:
 
 def doubled(risk: EmpiricalRisk) -> EmpiricalRisk:
     """The risk with its frozen model in double precision."""
-    return risk.with_base(copied_without_graphs(risk.base).double())
+    return risk.with_base(copied_base(risk.base, dtype=torch.float64).double())
 
 
 def hessian_operator(risk: EmpiricalRisk) -> Operator:

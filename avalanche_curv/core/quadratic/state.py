@@ -14,6 +14,7 @@ from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.forward import Forward, restored_forward
 from avalanche_curv.core.risk.frozen import copied_base, frozen_copy
 from avalanche_curv.core.risk.selection import Selection, in_words
+from avalanche_curv.core.risk.widened import memory_of
 
 
 def frozen_state(stored: Sequence[EmpiricalRisk]) -> dict[str, Any]:
@@ -23,7 +24,7 @@ def frozen_state(stored: Sequence[EmpiricalRisk]) -> dict[str, Any]:
     if any(risk.base is not base for risk in stored):
         raise TypeError("The stored examples are frozen at different models. Use save_checkpoint, or pickle.")
     return {
-        "frozen": {name: value.detach().clone() for name, value in base.state_dict().items()},
+        "frozen": {name: memory_of(value).clone() for name, value in base.state_dict().items()},
         "trained": tuple(name for name, parameter in base.named_parameters() if parameter.requires_grad),
     }
 

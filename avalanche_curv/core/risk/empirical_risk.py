@@ -60,8 +60,9 @@ class EmpiricalRisk(OneLine, Storable):
 
     The mean is over examples: batch sizes, a ragged last batch and the criterion's `reduction` do not matter.
     Build one with `EmpiricalRisk.snapshot`; the user's model, its gradients, flags and buffers stay as they are.
-    Frozen parameters (`requires_grad=False`) outside of the space are not copied: they must stay as they are for as
-    long as the risk is used (ValueError). Half-precision models are copied in float32, these too.
+    Frozen parameters (`requires_grad=False`) outside of the space are not copied: they must keep their values for as
+    long as the risk is used (ValueError), which one pass over their memory sees at each use. A model with half
+    precision computes in float32: of frozen parameters one layer at a time is widened, all others are copied so.
 
     >>> risk = EmpiricalRisk.snapshot(nn.Linear(1, 1), nn.MSELoss(), [(torch.zeros(3, 1), torch.ones(3, 1))])
     >>> risk.examples, risk.space.size

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from avalanche_curv.core.precision import differentiable, in_own_precision
 from avalanche_curv.core.risk.fingerprint import fingerprint
 from avalanche_curv.core.risk.selection import Selection
+from avalanche_curv.core.risk.widened import give_own_memory, memory_of, widened
 
 HALF = {torch.float16, torch.bfloat16}
 
@@ -33,9 +34,9 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 @in_own_precision
 def frozen_copy(model: nn.Module, selection: Selection = Selection()) -> nn.Module:  # noqa: B008  a frozen value
-    """A copy in eval mode, without gradients and backward hooks; half precision becomes float32. Those of its
-    parameters require a gradient that `selection` takes into a parameter space (`Selection.in_space`). Frozen ones
-    outside of that space are not copied: see `shared`.
+    """A copy in eval mode, without gradients and backward hooks; models with half precision compute in float32. Those
+    of its parameters require a gradient that `selection` takes into a parameter space (`Selection.in_space`). Frozen
+    ones outside of that space are not copied: see `shared`.
 
     Embeddings give plain gradients in it: dense, unscaled, and with norms above `max_norm` already reduced. Tensors
     that a module keeps of its last call are copied without their graph. Raises TypeError for a model that cannot be
@@ -63,7 +64,7 @@ def frozen_copy(model: nn.Module, selection: Selection = Selection()) -> nn.Modu
         module._backward_pre_hooks.clear()
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
             _give_plain_gradients(module)
-    return copied.float() if _is_half(copied) else copied
+    return copied.float() if _is_half(own) else copied
 
 
 def _is_half(model: nn.Module) -> bool:
@@ -79,12 +80,12 @@ class Shared:
 
     def __init__(self, owner: nn.Parameter) -> None:
         self.owner = weakref.ref(owner)
-        self.fingerprint = fingerprint(owner)
+        self.fingerprint = fingerprint(memory_of(owner))
 
     def describes(self, parameter: nn.Parameter) -> bool:
         """Whether the values are those of then: they alone count, not whether they were written meanwhile, as by
         `load_state_dict` with equal ones."""
-        return torch.equal(fingerprint(parameter), self.fingerprint)
+        return torch.equal(fingerprint(memory_of(parameter)), self.fingerprint)
 
     def __reduce__(self) -> tuple:
         return type(None), ()
@@ -97,26 +98,25 @@ _sharing: weakref.WeakValueDictionary[int, nn.Parameter] = weakref.WeakValueDict
 def shared(model: nn.Module, selection: Selection) -> dict[int, nn.Parameter]:
     """Stand-ins that share the memory of parameters of `model`, by the `id` of each, as `copy.deepcopy(model, memo)`
     takes them: of frozen parameters (`requires_grad=False`) outside of the space of `selection`, since training leaves
-    them as they are.
+    them as they are. Of a model with half precision all compute in float32 (see `Widened`).
 
-    Copied all the same are those of a model with parameters in half precision, since derivatives are taken in float32;
-    those of an embedding with `max_norm`, which reduces its rows as they are read; those made in inference mode; and
-    those of a type of their own, such as quantised ones.
+    Copied all the same are those of an embedding with `max_norm`, which reduces its rows as they are read; those made
+    in inference mode; and those of a type of their own, such as quantised ones.
     """
-    if _is_half(model):
-        return {}
+    single = torch.float32 if _is_half(model) else None
     moving = {id(parameter) for _, parameter in selection.in_space(model)}
     moving |= {id(p) for m in model.modules() if getattr(m, "max_norm", None) is not None for p in m.parameters()}
     return {
-        id(p): _standing_in(p)
+        id(p): _standing_in(p, single)
         for p in model.parameters()
         if type(p) is nn.Parameter
         and not (p.requires_grad or id(p) in moving or p.is_inference())
     }
 
 
-def _standing_in(parameter: nn.Parameter) -> nn.Parameter:
-    other: Any = nn.Parameter(parameter.data, requires_grad=False)
+def _standing_in(parameter: nn.Parameter, dtype: torch.dtype | None = None) -> nn.Parameter:
+    """A frozen parameter with the memory of another one, of the same type, or, where it has a fraction, of `dtype`."""
+    other: Any = widened(memory_of(parameter), dtype if dtype and parameter.is_floating_point() else parameter.dtype)
     other.shared = getattr(parameter, "shared", None) or Shared(parameter)
     _sharing[id(other)] = other
     return other
@@ -130,7 +130,8 @@ def keep_what_trains(model: nn.Module) -> None:
     for other in [*_sharing.values()]:
         mark = getattr(other, "shared", None)
         if mark is not None and id(mark.owner()) in training and mark.describes(other):
-            other.data, other.shared = other.data.clone(), None
+            give_own_memory(other)
+            other.shared = None
 
 
 T = TypeVar("T")
@@ -147,7 +148,7 @@ class Graphs(Generic[T]):
     @property
     def value(self) -> T:
         check_unchanged(self.base)
-        places = [parameter.data_ptr() for parameter in self.base.parameters()]
+        places = [memory_of(parameter).data_ptr() for parameter in self.base.parameters()]
         if self._places != places:
             self._places, self._value = places, self.make()
         return self._value
@@ -169,15 +170,19 @@ def check_unchanged(base: nn.Module) -> None:
             )
 
 
-def copied_base(base: nn.Module, owned: Callable[[str], bool] = lambda name: False) -> nn.Module:
-    """A copy of a frozen copy that shares what that shares, but for the parameters of names that are `owned`. Raises
-    ValueError as `check_unchanged`."""
+def copied_base(
+    base: nn.Module, owned: Callable[[str], bool] = lambda name: False, dtype: torch.dtype | None = None
+) -> nn.Module:
+    """A copy of a frozen copy that shares what that shares, to compute in `dtype` where that is given. Parameters of
+    names that are `owned` have memory of their own, of the type that they compute in. Raises ValueError as
+    `check_unchanged`."""
     check_unchanged(base)
-    memo = {
-        id(p): _standing_in(p)
-        for name, p in base.named_parameters()
-        if getattr(p, "shared", None) is not None and not owned(name)
-    }
+    memo = {}
+    for name, p in base.named_parameters():
+        if not owned(name) and getattr(p, "shared", None) is not None:
+            memo[id(p)] = _standing_in(p, dtype)
+        elif memory_of(p).dtype != p.dtype and (owned(name) or dtype):
+            memo[id(p)] = nn.Parameter(p.detach().clone(), requires_grad=False)
     return copied_without_graphs(base, memo)
 
 
