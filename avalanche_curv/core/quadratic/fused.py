@@ -97,7 +97,7 @@ class OnePass:
 
     def __init__(self, anchor: Float[Tensor, "P"], values: Float[Tensor, "P"], shapes: Sequence[torch.Size]) -> None:
         self.anchor, self.values, self.shapes = anchor.contiguous(), values.contiguous(), list(shapes)
-        self._sizes = (ctypes.c_long * len(shapes))(*map(math.prod, shapes))
+        self._sizes = array("l", map(math.prod, shapes))
         self._usable = anchor.is_cpu and anchor.dtype in NAMES and values.dtype is anchor.dtype
 
     def add(self, parameters: Sequence[Tensor | None]) -> float | None:
@@ -131,6 +131,6 @@ class OnePass:
     def _passed(self, what: str, gradients: Sequence[Any], parameters: Sequence[Any]) -> float:
         ours, theirs = (array("Q", map(Tensor.data_ptr, some)) for some in (gradients, parameters))
         return getattr(library(), f"{what}_{NAMES[self.anchor.dtype]}")(
-            len(ours), self._sizes, ours.buffer_info()[0], theirs.buffer_info()[0],
+            len(ours), self._sizes.buffer_info()[0], ours.buffer_info()[0], theirs.buffer_info()[0],
             self.anchor.data_ptr(), self.values.data_ptr(),
         )  # fmt: skip
