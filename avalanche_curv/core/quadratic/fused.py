@@ -103,8 +103,8 @@ class OnePass:
     def add(self, parameters: Sequence[Tensor | None]) -> float | None:
         """Adds F (θ − a) to the gradients of these parameters θ, and returns δᵀFδ for δ = θ − a; None, with nothing
         done, where that is not possible."""
-        gradients = [None if parameter is None else parameter.grad for parameter in parameters]
-        if not (self._fit(parameters) and self._fit(gradients)):
+        gradients = [p.grad for p in parameters if p is not None and p.grad is not None]
+        if len(gradients) < len(parameters) or not (self._fit(parameters) and self._fit(gradients)):
             return None
         increment_version(gradients)
         return self._passed("add", gradients, parameters)

@@ -76,9 +76,9 @@ class Penalty:
         """strength · q(θ) at these parameters θ, and its gradient strength · (g + C δ) in the shape of each of them."""
         found = None if self._one_pass is None else self._one_pass.gradient(parameters)
         if found is not None:
-            value = half(found[0]) + self.past.constant
-            self._value = value / self.strength
-            return self.past.anchor.new_tensor(value), found[1]
+            weighted = half(found[0]) + self.past.constant
+            self._value = weighted / self.strength
+            return self.past.anchor.new_tensor(weighted), found[1]
         products = self._products(parameters)
         pairs = zip(self.displacements, products)
         value = half(torch.stack([d.reshape(-1) @ g.reshape(-1) for d, g in pairs]).sum()) + self.past.constant

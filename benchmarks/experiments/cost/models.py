@@ -112,7 +112,7 @@ class ResNet18(Classifier):
 
 
 @dataclass(frozen=True)
-class FirstStage(Family):
+class FirstStage(Classifier):
     """The first convolution of ResNet-18 and one of its blocks of 64 channels."""
 
     @property
