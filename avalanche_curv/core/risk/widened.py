@@ -37,8 +37,8 @@ class Widened(Tensor):
     (torch.float32, torch.float32, torch.bfloat16)
     """
 
-    narrow: Tensor
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    narrow: Tensor  # type: ignore[assignment]
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def __new__(cls, narrow: Tensor, dtype: torch.dtype) -> Widened:
@@ -54,7 +54,9 @@ class Widened(Tensor):
         return made
 
     @classmethod
-    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         first, kwargs = args[0] if args else None, kwargs or {}
         if isinstance(first, cls):
             if function._schema.is_mutable:
@@ -69,7 +71,7 @@ class Widened(Tensor):
         args, kwargs = tree_map_only(cls, lambda wide: wide.narrow.to(wide.dtype), (args, kwargs))
         return function(*args, **kwargs)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"Widened({self.narrow}, {self.dtype})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
