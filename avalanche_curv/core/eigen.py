@@ -60,7 +60,7 @@ def top_of_products(product: Callable[[Tensor], Tensor], like: Float[Tensor, "P"
     """
     size = len(like)
     if _is_small(size, count):
-        return _top(*_decomposed(_columns(product, like)), count, like)
+        return _top(_decomposed(_columns(product, like)), count, like)
     numpy_product = _for_numpy(product, like)
     start = torch.randn(size, generator=torch.Generator().manual_seed(0), dtype=torch.float64).numpy()
     first = numpy_product(start)
@@ -69,7 +69,7 @@ def top_of_products(product: Callable[[Tensor], Tensor], like: Float[Tensor, "P"
     if not np.isfinite(first).all():
         return like.new_full((count,), torch.nan), like.new_full((count, size), torch.nan)
     operator = LinearOperator((size, size), matvec=numpy_product, dtype=np.float64)
-    return _top(*eigsh(operator, k=count, which="LM", tol=TOLERANCE, v0=start), count, like)
+    return _top(eigsh(operator, k=count, which="LM", tol=TOLERANCE, v0=start), count, like)
 
 
 def largest_of_products(product: Callable[[Tensor], Tensor], like: Float[Tensor, "P"]) -> float:
@@ -97,7 +97,7 @@ def top_of_operator(operator: Operator, like: Float[Tensor, "P"], count: int) ->
     Returns the eigenvalues [count], largest magnitude first, and the eigenvectors as rows [count, P].
     """
     if _is_small(len(like), count):  # all columns in one pass over the examples
-        return _top(*_decomposed(operator.matmat(torch.eye(len(like)).to(like))), count, like)
+        return _top(_decomposed(operator.matmat(torch.eye(len(like)).to(like))), count, like)
     return top_of_products(lambda v: operator.matmat(v[:, None])[:, 0], like, count)
 
 
@@ -125,8 +125,9 @@ def _decomposed(whole: Float[Tensor, "P P"]) -> tuple[np.ndarray, ...]:
     return tuple(part.numpy() for part in spectrum((whole + whole.T) / 2))
 
 
-def _top(values: np.ndarray, vectors: np.ndarray, count: int, like: Tensor) -> Pairs:
-    """Of eigenpairs the `count` largest in magnitude, in the type of `like`."""
+def _top(found: tuple[np.ndarray, ...], count: int, like: Tensor) -> Pairs:
+    """Of eigenvalues and eigenvectors, as columns, the `count` largest in magnitude, in the type of `like`."""
+    values, vectors = found
     order = np.argsort(-np.abs(values))[:count]
     rows = np.ascontiguousarray(vectors[:, order].T)
     return torch.as_tensor(values[order].copy()).to(like), torch.as_tensor(rows).to(like)

@@ -206,7 +206,7 @@ def _quick(config: Config) -> Config:
     """Every row on tiny models and few examples; errors on multilayer perceptrons alone."""
     works = tuple(replace(work, examples=work.examples and min(work.examples, 16)) for work in config.works)
     small = config.small if isinstance(config.small, MLP) else None
-    few = {"examples": 32, "peer_examples": 16, "batch": 8, "steps": 2, "rounds": 1}
+    few: dict[str, Any] = {"examples": 32, "peer_examples": 16, "batch": 8, "steps": 2, "rounds": 1}
     return replace(config, model=config.model.tiny(), small=small, works=works, **few)
 
 
