@@ -33,8 +33,8 @@ All methods of a seed go on from the same model of the first language. Bits per 
 mean ± standard deviation over n seeds."""
 COLUMNS = """*bits* is the mean over all languages at the end, *when learned* over each just after it, *forgetting* \
 the rise in between; then each language at the end. λ was chosen on seed 1000, on text held out for it. *kept* is what \
-the method has beside the model at the end, *time* the CPU time of training and estimates after the first language, in times \
-of Naive's in the same seed, of runs side by side."""
+the method has beside the model at the end, *time* the CPU time of training and estimates after the first \
+language, in times of Naive's in the same seed, of runs side by side."""
 TESTS = """The difference in *bits* seed by seed, and p of the two-sided paired t-test after Holm's correction for the \
 number of rows, none below three seeds; beyond noise at 5 %. Negative is better."""
 
