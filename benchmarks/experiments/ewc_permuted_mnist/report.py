@@ -27,9 +27,10 @@ learning rate, which row 2 repairs first; `--part original` is their setting as 
 permutations, and those of one size start from the same weights.
 
 *average accuracy* is over all tasks after the last, *when learned* over tasks just after each, *forgetting* the mean
-loss since. *step* is the processor time of a step with the penalty of all past tasks in that of a plain one, without
-the loop around them, and *MiB* what is held of the past. *multitask*, for reference, learns all tasks at once with as
-many steps in all. A run whose weights diverged has no accuracy (nan). Mean ± standard deviation over n seeds."""
+loss since. *multitask*, for reference, learns all tasks at once with as many steps in all. A run whose weights diverged
+has no accuracy (nan). Mean ± standard deviation over n seeds."""
+COST = """*step* is the processor time of a step with the penalty of all past tasks in that of a plain one, without the loop
+around them, and *MiB* what is held of the past."""
 
 
 MATTER = (
@@ -52,14 +53,20 @@ def report(results: Results, out: Path) -> str:
     reached = [f"{label} ({mean:.4f})" for label, mean in means.items() if round(mean, 2) >= PUBLISHED]
     figures = "![Accuracy of each row](ewc_permuted_mnist_rows.png)\n\n![Accuracy over time](ewc_permuted_mnist.png)"
     above = f"At or above {PUBLISHED}: {', '.join(reached) or 'none'}."
-    return "\n\n".join([TITLE, EXPLANATION, _table(results), above, figures])
+    explained = [TITLE, EXPLANATION, *[COST] * _is_priced(results)]
+    return "\n\n".join([*explained, _table(results), above, figures])
+
+
+def _is_priced(results: Results) -> bool:
+    return any(one.final("step") for one in results.each())
 
 
 def _table(results: Results) -> str:
+    priced = _is_priced(results)
     columns = [
         Column("row"), Column("change"), Column("trained by"), Column("λ"), Column("average accuracy", 4, max),
-        Column("when learned", 4), Column("forgetting", 4), Column("step", 2), Column("MiB", 1), Column("train min", 1),
-        Column("n"),
+        Column("when learned", 4), Column("forgetting", 4), *[Column("step", 2), Column("MiB", 1)] * priced,
+        Column("train min", 1), Column("n"),
     ]  # fmt: skip
     rows: list[list[Cell]] = []
     for one in results.each():
@@ -67,7 +74,7 @@ def _table(results: Results) -> str:
         size, strength = one.final("bytes"), row.get("strength")  # no column where no row has one
         rows.append([
             one.label, row["changed"], _trained(**row), None if strength is None else f"{strength:g}", accuracy,
-            one.final("learned"), one.final("forgetting"), one.final("step"), size and size.mean / 2**20,
+            one.final("learned"), one.final("forgetting"), *[one.final("step"), size and size.mean / 2**20] * priced,
             seconds and seconds.mean / 60, accuracy.n if accuracy else 0,
         ])  # fmt: skip
     return table(columns, rows)
