@@ -29,8 +29,8 @@ permutations, and those of one size start from the same weights.
 *average accuracy* is over all tasks after the last, *when learned* over tasks just after each, *forgetting* the mean
 loss since. *multitask*, for reference, learns all tasks at once with as many steps in all. A run whose weights diverged
 has no accuracy (nan). Mean ± standard deviation over n seeds."""
-COST = """*step* is the processor time of a step with the penalty of all past tasks in that of a plain one, without the loop
-around them, and *MiB* what is held of the past."""
+COST = """*step* is the processor time of a step with the penalty of all past tasks in that of a plain one, without the
+loop around them, and *MiB* what is held of the past."""
 
 
 MATTER = (
