@@ -139,7 +139,7 @@ SETUPS = {
     "random in eval": SetUp(
         ValueError, "draws at random in eval mode", lambda: Changed(lambda f, x: nn.functional.dropout(f))
     ),
-    "outputs in a tuple": SetUp(TypeError, "Say which it is: forward=", lambda: Changed(lambda f, x: (f, x))),
+    "outputs in a tuple": SetUp(TypeError, "Say which it is, forward=", lambda: Changed(lambda f, x: (f, x))),
     "batch axis second": SetUp(ValueError, "Put the batch axis first", lambda: Changed(lambda f, x: f.T)),
     "one number": SetUp(ValueError, "Put the batch axis first", lambda: Changed(lambda f, x: f.mean())),
     "writes into inputs": SetUp(
