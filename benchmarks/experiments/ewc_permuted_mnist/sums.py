@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from torch import nn
 
@@ -25,7 +25,7 @@ from avalanche_curv import (
 from avalanche_curv.core.quadratic.penalty import Penalty
 from benchmarks.harness import Record
 from benchmarks.methods import Ours
-from benchmarks.timing import interleaved
+from benchmarks.timing import clocked, interleaved
 from benchmarks.training import Data, Trainer
 
 STRENGTH = 10.0
@@ -73,18 +73,8 @@ def price(trainer: Trainer, data: Data, rounds: int = 30) -> Iterator[Record]:
         nn.functional.cross_entropy(model(data[0]), data[1]).backward()
         strategy.optimizer.step()
 
-    times = interleaved({"step": _used(step), "penalty": _used(lambda: penalty.evaluate(parameters))}, rounds)
+    work = {"step": step, "penalty": lambda: penalty.evaluate(parameters)}
+    times = interleaved({name: clocked(one, time.process_time) for name, one in work.items()}, rounds)
     plain, added = (statistics.median(times[name]) for name in ("step", "penalty"))
     yield {"metric": "step", "value": 1 + added / plain}
     yield {"metric": "bytes", "value": past.nbytes}
-
-
-def _used(work: Callable[[], object]) -> Callable[[], float]:
-    """A function that does some work and returns the seconds of processor time it took."""
-
-    def timed() -> float:
-        start = time.process_time()
-        work()
-        return time.process_time() - start
-
-    return timed
