@@ -164,14 +164,21 @@ class Accumulate(Policy):
     other structures keep what each experience adds, or merge it (see theirs).
     With fraction < 1, C_t is estimated on that random part of the experience's examples, drawn by `seed`.
 
-    Of a stream that hides where its tasks end, each part adds share · ½ δᵀ C δ at its own anchor.
+    With `gradient=True`, q also carries Σ_t g_tᵀδ_t, the slope of each L_t at its own anchor. That is a minimum of what
+    was trained, L_t and the penalty together, and not of L_t: without the slope each anchor but the first counts what
+    came before once more (Huszár 2018). With it q is the expansion of L_t, and of a loss that is quadratic, as squared
+    error on a linear head, with `Dense()` or `Kronecker()`, it is L_t itself: training on the sum is joint training.
+    The exact C_t of a loss that is convex in θ holds g_t in its range; where a slope leaves it, q has no lower bound.
+
+    Of a stream that hides where its tasks end, each part adds share · (gᵀδ + ½ δᵀ C δ) at its own anchor.
     """
 
     fraction: float = 1.0
     seed: int = 0
+    gradient: bool = False
 
     def __post_init__(self) -> None:
-        settle(self, fraction=check_fraction, seed=check_seed)
+        settle(self, fraction=check_fraction, seed=check_seed, gradient=check_flag)
 
     @absorbing
     def absorb(self, past: Past, risk: EmpiricalRisk, curvature: Curvature, structure: Structure) -> Past:
@@ -182,7 +189,7 @@ class Accumulate(Policy):
         self, past: Past, risk: EmpiricalRisk, curvature: Curvature, structure: Structure, share: float
     ) -> Past:
         drawn = part_of(past.widened(risk), self.fraction, self.seed, past.experiences)
-        new = estimate(curvature, structure, drawn).scaled(share)
+        new = estimate(curvature, structure, drawn, gradient=self.gradient).scaled(share)
         return Past(new if past.model is None else past.model + new, experiences=past.experiences + 1)
 
     def check_parts(self, structure: Structure, updates: int) -> None:

@@ -17,6 +17,7 @@ from avalanche_curv import (
     LowRank,
     MatrixFree,
     Merge,
+    PartialTraces,
     Past,
     PiWeighted,
     Rank,
@@ -247,6 +248,25 @@ def test_refresh_of_a_linear_regression_predicts_the_past_loss_exactly(new_probl
     now = EmpiricalRisk.snapshot(model, nn.MSELoss(), risks[0].batches)
     increase = sum(risk.at(now).value() - risk.at(risks[-1]).value() for risk in risks)
     assert past.model(model).item() == pytest.approx(increase, rel=1e-10)
+
+
+@pytest.mark.parametrize("structure", [Dense(), Kronecker(), Kronecker(PartialTraces())], ids=str)
+def test_accumulate_with_slopes_is_the_past_loss_of_a_linear_head_with_squared_error_anywhere(structure, make_model):
+    """At any anchors, since nothing is taken for a minimum; one pair of factors is enough, of which G is 2 I always."""
+    generator, criterion = torch.Generator().manual_seed(0), nn.MSELoss(reduction="sum")
+    model, risks, weights, loss = make_model(lambda: nn.Linear(4, 3)), [], [], 0.0
+    for _ in range(3):
+        nn.init.normal_(model.weight, generator=generator)
+        x, y = (torch.randn(9, size, generator=generator).double() for size in (4, 3))
+        risks.append(EmpiricalRisk.snapshot(model, criterion, [(x, y)]))
+        weights.append((model.weight.detach().clone(), model.bias.detach().clone()))
+    past = absorbed(Accumulate(gradient=True), risks, GGN(), structure)
+    nn.init.normal_(model.weight, generator=generator)
+    for risk, (weight, bias) in zip(risks, weights):
+        ((x, y),) = risk
+        loss += (model(x) - y).square().sum(1).mean() - (x @ weight.T + bias - y).square().sum(1).mean()
+    assert past.model(model).item() == pytest.approx(loss.item(), rel=1e-10)
+    assert absorbed(Accumulate(), risks, GGN(), structure).model(model).item() != pytest.approx(loss.item(), rel=0.1)
 
 
 def test_accumulate_of_a_linear_regression_at_its_minima_predicts_the_past_loss_exactly(make_model):
