@@ -71,6 +71,7 @@ from avalanche_curv.core.quadratic import (
     UnstablePenaltyError,
     WarnIfUnstable,
     estimate,
+    merged_parameters,
     suggest_strength,
 )
 from avalanche_curv.core.risk import EmpiricalRisk, ParameterSelector, ParameterSpace
@@ -189,6 +190,7 @@ __all__ = [
     "estimate",
     "example_loss",
     "landscape",
+    "merged_parameters",
     "principal_angles",
     "rule",
     "suggest_strength",

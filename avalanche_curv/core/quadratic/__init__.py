@@ -1,8 +1,10 @@
 """The quadratic model of past loss: estimated, kept up to date by a policy, and added to training as a penalty."""
 
-from avalanche_curv.core.quadratic.adaptive import AdaptiveRefresh, Damping, StepBound, Tikhonov
+from avalanche_curv.core.quadratic.adaptive import AdaptiveRefresh
+from avalanche_curv.core.quadratic.damping import Damping, StepBound, Tikhonov
 from avalanche_curv.core.quadratic.estimate import estimate
 from avalanche_curv.core.quadratic.looks import AllStored, Look, RandomPart
+from avalanche_curv.core.quadratic.merging import merged_parameters
 from avalanche_curv.core.quadratic.model import QuadraticModel
 from avalanche_curv.core.quadratic.policies import Accumulate, Merge, Past, Policy, Refresh, RefreshEvent
 from avalanche_curv.core.quadratic.regularizer import CurvatureRegularizer
@@ -44,5 +46,6 @@ __all__ = [
     "UnstablePenaltyError",
     "WarnIfUnstable",
     "estimate",
+    "merged_parameters",
     "suggest_strength",
 ]

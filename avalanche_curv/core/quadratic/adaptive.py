@@ -1,9 +1,8 @@
-"""A trust region for the quadratic model of past loss: how it stays bounded, and when it is estimated anew."""
+"""A trust region for the quadratic model of past loss: when it is estimated anew."""
 
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -12,16 +11,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from avalanche_curv.core.curvature.base import Curvature
-from avalanche_curv.core.options import (
-    check_count,
-    check_fraction,
-    check_number,
-    check_seed,
-    check_whole,
-    optional,
-    settle,
-)
+from avalanche_curv.core.options import check_count, check_fraction, check_seed, check_whole, optional, settle
 from avalanche_curv.core.precision import in_own_precision
+from avalanche_curv.core.quadratic.damping import Damping, StepBound
 from avalanche_curv.core.quadratic.estimate import estimate
 from avalanche_curv.core.quadratic.looks import Look, RandomPart
 from avalanche_curv.core.quadratic.model import QuadraticModel, half
@@ -39,56 +31,6 @@ from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk, frozen_togeth
 from avalanche_curv.core.risk.frozen import keep_what_trains
 from avalanche_curv.core.risk.selection import in_words
 from avalanche_curv.core.structures.base import Structure
-
-
-class Damping(ABC):
-    """How much of τ ‖δ‖² / 2 a quadratic model with the slope g gets.
-
-    With positive semi-definite C and τ > 0 the model q + ½ τ ‖δ‖² is bounded below, also where g leaves the range of C.
-    """
-
-    @abstractmethod
-    def amount(self, model: QuadraticModel) -> float:
-        """τ ≥ 0 for a quadratic model with its slope g and anchor a."""
-
-
-def damped(model: QuadraticModel, tau: float) -> QuadraticModel:
-    """The quadratic model q + ½ τ ‖δ‖² with the same anchor; q itself for τ = 0."""
-    return replace(model, curvature=model.curvature.damped(tau)) if tau else model
-
-
-@dataclass(frozen=True)
-class Tikhonov(Damping):
-    """A fixed τ ≥ 0, in units of curvature."""
-
-    tau: float
-
-    def __post_init__(self) -> None:
-        settle(self, tau=partial(check_number, at_least=0, hint="0 leaves q as it is."))
-
-    def amount(self, model: QuadraticModel) -> float:
-        return self.tau
-
-
-@dataclass(frozen=True)
-class StepBound(Damping):
-    """τ = ‖g‖ / (radius · ‖a‖): the minimum of q then lies within `radius` times the length of its anchor a.
-
-    For ‖(C + τI)⁻¹ g‖ ≤ ‖g‖ / τ = radius · ‖a‖ whatever the positive semi-definite C. At a minimum of past loss, where
-    g = 0, nothing is added.
-    """
-
-    radius: float = 10.0
-
-    def __post_init__(self) -> None:
-        hint = "It counts in lengths of the anchor: 10 keeps the minimum of q within ten times the norm of parameters."
-        settle(self, radius=partial(check_number, above=0, hint=hint))
-
-    def amount(self, model: QuadraticModel) -> float:
-        if model.gradient is None:
-            return 0.0
-        length = float(model.anchor.norm()) or 1.0  # all parameters zero: the radius counts in their own units
-        return float(model.gradient.norm()) / (self.radius * length)
 
 
 @dataclass(frozen=True)
@@ -135,7 +77,7 @@ class AdaptiveRefresh(Policy):
     trust: Trust = RelativeError(0.1)  # noqa: RUF009  a frozen value
     every: int = 5
     max_refreshes: int | None = None
-    damping: Damping = StepBound()
+    damping: Damping = StepBound()  # noqa: RUF009  a frozen value
     look: Look = RandomPart()  # noqa: RUF009  a frozen value
     fraction: float = 0.1
     seed: int = 0
@@ -218,7 +160,7 @@ class AdaptiveRefresh(Policy):
         tau = self.damping.amount(total)
         return replace(
             past,
-            model=damped(total, tau),
+            model=total.damped(tau),
             loss=sum(float(each.double().mean()) for each in losses),
             losses=losses,
             damping=tau,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from avalanche_curv.core.arguments import takes
 from avalanche_curv.core.curvature._curvlinops import LinearOperator, linear_operator
-from avalanche_curv.core.options import OneLine
+from avalanche_curv.core.options import OneLine, check_count, check_number
 from avalanche_curv.core.precision import in_own_precision
+from avalanche_curv.core.quadratic.damping import Damping
+from avalanche_curv.core.quadratic.minimum import conjugate_gradients, minimum, rounding_of
 from avalanche_curv.core.risk.parameters import ParameterSpace
 from avalanche_curv.core.risk.selection import training, warn_unprotected
 from avalanche_curv.core.state import Saved
@@ -102,6 +104,45 @@ class QuadraticModel(OneLine, Saved):
             self, curvature=self.curvature.scaled(factor), gradient=gradient, constant=factor * self.constant
         )
 
+    def damped(self, tau: float) -> QuadraticModel:
+        """q + ½ τ ‖δ‖² with the same anchor; q itself for τ = 0."""
+        return replace(self, curvature=self.curvature.damped(tau)) if tau else self
+
+    @in_own_precision
+    def minimiser(
+        self, damping: float | Damping = 0.0, *, tolerance: float = 1e-6, max_products: int = 1000
+    ) -> dict[str, Tensor]:
+        """The parameters at which q(θ) + ½ τ ‖θ − a‖² is least, by name: `model.load_state_dict(found, strict=False)`.
+
+        They are a + δ with (C + τI) δ = −g and τ = `damping`, a number ≥ 0 in units of curvature, or as a `Damping`
+        says; where C is singular, those nearest to the anchor a. Without a slope g that is the anchor itself.
+
+        In double precision: by the eigenvalues of C where its structure has them at hand (`Dense`, `Diagonal`,
+        `BlockDiagonal`, `LowRank` without a residual, `Kronecker` and `EKFAC` of one experience, and all of these
+        damped), where eigenvalues up to 100 times the rounding of what is stored count as zero; elsewhere by conjugate
+        gradients, with at most `max_products` products with C, until ‖Cδ + g‖ ≤ `tolerance` · ‖g‖. Where C is known by
+        its products in single precision alone (`MatrixFree`), less than about 1e-6 cannot be reached.
+
+        Raises ValueError where q has no minimum, since C has a negative eigenvalue or g leaves its range, and
+        RuntimeError where the products do not suffice.
+
+        >>> from avalanche_curv.core.structures import DiagonalMatrix
+        >>> space, slope = ParameterSpace.of(nn.Linear(2, 1, bias=False)), torch.tensor([2.0, 0.0])
+        >>> past = QuadraticModel(space, torch.ones(2), DiagonalMatrix(torch.tensor([4.0, 0.0])), slope)
+        >>> past.minimiser()
+        {'weight': tensor([[0.5000, 1.0000]])}
+        """
+        tau = damping.amount(self) if isinstance(damping, Damping) else check_damping("damping", damping)
+        check_tolerances(tolerance, max_products)
+        found = self.anchor
+        if self.gradient is not None:
+            wide = self.anchor.new_empty(0, dtype=torch.float64)
+            found = found + minimum(
+                self.curvature.to(wide).damped(tau) if tau else self.curvature.to(wide), self.gradient.to(wide),
+                rounding=rounding_of(self.anchor), tolerance=tolerance, max_products=max_products,
+            )  # fmt: skip
+        return dict(zip(self.space.names, self.space.split(found.to(self.anchor))))
+
     @in_own_precision
     def reanchored(self, anchor: Float[Tensor, "P"]) -> QuadraticModel:
         """This function of θ, written around another anchor [P]: equal everywhere, with another g and c."""
@@ -140,7 +181,8 @@ class QuadraticModel(OneLine, Saved):
         curvature = self.curvature.compressed()
         if curvature is self.curvature or self.gradient is None or self.curvature.keeps_range:
             return replace(self, curvature=curvature)
-        step = minimiser(self.curvature.product, self.gradient)
+        enough = rounding_of(self.gradient) * float(self.gradient.norm())
+        step = conjugate_gradients(self.curvature.product, self.gradient, enough).step
         lowest = self.constant + float(self.increase(step))
         product = curvature.product(step)
         return replace(
@@ -232,6 +274,16 @@ def half(quadratic_form: Number) -> Number:
     return 0.5 * quadratic_form
 
 
+check_damping = partial(check_number, at_least=0, hint="It is in units of curvature; 0 leaves q as it is.")
+"""A check of τ."""
+
+
+def check_tolerances(tolerance: float, max_products: int) -> None:
+    """Raises ValueError unless these are a positive part of ‖g‖ and a number of products."""
+    check_number("tolerance", tolerance, above=0, below=1, hint="It is a part of the length of the slope: 1e-6.")
+    check_count("max_products", max_products)
+
+
 def check_first_order() -> None:
     """Raises RuntimeError in a backward pass that is to be differentiated again, where C would be missing."""
     if torch.is_grad_enabled():
@@ -239,30 +291,6 @@ def check_first_order() -> None:
             "The gradient of a penalty cannot be differentiated again (create_graph=True). Differentiate the task loss "
             "alone, and add gradient_at(displacement) and curvature.product(v) of the QuadraticModel yourself."
         )
-
-
-def minimiser(product: Callable[[Tensor], Tensor], gradient: Tensor, iterations: int = 200) -> Tensor:
-    """δ with C δ = −g for positive semi-definite C and g in its range, by conjugate gradients; directions that are flat
-    up to rounding are not followed.
-
-    >>> minimiser(lambda v: torch.tensor([2.0, 4.0]) * v, torch.tensor([2.0, -4.0])).round(decimals=3).tolist()
-    [-1.0, 1.0]
-    """
-    step, residual = torch.zeros_like(gradient), -gradient
-    direction, size = residual, residual @ residual
-    rounding = 100 * torch.finfo(gradient.dtype).eps
-    enough, sharpest = (rounding**2) * size, torch.zeros_like(size)
-    for _ in range(iterations):
-        turned = product(direction)
-        curved, length = direction @ turned, direction @ direction
-        sharpest = torch.maximum(sharpest, curved / length)
-        if size <= enough or curved <= rounding * sharpest * length:
-            break
-        far = size / curved
-        step, residual = step + far * direction, residual - far * turned
-        size, before = residual @ residual, size
-        direction = residual + size / before * direction
-    return step
 
 
 def quadratic_increase(displacement: Tensor, product: Tensor, gradient: Tensor | None = None) -> Tensor:

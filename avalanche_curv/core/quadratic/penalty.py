@@ -161,20 +161,26 @@ class _Penalty(torch.autograd.Function):
 
 def _in_one_pass(past: QuadraticModel) -> OnePass | None:
     """For a diagonal C and no slope at the anchor."""
-    parts = past.curvature.eigenvectors_beside_diagonal()
-    if past.gradient is not None or parts is None or len(parts[0][0]) or parts[1] is None:
-        return None
-    return OnePass(past.anchor, parts[1], past.space.shapes)
+    diagonal = _diagonal(past)
+    return None if past.gradient is not None or diagonal is None else OnePass(past.anchor, diagonal, past.space.shapes)
 
 
 def _centre(past: QuadraticModel) -> QuadraticModel | None:
-    """A quadratic model written around its minimum, where its linear term is zero; None where it is not at hand."""
+    """A quadratic model written around its minimum, where its linear term is zero; None where that costs more than a
+    product, and where a flat direction has a slope."""
     if past.gradient is None:
         return past
-    step = past.curvature.minimum(past.gradient)
-    if step is None:
+    diagonal = _diagonal(past)
+    if diagonal is None or (past.gradient[diagonal <= 0] != 0).any():
         return None
+    step = torch.where(diagonal <= 0, 0.0, -past.gradient / diagonal)
     if step.abs().max() > 2 * past.anchor.abs().max():
         return None  # so far away that the value would cancel: no sum of quadratics, whose minimum is among anchors
     anchor = past.anchor + step
     return replace(past.reanchored(anchor), gradient=None)  # C (a* − a) + g is zero but for rounding
+
+
+def _diagonal(past: QuadraticModel) -> Tensor | None:
+    """The diagonal of a diagonal C; None for any other."""
+    parts = past.curvature.eigenvectors_beside_diagonal()
+    return None if parts is None or len(parts[0][0]) else parts[1]

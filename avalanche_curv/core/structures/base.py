@@ -82,7 +82,7 @@ class Structure(ABC):
 
 OPERATIONS = {
     "product", "products", "quadratic_form", "plus", "compressed", "scaled", "embedded", "map_spectrum", "damped",
-    "largest", "minimum", "dense", "trace", "top",
+    "largest", "pseudo_inverse", "dense", "trace", "top",
 }  # fmt: skip
 
 
@@ -146,9 +146,14 @@ class Matrix(OneLine, Storable, ABC):
         """λ_max to within one percent, from about ten products unless a structure knows better."""
         return largest_of_products(self.product, self.tensors()[0].new_empty(self.size))
 
-    def minimum(self, gradient: Float[Tensor, "P"]) -> Float[Tensor, "P"] | None:
-        """δ with C δ = −gradient, where it is exact and costs no more than a product; None elsewhere."""
-        return None
+    is_decomposed: bool = False
+    """Whether `map_spectrum` has all eigenvalues of C at hand, and gives f(C) exactly for every f with f(0) = 0."""
+
+    def pseudo_inverse(self, rounding: float) -> Matrix | None:
+        """C⁺ of a positive semi-definite C: 1/λ in the place of each eigenvalue λ, and 0 for those up to `rounding`
+        times the largest, of C or of a block or layer of it. None where the eigenvalues are not at hand. Raises
+        ValueError where one is negative beyond that."""
+        return self.map_spectrum(partial(inverted, rounding=rounding)) if self.is_decomposed else None
 
     def eigenvectors_beside_diagonal(self) -> tuple[Pairs, Float[Tensor, "P"] | None] | None:
         """((λ, V), d) of a matrix that is stored as Vᵀ diag(λ) V + diag(d), with V [k, P], and whose sums are stored so
@@ -247,6 +252,28 @@ def spectral_function(matrix: Float[Tensor, "n n"], function: Callable[[Tensor],
     eigenvalues, vectors = torch.linalg.eigh(matrix.double())
     return ((vectors * function(eigenvalues)) @ vectors.T).to(matrix)
 
+
+def inverted(values: Float[Tensor, "*n"], rounding: float = 0.0) -> Float[Tensor, "*n"]:
+    """1/λ for each of these eigenvalues, and 0 for those up to `rounding` times the largest. Raises ValueError where
+    one is negative beyond that.
+
+    >>> inverted(torch.tensor([4.0, 1e-9, 0.0]), rounding=1e-6)
+    tensor([0.2500, 0.0000, 0.0000])
+    """
+    zero = rounding * float(values.abs().max()) if values.numel() else 0.0
+    if (values < -zero).any():
+        raise ValueError(indefinite(float(values.min())))
+    return torch.where(values > zero, 1 / values, 0.0)
+
+
+def indefinite(curvature: float) -> str:
+    """What to say of a quadratic model with this negative curvature."""
+    return (
+        f"C has the negative curvature {curvature:.3g}, along which q falls without bound: there is no minimum. "
+        f"Estimate with GGN(), Fisher() or Hessian(psd=Clip()), or give a damping above {-curvature:.3g}."
+    )
+
+
 CHUNK = 32
 
 
@@ -300,6 +327,18 @@ class DampedMatrix(Matrix):
 
     def map_spectrum(self, function: Callable[[Tensor], Tensor]) -> Matrix:
         raise TypeError("The spectrum of a damped matrix is not mended: map that of the matrix, and then damp it.")
+
+    def pseudo_inverse(self, rounding: float) -> Matrix | None:
+        """Where d is one number τ > 0, from f(λ) = 1 / (λ + τ) − 1 / τ, which is 0 at 0: (C + τI)⁻¹ = f(C) + I / τ."""
+        tau = self.diagonal[:1]
+        if not self.matrix.is_decomposed or not (self.diagonal == tau).all() or tau <= 0:
+            return None
+
+        def shifted(values: Tensor) -> Tensor:
+            zero = rounding * values.abs().max() if values.numel() else 0.0
+            return inverted(torch.where(values.abs() <= zero, values.clamp(min=0), values) + tau) - 1 / tau
+
+        return DampedMatrix(self.matrix.map_spectrum(shifted), 1 / self.diagonal)
 
     def dense(self) -> Tensor:
         return self.matrix.dense() + self.diagonal.diag()

@@ -194,6 +194,16 @@ class BlockDiagonalMatrix(Matrix):
     def map_spectrum(self, function: Callable[[Tensor], Tensor]) -> BlockDiagonalMatrix:
         return self._map(lambda matrix: matrix.map_spectrum(function))
 
+    @property
+    def is_decomposed(self) -> bool:  # type: ignore[override]
+        """Whether all blocks are."""
+        return all(matrix.is_decomposed for _, matrix in self.placed)
+
+    def pseudo_inverse(self, rounding: float) -> BlockDiagonalMatrix | None:
+        found = {id(matrix): matrix.pseudo_inverse(rounding) for _, matrix in self.placed}
+        inverses = {place: inverse for place, inverse in found.items() if inverse is not None}
+        return self._map(lambda matrix: inverses[id(matrix)]) if len(inverses) == len(found) else None
+
     def dense(self) -> Tensor:
         whole = self.tensors()[0].new_zeros(self.size, self.size)
         every = torch.arange(self.size, device=whole.device)

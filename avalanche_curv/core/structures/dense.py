@@ -60,6 +60,7 @@ class DenseMatrix(Matrix):
     values: Float[Tensor, "P P"]
 
     copies_to_scale = True
+    is_decomposed = True
 
     @property
     def size(self) -> int:

@@ -21,7 +21,7 @@ from avalanche_curv.core.per_example.passes import layer_passes
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk, as_matrix
 from avalanche_curv.core.risk.known import PIECEWISE_LINEAR, is_altered, is_plain
 from avalanche_curv.core.risk.parameters import ParameterSpace
-from avalanche_curv.core.structures.base import Matrix, Structure, identity_columns
+from avalanche_curv.core.structures.base import Matrix, Structure, identity_columns, inverted
 from avalanche_curv.core.structures.rules import by_products, rule
 
 
@@ -50,6 +50,8 @@ class DiagonalMatrix(Matrix):
     """C = diag(values). Sums are exact."""
 
     values: Float[Tensor, "P"]
+
+    is_decomposed = True
 
     @property
     def size(self) -> int:
@@ -80,12 +82,9 @@ class DiagonalMatrix(Matrix):
     def largest(self) -> float:
         return float(self.values.max())
 
-    def minimum(self, gradient: Tensor) -> Tensor | None:
-        """−gradient / values; None where a flat direction has a slope."""
-        flat = self.values <= 0
-        if (flat & (gradient != 0)).any():
-            return None
-        return torch.where(flat, torch.zeros_like(self.values), -gradient / self.values)
+    def pseudo_inverse(self, rounding: float) -> DiagonalMatrix:
+        """1 / C_ii, and 0 where C_ii = 0: however small an entry is, its own rounding is smaller."""
+        return DiagonalMatrix(inverted(self.values))
 
     def eigenvectors_beside_diagonal(self) -> tuple[Pairs, Tensor]:
         return (self.values.new_zeros(0), self.values.new_zeros(0, self.size)), self.values

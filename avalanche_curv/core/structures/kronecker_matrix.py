@@ -136,6 +136,13 @@ class KroneckerMatrix(Matrix):
         layers = tuple(layer.each(lambda term: term.map_spectrum(function)) for layer in self.layers)
         return replace(self, layers=layers, diagonal=function(self.diagonal))
 
+    @property
+    def is_decomposed(self) -> bool:  # type: ignore[override]
+        """Where each layer has one term, and lies outside of the diagonal and of the other layers."""
+        names = [name for layer in self.layers for name in (layer.weight, layer.bias) if name is not None]
+        apart = len(names) == len({*names}) and all(len(layer.terms) == 1 for layer in self.layers)
+        return apart and not any(self.diagonal[self._where(layer)].any() for layer in self.layers)
+
     def dense(self) -> Tensor:
         whole = self.diagonal.diag()
         for layer in self.layers:
@@ -149,12 +156,12 @@ class KroneckerMatrix(Matrix):
         return float(self.diagonal.double().sum()) + sum(term.trace() for term in terms)
 
     def top(self, count: int) -> Pairs:
-        """From the factors' eigenvectors where each layer has one term and lies outside the diagonal."""
-        places = [self._where(layer) for layer in self.layers]
-        if any(len(layer.terms) > 1 or self.diagonal[at].any() for layer, at in zip(self.layers, places)):
+        """From the factors' eigenvectors where these are those of C."""
+        if not self.is_decomposed:
             return super().top(count)
         found = []
-        for layer, at in zip(self.layers, places):
+        for layer in self.layers:
+            at = self._where(layer)
             values, g, a = layer.terms[0].eigen()
             for index in values.reshape(-1).abs().argsort(descending=True)[:count]:
                 row, column = divmod(int(index), values.shape[1])

@@ -158,6 +158,11 @@ class LowRankMatrix(Matrix):
         diagonal[where] = self.diagonal
         return replace(self, vectors=vectors, diagonal=diagonal)
 
+    @property
+    def is_decomposed(self) -> bool:  # type: ignore[override]
+        """Without a diagonal beside the eigenpairs."""
+        return self.diagonal is None
+
     def map_spectrum(self, function: Callable[[Tensor], Tensor]) -> LowRankMatrix:
         """Applied to the kept eigenvalues, and to the entries of the residual diagonal."""
         values, vectors = self._orthogonal()

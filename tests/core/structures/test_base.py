@@ -1,5 +1,7 @@
 """Laws of every matrix against its entries written out, and what structures say of themselves."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Size
@@ -225,13 +227,37 @@ def test_eigenvectors_beside_a_diagonal_are_the_matrix_and_its_sums(name, close)
     assert LowRankMatrix(torch.eye(2), torch.ones(2), max_rank=2).eigenvectors_beside_diagonal() is None
 
 
-def test_the_minimum_on_paper_where_it_costs_a_product(name):
-    matrix, entries = made(name)
-    step = matrix.minimum(torch.ones(10).double())
-    assert step is None or torch.allclose(entries @ step, -torch.ones(10).double())
-    known = DiagonalMatrix(torch.tensor([2.0, 0.0, 4.0]))
-    assert known.minimum(torch.tensor([2.0, 0.0, -4.0])).tolist() == [-1, 0, 1]
-    assert known.minimum(torch.tensor([2.0, 1.0, -4.0])) is None  # no minimum: a flat direction has a slope
+def test_the_pseudo_inverse_is_that_of_the_entries(name):
+    """Of positive semi-definite entries, all positive, which are eigenvalues of the corrected Kronecker product."""
+    root = torch.rand(10, 10, generator=torch.Generator().manual_seed(0)).double()
+    matrix, entries = MATRICES[name.removeprefix("damped ")](root @ root.T)
+    if name.startswith("damped"):
+        matrix, entries = matrix.damped(TAU), entries + TAU * torch.eye(10).double()
+    found = matrix.pseudo_inverse(1e-12)
+    assert (found is None) is name.endswith(("low rank and diagonal", "matrix free"))
+    if found is not None:
+        torch.testing.assert_close(found.dense(), torch.linalg.pinv(entries, hermitian=True, rtol=1e-12))
+        torch.testing.assert_close(found.product(entries[0]), found.dense() @ entries[0])
+
+
+def test_no_pseudo_inverse_is_made_of_eigenvalues_that_are_not_those_of_the_matrix():
+    a, b = made("kronecker")[0], made("corrected kronecker")[0]
+    over = replace(a, diagonal=torch.ones(10).double())  # beside the diagonal of the layer
+    again = replace(a.layers[0], bias=None, terms=(Factors(torch.eye(2).double(), torch.eye(3).double()),))
+    shared = replace(a, layers=(*a.layers, again))
+    assert [m.pseudo_inverse(1e-12) for m in (a.plus(b), over, shared, a.plus(b).damped(TAU))] == [None] * 4
+    uneven = DampedMatrix(made("dense")[0], torch.arange(10.0).double())
+    assert uneven.pseudo_inverse(1e-12) is None
+
+
+def test_a_negative_eigenvalue_is_refused_unless_it_is_rounding_or_damped():
+    matrix = DenseMatrix(torch.diag(torch.tensor([1.0, 0.5, -1e-3])).double())
+    with pytest.raises(ValueError, match=r"negative curvature -0\.001.*no minimum.*damping above 0\.001"):
+        matrix.pseudo_inverse(1e-6)
+    with pytest.raises(ValueError, match="negative curvature"):
+        DampedMatrix(matrix, torch.full((3,), 1e-4).double()).pseudo_inverse(1e-6)
+    assert matrix.pseudo_inverse(1e-2).dense().diagonal().tolist() == pytest.approx([1, 2, 0])
+    assert matrix.damped(1.0).pseudo_inverse(0).dense().diagonal().tolist() == pytest.approx([0.5, 1 / 1.5, 1 / 0.999])
 
 
 @pytest.mark.parametrize("plain", [name for name in MATRICES if name != "dense"])
