@@ -80,6 +80,8 @@ class Publish:
     """default: the name of the folder"""
     figure: tuple[str, ...] = ()
     """keep this file of the folder too; repeatable"""
+    history: bool = False
+    """keep them beside those of earlier commits, in a file named by date and commit"""
 
 
 @dataclass(frozen=True)
@@ -226,7 +228,7 @@ def _publish(words: Sequence[str], experiments: Experiments) -> int:
     from benchmarks.harness.published import publish_folder
 
     chosen = parsed(Publish, words[1:], f"{PROGRAM} publish")
-    for line in publish_folder(chosen.folder, chosen.name, chosen.figure, experiments):
+    for line in publish_folder(chosen.folder, chosen.name, chosen.figure, experiments, history=chosen.history):
         print(line)
     return 0
 

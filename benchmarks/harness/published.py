@@ -6,6 +6,9 @@ Documents show it between lines that cog fills (``python -m benchmarks readme``)
 
     <!-- [[[cog from benchmarks.harness.published import show; show("compare", "Accuracy") ]]] -->
     <!-- [[[end]]] -->
+
+``history/<date>-<commit>.json`` beside it holds the same of one commit each (``publish FOLDER --history``), which no
+document has to show: a report compares with the one before (`predecessor`).
 """
 
 import json
@@ -63,11 +66,21 @@ class Watched(Results):
         return super().select(metric, label, **keys)
 
 
-def publish_folder(folder: Path, name: str | None, figures: Sequence[str], experiments: Experiments) -> list[str]:
-    """Publish a results folder under a name (default: its own), with some of its figures, beside its experiment.
+def publish_folder(
+    folder: Path, name: str | None, figures: Sequence[str], experiments: Experiments, *, history: bool = False
+) -> list[str]:
+    """Publish a results folder under a name (default: its own), with some of its figures, beside its experiment; or,
+    as `history`, under its date and commit.
 
-    Returns lines for the user. Raises UsageError for a figure that does not exist, and as `publish`.
+    Returns lines for the user. Raises UsageError for a figure that does not exist, for a name or figures of a history,
+    and as `publish`.
     """
+    if history:
+        if name or figures:
+            raise UsageError("--history names the file by date and commit, without figures: leave out --as, --figure.")
+        results = read_results(folder)
+        place = FOLDER / results.manifest["experiment"] / "history"
+        return [*map(str, publish(results, dated(results), lambda some: rendered(some, experiments), place))]
     name = name or folder.resolve().name
     absent = [figure for figure in figures if not (folder / figure).is_file()]
     if absent:
@@ -82,6 +95,31 @@ def publish_folder(folder: Path, name: str | None, figures: Sequence[str], exper
     line = f"<!-- [[[cog from benchmarks.harness.published import show; show({name!r}) ]]] -->"
     left_out = [f"left out: {problem}" for problem in results.left_out]
     return [*left_out, str(path), kept, *map(str, copies), f"To show it in a document: {line}, <!-- [[[end]]] -->"]
+
+
+def dated(results: Results) -> str:
+    """The date and the commit of the newest unit, marked where its checkout had changes.
+
+    >>> dated(Results((), (), ({"started": "2026-01-02T03:04:05+00:00", "commit": "0123456789-dirty"},)))
+    '2026-01-02-0123456-dirty'
+    """
+    newest = max(results.headers, key=lambda header: header["started"])
+    commit, dirty, _ = (newest.get("commit") or "unknown").partition("-dirty")
+    return f"{newest['started'][:10]}-{commit[:7]}{dirty}"
+
+
+def predecessor(results: Results) -> tuple[str, Results] | None:
+    """The newest results in the history of an experiment that began before these, of the same labels and as quick: its
+    name and they, on the same processor where there are any. None where there are none."""
+    began = min(header["started"] for header in results.headers)
+    processor = results.manifest.get("device")
+    earlier = []
+    for path in (FOLDER / results.manifest["experiment"] / "history").glob("*.json"):
+        one = read(path).in_plain_text()
+        when = max(header["started"] for header in one.headers)
+        if when < began and (one.labels, one.quick) == (results.labels, results.quick):
+            earlier.append((one.manifest.get("device") == processor, when, path.stem, one))
+    return max(earlier, key=lambda found: found[:3])[2:] if earlier else None
 
 
 def publish(results: Results, name: str, render: Callable[[Results], str], folder: Path) -> tuple[Path, str]:

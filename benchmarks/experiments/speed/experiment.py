@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from benchmarks.experiments.languages.experiment import QUICK, SETTINGS, Setting
 from benchmarks.experiments.speed import attached, mitigators, passes, steps, suite
+from benchmarks.experiments.speed.changes import noise
 from benchmarks.harness import Context, Experiment, Options, Record
 from benchmarks.timing import Repetitions
 
@@ -66,16 +67,17 @@ class Speed(Experiment):
         return [small if options.quick else Config()]
 
     def run(self, config: Config, seed: int, context: Context) -> list[Record]:
-        """Times in milliseconds and ratios to the first of each group."""
+        """Times in milliseconds, and ratios to the first of each group with their noise."""
         records: list[Record] = []
         for group, measure in GROUPS.items():
             times = measure(config)
             base = next(iter(times.values()))
             for name, values in times.items():
-                ratio = statistics.median(value / reference for value, reference in zip(values, base))
+                ratios = [value / reference for value, reference in zip(values, base)]
                 records += [
                     {"metric": f"{group}/{name}/milliseconds", "value": 1e3 * statistics.median(values)},
-                    {"metric": f"{group}/{name}/ratio", "value": ratio, "timing": True},
+                    {"metric": f"{group}/{name}/ratio", "value": statistics.median(ratios), "timing": True},
+                    {"metric": f"{group}/{name}/noise", "value": noise(ratios), "timing": True},
                 ]
         return records
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from benchmarks.experiments.speed.changes import since_the_last
 from benchmarks.harness.tables import Cell, Column, table
 
 if TYPE_CHECKING:
@@ -73,16 +74,20 @@ TITLES = {
 
 
 def report(results: Results, out: Path) -> str:
-    """One row for each work."""
-    columns = [Column("work"), Column("milliseconds", 2), Column("ratio", 2), Column("goal"), Column("n")]
+    """One row for each work, and what has changed since the commit before."""
+    columns = [
+        Column("work"), Column("milliseconds", 2), Column("ratio", 2), Column("noise"), Column("goal"), Column("n")
+    ]  # fmt: skip
     rows: list[list[Cell]] = []
     for name, (title, goal) in TITLES.items():
-        time, ratio = results.final(f"{name}/milliseconds"), results.final(f"{name}/ratio")
-        rows.append([title, time, ratio, f"≤ {goal}" if goal else "", ratio.n if ratio else 0])
+        time, ratio, noise = (results.final(f"{name}/{what}") for what in ("milliseconds", "ratio", "noise"))
+        spread = f"{100 * noise.mean:.1f} %" if noise and noise.mean else ""
+        rows.append([title, time, ratio, spread, f"≤ {goal}" if goal else "", ratio.n if ratio else 0])
     return (
         f"# Cost on {results.label}\n\nMedians over interleaved rounds in one process, one thread; ratios to the first "
-        "row of each group, over n repetitions of the benchmark. Metrics that are not attached cost nothing. "
+        "row of each group, over n repetitions of the benchmark. Noise: the standard error of the median ratio, from "
+        "the spread over rounds. Metrics that are not attached cost nothing. "
         "A round of a mitigator on the MLP has as many steps as the longest of its periods, so that it holds all "
         "of its work.\n\n"
-        + table(columns, rows)
+        f"{table(columns, rows)}\n\n{since_the_last(results, {name: title for name, (title, _) in TITLES.items()})}"
     )
