@@ -24,7 +24,7 @@ from avalanche_curv.core.structures.cuts import Cut
 from avalanche_curv.core.structures.diagonal import add_squares_of_rows
 from avalanche_curv.core.structures.kronecker_matrix import FactoredLayer, KroneckerMatrix
 from avalanche_curv.core.structures.kronecker_sums import KeepTerms, KroneckerSum
-from avalanche_curv.core.structures.kronecker_terms import Corrected, Factors
+from avalanche_curv.core.structures.kronecker_terms import Corrected, Factors, without_rounding
 from avalanche_curv.core.structures.rules import has_rule, refusal, rule
 from avalanche_curv.core.structures.weight_sharing import Expand, WeightSharing
 
@@ -316,7 +316,7 @@ class _Basis:
                 self.values += ((self.g.T @ part) @ turned.mT).square_().sum(0)
 
     def layer_of(self, examples: int) -> FactoredLayer:
-        return replace(self.place, terms=(Corrected(self.values / examples, self.g, self.a),))
+        return replace(self.place, terms=(Corrected(without_rounding(self.values / examples), self.g, self.a),))
 
 
 def add_gram(total: Float[Tensor, "d d"], rows: Float[Tensor, "n d"], factor: float) -> None:

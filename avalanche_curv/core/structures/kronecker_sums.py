@@ -13,7 +13,7 @@ from torch import Tensor
 from avalanche_curv.core.eigen import spectrum
 from avalanche_curv.core.options import check_count, check_kind, optional, settle
 from avalanche_curv.core.state import Storable
-from avalanche_curv.core.structures.kronecker_terms import Corrected, Factors, KroneckerTerm
+from avalanche_curv.core.structures.kronecker_terms import Corrected, Factors, KroneckerTerm, without_rounding
 
 Weights = tuple[Float[Tensor, "n"], Float[Tensor, "n"]]
 
@@ -59,7 +59,7 @@ class OnePair(KroneckerSum):
             return merged.scaled(sum(term.trace() for term in terms) / merged.trace())
         _, q_g, q_a = merged.eigen()
         diagonals = [term.diagonal_in(q_g, q_a) for term in terms]
-        return Corrected(_weighted(torch.ones(len(terms)), diagonals), q_g, q_a)
+        return Corrected(without_rounding(_weighted(torch.ones(len(terms)), diagonals)), q_g, q_a)
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ from avalanche_curv.core.structures import DiagonalMatrix, KroneckerMatrix
 from avalanche_curv.core.structures import kronecker as rules
 from avalanche_curv.core.structures.kronecker_cut import LeadingPart, leading_part
 from avalanche_curv.core.structures.kronecker_matrix import FactoredLayer
-from avalanche_curv.core.structures.kronecker_terms import Corrected, Factors
+from avalanche_curv.core.structures.kronecker_terms import Corrected, Factors, without_rounding
 from avalanche_curv.core.structures.rules import check_pair
 
 EXAMPLES, BATCH, CLASSES = 7, 4, 3
@@ -322,6 +322,27 @@ def test_all_other_parameters_have_their_exact_diagonal(other, shape, expected, 
         assert block.any()
     close(entries, (exact.diagonal() * outside).diag())
     assert (exact.diagonal() * outside).any()
+
+
+def test_eigenvalues_that_are_rounding_alone_are_zero():
+    """Of three examples a layer of 40 inputs has eigenvalues of 3 × 3 changes; the others are squares of rounding."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(40, 30), nn.Tanh(), nn.Linear(30, CLASSES))
+        batch = torch.randn(3, 40), torch.tensor([0, 1, 2])
+    exact = [(batch[0].double(), batch[1])]
+    found, wide = (
+        estimate(EmpiricalFisher(), EKFAC(PartialTraces()), EmpiricalRisk.snapshot(one, nn.CrossEntropyLoss(), data))
+        for one, data in ((model, [batch]), (copy.deepcopy(model).double(), exact))
+    )
+    moved = found + replace(found, anchor=found.anchor + 1)
+    for one in (found, moved):
+        for layer in one.curvature.layers:
+            values = layer.terms[0].values
+            assert values[values != 0].min() >= torch.finfo(torch.float32).eps ** 2 * values.max()
+    torch.testing.assert_close(found.curvature.dense().double(), wide.curvature.dense(), rtol=1e-4, atol=1e-7)
+    for undefined in (torch.nan, torch.inf):
+        assert not without_rounding(torch.tensor([[undefined, 1.0]])).isfinite().all()
 
 
 def test_a_trainable_bias_of_a_frozen_weight_has_the_second_factor_alone(case, close):
