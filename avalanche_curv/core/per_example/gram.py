@@ -169,13 +169,16 @@ def top_pairs(rows: Sequence[Rows], space: ParameterSpace, count: int) -> Pairs:
     values, vectors = scipy.linalg.eigh(gram, subset_by_index=[first, size - 1])
     kept = values > size * torch.finfo(grams[0].dtype).eps * max(values[-1], 0)
     weights = torch.as_tensor(vectors[:, kept][:, ::-1].copy()).to(grams[0])
-    lifted = {name: part for some in rows for name, part in some.lifted(weights).items()}
-    missing = grams[0].new_zeros(weights.shape[1], 1)
-    pairs = zip(space.names, space.sizes)
-    v = torch.cat([lifted.get(name, missing.expand(-1, size)) for name, size in pairs], dim=1)
-    squares = v.double().square().sum(1)
+    v = grams[0].new_zeros(weights.shape[1], space.size)
+    places = dict(zip(space.names, v.split(space.sizes, dim=1)))
+    for some in rows:
+        for name, part in some.lifted(weights).items():
+            places[name].copy_(part)
+    squares = sum((part.double().square().sum(1) for part in v.split(COLUMNS, dim=1)), v.new_zeros(len(v)).double())
+    v /= squares.sqrt().to(v)[:, None]
     order = squares.argsort(descending=True)
-    return squares[order].to(v), (v / squares.sqrt().to(v)[:, None])[order]
+    falling = torch.equal(order, torch.arange(len(order), device=order.device))
+    return squares[order].to(v), v if falling else v[order]
 
 
 def _inputs_and_sensitivities(layers: Layers, tap: Tap, columns: Sequence[Tensor], examples: int) -> tuple[Tensor, ...]:

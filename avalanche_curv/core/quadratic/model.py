@@ -22,6 +22,7 @@ from avalanche_curv.core.state import Saved
 from avalanche_curv.core.structures.base import Matrix
 
 Number = TypeVar("Number", float, Tensor)
+AT_ONCE = 2**20  # coordinates that are widened to float64
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,7 @@ class QuadraticModel(OneLine, Saved):
             return self
         shift = anchor - self.anchor
         product = self.curvature.product(shift)
-        constant = self.constant + float(quadratic_increase(shift.double(), product.double(), self.gradient))
+        constant = self.constant + increase_in_float64(shift, product, self.gradient)
         gradient = product if self.gradient is None else product + self.gradient
         return replace(self, anchor=anchor, gradient=gradient, constant=constant)
 
@@ -161,11 +162,9 @@ class QuadraticModel(OneLine, Saved):
         older, newer = alike(self, newer)
         space = newer.space.union(self.space)
         old, new = older.reanchored(older.seen_from(newer)).embedded(space), newer.embedded(space)
-        anchor = old.anchor.clone()
-        anchor[space.positions(newer.space).to(anchor.device)] = newer.anchor
         exact = QuadraticModel(
             space,
-            anchor,
+            newer.anchor if space == newer.space else _replaced(old.anchor, space.positions(newer.space), newer.anchor),
             old.curvature.plus(new.curvature),
             _sum_of_known(old.gradient, new.gradient),
             old.constant + new.constant,
@@ -297,6 +296,18 @@ def quadratic_increase(displacement: Tensor, product: Tensor, gradient: Tensor |
     """gᵀδ + ½ δᵀ(Cδ)."""
     quadratic = half(displacement @ product)
     return quadratic if gradient is None else quadratic + displacement @ gradient.to(displacement)
+
+
+def increase_in_float64(displacement: Tensor, product: Tensor, gradient: Tensor | None = None) -> float:
+    """gᵀδ + ½ δᵀ(Cδ) in float64, of some coordinates at a time, so that no vector is copied whole."""
+    parts = [d.split(AT_ONCE) for d in (displacement, product, *([] if gradient is None else [gradient]))]
+    return sum(float(quadratic_increase(d.double(), c.double(), *g)) for d, c, *g in zip(*parts))
+
+
+def _replaced(values: Tensor, where: Tensor, others: Tensor) -> Tensor:
+    result = values.clone()
+    result[where.to(values.device)] = others
+    return result
 
 
 def _scattered(values: Tensor, where: Tensor, size: int) -> Tensor:

@@ -209,12 +209,20 @@ class Matrix(OneLine, Storable, ABC):
 
     def is_finite(self) -> bool:
         """Whether no stored number is NaN or infinite."""
-        return all(bool(torch.isfinite(t).all()) for t in self.tensors())
+        return all(map(all_finite, self.tensors()))
 
     @property
     def nbytes(self) -> int:
         """Memory held."""
         return sum(t.nbytes for t in self.tensors())
+
+
+AT_ONCE = 2**20
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether no number is NaN or infinite; of some numbers at a time, since `isfinite` copies all it is given."""
+    return all(bool(part.isfinite().all()) for part in tensor.reshape(-1).split(AT_ONCE))
 
 
 def check_memory(name: str, needed: int, allowed: int, remedy: str) -> None:

@@ -176,6 +176,8 @@ class LowRankMatrix(Matrix):
         """Without eigenvalues that are zero up to rounding, whose eigenvectors mean nothing."""
         size = self.values.abs()
         kept = size > 100 * torch.finfo(size.dtype).eps * (float(size.max()) if len(size) else 0.0)
+        if kept.all():
+            return self
         return replace(self, vectors=self.vectors[kept].contiguous(), values=self.values[kept])
 
     def dense(self) -> Tensor:

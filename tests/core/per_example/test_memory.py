@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from avalanche_curv import (
     BlockDiagonal,
     Dense,
     Diagonal,
+    EmpiricalFisher,
     EmpiricalRisk,
     Fisher,
     Kronecker,
@@ -24,6 +26,7 @@ from avalanche_curv import (
 )
 from avalanche_curv.core.curvature import operators
 from avalanche_curv.core.per_example import layer_kinds, passes
+from avalanche_curv.core.quadratic import model as quadratic
 from avalanche_curv.core.risk import jacobians
 
 LIMIT = 2**16  # bytes, for tests with few classes
@@ -114,6 +117,28 @@ def test_rows_of_a_table_that_is_tied_to_a_head_are_held_for_few_examples(monkey
         found = estimate(GGN(), Diagonal(), risk).curvature.values
     torch.testing.assert_close(found, whole)
     assert largest.nbytes <= 5 * words * 5 * 8 < examples * words * 4 * 8
+
+
+def test_eigenvectors_and_sums_of_models_are_never_copied_whole_to_a_wider_type(monkeypatch):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(300, 300), nn.ReLU(), nn.Linear(300, 300), nn.ReLU(), nn.Linear(300, 5))
+        batch = torch.randn(12, 300), torch.randint(5, (12,))
+    risk = EmpiricalRisk.snapshot(model, nn.CrossEntropyLoss(), [batch])
+    with LargestTensor() as largest:
+        top = estimate(EmpiricalFisher(), LowRank(Rank(10)), risk).curvature
+    assert largest.nbytes == top.vectors.nbytes
+    monkeypatch.setattr(quadratic, "AT_ONCE", 1000)
+    old = estimate(EmpiricalFisher(), Diagonal(), risk)
+    shift = torch.linspace(-1, 1, old.space.size)
+    new = replace(old, anchor=old.anchor + shift, gradient=-shift, constant=0.5)
+    with LargestTensor() as largest:
+        total = old + new
+    assert largest.nbytes == old.anchor.nbytes
+    expected = 0.5 + sum(0.5 * c * s**2 for c, s in zip(old.curvature.values.tolist(), shift.tolist()))
+    assert total.constant == pytest.approx(expected, rel=1e-6)
+    back = sum(0.5 * c * s**2 + s * s for c, s in zip(old.curvature.values.tolist(), shift.tolist()))  # gradient −s
+    assert new.reanchored(old.anchor).constant == pytest.approx(0.5 + back, rel=1e-6)
 
 
 THOUSAND = """
