@@ -16,7 +16,7 @@ from avalanche_curv.core.arguments import outside
 from avalanche_curv.core.curvature.base import Curvature, NonFiniteCurvatureError
 from avalanche_curv.core.curvature.fisher import Fisher
 from avalanche_curv.core.options import Configured, Fixed, Forwarded, Setting, check_count
-from avalanche_curv.core.quadratic.policies import Accumulate, Past, Policy
+from avalanche_curv.core.quadratic.policies import Accumulate, Drawing, Past, Policy
 from avalanche_curv.core.quadratic.regularizer import CurvatureRegularizer
 from avalanche_curv.core.quadratic.stability import Guard, WarnIfUnstable, suggest_strength
 from avalanche_curv.core.risk.forward import Forward
@@ -145,9 +145,12 @@ class CurvatureEWCPlugin(Configured, SupervisedPlugin):
         if whole and not self._task_ends.here(strategy):
             return
         with _naming_the_experience(strategy):
-            risk = _bridge.current_risk(strategy, self.batch_size, selection=self.selection, data=_bridge.told_data)
-            share = None if whole else risk.examples / self.examples_per_experience
-            self.regularizer.absorb_risk(risk, share, _bridge.current_number(strategy))
+            policy, part, count = self.policy, None, len(_bridge.told_data(strategy.experience))
+            if whole and isinstance(policy, Drawing) and (places := policy.places(self.past, count)) is not None:
+                policy, part = policy.of_all(), places.tolist()  # no other example is loaded
+            risk = _bridge.current_risk(strategy, self.batch_size, part, self.selection, _bridge.told_data)
+            share = None if whole else count / self.examples_per_experience
+            self.regularizer.absorb_risk(risk, share, _bridge.current_number(strategy), policy)
 
     def before_eval(self, strategy: Any, **kwargs: Any) -> None:
         self._classes.restart()

@@ -64,6 +64,23 @@ class Layers:
                 tried.names[layer], tried.owned[layer] = name, places
         return tried
 
+    def in_copy(self, old: nn.Module, new: nn.Module) -> Layers | None:
+        """These layers of the model `old` as those of another one of the same parameters, `new`; None where the two are
+        not made of the same modules, and where layers are tied."""
+        before, after = ([*model.named_modules()] for model in (old, new))
+        same = [(name, type(module)) for name, module in before] == [(name, type(module)) for name, module in after]
+        if not same or any(isinstance(layer, Tied) for layer in self.names):
+            return None
+        place = {a: b for (_, a), (_, b) in zip(before, after)}
+        return replace(
+            self,
+            names={place[layer]: name for layer, name in self.names.items()},
+            folded={place[layer]: rows for layer, rows in self.folded.items()},
+            flat=frozenset(place[layer] for layer in self.flat),
+            owned={place[layer]: places for layer, places in self.owned.items()},
+            repeated=frozenset(place[layer] for layer in self.repeated),
+        )
+
     def without(self, layer: nn.Module) -> Layers:
         """These layers but for one, whose parameters join the rest."""
         names = {one: name for one, name in self.names.items() if one is not layer}

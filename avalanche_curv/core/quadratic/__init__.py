@@ -8,6 +8,7 @@ from avalanche_curv.core.quadratic.merging import merged_parameters
 from avalanche_curv.core.quadratic.model import QuadraticModel
 from avalanche_curv.core.quadratic.policies import Accumulate, Merge, Past, Policy, Refresh, RefreshEvent
 from avalanche_curv.core.quadratic.regularizer import CurvatureRegularizer
+from avalanche_curv.core.quadratic.renewals import Everything, Renewal, SlopeAlone
 from avalanche_curv.core.quadratic.stability import (
     Guard,
     RescaleIfUnstable,
@@ -26,6 +27,7 @@ __all__ = [
     "AllStored",
     "CurvatureRegularizer",
     "Damping",
+    "Everything",
     "Guard",
     "Look",
     "Merge",
@@ -37,7 +39,9 @@ __all__ = [
     "Refresh",
     "RefreshEvent",
     "RelativeError",
+    "Renewal",
     "RescaleIfUnstable",
+    "SlopeAlone",
     "StepBound",
     "StopIfUnstable",
     "StrengthSuggestion",

@@ -3,34 +3,35 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from jaxtyping import Float
+import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from avalanche_curv.core.curvature.base import Curvature
+from avalanche_curv.core.curvature.base import Curvature, OutputCurvature
 from avalanche_curv.core.options import check_count, check_fraction, check_seed, check_whole, optional, settle
 from avalanche_curv.core.precision import in_own_precision
 from avalanche_curv.core.quadratic.damping import Damping, StepBound
-from avalanche_curv.core.quadratic.estimate import estimate
+from avalanche_curv.core.quadratic.estimate import estimate, estimate_with_losses, not_finite
 from avalanche_curv.core.quadratic.looks import Look, RandomPart
 from avalanche_curv.core.quadratic.model import QuadraticModel, half
 from avalanche_curv.core.quadratic.policies import (
+    Drawing,
     Past,
-    Policy,
     RefreshEvent,
     absorbing,
     check_stored,
-    part_of,
     part_seed,
 )
+from avalanche_curv.core.quadratic.renewals import Everything, Renewal
 from avalanche_curv.core.quadratic.trust import RelativeError, Trust, TrustCheck
-from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk, frozen_together
+from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk, frozen_together, joined_risk
 from avalanche_curv.core.risk.frozen import keep_what_trains
 from avalanche_curv.core.risk.selection import in_words
-from avalanche_curv.core.structures.base import Structure
+from avalanche_curv.core.structures.base import Matrix, Structure
 
 
 @dataclass(frozen=True)
@@ -38,14 +39,23 @@ class AdaptivePast(Past):
     """What `AdaptiveRefresh` knows of past experiences besides their model and stored examples.
 
     `loss` is L(a), that of the stored examples at the anchor, and `losses` are those of each example, by experience;
-    `damping` is the part τI of the curvature that only keeps the model bounded below, and `refreshes` say when and why
-    the model was estimated anew during an experience.
+    where the model is one of a part of them, `drawn` are their sorted places. `damping` is the part τI of the curvature
+    that only keeps the model bounded below, and `kept` the curvature without it, where refreshes keep it. `refreshes`
+    say when and why the model was estimated anew during an experience.
     """
 
     loss: float = 0.0
     damping: float = 0.0
     refreshes: tuple[RefreshEvent, ...] = ()
     losses: tuple[Float[Tensor, "n"], ...] = field(default=(), repr=False)
+    drawn: tuple[Int[Tensor, "n"], ...] = field(default=(), repr=False)
+    kept: Matrix | None = field(default=None, repr=False)
+
+    @property
+    def parts(self) -> tuple[EmpiricalRisk, ...]:
+        """Those of the stored examples of which the model is one: of each experience all, or what is drawn."""
+        drawn = self.drawn or tuple(torch.arange(risk.examples) for risk in self.stored)
+        return tuple(risk if len(at) == risk.examples else risk.select(at) for risk, at in zip(self.stored, drawn))
 
     @classmethod
     def of(cls, past: Past) -> AdaptivePast:
@@ -55,7 +65,7 @@ class AdaptivePast(Past):
 
 
 @dataclass(frozen=True)
-class AdaptiveRefresh(Policy):
+class AdaptiveRefresh(Drawing):
     """Stores a random part of each experience's examples and keeps the quadratic model of their loss within its region.
 
     With L(θ) = Σ_t L_t(θ) the loss of the stored examples, the mean over each past experience, the model is its
@@ -79,6 +89,7 @@ class AdaptiveRefresh(Policy):
     max_refreshes: int | None = None
     damping: Damping = StepBound()  # noqa: RUF009  a frozen value
     look: Look = RandomPart()  # noqa: RUF009  a frozen value
+    renew: Renewal = Everything()  # noqa: RUF009  a frozen value
     fraction: float = 0.1
     seed: int = 0
 
@@ -89,6 +100,7 @@ class AdaptiveRefresh(Policy):
         for name, value, expected, example in (
             ("trust", self.trust, Trust, "RelativeError(0.1), AbsoluteError(0.1) or RatioBand(0.5, 2.0)"),
             ("look", self.look, Look, "RandomPart(256) or AllStored()"),
+            ("renew", self.renew, Renewal, "Everything() or SlopeAlone(512)"),
             ("damping", self.damping, Damping, "StepBound(10.0) or Tikhonov(0.0)"),
         ):
             if not isinstance(value, expected):
@@ -98,10 +110,10 @@ class AdaptiveRefresh(Policy):
     @in_own_precision
     def absorb(self, past: Past, risk: EmpiricalRisk, curvature: Curvature, structure: Structure) -> AdaptivePast:
         self.check_past(past)
-        risk = past.widened(risk)
-        newest = part_of(risk, self.fraction, self.seed, past.experiences)
-        stored = (*(old.at(risk) for old in past.stored), newest)
-        refreshed = self._refreshed(AdaptivePast.of(past), stored, curvature, structure)
+        newest = self.drawn(past, risk)
+        stored = (*(old.at(newest) for old in past.stored), newest)
+        everything = tuple(torch.arange(risk.examples) for risk in stored)
+        refreshed = self._refreshed(AdaptivePast.of(past), stored, everything, curvature, structure)
         return replace(refreshed, experiences=past.experiences + 1)
 
     def check_past(self, past: Past) -> None:
@@ -126,8 +138,17 @@ class AdaptiveRefresh(Policy):
             reason = f"{reason}; the last of {self.max_refreshes}"
         event = RefreshEvent(past.experiences, iteration, reason, check.actual, check.predicted)
         stored = grown or frozen_together(past.stored, model)
-        refreshed = self._refreshed(past, stored, curvature, structure)
+        drawn = self.renew.drawn([risk.examples for risk in stored], self._seed(past, len(past.refreshes)))
+        known = past.kept is not None and not begun and stored[0].space == past.model.space
+        if self.renew.keeps_curvature and known:
+            refreshed = self._moved(past, stored, drawn, past.kept.to(stored[0].anchor))
+        else:
+            refreshed = self._refreshed(past, stored, drawn, curvature, structure)
         return replace(refreshed, refreshes=(*past.refreshes, event))
+
+    def _seed(self, past: Past, number: int) -> int:
+        """Of what is drawn during the current experience."""
+        return part_seed(part_seed(self.seed, past.experiences), number)
 
     def _looked(
         self, past: AdaptivePast, model: nn.Module, iteration: int, begun: Collection[str]
@@ -136,14 +157,14 @@ class AdaptiveRefresh(Policy):
         may have grown, the stored examples at the model as it is, whose loss is then the actual one."""
         predicted = predicted_loss(past, model)
         if not begun and iteration and past.losses:
-            seed = part_seed(part_seed(self.seed, past.experiences), iteration)
-            losses = partial(_losses, past.stored, [risk.space.tensors(model) for risk in past.stored])
+            losses = partial(_losses, past, past.stored[0].space.tensors(model))
+            seed = self._seed(past, iteration)
             check = self.look.check(past.loss, predicted, past.losses, losses, self.trust, seed)
             return check, check.actual, ()
         grown = frozen_together(past.stored, model)
-        actual = sum(risk.value() for risk in grown)
+        actual = sum(risk.value() for risk in replace(past, stored=grown).parts)
         # what trains now and was frozen may have changed in the frozen past functions, which share it
-        frozen = actual if begun else memory_loss(past.stored, model)
+        frozen = actual if begun else memory_loss(past.parts, model)
         return TrustCheck(past.loss, actual, predicted), frozen, grown
 
     def _left(self, past: Past) -> float:
@@ -152,20 +173,70 @@ class AdaptiveRefresh(Policy):
         return math.inf if self.max_refreshes is None else self.max_refreshes - done
 
     def _refreshed(
-        self, past: AdaptivePast, stored: tuple[EmpiricalRisk, ...], curvature: Curvature, structure: Structure
+        self, past: AdaptivePast, stored: tuple[EmpiricalRisk, ...], drawn: tuple[Int[Tensor, "n"], ...],
+        curvature: Curvature, structure: Structure,
+    ) -> AdaptivePast:  # fmt: skip
+        """The past with the model of the drawn ones of the stored examples, at the parameters where these are frozen.
+        """
+        new, models, losses = replace(past, stored=stored, drawn=drawn), [], dict[int, Tensor]()
+        for alike in _alike(new.parts):
+            model, found = _of_experiences(curvature, structure, [*alike.values()])
+            models.append(model)
+            losses |= zip(alike, found)
+        total = sum_at_one_anchor(models)
+        kept = total.curvature if self.renew.keeps_curvature else None
+        return self._damped(replace(new, model=total, kept=kept), losses)
+
+    def _moved(
+        self, past: AdaptivePast, stored: tuple[EmpiricalRisk, ...], drawn: tuple[Int[Tensor, "n"], ...], kept: Matrix
     ) -> AdaptivePast:
-        """The past with the model of the stored examples at the parameters where they are frozen."""
-        models = [estimate(curvature, structure, risk, gradient=True) for risk in stored]
-        total, losses = sum_at_one_anchor(models), tuple(risk.losses() for risk in stored)
-        tau = self.damping.amount(total)
-        return replace(
-            past,
-            model=total.damped(tau),
-            loss=sum(float(each.double().mean()) for each in losses),
-            losses=losses,
-            damping=tau,
-            stored=stored,
-        )
+        """The past with the loss and slope of the drawn examples at the parameters where these are frozen, and the
+        curvature that is kept. Raises NonFiniteCurvatureError for NaN or infinity in the slope."""
+        new, losses = replace(past, stored=stored, drawn=drawn), dict[int, Tensor]()
+        total = torch.zeros_like(stored[0].anchor)
+        for alike in _alike(new.parts):
+            found, slope = joined_risk([*alike.values()]).losses_and_gradient()
+            losses |= zip(alike, found.chunk(len(alike)))
+            total = total.add_(slope, alpha=len(alike))
+        if not total.isfinite().all():
+            raise not_finite("The slope", sum(map(len, drawn)))
+        model = QuadraticModel(stored[0].space, stored[0].anchor, kept, total, frozen=stored[0].frozen)
+        return self._damped(replace(new, model=model), losses)
+
+    def _damped(self, past: AdaptivePast, losses: Mapping[int, Float[Tensor, "n"]]) -> AdaptivePast:
+        """The past with losses at its anchor, by experience, and its model damped."""
+        own = tuple(losses[t] for t in range(len(past.stored)))
+        tau, loss = self.damping.amount(past.model), sum(float(part.double().mean()) for part in own)
+        return replace(past, model=past.model.damped(tau), loss=loss, losses=own, damping=tau)
+
+
+def _of_experiences(
+    curvature: Curvature, structure: Structure, risks: list[EmpiricalRisk]
+) -> tuple[QuadraticModel, Sequence[Float[Tensor, "n"]]]:
+    """Σ_t of the models of T experiences with as many examples each, and the losses of these.
+
+    Their slopes are T times the mean over all examples, and so are their curvatures where a structure is linear; what
+    others make of a sum depends on its terms.
+    """
+    together, count = joined_risk(risks), len(risks)
+    if count == 1 or (structure.is_linear and isinstance(curvature, OutputCurvature)):
+        model, losses = estimate_with_losses(curvature, structure, together)
+        return model.scaled(count), losses.chunk(count)
+    losses, slope = together.losses_and_gradient()
+    total = sum_at_one_anchor([estimate(curvature, structure, risk) for risk in risks])
+    return replace(total, gradient=count * slope), losses.chunk(count)
+
+
+def _alike(risks: Sequence[EmpiricalRisk]) -> list[dict[int, EmpiricalRisk]]:
+    """Risks by their places, those together that have as many examples, the same loss and way to call the model."""
+    groups: list[tuple[tuple, dict[int, EmpiricalRisk]]] = []
+    for t, risk in enumerate(risks):
+        kind = risk.examples, risk.form, risk.forward
+        group = next((known for of, known in groups if of == kind), None)
+        if group is None:
+            groups.append((kind, group := {}))
+        group[t] = risk
+    return [group for _, group in groups]
 
 
 @in_own_precision
@@ -179,12 +250,17 @@ def predicted_loss(past: Past, model: nn.Module) -> float:
 
 
 def _losses(
-    stored: Sequence[EmpiricalRisk], parameters: Sequence[Sequence[Tensor]], t: int, indices: Tensor | None
-) -> Float[Tensor, "n"]:
-    """ℓ_n of those stored examples of experience t on their frozen past function at these parameters."""
-    part = stored[t] if indices is None else stored[t].select(indices)
-    with part.holding(parameters[t]):
-        return part.losses()
+    past: AdaptivePast, parameters: Sequence[Tensor], indices: Sequence[Int[Tensor, "m"]]
+) -> list[Float[Tensor, "m"]]:
+    """ℓ_n of those drawn examples of each experience on their frozen past function at these parameters."""
+    found = {t: old.new_zeros(0) for t, old in enumerate(past.losses)}
+    chosen = {t: past.stored[t].select(past.drawn[t][at]) for t, at in enumerate(indices) if len(at)}
+    for alike in _alike([*chosen.values()]):
+        together = joined_risk([*alike.values()])
+        with together.holding(parameters):
+            losses = together.losses().chunk(len(alike))
+        found |= {[*chosen][place]: own for place, own in zip(alike, losses)}
+    return [*found.values()]
 
 
 def memory_loss(stored: tuple[EmpiricalRisk, ...], model: nn.Module) -> float:

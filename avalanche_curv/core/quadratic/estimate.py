@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from jaxtyping import Float
+from torch import Tensor
+
 from avalanche_curv.core.arguments import takes
 from avalanche_curv.core.curvature.base import Curvature, NonFiniteCurvatureError
 from avalanche_curv.core.precision import in_own_precision
@@ -40,15 +45,42 @@ def estimate(
     >>> estimate(GGN(), Diagonal(), risk).curvature.dense().round()   # 2 · mean(x²)
     tensor([[10.]])
     """
+    return _estimated(curvature, structure, risk, risk.gradient if gradient else lambda: None)
+
+
+@in_own_precision
+def estimate_with_losses(
+    curvature: Curvature, structure: Structure, risk: EmpiricalRisk
+) -> tuple[QuadraticModel, Float[Tensor, "N"]]:
+    """What `estimate(..., gradient=True)` returns, and the loss of each example at the anchor from the pass that gives
+    the gradient. Raises what `estimate` raises."""
+    found: list[Tensor] = []
+
+    def slope() -> Tensor:
+        losses, gradient = risk.losses_and_gradient()
+        found.append(losses)
+        return gradient
+
+    return _estimated(curvature, structure, risk, slope), found[0]
+
+
+def _estimated(
+    curvature: Curvature, structure: Structure, risk: EmpiricalRisk, slope_of: Callable[[], Tensor | None]
+) -> QuadraticModel:
     check_pair(curvature, structure)
     structure.check(risk.space, risk.anchor.element_size())
     matrix = slope = None
     if risk.anchor.isfinite().all() and risk.one_loss.isfinite().all():
         matrix = curvature_matrix(curvature, structure, risk)
-        slope = risk.gradient() if gradient else None
+        slope = slope_of()
     if matrix is None or not matrix.is_finite() or (slope is not None and not slope.isfinite().all()):
-        raise NonFiniteCurvatureError(
-            f"{curvature} of {risk.examples} examples holds NaN or infinity, so the model, its loss or its inputs do. "
-            "Look for diverged weights (lower the learning rate or the strength) and for NaN in the data."
-        )
+        raise not_finite(str(curvature), risk.examples)
     return QuadraticModel(risk.space, risk.anchor, matrix, slope, frozen=risk.frozen)
+
+
+def not_finite(what: str, examples: int) -> NonFiniteCurvatureError:
+    """The error for NaN or infinity in what was computed of so many examples."""
+    return NonFiniteCurvatureError(
+        f"{what} of {examples} examples holds NaN or infinity, so the model, its loss or its inputs do. "
+        "Look for diverged weights (lower the learning rate or the strength) and for NaN in the data."
+    )

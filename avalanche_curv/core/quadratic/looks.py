@@ -8,14 +8,14 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from avalanche_curv.core.options import check_count, check_number, settle
 from avalanche_curv.core.quadratic.trust import Trust, TrustCheck
 
-Losses = Callable[[int, Tensor | None], Float[Tensor, "n"]]
-"""(t, sorted indices) ↦ ℓ_n(θ) of those stored examples of experience t, of all for None."""
+Losses = Callable[[Sequence[Int[Tensor, "m"]]], Sequence[Float[Tensor, "m"]]]
+"""Sorted indices for each experience ↦ ℓ_n(θ) of these of its examples."""
 
 
 class Look(ABC):
@@ -40,7 +40,7 @@ class AllStored(Look):
         self, start: float, predicted: float, before: Sequence[Float[Tensor, "n"]], losses: Losses, trust: Trust,
         seed: int,
     ) -> TrustCheck:  # fmt: skip
-        actual = sum(float(losses(t, None).double().mean()) for t in range(len(before)))
+        actual = sum(float(own.double().mean()) for own in losses([torch.arange(len(old)) for old in before]))
         return TrustCheck(start, actual, predicted)
 
 
@@ -86,10 +86,11 @@ class RandomPart(Look):
         orders = [torch.randperm(len(old), generator=generator) for old in before]
         now, share = [old.new_zeros(0) for old in before], max(2, -(-self.examples // len(before)))
         while any(len(seen) < len(old) for seen, old in zip(now, before)):
-            for t, (seen, old) in enumerate(zip(now, before)):
-                drawn = orders[t][len(seen) : share if 2 * share < len(old) else None]
-                drawn.copy_(drawn.sort().values)
-                now[t] = torch.cat([seen, losses(t, drawn)]) if len(drawn) else seen
+            stops = (share if 2 * share < len(old) else len(old) for old in before)
+            drawn = [order[len(seen) : stop] for order, seen, stop in zip(orders, now, stops)]
+            for part in drawn:
+                part.copy_(part.sort().values)
+            now = [torch.cat([seen, new]) for seen, new in zip(now, losses(drawn))]
             yield _estimated(start, before, now, orders)
             share *= 2
 

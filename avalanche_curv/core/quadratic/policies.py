@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, replace
 from functools import partial, reduce
 from operator import add
 
-from torch import nn
+from jaxtyping import Int
+from torch import Tensor, nn
 
 from avalanche_curv.core.arguments import takes
 from avalanche_curv.core.curvature.base import Curvature
@@ -16,6 +17,7 @@ from avalanche_curv.core.precision import in_own_precision
 from avalanche_curv.core.quadratic.estimate import estimate
 from avalanche_curv.core.quadratic.model import QuadraticModel, alike
 from avalanche_curv.core.quadratic.state import frozen_state, maker_of_risks
+from avalanche_curv.core.risk.batches import random_part
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.forward import Forward
 from avalanche_curv.core.state import Saved, State, Storable, check_state, read, written
@@ -148,6 +150,26 @@ class Policy(ABC):
         return past
 
 
+class Drawing(Policy):
+    """A policy that takes in a random `fraction` of the examples of an experience, drawn by `seed`: a dataclass with
+    these two fields."""
+
+    fraction: float
+    seed: int
+
+    def places(self, past: Past, examples: int) -> Int[Tensor, "n"] | None:
+        """The sorted places of those of so many examples that are taken in next; None for all."""
+        return None if self.fraction == 1 else random_part(examples, self.fraction, part_seed(self.seed, past.experiences))
+
+    def of_all(self) -> Drawing:
+        """This policy for examples that were drawn before."""
+        return replace(self, fraction=1.0)  # type: ignore[type-var]
+
+    def drawn(self, past: Past, risk: EmpiricalRisk) -> EmpiricalRisk:
+        """What is taken in of `risk`, over all parameters that the past knows."""
+        return part_of(past.widened(risk), self.fraction, self.seed, past.experiences)
+
+
 absorbing = takes(
     past=(Past, "Past()"), risk=(EmpiricalRisk, "EmpiricalRisk.snapshot(model, criterion, batches)"),
     curvature=(Curvature, "Fisher()"), structure=(Structure, "Diagonal()"),
@@ -156,7 +178,7 @@ absorbing = takes(
 
 
 @dataclass(frozen=True)
-class Accumulate(Policy):
+class Accumulate(Drawing):
     """q = Σ_t ½ δ_tᵀ C_t δ_t: each experience keeps its own anchor (Kirkpatrick et al. 2017).
 
     The sum is one quadratic model at the newest anchor, with the slope of the past there. Dense, diagonal and
@@ -188,8 +210,7 @@ class Accumulate(Policy):
     def absorb_part(
         self, past: Past, risk: EmpiricalRisk, curvature: Curvature, structure: Structure, share: float
     ) -> Past:
-        drawn = part_of(past.widened(risk), self.fraction, self.seed, past.experiences)
-        new = estimate(curvature, structure, drawn, gradient=self.gradient).scaled(share)
+        new = estimate(curvature, structure, self.drawn(past, risk), gradient=self.gradient).scaled(share)
         return Past(new if past.model is None else past.model + new, experiences=past.experiences + 1)
 
     def check_parts(self, structure: Structure, updates: int) -> None:
@@ -197,7 +218,7 @@ class Accumulate(Policy):
 
 
 @dataclass(frozen=True)
-class Merge(Policy):
+class Merge(Drawing):
     """One anchor, the newest, and C ← decay · C + C_t (Huszár 2018); decay < 1 is online EWC (Schwarz et al. 2018).
 
     Of a stream that hides where its tasks end, the anchor is the end of the newest part, and a part that is the share s
@@ -227,8 +248,7 @@ class Merge(Policy):
     ) -> Past:
         kept = self.decay**share
         added = share if self.decay == 1 else (1 - kept) / (1 - self.decay)
-        drawn = part_of(past.widened(risk), self.fraction, self.seed, past.experiences)
-        new = estimate(curvature, structure, drawn).scaled(added)
+        new = estimate(curvature, structure, self.drawn(past, risk)).scaled(added)
         if past.model is not None:
             old, new = alike(past.model, new)
             new = replace(
@@ -247,7 +267,7 @@ class Merge(Policy):
 
 
 @dataclass(frozen=True)
-class Refresh(Policy):
+class Refresh(Drawing):
     """Stores a random part of each experience's examples and re-estimates all of the past at the newest anchor.
 
     q = Σ_t ½ δᵀ C_t δ, with C_t of the stored examples of experience t at the newest parameters. `fraction` of an
@@ -268,9 +288,8 @@ class Refresh(Policy):
     @in_own_precision
     def absorb(self, past: Past, risk: EmpiricalRisk, curvature: Curvature, structure: Structure) -> Past:
         self.check_past(past)
-        risk = past.widened(risk)
-        newest = part_of(risk, self.fraction, self.seed, past.experiences)
-        stored = (*(old.at(risk) for old in past.stored), newest)
+        newest = self.drawn(past, risk)
+        stored = (*(old.at(newest) for old in past.stored), newest)
         models = (estimate(curvature, structure, one, gradient=self.gradient) for one in stored)
         return Past(reduce(add, models), stored, past.experiences + 1)
 

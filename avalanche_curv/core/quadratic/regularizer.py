@@ -267,15 +267,19 @@ class CurvatureRegularizer(Configured):
         with untouched_randomness():
             self.absorb_risk(self._risk(model, criterion, batches, options), share)
 
-    def absorb_risk(self, risk: EmpiricalRisk, share: float | None = None, number: int | None = None) -> None:
+    def absorb_risk(
+        self, risk: EmpiricalRisk, share: float | None = None, number: int | None = None, policy: Policy | None = None
+    ) -> None:
         """Takes in the loss of a task that is frozen at its end, or of a part of one that is the `share` of a task.
-        `number` is what warnings call the task, by default how many were absorbed before."""
+        `number` is what warnings call the task, by default how many were absorbed before; `policy` the one that takes
+        it in where not this regulariser's: for examples that were drawn before, `Drawing.of_all()` of it."""
+        policy = policy or self.policy
         number = self.past.experiences if number is None else number
         with self._keeping_the_past():
             if share is None:
-                self.past = self.policy.absorb(self.past, risk, self.curvature, self.structure)
+                self.past = policy.absorb(self.past, risk, self.curvature, self.structure)
             else:
-                self.past = self.policy.absorb_part(self.past, risk, self.curvature, self.structure, share)
+                self.past = policy.absorb_part(self.past, risk, self.curvature, self.structure, share)
         self._own = self.past
         guarded, model = self._guarded, self.past.model
         self._guarded = None if guarded is None or model is None or share is None else guarded.renewed(model)

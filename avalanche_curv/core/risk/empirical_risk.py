@@ -45,6 +45,7 @@ from avalanche_curv.core.risk.frozen import (
     frozen_copy,
     unwrapped,
 )
+from avalanche_curv.core.risk.known import is_plain
 from avalanche_curv.core.risk.labelled import Labelled, is_labelled, settled
 from avalanche_curv.core.risk.parameters import ParameterSpace, canonical_name
 from avalanche_curv.core.risk.preflight import check_batch, check_given, check_risk, drop_hooks
@@ -318,6 +319,17 @@ class EmpiricalRisk(OneLine, Storable):
             total += self.summed_gradient(x, y)
         return total / self.examples
 
+    @in_own_precision
+    @torch.enable_grad()
+    def losses_and_gradient(self) -> tuple[Float[Tensor, "N"], Float[Tensor, "P"]]:
+        """ℓ of each example and ∇L at the frozen parameters, from one pass."""
+        losses, total = [], torch.zeros_like(self.anchor)
+        for x, y in self:
+            found = self.loss.per_example(self.outputs(x), y)
+            losses.append(found.detach())
+            total += self._flat_gradient(found.sum())
+        return torch.cat(losses), total / self.examples
+
     @takes(parameters=(Tensor, "risk.space.vector(model)"))
     def gradient_at(self, parameters: Float[Tensor, "P"]) -> Float[Tensor, "P"]:
         """∇L of the frozen past function at other parameters."""
@@ -328,8 +340,10 @@ class EmpiricalRisk(OneLine, Storable):
     @torch.enable_grad()
     def summed_gradient(self, inputs: Nested, targets: Nested) -> Float[Tensor, "P"]:
         """Σ_i ∇ℓ_i over one batch."""
-        loss = self.loss.per_example(self.outputs(inputs), targets).sum()
-        parts = torch.autograd.grad(loss, self.parameters, allow_unused=True, materialize_grads=True)
+        return self._flat_gradient(self.loss.per_example(self.outputs(inputs), targets).sum())
+
+    def _flat_gradient(self, scalar: Tensor) -> Float[Tensor, "P"]:
+        parts = torch.autograd.grad(scalar, self.parameters, allow_unused=True, materialize_grads=True)
         return self.space.flatten(list(parts))
 
     def subset(self, fraction: float, seed: int) -> EmpiricalRisk:
@@ -358,9 +372,14 @@ class EmpiricalRisk(OneLine, Storable):
         return replace(self, base=other.base, verdicts=verdicts)
 
     def frozen_at(self, model: nn.Module) -> EmpiricalRisk:
-        """The same examples, loss, forward and selection with a new frozen copy of `model` as the past function."""
+        """The same examples, loss, forward and selection with a new frozen copy of `model` as the past function. What
+        was found out of the old one by trying counts for the new one, too, where both are the same known modules, so
+        that nothing but values differs."""
         risk = self.with_base(frozen_copy(model, self.selection))
         drop_hooks(risk)
+        if is_plain(self.model) and is_plain(risk.model) and self.space == risk.space:
+            moved = {what: _in_copy(verdict, self.base, risk.base) for what, verdict in self.verdicts.items()}
+            risk.verdicts.update((what, verdict) for what, verdict in moved.items() if verdict is not None)
         return risk
 
     @cached_property
@@ -380,6 +399,11 @@ class EmpiricalRisk(OneLine, Storable):
             if canonical_name(name) in missing:
                 parameter.requires_grad_(parameter.numel() > 0)
         return self.with_base(base)
+
+
+def _in_copy(verdict: Any, old: nn.Module, new: nn.Module) -> Any:
+    """What was found out of a frozen model, for another one of the same parameters; None where it has to be tried."""
+    return verdict.in_copy(old, new) if hasattr(verdict, "in_copy") else None
 
 
 def _is_plainly_called(risk: EmpiricalRisk) -> bool:

@@ -57,6 +57,9 @@ class Structure(ABC):
     is_mean: bool = False
     """Whether every number of the matrix is a mean over examples, so that matrices of parts of the data average."""
 
+    is_linear: bool = False
+    """Whether its matrix of several examples is the mean of those of each, whatever they are."""
+
     fits_in_blocks: bool = True
     """Whether it can be read out of products with some of the rows and columns: a block of `BlockDiagonal`."""
 

@@ -35,6 +35,7 @@ class Dense(Structure):
     max_bytes: int = 4 * 2**30
 
     is_mean = True
+    is_linear = True
 
     def __post_init__(self) -> None:
         settle(self, max_bytes=check_limit)

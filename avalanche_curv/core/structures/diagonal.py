@@ -30,6 +30,7 @@ class Diagonal(Structure):
     """The exact diagonal: P numbers, every interaction of two parameters dropped (Kirkpatrick et al. 2017)."""
 
     is_mean = True
+    is_linear = True
 
     def from_operator(self, operator: Operator, risk: EmpiricalRisk) -> DiagonalMatrix:
         parts = [

@@ -1,5 +1,6 @@
 import math
 from collections import Counter
+from functools import partial
 
 import pytest
 import torch
@@ -13,13 +14,16 @@ START = sum(float(old.mean()) for old in BEFORE)
 ACTUAL = START + sum(float(change.mean()) for change in CHANGES)
 
 
+def losses_of(changes, indices):
+    return [(old + change)[own] for old, change, own in zip(BEFORE, changes, indices)]
+
+
 def looked(look, trust, predicted=START, seed=0, seen=None):
-    def losses(t, indices):
-        indices = torch.arange(len(BEFORE[t])) if indices is None else indices
-        assert torch.equal(indices, indices.sort().values)
+    def losses(indices):
+        assert all(torch.equal(own, own.sort().values) for own in indices)
         if seen is not None:
-            seen.update((t, int(i)) for i in indices)
-        return (BEFORE[t] + CHANGES[t])[indices]
+            seen.update((t, int(i)) for t, own in enumerate(indices) for i in own)
+        return losses_of(CHANGES, indices)
 
     return look.check(START, predicted, BEFORE, losses, trust, seed)
 
@@ -43,7 +47,7 @@ def test_a_clear_verdict_takes_the_first_part_alone_in_equal_shares(predicted):
 def test_estimates_are_unbiased_with_the_error_that_is_said():
     look, means, spreads = RandomPart(60), [], []
     for seed in range(4000):
-        actual, error = next(look._estimates(START, BEFORE, lambda t, i: (BEFORE[t] + CHANGES[t])[i], seed))
+        actual, error = next(look._estimates(START, BEFORE, partial(losses_of, CHANGES), seed))
         means.append(actual)
         spreads.append(error**2)
     paper = sum(float(c.var()) / m * (1 - m / len(c)) for c, m in zip(CHANGES, (20, 20, 7)))
@@ -69,7 +73,7 @@ def test_near_the_edge_of_the_region_few_verdicts_err_and_most_take_a_part():
 
 def test_a_loss_that_is_no_number_is_not_trusted():
     changed = [c.clone().fill_(math.nan) for c in CHANGES]
-    found = RandomPart(12).check(START, START, BEFORE, lambda t, i: changed[t][i], AbsoluteError(1.0), 0)
+    found = RandomPart(12).check(START, START, BEFORE, partial(losses_of, changed), AbsoluteError(1.0), 0)
     assert AbsoluteError(1.0).broken(found)
 
 
