@@ -99,7 +99,7 @@ class Trainer:
 
     def __init__(self, strategy: Any, evaluation: TimedEvaluation) -> None:
         self.strategy, self.evaluation = strategy, evaluation
-        self.seconds = 0.0
+        self.seconds = self.processor_seconds = 0.0
         self.rows: list[list[float]] = []
 
     def course(self, experiences: Iterable[Any], tests: Sequence[Data]) -> Iterator[list[Record]]:
@@ -115,9 +115,11 @@ class Trainer:
             yield [*records, {"metric": "accuracy/seen", "value": mean(row[: number + 1]), "step": step}]
 
     def train(self, experience: Any) -> None:
-        """One experience. `seconds` grows by the time of training alone, without metrics and loggers."""
-        before, start = self.evaluation.seconds, time.perf_counter()
+        """One experience. `seconds` grows by the time of training alone, without metrics and loggers;
+        `processor_seconds` by the processor time of all."""
+        before, start, used = self.evaluation.seconds, time.perf_counter(), time.process_time()
         self.strategy.train(experience, eval_streams=[])
+        self.processor_seconds += time.process_time() - used
         self.seconds += time.perf_counter() - start - (self.evaluation.seconds - before)
 
     def accuracies(self, tests: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> list[float]:

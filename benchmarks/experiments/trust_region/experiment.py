@@ -30,6 +30,7 @@ from avalanche_curv import (
     Structure,
     penalty_metrics,
 )
+from benchmarks.experiments.trust_region import frontier
 from benchmarks.harness import Context, Experiment, Options, Record, UsageError
 from benchmarks.harness.options import one_of, positive
 from benchmarks.methods import AvalancheEWC, MemoryReplay, Method, Ours, Plain, Rehearsal
@@ -37,6 +38,9 @@ from benchmarks.storage import stored_bytes
 from benchmarks.streams.makers import mnist_pairs
 from benchmarks.training import CosinePerExperience, TimedEvaluation, Trainer, learner, summary, test_sets
 
+MAIN, FRONTIER = PARTS = ("main", "frontier")
+MEMORIES = (200, 1000, 2000)  # images in all
+BUDGETS = (30, 100, 300)  # steps of each task
 NAIVE, EWC, REPLAY = "Naive", "Avalanche's EWC", "replay"
 PER_TASK, WITH_SLOPE = "refresh per task", "refresh per task, slope"
 TOLERANCES = (1.0, 0.5, 0.3, 0.2, 0.1, 0.05, 0.02)
@@ -85,6 +89,20 @@ class Config:
         return 5.0 if self.setting.mnist else 1.0
 
 
+@dataclass(frozen=True)
+class Point:
+    """One method with a memory of so many images in all; the setting has its steps."""
+
+    name: str
+    images: int
+    method: Method
+    setting: Setting
+
+    @property
+    def label(self) -> str:
+        return f"{self.name}, {self.images:,} images, {self.setting.steps} steps"
+
+
 SETTINGS = {
     setting.stream: setting
     for setting in (
@@ -114,6 +132,9 @@ STRENGTHS = {  # `run tune --target trust_region --seeds 2 --dataset-root DIR`
 }
 
 
+EXAMPLES = {"split_mnist": 60_000, "split_digits": 1_440}  # of training, of which memories are a part
+
+
 @dataclass(frozen=True)
 class TrustRegionOptions(Options):
     """Ten seeds, and every stream that can be had, unless asked for others."""
@@ -122,6 +143,9 @@ class TrustRegionOptions(Options):
     """run seeds 0 to SEEDS - 1"""
     stream: Annotated[str | None, one_of("stream", SETTINGS)] = None
     """default: all, MNIST with --dataset-root"""
+    part: Annotated[str, one_of("part", PARTS)] = MAIN
+    """main: accuracy against refreshes; frontier: accuracy against processor time and bytes, on split MNIST; take
+    --jobs 1, since a second job would disturb the times"""
 
 
 class TrustRegion(Experiment):
@@ -131,19 +155,22 @@ class TrustRegion(Experiment):
     options_type = TrustRegionOptions
 
     def variant(self, options: TrustRegionOptions) -> str:
-        return options.stream or ""
+        return options.part if options.part == FRONTIER else options.stream or ""
 
-    def configs(self, options: TrustRegionOptions) -> Sequence[Config]:
+    def configs(self, options: TrustRegionOptions) -> Sequence[Config | Point]:
+        if options.part == FRONTIER:
+            return points(options)
         return [config for setting in settings(options) for config in rows(setting, options.quick)]
 
-    def run(self, config: Config, seed: int, context: Context) -> list[Record]:
+    def run(self, config: Config | Point, seed: int, context: Context) -> list[Record]:
         """Train on all experiences; accuracy on all test sets after each."""
         setting = config.setting
         benchmark = stream(setting, seed, context.dataset_root)
         experiences = list(benchmark.train_stream)
         torch.manual_seed(seed)  # every method starts from the same weights
         model = nn.Sequential(nn.Linear(setting.inputs, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, setting.outputs))
-        evaluation = TimedEvaluation(*penalty_metrics(every=10), loggers=[TensorboardLogger(context.tensorboard_dir)])
+        metrics = penalty_metrics(every=10) if isinstance(config, Config) else ()  # which take processor time, too
+        evaluation = TimedEvaluation(*metrics, loggers=[TensorboardLogger(context.tensorboard_dir)])
         plugins = config.method.plugins(sum(len(e.dataset) for e in experiences))
         plugins += [CosinePerExperience(setting.steps)] if setting.cosine else []
         strategy = learner(model, setting, plugins, evaluation, weight_decay=setting.weight_decay)
@@ -153,9 +180,29 @@ class TrustRegion(Experiment):
         scalars = summary(trainer.rows) | {
             "refreshes": refreshes / (len(experiences) - 1),  # during a task, per task after the first
             "seconds": trainer.seconds,
+            "processor_seconds": trainer.processor_seconds,
             "stored_bytes": float(stored_bytes(strategy)),
         }
         return records + [{"metric": name, "value": value} for name, value in scalars.items()]
+
+
+def points(options: TrustRegionOptions) -> list[Point]:
+    """Class-incremental split MNIST at each memory and budget; with `quick`, one of each on digits. Raises UsageError
+    for MNIST without its folder, and for a stream."""
+    if options.stream:
+        raise UsageError(f"--part {FRONTIER} has a stream of its own: leave --stream out.")
+    if options.dataset_root is None and not options.quick:
+        raise UsageError(f"--part {FRONTIER} reads MNIST: give --dataset-root DIR, or --quick.")
+    setting = SETTINGS["split_digits" if options.quick else "split_mnist"]
+    setting = replace(setting, experiences=2) if options.quick else setting
+    memories, budgets = ((200,), (10,)) if options.quick else (MEMORIES, BUDGETS)
+    found = []
+    for images in memories:
+        part = images / EXAMPLES[setting.stream]
+        for steps in budgets:
+            own = replace(setting, memory=part, steps=steps)
+            found += [Point(name, images, method, own) for name, method in frontier.methods(part).items()]
+    return found
 
 
 def settings(options: TrustRegionOptions) -> list[Setting]:

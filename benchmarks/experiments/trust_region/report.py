@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks.experiments.trust_region.experiment import EWC, NAIVE, PER_TASK, REPLAY, WITH_SLOPE
-from benchmarks.harness.plots import COLOURS, MUTED, new_figure, saved, tidy
+from benchmarks.experiments.trust_region.frontier import REPLAY as REPLAYED
+from benchmarks.harness.plots import COLOURS, MARKERS, MUTED, new_figure, saved, tidy
 from benchmarks.harness.tables import Cell, Column, table
 from benchmarks.pairs import mean_ratio
 
@@ -42,7 +43,9 @@ time divided by that of Naive in the same seed. Mean ± standard deviation over 
 
 
 def report(results: Results, out: Path) -> str:
-    """A section for each stream that has run, and one figure."""
+    """A section for each stream that has run, and one figure; of the frontier its table and two figures."""
+    if results.columns and "images" in results.first:
+        return frontier_report(results, out)
     streams = dict(results.by("stream"))
     sections = [_section(stream, part) for stream, part in streams.items()]
     if streams:
@@ -120,3 +123,60 @@ def _figure(streams: dict[str, Results], out: Path) -> None:
     handles, names = panels[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=max(1, len(names)), frameon=False, fontsize=9)
     saved(figure, out / "trust_region.png")
+
+
+FRONTIER = """Class-incremental split MNIST: {experiences} tasks of two digits, batches of {batch}, one hidden layer of
+100 ReLU units, Adam at {rate:g}. *Replay* is Avalanche's, a mini-batch of stored images beside each batch of new ones.
+*Adaptive refresh* has a diagonal Fisher of one sample, `RelativeError(0.2)` and `SlopeAlone(512)`; *both* add its
+penalty to Replay of the images that it stores.
+
+*s* is processor time of training on one thread, *times Replay* that in Replay's of the same seed, *KiB* what is held
+beside the model at the end. Mean ± standard deviation over n seeds."""
+
+
+def frontier_report(results: Results, out: Path) -> str:
+    """The table of the frontier and its figures, against processor time and against bytes."""
+    columns = [
+        Column("images"), Column("steps"), Column("method"), Column("accuracy", 3, max), Column("s", 1),
+        Column("times Replay", 2), Column("KiB", 0), Column("n"),
+    ]  # fmt: skip
+    rows: list[list[Cell]] = []
+    for (images, of_memory) in results.by("images"):
+        for (steps, part) in of_memory.by("steps"):
+            reference = next((one.finals("processor_seconds") for one in part.where(name=REPLAYED).each()), {})
+            for one in part.each():
+                accuracy, seconds, held = map(one.final, ("average_accuracy", "processor_seconds", "stored_bytes"))
+                rows.append([
+                    f"{images:,}", steps, one.first["name"], accuracy, seconds and seconds.mean,
+                    mean_ratio(one.finals("processor_seconds"), reference), held and held.mean / 1024,
+                    accuracy.n if accuracy else 0,
+                ])  # fmt: skip
+    _frontier_figure(results, out / "frontier_seconds.png", "images", "{:,} images", "processor_seconds", 1.0, "s")
+    _frontier_figure(results, out / "frontier_bytes.png", "steps", "{} steps a task", "stored_bytes", 1024.0, "KiB")
+    return "\n\n".join([
+        "# The frontier of accuracy against processor time and bytes", FRONTIER.format(**results.first),
+        table(columns, rows), "![Accuracy against processor time](frontier_seconds.png)",
+        "![Accuracy against bytes held](frontier_bytes.png)",
+    ])  # fmt: skip
+
+
+def _frontier_figure(
+    results: Results, path: Path, panel_of: str, title: str, metric: str, unit: float, xlabel: str
+) -> None:
+    """A panel for each value of a column, a curve for each method through its other points."""
+    parts = list(results.by(panel_of))
+    figure = new_figure(3.6 * len(parts) + 0.6, 3.8)
+    panels = figure.subplots(1, len(parts), squeeze=False, sharey=True)[0]
+    for axes, (value, part) in zip(panels, parts):
+        tidy(axes, title.format(value), xlabel=xlabel, log_x=True)
+        for (name, own), colour, marker in zip(part.by("name"), COLOURS, MARKERS):
+            pairs = ((one.final(metric), one.final("average_accuracy")) for one in own.each())
+            points = sorted(((x.mean / unit, y) for x, y in pairs if x and y), key=lambda point: point[0])
+            axes.errorbar(
+                [x for x, _ in points], [y.mean for _, y in points], yerr=[y.std or 0.0 for _, y in points],
+                color=colour, marker=marker, capsize=3, markersize=5, linewidth=1.6, label=name,
+            )  # fmt: skip
+    panels[0].set_ylabel("accuracy on all tasks")
+    handles, names = panels[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=max(1, len(names)), frameon=False, fontsize=9)
+    saved(figure, path)
