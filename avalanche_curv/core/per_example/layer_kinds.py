@@ -20,7 +20,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 Rows = dict[str, Tensor]
 
-CACHED = 2**19  # numbers that are worked on at once
+CACHED = 2**17  # numbers that are worked on at once: with their operands they stay in the cache of a processor
 
 
 @singledispatch
@@ -91,7 +91,7 @@ def added_rows(total: Rows, layer: nn.Module, ready: Tensor, sensitivity: Tensor
 
 def positions(layer: nn.Module, sensitivity: Tensor, examples: int) -> Float[Tensor, "n out T"]:
     """B of a linear or convolutional layer."""
-    return sensitivity.flatten(2) if isinstance(layer, _ConvNd) else _tokens(sensitivity, examples)
+    return _pixels(sensitivity) if isinstance(layer, _ConvNd) else _tokens(sensitivity, examples)
 
 
 def squares(layer: nn.Module, inputs: Tensor, columns: Sequence[Tensor], examples: int) -> Rows:
@@ -107,11 +107,12 @@ def squares(layer: nn.Module, inputs: Tensor, columns: Sequence[Tensor], example
     for pieces in zip(*(tensor.unflatten(0, (examples, -1)).split(size) for tensor in (inputs, *columns))):
         count = len(pieces[0])
         here, *sensitivities = (piece.flatten(0, 1) for piece in pieces)
-        ready = surely_prepared(layer, here, count)
+        ready, of_each = surely_prepared(layer, here, count), Rows()
         for sensitivity in sensitivities:
             for name, part in rows(layer, ready, sensitivity, count).items():
-                square = part.square_().sum(0)
-                total[name] = total[name].add_(square) if name in total else square
+                of_each[name] = of_each[name].addcmul_(part, part) if name in of_each else part.square_()
+        for name, part in of_each.items():
+            total[name] = total[name].add_(part.sum(0)) if name in total else part.sum(0)
     return total
 
 
@@ -145,7 +146,7 @@ def _(layer: _ConvNd, inputs: Tensor, examples: int) -> Tensor | None:
 
 @rows.register
 def _(layer: _ConvNd, ready: Tensor, sensitivity: Tensor, examples: int) -> Rows:
-    b, groups = sensitivity.flatten(2), layer.groups
+    b, groups = _pixels(sensitivity), layer.groups
     weight = b.unflatten(1, (groups, -1)) @ ready.unflatten(1, (groups, -1)).mT
     return {"weight": weight.reshape(examples, *layer.weight.shape), "bias": b.sum(2)}
 
@@ -210,15 +211,22 @@ def _unknown(layer: nn.Module) -> TypeError:
 
 
 def _patches(layer: _ConvNd, inputs: Tensor) -> Float[Tensor, "n in T"]:
-    """What each output position of a convolution sees, channels first."""
+    """What each output position of a convolution sees, channels first; in memory one position after the other, as
+    products with it want."""
     padding = layer._reversed_padding_repeated_twice
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
     padded = F.pad(inputs, padding, mode) if any(padding) else inputs
     spatial = inputs.ndim - 2
     for axis, (size, stride, dilation) in enumerate(zip(layer.kernel_size, layer.stride, layer.dilation), start=2):
         padded = padded.unfold(axis, (size - 1) * dilation + 1, stride)[..., ::dilation]
-    order = (0, 1, *range(2 + spatial, 2 + 2 * spatial), *range(2, 2 + spatial))
-    return padded.permute(order).flatten(1, 1 + spatial).flatten(2)
+    return padded.movedim(1, 1 + spatial).flatten(1 + spatial).flatten(1, spatial).mT
+
+
+def _pixels(sensitivity: Tensor) -> Float[Tensor, "n out T"]:
+    """Sensitivities at the positions of a convolution, as a view where channels are first or last in memory."""
+    if sensitivity.is_contiguous():
+        return sensitivity.flatten(2)
+    return sensitivity.movedim(1, -1).flatten(1, -2).mT
 
 
 def _tokens(tensor: Tensor, examples: int) -> Float[Tensor, "n features T"]:

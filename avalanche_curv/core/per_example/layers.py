@@ -111,7 +111,7 @@ class Layers:
             if layer in self.repeated:
                 output, inputs = (_for_each(t, examples, alike=inputs.ndim == 1) for t in (output, inputs))
             _collect(taps, Tap(layer, inputs, output), tied.get(layer))
-            return output.clone()  # what follows may write in place
+            return output.clone(memory_format=_layout(layer, output))  # what follows may write in place
 
         called = [layer for one in self.names for layer in (one.calls if isinstance(one, Tied) else (one,))]
         handles = [layer.register_forward_hook(collect, with_kwargs=True) for layer in dict.fromkeys(called)]
@@ -300,6 +300,12 @@ def _collect(taps: list[Tap], tap: Tap, tied: Tied | None) -> None:
         known.taps.append(tap)
     else:
         taps.append(TiedTap.of(tied, [tap]))
+
+
+def _layout(layer: nn.Module, output: Tensor) -> torch.memory_format:
+    """Channels last for images on a processor, where convolutions back through it take two thirds of the time."""
+    on_processor = isinstance(layer, nn.Conv2d) and output.device.type == "cpu" and output.ndim == 4
+    return torch.channels_last if on_processor else torch.preserve_format
 
 
 def _for_each(tensor: Tensor, examples: int, *, alike: bool) -> Tensor:

@@ -22,6 +22,8 @@ from avalanche_curv.core.per_example.taps import Tap
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 
 CHUNK = 512  # examples that go through the model at once, fewer where they are large
+CACHE_BYTES = 2 * 2**20  # of what leaves the layers for these examples, but for the first FEW: half of a large cache
+FEW = 32  # examples for which the weights of a large layer are read at once
 CHUNK_BYTES = 32 * 2**20  # of what leaves the layers, for these examples and for the columns of S at once
 
 
@@ -58,7 +60,8 @@ def layer_passes(curvature: OutputCurvature, layers: Layers, risk: EmpiricalRisk
     To be used within `by_layers`: raises LayerDiffers if a layer is called otherwise than on the first examples.
     """
     generator, outlook = curvature.generator(), Outlook(curvature, risk)
-    size = min(CHUNK, max(1, CHUNK_BYTES // max(1, layers.bytes_an_example)))
+    fit = [max(1, some // max(1, layers.bytes_an_example)) for some in (CACHE_BYTES, CHUNK_BYTES)]
+    size = min(CHUNK, max(fit[0], min(fit[1], FEW)))
     for x, y in pieces(curvature, risk.rebatched(size)) if layers.names else ():
         with torch.enable_grad(), layers.tapped(number_of(y), once=True) as taps:
             outputs = risk.outputs(x)
