@@ -9,8 +9,11 @@ from typing import Any
 
 import torch
 from avalanche.benchmarks import OnlineCLExperience
+from avalanche.core import BaseSGDPlugin
 from avalanche.models import avalanche_forward
 from avalanche.models.utils import is_multi_task_module
+from avalanche.training.plugins import EvaluationPlugin
+from avalanche.training.templates.base_sgd import BaseSGDTemplate
 from avalanche.training.templates.problem_type import SupervisedProblem
 from avalanche.training.templates.update_type import MetaUpdate
 from torch import Tensor, nn
@@ -229,6 +232,30 @@ def check_backward(strategy: Any) -> None:
             f"{type(strategy).__name__} learns by meta-updates, which never call before_backward, so that a penalty "
             "would do nothing. Take strength 0 to measure only, or a strategy that trains on strategy.loss."
         )
+
+
+def adds_beside_the_loss(strategy: Any, plugin: Any) -> bool:
+    """Whether what `plugin` adds to the gradients after the backward pass trains as a term of the loss would: the loop
+    and the backward pass are Avalanche's, which differentiate `strategy.loss` once and as it is, and no other plugin
+    acts in between, on the loss after this one has seen it or on the gradients before."""
+    kind, place = type(strategy), strategy.plugins.index(plugin)
+    loop = next((one for one in kind.__mro__ if "training_epoch" in vars(one)), kind)
+    if kind.backward is not BaseSGDTemplate.backward or not loop.__module__.startswith("avalanche."):
+        return False
+    if not vars(strategy).keys().isdisjoint({"backward", "training_epoch"}):
+        return False
+    return not any(
+        _acts(other, "after_backward" if number < place else "before_backward")
+        for number, other in enumerate(strategy.plugins) if number != place
+    )
+
+
+def _acts(plugin: Any, hook: str) -> bool:
+    """Whether a plugin does something in a hook; metrics, which the evaluator calls there, change nothing."""
+    if isinstance(plugin, EvaluationPlugin):
+        return False
+    own = vars(plugin).get(hook, getattr(type(plugin), hook, None))
+    return own is not None and own is not getattr(BaseSGDPlugin, hook)
 
 
 def current_space(strategy: Any, selection: Selection = Selection()) -> ParameterSpace:  # noqa: B008  a frozen value

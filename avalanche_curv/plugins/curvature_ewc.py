@@ -52,6 +52,11 @@ class CurvatureEWCPlugin(Configured, SupervisedPlugin):
     With `access_task_boundaries=True` each task is absorbed at its end, with all of its examples. Policies that store
     examples take in whole experiences only, and structures whose sums grow with each part are refused (TypeError).
 
+    Where the loop and the backward pass are Avalanche's own, the gradient is added to that of the loss right after the
+    backward pass, and the value to `strategy.loss`: one pass over the parameters for a diagonal (see
+    `CurvatureRegularizer.add`). Where they are not, or another plugin acts in between (a `before_backward` after this
+    plugin, an `after_backward` before it), the penalty is a term of the loss. Metrics see the same loss and gradients.
+
     It warns once of a penalty that moves no step, with what to try next, and once where an evaluation after an
     experience finds no more of the classes of earlier ones than guessing would, whether metrics are attached or not.
     Neither changes training.
@@ -95,6 +100,7 @@ class CurvatureEWCPlugin(Configured, SupervisedPlugin):
         self._task_ends, self._classes = _bridge.TaskEnds(), EarlierClasses()
         self._said = False  # that nothing is left of earlier classes
         self._in_parts = False  # since a stream was met that hides where its tasks end
+        self._beside = False  # whether gradients are added to after the backward pass, in place of a term of the loss
 
     @property
     def weight(self) -> float:
@@ -129,10 +135,16 @@ class CurvatureEWCPlugin(Configured, SupervisedPlugin):
             "examples, %d of them as much as one experience (examples_per_experience).", self.examples_per_experience
         )
 
+    def before_training_epoch(self, strategy: Any, **kwargs: Any) -> None:
+        self._beside = _bridge.adds_beside_the_loss(strategy, self)
+
     def before_backward(self, strategy: Any, **kwargs: Any) -> None:
-        strategy.loss = strategy.loss + self.regularizer.penalty(strategy.model, strategy.optimizer)
+        if not self._beside:
+            strategy.loss = strategy.loss + self.regularizer.penalty(strategy.model, strategy.optimizer)
 
     def after_backward(self, strategy: Any, **kwargs: Any) -> None:
+        if self._beside and (added := self.regularizer.add(strategy.model, strategy.optimizer)) is not None:
+            strategy.loss = strategy.loss + added  # a number: no graph, no gradient
         self.regularizer.look(strategy.optimizer, strategy.model)
 
     def after_update(self, strategy: Any, **kwargs: Any) -> None:

@@ -2,6 +2,7 @@ import copy
 
 import pytest
 import torch
+from avalanche.training import Naive
 from avalanche.training.plugins import EWCPlugin, ReplayPlugin, SupervisedPlugin
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -19,6 +20,7 @@ from avalanche_curv import (
     Diagonal,
     EmpiricalRisk,
     Fisher,
+    Kronecker,
     Merge,
     Refresh,
     RescaleIfUnstable,
@@ -197,6 +199,75 @@ def test_the_plugin_trains_as_a_regularizer_in_a_loop_of_ones_own(optimizer_of, 
     assert torch.equal(ewc.past.model.anchor, regularizer.past.model.anchor)
     assert ewc.past.refreshes == regularizer.past.refreshes
     assert ewc.weight == regularizer.weight
+
+
+class _Losses(SupervisedPlugin):
+    """The loss of every iteration, as metrics see it."""
+
+    def __init__(self):
+        super().__init__()
+        self.losses = []
+
+    def after_training_iteration(self, strategy, **kwargs):
+        self.losses.append(float(strategy.loss.detach()))
+
+
+class _Looking(SupervisedPlugin):
+    def before_backward(self, strategy, **kwargs):
+        pass
+
+
+@pytest.mark.parametrize("structure", [Diagonal(), Dense(), Kronecker()])
+def test_beside_the_loss_the_penalty_trains_to_the_bit_as_a_term_of_it(structure, net, learner, train, plane):
+    ends = {}
+    for beside in (True, False):
+        ewc, losses = CurvatureEWCPlugin(STRENGTH, structure=structure), _Losses()
+        between = [] if beside else [_Looking()]
+        strategy = train(learner(copy.deepcopy(net), ewc, *between, losses), plane.train_stream)
+        assert ewc._beside is beside
+        ends[beside] = weights(strategy.model), losses.losses
+    assert torch.equal(ends[True][0], ends[False][0])
+    assert ends[True][1] == pytest.approx(ends[False][1], rel=1e-5)
+
+
+class _HalvedGradients(SupervisedPlugin):
+    def after_backward(self, strategy, **kwargs):
+        for parameter in strategy.model.parameters():
+            parameter.grad.mul_(0.5)
+
+
+class _HalvedLoss(SupervisedPlugin):
+    def before_backward(self, strategy, **kwargs):
+        strategy.loss = 0.5 * strategy.loss
+
+
+class _Scaled(Naive):
+    """Differentiates a quarter of the loss, and steps with four times the gradients."""
+
+    def backward(self):
+        (self.loss / 4).backward()
+
+    def optimizer_step(self):
+        for parameter in self.model.parameters():
+            parameter.grad.mul_(4)
+        super().optimizer_step()
+
+
+def test_what_scales_the_loss_or_the_gradients_scales_those_of_the_penalty(net, learner, train, plane):
+    def end(*plugins, lr=0.1, **options):
+        model = copy.deepcopy(net)
+        optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+        return weights(train(learner(model, *plugins, optimizer=optimizer, **options), plane.train_stream).model)
+
+    def ewc():
+        return CurvatureEWCPlugin(STRENGTH, guard=None)
+
+    expected = end(ewc(), lr=0.05)
+    torch.testing.assert_close(end(_HalvedGradients(), ewc()), expected)
+    torch.testing.assert_close(end(ewc(), _HalvedGradients()), expected)
+    torch.testing.assert_close(end(ewc(), _HalvedLoss()), expected)
+    torch.testing.assert_close(end(ewc(), lr=0.05, kind=_Scaled), expected)
+    assert (expected - end(lr=0.05)).abs().max() > 1e-3
 
 
 def test_sparse_adam_is_refused_before_the_first_step(net, learner, train, plane, recorder):

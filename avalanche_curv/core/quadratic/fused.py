@@ -103,8 +103,8 @@ class OnePass:
     def add(self, parameters: Sequence[Tensor | None]) -> float | None:
         """Adds F (θ − a) to the gradients of these parameters θ, and returns δᵀFδ for δ = θ − a; None, with nothing
         done, where that is not possible."""
-        gradients = [p.grad for p in parameters if p is not None and p.grad is not None]
-        if len(gradients) < len(parameters) or not (self._fit(parameters) and self._fit(gradients)):
+        gradients = [None if p is None else p.grad for p in parameters]
+        if not (self._fit(parameters) and self._fit(gradients)):
             return None
         increment_version(gradients)
         return self._passed("add", gradients, parameters)
@@ -121,12 +121,11 @@ class OnePass:
         if not self._usable or torch.get_num_threads() > 1 or torch.compiler.is_compiling() or library() is None:
             return False
         dtype = self.anchor.dtype
-        for tensor, shape in zip(tensors, self.shapes):
-            if tensor is None or type(tensor) not in PLAIN or tensor.layout is not torch.strided:
-                return False
-            if not (tensor.dtype is dtype and tensor.is_cpu and tensor.is_contiguous() and tensor.shape == shape):
-                return False
-        return True
+        return all(
+            type(tensor) in PLAIN and tensor.dtype is dtype and tensor.is_cpu and tensor.layout is torch.strided
+            and tensor.is_contiguous() and tensor.shape == shape
+            for tensor, shape in zip(tensors, self.shapes)
+        )
 
     def _passed(self, what: str, gradients: Sequence[Any], parameters: Sequence[Any]) -> float:
         ours, theirs = (array("Q", map(Tensor.data_ptr, some)) for some in (gradients, parameters))

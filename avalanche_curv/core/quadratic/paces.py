@@ -38,16 +38,21 @@ def descents(*optimizers: torch.optim.Optimizer) -> list[tuple[Descent, frozense
     """The descent of each parameter group, and which trainable parameters it steps, by identity; those of several
     optimizers are counted through. An optimizer that scales its steps by their size, such as Adam, has none; None where
     all do."""
-    descending = [optimizer for optimizer in optimizers if isinstance(optimizer, torch.optim.SGD)]
-    if not descending:
-        return None
     found = []
-    for number, group in enumerate(group for optimizer in descending for group in optimizer.param_groups):
-        momentum = float(group["momentum"])
-        limit = 2 * (1 + momentum) / ((1 + 2 * momentum) if group["nesterov"] else 1)
-        descent = Descent(float(group["lr"]) * (1 - float(group["dampening"])), limit, number)
-        found.append((descent, frozenset(id(p) for p in group["params"] if p.requires_grad)))
-    return found
+    for number, (rate, momentum, dampening, nesterov, *trained) in enumerate(rates(*optimizers)):
+        limit = 2 * (1 + momentum) / ((1 + 2 * momentum) if nesterov else 1)
+        found.append((Descent(rate * (1 - dampening), limit, number), frozenset(trained)))
+    return found or None
+
+
+def rates(*optimizers: torch.optim.Optimizer) -> list[tuple[Any, ...]]:
+    """What decides the `descents`: the learning rate, momentum, dampening and Nesterov's flag of each parameter group
+    of SGD, and which trainable parameters it steps, by identity."""
+    return [
+        (float(group["lr"]), float(group["momentum"]), float(group["dampening"]), bool(group["nesterov"]),
+         *[id(p) for p in group["params"] if p.requires_grad])
+        for optimizer in optimizers if isinstance(optimizer, torch.optim.SGD) for group in optimizer.param_groups
+    ]  # fmt: skip
 
 
 @in_own_precision

@@ -17,6 +17,7 @@ from avalanche_curv.core.options import Fixed, check_number
 from avalanche_curv.core.precision import in_own_precision
 from avalanche_curv.core.quadratic.fused import OnePass
 from avalanche_curv.core.quadratic.model import QuadraticModel, check_first_order, half, times
+from avalanche_curv.core.quadratic.parts import add_to_gradients
 from avalanche_curv.core.risk.parameters import ParameterSpace
 from avalanche_curv.core.structures import Structure
 from avalanche_curv.core.structures.rules import check_pair
@@ -40,7 +41,7 @@ class Penalty:
     @in_own_precision
     def __init__(self, past: QuadraticModel, strength: float) -> None:
         self.of, self._strength = past, math.nan
-        self._value: float | None = None  # q(θ), where it was computed beside the gradient
+        self._value: Tensor | float | None = None  # q(θ) at the last evaluation, where it is known
         self._centred = past = _centre(past) or past
         self.strength = strength
         self.space = past.space
@@ -61,7 +62,7 @@ class Penalty:
         if strength == self._strength:
             return
         self._strength = check_number("strength", strength, at_least=0)
-        if self._centred.curvature.copies_to_scale:
+        if strength == 0 or self._centred.curvature.copies_to_scale:
             self._factor, self._scaled = self._strength, self._centred
         else:
             self._factor, self._scaled = 1.0, self._centred.scaled(self._strength)
@@ -72,51 +73,64 @@ class Penalty:
         return _Penalty.apply(self, *self.space.tensors(model))
 
     @in_own_precision
-    def evaluate(self, parameters: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """strength · q(θ) at these parameters θ, and its gradient strength · (g + C δ) in the shape of each of them."""
+    @torch.no_grad()
+    def gradients(self, parameters: Sequence[Tensor]) -> list[Tensor]:
+        """strength · (g + C δ) at these parameters θ, in the shape of each of them."""
         found = None if self._one_pass is None else self._one_pass.gradient(parameters)
         if found is not None:
-            weighted = half(found[0]) + self.past.constant
-            self._value = weighted / self.strength
-            return self.past.anchor.new_tensor(weighted), found[1]
-        products = self._products(parameters)
-        pairs = zip(self.displacements, products)
-        value = half(torch.stack([d.reshape(-1) @ g.reshape(-1) for d, g in pairs]).sum()) + self.past.constant
-        if self.past.gradient is not None:
-            value = value + self.displacement @ self.past.gradient
-        return (value if self._factor == 1 else self._factor * value), self._with_slope(products)
-
-    @in_own_precision
-    def gradients(self, parameters: Sequence[Tensor]) -> list[Tensor]:
-        """strength · (g + C δ) at these parameters, in the shape of each of them, as `evaluate` returns it."""
-        return self._with_slope(self._products(parameters))
-
-    def add(self, parameters: Mapping[str, Tensor]) -> bool:
-        """Adds strength · ∇q(θ) to the gradients of these parameters θ, by name, where one pass over memory is enough
-        (`OnePass`); otherwise nothing is done, and False returned."""
-        form = None if self._one_pass is None else self._one_pass.add([parameters.get(n) for n in self.space.names])
-        if form is None:
-            return False
-        self._value = (half(form) + self.past.constant) / self.strength
-        return True
-
-    def last(self) -> Tensor:
-        """q(θ), without strength, at the parameters of the last call of `evaluate`, `gradients` or `add`. It may take
-        one more product with C."""
-        if self._value is None:
-            return self._centred.increase(self.displacement) + self._centred.constant
-        return self._centred.anchor.new_tensor(self._value)
-
-    def _products(self, parameters: Sequence[Tensor]) -> list[Tensor]:
-        self._value = None
-        for parameter, anchor, displacement in zip(parameters, self.anchors, self.displacements):
-            torch.sub(parameter, anchor, out=displacement)
-        return self.past.curvature.products(self.displacement, self.space)
-
-    def _with_slope(self, products: list[Tensor]) -> list[Tensor]:
+            self._note(found[0])
+            return found[1]
+        self.move(parameters)
+        products = self.past.curvature.products(self.displacement, self.space)
         if self.past.gradient is not None:
             products = [g.add_(slope) for g, slope in zip(products, self.space.split(self.past.gradient))]
         return products if self._factor == 1 else [g.mul_(self._factor) for g in products]
+
+    def add(
+        self, named: Mapping[str, nn.Parameter], own: Mapping[str, nn.Parameter]
+    ) -> list[Tensor] | None:
+        """Adds strength · ∇q(θ) to the gradients of `own`, which are some of the parameters θ, `named`; a missing
+        gradient counts as zero. Returns what `gradients` would; None where one pass over memory was enough
+        (`OnePass`)."""
+        form = None if self._one_pass is None else self._one_pass.add([own.get(name) for name in self.space.names])
+        if form is not None:
+            self._note(form)
+            return None
+        gradients = self.gradients(self.space.cut(named))
+        add_to_gradients([(own[n], g) for n, g in zip(self.space.names, gradients) if n in own], None)
+        return gradients
+
+    @torch.no_grad()
+    def move(self, parameters: Sequence[Tensor]) -> None:
+        """Takes note of the parameters θ, for `last`."""
+        self._value = None
+        for parameter, anchor, displacement in zip(parameters, self.anchors, self.displacements):
+            torch.sub(parameter, anchor, out=displacement)
+
+    @in_own_precision
+    @torch.no_grad()
+    def last(self, gradients: Sequence[Tensor] | None = None) -> Tensor:
+        """q(θ), without strength, at the parameters of the last call of `gradients`, `add` or `move`: from what that
+        call returned, as long as it is unchanged; without that it may take one more product with C."""
+        centred = self._centred
+        if self._value is None and (gradients is None or self._strength == 0):
+            self._value = centred.increase(self.displacement) + centred.constant
+        elif self._value is None:
+            forms = [d.reshape(-1) @ g.reshape(-1) for d, g in zip(self.displacements, gradients)]
+            form = torch.stack(forms).sum() / self._strength  # (g + C δ)ᵀ δ
+            if centred.gradient is not None:
+                form = form + centred.gradient @ self.displacement
+            self._value = half(form) + centred.constant
+        return self._value if isinstance(self._value, Tensor) else centred.anchor.new_tensor(self._value)
+
+    def weighted(self, gradients: Sequence[Tensor] | None = None) -> Tensor | float:
+        """strength times what `last` returns; a number where one pass over memory found it."""
+        value = self._value
+        return self._strength * (value if isinstance(value, float) else self.last(gradients))
+
+    def _note(self, form: float) -> None:
+        """Keeps q(θ), which one pass found beside the gradient, from strength · δᵀCδ."""
+        self._value = (half(form) + self.past.constant) / self._strength
 
 
 def check_takes_dense_gradients(optimizer: torch.optim.Optimizer) -> None:
@@ -143,9 +157,9 @@ def check_bounded(curvature: Curvature, structure: Structure) -> None:
 class _Penalty(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, penalty: Penalty, *parameters: Tensor) -> Tensor:
-        value, ctx.gradients = penalty.evaluate(parameters)
+        ctx.gradients = penalty.gradients(parameters)
         ctx.types = [parameter.dtype for parameter in parameters]
-        return value
+        return penalty.strength * penalty.last(ctx.gradients)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:

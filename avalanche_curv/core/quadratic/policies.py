@@ -159,7 +159,9 @@ class Drawing(Policy):
 
     def places(self, past: Past, examples: int) -> Int[Tensor, "n"] | None:
         """The sorted places of those of so many examples that are taken in next; None for all."""
-        return None if self.fraction == 1 else random_part(examples, self.fraction, part_seed(self.seed, past.experiences))
+        if self.fraction == 1:
+            return None
+        return random_part(examples, self.fraction, part_seed(self.seed, past.experiences))
 
     def of_all(self) -> Drawing:
         """This policy for examples that were drawn before."""

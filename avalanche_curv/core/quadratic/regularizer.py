@@ -24,7 +24,7 @@ from avalanche_curv.core.options import Configured, Fixed, Forwarded, Setting, c
 from avalanche_curv.core.quadratic.effect import StepEffect, idle
 from avalanche_curv.core.quadratic.estimate import estimate
 from avalanche_curv.core.quadratic.model import QuadraticModel
-from avalanche_curv.core.quadratic.parts import Part, Pull, add_to_gradients
+from avalanche_curv.core.quadratic.parts import Part, add_to_gradients
 from avalanche_curv.core.quadratic.penalty import Penalty, check_bounded, check_takes_dense_gradients
 from avalanche_curv.core.quadratic.policies import Accumulate, Past, Policy
 from avalanche_curv.core.quadratic.stability import (
@@ -116,7 +116,7 @@ class CurvatureRegularizer(Configured):
         policy.check_past(past)
         self._weight = self.strength
         self._last: Tensor | None = None
-        self._evaluated: Penalty | None = None  # in the last step, and not yet asked for its value
+        self._evaluated: Penalty | None = None  # in the last step, and not asked for its value since
         self._updates = 0  # of the current task
         self._guarded: Guarded | None = None  # made from `guard` and `past` when it is needed
         self._weighted: Penalty | None = None  # made from `past`
@@ -132,6 +132,7 @@ class CurvatureRegularizer(Configured):
     def _restart(self) -> None:
         """Before the first step of a task."""
         self._begun = self._unfinished = False
+        self._named: NamedParameters | None = None
         self._parts: weakref.WeakKeyDictionary[Optimizer, Part] = weakref.WeakKeyDictionary()
 
     @property
@@ -206,19 +207,37 @@ class CurvatureRegularizer(Configured):
         `optimizers` are those of the step, for the guard, which does not look without them. Raises RuntimeError where
         this is attached, since the penalty would count twice, and what the guard raises.
         """
-        if self._attached and torch.is_grad_enabled():
-            raise RuntimeError(
-                "This CurvatureRegularizer is attached and adds its gradient before each step: as a term of the loss "
-                "it would count twice. Leave the term out, or call remove() on what attach() returned."
-            )
+        if torch.is_grad_enabled():
+            self._check_alone()
+        if not self._begun:
+            self.begin(model, *optimizers)
+        penalty = self._ready(model, *optimizers)
+        return next(model.parameters()).new_zeros(()) if penalty is None else penalty(model)
+
+    def add(self, model: nn.Module, *optimizers: Optimizer) -> Tensor | float | None:
+        """Adds strength · ∇q(θ) to the gradients of `model`, after its backward pass, and returns strength · q(θ) as a
+        detached scalar or a number; None, with nothing done, without a past and at strength 0.
+
+        It is for use in place of `penalty(model)` as a term of the loss, which trains equal weights and takes two more
+        passes over the parameters. `optimizers` and errors are as there; a missing gradient counts as zero.
+        """
+        self._check_alone()
         if not self._begun:
             self.begin(model, *optimizers)
         penalty = self._ready(model, *optimizers)
         if penalty is None:
-            return next(model.parameters()).new_zeros(())
-        weighted = penalty(model)
-        self._last = weighted.detach() / self._weight
-        return weighted
+            return None
+        if self._named is None or self._named.model is not model:
+            self._named = NamedParameters(model)
+        named = self._named()
+        return penalty.weighted(penalty.add(named, {name: p for name, p in named.items() if p.requires_grad}))
+
+    def _check_alone(self) -> None:
+        if self._attached:
+            raise RuntimeError(
+                "This CurvatureRegularizer is attached and adds its gradient before each step: as a term of the loss "
+                "it would count twice. Leave the term out, or call remove() on what attach() returned."
+            )
 
     def check(self, model: nn.Module, criterion: object, batches: Any, **options: Any) -> None:
         """Raises what would keep a task from being absorbed at its end, as seen on a few of its examples: before it is
@@ -358,7 +377,8 @@ class CurvatureRegularizer(Configured):
         """Copies and pickles are attached to nothing; they know what the guard has decided, which a schedule of
         learning rates would not decide again."""
         last = self.last_penalty
-        return {**self.__dict__, "_last": last, "_weighted": None, "_attached": [], "_seen": (), "_parts": None}
+        forgotten = {"_weighted": None, "_attached": [], "_seen": (), "_named": None, "_parts": None}
+        return {**self.__dict__, "_last": last, **forgotten}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _parts=weakref.WeakKeyDictionary())
@@ -388,18 +408,19 @@ class CurvatureRegularizer(Configured):
         if past is None:
             self._weight, self._last = self.strength, None
             return None
-        self._unprotected.say(past.unprotected(model))
+        if past.frozen:
+            self._unprotected.say(past.unprotected(model))
         if self._guarded is None or self._guarded.past is not past or self._guarded.guard is not self.guard:
             self._guarded = Guarded(self.guard, past)
         self._weight = self._guarded.allowed(self.strength, model, *optimizers)
-        if self._weight == 0:
-            self._last = past(model)
-            return None
         if self._weighted is None or self._weighted.of is not past:
-            for optimizer in optimizers:
-                check_takes_dense_gradients(optimizer)
             self._weighted = Penalty(past, self._weight)
-        self._weighted.strength = self._weight
+        self._evaluated, self._weighted.strength = self._weighted, self._weight
+        if self._weight == 0:
+            self._weighted.move(past.space.tensors(model))
+            return None
+        for optimizer in optimizers:
+            check_takes_dense_gradients(optimizer)
         return self._weighted
 
     def _add(self, optimizer: Optimizer, named: NamedParameters, evaluation: int) -> Tensor | None:
@@ -416,10 +437,15 @@ class CurvatureRegularizer(Configured):
                 self._unfinished = True
             self._parts.clear()
             penalty, own = self._due(named, optimizers)
-            if penalty is not None and len(optimizers) == 1 and not evaluation and scale is None and penalty.add(own):
+            if penalty is not None and len(optimizers) == 1 and not evaluation and scale is None:
+                penalty.add(named(), own)
                 self.look(optimizer, model)
                 return None
-            pulls, value = ([], None) if penalty is None else self._pulls(penalty, named, own, valued=evaluation > 0)
+            pulls = []
+            if penalty is not None:
+                gradients = penalty.gradients(penalty.space.cut(named()))
+                pulls = [(own[name], g) for name, g in zip(penalty.space.names, gradients) if name in own]
+                value = self._weight * penalty.last(gradients) if evaluation else None
             for one in optimizers if evaluation == 0 else (optimizer,):
                 self._parts[one] = Part.of(one, pulls)
             part = self._parts.pop(optimizer)
@@ -437,19 +463,8 @@ class CurvatureRegularizer(Configured):
         parameters that these optimisers train."""
         stepped = stepped_by(*optimizers)
         own = {name: p for name, p in named().items() if p.requires_grad and id(p) in stepped}
-        if all(p.grad is None for p in own.values()):
-            return None, own
-        self._evaluated = self._ready(named.model, *optimizers)
-        return self._evaluated, own
-
-    def _pulls(
-        self, penalty: Penalty, named: NamedParameters, own: dict[str, nn.Parameter], valued: bool
-    ) -> tuple[list[Pull], Tensor | None]:
-        """The parameters of `own` and the gradients of the penalty in them; and its value, where that is asked for."""
-        with torch.no_grad():
-            parameters = penalty.space.cut(named())
-            value, gradients = penalty.evaluate(parameters) if valued else (None, penalty.gradients(parameters))
-        return [(own[name], g) for name, g in zip(penalty.space.names, gradients) if name in own], value
+        idle = all(p.grad is None for p in own.values())
+        return None if idle else self._ready(named.model, *optimizers), own
 
     def _finish(self, model: nn.Module) -> None:
         """Ends an update, of which every optimiser has made its part."""
@@ -469,8 +484,9 @@ class CurvatureRegularizer(Configured):
         if revised is not self.past:
             self.past = self._own = revised
 
-    def _see(self, model: nn.Module, optimizers: Iterable[Optimizer]) -> None:
-        self._seen = (weakref.ref(model), *map(weakref.ref, optimizers))
+    def _see(self, model: nn.Module, optimizers: tuple[Optimizer, ...]) -> None:
+        if [one() for one in self._seen] != [model, *optimizers]:
+            self._seen = (weakref.ref(model), *map(weakref.ref, optimizers))
 
     def _suggested(self) -> StrengthSuggestion:
         """Strengths to try with the optimisers of the last step: those of the one that allows the least."""

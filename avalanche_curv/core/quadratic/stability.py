@@ -18,7 +18,7 @@ from avalanche_curv.core.arguments import takes
 from avalanche_curv.core.eigen import largest_of_products
 from avalanche_curv.core.options import Fixed, check_kind, check_number, settle
 from avalanche_curv.core.quadratic.model import QuadraticModel
-from avalanche_curv.core.quadratic.paces import AT_REST, Descent, adam_paces, descents
+from avalanche_curv.core.quadratic.paces import AT_REST, Descent, adam_paces, descents, rates
 from avalanche_curv.core.quadratic.policies import Past
 from avalanche_curv.core.risk.parameters import canonical_name
 
@@ -193,7 +193,7 @@ class Guarded:
         self.guard, self.past = guard, past
         self._passed = guard is None
         self._bound = math.inf  # of the strength, by the guard
-        self._seen: object = None  # groups and strength for which the answer is known
+        self._seen: object = None  # strength and rates for which the answer is known
         self._sharpness: float | None = None
         self._scaled: tuple[tuple[float, ...], float, int | None] | None = None
 
@@ -201,8 +201,11 @@ class Guarded:
         """The strength for the next step of `model`, of which each of the `optimizers` makes a part: at most
         `strength`. Without optimizers the guard is not asked. Raises what the guard raises."""
         strength = min(strength, self._bound)
-        groups = None if self._passed or strength <= 0 else descents(*optimizers)
-        if self.guard is None or groups is None or (groups, strength) == self._seen:
+        if self.guard is None or self._passed or strength <= 0:
+            return strength
+        known = strength, rates(*optimizers)
+        groups = None if known == self._seen else descents(*optimizers)
+        if groups is None:
             return strength
         found = self._stability(strength, groups, model)
         if found is not None and found.diverges:
@@ -210,7 +213,7 @@ class Guarded:
             self._passed = allowed == strength
             self._bound = self._bound if self._passed else min(allowed, self._bound)
             strength = allowed
-        self._seen = groups, strength
+        self._seen = known
         return strength
 
     def renewed(self, past: QuadraticModel) -> Guarded:

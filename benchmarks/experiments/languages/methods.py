@@ -214,7 +214,8 @@ class Merged(Seen):
         """By the chain rule: its gradient is that of Σ ⟨∇q, W + B A⟩ with ∇q constant."""
         own = {f"{name}.weight": module.weight for name, module in model.named_modules() if isinstance(module, Adapted)}
         weights = penalty.space.cut(own)
-        value, slopes = penalty.evaluate([weight.detach() for weight in weights])
+        slopes = penalty.gradients([weight.detach() for weight in weights])
+        value = penalty.strength * penalty.last(slopes)
         along = torch.stack([(slope * weight).sum() for slope, weight in zip(slopes, weights)]).sum()
         return value + along - along.detach()
 

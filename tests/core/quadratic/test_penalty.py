@@ -105,9 +105,11 @@ def test_slope_outside_the_range_of_the_curvature_keeps_its_value(curvature: flo
     model, (past,) = model_and_quadratics(1, torch.float32)
     flat, slope = torch.full_like(past.anchor, curvature), torch.full_like(past.anchor, 0.05)
     sloped = QuadraticModel(past.space, past.anchor, DiagonalMatrix(flat), slope)
-    penalty = Penalty(sloped, strength=1.0)
+    penalty = Penalty(sloped, strength=2.0)
     assert penalty.past.gradient is not None
-    torch.testing.assert_close(penalty(model), sloped(model))
+    torch.testing.assert_close(penalty(model), 2 * sloped(model))
+    gradients = penalty.gradients(list(model.parameters()))
+    torch.testing.assert_close(penalty.weighted(gradients), 2 * sloped(model))
 
 
 @pytest.mark.parametrize(
@@ -132,5 +134,7 @@ def test_strength_goes_into_the_curvature_of_every_structure_that_scales_without
         torch.testing.assert_close(
             gradients(penalty(model), model), strength * gradients(past.penalty(model), model), rtol=1e-12, atol=1e-12
         )
+        penalty.gradients(list(model.parameters()))
+        torch.testing.assert_close(penalty.last(), past(model), rtol=1e-12, atol=1e-12)
     with pytest.raises(ValueError, match="strength must be a finite number"):
         penalty.strength = float("nan")

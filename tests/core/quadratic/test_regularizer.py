@@ -84,6 +84,22 @@ def added(model, optimizers_of, regularizer, train=plain):
     return weights(model)
 
 
+def beside(model, optimizers_of, regularizer):
+    """The weights after training with the penalty's gradient added after each backward pass."""
+    model, regularizer = copy.deepcopy((model, regularizer))
+    optimizers = optimizers_of(model)
+    for _, (x, y) in zip(range(STEPS), 3 * batches_of(2)):
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        cross_entropy(model(x), y).backward()
+        value = regularizer.add(model, *optimizers)
+        assert float(value) == pytest.approx(STRENGTH * float(regularizer.past.model(model)), rel=1e-10)
+        assert float(regularizer.last_penalty) == pytest.approx(float(value) / STRENGTH, rel=1e-12)
+        for optimizer in optimizers:
+            optimizer.step()
+    return weights(model)
+
+
 def attached(model, optimizers_of, regularizer, train=plain):
     """The weights after training with the penalty attached to each optimiser."""
     model, regularizer = copy.deepcopy((model, regularizer))
@@ -116,10 +132,11 @@ def layers(model):
     ],
     ids=["sgd", "momentum", "adam", "adamw", "groups", "two optimizers", "one of two layers"],
 )  # fmt: skip
-def test_attached_and_added_to_the_loss_train_equal_weights(structure, optimizers_of, model):
+def test_attached_beside_the_loss_and_added_to_it_train_equal_weights(structure, optimizers_of, model):
     regularizer = with_past(model, structure=structure)
     found = attached(model, optimizers_of, regularizer)
     assert torch.equal(found, added(model, optimizers_of, regularizer))
+    assert torch.equal(found, beside(model, optimizers_of, regularizer))
     without = copy.deepcopy(model)
     plain(without, optimizers_of(without))
     assert (found - weights(without)).abs().max() > 1e-3
@@ -356,8 +373,10 @@ def test_a_parameter_without_a_gradient_gets_that_of_the_penalty(make):
     with regularizer.attach(optimizer, model):
         optimizer.step()  # without any gradient
     assert torch.equal(weights(model), before)
+    assert torch.equal(beside(model, *ways), added(model, *ways))
     model.heads[0].requires_grad_(False)
     assert torch.equal(attached(model, *ways), added(model, *ways))
+    assert torch.equal(beside(model, *ways), added(model, *ways))
 
 
 def test_parameters_that_come_later_to_an_optimizer_or_grow_have_their_part(model):
@@ -405,6 +424,7 @@ def test_strength_0_trains_as_without_and_measures(optimizers_of, model):
         plain(model, [optimizer])
         assert regularizer.weight == 2
     assert fresh().penalty(model) == 0
+    assert fresh().add(model) is None
 
 
 ADAPTIVE = AdaptiveRefresh(trust=AbsoluteError(1e-4), fraction=0.5, every=2)
@@ -671,6 +691,8 @@ def test_what_cannot_work_is_refused_with_the_remedy(model):
     with regularizer.attach(optimizer, model):
         with pytest.raises(RuntimeError, match=r"count twice\. Leave the term out"):
             regularizer.penalty(model)
+        with pytest.raises(RuntimeError, match=r"count twice\. Leave the term out"):
+            regularizer.add(model)
         with torch.no_grad():
             assert regularizer.penalty(model) > 0  # to look at
         regularizer.past = Past()
