@@ -6,10 +6,12 @@ import torch
 from avalanche.training.plugins import SupervisedPlugin
 from torch import nn
 from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader
 
 from avalanche_curv import (
     GGN,
     AbsoluteError,
+    Accumulate,
     AdaptiveRefresh,
     BlockDiagonal,
     CurvatureEWCPlugin,
@@ -19,8 +21,11 @@ from avalanche_curv import (
     Kronecker,
     LowRank,
     MatrixFree,
+    Merge,
     NonFiniteCurvatureError,
+    Past,
     Rank,
+    Refresh,
     RelativeError,
     RescaleIfUnstable,
     StopIfUnstable,
@@ -31,6 +36,7 @@ from avalanche_curv import (
     penalty_metrics,
 )
 from avalanche_curv.core.quadratic.adaptive import memory_loss, predicted_loss
+from avalanche_curv.plugins import _bridge
 
 
 def adaptive(strength=1.0, trust=RelativeError(2e-3), structure=Dense(), **options):  # noqa: B008
@@ -159,6 +165,29 @@ def test_a_rate_that_rises_later_is_seen_by_the_guard(net, learner, train, plane
     with pytest.raises(UnstablePenaltyError):
         strategy.train(plane.train_stream[1])
     assert strategy.clock.train_exp_iterations == 2
+
+
+@pytest.mark.parametrize("policy", [
+    AdaptiveRefresh(fraction=0.25, seed=3), Refresh(0.25, 3), Accumulate(0.25, 3), Merge(0.9, 0.25, 3)
+])  # fmt: skip
+def test_only_what_a_policy_keeps_is_loaded_at_the_end(net, learner, train, plane, monkeypatch, policy):
+    loaded = []
+    monkeypatch.setattr(_bridge, "loader", lambda data, size: loaded.append(len(data)) or DataLoader(data, size))
+    parts, others = [], []
+
+    class Spy(SupervisedPlugin):
+        def before_training_exp(self, strategy, **kwargs):
+            loaded.clear()
+
+        def after_training_exp(self, strategy, **kwargs):
+            parts.append(max(loaded))
+            whole = _bridge.current_risk(strategy, 256)
+            others.append(policy.absorb(others[-1] if others else Past(), whole, ewc.curvature, ewc.structure))
+            torch.testing.assert_close(ewc.past.model.curvature.dense(), others[-1].model.curvature.dense())
+
+    ewc = CurvatureEWCPlugin(0.0, policy=policy)
+    train(learner(net, ewc, Spy()), plane.train_stream)
+    assert parts == [12, 12, 12]
 
 
 @pytest.mark.parametrize("every", [1, 4, 1000])

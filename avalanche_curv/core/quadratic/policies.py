@@ -159,9 +159,8 @@ class Drawing(Policy):
 
     def places(self, past: Past, examples: int) -> Int[Tensor, "n"] | None:
         """The sorted places of those of so many examples that are taken in next; None for all."""
-        if self.fraction == 1:
-            return None
-        return random_part(examples, self.fraction, part_seed(self.seed, past.experiences))
+        seed = part_seed(self.seed, past.experiences)
+        return None if self.fraction == 1 else random_part(examples, self.fraction, seed)
 
     def of_all(self) -> Drawing:
         """This policy for examples that were drawn before."""

@@ -32,6 +32,7 @@ from avalanche_curv import (
     Rank,
     Refresh,
     RelativeError,
+    SlopeAlone,
     estimate,
 )
 from avalanche_curv.core.risk.selection import Selection
@@ -93,7 +94,10 @@ def test_the_penalty_is_the_same_to_the_bit(structure, net):
 
 @pytest.mark.parametrize(
     "policy",
-    [Refresh(fraction=0.5, gradient=True), AdaptiveRefresh(RelativeError(1e-6), every=1, fraction=0.5)],
+    [
+        Refresh(fraction=0.5, gradient=True), AdaptiveRefresh(RelativeError(1e-6), every=1, fraction=0.5),
+        AdaptiveRefresh(RelativeError(1e-6), every=1, fraction=0.5, renew=SlopeAlone(4)),
+    ],
     ids=str,
 )
 def test_stored_examples_go_on_as_they_would_have(policy, net):
