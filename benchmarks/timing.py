@@ -19,6 +19,8 @@ from benchmarks.harness.options import Options, positive
 Key = TypeVar("Key")
 Times = dict[str, list[float]]
 """Seconds of each work, one for each round."""
+Pair = tuple[Callable[[], float], Callable[[], float]]
+"""The seconds of a reference, and of some work."""
 
 
 @dataclass(frozen=True)

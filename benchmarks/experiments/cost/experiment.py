@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
@@ -45,9 +45,12 @@ from benchmarks.experiments.cost.models import (
     digits,
 )
 from benchmarks.experiments.cost.peers import Batches, Peer, absent, installed, peer_of
+from benchmarks.experiments.cost.scale import Scaling, scaled, scalings
 from benchmarks.experiments.languages.experiment import SETTINGS
-from benchmarks.harness import Context, Experiment, Options, Record
+from benchmarks.harness import Context, Experiment, Record
+from benchmarks.harness.options import one_of
 from benchmarks.timing import (
+    Pair,
     Repetitions,
     Stopwatch,
     batches_of,
@@ -59,13 +62,12 @@ from benchmarks.timing import (
     perturb,
 )
 
+MODELS, SCALE = PARTS = ("models", "scale")
 FEW = 1000  # examples of the structures that look at rows
 FEWER = 1  # windows of the kinds that take a backward pass for each token and class
 DIGITS = 500
 TRAINING_STEPS = 100
 LANGUAGE = SETTINGS["small"]
-Pair = tuple[Callable[[], float], Callable[[], float]]
-"""The seconds of a reference, and of some work."""
 
 
 @dataclass(frozen=True)
@@ -108,18 +110,36 @@ class Config:
     cost: float = 1.0
 
 
+@dataclass(frozen=True)
+class CostOptions(Repetitions):
+    """What is priced."""
+
+    part: Annotated[str, one_of("part", PARTS)] = MODELS
+    """models: every curvature and structure on some models, beside other tools; scale: each way to keep the past on
+    networks and pasts that grow"""
+
+
 class Cost(Experiment):
     """Build time in gradient passes, step time in steps of Naive, bytes, and distance from the exact matrix."""
 
     name = "cost"
-    options_type = Repetitions
+    options_type = CostOptions
     jobs = 1  # a second one would disturb the times
 
-    def configs(self, options: Options) -> Sequence[Config]:
+    def variant(self, options: CostOptions) -> str:
+        return "" if options.part == MODELS else options.part
+
+    def configs(self, options: CostOptions) -> Sequence[Config | Scaling]:
+        if options.part == SCALE:
+            return [config.quick() for config in scalings()] if options.quick else scalings()
         return [_quick(config) for config in grid()] if options.quick else grid()
 
-    def run(self, config: Config, seed: int, context: Context) -> Iterator[Record]:
-        """Prices on the model, sizes, and errors on the small one; `row` names the work."""
+    def run(self, config: Config | Scaling, seed: int, context: Context) -> Iterator[Record]:
+        """Prices on the model, sizes, and errors on the small one; `row` names the work. Of what is scaled see
+        `scaled`."""
+        if isinstance(config, Scaling):
+            yield from scaled(config)
+            return
         model = config.model.build().eval()
         batches, peers = [config.model.examples(8)], []
         for peer in (peer_of(tool.title) for tool in config.peers):

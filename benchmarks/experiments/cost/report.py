@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.experiments.cost.scale_report import scale_report
 from benchmarks.harness.tables import Column, table
 
 if TYPE_CHECKING:
@@ -37,7 +38,10 @@ Fisher) on a small model of the family, trained for 100 steps on 500 digits. Goa
 
 
 def report(results: Results, out: Path) -> str:
-    """Markdown: a table for each model, then how to get the peers that were not there."""
+    """Markdown: a table for each model, then how to get the peers that were not there; of what is scaled see
+    `scale_report`."""
+    if "keeping" in results.headers[0]["config"]:
+        return scale_report(results, out)
     parts = [HEAD]
     for one in results.each():
         parts += [_heading(one), _table(one)]
