@@ -23,7 +23,7 @@ def merged_parameters(
     *,
     damping: float = 0.0,
     tolerance: float = 1e-6,
-    max_products: int = 1000,
+    max_products: int = 5000,
 ) -> dict[str, Tensor]:
     """The parameters of one network in the place of several that were trained apart, by name, for
     `model.load_state_dict(found, strict=False)`: those at which the sum of the quadratic models of their losses is

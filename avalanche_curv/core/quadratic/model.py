@@ -111,7 +111,7 @@ class QuadraticModel(OneLine, Saved):
 
     @in_own_precision
     def minimiser(
-        self, damping: float | Damping = 0.0, *, tolerance: float = 1e-6, max_products: int = 1000
+        self, damping: float | Damping = 0.0, *, tolerance: float = 1e-6, max_products: int = 5000
     ) -> dict[str, Tensor]:
         """The parameters at which q(θ) + ½ τ ‖θ − a‖² is least, by name: `model.load_state_dict(found, strict=False)`.
 

@@ -1,4 +1,4 @@
-"""Strengths for the other experiments, chosen on seeds that they never report."""
+"""Strengths for the other experiments, and dampings, chosen on seeds that they never report."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 from benchmarks.experiments.ewc_hessian import experiment as ewc_hessian
+from benchmarks.experiments.merging import experiment as merging
 from benchmarks.experiments.refresh import experiment as refresh
 from benchmarks.experiments.trust_region import experiment as trust_region
 from benchmarks.harness import Context, Experiment, Options, Record
@@ -56,6 +57,12 @@ TARGETS = {
     ),
     "ewc_hessian": Target(ewc_hessian.experiment, "average_accuracy", _tried_of_matrix, _with_method),
     "trust_region": Target(trust_region.experiment, "average_accuracy", _tried_of_refresh_per_task, _with_method),
+    "merging": Target(
+        merging.experiment,
+        "accuracy",
+        lambda config: config.tried,
+        lambda config, damping: replace(config, damping=damping, tried=()),
+    ),
 }
 
 

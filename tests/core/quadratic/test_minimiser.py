@@ -287,7 +287,7 @@ def test_merging_sees_no_slope_where_all_networks_are_flat():
 
 
 def test_what_curves_less_than_its_rounding_is_averaged_and_no_error():
-    """In single precision 2e-6 beside 1 is none: a sum of such models has a minimum, though its slope has a part there."""
+    """In single precision 2e-6 beside 1 is none; a sum has a minimum all the same, with a slope there but for it."""
     models = [
         QuadraticModel(ON_A_PLANE, torch.tensor(anchor), DenseMatrix(torch.tensor([1.0, curved]).diag()))
         for anchor, curved in (([0.0, 0.0], 2e-6), ([1e-3, 10.0], 1e-6))
