@@ -74,7 +74,7 @@ def fidelity_metrics(
 
     A measurement takes, for each past experience at its own anchor and once more for all at the newest, a forward and a
     backward pass over its stored examples and a product of each one's Jacobian with θ − anchor: of a multilayer
-    perceptron, with ten past experiences, 1.7 and 1.3 gradient passes over all stored examples, and more of other
+    perceptron, with ten past experiences, 1.6 and 1.4 gradient passes over all stored examples, and more of other
     models. Accuracies take a forward pass over up to 1,000 examples of each task. With a tenth of t past tasks stored
     and n iterations an epoch, one measurement thus takes as long as some 0.3 t n steps of training: 100 for three tasks
     of 100 batches, so that `every=1000` makes it a tenth; a smaller `fraction` makes it cheaper in proportion.

@@ -238,16 +238,14 @@ def adds_beside_the_loss(strategy: Any, plugin: Any) -> bool:
     """Whether what `plugin` adds to the gradients after the backward pass trains as a term of the loss would: the loop
     and the backward pass are Avalanche's, which differentiate `strategy.loss` once and as it is, and no other plugin
     acts in between, on the loss after this one has seen it or on the gradients before."""
-    kind, place = type(strategy), strategy.plugins.index(plugin)
+    kind, plugins = type(strategy), list(strategy.plugins)
     loop = next((one for one in kind.__mro__ if "training_epoch" in vars(one)), kind)
-    if kind.backward is not BaseSGDTemplate.backward or not loop.__module__.startswith("avalanche."):
+    plain = getattr(kind, "backward", None) is BaseSGDTemplate.backward and loop.__module__.startswith("avalanche.")
+    if not plain or not vars(strategy).keys().isdisjoint({"backward", "training_epoch"}) or plugin not in plugins:
         return False
-    if not vars(strategy).keys().isdisjoint({"backward", "training_epoch"}):
-        return False
-    return not any(
-        _acts(other, "after_backward" if number < place else "before_backward")
-        for number, other in enumerate(strategy.plugins) if number != place
-    )
+    place = plugins.index(plugin)
+    earlier = any(_acts(other, "after_backward") for other in plugins[:place])
+    return not earlier and not any(_acts(other, "before_backward") for other in plugins[place + 1 :])
 
 
 def _acts(plugin: Any, hook: str) -> bool:

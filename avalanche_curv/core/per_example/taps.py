@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import islice
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from avalanche_curv.core.per_example import layer_kinds
@@ -48,12 +46,6 @@ class Tap:
     def squares(self, columns: Sequence[Any], examples: int) -> dict[str, Tensor]:
         """Σ_r Σ_i (∇s_ir)² by the parameters' names in the layer, from the sensitivity to each s_r."""
         return layer_kinds.squares(self.layer, self.inputs, columns, examples)
-
-    @cached_property
-    def input_squares(self) -> Float[Tensor, "5 N"]:
-        """a·a, a'·a', a·a', a'·e and e·e for inputs that do not change: a' = a and e = 0."""
-        squares, zeros = torch.linalg.vecdot(self.inputs, self.inputs), self.inputs.new_zeros(len(self.inputs))
-        return torch.stack([squares, squares, squares, zeros, zeros])
 
 
 class Tied(nn.Module):

@@ -1,5 +1,5 @@
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -21,6 +21,7 @@ from avalanche_curv.core.fidelity.measures import Comparison, Fidelity, Gradient
 from avalanche_curv.core.fidelity.monitor import PastModels, example_models
 from avalanche_curv.core.per_example.layers import linear_layers
 from avalanche_curv.core.risk import jacobians
+from avalanche_curv.core.risk.alike import same_function
 
 
 def nearby(risk, size=0.3, seed=0):
@@ -292,6 +293,20 @@ def test_models_by_layers_equal_those_on_any_model_and_on_paper(perceptron, kind
                 close(*(getattr(getattr(found, form), measure) for found in (a, b)))
     matrices = known.paper.ggns if kind == GGN() else known.paper.empirical_fishers
     assert_explicit(a, known.paper, matrices, theta, close)
+    moved = known.risk.space.split(nearby(known.risk, seed=2))
+    with known.risk.holding(moved):
+        later = new_problem(copy.deepcopy(known.risk.base), "cross_entropy", seed=1, examples=3).risk
+    risks = known.risk, later, replace(later, forward=lambda model, inputs: 2 * model(inputs), verdicts={})
+    assert [same_function(known.risk, risk) for risk in risks] == [True, True, False]
+    together = LayerwiseModels(kind, *((risk, linear_layers(risk)) for risk in risks))
+    for seed in range(2):
+        theta = nearby(known.risk, seed=seed)
+        parts = together.compare(theta).split([4, 3, 3])
+        for part, risk in zip(parts, risks):
+            expected = OutputModels(kind, risk).compare(theta)
+            for form in ("quadratic", "linear"):
+                for measure in ("actual", "increase", "gamma", "alpha"):
+                    close(*(getattr(getattr(found, form), measure) for found in (part, expected)))
 
 
 def test_measures_carry_no_graph_and_work_under_no_grad(architecture, problem, close):
