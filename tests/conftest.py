@@ -8,6 +8,7 @@ import pytest
 import torch
 from threadpoolctl import threadpool_limits
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 EXPERIENCES = 3
 
@@ -235,3 +236,22 @@ def equal_to_rounding(actual, expected, tolerance=1e-10):
 def close():
     """Equality to 1e-10."""
     return equal_to_rounding
+
+
+class Reads(TorchDispatchMode):
+    """Counts what makes a device wait: numbers that are read of it, and results whose size it decides."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        named = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero")
+        self.count += any(name in str(function) for name in named)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.fixture(scope="session")
+def reading():
+    """`with reading() as reads:` counts in `reads.count` what makes a device wait."""
+    return Reads

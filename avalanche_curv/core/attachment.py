@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -63,7 +64,8 @@ class Attachment:
             if not skips_step(optimizer):
                 after(optimizer)
 
-        hooks = optimizer.register_step_pre_hook(first), optimizer.register_step_post_hook(last)
+        eager = torch.compiler.disable  # a compiled `step` is one graph between both hooks
+        hooks = optimizer.register_step_pre_hook(eager(first)), optimizer.register_step_post_hook(eager(last))
         return cls(owner, weakref.ref(optimizer), weakref.ref(model), hooks)
 
     def remove(self) -> None:

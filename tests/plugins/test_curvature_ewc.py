@@ -21,11 +21,14 @@ from avalanche_curv import (
     EmpiricalRisk,
     Fisher,
     Kronecker,
+    LowRank,
     Merge,
+    Rank,
     Refresh,
     RescaleIfUnstable,
     estimate,
 )
+from avalanche_curv.core.quadratic import fused
 
 STRENGTH = 8.0
 
@@ -228,6 +231,26 @@ def test_beside_the_loss_the_penalty_trains_to_the_bit_as_a_term_of_it(structure
         ends[beside] = weights(strategy.model), losses.losses
     assert torch.equal(ends[True][0], ends[False][0])
     assert ends[True][1] == pytest.approx(ends[False][1], rel=1e-5)
+
+
+@pytest.mark.parametrize("structure", [Diagonal(), Dense(), BlockDiagonal(), Kronecker(), LowRank(Rank(2))], ids=type)
+def test_a_step_reads_nothing_of_the_device(structure, net, learner, train, plane, reading, monkeypatch):
+    monkeypatch.setattr(fused, "library", lambda: None)  # as on other devices
+    ewc, found = CurvatureEWCPlugin(STRENGTH, structure=structure, guard=None), []
+
+    def counted(hook):
+        def run(strategy, **kwargs):
+            with reading() as reads:
+                hook(strategy, **kwargs)
+            if strategy.clock.train_exp_iterations:  # the first step makes what others use
+                found.append(reads.count)
+
+        return run
+
+    ewc.after_backward, ewc.after_update = counted(ewc.after_backward), counted(ewc.after_update)
+    train(learner(net, ewc), plane.train_stream[:2])
+    assert ewc._beside
+    assert found == [0] * 8
 
 
 class _HalvedGradients(SupervisedPlugin):

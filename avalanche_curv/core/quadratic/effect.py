@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from avalanche_curv.core.quadratic.model import QuadraticModel
 from avalanche_curv.core.quadratic.paces import share_of_step
@@ -27,12 +27,18 @@ class StepEffect:
         self._updates, self._largest = 0, -math.inf
 
     def look(
-        self, optimizer: torch.optim.Optimizer, model: nn.Module, past: QuadraticModel, strength: float
+        self,
+        optimizer: torch.optim.Optimizer,
+        model: nn.Module,
+        past: QuadraticModel,
+        strength: float,
+        scale: float | Tensor = 1.0,
     ) -> None:
-        """To be called at each update with such a penalty, when all gradients are there."""
+        """To be called at each update with such a penalty, when all gradients are there: `scale` times what they
+        are."""
         self._updates += 1
         if self._updates >= FIRST_LOOK and self._updates & (self._updates - 1) == 0:
-            share = share_of_step(optimizer, model, past, strength)
+            share = share_of_step(optimizer, model, past, float(scale) * strength)
             self._largest = math.inf if math.isnan(share) else max(self._largest, share)
 
     def negligible(self) -> float | None:

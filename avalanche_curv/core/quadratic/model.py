@@ -265,7 +265,12 @@ def wider(old: Tensor, new: Tensor) -> Float[Tensor, "0"]:
 
 def times(gradient: Tensor, scale: Tensor) -> Tensor:
     """The product, without touching the gradient where the scale is known to be one."""
-    return gradient if scale.device.type == "cpu" and scale.item() == 1 else gradient * scale
+    return gradient if is_one(scale) else gradient * scale
+
+
+def is_one(scale: Tensor) -> bool:
+    """Whether a scalar is known to be one: other devices than the CPU are not waited for."""
+    return scale.device.type == "cpu" and scale.item() == 1
 
 
 def half(quadratic_form: Number) -> Number:

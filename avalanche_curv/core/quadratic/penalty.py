@@ -16,7 +16,7 @@ from avalanche_curv.core.curvature.base import Curvature
 from avalanche_curv.core.options import Fixed, check_number
 from avalanche_curv.core.precision import in_own_precision
 from avalanche_curv.core.quadratic.fused import OnePass
-from avalanche_curv.core.quadratic.model import QuadraticModel, check_first_order, half, times
+from avalanche_curv.core.quadratic.model import QuadraticModel, check_first_order, half, is_one
 from avalanche_curv.core.quadratic.parts import add_to_gradients
 from avalanche_curv.core.risk.parameters import ParameterSpace
 from avalanche_curv.core.structures import Structure
@@ -170,7 +170,9 @@ class _Penalty(torch.autograd.Function):
                 "backward pass, or use QuadraticModel.penalty, which keeps its gradient."
             )
         gradients, ctx.gradients = ctx.gradients, None
-        return None, *(times(part, grad_outputs[0]).to(dtype) for part, dtype in zip(gradients, ctx.types))
+        if not is_one(grad_outputs[0]):
+            gradients = [part * grad_outputs[0] for part in gradients]
+        return None, *(part.to(dtype) for part, dtype in zip(gradients, ctx.types))
 
 
 def _in_one_pass(past: QuadraticModel) -> OnePass | None:

@@ -162,6 +162,10 @@ class CurvatureRegularizer(Configured):
           once, before the first of them steps, and each adds the part of its own parameters. Attached again to an
           optimiser of the same parameters, as to a new one for each task, it leaves the old one.
         - DistributedDataParallel: it is added after gradients were averaged, and equal on every rank.
+        - `torch.compile`: a compiled model stays one graph, and so does what a compiled `optimizer.step` does to the
+          parameters, between this and what follows the step.
+        - Other devices: from the second step of a task on none waits for them, but for the look at updates 8, 16, 32,
+          ..., at what the penalty does, for `AdaptiveRefresh`, and for a scaler's verdict where the optimiser is fused.
 
         A parameter without a gradient gets that of the penalty; a step where no parameter has one is left alone, and so
         are parameters that no optimiser steps. `policy.revise` is called after each step.
@@ -333,11 +337,11 @@ class CurvatureRegularizer(Configured):
         self._updates += 1
         self._revise(model)
 
-    def look(self, optimizer: Optimizer, model: nn.Module, scale: float = 1.0) -> None:
+    def look(self, optimizer: Optimizer, model: nn.Module, scale: float | Tensor = 1.0) -> None:
         """Looks at the part of the penalty in the next step, when all gradients are there: `scale` times what they are.
         Called by itself where this is attached."""
         if self.past.model is not None and self._weight > 0:
-            self._effect.look(optimizer, model, self.past.model, scale * self._weight)
+            self._effect.look(optimizer, model, self.past.model, self._weight, scale)
 
     def state_dict(self) -> State:
         """What is known between two steps, as tensors, numbers, strings, tuples and dictionaries, for `torch.save`: the
@@ -453,7 +457,7 @@ class CurvatureRegularizer(Configured):
                 waiting.wait()
         add_to_gradients(part.pulls, scale)
         if part.pulls and evaluation <= 1:
-            self.look(optimizer, model, 1.0 if scale is None else float(scale))
+            self.look(optimizer, model, 1.0 if scale is None else scale)
         return value
 
     def _due(
