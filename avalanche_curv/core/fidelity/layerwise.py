@@ -139,13 +139,14 @@ class _Truth(NamedTuple):
 
     def part(self, which: slice) -> _Truth:
         """That of some of the examples."""
-        return _Truth(*([each[which] for each in of] for of in self[:3]), self.loss[which])
+        inputs, outputs, slopes = ([each[which] for each in of] for of in self[:3])
+        return _Truth(inputs, outputs, slopes, self.loss[which])
 
     @classmethod
     def joined(cls, parts: Sequence[_Truth]) -> _Truth:
         """That of the examples of all parts."""
-        layers = ([torch.cat(of) for of in zip(*each)] for each in zip(*(part[:3] for part in parts)))
-        return cls(*layers, torch.cat([part.loss for part in parts]))
+        inputs, outputs, slopes = ([torch.cat(of) for of in zip(*each)] for each in zip(*(part[:3] for part in parts)))
+        return cls(inputs, outputs, slopes, torch.cat([part.loss for part in parts]))
 
 
 class _Run:
@@ -177,7 +178,8 @@ class _Run:
         changes = self._output_changes(now, dict(zip(self.risk.space.names, values)))
         found = [output_increase(b.factor, b.residual, change) for b, change in zip(self.batches, changes)]
         curved, linear, quadratic = zip(*found)
-        bends = zip(*_sensitivities(*zip(*((b.outputs, b.taps) for b in self.batches)), curved, keep=False))
+        outputs, taps = [b.outputs for b in self.batches], [b.taps for b in self.batches]
+        bends = zip(*_sensitivities(outputs, taps, curved, keep=False))
         grams = [rows.gram(true, bend) for rows, true, bend in zip(self.gradients, now.slopes, bends)]
         inputs = [rows.products(a) for rows, a in zip(self.inputs, now.inputs)]
         return _Measured(

@@ -113,14 +113,14 @@ class Penalty:
         """q(θ), without strength, at the parameters of the last call of `gradients`, `add` or `move`: from what that
         call returned, as long as it is unchanged; without that it may take one more product with C."""
         centred = self._centred
-        if self._value is None and (gradients is None or self._strength == 0):
-            self._value = centred.increase(self.displacement) + centred.constant
-        elif self._value is None:
+        if self._value is None and gradients is not None and self._strength > 0:
             forms = [d.reshape(-1) @ g.reshape(-1) for d, g in zip(self.displacements, gradients)]
             form = torch.stack(forms).sum() / self._strength  # (g + C δ)ᵀ δ
             if centred.gradient is not None:
                 form = form + centred.gradient @ self.displacement
             self._value = half(form) + centred.constant
+        elif self._value is None:
+            self._value = centred.increase(self.displacement) + centred.constant
         return self._value if isinstance(self._value, Tensor) else centred.anchor.new_tensor(self._value)
 
     def weighted(self, gradients: Sequence[Tensor] | None = None) -> Tensor | float:

@@ -381,7 +381,7 @@ class CurvatureRegularizer(Configured):
         """Copies and pickles are attached to nothing; they know what the guard has decided, which a schedule of
         learning rates would not decide again."""
         last = self.last_penalty
-        forgotten = {"_weighted": None, "_attached": [], "_seen": (), "_named": None, "_parts": None}
+        forgotten: dict[str, Any] = {"_weighted": None, "_attached": [], "_seen": (), "_named": None, "_parts": None}
         return {**self.__dict__, "_last": last, **forgotten}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
