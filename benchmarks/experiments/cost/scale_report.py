@@ -60,7 +60,8 @@ class Power:
     most: float
 
     def __str__(self) -> str:
-        return f"{self.exponent:.2f} ({self.least:.2f} to {self.most:.2f})"
+        exponent, least, most = (round(value, 2) + 0.0 for value in (self.exponent, self.least, self.most))  # no -0.00
+        return f"{exponent:.2f} ({least:.2f} to {most:.2f})"
 
 
 def fitted(points: Sequence[tuple[float, float]], count: int = FITTED) -> Power | None:
@@ -171,6 +172,6 @@ def _figure(results: Results, path: Path) -> None:
                 xs, ys = [x for x, _ in points], [y / scale for _, y in points]
                 axes.plot(xs, ys, linewidth=1.8 if style.matters else 1.1, **style.line)
             tidy(axes, "", over, ylabel, log_x=True, log_y=True)
-    legend(figure, {label: style for label, style in chosen.items() if style.matters})
+    legend(figure, {label: style for label, style in chosen.items() if style.matters}, "upper")
     name_the_rest(figure, chosen)
     saved(figure, path)
