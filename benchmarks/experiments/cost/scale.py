@@ -54,10 +54,10 @@ COUNTS = (1, 3, 10, 30, 100)
 STRENGTH = 1e-6  # a penalty of any strength costs the same, and this one moves nothing
 ITEMSIZE = 4
 MOST_BYTES = 10 * 2**30  # of a unit
-VECTORS = 8  # of one number for each parameter that an absorb holds beside matrices: models, gradients, anchors
-MOST_SECONDS = 60  # that an absorb and a step may take, as foreseen
+MATRICES, VECTORS = 2, 8  # that an absorb holds: what is held and its sum; models, gradients, anchors
+MOST_SECONDS = 40  # that an absorb and a step may take, as foreseen
 LONG = 5  # seconds of a round that is not repeated
-PRODUCTS, DECOMPOSITIONS = 3e10, 1e10  # operations a second of one core, in float32 and in float64
+PRODUCTS, DECOMPOSITIONS = 5e10, 2e10  # operations a second of one core, in float32 and in float64
 Foresight = tuple[int, float]
 """Bytes of what is held of one task, and the seconds of its decompositions and of one product."""
 
@@ -204,7 +204,7 @@ def of_size(config: Scaling, hidden: int) -> Iterator[Record]:
     size, seconds = config.keeping.foreseen(space)
     at: dict[str, Any] = {"step": space.size}
     yield {"metric": "size/foreseen", "value": size, **at}
-    if 2 * size + VECTORS * ITEMSIZE * space.size > MOST_BYTES:
+    if MATRICES * size + VECTORS * ITEMSIZE * space.size > MOST_BYTES:
         yield {"metric": "size/left_out", "value": 1.0, "reason": human_bytes(size), **at}
         return
     if seconds > MOST_SECONDS:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from benchmarks.experiments.cost.scale import MOST_BYTES, MOST_SECONDS
+from benchmarks.experiments.cost.scale import MATRICES, MOST_BYTES, MOST_SECONDS, VECTORS
 from benchmarks.harness.plots import legend, name_the_rest, new_figure, saved, styles, tidy
 from benchmarks.harness.tables import Cell, Column, table
 
@@ -32,8 +32,9 @@ task. Absorb: the second task, in seconds of processor time; step: one of plain 
 one task, as a ratio to one without; held: the matrix or basis with its anchor. By tasks: {few} examples each, at
 {hidden:,} units ({dense:,} where matrices are dense). Medians of rounds in turn with their reference, one thread.
 
-A size whose matrix would take a unit over {limit} GiB, or whose decompositions and products over {seconds} s, is not
-run: its cell says what is foreseen."""
+A size at which {matrices} matrices and {vectors} vectors of P numbers, as an absorb holds at its peak, would be over
+{limit} GiB, or decompositions and products of one task over {seconds} s, is not run: its cell says what is foreseen of
+one matrix, or of the time."""
 EXPONENTS = """\
 ## Exponents
 
@@ -87,6 +88,7 @@ def scale_report(results: Results, out: Path) -> str:
     words = {
         "examples": configs[0]["examples"], "few": configs[0]["few"], "hidden": max(row["hidden"] for row in configs),
         "dense": min(row["hidden"] for row in configs), "limit": MOST_BYTES // 2**30, "seconds": MOST_SECONDS,
+        "matrices": MATRICES, "vectors": VECTORS,
     }  # fmt: skip
     parts = [
         HEAD.format(**words), EXPONENTS.format(fitted=FITTED), _exponents(results), "![Prices by size and by tasks]"
