@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from benchmarks.harness.labels import Named, label_ends, label_points
 from benchmarks.harness.results import Summary
@@ -253,15 +253,17 @@ def name_the_rest(figure: Figure, chosen: Mapping[str, Style], **look: Any) -> N
         figure.legend(handles=[handle], loc="outside lower left", frameon=False, fontsize=8, labelcolor=MUTED)
 
 
-def legend(figure: Figure, chosen: Mapping[str, Style], place: str = "lower", **look: Any) -> None:
-    """The labels below the panels, or above them ("upper") where others are named below, for figures of several panels
-    with the same few; `look` replaces parts of their style."""
+def legend(figure: Figure, chosen: Mapping[str, Style], *, above: bool = False, **look: Any) -> None:
+    """The labels below the panels, or above them where others are named below, for figures of several panels with the
+    same few; `look` replaces parts of their style."""
     from matplotlib.lines import Line2D
 
     lines = [
         Line2D([], [], label=literal(name), **{"linewidth": 1.7} | style.line | look) for name, style in chosen.items()
     ]
-    figure.legend(handles=lines, loc=f"outside {place} center", frameon=False, fontsize=9, ncols=min(4, len(lines)))
+    place: Literal["outside upper center", "outside lower center"]
+    place = "outside upper center" if above else "outside lower center"
+    figure.legend(handles=lines, loc=place, frameon=False, fontsize=9, ncols=min(4, len(lines)))
 
 
 def literal(text: str) -> str:

@@ -174,6 +174,6 @@ def _figure(results: Results, path: Path) -> None:
                 xs, ys = [x for x, _ in points], [y / scale for _, y in points]
                 axes.plot(xs, ys, linewidth=1.8 if style.matters else 1.1, **style.line)
             tidy(axes, "", over, ylabel, log_x=True, log_y=True)
-    legend(figure, {label: style for label, style in chosen.items() if style.matters}, "upper")
+    legend(figure, {label: style for label, style in chosen.items() if style.matters}, above=True)
     name_the_rest(figure, chosen)
     saved(figure, path)
