@@ -127,10 +127,8 @@ class Merging(Experiment):
 def settings(quick: bool) -> list[Setting]:
     """Four networks, and two ways to part the examples of Fashion-MNIST; with `quick` two small networks on digits."""
     if quick:
-        few = {"images": "digits", "side": 8, "begun": 200, "examples": 100, "steps": 20}
-        return [
-            Setting(SQUARED, PAIRS, features=30, squared=True, **few), Setting(SMALL, SKEWED, hidden=(6,), **few)
-        ]  # fmt: skip
+        few = Setting(SQUARED, PAIRS, "digits", 8, (), 30, squared=True, begun=200, examples=100, steps=20)
+        return [few, replace(few, network=SMALL, split=SKEWED, hidden=(6,), features=None, squared=False)]
     return [
         Setting(network, split, "fashion", side, hidden, features, network == SQUARED)
         for network, side, hidden, features in (
@@ -168,7 +166,8 @@ def trained(setting: Setting, seed: int, root: Path | None) -> Parts:
     y = one_hot(train.targets, CLASSES).double() if setting.squared else train.targets
     criterion: nn.Module = nn.MSELoss(reduction="sum") if setting.squared else nn.CrossEntropyLoss()
     data = [(x[at], y[at]) for at in (first, *parts, torch.cat(parts))]
-    found, steps = [], (setting.steps, *[setting.steps] * len(parts), setting.steps * len(parts))
+    found: list[nn.Sequential] = []
+    steps = (setting.steps, *[setting.steps] * len(parts), setting.steps * len(parts))
     for number, (examples, count) in enumerate(zip(data, steps)):
         model = deepcopy(found[0] if found else start)
         rate = setting.rate if number else 3 * setting.rate
