@@ -41,8 +41,8 @@ class OrthogonalProjectionPlugin(Configured, SupervisedPlugin):
 
     `max_rank` bounds the rank of each basis and keeps the directions along which past curvature is largest. A basis of
     k rows takes k P numbers, and j k in double precision for the j directions of each task; all bases together up to
-    `max_bytes`. With nothing protected, as in the first experience, training is exactly Naive's; with all protected, no
-    parameter moves.
+    `max_bytes`. `StepProjection` reads a large one in 16 bits, a copy of half its memory while a task trains. With
+    nothing protected, as in the first experience, training is exactly Naive's; with all protected, no parameter moves.
 
     The step is what changes between `before_update` and this plugin's `after_update`: put it behind plugins that change
     parameters there. It goes with penalties, replay and mitigators, but what these do between two tasks is not

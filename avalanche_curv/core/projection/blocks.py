@@ -104,22 +104,6 @@ class ProtectedBlock(Storable):
         left = matrix.zero_() if self.subspace.is_whole else self.subspace.withdraw(matrix, matrix)
         return self.layout.parts(left)
 
-    def correct(self, moved: Parts, start: Parts, rest: Float[Tensor, "r d"], *, by_task: bool) -> None:
-        """Corrects a step in place: `moved` ← `start` + the part of `moved` − `start` outside of the subspace + `rest`.
-
-        `rest` ← what is lost in rounding; `start` is overwritten. With `by_task`, the complement of one task's share
-        after another is taken (see `Subspace.withdraw`).
-        """
-        if self.subspace.is_whole and not by_task:
-            for name in self.layout.space.names:
-                moved[name].copy_(start[name])
-            return
-        step = self.layout.difference(moved, start, self.subspace.rows)
-        self.subspace.withdraw(rest.add_(step), step, by_task=by_task)
-        for name, part in self.layout.parts(rest).items():
-            torch.add(start[name], part, out=moved[name])
-            part.sub_(torch.sub(moved[name], start[name], out=start[name]))
-
     def norms(self, moved: Parts, start: Parts) -> tuple[float, float]:
         """‖X Uᵀ U‖ and ‖X‖ of the step X = `moved` − `start`."""
         step = self.layout.difference(moved, start, self.subspace.rows)

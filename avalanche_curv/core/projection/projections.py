@@ -9,23 +9,15 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from avalanche_curv.core.options import Configured, Fixed, check_kind
 from avalanche_curv.core.precision import in_own_precision
 from avalanche_curv.core.projection.protected import ProtectedSpace
-from avalanche_curv.core.risk.parameters import canonical_name
+from avalanche_curv.core.projection.stepping import StepMemory
+from avalanche_curv.core.risk.parameters import NamedParameters, canonical_name
 from avalanche_curv.core.risk.selection import warn_unprotected
 from avalanche_curv.core.state import State, check_state, read, state_of, written
-
-
-@dataclass(frozen=True)
-class StepMemory:
-    """The protected parameters before a step, `start`, and by block what was lost in rounding at the step before,
-    `rest`."""
-
-    start: dict[str, Tensor]
-    rest: dict[str, Tensor]
 
 
 class Projection(ABC):
@@ -53,14 +45,22 @@ class StepProjection(Projection):
     weight decay, preconditioning or clipping made of the gradient.
 
     What is left in U is the rounding of θ, made up for at the next step (Kahan 1965), so that it does not add up.
+
+    For float32 parameters on the CPU in one thread, where a C compiler is at hand, loops are compiled for the step, and
+    a large basis over whole parameters (from 2²¹ numbers) is read in 16 bits, with a scale for every 1,024 numbers: a
+    copy for the length of a task, of half the basis' memory. The drift ‖U Δ‖ / ‖Δ‖ is then 3e-5 √(k/P) beside the
+    rounding of θ, 2e-7 for 20 and 5e-7 for 100 of 478,410 dimensions (2e-8 and 6e-8 in float32 after 100 steps of Adam
+    of that size; equal, 4e-6 and 8e-6, where all steps together are as small as 1e-4 ‖θ‖), and what is taken off Δ is
+    off by 3e-5 of its length in directions that are free. A basis of which more than 1e-6 would be left stays in
+    float32, and so do input spaces; float64 stays float64.
     """
 
     def before_step(self, space: ProtectedSpace, model: nn.Module, memory: StepMemory | None) -> StepMemory:
-        return _start(space, model, memory)
+        return _begun(space, model, memory)
 
     def after_step(self, space: ProtectedSpace, model: nn.Module, memory: StepMemory | None) -> None:
         if memory is not None:
-            space.correct(space.values(model), memory.start, memory.rest)
+            memory.finish(model)
 
 
 @dataclass(frozen=True)
@@ -95,11 +95,11 @@ class SequentialProjection(Projection):
     are not orthogonal the later projections lead back into the earlier ones. For comparison."""
 
     def before_step(self, space: ProtectedSpace, model: nn.Module, memory: StepMemory | None) -> StepMemory:
-        return _start(space, model, memory)
+        return _begun(space, model, memory)
 
     def after_step(self, space: ProtectedSpace, model: nn.Module, memory: StepMemory | None) -> None:
         if memory is not None:
-            space.correct(space.values(model), memory.start, memory.rest, by_task=True)
+            memory.finish(model, by_task=True)
 
     def check_rank(self, max_rank: int | None) -> None:
         if max_rank is not None:
@@ -132,13 +132,14 @@ class Projector(Configured):
         self.space, self.projection = space, projection
         self._within: tuple[frozenset[str], ProtectedSpace] = (frozenset(space.space.names), space)
         self._memory: StepMemory | None = None
+        self._named = NamedParameters(nn.Module())
         self._stepping = False
         self._said: tuple[str, ...] = ()
 
     def state_dict(self) -> State:
         """What a resumed task needs beside the `space`, which has a state of its own: what was lost in rounding at the
         last step, as tensors."""
-        rest = {} if self._memory is None else self._memory.rest
+        rest = {} if self._memory is None else {key: steps.rest for key, steps in self._memory.blocks.items()}
         return state_of("Projector", names=(*sorted(self._within[0]),), rest=written(rest))
 
     def load_state_dict(self, state: State) -> None:
@@ -148,7 +149,9 @@ class Projector(Configured):
         names, rest = frozenset(parts["names"]), read(parts["rest"])
         if not (names <= {*self.space.space.names} and rest.keys() <= self.space.blocks.keys()):
             raise ValueError(f"The state is that of a projector on another space than {self.space}. Load that before.")
-        self._within, self._memory = (names, self.space.restricted(names)), StepMemory({}, rest)
+        self._within, self._memory = (names, self.space.restricted(names)), None
+        if rest:
+            self._memory = StepMemory(self._within[1], rest)
 
     @contextmanager
     def around_step(self, model: nn.Module) -> Iterator[None]:
@@ -184,24 +187,17 @@ class Projector(Configured):
 
     def _movable(self, model: nn.Module) -> ProtectedSpace:
         """The protected space within the parameters that are trainable now."""
-        own = {*self.space.space.names}
-        trained = (canonical_name(name) for name, p in model.named_parameters() if p.requires_grad)
-        names = frozenset(name for name in trained if name in own)
+        if self._named.model is not model:
+            self._named = NamedParameters(model)
+        own = self._named()
+        names = frozenset(name for name in self.space.space.names if name in own and own[name].requires_grad)
         if names != self._within[0]:
             self._within, self._memory = (names, self.space.restricted(names)), None
         return self._within[1]
 
 
-def _start(space: ProtectedSpace, model: nn.Module, memory: StepMemory | None) -> StepMemory:
+def _begun(space: ProtectedSpace, model: nn.Module, memory: StepMemory | None) -> StepMemory:
     """The memory for a step that begins at the parameters of `model`."""
-    values = space.values(model)
-    if memory is None or not memory.start:
-        start = {name: value.to(_wide(value.dtype), copy=True) for name, value in values.items()}
-        return StepMemory(start, {} if memory is None else memory.rest)
-    for name, value in values.items():
-        memory.start[name].copy_(value)
+    memory = StepMemory(space) if memory is None else memory
+    memory.begin(model)
     return memory
-
-
-def _wide(kind: torch.dtype) -> torch.dtype:
-    return torch.promote_types(kind, torch.float32)

@@ -197,22 +197,6 @@ class ProtectedSpace(OneLine, Saved):
         return found
 
     @in_own_precision
-    def correct(self, moved: Parts, start: Parts, rest: dict[str, Tensor], *, by_task: bool = False) -> None:
-        """Projects a step in place: `moved` ← `start` + the part of `moved` − `start` outside of the protected space;
-        `start` to the bit where nothing is free.
-
-        Args: `start`, in at least single precision, which is overwritten; `rest`, which holds by block what is lost in
-        rounding, to be added the next time; `by_task`, to project on one task's complement after another instead.
-        """
-        for key, block in self.blocks.items():
-            if block.subspace.rank:
-                if key not in rest:
-                    rest[key] = block.subspace.rows.new_zeros(block.layout.height, block.subspace.dimension)
-                block.correct(moved, start, rest[key], by_task=by_task)
-        for name in self.held.names:
-            moved[name].copy_(start[name])
-
-    @in_own_precision
     def leakage(self, moved: Parts, start: Parts) -> float:
         """‖Δ Uᵀ U‖ / ‖Δ‖ of the step Δ = `moved` − `start`: 0 outside of the protected space; NaN where Δ = 0."""
         norms = [block.norms(moved, start) for block in self.blocks.values()]

@@ -5,20 +5,17 @@ from __future__ import annotations
 
 import ctypes
 import math
-import os
-import shutil
-import subprocess
 from array import array
 from collections.abc import Sequence
 from functools import cache
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import increment_version
+
+from avalanche_curv.core.compiled import compiled, is_plain
 
 SOURCE = """
 #define LANES 16   /* sums side by side, which the compiler keeps in vector registers */
@@ -54,29 +51,16 @@ PASS(add_float64, double, +=)
 PASS(set_float32, float, =)
 PASS(set_float64, double, =)
 """
-FLAGS = "-O3", "-march=native", "-ffp-contract=off", "-shared", "-fPIC"
-"""Without contraction products are rounded before they are added, as torch rounds them."""
-SECONDS = 60  # that a compiler may take
-PLAIN = Tensor, nn.Parameter
+UNCONTRACTED = "-ffp-contract=off"
+"""Products are rounded before they are added, as torch rounds them."""
 NAMES = {torch.float32: "float32", torch.float64: "float64"}
 
 
 @cache
 def library() -> Any:
-    """What is compiled from SOURCE, once for each process, in a fraction of a second; None where that fails."""
-    compiler = shutil.which(os.environ.get("CC") or "cc")
-    if compiler is None:
-        return None
-    try:
-        with TemporaryDirectory() as folder:
-            source, built = Path(folder, "fused.c"), Path(folder, "fused.so")
-            source.write_text(SOURCE)
-            command = [compiler, *FLAGS, str(source), "-o", str(built)]
-            subprocess.run(command, check=True, capture_output=True, timeout=SECONDS)
-            found = ctypes.CDLL(str(built))
-    except (OSError, subprocess.SubprocessError):
-        return None
-    for function in (getattr(found, f"{what}_{name}") for name in NAMES.values() for what in ("add", "set")):
+    """What is compiled from SOURCE, once for each process; None where that fails."""
+    found = compiled(SOURCE, UNCONTRACTED)
+    for function in (getattr(found, f"{what}_{name}") for name in NAMES.values() for what in ("add", "set") if found):
         function.restype, function.argtypes = ctypes.c_double, [ctypes.c_long, *[ctypes.c_void_p] * 5]
     return found
 
@@ -88,7 +72,7 @@ class OnePass:
     It is for plain parameters on the CPU, of the type of the anchor, and for one thread: several share the passes of
     torch. `shapes` are those of the parameters, in the order of the anchor.
 
-    >>> weight = nn.Parameter(torch.tensor([3.0]))
+    >>> weight = torch.nn.Parameter(torch.tensor([3.0]))
     >>> weight.grad = torch.tensor([1.0])
     >>> added = OnePass(torch.tensor([1.0]), torch.tensor([4.0]), [weight.shape]).add([weight])
     >>> added is None or (added, weight.grad)  # None without a compiler, or with several threads
@@ -121,11 +105,7 @@ class OnePass:
         if not self._usable or torch.get_num_threads() > 1 or torch.compiler.is_compiling() or library() is None:
             return False
         dtype = self.anchor.dtype
-        return all(
-            type(tensor) in PLAIN and tensor.dtype is dtype and tensor.is_cpu and tensor.layout is torch.strided
-            and tensor.is_contiguous() and tensor.shape == shape
-            for tensor, shape in zip(tensors, self.shapes)
-        )
+        return all(is_plain(tensor, shape, dtype) for tensor, shape in zip(tensors, self.shapes))
 
     def _passed(self, what: str, gradients: Sequence[Any], parameters: Sequence[Any]) -> float:
         ours, theirs = (array("Q", map(Tensor.data_ptr, some)) for some in (gradients, parameters))
