@@ -39,10 +39,10 @@ class LeadingPart(KroneckerTerm):
         inner, rows, columns = self._differences()
         y = times_with_bias(weight, bias, self.a)
         right = torch.addmm(y * columns, self.g, inner * (self.g.T @ y))
-        left = torch.cat([self.g * rows, right], dim=1)
+        left = self.g * rows
 
         def part(own: Tensor, vectors: Float[Tensor, "k s"]) -> Tensor:
-            return torch.addmm(own, left, torch.cat([self.g.T @ own, vectors.T]), beta=self._rest)
+            return torch.addmm(own, right, vectors.T, beta=self._rest).addmm_(left, self.g.T @ own)
 
         return (
             None if weight is None else part(weight, self.a[: weight.shape[1]]),
@@ -118,7 +118,12 @@ def leading_part(term: KroneckerTerm, cut: Cut) -> KroneckerTerm:
     with_means = _averaging(r, g) @ values @ _averaging(s, a).T
     kept = g[:, rows[:r]].contiguous(), a[:, columns[:s]].contiguous()
     part = LeadingPart(with_means, *kept, term.is_product)
-    return part if part.work < term.work else term
+    if part.work >= term.work:
+        return term
+    if trace := float(values.double().sum()):
+        share = float(values[:r, :s].double().sum()) / trace
+        cut.warn_if_short(share, f"leading {r} and {s} eigenvectors of a layer's two Kronecker factors hold together")
+    return part
 
 
 def _averaging(kept: int, like: Float[Tensor, "n n"]) -> Float[Tensor, "kept+1 n"]:
