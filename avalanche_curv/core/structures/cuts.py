@@ -38,6 +38,9 @@ class Cut(Storable, ABC):
         """How many rows and columns of the eigenvalues of a Kronecker product are kept, of which the largest come
         first: those of the eigenvectors of its two factors, at most `most()` of each."""
 
+    def warn_if_short(self, share: float, what: str) -> None:
+        """Warns where the part `share` of the trace, which `what` is kept holds, is less than is asked for."""
+
     def is_enough(self, values: Float[Tensor, "k"], trace: float) -> bool:
         """Whether the cut lies among the eigenvalues given."""
         return len(values) >= self.most()
@@ -70,7 +73,8 @@ class Rank(Cut):
 class Energy(Cut):
     """The fewest top eigenpairs that hold a `fraction` of the trace, at most `most_pairs` of them (with a warning).
 
-    Of a Kronecker product the fewest eigenvectors of both factors together, at most `most_pairs` of each.
+    Of a Kronecker product the fewest eigenvectors of both factors together, which makes a product cheapest, at most
+    `most_pairs` of each.
 
     For positive semi-definite curvature: where eigenvalues cancel, a part of the trace means nothing.
     """
@@ -94,15 +98,17 @@ class Energy(Cut):
         enough = int((held < self.fraction * trace * (1 - 1e-6)).sum()) + 1
         if enough > min(len(values), self.most_pairs):
             here = min(len(values), self.most_pairs)
-            share = float(held[here - 1]) / trace if trace else 1.0
-            if share < self.fraction * (1 - 1e-3):
-                warnings.warn(
-                    f"The top {here} eigenpairs hold {share:.1%} of the trace, not {self.fraction:.1%}. "
-                    "Raise Energy(most_pairs=...) to keep more.",
-                    stacklevel=2,
-                )
+            self.warn_if_short(float(held[here - 1]) / trace if trace else 1.0, f"top {here} eigenpairs hold")
             return here
         return enough
+
+    def warn_if_short(self, share: float, what: str) -> None:
+        if share < self.fraction * (1 - 1e-3):
+            warnings.warn(
+                f"The {what} {share:.1%} of the trace, not {self.fraction:.1%}. "
+                "Raise Energy(most_pairs=...) to keep more.",
+                stacklevel=3,
+            )
 
     def is_enough(self, values: Tensor, trace: float) -> bool:
         return super().is_enough(values, trace) or float(values.double().sum()) >= self.fraction * trace

@@ -2,6 +2,7 @@
 
 import copy
 import sys
+import warnings
 from dataclasses import dataclass, replace
 from functools import reduce
 
@@ -459,14 +460,6 @@ def test_corrected_and_plain_terms_add_up(case, close):
     close(one.plus(two).dense(), one.dense() + two.dense())
 
 
-def test_merged_factors_keep_the_trace_and_stay_one_term():
-    one, two, three = (random_kronecker(seed, PiWeighted()) for seed in range(3))
-    total = one.plus(two).compressed().plus(three).compressed()
-    assert [len(layer.terms) for layer in total.layers] == [1]
-    assert total.trace() == pytest.approx(sum(m.trace() for m in (one, two, three)))
-    assert torch.linalg.eigvalsh(total.dense()).min() > -1e-12
-
-
 def test_merged_factors_are_those_of_the_formula(close):
     one, two = (random_kronecker(seed, PiWeighted()) for seed in range(2))
     (a1, g1), (a2, g2) = ((m.layers[0].terms[0].a, m.layers[0].terms[0].g) for m in (one, two))
@@ -725,6 +718,43 @@ def test_what_was_cut_is_merged_as_if_it_were_whole_and_cut_again(corrected, clo
         close(part.dense(), other.dense())
     close(found.dense(), leading_part(*PiWeighted().of(tuple(whole)), Rank(3)).dense())
     close(one.plus(one).compressed().dense(), 2 * one.dense())
+
+
+SUMS = [KeepTerms(most=2), PartialTraces(), PiWeighted(), FrobeniusOptimal()]
+
+
+@pytest.mark.parametrize("cut", [None, Energy(0.6), Rank(2)], ids=str)
+@pytest.mark.parametrize("sums", SUMS, ids=str)
+@pytest.mark.parametrize("structure", [Kronecker, EKFAC])
+def test_every_bounded_sum_is_positive_semidefinite_and_keeps_the_trace_of_all(structure, sums, cut, close):
+    """A cut moves no eigenvalue by more than the largest that it drops."""
+    terms = [spiked(*(FALLING if seed % 2 else (FALLING[1][1:], FALLING[1])), seed=seed) for seed in range(4)]
+    if structure is EKFAC:
+        terms = [term.map_spectrum(lambda x: x + x.square()) for term in terms]
+    parts = [one_layer(term, cut, sums).compressed() for term in terms]
+    held = reduce(lambda one, two: one.plus(two).compressed(), parts[:3]).plus(parts[3])
+    total = held.compressed()
+    found, dense, v = total.layers[0].terms, total.dense(), torch.arange(72.0).double()
+    assert len(found) == (2 if isinstance(sums, KeepTerms) else 1)
+    assert all(isinstance(term, LeadingPart) is (cut is not None) for term in found)
+    assert total.trace() == pytest.approx(sum(term.trace() for term in terms)) == pytest.approx(float(dense.trace()))
+    assert torch.linalg.eigvalsh(dense).min() > -1e-12
+    close(total.product(v), dense @ v)
+    if cut is not None:
+        whole = sums.of(held.layers[0].terms)[0].dense()
+        off = torch.eye(72).double() - torch.kron(found[0].g @ found[0].g.T, found[0].a @ found[0].a.T)
+        dropped = float(torch.linalg.matrix_norm(off @ whole @ off, 2))
+        assert 0 < float(torch.linalg.matrix_norm(found[0].dense() - whole, 2)) <= dropped
+
+
+def test_a_limit_that_leaves_too_little_is_said_where_a_layer_is_cut():
+    with pytest.warns(UserWarning, match=r"leading 2 and 2 eigenvectors .*hold together 87.3% of the trace, not 90.0%"):
+        assert leading_part(spiked(*FALLING), Energy(0.9, most_pairs=2)).a.shape == (9, 2)
+    even = spiked([1.0] * 8, [1.0] * 9)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert leading_part(even, Energy(0.9, most_pairs=7)) is even
+        assert leading_part(spiked(*FALLING), Rank(1)).a.shape == (9, 1)
 
 
 def test_a_cut_layer_that_grows_keeps_its_entries_and_gives_nothing_to_new_rows(close):
