@@ -40,10 +40,10 @@ from avalanche_curv.core.structures import DiagonalMatrix
 
 STRUCTURES = [
     Dense(), Diagonal(), BlockDiagonal(), BlockDiagonal(PerLayer(), LowRank(Rank(2))), LowRank(Rank(2), Diagonal()),
-    FlatSpectrum(LowRank(Rank(2))), Kronecker(), Kronecker(PartialTraces()), EKFAC(),
-    Kronecker(KeepTerms(2, FrobeniusOptimal())), EKFAC(PiWeighted()), Kronecker(cut=Rank(1)),
-    EKFAC(PiWeighted(), cut=Energy(0.5)),
-]
+    FlatSpectrum(LowRank(Rank(2))), Kronecker(), EKFAC(),
+    *(kind(sums, cut=cut) for kind in (Kronecker, EKFAC) for cut in (None, Rank(1), Energy(0.5))
+      for sums in (KeepTerms(2, FrobeniusOptimal()), PartialTraces(), PiWeighted())),
+]  # fmt: skip
 
 
 @pytest.fixture
@@ -90,6 +90,8 @@ def test_the_penalty_is_the_same_to_the_bit(structure, net):
     assert type(loaded.model.curvature) is type(past.model.curvature)
     assert (loaded.experiences, loaded.model.space) == (2, past.model.space)
     assert_same_penalty(past, loaded, net)
+    risk = risk_at(net, 2)
+    assert_same_penalty(*(Accumulate().absorb(each, risk, Fisher(), structure) for each in (past, loaded)), net)
 
 
 @pytest.mark.parametrize(
