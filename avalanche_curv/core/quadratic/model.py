@@ -16,7 +16,7 @@ from avalanche_curv.core.options import OneLine, check_count, check_number
 from avalanche_curv.core.precision import in_own_precision
 from avalanche_curv.core.quadratic.damping import Damping
 from avalanche_curv.core.quadratic.minimum import conjugate_gradients, minimum, rounding_of
-from avalanche_curv.core.risk.parameters import ParameterSpace
+from avalanche_curv.core.risk.parameters import ParameterSpace, canonical_parameters
 from avalanche_curv.core.risk.selection import training, warn_unprotected
 from avalanche_curv.core.state import Saved
 from avalanche_curv.core.structures.base import Matrix
@@ -210,6 +210,26 @@ class QuadraticModel(OneLine, Saved):
             self.constant,
             self.frozen,
         )
+
+    @takes(model=(nn.Module, "the model that is trained"))
+    def grown(self, model: nn.Module, outputs: tuple[str, ...]) -> QuadraticModel:
+        """This function for a model with a head whose weight and bias, of the names `outputs`, have gained rows: each
+        later row is anchored at zero, without a slope, and has the mean curvature of the rows that were there.
+
+        For squared error on one-hot classes, summed over outputs, that is exact for the head. Examples that came before
+        a class have the target 0 for it, so that the past loss of its output is (1/N) Σ_i (wᵀx_i)² with the inputs x_i
+        of the head: at w = 0 the slope is zero, and the curvature 2 (1/N) Σ_i x_i x_iᵀ that of every other row. The
+        object itself where nothing has grown. Raises ValueError for names that are not in the space, and TypeError
+        where the structure cannot hold it.
+        """
+        if unknown := [name for name in outputs if name not in self.space.names]:
+            raise ValueError(f"No parameter {unknown} among those of the past; there are {[*self.space.names]}.")
+        now = canonical_parameters(model)
+        shapes = tuple(now[n].shape if n in outputs else s for n, s in zip(self.space.names, self.space.shapes))
+        if shapes == self.space.shapes:
+            return self
+        space = ParameterSpace(self.space.names, shapes)
+        return replace(self.embedded(space), curvature=self.curvature.grown(self.space, space, outputs))
 
     def to(self, like: Tensor) -> QuadraticModel:
         """This function with its numbers in the type and on the device of `like`."""

@@ -193,15 +193,32 @@ class Accumulate(Drawing):
     error on a linear head, with `Dense()` or `Kronecker()`, it is L_t itself: training on the sum is joint training.
     The exact C_t of a loss that is convex in θ holds g_t in its range; where a slope leaves it, q has no lower bound.
 
+    `outputs` are the names of the weight and the bias of a head that grows with squared error on one-hot classes: rows
+    that come later are then part of the past, as `QuadraticModel.grown` says. Other rows that come later are free.
+
     Of a stream that hides where its tasks end, each part adds share · (gᵀδ + ½ δᵀ C δ) at its own anchor.
     """
 
     fraction: float = 1.0
     seed: int = 0
     gradient: bool = False
+    outputs: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        settle(self, fraction=check_fraction, seed=check_seed, gradient=check_flag)
+        settle(self, fraction=check_fraction, seed=check_seed, gradient=check_flag, outputs=_check_names)
+
+    @property
+    def revises(self) -> bool:  # type: ignore[override]
+        """For a head that grows."""
+        return bool(self.outputs)
+
+    def revise(
+        self, past: Past, model: nn.Module, iteration: int, curvature: Curvature, structure: Structure
+    ) -> Past:
+        if iteration or past.model is None:
+            return past
+        grown = past.model.grown(model, self.outputs)
+        return past if grown is past.model else replace(past, model=grown)
 
     @absorbing
     def absorb(self, past: Past, risk: EmpiricalRisk, curvature: Curvature, structure: Structure) -> Past:
@@ -306,6 +323,12 @@ def check_stored(policy: str, past: Past) -> None:
             f"{policy} estimates the past anew from stored examples; this one stores those of {len(past.stored)} of "
             f"its {past.experiences} experiences. Absorb all of them with the same policy."
         )
+
+
+def _check_names(name: str, value: object) -> tuple[str, ...]:
+    if isinstance(value, str) or not isinstance(value, (tuple, list)) or not all(isinstance(n, str) for n in value):
+        raise TypeError(f"{name} takes names of parameters, as ('head.weight', 'head.bias'); got {value!r}.")
+    return tuple(value)
 
 
 def check_stays_small(structure: Structure) -> None:

@@ -146,6 +146,13 @@ class ParameterSpace(Storable):
         shapes |= theirs
         return ParameterSpace(tuple(shapes), tuple(shapes.values()))
 
+    def rows(self, names: Iterable[str]) -> Int[Tensor, "r k"]:
+        """For each row of these parameters, which have as many rows, the indices of its coordinates."""
+        starts, shapes = (dict(zip(self.names, values)) for values in (_starts(self.sizes), self.shapes))
+        return torch.cat([
+            starts[name] + torch.arange(math.prod(shapes[name])).view(shapes[name][0], -1) for name in names
+        ], dim=1)  # fmt: skip
+
     def positions(self, inner: ParameterSpace) -> Int[Tensor, "Q"]:
         """For each coordinate of `inner`, which this space must hold, its index here."""
         starts = dict(zip(self.names, _starts(self.sizes)))

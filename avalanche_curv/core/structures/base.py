@@ -131,6 +131,15 @@ class Matrix(OneLine, Storable, ABC):
     def embedded(self, inner: ParameterSpace, outer: ParameterSpace) -> Matrix:
         """C as a matrix over `outer`, which holds `inner`; zero in the coordinates that `inner` lacks."""
 
+    def grown(self, inner: ParameterSpace, outer: ParameterSpace, outputs: tuple[str, ...]) -> Matrix:
+        """C as a matrix over `outer`, in which the parameters of these names, the weight and the bias of a head, have
+        more rows than in `inner`: each later row has the mean of the diagonal blocks of the rows that were there.
+        Raises TypeError for a structure that cannot hold it."""
+        raise TypeError(
+            f"{type(self).__name__} cannot give later outputs the curvature of those that are there. Take Dense(), "
+            "Diagonal(), Kronecker() or EKFAC(), or a head that has all outputs from the start."
+        )
+
     def to(self, like: Tensor) -> Matrix:
         """C with what is stored in the type and on the device of `like`: a copy, or C itself where it is so already."""
         held = self.tensors()

@@ -82,6 +82,14 @@ class DenseMatrix(Matrix):
         values[where[:, None], where] = self.values
         return DenseMatrix(values)
 
+    def grown(self, inner: ParameterSpace, outer: ParameterSpace, outputs: tuple[str, ...]) -> DenseMatrix:
+        values, rows, known = self.embedded(inner, outer).values, outer.rows(outputs), len(inner.rows(outputs))
+        old = rows[:known]
+        mean = values[old[:, :, None], old[:, None]].mean(0)
+        for row in rows[known:]:
+            values[row[:, None], row] = mean
+        return DenseMatrix(values)
+
     def map_spectrum(self, function: Callable[[Tensor], Tensor]) -> DenseMatrix:
         return DenseMatrix(spectral_function(self.values, function))
 

@@ -77,6 +77,11 @@ class DiagonalMatrix(Matrix):
         values[outer.positions(inner).to(values.device)] = self.values
         return DiagonalMatrix(values)
 
+    def grown(self, inner: ParameterSpace, outer: ParameterSpace, outputs: tuple[str, ...]) -> DiagonalMatrix:
+        values, rows, known = self.embedded(inner, outer).values, outer.rows(outputs), len(inner.rows(outputs))
+        values[rows[known:]] = values[rows[:known]].mean(0)
+        return DiagonalMatrix(values)
+
     def map_spectrum(self, function: Callable[[Tensor], Tensor]) -> DiagonalMatrix:
         return DiagonalMatrix(function(self.values))
 

@@ -16,6 +16,7 @@ from avalanche_curv.core.risk.parameters import ParameterSpace
 from avalanche_curv.core.state import Storable
 from avalanche_curv.core.structures.base import Matrix
 from avalanche_curv.core.structures.cuts import Cut
+from avalanche_curv.core.structures.diagonal import DiagonalMatrix
 from avalanche_curv.core.structures.kronecker_cut import leading_part
 from avalanche_curv.core.structures.kronecker_sums import KeepTerms, KroneckerSum
 from avalanche_curv.core.structures.kronecker_terms import KroneckerTerm
@@ -129,6 +130,15 @@ class KroneckerMatrix(Matrix):
 
         layers = tuple(place(layer) for layer in self.layers)
         return KroneckerMatrix(outer, layers, diagonal, self.sums, self.cut)
+
+    def grown(self, inner: ParameterSpace, outer: ParameterSpace, outputs: tuple[str, ...]) -> KroneckerMatrix:
+        whole, known = self.embedded(inner, outer), len(inner.rows(outputs))
+        layers = tuple(
+            layer.each(lambda term: term.grown(known)) if {layer.weight, layer.bias} & {*outputs} else layer
+            for layer in whole.layers
+        )
+        diagonal = DiagonalMatrix(self.diagonal).grown(inner, outer, outputs).values  # zero where a layer is factored
+        return replace(whole, layers=layers, diagonal=diagonal)
 
     def map_spectrum(self, function: Callable[[Tensor], Tensor]) -> KroneckerMatrix:
         if any(len(layer.terms) > 1 for layer in self.layers):

@@ -36,6 +36,10 @@ class KroneckerTerm(Storable, ABC):
         """The matrix over larger changes, in which those of this one stand at some rows and columns; zero elsewhere."""
 
     @abstractmethod
+    def grown(self, known: int) -> KroneckerTerm:
+        """With the mean curvature of the first `known` outputs for all further ones, where it is zero."""
+
+    @abstractmethod
     def map_spectrum(self, function: Callable[[Tensor], Tensor]) -> KroneckerTerm:
         """`function` of the eigenvalues."""
 
@@ -93,6 +97,11 @@ class Factors(KroneckerTerm):
         g[rows[:, None], rows], a[columns[:, None], columns] = self.g, self.a
         return Factors(a, g)
 
+    def grown(self, known: int) -> Factors:
+        g = self.g.clone()
+        g.diagonal()[known:] = g.trace() / known
+        return replace(self, g=g)
+
     def map_spectrum(self, function: Callable[[Tensor], Tensor]) -> KroneckerTerm:
         values, g, a = self.eigen()
         return Corrected(function(values), g, a)
@@ -145,6 +154,12 @@ class Corrected(KroneckerTerm):
         g, a = self.g.new_zeros(out, self.g.shape[1]), self.a.new_zeros(inputs, self.a.shape[1])
         g[rows], a[columns] = self.g, self.a
         return replace(self, g=g, a=a)
+
+    def grown(self, known: int) -> Corrected:
+        """By a further eigenvector for each of them."""
+        later = torch.eye(len(self.g)).to(self.g)[:, known:]
+        values = (self.values.sum(0) / known).expand(later.shape[1], -1)
+        return replace(self, values=torch.cat([self.values, values]), g=torch.cat([self.g, later], dim=1))
 
     def map_spectrum(self, function: Callable[[Tensor], Tensor]) -> KroneckerTerm:
         return replace(self, values=function(self.values), is_product=False)

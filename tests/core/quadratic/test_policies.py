@@ -269,6 +269,41 @@ def test_accumulate_with_slopes_is_the_past_loss_of_a_linear_head_with_squared_e
     assert absorbed(Accumulate(), risks, GGN(), structure).model(model).item() != pytest.approx(loss.item(), rel=0.1)
 
 
+@pytest.mark.parametrize("structure", [Dense(), Kronecker(), EKFAC(), Diagonal()], ids=str)
+def test_outputs_that_come_later_have_had_the_target_zero_all_along(structure, make_model):
+    """Past loss of a grown head, written out with ones and zeros for targets of all classes."""
+    generator, criterion = torch.Generator().manual_seed(0), nn.MSELoss(reduction="sum")
+    policy, past, tasks, model = Accumulate(gradient=True, outputs=("weight", "bias")), Past(), [], nn.Linear(4, 2)
+    for classes in (2, 3, 5, 6):
+        model = make_model(lambda classes=classes: nn.Linear(4, classes), seed=classes)
+        past = policy.revise(past, model, 0, GGN(), structure)
+        assert policy.revise(past, model, 0, GGN(), structure) is past
+        if classes < 6:
+            x, y = torch.randn(9, 4, generator=generator).double(), torch.randint(classes, (9,), generator=generator)
+            one_hot = nn.functional.one_hot(y, 6).double()
+            risk = EmpiricalRisk.snapshot(model, criterion, [(x, one_hot[:, :classes])])
+            past = policy.absorb(past, risk, GGN(), structure)
+            tasks.append((x, one_hot, risk.value()))
+    batches = [(x, y) for x, y, _ in tasks]
+    whole = estimate(GGN(), structure, EmpiricalRisk.snapshot(model, criterion, batches)).curvature.dense()
+    torch.testing.assert_close(past.model.curvature.dense(), 3 * whole)
+    if structure != Diagonal():
+        loss = sum((model(x) - y).square().sum(1).mean() - before for x, y, before in tasks)
+        assert past.model(model).item() == pytest.approx(loss.item(), rel=1e-10)
+
+
+def test_only_known_names_of_a_structure_that_can_hold_it_grow(make_model):
+    model, larger = make_model(lambda: nn.Linear(2, 2)), make_model(lambda: nn.Linear(2, 3))
+    risk = EmpiricalRisk.snapshot(model, nn.MSELoss(), [(torch.ones(3, 2).double(), torch.ones(3, 2).double())])
+    past = Accumulate().absorb(Past(), risk, GGN(), LowRank(Rank(1))).model
+    with pytest.raises(ValueError, match=r"No parameter \['head.weight'\] among .* there are \['weight', 'bias'\]"):
+        past.grown(larger, ("head.weight",))
+    with pytest.raises(TypeError, match=r"LowRankMatrix cannot give later outputs .* Take Dense\(\)"):
+        past.grown(larger, ("weight", "bias"))
+    with pytest.raises(TypeError, match=r"names of parameters, as \('head.weight', 'head.bias'\); got 'weight'"):
+        Accumulate(outputs="weight")
+
+
 def test_accumulate_of_a_linear_regression_at_its_minima_predicts_the_past_loss_exactly(make_model):
     generator = torch.Generator().manual_seed(0)
     model, risks = make_model(lambda: nn.Linear(4, 1)), []
