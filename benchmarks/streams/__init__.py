@@ -12,7 +12,7 @@ in image classification).
 from dataclasses import replace
 
 from benchmarks.data import SOURCES
-from benchmarks.streams.features import FeatureMap, Features, Head, Pretrained, RandomReLU
+from benchmarks.streams.features import FeatureMap, Features, Head, Pretrained, RandomReLU, classes_of
 from benchmarks.streams.scenario import CLASS, DOMAIN, SCENARIOS, TASK
 from benchmarks.streams.stream import Mlp, Recipe, ResNet18, Stream
 
@@ -45,11 +45,13 @@ def _repeated(classes: int, experiences: int) -> dict[str, int]:
     return {DOMAIN: classes, TASK: classes, CLASS: classes * experiences}
 
 
-def _heads(images: str, name: str, seen: str, **counts: int) -> Stream:
-    """A split of images of which only a linear head is trained, on features."""
-    whole = "_all" if counts else ""
-    features = Features(images, SEEN[seen], **counts)
-    return Stream(f"{name}_{seen}{whole}", 5, _split(10, 5), Head(features.map.width), HEADS, seen=features)
+def _heads(name: str, images: str, seen: str, experiences: int = 5, **counts: int) -> Stream:
+    """A split of images of which only a linear head is trained, on features. Of ten experiences each is a class, and
+    none is told from itself; of more, each has two."""
+    end = f"_{experiences}" if experiences != 5 else "_all" if counts else ""
+    features, count = Features(images, SEEN[seen], **counts), classes_of(10, experiences)
+    outputs = {CLASS: 10} if count == 1 else {CLASS: 10, DOMAIN: count, TASK: count}
+    return Stream(f"{name}_{seen}{end}", experiences, outputs, Head(features.map.width), HEADS, seen=features)
 
 
 MNIST = SOURCES["mnist"]
@@ -66,11 +68,13 @@ _ALL = (
     Stream("split_cifar100", 10, _split(100, 10), SLIM, CIFAR, SOURCES["cifar100"]),
     Stream("split_tiny_imagenet", 10, _split(200, 10), FULL, HUNDRED_EPOCHS, SOURCES["tiny_imagenet"]),
     Stream("core50", 9, {CLASS: 50, DOMAIN: 50}, SLIM, ONE_PASS, SOURCES["core50"], {DOMAIN: 8}),
-    _heads("digits", "split_digits", "random"),
     *(
-        _heads(images, name, seen, **counts)
-        for images, name in (("mnist", "split_mnist"), ("fashion", "split_fashion_mnist"))
-        for seen, counts in (("pretrained", {}), ("random", {}), ("pretrained", {"train": 6_000, "test": 1_000}))
+        _heads(name, images, seen, experiences)
+        for name, images in (("split_digits", "digits"), ("split_mnist", "mnist"), ("split_fashion_mnist", "fashion"))
+        for seen in SEEN
+        for experiences in (5, 10, 50)
     ),
+    _heads("split_mnist", "mnist", "pretrained", train=6_000, test=1_000),
+    _heads("split_fashion_mnist", "fashion", "pretrained", train=6_000, test=1_000),
 )
 STREAMS = {stream.name: stream for stream in _ALL}

@@ -22,7 +22,7 @@ from benchmarks.harness.kept import kept
 from benchmarks.streams.scenario import CLASS, TASK
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Float, Int
     from torch import Tensor, nn
 
 TRAIN, TEST = 600, 100
@@ -117,7 +117,8 @@ class Head:
 @dataclass(frozen=True)
 class Features:
     """The first `train` and `test` images of each class of a data set, seen through a map; split into experiences with
-    equally many classes each, in Avalanche's order for the same seed."""
+    equally many classes each, in Avalanche's order for the same seed. Of more experiences than classes each pair of
+    classes gives several, one after another, of other images (`split`)."""
 
     images: str
     map: FeatureMap
@@ -131,18 +132,16 @@ class Features:
         from avalanche_curv.streams._benchmark import Examples, benchmark
 
         (x, y), (test_x, test_y) = self.read(root)
-        order = torch.randperm(SOURCES[self.images].classes, generator=torch.Generator().manual_seed(seed))
+        order = class_order(SOURCES[self.images].classes, seed)
         names = torch.empty_like(order)
-        count = len(order) // of
-        names[order] = torch.arange(len(order)) % (len(order) if scenario == CLASS else count)
+        names[order] = torch.arange(len(order)) % (len(order) if scenario == CLASS else classes_of(len(order), of))
         splits = [
-            [Examples(inputs[at], names[targets[at]]) for inputs, targets, at in (
-                (x, y, torch.isin(y, chosen)), (test_x, test_y, torch.isin(test_y, chosen))
-            )]
-            for chosen in order.split(count)[:experiences]
-        ]  # fmt: skip
+            (Examples(x[at], names[y[at]]), Examples(test_x[tested], names[test_y[tested]]))
+            for at in split(y, order, of)[:experiences]
+            for tested in [torch.isin(test_y, y[at].unique())]
+        ]
         labels = [number * (scenario == TASK) for number in range(experiences)]
-        return benchmark([(train, test) for train, test in splits], labels, int(names.max()) + 1)
+        return benchmark(splits, labels, int(names.max()) + 1)
 
     def ready(self, root: Path | None) -> None:
         """Compute what is not kept yet, once and here, before several workers wait for it. Raises UsageError for images
@@ -162,6 +161,29 @@ class Features:
         })  # fmt: skip
         train, test = ((torch.from_numpy(arrays[key]), part.targets) for key, part in zip(("train", "test"), parts))
         return train, test
+
+
+def class_order(classes: int, seed: int) -> Int[Tensor, "C"]:
+    """The order of Avalanche's splits for this seed."""
+    import torch
+
+    return torch.randperm(classes, generator=torch.Generator().manual_seed(seed))
+
+
+def classes_of(classes: int, experiences: int) -> int:
+    """How many of all classes an experience has."""
+    return classes // experiences if experiences <= classes else 2
+
+
+def split(targets: Int[Tensor, "N"], order: Int[Tensor, "C"], experiences: int) -> list[Int[Tensor, "n"]]:
+    """The places of the examples of each experience: those of the next classes in order; of more experiences than
+    classes, every k-th of them, where k experiences follow each other with the same two classes."""
+    import torch
+
+    count = classes_of(len(order), experiences)
+    parts = experiences * count // len(order)
+    found = (torch.isin(targets, chosen).nonzero().flatten() for chosen in order.split(count))
+    return [at[part::parts] for at in found for part in range(parts)]
 
 
 def _first(images: Images, count: int) -> Images:

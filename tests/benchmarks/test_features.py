@@ -10,7 +10,7 @@ from benchmarks.data import read
 from benchmarks.harness import kept
 from benchmarks.harness.errors import UsageError
 from benchmarks.streams import CLASS, DOMAIN, STREAMS, TASK
-from benchmarks.streams.features import Features, Pretrained, RandomReLU
+from benchmarks.streams.features import Features, Pretrained, RandomReLU, split
 
 
 @pytest.fixture
@@ -71,6 +71,22 @@ def test_classes_count_from_zero_in_each_experience_unless_all_are_told_apart(sc
     for number, experience in enumerate(made.train_stream):
         assert experience.classes_in_this_experience == names
         assert experience.task_labels == [labels[number]]
+
+
+def test_small_tasks_are_single_classes_or_parts_of_pairs():
+    classes = torch.arange(10).repeat_interleave(6).roll(17)
+    order = torch.randperm(10, generator=torch.Generator().manual_seed(2))
+    for count in (5, 10, 50):
+        parts = split(classes, order, count)
+        assert len(parts) == count
+        assert torch.equal(torch.cat(parts).sort().values, torch.arange(60))  # each image in one task
+    assert [classes[at].unique().tolist() for at in split(classes, order, 10)] == [[c] for c in order.tolist()]
+    pairs = [classes[at].tolist() for at in split(classes, order, 50)]
+    assert all({*part} <= {*order[2 * (t // 10) : 2 * (t // 10) + 2].tolist()} for t, part in enumerate(pairs))
+    assert STREAMS["split_digits_pretrained_10"].scenarios == (CLASS,)
+    made = STREAMS["split_digits_random_50"].make(0, None, TASK, 12)
+    assert [experience.task_labels for experience in made.train_stream] == [[t] for t in range(12)]
+    assert [len(experience.dataset) for experience in made.test_stream[:2]] == [len(made.test_stream[9].dataset)] * 2
 
 
 def test_features_are_computed_once_and_a_damaged_file_again(folder, monkeypatch):
