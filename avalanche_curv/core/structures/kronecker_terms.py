@@ -35,9 +35,13 @@ class KroneckerTerm(Storable, ABC):
     def placed(self, rows: Tensor, columns: Tensor, out: int, inputs: int) -> KroneckerTerm:
         """The matrix over larger changes, in which those of this one stand at some rows and columns; zero elsewhere."""
 
-    @abstractmethod
     def grown(self, known: int) -> KroneckerTerm:
-        """With the mean curvature of the first `known` outputs for all further ones, where it is zero."""
+        """With the mean curvature of the first `known` outputs for all further ones, where it is zero. Raises TypeError
+        where that is not known."""
+        raise TypeError(
+            f"{type(self).__name__} cannot give later outputs the curvature of those that are there. Take Kronecker() "
+            "or EKFAC() without a cut, or a head that has all outputs from the start."
+        )
 
     @abstractmethod
     def map_spectrum(self, function: Callable[[Tensor], Tensor]) -> KroneckerTerm:
