@@ -1,22 +1,25 @@
 """Replay of a memory against paper, the grid of the trust region experiment, and its report."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from avalanche_curv import AdaptiveRefresh, CurvatureEWCPlugin
+from avalanche_curv import AdaptiveRefresh, CurvatureEWCPlugin, Diagonal, Fisher
 from benchmarks.experiments.trust_region.experiment import (
     EWC,
     SETTINGS,
     STRENGTHS,
     TrustRegionOptions,
     experiment,
+    points,
     rows,
     settings,
 )
+from benchmarks.experiments.trust_region.frontier import WithReplay
 from benchmarks.experiments.trust_region.report import closed, report
 from benchmarks.experiments.tune.experiment import TARGETS
 from benchmarks.harness import Context, Results, UsageError
@@ -117,3 +120,45 @@ def test_one_run_counts_its_refreshes(tmp_path):
     assert records["refreshes"] >= 1
     assert 0 < records["average_accuracy"] <= 1
     assert records["stored_bytes"] > 0
+
+
+def test_the_frontier_asks_for_mnist_and_has_each_method_at_each_memory_and_budget():
+    with pytest.raises(UsageError, match="--part frontier reads MNIST: give --dataset-root DIR, or --quick"):
+        points(TrustRegionOptions(part="frontier"))
+    with pytest.raises(UsageError, match="leave --stream out"):
+        points(TrustRegionOptions(part="frontier", stream="sine"))
+    (replay, adaptive, both) = points(TrustRegionOptions(part="frontier", quick=True))
+    assert replay.label == "Replay, 200 images, 10 steps"
+    assert [round(one.method.fraction * 1440) for one in (replay,)] == [200]
+    assert both.method.policy == adaptive.method.policy
+    found = points(TrustRegionOptions(part="frontier", dataset_root=Path("anywhere")))
+    assert len({one.label for one in found}) == len(found) == 27
+    assert experiment.variant(TrustRegionOptions(part="frontier")) == "frontier"
+
+
+def test_both_replays_the_examples_that_the_policy_stores(net, learner, plane):
+    policy = AdaptiveRefresh(fraction=0.25)
+    ewc, replay = WithReplay(1.0, Fisher(samples=1), Diagonal(), policy).plugins(144)
+    strategy = learner(net, ewc, replay)
+    for experience in plane.train_stream:
+        strategy.train(experience)
+    stored = torch.cat([inputs for risk in ewc.past.stored for inputs, _ in risk.batches])
+    torch.testing.assert_close(torch.stack([item[0] for item in replay.storage_policy.buffer]), stored)
+
+
+def test_the_report_of_the_frontier_divides_times_seed_by_seed(tmp_path):
+    setting = {"stream": "split_mnist", "experiences": 5, "steps": 30, "batch": 64, "rate": 0.001}
+    values = {"Replay": {0: 1.0, 1: 2.0}, "adaptive refresh": {0: 3.0, 1: 4.0}}
+    records = tuple(
+        {"metric": metric, "label": name, "seed": seed, "step": None, "value": scale * seconds}
+        for name, own in values.items() for seed, seconds in own.items()
+        for metric, scale in (("processor_seconds", 1.0), ("average_accuracy", 0.2), ("stored_bytes", 1024.0))
+    )
+    headers = tuple(
+        {"label": name, "seed": 0, "config": {"name": name, "images": 200, "method": {}, "setting": setting}}
+        for name in values
+    )
+    written = report(Results((*values,), records, headers), tmp_path)
+    assert "| 200    |    30 | adaptive refresh" in written.replace("|    200 |", "| 200    |")
+    assert "2.50" in written
+    assert {path.name for path in tmp_path.iterdir()} == {"frontier_seconds.png", "frontier_bytes.png"}

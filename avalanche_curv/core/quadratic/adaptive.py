@@ -75,12 +75,26 @@ class AdaptiveRefresh(Drawing):
 
     Every `every` iterations L(θ) is measured, on as many stored examples as `look` takes. Where it leaves the region in
     which `trust` believes q, the anchor moves to θ and g and C are estimated anew, at most `max_refreshes` times an
-    experience; at the end of each experience always. Before the first iteration L is that of the model as it has grown:
+    experience; at the end of each experience always, and then of all that is stored. `renew` says of how many examples
+    a refresh is made, and whether it estimates C too or g alone: `Everything()` of all, or `SlopeAlone(512)`. L and q
+    are then those of the examples that it has drawn. Before the first iteration L is that of the model as it has grown:
     where new outputs or unmasked units change it beyond `trust`, the model is estimated anew too, and so it is where
     parameters train that were frozen before. Each refresh and its reason are in `AdaptivePast.refreshes`. The penalty
     is q − L(a) + ½ τ ‖δ‖², with τ from `damping`: it stays bounded below where g leaves the range of C.
 
-    `fraction` of an experience's examples are kept, drawn by `seed`. The idea of a region in which a quadratic model is
+    `fraction` of an experience's examples are kept, drawn by `seed`.
+
+    Take it where models of known error are wanted, or few and long-lived ones do (three refreshes a task on sine and
+    digits, `run trust_region`); where training only has to be cheap and good, replay what is stored. A model that lives
+    k steps costs c_penalty + c_look / `every` + c_refresh / k a step, replay one more batch. On class-incremental split
+    MNIST k is 5 to 7 with any structure, and of so short a model the curvature matters little: there
+    `AdaptiveRefresh(RelativeError(0.2), renew=SlopeAlone(512))` with `Diagonal()` and `Fisher(samples=1)` is the
+    cheapest setting known. With 2,000 images and a 784-400-400-10 network, on held-out images of tuning seeds: 100
+    steps a task 0.921 and 0.913 (Replay 0.914, 0.906) at 1.7 times Replay's processor time, 400 steps 0.913 (Replay
+    0.927, one seed) at 1.3 times. In milliseconds of one thread there: a gradient of 128 images with its step of Adam
+    4.2, penalty 2.4, look 6.9, gradient of 512 images 12.2, frozen copy 1.7.
+
+    The idea of a region in which a quadratic model is
     trusted is that of Levenberg (1944) and of Conn et al. (2000).
     """
 
@@ -125,7 +139,8 @@ class AdaptiveRefresh(Drawing):
         if past.model is None or iteration % self.every or self._left(past) <= 0:
             return past
         keep_what_trains(model)
-        begun, unchanged, past = past.model.unprotected(model), past, AdaptivePast.of(past)
+        quadratic, unchanged, past = past.model, past, AdaptivePast.of(past)
+        begun = quadratic.unprotected(model)
         check, frozen, grown = self._looked(past, model, iteration, begun)
         reason = self.trust.broken(check)
         if begun:
@@ -139,9 +154,9 @@ class AdaptiveRefresh(Drawing):
         event = RefreshEvent(past.experiences, iteration, reason, check.actual, check.predicted)
         stored = grown or frozen_together(past.stored, model)
         drawn = self.renew.drawn([risk.examples for risk in stored], self._seed(past, len(past.refreshes)))
-        known = past.kept is not None and not begun and stored[0].space == past.model.space
-        if self.renew.keeps_curvature and known:
-            refreshed = self._moved(past, stored, drawn, past.kept.to(stored[0].anchor))
+        kept = past.kept if self.renew.keeps_curvature and not begun else None
+        if kept is not None and stored[0].space == quadratic.space:
+            refreshed = self._moved(past, stored, drawn, kept.to(stored[0].anchor))
         else:
             refreshed = self._refreshed(past, stored, drawn, curvature, structure)
         return replace(refreshed, refreshes=(*past.refreshes, event))
@@ -185,7 +200,7 @@ class AdaptiveRefresh(Drawing):
             losses |= zip(alike, found)
         total = sum_at_one_anchor(models)
         kept = total.curvature if self.renew.keeps_curvature else None
-        return self._damped(replace(new, model=total, kept=kept), losses)
+        return self._damped(replace(new, kept=kept), total, losses)
 
     def _moved(
         self, past: AdaptivePast, stored: tuple[EmpiricalRisk, ...], drawn: tuple[Int[Tensor, "n"], ...], kept: Matrix
@@ -201,13 +216,15 @@ class AdaptiveRefresh(Drawing):
         if not total.isfinite().all():
             raise not_finite("The slope", sum(map(len, drawn)))
         model = QuadraticModel(stored[0].space, stored[0].anchor, kept, total, frozen=stored[0].frozen)
-        return self._damped(replace(new, model=model), losses)
+        return self._damped(new, model, losses)
 
-    def _damped(self, past: AdaptivePast, losses: Mapping[int, Float[Tensor, "n"]]) -> AdaptivePast:
-        """The past with losses at its anchor, by experience, and its model damped."""
-        own = tuple(losses[t] for t in range(len(past.stored)))
-        tau, loss = self.damping.amount(past.model), sum(float(part.double().mean()) for part in own)
-        return replace(past, model=past.model.damped(tau), loss=loss, losses=own, damping=tau)
+    def _damped(
+        self, past: AdaptivePast, model: QuadraticModel, losses: Mapping[int, Float[Tensor, "n"]]
+    ) -> AdaptivePast:
+        """The past with this model, damped, and the losses at its anchor, by experience."""
+        own, tau = tuple(losses[t] for t in range(len(past.stored))), self.damping.amount(model)
+        loss = sum(float(part.double().mean()) for part in own)
+        return replace(past, model=model.damped(tau), loss=loss, losses=own, damping=tau)
 
 
 def _of_experiences(

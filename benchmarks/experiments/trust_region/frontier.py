@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from avalanche.benchmarks.utils import concat_datasets
 from avalanche.training.plugins import ReplayPlugin, SupervisedPlugin
 from avalanche.training.storage_policy import ExemplarsBuffer
 
@@ -44,14 +45,13 @@ class StoredByPolicy(ExemplarsBuffer):
 
     def __init__(self, policy: Drawing, examples: int) -> None:
         super().__init__(examples)
-        self.policy, self.experiences = policy, 0
+        self.policy, self.parts = policy, list[Any]()
 
     def post_adapt(self, agent_state: Any, exp: Any) -> None:
         dataset = exp.dataset
-        part = random_part(len(dataset), self.policy.fraction, part_seed(self.policy.seed, self.experiences))
-        new = dataset.subset(part.tolist())
-        self.buffer = self.buffer.concat(new) if self.experiences else new
-        self.experiences += 1
+        part = random_part(len(dataset), self.policy.fraction, part_seed(self.policy.seed, len(self.parts)))
+        self.parts.append(dataset.subset(part.tolist()))
+        self.buffer = concat_datasets(self.parts)
 
     def resize(self, strategy: Any, new_size: int) -> None:
         """All is kept."""
