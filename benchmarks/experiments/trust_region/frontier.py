@@ -45,13 +45,14 @@ class StoredByPolicy(ExemplarsBuffer):
 
     def __init__(self, policy: Drawing, examples: int) -> None:
         super().__init__(examples)
-        self.policy, self.parts = policy, list[Any]()
+        self.policy, self.experiences = policy, 0
 
     def post_adapt(self, agent_state: Any, exp: Any) -> None:
         dataset = exp.dataset
-        part = random_part(len(dataset), self.policy.fraction, part_seed(self.policy.seed, len(self.parts)))
-        self.parts.append(dataset.subset(part.tolist()))
-        self.buffer = concat_datasets(self.parts)
+        part = random_part(len(dataset), self.policy.fraction, part_seed(self.policy.seed, self.experiences))
+        kept = [self.buffer] if self.experiences else []  # type: ignore[has-type]
+        self.buffer = concat_datasets([*kept, dataset.subset(part.tolist())])
+        self.experiences += 1
 
     def resize(self, strategy: Any, new_size: int) -> None:
         """All is kept."""
