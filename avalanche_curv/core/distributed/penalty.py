@@ -101,7 +101,7 @@ def diagonal_columns(values: Float[Tensor, "p"]) -> LowRankMatrix:
 
 def _columns(matrix: Matrix, share: ParameterShare) -> LowRankMatrix:
     parts = matrix.eigenvectors_beside_diagonal()
-    if parts is None:
+    if parts is None or matrix.sums_are_cut:
         raise TypeError(
             f"A {type(matrix).__name__} is not kept in shares, nor is a bound on the rank of sums. Use Diagonal(), "
             "LowRank(...) without max_rank or FlatSpectrum(...), or keep the whole model on every rank."

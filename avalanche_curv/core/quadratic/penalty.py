@@ -16,6 +16,7 @@ from avalanche_curv.core.curvature.base import Curvature
 from avalanche_curv.core.options import Fixed, check_number
 from avalanche_curv.core.precision import in_own_precision
 from avalanche_curv.core.quadratic.fused import OnePass
+from avalanche_curv.core.quadratic.low_rank_pass import LowRankPass
 from avalanche_curv.core.quadratic.model import QuadraticModel, check_first_order, half, is_one
 from avalanche_curv.core.quadratic.parts import add_to_gradients
 from avalanche_curv.core.risk.parameters import ParameterSpace
@@ -175,9 +176,14 @@ class _Penalty(torch.autograd.Function):
         return None, *(part.to(dtype) for part, dtype in zip(gradients, ctx.types))
 
 
-def _in_one_pass(past: QuadraticModel) -> OnePass | None:
-    """For a diagonal C and no slope at the anchor."""
-    diagonal = _diagonal(past)
+def _in_one_pass(past: QuadraticModel) -> OnePass | LowRankPass | None:
+    """For a diagonal C and no slope at the anchor, and for low rank beside a diagonal."""
+    parts = past.curvature.eigenvectors_beside_diagonal()
+    if parts is None:
+        return None
+    (values, vectors), diagonal = parts
+    if len(values):
+        return LowRankPass(past.anchor, vectors, values, diagonal, past.gradient, past.space.shapes)
     return None if past.gradient is not None or diagonal is None else OnePass(past.anchor, diagonal, past.space.shapes)
 
 

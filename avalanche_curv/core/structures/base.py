@@ -168,9 +168,14 @@ class Matrix(OneLine, Storable, ABC):
         return self.map_spectrum(partial(inverted, rounding=rounding)) if self.is_decomposed else None
 
     def eigenvectors_beside_diagonal(self) -> tuple[Pairs, Float[Tensor, "P"] | None] | None:
-        """((λ, V), d) of a matrix that is stored as Vᵀ diag(λ) V + diag(d), with V [k, P], and whose sums are stored so
-        too; d is None where it is zero. None for any other matrix."""
+        """((λ, V), d) of a matrix that is stored as Vᵀ diag(λ) V + diag(d), with V [k, P]; d is None where it is zero.
+        None for any other matrix."""
         return None
+
+    @property
+    def sums_are_cut(self) -> bool:
+        """Whether `compressed` may cut a sum, so that it is not exact."""
+        return False
 
     def in_blocks(self, space: ParameterSpace) -> list[tuple[ParameterSpace, Matrix | None]]:
         """The diagonal blocks outside of which C is zero, with their spaces; None for a block of zeros."""

@@ -169,8 +169,12 @@ class LowRankMatrix(Matrix):
         diagonal = None if self.diagonal is None else function(self.diagonal)
         return replace(self, vectors=vectors, values=function(values), diagonal=diagonal)
 
-    def eigenvectors_beside_diagonal(self) -> tuple[Pairs, Tensor | None] | None:
-        return None if self.max_rank is not None else ((self.values, self.vectors), self.diagonal)
+    @property
+    def sums_are_cut(self) -> bool:
+        return self.max_rank is not None
+
+    def eigenvectors_beside_diagonal(self) -> tuple[Pairs, Tensor | None]:
+        return (self.values, self.vectors), self.diagonal
 
     def nonzero(self) -> LowRankMatrix:
         """Without eigenvalues that are zero up to rounding, whose eigenvectors mean nothing."""
