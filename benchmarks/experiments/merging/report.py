@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from benchmarks.experiments.merging.experiment import ALONE, AVERAGE, JOINT, SLOPE, SQUARED, START, STRUCTURES
 from benchmarks.harness.plots import COLOURS, MUTED, new_figure, saved, tidy
 from benchmarks.harness.tables import Cell, Column, table
-from benchmarks.pairs import paired
+from benchmarks.pairs import LEVEL, paired
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,8 +35,10 @@ that of joint training."""
 LOSSY = """## Softmax
 
 The same head with softmax and cross-entropy, and two perceptrons, each way with its tuned τ."""
-AGAINST = """What each way gains over the average, seed by seed (paired t-tests, uncorrected for the number of rows;
-beyond noise below 0.05):"""
+AGAINST = """### Against the average
+
+What a way gains over the average, seed by seed, wherever that is beyond noise (paired t-tests, p < 0.05, uncorrected
+for their number, {count}); all others are within it:"""
 DRAWN = dict(zip(STRUCTURES, COLOURS))
 
 
@@ -49,7 +51,7 @@ def report(results: Results, out: Path) -> str:
     if lossy.columns:
         sections += [LOSSY, *(_lossy(network, part) for network, part in lossy.by("network"))]
         _figure(lossy, out)
-        sections += [AGAINST, _gains(lossy), "![Accuracy by damping](merging.png)"]
+        sections += [*_gains(lossy), "![Accuracy by damping](merging.png)"]
     return "\n\n".join(sections)
 
 
@@ -90,18 +92,20 @@ def _count(results: Results) -> int:
     return min((cell.n for cell in found if cell), default=0)
 
 
-def _gains(results: Results) -> str:
+def _gains(results: Results) -> list[str]:
+    """What is gained over the average, or lost, beyond noise."""
     rows: list[list[Cell]] = []
+    count = 0
     for (network, split), part in results.by("network", "split"):
         base = next((one.finals("accuracy") for one in part.where(method=AVERAGE).each()), {})
         for one in part.each():
             name = one.first["method"]
             pair = paired(one.finals("accuracy"), base) if name.removesuffix(SLOPE) in STRUCTURES else None
-            if pair is not None:
-                p = "–" if pair.p is None else f"{pair.p:.2g}"
-                rows.append([f"{network}, {split}, {name}", pair.difference, p, pair.verdict, pair.difference.n])
-    columns = [Column("networks"), Column("gain"), Column("p"), Column("verdict"), Column("n")]
-    return table(columns, rows)
+            count += pair is not None
+            if pair is not None and pair.p is not None and pair.p < LEVEL:
+                rows.append([f"{network}, {split}, {name}", pair.difference, f"{pair.p:.2g}", pair.difference.n])
+    columns = [Column("networks"), Column("gain"), Column("p"), Column("n")]
+    return [AGAINST.format(count=count), table(columns, rows) if rows else "None."]
 
 
 def _figure(results: Results, out: Path) -> None:
