@@ -42,6 +42,8 @@ def test_the_report_has_both_kinds_of_loss_and_a_figure(found, tmp_path):
     written = report(found, tmp_path)
     assert "## Squared error" in written
     assert f"### {merging.SMALL}" in written
-    assert "| MLP 49-12-10, skewed, EKFAC, slope " in written
+    assert "| EKFAC, slope " in written
+    assert written.count("uncorrected\nfor their number, 8)") == 1  # each structure without and with the slope
+    assert "\n\nNone.\n\n" in written  # of one seed nothing is beyond noise
     assert (tmp_path / "merging.png").exists()
     assert "## Softmax" not in report(found.where(network=merging.SQUARED), tmp_path)
