@@ -90,9 +90,9 @@ class AdaptiveRefresh(Drawing):
     MNIST k is 5 to 7 with any structure, and of so short a model the curvature matters little: there
     `AdaptiveRefresh(RelativeError(0.2), renew=SlopeAlone(512))` with `Diagonal()` and `Fisher(samples=1)` is the
     cheapest setting known. With 2,000 images and a 784-400-400-10 network, on held-out images of tuning seeds: 100
-    steps a task 0.921 and 0.913 (Replay 0.914, 0.906) at 1.7 times Replay's processor time, 400 steps 0.913 (Replay
-    0.927, one seed) at 1.3 times. In milliseconds of one thread there: a gradient of 128 images with its step of Adam
-    4.2, penalty 2.4, look 6.9, gradient of 512 images 12.2, frozen copy 1.7.
+    steps a task 0.921 and 0.913 (Replay 0.914, 0.906) at 1.5 to 1.8 times Replay's processor time, 400 steps 0.913
+    (Replay 0.927, one seed) at 1.2 times. In milliseconds of one thread there: a gradient of 128 images with its step
+    of Adam 4.2, penalty 2.4, look 6.9, gradient of 512 images 12.2, frozen copy 1.7.
 
     The idea of a region in which a quadratic model is
     trusted is that of Levenberg (1944) and of Conn et al. (2000).
