@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from avalanche_curv.core.curvature.base import Curvature, NonFiniteCurvatureError
-from avalanche_curv.core.per_example.gram import OuterRows, PlainRows, Rows, gram_rows
+from avalanche_curv.core.per_example.gram import OuterRows, PlainRows, Rows, gram_rows, lifted, rows_operator
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk, joined_risk
 from avalanche_curv.core.risk.parameters import ParameterSpace
 from avalanche_curv.core.structures.base import Matrix
@@ -75,8 +75,9 @@ class AveragedCurvature:
         return self.checked(self._sum(Dense()).dense().double())
 
     def product(self) -> Callable[[Float[Tensor, "P"]], Float[Tensor, "P"]]:
-        """The function v ↦ C v, through graphs that are kept as long as the function is."""
-        return self._sum(MatrixFree()).product
+        """The function v ↦ C v, by rows or through graphs that are kept as long as the function is."""
+        held = rows_operator(self.curvature, self.functions[0]) if len(self.functions) == 1 else None
+        return self._sum(MatrixFree()).product if held is None else lambda v: held.matmat(v[:, None])[:, 0]
 
     def exact_trace(self) -> float | None:
         """tr C from the exact diagonal; None where the kind has no cheap rule for that."""
@@ -130,9 +131,7 @@ def rows_of_all(averaged: AveragedCurvature, most: int) -> list[Rows] | None:
 
 def lifted_rows(rows: Sequence[Rows], space: ParameterSpace, u: Float[Tensor, "k M"]) -> Float[Tensor, "k P"]:
     """The eigenvectors Gᵀu / ‖Gᵀu‖ of GᵀG, as rows over the parameters `space`, from those of GGᵀ, the rows u."""
-    parts = {name: part for some in rows for name, part in some.lifted(u.T).items()}
-    missing = u.new_zeros(len(u), 1)
-    v = torch.cat([parts.get(name, missing.expand(-1, n)) for name, n in zip(space.names, space.sizes)], dim=1)
+    v = lifted(rows, space, u.T)
     return v / v.norm(dim=1, keepdim=True)
 
 

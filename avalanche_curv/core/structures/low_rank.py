@@ -13,7 +13,7 @@ from avalanche_curv.core.curvature.base import Curvature
 from avalanche_curv.core.curvature.operators import Operator
 from avalanche_curv.core.eigen import WHOLE, Pairs, top_of_matrix, top_of_operator
 from avalanche_curv.core.options import check_count, optional, settle
-from avalanche_curv.core.per_example.gram import gram_rows, top_pairs
+from avalanche_curv.core.per_example.gram import gram_rows, rows_operator, top_pairs
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.parameters import ParameterSpace
 from avalanche_curv.core.structures.base import CurvatureSource, Matrix, Structure, check_limit, check_memory
@@ -254,5 +254,5 @@ def _of_rows(curvature: Curvature, risk: EmpiricalRisk) -> Top | None:
 
 
 def _of_products(curvature: Curvature, risk: EmpiricalRisk) -> Top:
-    operator = curvature.operator(risk)
+    operator = rows_operator(curvature, risk) or curvature.operator(risk)
     return lambda count: top_of_operator(operator, risk.anchor, count)

@@ -29,6 +29,7 @@ from avalanche_curv import (
 from avalanche_curv.core import eigen
 from avalanche_curv.core.fidelity.examples import OutputModels
 from avalanche_curv.core.fidelity.monitor import example_models
+from avalanche_curv.core.per_example import gram
 from avalanche_curv.core.structures import LowRankMatrix
 from avalanche_curv.core.structures.rules import check_pair
 
@@ -49,6 +50,21 @@ def test_every_way_gives_the_top_eigenpairs_of_the_whole_matrix(kind, loss, way,
     residual = whole @ matrix.vectors.T - matrix.vectors.T * matrix.values
     assert residual.norm(dim=0).le((1e-4 if way == "products" else 1e-9) * values.abs()).all()
     assert matrix.trace() == pytest.approx(float(values.sum()), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", [GGN(), Fisher(samples=2, seed=1), EmpiricalFisher()], ids=str)
+def test_products_with_rows_that_are_held_are_those_of_the_whole_matrix(
+    kind, architecture, problem, close, exact, monkeypatch
+):
+    risk = problem(architecture, "cross_entropy").risk
+    monkeypatch.setattr("avalanche_curv.core.per_example.passes.CHUNK", 3)
+    operator = gram.rows_operator(kind, risk)
+    vectors = torch.randn(risk.space.size, 3, generator=torch.Generator().manual_seed(0)).double()
+    close(operator.matmat(vectors), exact(kind, risk) @ vectors, 1e-12)
+    for limit in ("GRAM_BYTES", "FEW_COLUMNS"):
+        with monkeypatch.context() as context:
+            context.setattr(gram, limit, 0)
+            assert gram.rows_operator(kind, risk) is None
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
