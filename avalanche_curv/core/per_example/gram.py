@@ -221,7 +221,8 @@ def rows_operator(curvature: Curvature, risk: EmpiricalRisk) -> RowsOperator | N
         return None
 
     def held(layers: Layers) -> RowsOperator | None:
-        flat = sum(risk.examples * layer.in_features + count * layer.out_features for layer in layers.flat)
+        linear = (layer for layer in layers.flat if isinstance(layer, nn.Linear))
+        flat = sum(risk.examples * layer.in_features + count * layer.out_features for layer in linear)
         if layers.rest or (flat + count * plain_size(layers)) * risk.anchor.element_size() > GRAM_BYTES:
             return None
         pieces = ([*piece.values()] for piece in row_pieces(curvature, risk, layers))
