@@ -12,12 +12,13 @@ from torch.nn import functional as F
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from avalanche_curv.core.nested import Nested
-from avalanche_curv.core.quadratic.model import minimiser
+from avalanche_curv.core.quadratic.minimum import conjugate_gradients
 from benchmarks.networks import mlp
 
 CLASSES = 10
 CHUNK = 5  # iterations of L-BFGS between two looks
-NEWTON, ITERATIONS = 24, 3000  # steps at most, and iterations of conjugate gradients in each
+NEWTON, ITERATIONS = 24, 3000  # steps at most, and iterations of conjugate gradients in each,
+ROUNDING = 1e-14  # until the slope is this part of what it was
 ENOUGH = 1e-10  # the largest entry of the gradient at what counts as a minimum
 
 Data = tuple[Float[Tensor, "N d"], Int[Tensor, "N"]]
@@ -108,8 +109,8 @@ def _by_conjugate_gradients(model: nn.Module, data: Data, objective: Objective, 
         if not left:
             return
         slope = parameters_to_vector(torch.autograd.grad(objective(*data), parameters))
-        step = minimiser(lambda v: product(v) + bend(v), slope, iterations=ITERATIONS)
-        vector_to_parameters(parameters_to_vector(parameters).detach() + step, parameters)
+        found = conjugate_gradients(lambda v: product(v) + bend(v), slope, ROUNDING * float(slope.norm()), ITERATIONS)
+        vector_to_parameters(parameters_to_vector(parameters).detach() + found.step, parameters)
         left -= 1
 
 
