@@ -56,7 +56,7 @@ def report(results: Results, out: Path) -> str:
     main, *others = (part for _, part in results.by("stream"))
     points = list(_points(results))
     _figure(points, out)
-    lines += [TEXT.format_map(main.first), "## Where the model is exact"]
+    lines += [TEXT.format_map(_setting(main)), "## Where the model is exact"]
     lines += [_exact(part) for part in others if part.first["squared"]]
     lines += ["## Class-incremental, without stored examples and with", _compared(main)]
     lines += ["## Structures and policies at λ = 1"]
@@ -81,8 +81,8 @@ def _exact(results: Results) -> str:
          _small(one.final("apart_most")), _small(one.final("error")), _count(one)]
         for one in part.each()
     ]  # fmt: skip
-    first = part.first
-    head = "### {stream}\n\n{tasks} tasks, {examples} images of each class, {directions} directions.".format_map(first)
+    text = "### {stream}\n\n{tasks} tasks, {examples} images of each class, {directions} directions."
+    head = text.format_map(_setting(part))
     titles = ("lost", "apart", "most apart", "error", "n")
     return f"{head}\n\n{table([Column('kept'), Column('accuracy', 4, max), *map(Column, titles)], rows)}"
 
@@ -178,6 +178,11 @@ def _figure(points: Sequence[Point], out: Path) -> None:
     handles = [Line2D([], [], color=c, marker=m, linestyle="", label=name) for name, c, m in looks]
     figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     saved(figure, out / "exactness.png")
+
+
+def _setting(results: Results) -> dict:
+    """The setting of the first label: its names also where other columns have them too."""
+    return results.config(next(iter(results.columns)))["setting"] | results.first
 
 
 def _name(row: dict) -> str:
