@@ -87,7 +87,7 @@ class OnePass:
     def add(self, parameters: Sequence[Tensor | None]) -> float | None:
         """Adds F (θ − a) to the gradients of these parameters θ, and returns δᵀFδ for δ = θ − a; None, with nothing
         done, where that is not possible."""
-        gradients = [None if p is None else p.grad for p in parameters]
+        gradients: list[Any] = [None if p is None else p.grad for p in parameters]
         if not (self._fit(parameters) and self._fit(gradients)):
             return None
         increment_version(gradients)

@@ -148,7 +148,7 @@ class ParameterSpace(Storable):
 
     def rows(self, names: Iterable[str]) -> Int[Tensor, "r k"]:
         """For each row of these parameters, which have as many rows, the indices of its coordinates."""
-        starts, shapes = (dict(zip(self.names, values)) for values in (_starts(self.sizes), self.shapes))
+        starts, shapes = dict(zip(self.names, _starts(self.sizes))), dict(zip(self.names, self.shapes))
         return torch.cat([
             starts[name] + torch.arange(math.prod(shapes[name])).view(shapes[name][0], -1) for name in names
         ], dim=1)  # fmt: skip

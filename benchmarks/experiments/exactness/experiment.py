@@ -54,6 +54,7 @@ from benchmarks.experiments.exactness.learner import (
     fit,
     grow,
     joined,
+    last,
     of_squares,
     prior,
     with_one,
@@ -360,7 +361,7 @@ def learned(config: Config, tasks: Sequence[Data], seed: int) -> tuple[nn.Module
     course = Course(config, model)
     for number, data in enumerate(tasks):
         if growing:
-            grow(model, max(len(model[-1].bias), int(data[1].max()) + 1))
+            grow(model, max(last(model).out_features, int(data[1].max()) + 1))
         past, before = tasks[:number], deepcopy(model)
         course.begin()
         fit(
@@ -382,14 +383,15 @@ class Course:
 
     def __init__(self, config: Config, model: nn.Sequential) -> None:
         self.config, self.head, self.model = config, config.head, model
-        self.past, self.penalty = Past(), None
+        self.past = Past()
+        self.penalty: Penalty | None = None
         self.memory: list[Data] = []
         self.centre: list[Tensor] = []
         self.before = self.mark = 0.0
 
     @property
     def outputs(self) -> int:
-        return len(self.model[-1].bias)
+        return last(self.model).out_features
 
     @property
     def predicts(self) -> bool:

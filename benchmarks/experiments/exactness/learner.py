@@ -140,7 +140,7 @@ def _to_the_minimum(model: nn.Module, data: Data, objective: Objective, iteratio
     for done in range(0, iterations, CHUNK):
         if look(done):
             optimizer, since = _lbfgs(model), done
-        optimizer.step(closure)  # type: ignore[arg-type]  # torch asks for a float, and takes a tensor
+        optimizer.step(closure)
         if optimizer.state_dict()["state"][0]["n_iter"] < done + CHUNK - since:
             return  # at a minimum, or as near as rounding allows
 
@@ -166,9 +166,16 @@ def _by_adam(
         optimizer.step()
 
 
+def last(model: nn.Sequential) -> nn.Linear:
+    """The layer that gives the outputs."""
+    layer = model[-1]
+    assert isinstance(layer, nn.Linear)
+    return layer
+
+
 def grow(model: nn.Sequential, outputs: int) -> None:
     """Append rows of zeros to the last layer, for so many outputs in all."""
-    old = model[-1]
+    old = last(model)
     new = nn.Linear(old.in_features, outputs).to(old.weight)
     with torch.no_grad():
         for parameter, known in zip(new.parameters(), old.parameters()):
