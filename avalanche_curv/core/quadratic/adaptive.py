@@ -87,7 +87,7 @@ class AdaptiveRefresh(Drawing):
     Take it where models of known error are wanted, or few and long-lived ones do (three refreshes a task on sine and
     digits, `run trust_region`); where training only has to be cheap and good, replay what is stored. A model that lives
     k steps costs c_penalty + c_look / `every` + c_refresh / k a step, replay one more batch. On class-incremental split
-    MNIST k is 5 to 7 with any structure, and of so short a model the curvature matters little: there
+    MNIST k is 5 to 8 with any structure, and of so short a model the curvature matters little: there
     `AdaptiveRefresh(RelativeError(0.2), renew=SlopeAlone(512))` with `Diagonal()` and `Fisher(samples=1)` is the
     cheapest setting known. With 2,000 images and a 784-400-400-10 network, on held-out images of tuning seeds: 100
     steps a task 0.921 and 0.913 (Replay 0.914, 0.906) at 1.5 to 1.8 times Replay's processor time, 400 steps 0.913
