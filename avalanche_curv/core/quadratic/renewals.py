@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from abc import ABC
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
 
 import torch
 from jaxtyping import Int
@@ -22,8 +21,10 @@ class Renewal(ABC):
 
     examples: int | None
 
-    keeps_curvature: ClassVar[bool]
-    """Whether C stays that of the last end of an experience."""
+    @property
+    @abstractmethod
+    def keeps_curvature(self) -> bool:
+        """Whether C stays that of the last end of an experience."""
 
     def __post_init__(self) -> None:
         settle(self, examples=optional(partial(check_count, hint="None takes all that are stored.")))
@@ -44,7 +45,7 @@ class Everything(Renewal):
     """Loss, slope and curvature."""
 
     examples: int | None = None
-    keeps_curvature: ClassVar[bool] = False
+    keeps_curvature = False
 
 
 @dataclass(frozen=True)
@@ -57,4 +58,4 @@ class SlopeAlone(Renewal):
     """
 
     examples: int | None = 512
-    keeps_curvature: ClassVar[bool] = True
+    keeps_curvature = True
