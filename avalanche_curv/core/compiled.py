@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -21,14 +22,14 @@ PLAIN = Tensor, nn.Parameter
 def compiled(source: str, *flags: str) -> Any:
     """The library that a C compiler (`CC`, or `cc`) makes of this source in a fraction of a second; None where that
     fails. A function that keeps it is to be cached."""
-    compiler = shutil.which(os.environ.get("CC") or "cc")
-    if compiler is None:
+    compiler = shlex.split(os.environ.get("CC") or "cc")
+    if shutil.which(compiler[0]) is None:
         return None
     try:
         with TemporaryDirectory() as folder:
             code, built = Path(folder, "loops.c"), Path(folder, "loops.so")
             code.write_text(source)
-            command = [compiler, *FLAGS, *flags, str(code), "-o", str(built)]
+            command = [*compiler, *FLAGS, *flags, str(code), "-o", str(built)]
             subprocess.run(command, check=True, capture_output=True, timeout=SECONDS)
             return ctypes.CDLL(str(built))
     except (OSError, subprocess.SubprocessError):

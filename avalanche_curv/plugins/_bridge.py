@@ -236,12 +236,15 @@ def check_backward(strategy: Any) -> None:
 
 def adds_beside_the_loss(strategy: Any, plugin: Any) -> bool:
     """Whether what `plugin` adds to the gradients after the backward pass trains as a term of the loss would: the loop
-    and the backward pass are Avalanche's, which differentiate `strategy.loss` once and as it is, and no other plugin
-    acts in between, on the loss after this one has seen it or on the gradients before."""
+    and the backward pass are Avalanche's, which differentiate `strategy.loss` once and as it is, and nothing else acts
+    in between: no other plugin, on the loss after this one has seen it or on the gradients before, and no hook of a
+    parameter on its gradient."""
     kind, plugins = type(strategy), list(strategy.plugins)
     loop = next((one for one in kind.__mro__ if "training_epoch" in vars(one)), kind)
     plain = getattr(kind, "backward", None) is BaseSGDTemplate.backward and loop.__module__.startswith("avalanche.")
     if not plain or not vars(strategy).keys().isdisjoint({"backward", "training_epoch"}) or plugin not in plugins:
+        return False
+    if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in strategy.model.parameters()):
         return False
     place = plugins.index(plugin)
     earlier = any(_acts(other, "after_backward") for other in plugins[:place])

@@ -233,6 +233,21 @@ def test_beside_the_loss_the_penalty_trains_to_the_bit_as_a_term_of_it(structure
     assert ends[True][1] == pytest.approx(ends[False][1], rel=1e-5)
 
 
+def test_hooks_on_gradients_see_the_penalty(net, learner, train, plane):
+    """Rows that a mask freezes stay, also where a penalty pulls."""
+    ewc = CurvatureEWCPlugin(STRENGTH, structure=Kronecker())
+    strategy = learner(net, ewc, optimizer=torch.optim.SGD(net.parameters(), lr=0.05))
+    train(strategy, plane.train_stream[:1])
+    weight = next(p for p in strategy.model.parameters() if p.ndim == 2)
+    mask = torch.ones_like(weight).index_fill_(0, torch.tensor([0]), 0.0)
+    weight.register_hook(lambda gradient: gradient * mask)
+    before = weight.detach().clone()
+    train(strategy, plane.train_stream[1:2])
+    assert not ewc._beside
+    assert torch.equal(weight[0], before[0])
+    assert not torch.equal(weight[1:], before[1:])
+
+
 @pytest.mark.parametrize("structure", [Diagonal(), Dense(), BlockDiagonal(), Kronecker(), LowRank(Rank(2))], ids=type)
 def test_a_step_reads_nothing_of_the_device(structure, net, learner, train, plane, reading, monkeypatch):
     monkeypatch.setattr(fused, "library", lambda: None)  # as on other devices

@@ -47,8 +47,8 @@ def merged_parameters(
     as `QuadraticModel.minimiser` says, with `tolerance` a part of Σ_t ‖w_t C_t (ā − a_t)‖.
 
     Raises TypeError for models of different structures; ValueError for no model, for weights that are not one positive
-    number for each, and for a C_t with a negative eigenvalue, so that there is no minimum; and RuntimeError where
-    `max_products` products do not suffice.
+    number for each, and where there is no minimum, since a C_t has a negative eigenvalue or a slope leaves the range of
+    their sum; and RuntimeError where `max_products` products do not suffice.
 
     >>> from avalanche_curv.core.structures import DiagonalMatrix
     >>> space = ParameterSpace(("w",), (torch.Size([2]),))
@@ -75,6 +75,7 @@ def merged_parameters(
         average = average + minimum(
             curvature, torch.stack(slopes).sum(0), scale=scale, tolerance=tolerance, max_products=max_products,
             rounding=max(rounding_of(model.anchor) for model in models),
+            bounded=all(model.gradient is None for model in models),
         )  # fmt: skip
     like = reduce(torch.promote_types, (model.anchor.dtype for model in models))
     return dict(zip(space.names, space.split(average.to(like))))

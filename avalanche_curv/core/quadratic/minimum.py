@@ -42,16 +42,18 @@ def minimum(
     tolerance: float,
     max_products: int,
     scale: float | None = None,
+    bounded: bool = False,
 ) -> Float[Tensor, "P"]:
     """δ with ‖C δ + g‖ ≤ tolerance · ‖g‖, for positive semi-definite C; the shortest one where C is singular.
 
-    Eigenvalues up to `rounding` times the largest count as zero. `scale` stands for ‖g‖ where g is known to lie in the
-    range of C but for rounding, as that of a sum of quadratics with minima does, whose terms have these lengths in all.
+    Eigenvalues up to `rounding` times the largest count as zero. `scale` stands for ‖g‖ where g is a sum, whose terms
+    have these lengths in all; `bounded` says that it lies in the range of C but for rounding, as that of a sum of
+    quadratics with minima does.
 
     Raises ValueError where there is no minimum: C has a negative eigenvalue, or g leaves its range; and RuntimeError
     where `max_products` products are not enough.
     """
-    bounded, size = scale is not None, float(gradient.norm()) if scale is None else scale
+    size = float(gradient.norm()) if scale is None else scale
     inverse = curvature.pseudo_inverse(rounding)
     if inverse is not None:
         found = refined(curvature.product, inverse.product, gradient)

@@ -349,4 +349,4 @@ def part_of(risk: EmpiricalRisk, fraction: float, seed: int, experience: int) ->
 
 def part_seed(seed: int, experience: int) -> int:
     """The seed by which the kept part of an experience is drawn."""
-    return seed * 1_000_003 + experience
+    return (seed * 1_000_003 + experience) % 2**63

@@ -16,7 +16,8 @@ PLAIN = (bool, int, float, complex, str, bytes, set, frozenset, torch.dtype, tor
 def same_function(one: EmpiricalRisk, other: EmpiricalRisk) -> bool:
     """Whether the frozen models of two risks give equal outputs wherever their parameters and inputs are equal: they
     are called in one way, and have modules of the same names and types whose attributes are equal, with buffers and the
-    parameters outside of the space. What cannot be compared counts as another function.
+    parameters outside of the space. What cannot be compared counts as another function, and so does a module that is
+    held in a plain list or under no name.
 
     >>> a, b, c = (nn.Sequential(nn.Linear(1, 1), nn.LeakyReLU(slope)) for slope in (0.1, 0.1, 0.2))
     >>> a, b, c = (EmpiricalRisk.snapshot(m, nn.MSELoss(), [(torch.zeros(3, 1), torch.ones(3, 1))]) for m in (a, b, c))
@@ -29,22 +30,28 @@ def same_function(one: EmpiricalRisk, other: EmpiricalRisk) -> bool:
         return True
     free = {id(p) for p in (*one.parameters, *other.parameters)}
     ours, theirs = (dict(risk.base.named_modules()) for risk in (one, other))
-    return ours.keys() == theirs.keys() and all(_equal(ours[name], theirs[name], free, module=True) for name in ours)
+    known = {id(ours[name]): id(theirs[name]) for name in ours.keys() & theirs.keys()}
+    return ours.keys() == theirs.keys() and all(
+        type(ours[name]) is type(theirs[name]) and _equal(vars(ours[name]), vars(theirs[name]), free, known)
+        for name in ours
+    )
 
 
-def _equal(one: Any, other: Any, free: set[int], *, module: bool = False) -> bool:
+def _equal(one: Any, other: Any, free: set[int], known: Mapping[int, int]) -> bool:
+    """`free` are the parameters that may differ, and `known` the modules of one model that are compared by name with
+    those of the other."""
     if one is other:
         return True
     if type(one) is not type(other):
         return False
     if isinstance(one, nn.Module):
-        return not module or _equal(vars(one), vars(other), free)  # those inside are compared by name
+        return known.get(id(one)) == id(other)
     if isinstance(one, Tensor):
         if one.shape != other.shape or one.dtype != other.dtype or one.device != other.device:
             return False
         return {id(one), id(other)} <= free or torch.equal(one, other)
     if isinstance(one, Mapping):
-        return [*one] == [*other] and all(_equal(one[key], other[key], free) for key in one)
+        return [*one] == [*other] and all(_equal(one[key], other[key], free, known) for key in one)
     if isinstance(one, (list, tuple)):
-        return len(one) == len(other) and all(_equal(*pair, free) for pair in zip(one, other))
+        return len(one) == len(other) and all(_equal(*pair, free, known) for pair in zip(one, other))
     return isinstance(one, PLAIN) and bool(one == other)

@@ -309,6 +309,21 @@ def test_models_by_layers_equal_those_on_any_model_and_on_paper(perceptron, kind
                     close(*(getattr(getattr(found, form), measure) for found in (part, expected)))
 
 
+def test_modules_that_no_name_holds_make_functions_that_are_not_compared():
+    class Hidden(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head, self.held = nn.Linear(3, 2), [nn.Linear(3, 3)]
+
+        def forward(self, x):
+            return self.head(self.held[0](x))
+
+    model, data = Hidden(), [(torch.zeros(4, 3), torch.zeros(4, dtype=torch.long))]
+    one, two = (EmpiricalRisk.snapshot(model, nn.CrossEntropyLoss(), data) for _ in range(2))
+    assert not same_function(one, two)
+    assert same_function(one, one)
+
+
 def test_measures_carry_no_graph_and_work_under_no_grad(architecture, problem, close):
     risk = problem(architecture, "cross_entropy").risk
     theta = nearby(risk)

@@ -293,3 +293,11 @@ def test_what_curves_less_than_its_rounding_is_averaged_and_no_error():
         for anchor, curved in (([0.0, 0.0], 2e-6), ([1e-3, 10.0], 1e-6))
     ]
     torch.testing.assert_close(merged_parameters(models)["w"], torch.tensor([5e-4, 5.0]))
+
+
+def test_merging_refuses_a_slope_that_no_model_bends_along():
+    curved = [DiagonalMatrix(torch.tensor([c, 0.0])) for c in (3.0, 1.0)]
+    one = QuadraticModel(ON_A_PLANE, torch.ones(2), curved[0], torch.tensor([0.0, 5.0]))
+    two = QuadraticModel(ON_A_PLANE, torch.full((2,), 5.0), curved[1])
+    with pytest.raises(ValueError, match="leaves the range of C by 5"):
+        merged_parameters([one, two])

@@ -172,3 +172,11 @@ def test_layers_of_known_modules_are_tried_once(net, wrap):
 def test_bad_options_are_named_with_their_remedy(make, message):
     with pytest.raises((ValueError, TypeError), match=message):
         make()
+
+
+def test_refreshes_and_looks_draw_by_any_seed(make_model):
+    policy, model = adaptive(SlopeAlone(6), seed=2**31 - 1), make_model(lambda: nn.Linear(4, 3))
+    past, _ = absorbed(policy, model)
+    with torch.no_grad():
+        model.weight[0] += STEP
+    assert len(policy.revise(past, model, 1, GGN(), Dense()).refreshes) == 1
