@@ -132,6 +132,10 @@ class KroneckerMatrix(Matrix):
         return KroneckerMatrix(outer, layers, diagonal, self.sums, self.cut)
 
     def grown(self, inner: ParameterSpace, outer: ParameterSpace, outputs: tuple[str, ...]) -> KroneckerMatrix:
+        for layer in self.layers:
+            parts = {layer.weight, layer.bias} - {None}
+            if missing := parts - {*outputs} if parts & {*outputs} else set():
+                raise ValueError(f"Weight and bias of a head grow together: outputs={outputs} lacks {missing.pop()!r}.")
         whole, known = self.embedded(inner, outer), len(inner.rows(outputs))
         layers = tuple(
             layer.each(lambda term: term.grown(known)) if {layer.weight, layer.bias} & {*outputs} else layer

@@ -300,6 +300,9 @@ def test_only_known_names_of_a_structure_that_can_hold_it_grow(make_model):
         past.grown(larger, ("head.weight",))
     with pytest.raises(TypeError, match=r"LowRankMatrix cannot give later outputs .* Take Dense\(\)"):
         past.grown(larger, ("weight", "bias"))
+    factored = Accumulate().absorb(Past(), risk, GGN(), Kronecker()).model
+    with pytest.raises(ValueError, match=r"outputs=\('weight',\) lacks 'bias'"):
+        factored.grown(larger, ("weight",))
     with pytest.raises(TypeError, match=r"names of parameters, as \('head.weight', 'head.bias'\); got 'weight'"):
         Accumulate(outputs="weight")
 
