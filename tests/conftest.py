@@ -28,6 +28,14 @@ def examples_of(experience):
     return torch.stack(inputs), torch.as_tensor(targets)
 
 
+@pytest.fixture
+def one_thread():
+    """As compiled loops want it, and again after a test that takes more."""
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def examples():
     """examples(experience) -> (inputs, targets)."""

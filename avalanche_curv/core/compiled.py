@@ -22,7 +22,7 @@ PLAIN = Tensor, nn.Parameter
 def compiled(source: str, *flags: str) -> Any:
     """The library that a C compiler (`CC`, or `cc`) makes of this source in a fraction of a second; None where that
     fails. A function that keeps it is to be cached."""
-    compiler = shlex.split(os.environ.get("CC") or "cc")
+    compiler = shlex.split(os.environ.get("CC", "")) or ["cc"]
     if shutil.which(compiler[0]) is None:
         return None
     try:

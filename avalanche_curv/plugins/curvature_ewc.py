@@ -54,8 +54,9 @@ class CurvatureEWCPlugin(Configured, SupervisedPlugin):
 
     Where the loop and the backward pass are Avalanche's own, the gradient is added to that of the loss right after the
     backward pass, and the value to `strategy.loss`: one pass over the parameters for a diagonal (see
-    `CurvatureRegularizer.add`). Where they are not, or another plugin acts in between (a `before_backward` after this
-    plugin, an `after_backward` before it), the penalty is a term of the loss. Metrics see the same loss and gradients.
+    `CurvatureRegularizer.add`). Where they are not, or something acts in between (a hook on a parameter's gradient, a
+    plugin's `before_backward` after this one or `after_backward` before it, as found at the start of each epoch), the
+    penalty is a term of the loss. Metrics see the same loss and gradients.
 
     It warns once of a penalty that moves no step, with what to try next, and once where an evaluation after an
     experience finds no more of the classes of earlier ones than guessing would, whether metrics are attached or not.

@@ -222,14 +222,22 @@ class QuadraticModel(OneLine, Saved):
         object itself where nothing has grown. Raises ValueError for names that are not in the space, and TypeError
         where the structure cannot hold it.
         """
-        if unknown := [name for name in outputs if name not in self.space.names]:
-            raise ValueError(f"No parameter {unknown} among those of the past; there are {[*self.space.names]}.")
+        self._check_known(outputs)
         now = canonical_parameters(model)
         shapes = tuple(now[n].shape if n in outputs else s for n, s in zip(self.space.names, self.space.shapes))
         if shapes == self.space.shapes:
             return self
         space = ParameterSpace(self.space.names, shapes)
         return replace(self.embedded(space), curvature=self.curvature.grown(self.space, space, outputs))
+
+    def check_grows(self, outputs: tuple[str, ...]) -> None:
+        """Raises what `grown` raises for a head of these names that has grown."""
+        self._check_known(outputs)
+        self.curvature.grown(self.space, self.space, outputs)
+
+    def _check_known(self, outputs: tuple[str, ...]) -> None:
+        if unknown := [name for name in outputs if name not in self.space.names]:
+            raise ValueError(f"No parameter {unknown} among those of the past; there are {[*self.space.names]}.")
 
     def to(self, like: Tensor) -> QuadraticModel:
         """This function with its numbers in the type and on the device of `like`."""

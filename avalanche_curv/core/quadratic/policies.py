@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from avalanche_curv.core.arguments import takes
 from avalanche_curv.core.curvature.base import Curvature
+from avalanche_curv.core.losses.elementwise import SquaredError
 from avalanche_curv.core.options import OneLine, check_flag, check_fraction, check_number, check_seed, counted, settle
 from avalanche_curv.core.precision import in_own_precision
 from avalanche_curv.core.quadratic.estimate import estimate
@@ -142,6 +143,10 @@ class Policy(ABC):
     def check_past(self, past: Past) -> None:  # noqa: B027  most need no more than the quadratic model
         """Raises ValueError for a past that this policy cannot go on from."""
 
+    def check_risk(self, risk: EmpiricalRisk, curvature: Curvature, structure: Structure) -> None:  # noqa: B027
+        """Raises TypeError or ValueError where this policy could not keep a past of such a model with such a structure,
+        of which `risk` holds a few examples: before it is trained."""
+
     def revise(
         self, past: Past, model: nn.Module, iteration: int, curvature: Curvature, structure: Structure
     ) -> Past:
@@ -211,6 +216,16 @@ class Accumulate(Drawing):
     def revises(self) -> bool:  # type: ignore[override]
         """For a head that grows."""
         return bool(self.outputs)
+
+    def check_risk(self, risk: EmpiricalRisk, curvature: Curvature, structure: Structure) -> None:
+        if not self.outputs:
+            return
+        if not isinstance(risk.loss, SquaredError):
+            raise ValueError(
+                f"outputs={self.outputs} says what squared error on one-hot classes makes of later outputs, and the "
+                f"loss is {type(risk.loss).__name__}. Train with it, or leave outputs out: later outputs are then free."
+            )
+        estimate(curvature, structure, risk).check_grows(self.outputs)
 
     def revise(
         self, past: Past, model: nn.Module, iteration: int, curvature: Curvature, structure: Structure

@@ -222,8 +222,9 @@ class CurvatureRegularizer(Configured):
         """Adds strength · ∇q(θ) to the gradients of `model`, after its backward pass, and returns strength · q(θ) as a
         detached scalar or a number; None, with nothing done, without a past and at strength 0.
 
-        It is for use in place of `penalty(model)` as a term of the loss, which trains equal weights and takes two more
-        passes over the parameters. `optimizers` and errors are as there; a missing gradient counts as zero.
+        It is for use in place of `penalty(model)` as a term of the loss, which takes two more passes over the
+        parameters and trains equal weights, to the rounding of a compiled sum for low rank. What scales the loss, and
+        hooks on gradients, do not see it. `optimizers` and errors are as there; a missing gradient counts as zero.
         """
         self._check_alone()
         if not self._begun:
@@ -254,6 +255,7 @@ class CurvatureRegularizer(Configured):
         self.curvature.check_loss(risk.loss)
         space = risk.space if self.past.model is None else risk.space.union(self.past.model.space)
         self.structure.check(space, risk.anchor.element_size())
+        self.policy.check_risk(risk, self.curvature, self.structure)
         if self.past is not self._own:
             found = estimate(self.curvature, self.structure, risk)
             if self.past.model is not None and not self.past.stored:

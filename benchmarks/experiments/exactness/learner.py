@@ -169,7 +169,8 @@ def _by_adam(
 def last(model: nn.Sequential) -> nn.Linear:
     """The layer that gives the outputs."""
     layer = model[-1]
-    assert isinstance(layer, nn.Linear)
+    if not isinstance(layer, nn.Linear):
+        raise TypeError(f"A head ends with a linear layer; got {type(layer).__name__}.")
     return layer
 
 

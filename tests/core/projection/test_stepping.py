@@ -15,15 +15,10 @@ from avalanche_curv.core.projection.packed import PackedRows
 from avalanche_curv.core.projection.stepping import BlockSteps, StepMemory
 from avalanche_curv.core.projection.subspace import Subspace, TaskShare
 
-pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler is at hand")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler is at hand"),
+]
 
 
 @pytest.fixture

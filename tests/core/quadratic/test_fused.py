@@ -16,15 +16,8 @@ from avalanche_curv.core.quadratic.penalty import Penalty
 from avalanche_curv.core.risk.parameters import NamedParameters, ParameterSpace, canonical_parameters
 from avalanche_curv.core.structures import DiagonalMatrix
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 compiled = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler is at hand")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def drawn(dtype, *shapes):
