@@ -7,7 +7,11 @@ import torch
 from torch.nn import functional as F
 
 from avalanche_curv import Dense
-from benchmarks.experiments.exactness.experiment import (
+from benchmarks.experiments.exactness.course import Errors, learned, of_sums, sequence
+from benchmarks.experiments.exactness.experiment import ExactnessOptions, experiment
+from benchmarks.experiments.exactness.learner import Head, Schedule, closed_form, joined, with_one
+from benchmarks.experiments.exactness.report import Point, _sentence, report
+from benchmarks.experiments.exactness.rows import (
     FREE,
     GROWS,
     JOINT,
@@ -20,19 +24,11 @@ from benchmarks.experiments.exactness.experiment import (
     SOFTMAX,
     SQUARED,
     Config,
-    Errors,
-    ExactnessOptions,
     Setting,
     best_strengths,
-    experiment,
     grid,
-    learned,
-    of_sums,
-    sequence,
     settings,
 )
-from benchmarks.experiments.exactness.learner import Head, Schedule, closed_form, joined, with_one
-from benchmarks.experiments.exactness.report import Point, _sentence, report
 from benchmarks.harness import Results
 from benchmarks.streams.features import Features, RandomReLU
 

@@ -8,7 +8,7 @@ from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.experiments.exactness.experiment import (
+from benchmarks.experiments.exactness.rows import (
     AT_ONCE,
     FREE,
     HEADS,
