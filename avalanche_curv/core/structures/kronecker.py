@@ -67,7 +67,8 @@ class Factorised(Structure):
         return replace(matrix, sums=self.sums, cut=self.cut).compressed()
 
     def bytes(self, space: ParameterSpace, itemsize: int) -> int:
-        """At most, as if every weight of two or more axes, with its bias, lay in a layer that can be factorised."""
+        """At most, as if every weight of two or more axes, with its bias, lay in a layer that can be factorised; where
+        there is a cut, of one term of layers that do not grow later."""
         return (space.size + sum(self._held(*shape)[0] for shape in self._layers(space))) * itemsize
 
     def cost(self, space: ParameterSpace) -> int:
@@ -129,7 +130,9 @@ class Kronecker(Factorised):
 
     With `cut=Energy(0.8)` only the leading eigenvectors of A and G are kept, the fewest that hold this part of the
     trace of A ⊗ G between them, and beyond them the means of the eigenvalues, so that the trace stays and no direction
-    goes free; `cut=Rank(k)` keeps k of each. Layers of which a product would not become cheaper stay whole.
+    goes free; `cut=Rank(k)` keeps k of each. Layers of which a product would not become cheaper stay whole, and so do
+    terms of a layer that has grown since, as a head of new classes does, whose new outputs have no mean: give such a
+    head all outputs from the start, or few inputs.
 
     One pair, and what is cut, go best with `Merge()`, whose anchor is the newest: with `Accumulate()` the slope of the
     past there acts against a curvature that is the exact one no more (`run ewc_permuted_mnist --part sums`).
