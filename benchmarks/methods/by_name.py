@@ -17,6 +17,7 @@ from avalanche_curv import (
     Fisher,
     Hessian,
     InputSpace,
+    KeepTerms,
     Kronecker,
     Merge,
     Policy,
@@ -69,7 +70,7 @@ def methods(memory: float) -> dict[str, Method]:
             name: Ours(1000.0 if kind == BATCHED else 10.0, KINDS[kind], Diagonal(), policies[policy])
             for name, (kind, policy) in DIAGONAL.items()
         },
-        **{name: Ours(10.0, Fisher(), Kronecker(), policies[policy]) for name, policy in KRONECKER.items()},
+        **{name: Ours(10.0, Fisher(), Kronecker(KeepTerms()), policies[policy]) for name, policy in KRONECKER.items()},
         "CurvatureEWC Fisher, adaptive": Ours(1.0, Fisher(), Diagonal(), adaptive),
         "CurvatureEWC Fisher, Kronecker, adaptive": Ours(1.0, Fisher(), Kronecker(), adaptive),
         "GPM": Projected(InputSpace(Energy(0.97))),

@@ -14,6 +14,7 @@ from avalanche_curv import (
     AdaptiveRefresh,
     CurvatureEWCPlugin,
     FromScratch,
+    KeepTerms,
     Kronecker,
     Merge,
     OrthogonalProjectionPlugin,
@@ -126,7 +127,7 @@ class Whole(Policy):
         ({"policy": Refresh()}, "Refresh takes in whole experiences"),
         ({"policy": Whole()}, "Whole takes in whole experiences"),
         ({"policy": Merge()}, "single update"),
-        ({"structure": Kronecker()}, r"Take Kronecker\(PartialTraces\(\)\)"),
+        ({"structure": Kronecker(KeepTerms())}, r"Take Kronecker\(\)"),
     ],
 )
 def test_what_cannot_take_parts_is_refused_before_the_first_step(options, message, net, learner, plane):

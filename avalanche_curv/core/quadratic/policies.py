@@ -351,8 +351,8 @@ def check_stays_small(structure: Structure) -> None:
     if structure.sums_grow:
         raise TypeError(
             f"{structure} keeps a term for each of the many parts of this online stream, which hides where its tasks "
-            "end. Take Kronecker(PartialTraces()), LowRank(..., max_rank=...), Dense() or Diagonal(), whose sums do "
-            "not grow; or split with access_task_boundaries=True."
+            "end. Take Kronecker(), LowRank(..., max_rank=...), Dense() or Diagonal(), whose sums do not grow; or "
+            "split with access_task_boundaries=True."
         )
 
 

@@ -23,7 +23,7 @@ from avalanche_curv.core.structures.base import CurvatureSource, Matrix, Structu
 from avalanche_curv.core.structures.cuts import Cut
 from avalanche_curv.core.structures.diagonal import add_squares_of_rows
 from avalanche_curv.core.structures.kronecker_matrix import FactoredLayer, KroneckerMatrix
-from avalanche_curv.core.structures.kronecker_sums import KeepTerms, KroneckerSum
+from avalanche_curv.core.structures.kronecker_sums import KroneckerSum, PartialTraces
 from avalanche_curv.core.structures.kronecker_terms import Corrected, Factors, without_rounding
 from avalanche_curv.core.structures.rules import has_rule, refusal, rule
 from avalanche_curv.core.structures.weight_sharing import Expand, WeightSharing
@@ -35,7 +35,7 @@ _Names = tuple[str | None, str | None]  # of a weight and of a bias, as far as t
 class Factorised(Structure):
     """What KFAC and EKFAC share: a recipe for matrices that hold Kronecker factors of layers."""
 
-    sums: KroneckerSum = KeepTerms()  # noqa: RUF009  a frozen value
+    sums: KroneckerSum = PartialTraces()  # noqa: RUF009  a frozen value
     max_bytes: int = 4 * 2**30
     sharing: WeightSharing = field(default=Expand(), kw_only=True)
     cut: Cut | None = field(default=None, kw_only=True)
@@ -47,7 +47,7 @@ class Factorised(Structure):
         settle(self, max_bytes=check_limit)
         if not isinstance(self.sums, KroneckerSum):
             raise TypeError(
-                f"{type(self).__name__} takes KeepTerms(), PartialTraces(), FrobeniusOptimal() or PiWeighted(); "
+                f"{type(self).__name__} takes PartialTraces(), FrobeniusOptimal(), PiWeighted() or KeepTerms(); "
                 f"got {self.sums!r}."
             )
         check_kind("sharing", self.sharing, WeightSharing, "Expand() or Reduce()")
@@ -125,8 +125,9 @@ class Kronecker(Factorised):
     of `nn.MultiheadAttention`, layers that are called twice or share their weight. A model without any layer to
     factorise is refused (TypeError), and so is a curvature that is no OutputCurvature.
 
-    Sums keep a list of terms and are exact, and each term makes a step slower. `sums=PartialTraces()` keeps one pair
-    for all of the past, `sums=KeepTerms(most=n)` the newest terms beside one pair of the older ones.
+    Sums are one pair for all of the past, whose trace is that of the sum: a step costs after a hundred experiences what
+    it costs after one. `sums=KeepTerms()` keeps a list, which is exact, and each term makes a step slower;
+    `sums=KeepTerms(most=n)` keeps the newest terms beside one pair of the older ones.
 
     With `cut=Energy(0.8)` only the leading eigenvectors of A and G are kept, the fewest that hold this part of the
     trace of A ⊗ G between them, and beyond them the means of the eigenvalues, so that the trace stays and no direction

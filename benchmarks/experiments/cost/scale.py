@@ -28,11 +28,11 @@ from avalanche_curv import (
     EmpiricalRisk,
     FlatSpectrum,
     InputSpace,
+    KeepTerms,
     Kronecker,
     LowRank,
     MatrixFree,
     ParameterSpace,
-    PartialTraces,
     Past,
     PerLayer,
     Projector,
@@ -165,17 +165,17 @@ class Scaling:
 
 def scalings() -> list[Scaling]:
     """One configuration for each way; those whose matrices do not fit have their tasks on a smaller network."""
-    pair, top, ten = PartialTraces(), LowRank(Rank(10)), Rank(10)
+    top, ten = LowRank(Rank(10)), Rank(10)
     kept: dict[str, Structure] = {
         "diagonal": Diagonal(),
         "dense": Dense(),
         "dense for each parameter": BlockDiagonal(),
         "top 10 of each layer": BlockDiagonal(PerLayer(), top),
-        "Kronecker, list": Kronecker(),
-        "Kronecker, one pair": Kronecker(pair),
-        "Kronecker, one pair cut to 20": Kronecker(pair, cut=Rank(20)),
-        "EKFAC, list": EKFAC(),
-        "EKFAC, one pair": EKFAC(pair),
+        "Kronecker, list": Kronecker(KeepTerms()),
+        "Kronecker, one pair": Kronecker(),
+        "Kronecker, one pair cut to 20": Kronecker(cut=Rank(20)),
+        "EKFAC, list": EKFAC(KeepTerms()),
+        "EKFAC, one pair": EKFAC(),
         "top 10": top,
         "top 10, 20 in all": LowRank(Rank(10), max_rank=20),
         "top 10 flat": FlatSpectrum(top),

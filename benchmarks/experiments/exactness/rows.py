@@ -15,6 +15,7 @@ from avalanche_curv import (
     AllStored,
     Dense,
     Diagonal,
+    KeepTerms,
     Kronecker,
     LowRank,
     Merge,
@@ -50,7 +51,8 @@ SOFTMAX = Head("linear, softmax")
 HEADS = (SQUARED, SOFTMAX, Head("one hidden layer", hidden=(64,)), Head("two hidden layers", hidden=(64, 64)))
 PAIR = Kronecker(PartialTraces())
 STRUCTURES: dict[str, Structure] = {
-    "Dense": Dense(), "Kronecker": Kronecker(), "EKFAC": EKFAC(), "low rank": LowRank(Rank(20)), "diagonal": Diagonal(),
+    "Dense": Dense(), "Kronecker": Kronecker(KeepTerms()), "EKFAC": EKFAC(KeepTerms()),
+    "low rank": LowRank(Rank(20)), "diagonal": Diagonal(),
 }  # fmt: skip
 SLOPES, GROWS = "accumulate, slopes", "accumulate, slopes, growing head"
 POLICIES: dict[str, Policy] = {

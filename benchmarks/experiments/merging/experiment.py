@@ -20,6 +20,7 @@ from avalanche_curv import (
     Dense,
     Diagonal,
     EmpiricalRisk,
+    KeepTerms,
     Kronecker,
     QuadraticModel,
     Structure,
@@ -32,7 +33,7 @@ from benchmarks.networks import mlp
 from benchmarks.streams.features import RandomReLU
 
 STRUCTURES: dict[str, Structure] = {
-    "diagonal": Diagonal(), "Kronecker": Kronecker(), "EKFAC": EKFAC(), "dense": Dense(),
+    "diagonal": Diagonal(), "Kronecker": Kronecker(KeepTerms()), "EKFAC": EKFAC(KeepTerms()), "dense": Dense(),
 }  # fmt: skip
 SLOPE = ", slope"
 START, ALONE, JOINT = "start", "each alone", "joint training"

@@ -21,7 +21,6 @@ from avalanche_curv import (
     LowRank,
     Merge,
     OrthogonalProjectionPlugin,
-    PartialTraces,
     ProtectedSpace,
     Rank,
     Refresh,
@@ -60,9 +59,9 @@ KEPT = Rank(64)
 spectra of synthetic tasks a part of the trace says nothing."""
 
 BOUNDED = {
-    "kronecker": Kronecker(PartialTraces()),
-    "kronecker_cut": Kronecker(PartialTraces(), cut=KEPT),
-    "ekfac_cut": EKFAC(PartialTraces(), cut=KEPT),
+    "kronecker": Kronecker(),
+    "kronecker_cut": Kronecker(cut=KEPT),
+    "ekfac_cut": EKFAC(cut=KEPT),
     "low_rank": LowRank(Rank(10), max_rank=10),
 }
 """Structures whose sums do not grow."""

@@ -16,11 +16,11 @@ from avalanche_curv import (
     EmpiricalRisk,
     Fisher,
     Hessian,
+    KeepTerms,
     Kronecker,
     LowRank,
     MatrixFree,
     ParameterSpace,
-    PartialTraces,
     PerLayer,
     QuadraticModel,
     Rank,
@@ -33,7 +33,7 @@ from avalanche_curv.core.structures import DenseMatrix, DiagonalMatrix, LowRankM
 
 STRUCTURES = [
     Dense(), Diagonal(), BlockDiagonal(), BlockDiagonal(PerLayer(), LowRank(Rank(4))), LowRank(Rank(6)),
-    LowRank(Rank(6), Diagonal()), Kronecker(), EKFAC(), MatrixFree(),
+    LowRank(Rank(6), Diagonal()), Kronecker(KeepTerms()), EKFAC(KeepTerms()), MatrixFree(),
 ]  # fmt: skip
 exactly = partial(torch.testing.assert_close, rtol=1e-8, atol=1e-10)
 
@@ -74,7 +74,9 @@ def test_the_damped_minimum_solves_the_entries(structure):
     assert {name: part.shape for name, part in found.items()} == dict(zip(past.space.names, past.space.shapes))
 
 
-@pytest.mark.parametrize("structure", [LowRank(Rank(6)), BlockDiagonal(), Kronecker(), EKFAC()], ids=str)
+@pytest.mark.parametrize(
+    "structure", [LowRank(Rank(6)), BlockDiagonal(), Kronecker(KeepTerms()), EKFAC(KeepTerms())], ids=str
+)
 def test_little_damping_loses_no_digits(structure):
     """(C + τI)⁻¹ is made of f(C) + I / τ, whose terms cancel up to 1e-9 here."""
     past = several(structure, 1, gradient=True)[0]
@@ -151,13 +153,13 @@ def test_negative_curvature_has_no_minimum_unless_it_is_damped(matrix):
 
 
 def test_products_that_do_not_suffice_are_an_error_with_what_is_left_and_what_to_do():
-    total = reduce(add, several(Kronecker()))
+    total = reduce(add, several(Kronecker(KeepTerms())))
     with pytest.raises(RuntimeError, match=r"After 3 products .* of ‖g‖, and .* 1e-06.*damping.*max_products"):
         total.minimiser(max_products=3)
 
 
 def test_single_precision_is_solved_in_double_and_returned_in_single():
-    total = reduce(add, several(Kronecker(), dtype=torch.float32))
+    total = reduce(add, several(Kronecker(KeepTerms()), dtype=torch.float32))
     found = total.minimiser(0.1)
     assert {part.dtype for part in found.values()} == {torch.float32}
     whole = total.curvature.dense().double() + 0.1 * torch.eye(total.space.size)
@@ -193,7 +195,7 @@ def test_only_quadratic_models_of_one_structure_are_merged():
 
 
 @pytest.mark.parametrize(("weights", "damping"), [(None, 0.0), ((3.0, 1.0, 0.5), 0.05)])
-@pytest.mark.parametrize("structure", [*STRUCTURES[:-1], Kronecker(PartialTraces())], ids=str)
+@pytest.mark.parametrize("structure", [*STRUCTURES[:-1], Kronecker()], ids=str)
 def test_merged_parameters_minimise_the_sum_written_out(structure, damping, weights):
     """Also of structures whose own sums are no sums: their terms are kept."""
     models, before = several(structure), several(structure)

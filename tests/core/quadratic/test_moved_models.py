@@ -17,6 +17,7 @@ from avalanche_curv import (
     Eigenspace,
     EmpiricalRisk,
     InputSpace,
+    KeepTerms,
     Kronecker,
     LowRank,
     MatrixFree,
@@ -35,7 +36,7 @@ from avalanche_curv.core.quadratic.penalty import Penalty
 
 STRUCTURES = [
     Diagonal(), Dense(), BlockDiagonal(PerLayer()), LowRank(Rank(5)), LowRank(Rank(3), residual=Diagonal()),
-    Kronecker(), EKFAC(), MatrixFree(),
+    Kronecker(KeepTerms()), EKFAC(KeepTerms()), MatrixFree(),
 ]  # fmt: skip
 POLICIES = [
     Accumulate(), Merge(decay=0.5), Refresh(fraction=1.0), AdaptiveRefresh(damping=Tikhonov(0.5), fraction=1.0),

@@ -14,11 +14,11 @@ from avalanche_curv import (
     EmpiricalFisher,
     EmpiricalRisk,
     FlatSpectrum,
+    KeepTerms,
     Kronecker,
     LowRank,
     MatrixFree,
     Merge,
-    PartialTraces,
     Past,
     PiWeighted,
     Rank,
@@ -169,12 +169,12 @@ def test_parts_of_a_fraction_are_estimated_on_it_and_weigh_as_a_whole(close):
 
 @pytest.mark.parametrize(
     "structure",
-    [Kronecker(), EKFAC(), LowRank(Rank(2)), MatrixFree(), BlockDiagonal(block=LowRank(Rank(2)))],
+    [Kronecker(KeepTerms()), EKFAC(KeepTerms()), LowRank(Rank(2)), MatrixFree(), BlockDiagonal(block=LowRank(Rank(2)))],
     ids=lambda structure: type(structure).__name__,
 )
 def test_a_past_that_would_grow_with_every_part_is_refused(structure):
     for policy in (Accumulate(), Merge()):
-        with pytest.raises(TypeError, match=r"keeps a term for each.*Take Kronecker\(PartialTraces\(\)\)"):
+        with pytest.raises(TypeError, match=r"keeps a term for each.*Take Kronecker\(\)"):
             policy.check_parts(structure, updates=2)
 
 
@@ -251,7 +251,7 @@ def test_refresh_of_a_linear_regression_predicts_the_past_loss_exactly(new_probl
     assert past.model(model).item() == pytest.approx(increase, rel=1e-10)
 
 
-@pytest.mark.parametrize("structure", [Dense(), Kronecker(), Kronecker(PartialTraces())], ids=str)
+@pytest.mark.parametrize("structure", [Dense(), Kronecker(), Kronecker(KeepTerms())], ids=str)
 def test_accumulate_with_slopes_is_the_past_loss_of_a_linear_head_with_squared_error_anywhere(structure, make_model):
     """At any anchors, since nothing is taken for a minimum; one pair of factors is enough, of which G is 2 I always."""
     generator, criterion = torch.Generator().manual_seed(0), nn.MSELoss(reduction="sum")

@@ -16,6 +16,7 @@ from avalanche_curv import (
     Diagonal,
     EmpiricalRisk,
     Everything,
+    KeepTerms,
     Kronecker,
     LowRank,
     NonFiniteCurvatureError,
@@ -98,7 +99,9 @@ def test_every_refresh_draws_anew_and_all_are_drawn_in_the_end(net):
     assert [len(known) for known in seen] == [*COUNTS]
 
 
-@pytest.mark.parametrize("structure", [Dense(), Diagonal(), BlockDiagonal(), Kronecker(), LowRank(Rank(3), max_rank=9)])
+@pytest.mark.parametrize(
+    "structure", [Dense(), Diagonal(), BlockDiagonal(), Kronecker(KeepTerms()), LowRank(Rank(3), max_rank=9)]
+)
 def test_experiences_of_one_size_together_are_the_sum_of_each(net, structure):
     """As products with two vectors: what a structure keeps of a sum depends on its terms."""
     policy = adaptive(Everything())
