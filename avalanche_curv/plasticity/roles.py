@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -128,6 +128,22 @@ def role_of(module: nn.Module, name: str, parameter: Tensor) -> Role | None:
         return WeightRole(blocks, transposed) if WEIGHTS.match(name) else None
     is_vector = parameter.numel() == max(parameter.shape)  # all axes but one have length 1
     return None if is_vector else WeightRole()
+
+
+def weights_among(parameters: Mapping[str, nn.Parameter], model: nn.Module) -> list[tuple[nn.Parameter, WeightRole]]:
+    """Those of the parameters, a selection by name of those of `model`, that are weights, with their roles."""
+    chosen = {id(parameter) for parameter in parameters.values()}
+    roles = parameter_roles(model).items()
+    return [(weight, role) for weight, role in roles if id(weight) in chosen and isinstance(role, WeightRole)]
+
+
+def check_any_weight(owner: object, parameters: Mapping[str, nn.Parameter], model: nn.Module) -> None:
+    """Raises ValueError where none of the parameters is a weight, which alone `owner` looks at."""
+    if not weights_among(parameters, model):
+        raise ValueError(
+            f"{type(model).__name__} has no trainable weight matrix among the parameters that are selected, and "
+            f"{type(owner).__name__} looks at no others. Let include and exclude leave one."
+        )
 
 
 def warn_of_parameters_without_role(model: nn.Module, names: Iterable[str]) -> None:

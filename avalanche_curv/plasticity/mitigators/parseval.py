@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from functools import partial
 
 import torch
@@ -13,7 +13,7 @@ from avalanche_curv.core.options import Setting, check_number
 from avalanche_curv.core.precision import in_own_precision, product
 from avalanche_curv.core.risk.selection import ParameterSelector
 from avalanche_curv.plasticity.mitigators.regularizer import Regularizer, at_least_float32, gradient_of, sum_of
-from avalanche_curv.plasticity.roles import WeightRole, parameter_roles
+from avalanche_curv.plasticity.roles import check_any_weight, weights_among
 
 
 class Parseval(Regularizer):
@@ -49,38 +49,35 @@ class Parseval(Regularizer):
 
     def prepare(self, model: nn.Module) -> None:
         super().prepare(model)
-        if not any(True for _ in _weights(self.parameters(model), model)):
-            raise ValueError(
-                f"{type(model).__name__} has no trainable weight matrix among the parameters that are selected, and "
-                "others have no Parseval form. Let include and exclude leave one."
-            )
+        check_any_weight(self, self.parameters(model), model)
 
     @in_own_precision
     def penalty(self, model: nn.Module) -> Tensor:
         return sum_of([
-            self._excess(at_least_float32(block).flatten(1)).square().sum()
-            for weight, role in _weights(self.parameters(model), model)
+            gram_excess(at_least_float32(block).flatten(1), self.scale).square().sum()
+            for weight, role in weights_among(self.parameters(model), model)
             for block in role.tensors(weight)
         ])
 
     @in_own_precision
     def add_penalty_gradient(self, parameters: dict[str, nn.Parameter], model: nn.Module, weight: float) -> None:
-        for parameter, role in _weights(parameters, model):
+        for parameter, role in weights_among(parameters, model):
             for block, gradient in zip(role.tensors(parameter), role.tensors(gradient_of(parameter))):
-                matrix = at_least_float32(block.detach()).flatten(1)
-                excess = self._excess(matrix) * (4 * weight)
-                product = excess @ matrix if len(excess) == len(matrix) else matrix @ excess
-                gradient += product.view(gradient.shape)
-
-    def _excess(self, matrix: Float[Tensor, "m n"]) -> Tensor:
-        """W Wᵀ − s I or WᵀW − s I, whichever is smaller."""
-        wide = matrix if len(matrix) <= matrix.shape[1] else matrix.T
-        return product(wide, wide.T) - self.scale * torch.eye(len(wide), dtype=matrix.dtype, device=matrix.device)
+                gradient += isometry_gradient(block, self.scale, weight)
 
 
-def _weights(parameters: Mapping[str, nn.Parameter], model: nn.Module) -> Iterator[tuple[nn.Parameter, WeightRole]]:
-    """Those of the parameters that are weights, with their roles."""
-    chosen = {id(parameter) for parameter in parameters.values()}
-    for parameter, role in parameter_roles(model).items():
-        if id(parameter) in chosen and isinstance(role, WeightRole):
-            yield parameter, role
+def gram_excess(matrix: Float[Tensor, "m n"], scale: float = 1.0) -> Float[Tensor, "k k"]:
+    """W Wᵀ − s I or WᵀW − s I, whichever is smaller."""
+    wide = matrix if len(matrix) <= matrix.shape[1] else matrix.T
+    return product(wide, wide.T) - scale * torch.eye(len(wide), dtype=matrix.dtype, device=matrix.device)
+
+
+def isometry_gradient(weight: Float[Tensor, "m *n"], scale: float, factor: float) -> Float[Tensor, "m *n"]:
+    """factor · ∇‖W Wᵀ − s I‖_F² = 4 factor (W Wᵀ − s I) W for W = `weight` as a matrix [m, n], in float32 at least.
+
+    >>> isometry_gradient(torch.tensor([[2.0, 0.0]]), scale=1.0, factor=0.5)  # 4 · 0.5 · (2² − 1) · 2
+    tensor([[12.,  0.]])
+    """
+    matrix = at_least_float32(weight.detach()).flatten(1)
+    excess = gram_excess(matrix, scale) * (4 * factor)
+    return (excess @ matrix if len(excess) == len(matrix) else matrix @ excess).view(weight.shape)

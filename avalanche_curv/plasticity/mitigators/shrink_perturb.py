@@ -1,11 +1,10 @@
 """Shrink and perturb, which draws parameters towards zero and adds noise, at the times of a schedule."""
+
 from __future__ import annotations
 
 import math
 import random
-from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -14,82 +13,15 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.optim import Optimizer
 
-from avalanche_curv.core.options import (
-    Setting,
-    check_count,
-    check_kind,
-    check_number,
-    check_seed,
-    check_whole,
-    settle,
-)
+from avalanche_curv.core.options import Setting, check_number, check_seed, check_whole
 from avalanche_curv.core.risk.selection import ParameterSelector
-from avalanche_curv.plasticity.mitigators.base import Mitigator
+from avalanche_curv.plasticity.mitigators.schedule import EveryStep, Schedule, ScheduledMitigator
 from avalanche_curv.plasticity.roles import NORMS, RECURRENT, ShiftRole, WeightRole, role_of
-
-
-class Schedule(ABC):
-    """The times at which `ShrinkAndPerturb` works; `reuse` is the number of steps that share one pool of noise."""
-
-    reuse: int = 1
-
-    @abstractmethod
-    def after_step(self, steps: int) -> bool:
-        """Whether to work after the optimiser's step number `steps`, counted from 1."""
-
-    def after_task(self) -> bool:
-        """Whether to work at the end of each task."""
-        return False
-
-
-@dataclass(frozen=True)
-class EveryStep(Schedule):
-    """Shrink and perturb after each step (Dohare et al. 2024, with weight decay for shrinking).
-
-    Drawing all noise afresh would cost a third of a small network's step. So twice as many normal numbers as needed
-    are drawn once for `reuse` steps, and each step takes as many in a row, from a random place and with a random sign.
-    Within a step the noise is independent and normal, and numbers of different steps are uncorrelated.
-    `reuse=1` draws afresh. Raises ValueError for `reuse` below 1.
-    """
-
-    reuse: int = 64
-
-    def __post_init__(self) -> None:
-        settle(self, reuse=partial(check_count, hint="1 draws noise afresh at each step."))
-
-    def after_step(self, steps: int) -> bool:
-        return True
-
-
-@dataclass(frozen=True)
-class EverySteps(Schedule):
-    """Shrink and perturb after every `n`-th step. Raises ValueError for `n` below 1."""
-
-    n: int
-
-    def __post_init__(self) -> None:
-        settle(self, n=partial(check_count, hint="For each step, use EveryStep()."))
-
-    def after_step(self, steps: int) -> bool:
-        return steps % self.n == 0
-
-
-@dataclass(frozen=True)
-class AfterTask(Schedule):
-    """Shrink and perturb at the end of each task, before the next is learned (Ash & Adams 2020). `MitigatorPlugin` does
-    so by itself; other loops have to call the mitigator's `after_task(model, optimizer)`."""
-
-    def after_step(self, steps: int) -> bool:
-        return False
-
-    def after_task(self) -> bool:
-        return True
-
 
 POOL_STARTS = 2**16  # at least as many places in a pool where the noise of a step may begin
 
 
-class ShrinkAndPerturb(Mitigator):
+class ShrinkAndPerturb(ScheduledMitigator):
     """θ ← c + (1 − shrink) (θ − c) + noise · ε, with ε fresh from N(0, std²) (Ash & Adams 2020, there with c = 0).
 
     std is that of torch's initial values for the layer (`initial_moments`), such as 1 / √(3 fan_in) for the weights and
@@ -113,7 +45,6 @@ class ShrinkAndPerturb(Mitigator):
 
     shrink = Setting(partial(check_number, at_least=0, at_most=1, hint="It is the part that is taken away."))
     noise = Setting(partial(check_number, at_least=0, hint="1 is the initial scale."))
-    when = Setting[Schedule](partial(check_kind, kind=Schedule, example="EveryStep(), EverySteps(n) or AfterTask()"))
     seed = Setting(check_seed)
     times = Setting(check_whole)
 
@@ -122,30 +53,17 @@ class ShrinkAndPerturb(Mitigator):
         shrink: float,
         noise: float,
         *,
-        when: Schedule = EveryStep(),
+        when: Schedule = EveryStep(),  # noqa: B008  a frozen value
         include: Iterable[ParameterSelector] = (),
         exclude: Iterable[ParameterSelector] = (),
         seed: int = 0,
     ) -> None:
-        super().__init__(include=include, exclude=exclude)
-        self.shrink, self.noise, self.when, self.seed = shrink, noise, when, seed
+        super().__init__(when, include=include, exclude=exclude)
+        self.shrink, self.noise, self.seed = shrink, noise, seed
         self.times = 0
         self._chosen: list[Tensor] = []  # the last parameters
         self._moments: dict[Tensor, tuple[float, float]] = {}  # of those that have one
         self._pool: tuple[tuple[int, ...], Tensor] | None = None  # made from the seed when it is needed
-
-    def after_step(self, model: nn.Module, optimizer: Optimizer) -> None:
-        super().after_step(model, optimizer)
-        if self.when.after_step(self.steps):
-            self.apply(model, optimizer)
-
-    @property
-    def acts_between_tasks(self) -> bool:
-        return self.when.after_task()
-
-    def after_task(self, model: nn.Module, optimizer: Optimizer) -> None:
-        if self.when.after_task():
-            self.apply(model, optimizer)
 
     @torch.no_grad()
     def apply(self, model: nn.Module, optimizer: Optimizer | None = None) -> None:

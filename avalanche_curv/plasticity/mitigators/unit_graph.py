@@ -321,6 +321,6 @@ def _traced(model: nn.Module) -> fx.Graph:
         except Exception as error:
             raise ValueError(
                 f"{type(model).__name__} cannot be traced by torch.fx to see which layers read which units: {error}. "
-                "Say it yourself, as by ReDO(next_layers={'fc1': 'fc2'}). Or move what depends on the values of inputs "
+                "Say it yourself, as by next_layers={'fc1': 'fc2'}. Or move what depends on the values of inputs "
                 "into a submodule, which is then taken as a whole."
             ) from error
