@@ -14,11 +14,13 @@ from torch.nn import functional as F
 
 import avalanche_curv
 from avalanche_curv import (
+    FIRE,
     GGN,
     L2,
     AbsoluteError,
     AdaptiveRefresh,
     BatchedEmpiricalFisher,
+    DecoupledIsometry,
     Eigenspace,
     EmpiricalRisk,
     Energy,
@@ -37,6 +39,7 @@ from avalanche_curv import (
     Rank,
     ReDO,
     RelativeError,
+    SelfNormalizedResets,
     SequentialProjection,
     ShrinkAndPerturb,
     SpectralRegularizer,
@@ -145,7 +148,7 @@ def objects():
     model = nn.Linear(2, 1)
     quadratic = QuadraticModel(ParameterSpace.of(model), torch.zeros(3), DiagonalMatrix(torch.ones(3)))
     mitigators = [L2(1.0), L2Init(1.0), Parseval(1.0), ReDO(), ShrinkAndPerturb(0.1, 0.1), SpectralRegularizer(1.0)]
-    mitigators += [StreamingEWC(1.0), Wasserstein(1.0)]
+    mitigators += [StreamingEWC(1.0), Wasserstein(1.0), FIRE(), DecoupledIsometry(), SelfNormalizedResets()]
     plugins = [CurvatureEWCPlugin(1.0), MitigatorPlugin(L2(1.0)), OrthogonalProjectionPlugin(), SpectralRegPlugin(1.0)]
     makers = fidelity_metrics, landscape_metrics, plasticity_metrics, projection_metrics
     metrics = [metric for maker in makers for metric in maker()]

@@ -38,6 +38,7 @@ from avalanche_curv import (
     Refresh,
     RelativeError,
     RescaleIfUnstable,
+    SelfNormalizedResets,
     SequentialProjection,
     ShrinkAndPerturb,
     SpectralRegPlugin,
@@ -65,6 +66,7 @@ MITIGATORS = {
     "l2": lambda: L2(0.1), "l2 init": lambda: L2Init(0.1), "wasserstein": lambda: Wasserstein(0.1),
     "parseval": lambda: Parseval(0.1), "streaming ewc": lambda: StreamingEWC(0.1),
     "shrink and perturb": lambda: ShrinkAndPerturb(0.9, 0.01), "redo": lambda: ReDO(every=2, threshold=0.5),
+    "self-normalised resets": lambda: SelfNormalizedResets(0.5, every=2, longest=2),
 }
 METRICS = {
     "fidelity": fidelity_metrics, "landscape": landscape_metrics, "plasticity": plasticity_metrics,

@@ -13,19 +13,22 @@ from typing import Annotated, Any, ClassVar
 from torch import nn
 
 from avalanche_curv.plasticity.mitigators import (
+    FIRE,
     L2,
+    DecoupledIsometry,
     L2Init,
     Mitigator,
     Parseval,
     ReDO,
     Regularizer,
+    SelfNormalizedResets,
     ShrinkAndPerturb,
     SpectralRegularizer,
     StreamingEWC,
     Wasserstein,
 )
 from avalanche_curv.plasticity.mitigators.crelu import CReLU
-from avalanche_curv.plasticity.mitigators.shrink_perturb import AfterTask
+from avalanche_curv.plasticity.mitigators.schedule import AfterTask
 from benchmarks.data import SOURCES, check, has
 from benchmarks.experiments.plasticity.learner import run
 from benchmarks.experiments.plasticity.settings import CHANGES, NETWORKS, PRESETS, RANDOM, Mlp, Preset, Setting
@@ -112,6 +115,36 @@ class PerturbedAfterTask(Method):
 
     def mitigator(self, setting: Setting, seed: int) -> Mitigator:
         return ShrinkAndPerturb(self.part, self.part, when=AfterTask(), seed=seed)
+
+
+@dataclass(frozen=True)
+class Isometric(Method):
+    """FIRE at the end of each task, which it has to know: W ← (1 − p) W + p · isometry, p = `part`."""
+
+    part: float
+
+    def mitigator(self, setting: Setting, seed: int) -> Mitigator:
+        return FIRE(self.part)
+
+
+@dataclass(frozen=True)
+class Decoupled(Method):
+    """The isometry step of AdamO on all weights, at the learning rate of Adam."""
+
+    strength: float
+
+    def mitigator(self, setting: Setting, seed: int) -> Mitigator:
+        return DecoupledIsometry(self.strength)
+
+
+@dataclass(frozen=True)
+class SelfNormalized(Method):
+    """Self-normalised resets, with thresholds that are renewed as often as five of `small`'s tasks end."""
+
+    rejection: float
+
+    def mitigator(self, setting: Setting, seed: int) -> Mitigator:
+        return SelfNormalizedResets(self.rejection, seed=seed)
 
 
 @dataclass(frozen=True)
@@ -227,6 +260,9 @@ def rows(setting: Setting, strength: float, parts: Sequence[str], quick: bool) -
 
     others: dict[str, Method] = {"shrink & perturb 0.5 after each task": PerturbedAfterTask(0.5)}
     others |= {f"ReDO {threshold:g}": Recycled(threshold) for threshold in (0.025, 0.1)}
+    others |= {f"SNR {rejection:g}": SelfNormalized(rejection) for rejection in (0.02, 0.05, 0.1)}
+    others |= {f"FIRE {part:g}": Isometric(part) for part in (0.25, 0.5, 1)}
+    others |= {f"AdamO {strength:g}": Decoupled(strength) for strength in (1e-3, 1e-2, 1e-1)}
     if isinstance(setting.network, Mlp):
         others["CReLU"] = Concatenated()
     known = [

@@ -17,7 +17,8 @@ from torch.nn.functional import cross_entropy
 from torch.optim import Adam, Optimizer
 from torch.utils.tensorboard import SummaryWriter
 
-from avalanche_curv import EmpiricalRisk
+from avalanche_curv import GGN, EmpiricalRisk
+from avalanche_curv.core.landscape import GramMatrix, landscape
 from avalanche_curv.plasticity.measures import (
     gradient_diversity,
     hidden_activations,
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from benchmarks.experiments.plasticity.experiment import Config
 
 PROBE = 64
+ABOVE = (1e-2, 1e-3)  # eigenvalues of the curvature that count
 AT_ONCE = 1000
 Batch = tuple[Tensor, Tensor]
 ACCURACY, TEST_ACCURACY = "plasticity_experience/accuracy", "plasticity_experience/test_accuracy"
@@ -83,12 +85,13 @@ class Learner:
         self._begin(0, first)
 
     def measured_before(self, number: int, task: Task) -> dict[str, float]:
-        """At the start of a task: the diversity of its gradients, and how activations changed since the last began."""
+        """At the start of a task: the diversity of its gradients, the spectrum of its curvature, and how activations
+        changed since the last began."""
         if number and self.config.method.begins_anew:
             self._begin(number, task)
         now = hidden_activations(self.model, self.probe)
         risk = EmpiricalRisk.snapshot(self.model, nn.CrossEntropyLoss(), [self._probe(task)])
-        found = {"plasticity/gradient_effective_rank": gradient_diversity(risk).effective_rank}
+        found = {"plasticity/gradient_effective_rank": gradient_diversity(risk).effective_rank} | curvature(risk)
         if self.before:
             found["plasticity_experience/representation_change"] = representation_change(self.before, now)
         self.before = now
@@ -143,6 +146,18 @@ class Learner:
         self.model.eval()
         batches = map(self._on_device, task.batches(torch.arange(len(task)), AT_ONCE))
         return sum(int((self.model(x).argmax(1) == y).sum()) for x, y in batches) / len(task)
+
+
+def curvature(risk: EmpiricalRisk) -> dict[str, float]:
+    """Ranks of the GGN of the mean loss, from all of its eigenvalues: effective rank, how many are above a hundredth of
+    the largest, how many above fixed numbers, and the largest. It has as many rows as examples × (classes − 1)."""
+    found = landscape(GGN(), risk, k=1, epsilon=1e-2, methods=(GramMatrix(),))
+    above = {f"curvature/above_{least:g}": found.density.count_above(least) for least in ABOVE}
+    return above | {
+        "curvature/effective_rank": found.effective_rank,
+        "curvature/numerical_rank": found.numerical_rank,
+        "curvature/sharpness": found.sharpness,
+    }
 
 
 def fit(model: nn.Module, optimizer: Optimizer, batches: Iterable[Batch]) -> None:
