@@ -21,6 +21,7 @@ from avalanche_curv.core.options import Fixed, Setting, check_seed
 from avalanche_curv.core.risk.frozen import unwrapped
 from avalanche_curv.core.risk.selection import ParameterSelector
 from avalanche_curv.plasticity.mitigators.base import Mitigator
+from avalanche_curv.plasticity.mitigators.optimized_entries import OptimizedEntries
 from avalanche_curv.plasticity.mitigators.unit_graph import HiddenLayer, UnitGraph, units
 
 
@@ -140,7 +141,11 @@ class Recycler(Mitigator):
         self._activity.go_on_from(before)
 
     def before_step(self, model: nn.Module, optimizer: Optimizer) -> None:
-        if not self._model_parts:  # a copy made between the pass and the step
+        self._take_over(model)
+
+    def _take_over(self, model: nn.Module) -> None:
+        """Prepares a copy that was made between the pass and the end of the step."""
+        if not self._model_parts:
             self.prepare(model)
 
     def release(self) -> None:
@@ -148,6 +153,7 @@ class Recycler(Mitigator):
         self._model_parts = []
 
     def after_step(self, model: nn.Module, optimizer: Optimizer) -> None:
+        self._take_over(model)
         super().after_step(model, optimizer)
         if self.steps == self._due:
             self._recycle(model, optimizer)
@@ -216,44 +222,6 @@ class Recycler(Mitigator):
         super().load_state_dict(state)
         self._counts = {name: torch.tensor(count) for name, count in state["recycled"].items()}
         self._record_if_due()
-
-
-MOMENTS = (
-    "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer", "square_avg", "grad_avg", "acc_delta",
-    "variance", "prev", "sum", "step_size", "ax",
-)  # fmt: skip
-# the state that torch's optimisers have of each entry of a parameter
-
-
-class OptimizedEntries:
-    """The entries of selected parameters, by identity, together with the optimiser's state of each entry."""
-
-    def __init__(self, selected: set[int], optimizer: Optimizer) -> None:
-        self.selected, self.optimizer = selected, optimizer
-
-    def is_selected(self, parameter: Any) -> bool:
-        """Whether the entries of `parameter` may be changed."""
-        return id(parameter) in self.selected
-
-    def reset(self, parameter: Any, mask: Bool[Tensor, "..."], value: Tensor | float) -> None:
-        """Sets the entries where `mask` holds to `value`, and the optimiser's state of them to its start; does nothing
-        for a parameter that is not selected."""
-        if not self.is_selected(parameter):
-            return
-        value = value.to(parameter) if isinstance(value, Tensor) else torch.full_like(parameter, value)
-        parameter.copy_(torch.where(mask, value, parameter))
-        state = self.optimizer.state.get(parameter, {})
-        for name in (name for name in MOMENTS if name in state):
-            if isinstance(state[name], Tensor) and state[name].shape == parameter.shape:
-                state[name].copy_(torch.where(mask, self._start(name, parameter), state[name].to(parameter.device)))
-
-    def _start(self, name: str, parameter: Tensor) -> Tensor:
-        """The initial value of the optimiser's state `name` of `parameter`."""
-        if name == "ax":
-            return parameter
-        group = next(g for g in self.optimizer.param_groups if any(p is parameter for p in g["params"]))
-        starts = {"step_size": group["lr"], "sum": group.get("initial_accumulator_value", 0.0)}
-        return torch.full_like(parameter, float(starts.get(name, 0.0)))
 
 
 def reinitialize(

@@ -7,6 +7,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
 
+from benchmarks.experiments.plasticity.collapse import EXPLANATION as COLLAPSE
+from benchmarks.experiments.plasticity.collapse import collapse
 from benchmarks.experiments.plasticity.experiment import EPOCHS, LAYER_NORM, METHODS, NONE, SCRATCH, STRENGTHS
 from benchmarks.experiments.plasticity.learner import ACCURACY, TEST_ACCURACY
 from benchmarks.harness import Summary, summarise
@@ -25,6 +27,7 @@ MEASURES = {
     "dormant units": ("plasticity/dormant_units", 2),
     "units at zero": ("plasticity/zero_units", 2),
     "gradient diversity": ("plasticity/gradient_effective_rank", 1),
+    "curvature rank": ("curvature/effective_rank", 1),
     "representation change": ("plasticity_experience/representation_change", 2),
 }
 CHANGES = {
@@ -42,7 +45,11 @@ shown at all of them. Mean ± standard deviation over n seeds.
 - *shrink & perturb s* replaces a part s of all parameters at every step by those of a network drawn anew; *after each
   task* half of them there.
 - *ReDO τ* recycles units with a score of at most τ, once in each task, half-way through its steps.
-- *from scratch*, *after each task* and *ReDO* know when tasks end or how long they are; no other method does.
+- *SNR η* recycles a unit when it is silent for longer than all but a part η of its silent runs.
+- *FIRE p* goes a part p of the way from each weight matrix to the nearest isometry after each task; 1 is its source's.
+- *AdamO λ* draws all weights to isometries by a step outside of Adam's, λ times Adam's rate; its source takes 0.001 at
+  a rate of 0.0001.
+- *from scratch*, *after each task*, *FIRE* and *ReDO* know when tasks end or how long they are; no other method does.
 - *CReLU* has as many units as the others before each nonlinearity, and so more parameters after it.
 - *Parseval* leaves out the last layer, *SpectralReg* nothing."""
 
@@ -54,6 +61,9 @@ def report(results: Results, out: Path) -> str:
     parts = [f"# Plasticity over many tasks\n\n{_setting(results)}\n\n{EXPLANATION}"]
     if plain.columns:
         parts += ["## All methods", _table(shown, results), _measures(shown), _accuracy_figure(shown, out, "accuracy")]
+        followed = [*shown.where(row=NONE).each(), *shown.where(regulariser="SpectralReg").each()]
+        if courses := [f"### {one.label}\n\n{text}" for one in followed if (text := collapse(one))]:
+            parts += ["## Does the curvature collapse first?", COLLAPSE, *courses]
     sensitivity = dict(plain.where(regulariser=bool).by("regulariser"))
     if any(len(tried.columns) > 1 for tried in sensitivity.values()):
         parts += ["## Sensitivity to the strength", _by_strength(sensitivity, plain, out)]
@@ -133,7 +143,8 @@ def _measures(shown: Results) -> str:
     ]
     note = (
         "Spectral norms (mean over the weights), ‖θ‖ and units on 64 images are at the ends of tasks; the effective "
-        "rank of 64 gradients, and the relative change of activations since the task before, at their starts."
+        "ranks of 64 gradients and of the GGN of 64 images, and the relative change of activations since the task "
+        "before, at their starts."
     )
     return f"{note}\n\n{table(columns, rows)}"
 

@@ -124,6 +124,29 @@ def test_it_acts_between_tasks_or_every_so_many_steps_on_selected_weights_that_t
         assert fire.acts_between_tasks == (acts == "task")
 
 
+@pytest.mark.parametrize(
+    "kind", [torch.optim.Adam, torch.optim.NAdam, torch.optim.Adagrad, torch.optim.Rprop, torch.optim.ASGD]
+)
+def test_the_next_step_of_a_weight_that_is_replaced_is_the_first_of_a_new_optimiser(kind, make):
+    model = make(lambda: nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)).double())
+    optimizer, x = kind(model.parameters(), lr=0.05), drawn(6, 4)
+
+    def step(stepping, model):
+        stepping.zero_grad()
+        model(x).pow(3).mean().backward()
+        stepping.step()
+
+    for _ in range(3):
+        step(optimizer, model)
+    FIRE(0.5).after_task(model, optimizer)
+    other = copy.deepcopy(model)
+    step(optimizer, model)
+    step(kind(other.parameters(), lr=0.05), other)
+    assert torch.equal(model[0].weight, other[0].weight)
+    if kind in (torch.optim.Adam, torch.optim.NAdam, torch.optim.Adagrad):  # moments of what is not replaced are kept
+        assert not torch.equal(model[0].bias, other[0].bias)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_the_type_stays_and_zeros_stay(dtype, make):
     model = make(lambda: nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))).to(dtype)
