@@ -72,28 +72,28 @@ def below_half(values: list[float]) -> int | None:
     return next((t + 1 for t in range(1, len(values)) if values[t] < 0.5 * max(values[:t])), None)
 
 
-def pooled(x: dict[int, list[float]], y: dict[int, list[float]], seeds: list[int]) -> float:
+def pooled(x: dict[int, list[float]], y: dict[int, list[float]], seeds: list[int]) -> float | None:
     """The correlation of x_t and y_t over the tasks from the second on."""
     return correlation(_pool(x, seeds, 1), _pool(y, seeds, 1))
 
 
-def forward(x: dict[int, list[float]], y: dict[int, list[float]], seeds: list[int]) -> float:
+def forward(x: dict[int, list[float]], y: dict[int, list[float]], seeds: list[int]) -> float | None:
     """The partial correlation of x_t and y_t given y_{t−1}."""
     return partial(_pool(x, seeds, 1), _pool(y, seeds, 1), _pool(y, seeds, 0, -1))
 
 
-def backward(x: dict[int, list[float]], y: dict[int, list[float]], seeds: list[int]) -> float:
+def backward(x: dict[int, list[float]], y: dict[int, list[float]], seeds: list[int]) -> float | None:
     """The partial correlation of y_{t−1} and x_t given x_{t−1}, of tasks from the third on."""
     return partial(_pool(y, seeds, 1, -1), _pool(x, seeds, 2), _pool(x, seeds, 1, -1))
 
 
-def correlation(x: np.ndarray, y: np.ndarray) -> float:
-    """Σ x y / √(Σ x² Σ y²) of centred values; NaN where one does not vary."""
+def correlation(x: np.ndarray, y: np.ndarray) -> float | None:
+    """Σ x y / √(Σ x² Σ y²) of centred values; None where one does not vary."""
     size = math.sqrt(float(x @ x) * float(y @ y))
-    return float(x @ y) / size if size else math.nan
+    return float(x @ y) / size if size else None
 
 
-def partial(x: np.ndarray, y: np.ndarray, z: np.ndarray) -> float:
+def partial(x: np.ndarray, y: np.ndarray, z: np.ndarray) -> float | None:
     """The correlation of what is left of x and of y when their regressions on z are taken away.
 
     >>> z = np.array([-1.0, 0.0, 1.0, 0.0])
