@@ -11,12 +11,14 @@ import torch
 from avalanche.training import Naive
 from torch import nn
 
+from avalanche_curv import EmpiricalRisk
 from avalanche_curv.plugins.mitigator import MitigatorPlugin
 from avalanche_curv.streams import NonStationary
 from avalanche_curv.streams._benchmark import Examples, benchmark
 from benchmarks.data import read
+from benchmarks.experiments.plasticity.collapse import backward, forward, pooled
 from benchmarks.experiments.plasticity.experiment import PARTS, PlasticityOptions, experiment, setting_for
-from benchmarks.experiments.plasticity.learner import MADE, Learner, Tasks, fit, summary
+from benchmarks.experiments.plasticity.learner import MADE, Learner, Tasks, curvature, fit, summary
 from benchmarks.experiments.plasticity.report import against, report
 from benchmarks.experiments.plasticity.settings import CHANGES, PRESETS, Mlp, ResNet18, Setting, VitTiny
 from benchmarks.harness import Context, Results, UsageError
@@ -45,7 +47,8 @@ def run(config, folder, setting=TINY, seed=0, root=None):
 
 METHODS = (
     "none", "SpectralReg 0.01", "L2 0.01", "L2 init 0.01", "Wasserstein 0.01", "streaming EWC 0.01", "Parseval 0.01",
-    "shrink & perturb 0.01", "shrink & perturb 0.5 after each task", "ReDO 0.1", "CReLU", "none, LayerNorm",
+    "shrink & perturb 0.01", "shrink & perturb 0.5 after each task", "ReDO 0.1", "SNR 0.1", "FIRE 0.5", "AdamO 1",
+    "CReLU", "none, LayerNorm",
 )
 
 
@@ -169,12 +172,52 @@ def test_the_grid_has_every_method_at_every_strength_with_and_without_layer_norm
         for strength in ("0.01", "0.001", "0.0001"):
             assert f"{name} {strength}" in configs
         assert f"{name} 0.001, LayerNorm" in configs
-    for name in ("none", "from scratch", "CReLU", "ReDO 0.1"):
+    for name in ("none", "from scratch", "CReLU", "ReDO 0.1", "SNR 0.02", "FIRE 1", "AdamO 0.1"):
         assert configs[f"{name}, LayerNorm"].setting.network.layer_norm
     assert [configs[label].setting.epochs for label in ("none", "none, 40 epochs", "none, 60 epochs")] == [20, 40, 60]
     parts = [experiment.configs(PlasticityOptions(part=part)) for part in PARTS]
     assert sum(map(len, parts)) == len(configs)
     assert len(grid(experiment, PlasticityOptions(seeds=1))) == len(configs)  # digests differ, labels too
+
+
+def test_ranks_of_the_curvature_are_those_of_the_matrix_written_out(make):
+    model = make(lambda: nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))).double()
+    x, y = torch.randn(6, 5, generator=torch.Generator().manual_seed(0)).double(), torch.arange(6) % 3
+    parameters = {name: 3 * p.detach() for name, p in model.named_parameters()}
+    model.load_state_dict(parameters)
+    matrix = torch.zeros(66, 66).double()
+    for one in x:
+        jacobian = torch.func.jacrev(lambda p, one=one: torch.func.functional_call(model, p, (one,)))(parameters)
+        rows = torch.cat([part.flatten(1) for part in jacobian.values()], 1)
+        p = model(one).softmax(0).detach()
+        matrix += rows.T @ (p.diag() - p.outer(p)) @ rows / 6
+    values = torch.linalg.eigvalsh(matrix).clamp(min=0)
+    shares = values / values.sum()
+    expected = {f"curvature/above_{least:g}": int((values > least).sum()) for least in (1e-2, 1e-3)}
+    expected |= {
+        "curvature/effective_rank": torch.special.entr(shares).sum().exp().item(),
+        "curvature/numerical_rank": int((values > values.max() / 100).sum()),
+        "curvature/sharpness": values.max().item(),
+    }
+    assert curvature(EmpiricalRisk.snapshot(model, nn.CrossEntropyLoss(), [(x, y)])) == pytest.approx(expected)
+
+
+def test_what_foretells_what_is_found_where_it_was_put():
+    rng = np.random.default_rng(0)
+    free = {seed: [*rng.normal(size=12)] for seed in range(3)}
+    led = {seed: [100.0 * seed] for seed in free}  # by the free one, of the same task and the task before
+    for seed, values in free.items():
+        for t in range(1, 12):
+            led[seed].append(0.5 * led[seed][-1] + values[t])
+    assert forward(free, led, [0, 1, 2]) == pytest.approx(1)
+    assert pooled(free, led, [0, 1, 2]) < 0.95
+    after = {seed: [5.0 * seed] for seed in free}
+    for seed, values in free.items():
+        for t in range(1, 12):
+            after[seed].append(0.5 * after[seed][-1] - values[t - 1])
+    assert backward(after, free, [0, 1, 2]) == pytest.approx(-1)
+    assert abs(forward(after, free, [0, 1, 2])) < 0.5
+    assert forward({0: [1.0] * 5}, {0: [1.0, 2.0, 4.0, 3.0, 3.0]}, [0]) is None
 
 
 def test_rows_are_chosen_by_their_labels():
