@@ -52,10 +52,11 @@ MADE: dict[str, TaskChange] = dict(zip(CHANGES, (RandomLabels(), PixelPermutatio
 
 
 def run(config: Config, seed: int, context: Context) -> Iterator[Record]:
-    """Learn one task after another; the number of the task, from 1, is the step of a record."""
+    """Learn one task after another; the number of the task, from 1, is the step of a record. The mean of each metric
+    over the last third of its records is one without a step, `late/...`."""
     tasks = Tasks(config.setting, seed, context.dataset_root)
     learner = Learner(config, seed, tasks.of(0)[0])
-    accuracies = []
+    measured: dict[str, list[float]] = {}
     with SummaryWriter(str(context.tensorboard_dir)) as writer:
         for number in range(tasks.count):
             train, test = tasks.of(number)
@@ -63,12 +64,13 @@ def run(config: Config, seed: int, context: Context) -> Iterator[Record]:
             learner.learn(number, train)
             found |= learner.measured_after(train, test)
             learner.end_task()
-            accuracies.append(found[ACCURACY])
             for name, value in found.items():
+                measured.setdefault(name, []).append(value)
                 yield {"metric": name, "value": value, "step": number + 1}
                 if value == value:
                     writer.add_scalar(name, value, number + 1)
-    scalars = summary(accuracies) | {"seconds": learner.seconds}
+    scalars = summary(measured[ACCURACY]) | {"seconds": learner.seconds}
+    scalars |= {f"late/{name}": late_mean(values) for name, values in measured.items()}
     yield from ({"metric": name, "value": value} for name, value in scalars.items())
 
 
@@ -170,10 +172,14 @@ def fit(model: nn.Module, optimizer: Optimizer, batches: Iterable[Batch]) -> Non
 
 
 def summary(accuracies: list[float]) -> dict[str, float]:
-    """Of the accuracies a_1 ... a_T at the ends of the tasks: a_T, the mean of the last third (rounded down, at least
-    one), and a_1 − that."""
-    late = fmean(accuracies[-max(1, len(accuracies) // 3) :])
+    """Of the accuracies a_1 ... a_T at the ends of the tasks: a_T, the mean of the last third, and a_1 − that."""
+    late = late_mean(accuracies)
     return {"final_accuracy": accuracies[-1], "late_accuracy": late, "drop": accuracies[0] - late}
+
+
+def late_mean(values: list[float]) -> float:
+    """The mean of the last third, rounded down, at least of one."""
+    return fmean(values[-max(1, len(values) // 3) :])
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from itertools import chain
 from pathlib import Path
-from statistics import fmean
 from typing import TYPE_CHECKING
 
 from benchmarks.experiments.plasticity.collapse import EXPLANATION as COLLAPSE
 from benchmarks.experiments.plasticity.collapse import collapse
 from benchmarks.experiments.plasticity.experiment import EPOCHS, LAYER_NORM, METHODS, NONE, SCRATCH, STRENGTHS
 from benchmarks.experiments.plasticity.learner import ACCURACY, TEST_ACCURACY
-from benchmarks.harness import Summary, summarise
+from benchmarks.harness import Summary
 from benchmarks.harness.labels import Named, label_ends
 from benchmarks.harness.plots import MUTED, Curves, name_the_rest, new_figure, plot_curves, saved, styles, tidy
 from benchmarks.harness.tables import Cell, Column, table
@@ -112,10 +111,7 @@ def against(one: Results, results: Results) -> Summary | None:
 
 def late_mean(results: Results, metric: str) -> Summary | None:
     """The mean over the last third of the tasks, over seeds."""
-    values: dict[int, list[float]] = {}
-    for row in sorted(results.select(metric), key=lambda row: row["step"]):
-        values.setdefault(row["seed"], []).append(row["value"])
-    return summarise(fmean(v[-max(1, len(v) // 3) :]) for v in values.values()) if values else None
+    return results.final(f"late/{metric}")
 
 
 def _table(shown: Results, results: Results) -> str:
