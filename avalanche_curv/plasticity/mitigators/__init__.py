@@ -9,7 +9,13 @@ from avalanche_curv.plasticity.mitigators.parseval import Parseval
 from avalanche_curv.plasticity.mitigators.recycler import Recycler
 from avalanche_curv.plasticity.mitigators.redo import ReDO
 from avalanche_curv.plasticity.mitigators.regularizer import Regularizer
-from avalanche_curv.plasticity.mitigators.schedule import AfterTask, EveryStep, EverySteps, Schedule
+from avalanche_curv.plasticity.mitigators.schedule import (
+    AfterTask,
+    EveryStep,
+    EverySteps,
+    Schedule,
+    ScheduledMitigator,
+)
 from avalanche_curv.plasticity.mitigators.self_normalized_resets import SelfNormalizedResets
 from avalanche_curv.plasticity.mitigators.shrink_perturb import ShrinkAndPerturb
 from avalanche_curv.plasticity.mitigators.spectral import SpectralRegularizer
@@ -31,6 +37,7 @@ __all__ = [
     "Recycler",
     "Regularizer",
     "Schedule",
+    "ScheduledMitigator",
     "SelfNormalizedResets",
     "ShrinkAndPerturb",
     "SpectralRegularizer",
