@@ -18,6 +18,8 @@ from avalanche_curv import (
     Diagonal,
     Fisher,
     Kronecker,
+    Merge,
+    PartialTraces,
     PiWeighted,
     Structure,
 )
@@ -32,7 +34,7 @@ from benchmarks.networks import mlp
 from benchmarks.streams.whole_batches import TensorStream, accuracy_records, permuted, plain_trainer
 from benchmarks.training import Data, Trainer, mean, summary
 
-MAIN, TUNE, ORIGINAL, SUMS = PARTS = ("main", "tune", "original", "sums")
+MAIN, TUNE, ORIGINAL, SUMS, FIFTY = PARTS = ("main", "tune", "original", "sums", "fifty")
 FIRST_TUNING_SEED = 1000
 VALIDATION = 0.1  # of the training images, in tuning
 PART = 0.1  # of the examples of a task, on which its curvature is estimated
@@ -91,6 +93,7 @@ FAST = replace(SLOW, optimiser=Sgd(0.1))
 UNSHIFTED = replace(FAST, mean=0.0, deviation=1.0)
 ADAM = replace(UNSHIFTED, optimiser=Adam(1e-3))
 NORMALISED = replace(FAST, optimiser=Adam(1e-3))
+LONG = replace(ADAM, tasks=50, hidden=100)
 ORIGINALLY = replace(SLOW, hidden=1000, steps=2350, batch=256)  # ten epochs
 
 
@@ -173,6 +176,15 @@ def sums() -> list[Row]:
     return [Row(label, "", ADAM, method, TRIED, slowdown=3.0) for label, method in methods(PART).items()]
 
 
+def fifty() -> list[Row]:
+    """Fifty tasks, with one anchor and a curvature that takes no more memory with each of them (Ritter et al. 2018)."""
+    newest, structures = Merge(fraction=PART), {"Kronecker": Kronecker(PartialTraces()), "diagonal": Diagonal()}
+    return [
+        Row(f"{label}, moved", "", LONG, Ours(10.0, Fisher(), structure, newest), TRIED, slowdown)
+        for (label, structure), slowdown in zip(structures.items(), (3.0, 1.2))
+    ]
+
+
 def rows(part: str) -> list[Config]:
     """The grid of a part."""
     if part == ORIGINAL:
@@ -180,9 +192,12 @@ def rows(part: str) -> list[Config]:
         return [Config("Avalanche's setting", theirs, ORIGINALLY), Config("Naive in it", Plain(), ORIGINALLY)]
     if part == SUMS:
         return [row.config() for row in sums()]
+    if part == FIFTY:
+        bounds = Config("Naive", Plain(), LONG), Config("multitask", Multitask(), LONG)
+        return [*(row.config() for row in fifty()), *bounds]
     path, aside = penalised()
     if part == TUNE:
-        return [config for row in (*path, *aside, *sums()) for config in row.tuning()]
+        return [config for row in (*path, *aside, *sums(), *fifty()) for config in row.tuning()]
     return [
         Config("Naive, as row 1", Plain(), SLOW),
         *(row.config() for row in (*path, *aside)),
@@ -197,9 +212,9 @@ class EwcOptions(Options):
 
     part: Annotated[str, one_of("part", PARTS)] = MAIN
     """tune: strengths, on held-out images and seeds from 1000 on; original: Avalanche's setting; sums: how sums of
-    Kronecker factors are kept"""
+    Kronecker factors are kept; fifty: so many tasks on a small network"""
     tasks: Annotated[int | None, positive()] = None
-    """default: 10"""
+    """default: 10, or 50"""
     row: tuple[str, ...] = ()
     """one row, by its label; repeatable"""
 
@@ -216,12 +231,12 @@ class EwcPermutedMnist(Experiment):
     def configs(self, options: EwcOptions) -> Sequence[Config]:
         """The rows that were asked for; with `quick`, a few steps on two tasks of digits that need no download. Raises
         UsageError for an unknown row, and where MNIST is absent."""
-        small = {"images": "digits", "tasks": 2, "hidden": 20, "steps": 20}
-        change: dict[str, Any] = small if options.quick else {}
+        change: dict[str, Any] = {"images": "digits", "tasks": 2, "steps": 20} if options.quick else {}
         change |= {"tasks": options.tasks} if options.tasks else {}
+        shrunk = 20 if options.quick else 1
         known = {config.label: config for config in rows(options.part)}
         chosen = [
-            replace(config, setting=replace(config.setting, **change))
+            replace(config, setting=replace(config.setting, hidden=config.setting.hidden // shrunk, **change))
             for config in selected("row", known, options.row or None)
         ]
         for config in chosen:
