@@ -23,6 +23,7 @@ from avalanche_curv.core.options import Configured, Forwarded, check_count, chec
 from avalanche_curv.core.projection import InputSpace, Projection, Protection, StepProjection
 from avalanche_curv.core.quadratic.policies import Accumulate, Past, Policy
 from avalanche_curv.core.quadratic.stability import Guard, WarnIfUnstable
+from avalanche_curv.core.quadratic.strength import StrengthRule
 from avalanche_curv.core.risk.selection import ParameterSelector
 from avalanche_curv.core.structures import Diagonal, Structure
 from avalanche_curv.plasticity.mitigators.base import Mitigator
@@ -140,16 +141,17 @@ def _checked(plugins: Any) -> Sequence[BasePlugin]:
 class CurvatureEWC(_WithPlugin):
     """Trains on task loss + strength · q(θ), with q a quadratic model of the loss on past experiences.
 
-    `strength` is λ; `curvature` and `structure` say which matrix q has and how it is stored, `policy` how the models of
-    past experiences are combined, `guard` what happens where the penalty alone would diverge, `past` where q begins for
-    a pretrained model, `include` and `exclude` which parameters it is of, `examples_per_experience` how much a part of
-    an online stream weighs that hides where its tasks end (`CurvatureEWCPlugin`).
+    `strength` is λ, or a rule that chooses it (`Evidence()`); `curvature` and `structure` say which matrix q has and
+    how it is stored, `policy` how the models of past experiences are combined, `guard` what happens where the penalty
+    alone would diverge, `past` where q begins for a pretrained model, `include` and `exclude` which parameters it is
+    of, `examples_per_experience` how much a part of an online stream weighs that hides where its tasks end
+    (`CurvatureEWCPlugin`).
     The arguments from `criterion` on are those of Avalanche's strategies (`Training`). The plugin is the attribute
     `ewc`, and raises its errors. Raises TypeError for an argument that it does not take, with the one that is meant,
     for a criterion without per-example form and for plugins that are none.
     """
 
-    strength, guard = Forwarded("ewc"), Forwarded("ewc")
+    rule, strength, guard = Forwarded("ewc"), Forwarded("ewc"), Forwarded("ewc")
     curvature, structure, policy = Forwarded("ewc"), Forwarded("ewc"), Forwarded("ewc")
     past, include, exclude = Forwarded("ewc"), Forwarded("ewc"), Forwarded("ewc")
     examples_per_experience = Forwarded("ewc")
@@ -159,7 +161,7 @@ class CurvatureEWC(_WithPlugin):
         *,
         model: nn.Module,
         optimizer: Optimizer,
-        strength: float,
+        strength: float | StrengthRule,
         curvature: Curvature = Fisher(),  # noqa: B008  a frozen value
         structure: Structure = Diagonal(),  # noqa: B008
         policy: Policy = Accumulate(),  # noqa: B008

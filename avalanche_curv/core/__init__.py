@@ -52,6 +52,7 @@ from avalanche_curv.core.quadratic import (
     CurvatureRegularizer,
     Damping,
     Everything,
+    Evidence,
     Guard,
     Look,
     Merge,
@@ -68,7 +69,9 @@ from avalanche_curv.core.quadratic import (
     SlopeAlone,
     StepBound,
     StopIfUnstable,
+    StrengthRule,
     StrengthSuggestion,
+    TaskEvidence,
     Tikhonov,
     Trust,
     UnstablePenaltyError,
@@ -76,6 +79,7 @@ from avalanche_curv.core.quadratic import (
     estimate,
     merged_parameters,
     suggest_strength,
+    task_evidence,
 )
 from avalanche_curv.core.risk import EmpiricalRisk, ParameterSelector, ParameterSpace
 from avalanche_curv.core.structures import (
@@ -127,6 +131,7 @@ __all__ = [
     "EmpiricalRisk",
     "Energy",
     "Everything",
+    "Evidence",
     "ExampleLoss",
     "Expand",
     "Fisher",
@@ -181,9 +186,11 @@ __all__ = [
     "StepBound",
     "StepProjection",
     "StopIfUnstable",
+    "StrengthRule",
     "StrengthSuggestion",
     "Structure",
     "Subspace",
+    "TaskEvidence",
     "Tikhonov",
     "Trust",
     "Uncovered",
@@ -200,4 +207,5 @@ __all__ = [
     "principal_angles",
     "rule",
     "suggest_strength",
+    "task_evidence",
 ]

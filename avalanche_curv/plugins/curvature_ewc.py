@@ -19,6 +19,7 @@ from avalanche_curv.core.options import Configured, Fixed, Forwarded, Setting, c
 from avalanche_curv.core.quadratic.policies import Accumulate, Drawing, Past, Policy
 from avalanche_curv.core.quadratic.regularizer import CurvatureRegularizer
 from avalanche_curv.core.quadratic.stability import Guard, WarnIfUnstable, suggest_strength
+from avalanche_curv.core.quadratic.strength import StrengthRule
 from avalanche_curv.core.risk.forward import Forward
 from avalanche_curv.core.risk.selection import ParameterSelector
 from avalanche_curv.core.state import State, check_state, state_of
@@ -73,14 +74,15 @@ class CurvatureEWCPlugin(Configured, SupervisedPlugin):
     batch_size = Setting(check_count)
     examples_per_experience = Setting(partial(check_count, hint="As many weigh as much as one experience."))
     regularizer = Fixed[CurvatureRegularizer]()
-    strength, guard, past = Forwarded("regularizer"), Forwarded("regularizer"), Forwarded("regularizer")
+    rule, strength = Forwarded("regularizer"), Forwarded("regularizer")
+    guard, past = Forwarded("regularizer"), Forwarded("regularizer")
     curvature, structure, policy = Forwarded("regularizer"), Forwarded("regularizer"), Forwarded("regularizer")
     selection = Forwarded("regularizer")
     include, exclude = Forwarded("regularizer"), Forwarded("regularizer")
 
     def __init__(
         self,
-        strength: float,
+        strength: float | StrengthRule,
         *,
         curvature: Curvature = Fisher(),  # noqa: B008  a frozen value
         structure: Structure = Diagonal(),  # noqa: B008
@@ -129,7 +131,7 @@ class CurvatureEWCPlugin(Configured, SupervisedPlugin):
             self.regularizer.begin(strategy.model, strategy.optimizer)
 
     def _begin_parts(self, strategy: Any) -> None:
-        self.policy.check_parts(self.structure, _bridge.updates_of(strategy))
+        self.regularizer.check_parts(_bridge.updates_of(strategy))
         self._in_parts = True
         LOG.info(
             "This online stream hides where its tasks end. Its parts are absorbed one by one and weigh by their "
@@ -163,7 +165,7 @@ class CurvatureEWCPlugin(Configured, SupervisedPlugin):
                 policy, part = policy.of_all(), places.tolist()  # no other example is loaded
             risk = _bridge.current_risk(strategy, self.batch_size, part, self.selection, _bridge.told_data)
             share = None if whole else count / self.examples_per_experience
-            self.regularizer.absorb_risk(risk, share, _bridge.current_number(strategy), policy)
+            self.regularizer.absorb_risk(risk, share, _bridge.current_number(strategy), policy, count)
 
     def before_eval(self, strategy: Any, **kwargs: Any) -> None:
         self._classes.restart()

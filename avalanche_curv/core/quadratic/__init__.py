@@ -18,6 +18,7 @@ from avalanche_curv.core.quadratic.stability import (
     WarnIfUnstable,
     suggest_strength,
 )
+from avalanche_curv.core.quadratic.strength import Evidence, StrengthRule, TaskEvidence, task_evidence
 from avalanche_curv.core.quadratic.trust import AbsoluteError, RatioBand, RelativeError, Trust
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "CurvatureRegularizer",
     "Damping",
     "Everything",
+    "Evidence",
     "Guard",
     "Look",
     "Merge",
@@ -44,7 +46,9 @@ __all__ = [
     "SlopeAlone",
     "StepBound",
     "StopIfUnstable",
+    "StrengthRule",
     "StrengthSuggestion",
+    "TaskEvidence",
     "Tikhonov",
     "Trust",
     "UnstablePenaltyError",
@@ -52,4 +56,5 @@ __all__ = [
     "estimate",
     "merged_parameters",
     "suggest_strength",
+    "task_evidence",
 ]

@@ -36,6 +36,7 @@ from avalanche_curv.core.quadratic.stability import (
     suggest_strength,
     without_rule,
 )
+from avalanche_curv.core.quadratic.strength import StrengthRule
 from avalanche_curv.core.risk.batches import untouched_randomness
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.forward import Forward
@@ -74,6 +75,8 @@ class CurvatureRegularizer(Configured):
 
     `strength`, `guard` and `past` may be set at any time and act from the next step on, so that the strength may follow
     a schedule; `weight` is the strength of the last step, as the guard allowed it, and `last_penalty` q(θ) there.
+    Given as a rule, such as `Evidence()`, the strength begins at `rule.first`, and each task that was trained with a
+    past sets it for the next one, which is logged.
     Others of the arguments cannot be changed. `past` holds the quadratic model, what the policy stores and, of
     `AdaptiveRefresh`, every refresh with its reason, which are also logged to the logger `avalanche_curv`. It begins as
     the `past` given, empty by default: one that a policy has made of the data that a model was pretrained on.
@@ -88,18 +91,19 @@ class CurvatureRegularizer(Configured):
     Raises TypeError or ValueError for unusable options when it is made.
     """
 
-    strength = Setting(partial(check_number, at_least=0, hint="0 only measures."))
+    strength = Setting(partial(check_number, at_least=0, hint="0 only measures; Evidence() chooses."))
     guard = Setting[Guard | None](check_guard)
     past = Setting[Past](partial(check_kind, kind=Past, example="Past()"))
     curvature = Fixed[Curvature](partial(check_kind, kind=Curvature, example="Fisher()"))
     structure = Fixed[Structure](partial(check_kind, kind=Structure, example="Diagonal()"))
     policy = Fixed[Policy](partial(check_kind, kind=Policy, example="Accumulate()"))
+    rule = Fixed[StrengthRule | None]()
     selection = Fixed[Selection]()
     include, exclude = Forwarded("selection"), Forwarded("selection")
 
     def __init__(
         self,
-        strength: float,
+        strength: float | StrengthRule,
         *,
         curvature: Curvature = Fisher(),  # noqa: B008  a frozen value
         structure: Structure = Diagonal(),  # noqa: B008
@@ -109,7 +113,9 @@ class CurvatureRegularizer(Configured):
         include: Iterable[ParameterSelector] = (),
         exclude: Iterable[ParameterSelector] = (),
     ) -> None:
-        self.strength, self.guard = strength, guard
+        self.rule = strength if isinstance(strength, StrengthRule) else None
+        self.strength = strength.first if isinstance(strength, StrengthRule) else strength
+        self.guard = guard
         self.curvature, self.structure, self.policy = curvature, structure, policy
         check_bounded(curvature, structure)
         self.past, self.selection = past, selection_of(include, exclude)
@@ -256,6 +262,8 @@ class CurvatureRegularizer(Configured):
         space = risk.space if self.past.model is None else risk.space.union(self.past.model.space)
         self.structure.check(space, risk.anchor.element_size())
         self.policy.check_risk(risk, self.curvature, self.structure)
+        if self.rule is not None and self._own is None:
+            self.rule.check(risk, self.curvature, self.structure, self.policy)
         if self.past is not self._own:
             found = estimate(self.curvature, self.structure, risk)
             if self.past.model is not None and not self.past.stored:
@@ -288,24 +296,41 @@ class CurvatureRegularizer(Configured):
         of examples over that which a task is taken to have. Raises TypeError for policies that store examples, which
         take whole tasks only, and what `absorb` raises."""
         share = check_number("share", share, above=0, hint="It is a number of examples over that of a task.")
-        self.policy.check_parts(self.structure, max(2, self._updates))
+        self.check_parts(max(2, self._updates))
         with untouched_randomness():
             self.absorb_risk(self._risk(model, criterion, batches, options), share)
 
+    def check_parts(self, updates: int) -> None:
+        """Raises TypeError or ValueError where parts of a task of so many updates each cannot be absorbed."""
+        if self.rule is not None:
+            raise TypeError(
+                f"{type(self.rule).__name__} chooses the strength at the ends of tasks, which this stream hides. "
+                "Split it with access_task_boundaries=True, or give the strength as a number."
+            )
+        self.policy.check_parts(self.structure, updates)
+
     def absorb_risk(
-        self, risk: EmpiricalRisk, share: float | None = None, number: int | None = None, policy: Policy | None = None
+        self, risk: EmpiricalRisk, share: float | None = None, number: int | None = None, policy: Policy | None = None,
+        examples: int | None = None,
     ) -> None:
         """Takes in the loss of a task that is frozen at its end, or of a part of one that is the `share` of a task.
         `number` is what warnings call the task, by default how many were absorbed before; `policy` the one that takes
-        it in where not this regulariser's: for examples that were drawn before, `Drawing.of_all()` of it."""
+        it in where not this regulariser's: for examples that were drawn before from so many `examples`,
+        `Drawing.of_all()` of it."""
         policy = policy or self.policy
         number = self.past.experiences if number is None else number
+        chosen = self.strength
         with self._keeping_the_past():
+            if self.rule is not None and self.past.model is not None:
+                chosen = self.rule.next(
+                    self.strength, self.past.model, self.past.widened(risk), self.curvature, self.structure,
+                    examples or risk.examples,
+                )
             if share is None:
                 self.past = policy.absorb(self.past, risk, self.curvature, self.structure)
             else:
                 self.past = policy.absorb_part(self.past, risk, self.curvature, self.structure, share)
-        self._own = self.past
+        self._own, self.strength = self.past, chosen
         guarded, model = self._guarded, self.past.model
         self._guarded = None if guarded is None or model is None or share is None else guarded.renewed(model)
         self._updates, self._weighted = 0, None
@@ -347,14 +372,15 @@ class CurvatureRegularizer(Configured):
 
     def state_dict(self) -> State:
         """What is known between two steps, as tensors, numbers, strings, tuples and dictionaries, for `torch.save`: the
-        past, how many steps the current task has had, and what the guard has decided. Options are not in it.
+        past, how many steps the current task has had, what the guard has decided, and the strength where a rule chose
+        it. Options are not in it.
 
         Raises TypeError for a past that is not made of these (see `Past.state_dict`).
         """
         decided = None if self._guarded is None else self._guarded.state_dict()
         return state_of(
             type(self).__name__, past=self.past.state_dict(), updates=self._updates, unfinished=self._unfinished,
-            guarded=decided,
+            guarded=decided, **({} if self.rule is None else {"strength": self.strength}),
         )
 
     def load_state_dict(
@@ -368,7 +394,7 @@ class CurvatureRegularizer(Configured):
         Raises ValueError for any other state, with what came, and for a past that the policy cannot go on from; the
         regulariser is then as it was.
         """
-        fields = "past", "updates", "unfinished", "guarded"
+        fields = "past", "updates", "unfinished", "guarded", *(() if self.rule is None else ("strength",))
         parts = check_state(state, type(self).__name__, *fields)["fields"]
         past = Past.load_state_dict(parts["past"], model=model, criterion=criterion, forward=forward)
         self.policy.check_past(past)
@@ -378,6 +404,8 @@ class CurvatureRegularizer(Configured):
             self._guarded.load_state_dict(parts["guarded"])
         self._restart()
         self._unfinished = parts["unfinished"]
+        if self.rule is not None:
+            self.strength = parts["strength"]
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles are attached to nothing; they know what the guard has decided, which a schedule of

@@ -85,7 +85,7 @@ class Structure(ABC):
 
 OPERATIONS = {
     "product", "products", "quadratic_form", "plus", "compressed", "scaled", "embedded", "map_spectrum", "damped",
-    "largest", "pseudo_inverse", "dense", "trace", "top",
+    "largest", "pseudo_inverse", "relative_to", "dense", "trace", "top",
 }  # fmt: skip
 
 
@@ -166,6 +166,18 @@ class Matrix(OneLine, Storable, ABC):
         times the largest, of C or of a block or layer of it. None where the eigenvalues are not at hand. Raises
         ValueError where one is negative beyond that."""
         return self.map_spectrum(partial(inverted, rounding=rounding)) if self.is_decomposed else None
+
+    def relative_to(self, past: Matrix, rounding: float) -> Float[Tensor, "r"] | None:
+        """The eigenvalues μ of this matrix H relative to `past`, a matrix C of the same structure and space: those of
+        C^{-½} S C^{-½} on the range of C, of rank r, with S the Schur complement of H on it, in double precision.
+        Eigenvalues of C up to `rounding` times the largest count as zero. None where they are not at hand.
+
+        >>> from avalanche_curv.core.structures import DiagonalMatrix
+        >>> past = DiagonalMatrix(torch.tensor([2.0, 0.0]))
+        >>> DiagonalMatrix(torch.tensor([6.0, 5.0])).relative_to(past, rounding=1e-6)
+        tensor([3.], dtype=torch.float64)
+        """
+        return None
 
     def eigenvectors_beside_diagonal(self) -> tuple[Pairs, Float[Tensor, "P"] | None] | None:
         """((λ, V), d) of a matrix that is stored as Vᵀ diag(λ) V + diag(d), with V [k, P]; d is None where it is zero.
@@ -270,6 +282,27 @@ def human_bytes(count: float) -> str:
 def symmetrised(matrix: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
     """The symmetric part: rounding makes computed columns and rows differ."""
     return (matrix + matrix.T) / 2
+
+
+def relative_eigenvalues(
+    matrix: Float[Tensor, "n n"], past: Float[Tensor, "n n"], rounding: float, *, schur: bool = True
+) -> Float[Tensor, "r"]:
+    """The eigenvalues of C^{-½} S C^{-½} on the range of C = `past`, with S the Schur complement there of H = `matrix`,
+    or without `schur` the block of H itself; in float64.
+
+    >>> h = torch.tensor([[2.0, 1.0], [1.0, 1.0]])
+    >>> relative_eigenvalues(h, torch.diag(torch.tensor([0.25, 0.0])), rounding=1e-6)  # (2 − 1 · 1 / 1) / 0.25
+    tensor([4.], dtype=torch.float64)
+    """
+    values, vectors = torch.linalg.eigh(past.double())
+    seen = values > rounding * values.abs().max()
+    turned = vectors.T @ matrix.double() @ vectors
+    inner = turned[seen][:, seen]
+    if schur and not seen.all():
+        across = turned[seen][:, ~seen]
+        inner = inner - across @ torch.linalg.pinv(turned[~seen][:, ~seen], hermitian=True, rtol=rounding) @ across.T
+    root = values[seen].rsqrt()
+    return torch.linalg.eigvalsh(symmetrised(root[:, None] * inner * root))
 
 
 def spectral_function(matrix: Float[Tensor, "n n"], function: Callable[[Tensor], Tensor]) -> Float[Tensor, "n n"]:

@@ -22,6 +22,7 @@ from avalanche_curv.core.structures.base import (
     check_limit,
     check_memory,
     identity_columns,
+    relative_eigenvalues,
     spectral_function,
     symmetrised,
 )
@@ -93,6 +94,9 @@ class DenseMatrix(Matrix):
     def map_spectrum(self, function: Callable[[Tensor], Tensor]) -> DenseMatrix:
         return DenseMatrix(spectral_function(self.values, function))
 
+    def relative_to(self, past: Matrix, rounding: float) -> Tensor | None:
+        return relative_eigenvalues(self.values, past.values, rounding) if isinstance(past, DenseMatrix) else None
+
     def damped(self, tau: float) -> DenseMatrix:
         return DenseMatrix(self.values + tau * torch.eye(self.size).to(self.values))
 
@@ -107,7 +111,6 @@ class DenseMatrix(Matrix):
 
     def tensors(self) -> tuple[Tensor, ...]:
         return (self.values,)
-
 
 
 @rule(OutputCurvature, Dense)

@@ -92,6 +92,13 @@ class DiagonalMatrix(Matrix):
         """1 / C_ii, and 0 where C_ii = 0: however small an entry is, its own rounding is smaller."""
         return DiagonalMatrix(inverted(self.values))
 
+    def relative_to(self, past: Matrix, rounding: float) -> Tensor | None:
+        """H_ii / C_ii where C_ii > 0, however small: as for the pseudo-inverse."""
+        if not isinstance(past, DiagonalMatrix):
+            return None
+        seen = past.values > 0
+        return self.values[seen].double() / past.values[seen].double()
+
     def eigenvectors_beside_diagonal(self) -> tuple[Pairs, Tensor]:
         return (self.values.new_zeros(0), self.values.new_zeros(0, self.size)), self.values
 

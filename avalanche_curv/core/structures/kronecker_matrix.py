@@ -14,7 +14,7 @@ from torch import Tensor
 from avalanche_curv.core.eigen import Pairs
 from avalanche_curv.core.risk.parameters import ParameterSpace
 from avalanche_curv.core.state import Storable
-from avalanche_curv.core.structures.base import Matrix
+from avalanche_curv.core.structures.base import Matrix, relative_eigenvalues
 from avalanche_curv.core.structures.cuts import Cut
 from avalanche_curv.core.structures.diagonal import DiagonalMatrix
 from avalanche_curv.core.structures.kronecker_cut import leading_part
@@ -149,6 +149,28 @@ class KroneckerMatrix(Matrix):
             raise TypeError("The eigenvalues of a sum of Kronecker products are not at hand.")
         layers = tuple(layer.each(lambda term: term.map_spectrum(function)) for layer in self.layers)
         return replace(self, layers=layers, diagonal=function(self.diagonal))
+
+    def relative_to(self, past: Matrix, rounding: float) -> Tensor | None:
+        """Where every layer of both is a Kronecker product: G v = β G'v and A u = α A'u give μ = αβ of the change v uᵀ.
+        On the range of C alone: the Schur complement of a Kronecker product is none."""
+        if not isinstance(past, KroneckerMatrix) or not (self._is_one_product and past._is_one_product):
+            return None
+        own = {(layer.weight, layer.bias): layer.terms[0].factors() for layer in self.layers}
+        seen = past.diagonal > 0
+        found = [self.diagonal[seen].double() / past.diagonal[seen].double()]
+        for layer in past.layers:
+            if (layer.weight, layer.bias) not in own:
+                return None
+            new, old = own[layer.weight, layer.bias], layer.terms[0].factors()
+            g, a = (
+                relative_eigenvalues(*pair, rounding, schur=False) for pair in ((new.g, old.g), (new.a, old.a))
+            )
+            found.append(torch.outer(g, a).reshape(-1))
+        return torch.cat(found)
+
+    @property
+    def _is_one_product(self) -> bool:
+        return self.is_decomposed and all(layer.terms[0].is_product for layer in self.layers)
 
     @property
     def is_decomposed(self) -> bool:  # type: ignore[override]
