@@ -18,6 +18,7 @@ from avalanche_curv.plasticity import *  # noqa: F403
 
 if TYPE_CHECKING:
     from avalanche_curv.checkpointing import load_checkpoint, save_checkpoint
+    from avalanche_curv.first_tasks import ChosenStrength, choose_strength
     from avalanche_curv.loggers import JSONLLogger
     from avalanche_curv.metrics import (
         FromScratch,
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _LAZY = {
+    "ChosenStrength": "first_tasks",
     "CurvatureEWC": "strategies",
     "CurvatureEWCPlugin": "plugins",
     "FromScratch": "metrics",
@@ -70,6 +72,7 @@ _LAZY = {
     "SpectralReg": "strategies",
     "SpectralRegPlugin": "plugins",
     "SplitDigits": "streams",
+    "choose_strength": "first_tasks",
     "fidelity_metrics": "metrics",
     "landscape_metrics": "metrics",
     "load_checkpoint": "checkpointing",

@@ -13,7 +13,7 @@ PACKAGE = Path(avalanche_curv.__file__).parent
 ROOT = PACKAGE.parent
 HEIGHT = {
     "core": 0, "plasticity": 1, "plugins": 2, "metrics": 2, "streams": 2, "loggers": 2, "tensorboard": 2,
-    "checkpointing": 2, "strategies": 3,
+    "checkpointing": 2, "strategies": 3, "first_tasks": 3,
     "benchmarks": 4,
 }  # fmt: skip
 LOOSE = 10  # files in the core outside its rooms, at most

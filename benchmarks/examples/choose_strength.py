@@ -1,9 +1,10 @@
 """λ in five runs, as the README says: one at 100, and the four that it suggests; the best on held-out images is kept.
 
-    python -m benchmarks.examples.choose_strength --dataset-root DIR [--seed 0] [--optimizer adam] [--grid]
+    python -m benchmarks.examples.choose_strength --dataset-root DIR [--seed 0] [--optimizer adam] [--first 5] [--grid]
 
-Split MNIST, task-incremental, 2,000 training images a task. With `--grid` thirteen half-decades are run besides, to see
-what the five have missed.
+Split MNIST, task-incremental, 2,000 training images a task. The five runs are of the first five tasks, all there are,
+or of fewer (`--first 3`), of which the best goes on. With `--grid` thirteen half-decades are run besides, to see what
+the five have missed.
 """
 
 from __future__ import annotations
@@ -15,15 +16,15 @@ from typing import Literal
 import torch
 import tyro
 from avalanche.benchmarks import tensors_benchmark
-from avalanche.models import MTSimpleMLP, avalanche_forward
+from avalanche.models import MTSimpleMLP
 from avalanche.training.plugins import EvaluationPlugin
 from torch import Tensor
 from torchvision.datasets import MNIST
 
-from avalanche_curv import CurvatureEWC, suggest_strength
-from avalanche_curv.core import NonFiniteCurvatureError
+from avalanche_curv import CurvatureEWC, choose_strength
+from avalanche_curv.metrics.training_accuracy import training_accuracy
 
-TRAINING, HELD_OUT, FIRST = 2000, 500, 100.0
+TRAINING, HELD_OUT = 2000, 500
 Images = list[tuple[Tensor, Tensor]]
 """(images, digits) of each task."""
 
@@ -33,6 +34,7 @@ class Options:
     dataset_root: Path
     seed: int = 0
     optimizer: Literal["sgd", "adam"] = "sgd"
+    first: int = 5
     grid: bool = False
 
 
@@ -50,56 +52,35 @@ def tasks(options: Options) -> tuple[Images, Images, Images]:
     return found
 
 
-def trained(strength: float, training: Images, options: Options) -> CurvatureEWC:
-    """The strategy after five tasks of three epochs."""
-    torch.manual_seed(options.seed)
-    model = MTSimpleMLP(input_size=784, hidden_size=100)
-    adam = options.optimizer == "adam"
-    optimizer = torch.optim.Adam(model.parameters()) if adam else torch.optim.SGD(model.parameters(), lr=0.1)
-    strategy = CurvatureEWC(
-        model=model, optimizer=optimizer, strength=strength, train_mb_size=64, train_epochs=3, guard=None,
-        evaluator=EvaluationPlugin(),
-    )  # fmt: skip
-    strategy.train(tensors_benchmark(training, training, task_labels=[*range(len(training))]).train_stream)
-    return strategy
-
-
-@torch.no_grad()
-def accuracy(strategy: CurvatureEWC, parts: Images) -> float:
-    """The average over the tasks, each with its own head."""
-    strategy.model.eval()
-    total = 0.0
-    for task, (images, digits) in enumerate(parts):
-        outputs = avalanche_forward(strategy.model, images, torch.full((len(images),), task))
-        total += float((outputs.argmax(1) == digits).float().mean())
-    return total / len(parts)
+def stream(parts: Images) -> list:
+    """The experiences, each with its own task label."""
+    return [*tensors_benchmark(parts, parts, task_labels=[*range(len(parts))]).train_stream]
 
 
 def main(options: Options) -> None:
-    training, held_out, test = tasks(options)
-    scores: dict[float, tuple[float, float]] = {}  # on held-out and on test images
+    training, held_out, test = map(stream, tasks(options))
 
-    def run(strength: float) -> CurvatureEWC:
-        strategy = trained(strength, training, options)
-        scores[strength] = accuracy(strategy, held_out), accuracy(strategy, test)
-        print(f"λ = {strength:<8.4g} held out {scores[strength][0]:.4f}  test {scores[strength][1]:.4f}", flush=True)
-        return strategy
+    def make(strength: float) -> CurvatureEWC:
+        torch.manual_seed(options.seed)
+        model = MTSimpleMLP(input_size=784, hidden_size=100)
+        adam = options.optimizer == "adam"
+        optimizer = torch.optim.Adam(model.parameters()) if adam else torch.optim.SGD(model.parameters(), lr=0.1)
+        return CurvatureEWC(
+            model=model, optimizer=optimizer, strength=strength, train_mb_size=64, train_epochs=3, guard=None,
+            evaluator=EvaluationPlugin(),
+        )  # fmt: skip
 
-    first = run(FIRST)
-    suggestion = suggest_strength(first.past, first.optimizer, first.model)
-    print(suggestion)
-    for strength in {*suggestion.grid} - {FIRST}:
-        run(strength)
-    chosen = max(scores, key=lambda strength: scores[strength][0])
-    print(f"kept: λ = {chosen:.4g}, test accuracy {scores[chosen][1]:.4f}")
+    chosen = choose_strength(make, training[: options.first], held_out[: options.first])
+    for strength, accuracy in chosen.scores.items():
+        print(f"λ = {strength:<8.4g} held out {accuracy:.4f}")
+    for experience in training[options.first :]:
+        chosen.strategy.train(experience)
+    accuracy = sum(training_accuracy(chosen.strategy, one) for one in test) / len(test)
+    print(f"kept: λ = {chosen.strength:.4g}, test accuracy {accuracy:.4f}")
     if options.grid:
-        for power in range(-2, 11):
-            try:
-                run(10 ** (power / 2))
-            except NonFiniteCurvatureError:
-                print(f"λ = {10 ** (power / 2):<8.4g} diverged")
-        best = max(scores, key=lambda strength: scores[strength][1])
-        print(f"best on the test images: λ = {best:.4g}, {scores[best][1] - scores[chosen][1]:.4f} above it")
+        best = choose_strength(make, training, test, strengths=[10 ** (power / 2) for power in range(-2, 11)])
+        above = max(0.0, best.scores[best.strength] - accuracy)
+        print(f"best on the test images: λ = {best.strength:.4g}, {above:.4f} above it")
 
 
 if __name__ == "__main__":
