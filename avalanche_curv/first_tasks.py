@@ -41,8 +41,8 @@ def choose_strength(
 
     `make(strength)` returns a new strategy with a `CurvatureEWCPlugin`, such as `CurvatureEWC`, of a new model; seed it
     there, so that the runs differ in the strength alone. `tasks` are its first k ≥ 2 training experiences (no penalty
-    acts in the first), `held_out` as many with other examples of each, as Avalanche's `benchmark_with_validation_stream`
-    makes. The score is the accuracy on these after the last of the k, averaged over them; of equal ones the smallest
+    acts in the first), `held_out` as many with other examples of each, as Avalanche's
+    `benchmark_with_validation_stream` makes. The score is the accuracy on these after the last of the k, averaged over them; of equal ones the smallest
     strength is taken. Without `strengths` they are those of the README: 100, and the four that `suggest_strength` gives
     after that run. With n of them it costs n times the training of k tasks, in place of that of one.
 
@@ -58,7 +58,7 @@ def choose_strength(
     tasks, held_out = [*tasks], [*held_out]
     if len(tasks) < 2 or len(held_out) != len(tasks):
         raise ValueError(
-            f"choose_strength takes at least two tasks, as no penalty acts in the first, and as many held-out ones; got "
+            f"choose_strength takes at least two tasks, as no penalty acts in the first, and as many held out; got "
             f"{len(tasks)} and {len(held_out)}. Give train_stream[:3] and valid_stream[:3]."
         )
     scores: dict[float, float] = {}
