@@ -42,9 +42,9 @@ def choose_strength(
     `make(strength)` returns a new strategy with a `CurvatureEWCPlugin`, such as `CurvatureEWC`, of a new model; seed it
     there, so that the runs differ in the strength alone. `tasks` are its first k ≥ 2 training experiences (no penalty
     acts in the first), `held_out` as many with other examples of each, as Avalanche's
-    `benchmark_with_validation_stream` makes. The score is the accuracy on these after the last of the k, averaged over them; of equal ones the smallest
-    strength is taken. Without `strengths` they are those of the README: 100, and the four that `suggest_strength` gives
-    after that run. With n of them it costs n times the training of k tasks, in place of that of one.
+    `benchmark_with_validation_stream` makes. The score is the accuracy on these after the last of the k, averaged over
+    them; of equal ones the smallest strength is taken. Without `strengths` they are 100, and the four that
+    `suggest_strength` gives after that run. With n of them it costs n times the training of k tasks, instead of once.
 
         stream = benchmark_with_validation_stream(benchmark, validation_size=0.1)
         chosen = choose_strength(make, stream.train_stream[:3], stream.valid_stream[:3])
