@@ -70,7 +70,7 @@ class Setting:
 
 SETTINGS = (
     Setting(
-        "split MNIST, task-incremental", "mnist", TASK, (100,), Diagonal(), Accumulate(), 100.0, rate=1e-2,
+        "split MNIST, task-incremental", "mnist", TASK, (100,), Diagonal(), Accumulate(), 1000.0, rate=1e-2,
     ),
     Setting(
         "permuted MNIST", "mnist", DOMAIN, (100, 100), Kronecker(PartialTraces()), Merge(fraction=0.25), 10.0,
