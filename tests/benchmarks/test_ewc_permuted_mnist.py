@@ -12,7 +12,7 @@ from benchmarks.experiments.ewc_permuted_mnist import experiment as ewc
 from benchmarks.experiments.ewc_permuted_mnist.experiment import Adam, Config, EwcOptions, Setting, Sgd
 from benchmarks.experiments.ewc_permuted_mnist.report import report
 from benchmarks.harness.experiment import describe
-from benchmarks.methods import AvalancheEWC, Multitask
+from benchmarks.methods import AvalancheEWC, Multitask, Plain
 
 SMALL = Setting(Sgd(0.05), "digits", tasks=2, hidden=10, steps=50, batch=32)
 
@@ -99,6 +99,17 @@ def test_multitask_has_the_steps_of_all_tasks(results_of):
     assert trainer.strategy.clock.train_iterations == SMALL.steps * SMALL.tasks
     found = results_of(ewc.experiment, [config])
     assert [row["step"] for row in found.select("accuracy/seen")] == [SMALL.tasks]
+
+
+def test_a_long_stream_is_tested_ten_times_with_the_same_end(results_of, monkeypatch):
+    config = Config("long", Plain(), replace(SMALL, tasks=21, steps=2))
+    seldom = results_of(ewc.experiment, [config])
+    monkeypatch.setattr(Setting, "looks", 1)
+    always = results_of(ewc.experiment, [config])
+    for metric in ("average_accuracy", "learned", "forgetting"):
+        assert seldom.final(metric) == always.final(metric)
+    assert [row["step"] for row in seldom.select("accuracy/seen")] == [1, *range(2, 21, 2), 21]
+    assert len(always.select("accuracy/seen")) == 21
 
 
 @pytest.mark.parametrize("part", ewc.PARTS)
