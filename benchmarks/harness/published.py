@@ -1,7 +1,8 @@
 """Published results: the part of a results folder that documents need, small enough for the repository.
 
 ``benchmarks/experiments/<experiment>/published/<name>.json`` holds the manifest, the headers of the units (one
-configuration for each label) and the remaining records, one line for each series with its values over the units.
+configuration for each label, as far as it is not that of the label before) and the remaining records, one line for each
+series with its values over the units.
 Documents show it between lines that cog fills (``python -m benchmarks readme``)::
 
     <!-- [[[cog from benchmarks.harness.published import show; show("compare", "Accuracy") ]]] -->
@@ -16,10 +17,11 @@ import re
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from io import StringIO
+from itertools import groupby
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeAlias
@@ -48,6 +50,7 @@ FOLDER = ROOT / "benchmarks/experiments"
 DOCUMENTS = [ROOT / "README.md", ROOT / "avalanche_curv/README.md", *sorted((ROOT / "benchmarks").rglob("README.md"))]
 LARGEST = 200_000
 UNIT_KEYS = ("label", "seed", "seconds", "peak_memory", "started", "commit")
+AS_BEFORE = "as before, but"
 FIGURE = re.compile(r"^!\[.*\]\(.*\)\n*", re.MULTILINE)
 
 Experiments: TypeAlias = Mapping[str, Registered]
@@ -57,12 +60,12 @@ shown: dict[str, tuple[Results, str]] = {}
 
 @dataclass(frozen=True)
 class Watched(Results):
-    """Results that collect in `asked` the metrics that a report selects."""
+    """Results that collect in `asked` the metrics that a report selects, each with a label or None for all."""
 
-    asked: set[str] = field(default_factory=set)
+    asked: set[tuple[str, str | None]] = field(default_factory=set)
 
     def select(self, metric: str | None = None, label: str | None = None, **keys: Any) -> list[Row]:
-        self.asked.update(self.metrics if metric is None else [metric])
+        self.asked.update((name, label) for name in (self.metrics if metric is None else [metric]))
         return super().select(metric, label, **keys)
 
 
@@ -123,14 +126,14 @@ def predecessor(results: Results) -> tuple[str, Results] | None:
 
 
 def publish(results: Results, name: str, render: Callable[[Results], str], folder: Path) -> tuple[Path, str]:
-    """Write the records that the report needs: those of its metrics at the last step of each series, or at all steps,
-    or all records, whichever renders first as the results do.
+    """Write the records that the report needs: those of its metrics, of the labels that it takes them of, at the last
+    step of each series, or at all steps, or all records, whichever renders first as the results do.
 
     Returns the file and a line about its size. Raises UsageError where none renders the same, and above 200 kB.
     """
     watched = Watched(results.labels, results.rows, results.headers, results.manifest)
     expected = render(watched)
-    asked = tuple(row for row in results.rows if row["metric"] in watched.asked)
+    asked = tuple(row for row in results.rows if {(row["metric"], None), (row["metric"], row["label"])} & watched.asked)
     for rows in (_last(asked), asked, results.rows):
         text = written(replace(results, rows=rows))
         with suppress(Exception):  # of a report that needs more records
@@ -195,12 +198,19 @@ def read(path: Path) -> Results:
 
 
 def written(results: Results) -> str:
-    """The text of a published file: a JSON object with a line for each unit and each series."""
+    """The text of a published file: a JSON object with a line for each label and each series."""
+    configs = [(label, results.config(label)) for label in results.labels if results.config(label)]
     content: dict[str, list[Any]] = {
         "manifest": [_portable(results.manifest)],
-        "grid": [[unit["label"], unit["seed"]] for unit in results.manifest["units"]],
-        "configs": [[label, results.config(label)] for label in results.labels if results.config(label)],
-        "units": [{key: header.get(key) for key in UNIT_KEYS} for header in results.headers],
+        "grid": [[label, *(unit["seed"] for unit in units)] for label, units in _by_label(results.manifest["units"])],
+        "configs": [
+            [label, *_told(before, label, config)]
+            for (_, before), (label, config) in zip([("", {}), *configs], configs)
+        ],
+        "units": [
+            _together([{key: unit.get(key) for key in UNIT_KEYS} for unit in units])
+            for _, units in _by_label(results.headers)
+        ],
         "records": _series(results),
     }
     parts = []
@@ -216,6 +226,50 @@ def _portable(manifest: Mapping[str, Any]) -> dict[str, Any]:
     command = re.sub(r"(--dataset-root)[ =](?:'[^']*'|\S+)", r"\1 DIR", command)
     options = {key: value for key, value in manifest.get("options", {}).items() if key != "dataset_root"}
     return {key: value for key, value in manifest.items() if key != "units"} | {"command": command, "options": options}
+
+
+def _by_label(units: Iterable[Row]) -> Iterator[tuple[str, Iterator[Row]]]:
+    """Units that follow each other with the same label."""
+    return groupby(units, key=lambda unit: unit["label"])
+
+
+def _together(units: Sequence[Row]) -> Row:
+    """What units say: of each key what all of them say, or the list of what they say.
+
+    >>> _together([{"label": "a", "seed": 0}, {"label": "a", "seed": 1}])
+    {'label': 'a', 'seed': [0, 1]}
+    """
+    told = {key: [unit[key] for unit in units] for key in units[0]}
+    return {key: said[0] if all(one == said[0] for one in said) else said for key, said in told.items()}
+
+
+def _apart(told: Row) -> list[Row]:
+    """The units that `_together` was given."""
+    count = next((len(said) for said in told.values() if isinstance(said, list)), 1)
+    return [{key: said[i] if isinstance(said, list) else said for key, said in told.items()} for i in range(count)]
+
+
+def _told(before: Row, label: str, config: Row) -> list[Any]:
+    """A configuration: whole, or what of it is not as in the one before, but for its label."""
+    change = _change(before | {"label": label}, config)
+    same = change is not config and _changed(before, {"label": label, **change}) == config
+    return [AS_BEFORE, change] if same else [config]
+
+
+def _change(before: Any, after: Any) -> Any:
+    """What of `after` differs from `before`, where both are described dataclasses of one class; else all of it."""
+    alike = isinstance(before, dict) and isinstance(after, dict) and before.keys() == after.keys()
+    if not alike or "class" not in after or before["class"] != after["class"]:
+        return after
+    return {key: _change(before[key], own) for key, own in after.items() if json.dumps(own) != json.dumps(before[key])}
+
+
+def _changed(before: Any, change: Any) -> Any:
+    """`after` of `_change`."""
+    whole = not isinstance(before, dict) or not isinstance(change, dict) or "class" not in before or "class" in change
+    if whole:
+        return change
+    return {key: _changed(known, change[key]) if key in change else known for key, known in before.items()}
 
 
 def _series(results: Results) -> list[dict[str, Any]]:
@@ -239,9 +293,12 @@ def _series(results: Results) -> list[dict[str, Any]]:
 def parsed(text: str) -> Results:
     """The results that a text of `written` holds."""
     content = json.loads(text)
-    configs = dict(content["configs"])
-    headers = tuple({**unit, "config": configs.get(unit["label"], {})} for unit in content["units"])
-    grid = [{"label": label, "seed": seed} for label, seed in content["grid"]]
+    configs, before = dict[str, Row](), Row()
+    for label, *told in content["configs"]:
+        before = configs[label] = told[0] if len(told) == 1 else _changed(before, {"label": label, **told[1]})
+    units = [unit for told in content["units"] for unit in _apart(told)]
+    headers = tuple({**unit, "config": configs.get(unit["label"], {})} for unit in units)
+    grid = [{"label": label, "seed": seed} for label, *seeds in content["grid"] for seed in seeds]
     rows: list[list[Row]] = [[] for _ in headers]
     for series in content["records"]:
         rest = {key: value for key, value in series.items() if key not in ("values", "units")}

@@ -99,6 +99,29 @@ def test_a_published_file_keeps_what_results_say(tmp_path, stored):
     assert [header["seconds"] for header in again.headers] == [1.0, 2.0]
 
 
+def test_a_published_file_tells_configurations_by_what_changes_and_units_of_a_label_together():
+    inner = {"class": "Inner", "depth": 1, "names": ["x"]}
+    configs = [
+        {"class": "Config", "label": "a", "inner": inner, "strength": 1},
+        {"class": "Config", "label": "b", "inner": {**inner, "depth": 1.0}, "strength": True},
+        {"class": "Config", "label": "c", "inner": {"class": "Other", "depth": 1}, "strength": None},
+        {"class": "Config", "label": "d", "inner": {"depth": 2}, "strength": None},
+        {"class": "Foreign", "label": "another"},
+        {"class": "Foreign", "label": "another"},
+    ]
+    headers = tuple(
+        {"label": label, "seed": seed, "seconds": 1.5, "peak_memory": seed, "started": "now", "commit": None,
+         "config": config}
+        for label, config in zip("abcdef", configs)
+        for seed in ([3] if label == "b" else [0, 1])
+    )  # fmt: skip
+    grid = [{"label": header["label"], "seed": header["seed"]} for header in headers]
+    again = parsed(written(Results(tuple("abcdef"), (), headers, {"units": grid})))
+    assert json.dumps([header["config"] for header in again.headers]) == json.dumps([h["config"] for h in headers])
+    assert again.headers == headers
+    assert again.manifest["units"] == grid
+
+
 @pytest.mark.parametrize(("render", "kept"), [
     (lambda some: str(some.final("loss", "a").mean), [("loss", 3)]),
     (lambda some: str(len(some.curve("loss", "a"))), [("loss", step) for step in range(4)]),
@@ -113,6 +136,13 @@ def test_only_the_records_that_the_report_needs_are_published(tmp_path, stored, 
     assert [(row["metric"], row["step"]) for row in again.rows] == kept
     assert again.final("loss", "a") == results.final("loss", "a")
     assert said.endswith(f"{len(kept)} of 5 records")
+
+
+def test_a_metric_is_published_of_the_labels_that_the_report_takes_it_of(tmp_path, stored):
+    values = {label: {0: {"loss": 0.5, "time": 1.0}} for label in "ab"}
+    results = read_results(stored(tmp_path / "results", values))
+    path, _ = publish(results, "short", lambda some: f"{len(some.select('loss'))} {some.final('time', 'b')}", tmp_path)
+    assert [(row["label"], row["metric"]) for row in read(path).rows] == [("a", "loss"), ("b", "loss"), ("b", "time")]
 
 
 def test_results_that_stay_large_are_refused(tmp_path, stored):
