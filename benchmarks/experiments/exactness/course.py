@@ -32,7 +32,7 @@ from avalanche_curv.streams._benchmark import benchmark
 from benchmarks.experiments.exactness.learner import (
     CLASSES,
     Data,
-    Head,
+    Network,
     closed_form,
     fit,
     grow,
@@ -104,9 +104,7 @@ def learned(config: Config, tasks: Sequence[Data], seed: int) -> tuple[nn.Module
             grow(model, max(last(model).out_features, int(data[1].max()) + 1))
         past, before = tasks[:number], deepcopy(model)
         course.begin()
-        fit(
-            model, head, data, course.objective, setting.schedule, seed + number, bend=course.bend(), look=course.look
-        )
+        fit(model, head, data, course.objective, setting.schedule, seed + number, bend=course.bend(), look=course.look)
         if not all(parameter.isfinite().all() for parameter in model.parameters()):
             raise NonFiniteCurvatureError("The head diverged.")
         if past and course.predicts:
@@ -212,7 +210,7 @@ _JOINT: dict[tuple, Tensor] = {}
 """The outputs of joint training, of the settings and heads of the seed that runs."""
 
 
-def joint_outputs(setting: Setting, head: Head, seed: int, root: Path | None) -> Float[Tensor, "N C"]:
+def joint_outputs(setting: Setting, head: Network, seed: int, root: Path | None) -> Float[Tensor, "N C"]:
     """What joint training of the same head gives on the test examples: in closed form for squared error on a linear
     head; trained in one with all steps of the tasks for others."""
     key = setting, head, seed, root
@@ -229,7 +227,7 @@ def joint_outputs(setting: Setting, head: Head, seed: int, root: Path | None) ->
     return _JOINT[key]
 
 
-def _fit_jointly(model: nn.Module, head: Head, tasks: Sequence[Data], setting: Setting, seed: int) -> None:
+def _fit_jointly(model: nn.Module, head: Network, tasks: Sequence[Data], setting: Setting, seed: int) -> None:
     """On the mean over tasks, of equally many examples, of what `Course.objective` adds up."""
     weight = setting.weight / setting.tasks
     fit(
@@ -299,7 +297,7 @@ def projection(inputs: int, width: int) -> Float[Tensor, "inputs width"]:
 
 
 @torch.no_grad()
-def outputs_of(model: nn.Module, head: Head, x: Tensor) -> Float[Tensor, "N C"]:
+def outputs_of(model: nn.Module, head: Network, x: Tensor) -> Float[Tensor, "N C"]:
     return head.seen(model(x)).double()
 
 
@@ -309,5 +307,5 @@ def accuracy(outputs: Float[Tensor, "N C"], classes: Int[Tensor, "N"]) -> float:
 
 
 @torch.no_grad()
-def _loss(model: nn.Module, head: Head, tasks: Sequence[Data]) -> float:
+def _loss(model: nn.Module, head: Network, tasks: Sequence[Data]) -> float:
     return float(sum(head.loss(model(x), y) for x, y in tasks))

@@ -32,8 +32,6 @@ from benchmarks.experiments.exactness.rows import (
     EWC,
     FIRST_SEED,
     FREE,
-    GRID,
-    GRIDS,
     GROWS,
     HEADS,
     HELD_OUT,
@@ -47,10 +45,13 @@ from benchmarks.experiments.exactness.rows import (
     Config,
     best_strengths,
     grid,
+    of_the_block,
     peers,
     plain,
     settings,
+    strengths,
     tunable,
+    unfrozen,
 )
 from benchmarks.harness import Context, Experiment, Options, Record, Results
 
@@ -83,15 +84,17 @@ class Exactness(Experiment):
 
     def configs(self, options: ExactnessOptions) -> Sequence[Config]:
         main, small, strong, domain, *many = settings(options)
-        main.features.ready(options.dataset_root)
+        blocks = unfrozen(options)
+        for setting in (main, *blocks):
+            setting.features.ready(options.dataset_root)
         heads = HEADS[::2] if options.quick else HEADS
-        tuned = tunable(main, heads, options.quick)
+        tuned = tunable(main, heads, blocks, options.quick)
         if options.tuning:
-            held_out = replace(main, held_out=HELD_OUT)
+            held_out = [replace(one, setting=replace(one.setting, held_out=HELD_OUT)) for one in tuned]
             return [
-                replace(one, label=f"{one.label} at {strength:g}", strength=strength, setting=held_out)
-                for one in tuned
-                for strength in GRIDS.get(one.kept or one.method, GRID)[: 2 if options.quick else None]
+                replace(one, label=f"{one.label} at {strength:g}", strength=strength)
+                for one in held_out
+                for strength in strengths(one, options.quick)
             ]
         found = dict(options.strengths)
         if options.quick:
@@ -109,6 +112,7 @@ class Exactness(Experiment):
             policies = FREE[1:] if setting.tasks > CLASSES else FREE
             made += grid(setting, [SQUARED], {"Kronecker": PAIR}, (*policies, GROWS))
             made += [] if setting.tasks > CLASSES else grid(setting, [SQUARED], ["diagonal"], FREE[:1])
+        made += [one for block in blocks for one in of_the_block(block)]
         return [*made, *(replace(one, strength=found.get(one.label, one.strength)) for one in tuned)]
 
     def run(self, config: Config, seed: int, context: Context) -> Iterator[Record]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -30,29 +31,35 @@ Look = Callable[[int], bool]
 
 
 @dataclass(frozen=True)
-class Head:
-    """Linear, or with hidden layers of ReLU units. Its loss is `squared` error to the
-    one-hot classes, summed over outputs, or cross-entropy, in the mean over examples."""
+class Network(ABC):
+    """What learns from features. Its loss is `squared` error to the one-hot classes, summed over outputs, or
+    cross-entropy, in the mean over examples."""
 
     kind: str
     squared: bool = False
-    hidden: tuple[int, ...] = ()
+
+    @property
+    @abstractmethod
+    def linear(self) -> bool:
+        """Whether it is a linear layer: such are trained to a minimum, in double precision, from zero."""
+
+    @abstractmethod
+    def layers(self, inputs: int, outputs: int) -> list[nn.Module]:
+        """The last of them linear, with all outputs; what is not pretrained is drawn by torch."""
 
     @property
     def dtype(self) -> torch.dtype:
-        """Linear heads are trained to a minimum, in double precision."""
-        return torch.float32 if self.hidden else torch.float64
+        return torch.float64 if self.linear else torch.float32
 
     @property
     def criterion(self) -> nn.Module:
         return nn.MSELoss(reduction="sum") if self.squared else nn.CrossEntropyLoss()
 
     def build(self, inputs: int, outputs: int, seed: int) -> nn.Sequential:
-        """Linear heads start at zero, others as torch draws them."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = mlp(inputs, *self.hidden, outputs).to(self.dtype)
-        if not self.hidden:
+            model = nn.Sequential(*self.layers(inputs, outputs)).to(self.dtype)
+        if self.linear:
             for parameter in model.parameters():
                 nn.init.zeros_(parameter)
         return model
@@ -76,9 +83,23 @@ class Head:
 
 
 @dataclass(frozen=True)
+class Head(Network):
+    """Linear, or with hidden layers of ReLU units."""
+
+    hidden: tuple[int, ...] = ()
+
+    @property
+    def linear(self) -> bool:
+        return not self.hidden
+
+    def layers(self, inputs: int, outputs: int) -> list[nn.Module]:
+        return [*mlp(inputs, *self.hidden, outputs)]
+
+
+@dataclass(frozen=True)
 class Schedule:
-    """Heads with hidden layers take `steps` steps a task on batches of `batch`, by Adam at `rate`; linear ones at most
-    so many `iterations` of L-BFGS on all examples of the task."""
+    """Networks that are not linear take `steps` steps a task on batches of `batch`, by Adam at `rate`; linear ones at
+    most so many `iterations` of L-BFGS on all examples of the task."""
 
     steps: int = 120
     batch: int = 64
@@ -87,12 +108,12 @@ class Schedule:
 
 
 def fit(
-    model: nn.Module, head: Head, data: Data, objective: Objective, schedule: Schedule, seed: int, *, tasks: int = 1,
+    model: nn.Module, head: Network, data: Data, objective: Objective, schedule: Schedule, seed: int, *, tasks: int = 1,
     bend: Product | None = None, look: Look = lambda iteration: False,
 ) -> None:  # fmt: skip
     """Train on the examples of so many tasks. Where the objective is quadratic, `bend` is the product with what its
     curvature has beside that of the examples."""
-    if head.hidden:
+    if not head.linear:
         _by_adam(model, data, objective, schedule, look, seed, tasks)
     elif head.squared and bend is not None:
         _by_conjugate_gradients(model, data, objective, bend, look)

@@ -42,10 +42,7 @@ hidden layers by Adam, {steps} steps a task with batches of {batch}. Methods see
   predicted: from 0, right, to 1. ρ = Σ actual / Σ predicted.
 - *lost*: the accuracy of joint training of the same head on all test images, less that of the row. *apart*: the root
   of the mean square distance of the outputs, of softmax the probabilities, from those of joint training; for squared
-  error on a linear head, from those of its closed form.
-
-The last block of the backbone is not trained: at 14 ms of one core an image for features alone, five tasks of a few
-hundred steps would take hours."""
+  error on a linear head, from those of its closed form."""
 
 
 def report(results: Results, out: Path) -> str:

