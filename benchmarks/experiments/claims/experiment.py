@@ -1,0 +1,201 @@
+"""Claims of 2026 on the importance of weights, under exact estimators, each with a strength of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import isfinite, nan
+from typing import Annotated
+
+import torch
+import tyro
+
+from avalanche_curv import BatchedEmpiricalFisher, Curvature, EmpiricalFisher, Fisher
+from avalanche_curv.core import NonFiniteCurvatureError
+from benchmarks.experiments.claims.course import CLASS, TASK, Pixels, PublicCode, Setting, at_once, learn, sequence
+from benchmarks.experiments.claims.reversal import Reversed
+from benchmarks.experiments.claims.uniform import Uniform
+from benchmarks.experiments.claims.variational import Variational
+from benchmarks.harness import Context, Experiment, Options, Record, Results
+from benchmarks.harness.options import positive
+from benchmarks.strategies import decades
+from benchmarks.streams.features import Features, Pretrained, RandomReLU
+
+FIRST_SEED = 1000  # of tuning
+HELD_OUT = 100  # training images of each class, in tuning
+BATCH = 100  # of the mini-batches whose gradients are squared
+NAIVE, JOINT, ALL_OUTPUTS = "naive", "joint", "joint, over all outputs"
+EXACT = "exact Fisher"
+
+SETTINGS = {
+    "pixels": Setting(Pixels(), own=True),
+    "pixels, one head": Setting(Pixels(), own=False),
+    "features, adapter": Setting(Pretrained(), own=True, hidden=(128,), rank=8),
+}
+QUICK = {"train": 60, "test": 20, "images": "digits", "steps": 10}
+KINDS: dict[str, Curvature] = {
+    EXACT: Fisher(),
+    "empirical Fisher": EmpiricalFisher(),
+    "mini-batch squares": BatchedEmpiricalFisher(BATCH),
+    "reversal": Reversed(EmpiricalFisher()),
+    "reversal of mini-batches": Reversed(BatchedEmpiricalFisher(BATCH)),
+    "variational": Variational(batch=BATCH),
+    "uniform": Uniform(),
+}
+LOOKED_AT = tuple(KINDS)[:5]
+WHOLE, OF_WHOLE = (EXACT, "mini-batch squares", "reversal"), ", of W + B A"
+PUBLIC = {  # the kinds and strengths of the public code of EWC-DR, for EWC and for its own method
+    "public EWC": ("mini-batch squares", 1e3),
+    "public EWC-DR": ("reversal of mini-batches", 1e4),
+}
+TUNED = ", tuned"
+GRIDS = {
+    EXACT: decades(0, 9),
+    "empirical Fisher": decades(3, 12),
+    "mini-batch squares": decades(4, 14),
+    "reversal": decades(-4, 4),
+    "reversal of mini-batches": decades(-3, 5),
+    "variational": decades(-2, 5),
+    "uniform": decades(-4, 4),
+    "public EWC": decades(4, 14),
+    "public EWC-DR": decades(0, 8),
+}
+"""The strengths that are tried for a kind, or for a row of the public code."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """One row of a setting; without `kind` nothing is kept. `chosen` are the measures for which this strength is shown:
+    those by which it was chosen, or all. `whole`: the curvature is that of W + B A."""
+
+    label: str
+    row: str
+    part: str
+    setting: Setting
+    chosen: tuple[str, ...]
+    kind: Curvature | None = None
+    strength: float = 0.0
+    code: PublicCode | None = None
+    whole: bool = False
+
+    @property
+    def grid(self) -> tuple[float, ...]:
+        """The strengths to try; none for a row that is not tuned."""
+        own = self.code is not None and not self.row.endswith(TUNED)
+        return () if own else GRIDS.get(self.row.removesuffix(OF_WHOLE).removesuffix(TUNED), ())
+
+
+@dataclass(frozen=True)
+class ClaimsOptions(Options):
+    """Five seeds unless asked for others."""
+
+    seeds: Annotated[int, positive()] = 5
+    """run seeds 0 to SEEDS - 1"""
+    tuning: Annotated[bool, tyro.conf.Fixed, tyro.conf.Suppress] = False
+    """no option of the command line"""
+    strengths: Annotated[tuple[tuple[str, str, str, float], ...], tyro.conf.Fixed, tyro.conf.Suppress] = ()
+    """what tuning has found, by part, row and measure; no option of the command line"""
+
+
+class Claims(Experiment):
+    """Accuracy at the end of five tasks for each kind of importance.
+
+    First each strength is tried with seed 1000, on images held out of training; the strength of the best accuracy,
+    among equal ones the smallest, is the one of the report: chosen for each row and each measure.
+    """
+
+    name = "claims"
+    options_type = ClaimsOptions
+
+    def variant(self, options: ClaimsOptions) -> str:
+        return "tuning" if options.tuning else ""
+
+    def prerequisite(self, options: ClaimsOptions) -> tuple[Experiment, Options] | None:
+        return None if options.tuning else (self, replace(options, tuning=True, seeds=1))
+
+    def settled(self, options: ClaimsOptions, results: Results) -> ClaimsOptions:
+        return replace(options, strengths=best_strengths(results))
+
+    def configs(self, options: ClaimsOptions) -> Sequence[Config]:
+        """Raises UsageError where images or the package of the features are missing."""
+        made: list[Config] = []
+        for part, setting in SETTINGS.items():
+            if options.quick:
+                seen = setting.map if isinstance(setting.map, Pixels) else RandomReLU(32)
+                setting = replace(setting, map=seen, hidden=(16,), **QUICK)
+            Features(setting.images, setting.map, setting.train, setting.test).ready(options.dataset_root)
+            made += rows(part, setting, KINDS | ({"variational": Variational(steps=5)} if options.quick else {}))
+        if options.tuning:
+            tried, held = slice(1 if options.quick else None), 20 if options.quick else HELD_OUT
+            return [
+                replace(at(one, strength), setting=replace(one.setting, held_out=held))
+                for one in made for strength in one.grid[tried]
+            ]  # fmt: skip
+        return [found for one in made for found in chosen(one, options.strengths)]
+
+    def run(self, config: Config, seed: int, context: Context) -> Iterator[Record]:
+        seed += FIRST_SEED if config.setting.held_out else 0
+        tasks, tests = sequence(config.setting, seed, context.dataset_root)
+        torch.manual_seed(seed)
+        if config.row in (JOINT, ALL_OUTPUTS):
+            own = config.setting.own and config.row == JOINT
+            yield from at_once(replace(config.setting, own=own), tasks, tests)
+            return
+        try:
+            yield from learn(
+                config.setting, tasks, tests, kind=config.kind, strength=config.strength, code=config.code,
+                whole=config.whole, kinds={name: KINDS[name] for name in LOOKED_AT} if config.row == NAIVE else {},
+            )  # fmt: skip
+        except NonFiniteCurvatureError:
+            yield from ({"metric": measure, "value": nan} for measure in (TASK, CLASS))
+
+
+def rows(part: str, setting: Setting, kinds: Mapping[str, Curvature]) -> list[Config]:
+    """All rows of a setting, each with the first strength of its grid."""
+    both = (TASK, CLASS) if setting.own else (CLASS,)
+
+    def row(name: str, **options: object) -> Config:
+        return Config(f"{part}, {name}", name, part, setting, both, **options)  # type: ignore[arg-type]
+
+    made = [row(NAIVE), row(JOINT), *([row(ALL_OUTPUTS)] if setting.own else [])]
+    made += [row(name, kind=kind) for name, kind in kinds.items()]
+    if setting.rank is not None:
+        return made + [row(name + OF_WHOLE, kind=kinds[name], whole=True) for name in WHOLE]
+    if setting.own:
+        for name, (kind, strength) in PUBLIC.items():
+            made.append(row(name, kind=kinds[kind], strength=strength, code=PublicCode()))
+            made.append(row(name + TUNED, kind=kinds[kind], code=PublicCode()))
+    return made
+
+
+def at(config: Config, strength: float) -> Config:
+    """The row with a strength."""
+    return replace(config, strength=strength, label=f"{config.label} at {strength:g}")
+
+
+def chosen(config: Config, strengths: Sequence[tuple[str, str, str, float]]) -> list[Config]:
+    """The row with each strength that was chosen for one of its measures, or with its own."""
+    if not config.grid:
+        return [config]
+    own = [(measure, found) for part, row, measure, found in strengths if (part, row) == (config.part, config.row)]
+    return [
+        replace(at(config, strength), chosen=tuple(measure for measure, found in own if found == strength))
+        for strength in sorted({found for _, found in own})
+    ]
+
+
+def best_strengths(results: Results) -> tuple[tuple[str, str, str, float], ...]:
+    """By part, row and measure: the strength of the best accuracy, among equal ones the smallest."""
+    best: dict[tuple[str, str, str], tuple[float, float]] = {}
+    for one in results.each():
+        row = one.first
+        for measure in row["chosen"]:
+            accuracy = one.final(measure)
+            if accuracy is not None and isfinite(accuracy.mean):
+                tried = accuracy.mean, -row["strength"]
+                place = row["part"], row["row"], measure
+                best[place] = max(best.get(place, tried), tried)
+    return tuple((*place, -strength) for place, (_, strength) in best.items())
+
+
+experiment = Claims()
