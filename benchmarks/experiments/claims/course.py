@@ -16,18 +16,18 @@ from avalanche_curv import Curvature, Diagonal, EmpiricalRisk, Fisher, Quadratic
 from avalanche_curv.core.quadratic.penalty import Penalty
 from benchmarks.data import CLASSES, FASHION
 from benchmarks.experiments.languages.gpt import Adapted, merged
-from benchmarks.experiments.languages.methods import Merged
 from benchmarks.harness.experiment import Record
 from benchmarks.networks import mlp
 from benchmarks.streams.features import FeatureMap, Features, class_order
+from benchmarks.streams.scenario import CLASS, DOMAIN, TASK
 from benchmarks.training import mean
 
 if TYPE_CHECKING:
     from benchmarks.data import Images
 
-PAIR = 2  # classes of a task
-LOOKS = (10, 20, 50, 100, 200, 300)  # steps of the first task after which all kinds are looked at
-TASK, CLASS = "accuracy_task", "accuracy_class"
+LOOKS = (10, 20, 50, 100, 200)  # steps of the first task after which kinds are looked at
+ACCURACY = {TASK: ("own classes", "all classes"), CLASS: ("all classes",), DOMAIN: ("both classes",)}
+"""What is asked at the end in each scenario: the class among those of its task, or among all."""
 
 Data = tuple[Float[Tensor, "N d"], Int[Tensor, "N"]]
 
@@ -43,42 +43,6 @@ class Pixels:
 
 
 @dataclass(frozen=True)
-class Setting:
-    """Two classes a task, of `train` images each, `steps` steps of a new Adam a task. ReLU layers of the widths
-    `hidden`; with `rank` the first stays as it is drawn, and B A of that rank is added to it (Hu et al. 2021).
-
-    With `own` the loss compares the outputs of the task's own classes, as with a head for each task; else all ten. With
-    `held_out` the last so many training images of each class are tested on.
-    """
-
-    map: FeatureMap
-    own: bool
-    hidden: tuple[int, ...] = (100, 100)
-    rank: int | None = None
-    images: str = "fashion"
-    train: int = 400
-    test: int = 200
-    steps: int = 300
-    batch: int = 50
-    rate: float = 1e-3
-    held_out: int = 0
-
-    def build(self, inputs: int) -> nn.Sequential:
-        """A network with an output for each class, drawn from torch's current random state."""
-        model = mlp(inputs, *self.hidden, CLASSES)
-        if self.rank is not None:
-            model[0] = Adapted(model[0], self.rank)
-        return model
-
-    def loss(self, outputs: Float[Tensor, "n C"], classes: Int[Tensor, "n"]) -> Tensor:
-        """Cross-entropy over the outputs that are compared."""
-        if not self.own:
-            return F.cross_entropy(outputs, classes)
-        pairs = outputs.view(len(outputs), -1, PAIR)
-        return F.cross_entropy(pairs[torch.arange(len(outputs)), classes // PAIR], classes % PAIR)
-
-
-@dataclass(frozen=True)
 class Columns:
     """The outputs of the classes from `first` to before `end`."""
 
@@ -90,11 +54,64 @@ class Columns:
 
 
 @dataclass(frozen=True)
+class Setting:
+    """Tasks of so many classes, of `train` images each, `steps` steps of a new Adam a task. ReLU layers of the widths
+    `hidden`; with `rank` the first stays as it is drawn, and B A of that rank is added to it (Hu et al. 2021).
+
+    The loss compares the outputs of the task's own classes (TASK), as with a head for each task, those of all classes
+    (CLASS), or the two that all tasks share (DOMAIN). With `held_out` the last so many training images of each class
+    are tested on.
+    """
+
+    map: FeatureMap
+    scenario: str
+    tasks: tuple[int, ...] = (2, 2, 2, 2, 2)
+    hidden: tuple[int, ...] = (100, 100)
+    rank: int | None = None
+    images: str = "fashion"
+    train: int = 400
+    test: int = 200
+    steps: int = 200
+    batch: int = 50
+    rate: float = 1e-3
+    held_out: int = 0
+
+    @property
+    def outputs(self) -> int:
+        return 2 if self.scenario == DOMAIN else CLASSES
+
+    def columns(self, number: int) -> Columns:
+        """The outputs that the loss of task `number`, from 1, compares."""
+        end = sum(self.tasks[:number])
+        return Columns(end - self.tasks[number - 1], end) if self.scenario == TASK else Columns(0, self.outputs)
+
+    def build(self, inputs: int) -> nn.Sequential:
+        """A network with all outputs, drawn from torch's current random state."""
+        model = mlp(inputs, *self.hidden, self.outputs)
+        if self.rank is not None:
+            model[0] = Adapted(model[0], self.rank)
+        return model
+
+    def compared(self, outputs: Float[Tensor, "n C"], classes: Int[Tensor, "n"]) -> Float[Tensor, "n C"]:
+        """Outputs with −∞ for those that are not compared."""
+        if self.scenario != TASK:
+            return outputs
+        task = torch.arange(len(self.tasks)).repeat_interleave(torch.tensor(self.tasks))
+        return outputs.masked_fill(task != task[classes, None], -torch.inf)
+
+
+@dataclass(frozen=True)
 class PublicCode:
     """What the public code of EWC-DR does besides: importance is that of the outputs of all classes known, each entry
     is cut at `cap`, and the mean over tasks is taken, around the newest weights."""
 
     cap: float = 1e-4
+
+    def added(self, past: QuadraticModel | None, new: QuadraticModel, classes: Sequence[int]) -> QuadraticModel:
+        """The mean over tasks of so many classes, of which `new` is the last."""
+        share = classes[-1] / sum(classes)
+        cut = replace(new, curvature=new.curvature.map_spectrum(lambda values: values.clamp(max=self.cap)))
+        return added(None if past is None else past.scaled(1 - share), cut.scaled(share))
 
 
 def sequence(setting: Setting, seed: int, root: Path | None) -> tuple[list[Data], list[Data]]:
@@ -102,14 +119,15 @@ def sequence(setting: Setting, seed: int, root: Path | None) -> tuple[list[Data]
     train, test = Features(setting.images, setting.map, setting.train, setting.test).read(root)
     order = class_order(CLASSES, seed)
     names = torch.empty_like(order)
-    names[order] = torch.arange(CLASSES)
+    names[order] = torch.arange(CLASSES) % setting.outputs
     if setting.held_out:
         last = torch.zeros(len(train[1]), dtype=torch.bool)
         for c in range(CLASSES):
             last[(train[1] == c).nonzero().flatten()[-setting.held_out :]] = True
         test, train = ((train[0][at], train[1][at]) for at in (last, ~last))
     parts = [
-        [(x[at], names[y[at]]) for pair in order.split(PAIR) for at in [torch.isin(y, pair)]] for x, y in (train, test)
+        [(x[at], names[y[at]]) for some in order.split(setting.tasks) for at in [torch.isin(y, some)]]
+        for x, y in (train, test)
     ]
     return parts[0], parts[1]
 
@@ -129,7 +147,7 @@ def learn(
         for step in fit(model, data, setting, _term(penalty, whole)):
             if number == 1 and step in LOOKS and kinds:
                 yield from looks(kinds, risk_of(model, setting, data, number), step)
-        risk = risk_of(merged(model) if whole else model, setting, data, number, code)
+        risk = risk_of(with_whole(model) if whole else model, setting, data, number, code)
         yield {"metric": "confidence", "value": confidence(risk), "step": number}
         if kind is not None and number < len(tasks):
             found = estimate(kind, Diagonal(), risk)
@@ -137,18 +155,19 @@ def learn(
             if code is not None:
                 values = found.curvature.values
                 yield {"metric": "cut", "value": float((values > code.cap).sum() / (values > 0).sum()), "step": number}
-            past = added(past, found, number, code)
+            past = added(past, found) if code is None else code.added(past, found, setting.tasks[:number])
             penalty = Penalty(past, strength)
-    yield from accuracies(model, tests)
+    yield from accuracies(model, setting, tests)
 
 
-def at_once(setting: Setting, tasks: Sequence[Data], tests: Sequence[Data]) -> Iterator[Record]:
-    """All tasks as one, with as many steps in all."""
+def at_once(setting: Setting, tasks: Sequence[Data], tests: Sequence[Data], *, every: bool) -> Iterator[Record]:
+    """All tasks as one, with as many steps in all; with `every` the loss compares all outputs."""
     x, y = (torch.cat(parts) for parts in zip(*tasks))
     model = setting.build(x.shape[1])
-    for _ in fit(model, (x, y), replace(setting, steps=setting.steps * len(tasks)), None):
+    trained = replace(setting, steps=setting.steps * len(tasks), scenario=CLASS if every else setting.scenario)
+    for _ in fit(model, (x, y), trained, None):
         pass
-    yield from accuracies(model, tests)
+    yield from accuracies(model, setting, tests)
 
 
 def fit(
@@ -161,37 +180,46 @@ def fit(
     places = torch.cat([torch.randperm(len(y)) for _ in range(count // len(y) + 1)])[:count]
     for step, at in enumerate(places.split(setting.batch), start=1):
         optimizer.zero_grad()
-        loss = setting.loss(model(x[at]), y[at])
+        loss = F.cross_entropy(setting.compared(model(x[at]), y[at]), y[at])
         (loss if term is None else loss + term(model)).backward()
         optimizer.step()
         yield step
 
 
 def _term(penalty: Penalty | None, whole: bool) -> Callable[[nn.Module], Tensor] | None:
-    if penalty is None:
-        return None
-    return (lambda model: Merged().term(penalty, model)) if whole else penalty
+    return None if penalty is None else (lambda model: _of_whole(penalty, model)) if whole else penalty
+
+
+def _of_whole(penalty: Penalty, model: nn.Module) -> Tensor:
+    """λ q(W + B A, head), with its gradient in B, A and the head: that of ⟨∇q, ·⟩ with ∇q constant."""
+    adapted = {f"{name}.weight": module.weight for name, module in model.named_modules() if isinstance(module, Adapted)}
+    weights = penalty.space.cut(dict(model.named_parameters()) | adapted)
+    slopes = penalty.gradients([weight.detach() for weight in weights])
+    value = penalty.strength * penalty.last(slopes)
+    along = torch.stack([(slope * weight).sum() for slope, weight in zip(slopes, weights)]).sum()
+    return value + along - along.detach()
+
+
+def with_whole(model: nn.Sequential) -> nn.Sequential:
+    """A copy in which W + B A is one weight, which is trained like the head."""
+    plain = merged(model)
+    plain[-1].requires_grad_(True)
+    return plain
 
 
 def risk_of(
     model: nn.Module, setting: Setting, data: Data, number: int, code: PublicCode | None = None
 ) -> EmpiricalRisk:
-    """The loss on the examples of task `number`, over the outputs of its own classes, of all, or with `code` of those
-    known by then."""
-    last = PAIR * number
-    columns = Columns(0 if code else last - PAIR, last) if setting.own else Columns(0, CLASSES)
-    x, y = data
+    """The loss on the examples of task `number`; with `code` over the outputs of all classes known by then."""
+    (x, y), columns = data, setting.columns(number)
+    if code is not None:
+        columns = Columns(0, columns.end)
     return EmpiricalRisk.snapshot(model, nn.CrossEntropyLoss(), [(x, y - columns.first)], forward=columns)
 
 
-def added(past: QuadraticModel | None, new: QuadraticModel, number: int, code: PublicCode | None) -> QuadraticModel:
-    """The sum of both curvatures at the newest anchor, as `Merge()` has it; with `code` the mean over `number` tasks,
-    of entries cut at its cap."""
-    kept, share = (1.0, 1.0) if code is None else (1 - 1 / number, 1 / number)
-    matrix = new.curvature
-    if code is not None:
-        matrix = matrix.map_spectrum(lambda values: values.clamp(max=code.cap)).scaled(share)
-    return replace(new, curvature=matrix if past is None else past.curvature.scaled(kept).plus(matrix))
+def added(past: QuadraticModel | None, new: QuadraticModel) -> QuadraticModel:
+    """The sum of both curvatures at the newest anchor, as `Merge()` has it."""
+    return new if past is None else replace(new, curvature=past.curvature.plus(new.curvature))
 
 
 @torch.no_grad()
@@ -212,13 +240,12 @@ def looks(kinds: Mapping[str, Curvature], risk: EmpiricalRisk, step: int) -> Ite
 
 
 @torch.no_grad()
-def accuracies(model: nn.Module, tests: Sequence[Data]) -> Iterator[Record]:
-    """The mean over tasks of the part of test examples whose class is found among those of their task, and among
-    all."""
-    outputs = [(model(x), y) for x, y in tests]
-    among_own = [
-        float((z.view(len(z), -1, PAIR)[torch.arange(len(z)), y // PAIR].argmax(1) == y % PAIR).float().mean())
-        for z, y in outputs
-    ]
-    yield {"metric": TASK, "value": mean(among_own)}
-    yield {"metric": CLASS, "value": mean([float((z.argmax(1) == y).float().mean()) for z, y in outputs])}
+def accuracies(model: nn.Module, setting: Setting, tests: Sequence[Data]) -> Iterator[Record]:
+    """What `ACCURACY` says: among a task's own classes, in the mean over tasks; else over all test images."""
+    found = [(model(x), y) for x, y in tests]
+    right = [(setting.compared(z, y).argmax(1) == y).float() for z, y in found]
+    own, *among_all = ACCURACY[setting.scenario]
+    yield {"metric": own, "value": mean([float(part.mean()) for part in right])}
+    for name in among_all:
+        outputs, classes = (torch.cat(part) for part in zip(*found))
+        yield {"metric": name, "value": float((outputs.argmax(1) == classes).float().mean())}

@@ -12,7 +12,7 @@ import tyro
 
 from avalanche_curv import BatchedEmpiricalFisher, Curvature, EmpiricalFisher, Fisher
 from avalanche_curv.core import NonFiniteCurvatureError
-from benchmarks.experiments.claims.course import CLASS, TASK, Pixels, PublicCode, Setting, at_once, learn, sequence
+from benchmarks.experiments.claims.course import ACCURACY, Pixels, PublicCode, Setting, at_once, learn, sequence
 from benchmarks.experiments.claims.reversal import Reversed
 from benchmarks.experiments.claims.uniform import Uniform
 from benchmarks.experiments.claims.variational import Variational
@@ -20,6 +20,7 @@ from benchmarks.harness import Context, Experiment, Options, Record, Results
 from benchmarks.harness.options import positive
 from benchmarks.strategies import decades
 from benchmarks.streams.features import Features, Pretrained, RandomReLU
+from benchmarks.streams.scenario import CLASS, DOMAIN, TASK
 
 FIRST_SEED = 1000  # of tuning
 HELD_OUT = 100  # training images of each class, in tuning
@@ -28,9 +29,10 @@ NAIVE, JOINT, ALL_OUTPUTS = "naive", "joint", "joint, over all outputs"
 EXACT = "exact Fisher"
 
 SETTINGS = {
-    "pixels": Setting(Pixels(), own=True),
-    "pixels, one head": Setting(Pixels(), own=False),
-    "features, adapter": Setting(Pretrained(), own=True, hidden=(128,), rank=8),
+    "pixels, shared outputs": Setting(Pixels(), DOMAIN),
+    "pixels, one head": Setting(Pixels(), CLASS),
+    "pixels, a head for each task": Setting(Pixels(), TASK, tasks=(6, 2, 2)),
+    "features and adapter, shared outputs": Setting(Pretrained(), DOMAIN, hidden=(128,), rank=8),
 }
 QUICK = {"train": 60, "test": 20, "images": "digits", "steps": 10}
 KINDS: dict[str, Curvature] = {
@@ -50,14 +52,14 @@ PUBLIC = {  # the kinds and strengths of the public code of EWC-DR, for EWC and 
 }
 TUNED = ", tuned"
 GRIDS = {
-    EXACT: decades(0, 9),
-    "empirical Fisher": decades(3, 12),
-    "mini-batch squares": decades(4, 14),
-    "reversal": decades(-4, 4),
-    "reversal of mini-batches": decades(-3, 5),
-    "variational": decades(-2, 5),
-    "uniform": decades(-4, 4),
-    "public EWC": decades(4, 14),
+    EXACT: decades(2, 10),
+    "empirical Fisher": decades(5, 13),
+    "mini-batch squares": decades(6, 14),
+    "reversal": decades(-2, 6),
+    "reversal of mini-batches": decades(-1, 7),
+    "variational": decades(-2, 6),
+    "uniform": decades(-3, 5),
+    "public EWC": decades(6, 14),
     "public EWC-DR": decades(0, 8),
 }
 """The strengths that are tried for a kind, or for a row of the public code."""
@@ -138,8 +140,7 @@ class Claims(Experiment):
         tasks, tests = sequence(config.setting, seed, context.dataset_root)
         torch.manual_seed(seed)
         if config.row in (JOINT, ALL_OUTPUTS):
-            own = config.setting.own and config.row == JOINT
-            yield from at_once(replace(config.setting, own=own), tasks, tests)
+            yield from at_once(config.setting, tasks, tests, every=config.row == ALL_OUTPUTS)
             return
         try:
             yield from learn(
@@ -147,21 +148,21 @@ class Claims(Experiment):
                 whole=config.whole, kinds={name: KINDS[name] for name in LOOKED_AT} if config.row == NAIVE else {},
             )  # fmt: skip
         except NonFiniteCurvatureError:
-            yield from ({"metric": measure, "value": nan} for measure in (TASK, CLASS))
+            yield from ({"metric": measure, "value": nan} for measure in ACCURACY[config.setting.scenario])
 
 
 def rows(part: str, setting: Setting, kinds: Mapping[str, Curvature]) -> list[Config]:
     """All rows of a setting, each with the first strength of its grid."""
-    both = (TASK, CLASS) if setting.own else (CLASS,)
+    asked, heads = ACCURACY[setting.scenario], setting.scenario == TASK
 
     def row(name: str, **options: object) -> Config:
-        return Config(f"{part}, {name}", name, part, setting, both, **options)  # type: ignore[arg-type]
+        return Config(f"{part}, {name}", name, part, setting, asked, **options)  # type: ignore[arg-type]
 
-    made = [row(NAIVE), row(JOINT), *([row(ALL_OUTPUTS)] if setting.own else [])]
+    made = [row(NAIVE), row(JOINT), *([row(ALL_OUTPUTS)] if heads else [])]
     made += [row(name, kind=kind) for name, kind in kinds.items()]
     if setting.rank is not None:
         return made + [row(name + OF_WHOLE, kind=kinds[name], whole=True) for name in WHOLE]
-    if setting.own:
+    if heads:
         for name, (kind, strength) in PUBLIC.items():
             made.append(row(name, kind=kinds[kind], strength=strength, code=PublicCode()))
             made.append(row(name + TUNED, kind=kinds[kind], code=PublicCode()))

@@ -1,12 +1,180 @@
 """The tables of the claims."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from statistics import geometric_mean
+from typing import TYPE_CHECKING
+
+from benchmarks.experiments.claims.course import ACCURACY, LOOKS
+from benchmarks.experiments.claims.experiment import (
+    EXACT,
+    GRIDS,
+    LOOKED_AT,
+    NAIVE,
+    OF_WHOLE,
+    TUNED,
+    WHOLE,
+)
+from benchmarks.harness.significance import compared, holm
+from benchmarks.harness.tables import Cell, Column, table
+
+if TYPE_CHECKING:
+    from benchmarks.harness.results import Results
+
+PAIRS = (
+    ("reversal", EXACT),
+    ("reversal of mini-batches", "mini-batch squares"),
+    ("public EWC-DR", "public EWC"),
+    ("public EWC-DR" + TUNED, "public EWC" + TUNED),
+    ("public EWC-DR" + TUNED, "uniform"),
+    ("variational", EXACT),
+    ("uniform", EXACT),
+    *((name + OF_WHOLE, name) for name in WHOLE),
+)
+SETTING = """\
+{train} images of each class, {steps} steps of Adam at {rate:g} with batches of {batch} a task, a new Adam for each.
+Mean ± standard deviation over n seeds of the accuracy at the end. λ was chosen on seed 1000, on images held out of
+training, for each row and each question. *against exact* is the difference to the exact Fisher, seed by seed, with p of
+a paired t-test after Holm's correction within the table."""
+VANISH = """\
+During the first task without a penalty: the geometric mean over seeds of the trace of each diagonal and, in brackets,
+the mean cosine between its diagonal and that of the exact Fisher. A factor that all entries share is part of λ."""
+TRACES = """\
+Of each kind in its own run: the trace of the diagonal of each task at its end,
+geometric means over seeds. Confidence is the mean probability of the observed class of a training image, without a
+penalty. *cut* is the part of the entries above 0 that the public code cuts at 1e-4."""
 
 
-def report(results, out: Path) -> str:
-    rows = []
+def report(results: Results, out: Path) -> str:
+    """Markdown, from whatever has finished."""
+    if results.manifest.get("options", {}).get("tuning"):
+        return "\n\n".join(["# The strengths that are tried, on images held out", _tried(results)])
+    setting = results.config(next(iter(results.columns)))["setting"]
+    parts = ["# What survives an exact Fisher and a fair λ", SETTING.format_map(setting)]
     for part, some in results.by("part"):
-        for row, one in some.by("row"):
-            for measure in one.first["chosen"]:
-                acc = sorted((o.first["strength"], round(o.final(measure).mean, 3)) for o in one.each() if o.final(measure) and measure in o.first["chosen"])
-                rows.append(f"{part:18} {row:28} {measure:15} " + " ".join(f"{s:g}:{a}" for s, a in acc))
-    return "# Claims\n\n```\n" + "\n".join(rows) + "\n```"
+        for measure in ACCURACY[some.first["scenario"]]:
+            found = dict(_shown(some, measure))
+            if found:
+                parts += [f"## {part}: among {measure}", _table(found, measure)]
+    parts += ["## The differences that were claimed", _pairs(results), _ends(results)]
+    parts += ["## Whether the Fisher vanishes", VANISH]
+    parts += [text for part, some in results.by("part") for text in (f"### {part}, first task", _looks(some))]
+    parts += ["## Traces of all tasks", TRACES]
+    parts += [text for part, some in results.by("part") for text in (f"### {part}, each task", _traces(some))]
+    return "\n\n".join(text for text in parts if text)
+
+
+def _shown(results: Results, measure: str) -> Iterator[tuple[str, Results]]:
+    """By row: the strength chosen for a measure."""
+    for one in results.each():
+        if measure in one.first["chosen"] and one.final(measure) is not None:
+            yield one.first["row"], one
+
+
+def _table(found: dict[str, Results], measure: str) -> str:
+    tests = {}
+    if EXACT in found:
+        exact = found[EXACT].finals(measure)
+        tests = {row: compared(exact, one.finals(measure)) for row, one in found.items() if row != EXACT}
+    known = [row for row, test in tests.items() if test.p is not None]
+    corrected = dict(zip(known, holm([tests[row].p or 0.0 for row in known])))
+    rows: list[list[Cell]] = []
+    for row, one in found.items():
+        accuracy, test = one.final(measure), tests.get(row)
+        assert accuracy is not None
+        strength = f"{one.first['strength']:g}" if one.first["strength"] else ""
+        rows.append([
+            row, accuracy, test and f"{test.difference:+.3f}", f"{corrected[row]:.2g}" if row in corrected else None,
+            strength, accuracy.n,
+        ])  # fmt: skip
+    return table([Column("importance"), Column("accuracy", 3), *map(Column, ("against exact", "p", "λ", "n"))], rows)
+
+
+def _pairs(results: Results) -> str:
+    tests = {}
+    for part, some in results.by("part"):
+        for measure in ACCURACY[some.first["scenario"]]:
+            found = dict(_shown(some, measure))
+            for ours, theirs in PAIRS:
+                if ours in found and theirs in found:
+                    a, b = (found[row].finals(measure) for row in (theirs, ours))
+                    tests[f"{ours} less {theirs}", f"{part}: {measure}"] = compared(a, b)
+    corrected = iter(holm([test.p for test in tests.values() if test.p is not None]))
+    p = {key: next(corrected) if test.p is not None else None for key, test in tests.items()}
+    places = list(dict.fromkeys(place for _, place in tests))
+    rows: list[list[Cell]] = []
+    for pair in dict.fromkeys(pair for pair, _ in tests):
+        cells = []
+        for place in places:
+            test = tests.get((pair, place))
+            value = p.get((pair, place))
+            cells.append(test and f"{test.difference:+.3f} ({'–' if value is None else f'{value:.2g}'})")
+        rows.append([pair, *cells])
+    text = "Differences of accuracy, with p after Holm's correction within this table."
+    return f"{text}\n\n{table([Column('difference'), *map(Column, places)], rows)}"
+
+
+def _ends(results: Results) -> str:
+    """The rows whose strength is an end of what was tried."""
+    ends = []
+    for one in results.each():
+        row = one.first
+        grid = GRIDS.get(row["row"].removesuffix(OF_WHOLE).removesuffix(TUNED), ())
+        tuned = row["row"].endswith(TUNED) or not row["row"].startswith("public")
+        if tuned and grid and row["strength"] in (grid[0], grid[-1]):
+            ends.append(one.label)
+    return f"λ at an end of what was tried: {'; '.join(ends)}." if ends else "No λ is at an end of what was tried."
+
+
+def _looks(results: Results) -> str:
+    naive = results.where(row=NAIVE)
+    if not naive.columns:
+        return ""
+    rows: list[list[Cell]] = []
+    for step in LOOKS:
+        confidence = naive.final("look/confidence", step=step)
+        if confidence is None:
+            continue
+        cells: list[Cell] = [str(step), f"{confidence.mean:.5f}"]
+        for kind in LOOKED_AT:
+            values = naive.finals("look/trace", step=step, kind=kind).values()
+            cosine = naive.final("look/cosine", step=step, kind=kind)
+            assert cosine is not None
+            cells.append(_power(values) + ("" if kind == EXACT else f" ({cosine.mean:.2f})"))
+        rows.append(cells)
+    return table([Column("steps"), Column("confidence"), *map(Column, LOOKED_AT)], rows)
+
+
+def _traces(results: Results) -> str:
+    setting = results.config(next(iter(results.columns)))["setting"]
+    steps = range(1, len(setting["tasks"]))
+    found = dict(_shown(results, ACCURACY[setting["scenario"]][-1]))
+    rows: list[list[Cell]] = []
+    if NAIVE in found:
+        naive = [found[NAIVE].final("confidence", step=step) for step in steps]
+        rows.append(["confidence", *(None if one is None else f"{one.mean:.5f}" for one in naive), None])
+    for row, one in found.items():
+        values = [one.finals("trace", step=step).values() for step in steps]
+        cut = one.final("cut", step=1)
+        if all(values):
+            rows.append([row, *map(_power, values), None if cut is None else f"{cut.mean:.2f}"])
+    titles = *(f"task {step}" for step in steps), "cut in task 1"
+    return table([Column("importance"), *map(Column, titles)], rows)
+
+
+def _tried(results: Results) -> str:
+    rows: list[list[Cell]] = []
+    for (part, row), some in results.by("part", "row"):
+        for measure in some.first["chosen"]:
+            tried = [(one.first["strength"], one.final(measure)) for one in some.each()]
+            texts = [f"{strength:g}: {found.mean:.3f}" for strength, found in tried if found]
+            rows.append([f"{part}, {row}", measure, ", ".join(texts)])
+    return table([Column("row"), Column("question"), Column("accuracy by λ")], rows)
+
+
+def _power(values: Iterable[float]) -> str:
+    """The geometric mean of those above 0."""
+    known = [value for value in values if value > 0]
+    return f"{geometric_mean(known):.2g}" if known else "0"

@@ -18,10 +18,10 @@ class Reversed(Curvature):
     """The curvature `kind` of the risk (1/N) Σ_i ℓ(−f(x_i), y_i), whose outputs are reversed.
 
     With `EmpiricalFisher()` and cross-entropy, (1/N) Σ_i g_i g_iᵀ with g_i = J_iᵀ (e_y − softmax(−f_i)): of an example
-    that the model is sure of, e_y − softmax(−f_i) has length 1 or more, where that of the empirical Fisher goes to 0. Of
-    two classes it is p_y² ∇m ∇mᵀ, with m = f_y − f_other and p_y the probability of the observed class; the exact Fisher
-    is p_y (1 − p_y) ∇m ∇mᵀ. With `BatchedEmpiricalFisher(b)` it is what the public code squares: the gradient of the
-    mean over a mini-batch.
+    that the model is sure of, e_y − softmax(−f_i) has length 1 or more, where that of the empirical Fisher goes to 0.
+    Of two classes it is p² ∇m ∇mᵀ, with m = f_y − f_other and p the probability of the observed class; the exact Fisher
+    is p (1 − p) ∇m ∇mᵀ. With `BatchedEmpiricalFisher(b)` it is what the public code squares: the gradient of the mean
+    over a mini-batch.
 
     Liu & Chang 2026, "Elastic Weight Consolidation Done Right for Continual Learning" (arXiv 2603.18596): in their code
     `logits = logits * -1` before the cross-entropy at observed labels, in the pass that estimates importance.

@@ -26,8 +26,8 @@ class Variational(Curvature):
     """
 
     damping: float = 0.1
-    decay: float = 0.99
-    steps: int = 400
+    decay: float = 0.98
+    steps: int = 200
     initial: float = 1e-3
     batch: int = 100
     seed: int = 0
