@@ -187,10 +187,10 @@ def fit(
 
 
 def _term(penalty: Penalty | None, whole: bool) -> Callable[[nn.Module], Tensor] | None:
-    return None if penalty is None else (lambda model: _of_whole(penalty, model)) if whole else penalty
+    return None if penalty is None else (lambda model: of_whole(penalty, model)) if whole else penalty
 
 
-def _of_whole(penalty: Penalty, model: nn.Module) -> Tensor:
+def of_whole(penalty: Penalty, model: nn.Module) -> Tensor:
     """λ q(W + B A, head), with its gradient in B, A and the head: that of ⟨∇q, ·⟩ with ∇q constant."""
     adapted = {f"{name}.weight": module.weight for name, module in model.named_modules() if isinstance(module, Adapted)}
     weights = penalty.space.cut(dict(model.named_parameters()) | adapted)
