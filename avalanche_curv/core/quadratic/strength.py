@@ -103,7 +103,7 @@ def relatives(past: QuadraticModel, new: QuadraticModel, structure: Structure) -
     if found is None:
         raise TypeError(
             f"Evidence() needs the eigenvalues of one curvature relative to another, which {structure} does not have "
-            "at hand. Take Diagonal(), Dense() or Kronecker(PartialTraces()), or give the strength as a number."
+            "at hand. Take Diagonal(), Dense() or Kronecker(), or give the strength as a number."
         )
     return found.clamp(min=0.0)
 
@@ -146,7 +146,7 @@ class Evidence(StrengthRule):
     exact for quadratic L. N cancels in the determinants. With the eigenvalues μ of H relative to C, those of
     C^{-½} H C^{-½}, they leave −½ Σ log(1 + μ/λ). Where C is singular, of rank r, the prior is flat along its null
     space, and H is what is left of it there: its Schur complement on the range of C, in `Dense()`. `Diagonal()` has
-    none, and `Kronecker(PartialTraces())` leaves it out: μ are then the products of the relative eigenvalues of its
+    none, and `Kronecker()` leaves it out: μ are then the products of the relative eigenvalues of its
     factors, and what the null space shares with the range counts as held still.
 
     **Its maximum.** θ̂ minimises L + λq, so that it does not contribute to the derivative, and neither does H, taken as

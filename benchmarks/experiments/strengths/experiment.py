@@ -19,7 +19,6 @@ from avalanche_curv import (
     Evidence,
     Kronecker,
     Merge,
-    PartialTraces,
     Policy,
     StrengthRule,
     Structure,
@@ -73,11 +72,11 @@ SETTINGS = (
         "split MNIST, task-incremental", "mnist", TASK, (100,), Diagonal(), Accumulate(), 1000.0, rate=1e-2,
     ),
     Setting(
-        "permuted MNIST", "mnist", DOMAIN, (100, 100), Kronecker(PartialTraces()), Merge(fraction=0.25), 10.0,
+        "permuted MNIST", "mnist", DOMAIN, (100, 100), Kronecker(), Merge(fraction=0.25), 10.0,
         train=5000,
     ),
     Setting(
-        "split Fashion features, class-incremental", "fashion", CLASS, (), Kronecker(PartialTraces()), Accumulate(),
+        "split Fashion features, class-incremental", "fashion", CLASS, (), Kronecker(), Accumulate(),
         1000.0, features=400,
     ),
 )  # fmt: skip
