@@ -7,7 +7,7 @@ from math import isqrt
 
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.utils import fuse_conv_bn_weights
+from torch.nn.utils import fuse_conv_bn_eval
 
 from benchmarks.data import Images
 from benchmarks.experiments.exactness.learner import Network
@@ -73,7 +73,6 @@ def _with_norm(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
     made = nn.utils.skip_init(
         nn.Conv2d, convolution.in_channels, convolution.out_channels, size, padding=size // 2, groups=convolution.groups
     )
-    made.weight, made.bias = fuse_conv_bn_weights(
-        convolution.weight, None, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
-    )
+    fused = fuse_conv_bn_eval(convolution, norm)
+    made.weight, made.bias = fused.weight, fused.bias
     return made

@@ -68,7 +68,7 @@ FREE = EVERY[:3]
 """Policies that store no example."""
 GRIDS = {"diagonal": decades(0, 8), EWC: decades(3, 7), ONLINE: decades(3, 7), RANDOM: decades(-4, 1)}
 GRID = decades(0, 4)
-BLOCK_GRID = decades(3, 7)[::2]
+BLOCK_GRID = decades(1, 7)[::2]
 TUNED = ("accumulate", "Kronecker"), ("accumulate", "diagonal"), ("merge", "diagonal")
 
 
