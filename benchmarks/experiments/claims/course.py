@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from avalanche_curv import Curvature, Diagonal, EmpiricalRisk, Fisher, QuadraticModel, estimate
 from avalanche_curv.core.quadratic.penalty import Penalty
+from avalanche_curv.core.structures.diagonal import DiagonalMatrix
 from benchmarks.data import CLASSES, FASHION
 from benchmarks.experiments.languages.gpt import Adapted, merged
 from benchmarks.harness.experiment import Record
@@ -87,10 +88,9 @@ class Setting:
 
     def build(self, inputs: int) -> nn.Sequential:
         """A network with all outputs, drawn from torch's current random state."""
-        model = mlp(inputs, *self.hidden, self.outputs)
-        if self.rank is not None:
-            model[0] = Adapted(model[0], self.rank)
-        return model
+        first, *others = mlp(inputs, *self.hidden, self.outputs)
+        assert isinstance(first, nn.Linear)
+        return nn.Sequential(first if self.rank is None else Adapted(first, self.rank), *others)
 
     def compared(self, outputs: Float[Tensor, "n C"], classes: Int[Tensor, "n"]) -> Float[Tensor, "n C"]:
         """Outputs with −∞ for those that are not compared."""
@@ -153,7 +153,7 @@ def learn(
             found = estimate(kind, Diagonal(), risk)
             yield {"metric": "trace", "value": found.curvature.trace(), "step": number}
             if code is not None:
-                values = found.curvature.values
+                values = diagonal_of(found)
                 yield {"metric": "cut", "value": float((values > code.cap).sum() / (values > 0).sum()), "step": number}
             past = added(past, found) if code is None else code.added(past, found, setting.tasks[:number])
             penalty = Penalty(past, strength)
@@ -200,10 +200,10 @@ def of_whole(penalty: Penalty, model: nn.Module) -> Tensor:
     return value + along - along.detach()
 
 
-def with_whole(model: nn.Sequential) -> nn.Sequential:
+def with_whole(model: nn.Sequential) -> nn.Module:
     """A copy in which W + B A is one weight, which is trained like the head."""
     plain = merged(model)
-    plain[-1].requires_grad_(True)
+    list(plain.children())[-1].requires_grad_(True)
     return plain
 
 
@@ -222,6 +222,12 @@ def added(past: QuadraticModel | None, new: QuadraticModel) -> QuadraticModel:
     return new if past is None else replace(new, curvature=past.curvature.plus(new.curvature))
 
 
+def diagonal_of(model: QuadraticModel) -> Float[Tensor, "P"]:
+    """The entries of a curvature that is diagonal."""
+    assert isinstance(model.curvature, DiagonalMatrix)
+    return model.curvature.values
+
+
 @torch.no_grad()
 def confidence(risk: EmpiricalRisk) -> float:
     """The mean probability of the observed class."""
@@ -230,10 +236,10 @@ def confidence(risk: EmpiricalRisk) -> float:
 
 def looks(kinds: Mapping[str, Curvature], risk: EmpiricalRisk, step: int) -> Iterator[Record]:
     """Trace of each kind, cosine of its diagonal with that of the exact Fisher, and the confidence."""
-    exact = estimate(Fisher(), Diagonal(), risk).curvature.values
+    exact = diagonal_of(estimate(Fisher(), Diagonal(), risk))
     yield {"metric": "look/confidence", "value": confidence(risk), "step": step}
     for name, kind in kinds.items():
-        values = estimate(kind, Diagonal(), risk).curvature.values
+        values = diagonal_of(estimate(kind, Diagonal(), risk))
         yield {"metric": "look/trace", "value": float(values.sum()), "step": step, "kind": name}
         cosine = float(F.cosine_similarity(values.double(), exact.double(), dim=0, eps=0.0))
         yield {"metric": "look/cosine", "value": cosine, "step": step, "kind": name}

@@ -34,7 +34,6 @@ SETTINGS = {
     "pixels, a head for each task": Setting(Pixels(), TASK, tasks=(6, 2, 2)),
     "features and adapter, shared outputs": Setting(Pretrained(), DOMAIN, hidden=(128,), rank=8),
 }
-QUICK = {"train": 60, "test": 20, "images": "digits", "steps": 10}
 KINDS: dict[str, Curvature] = {
     EXACT: Fisher(),
     "empirical Fisher": EmpiricalFisher(),
@@ -124,7 +123,7 @@ class Claims(Experiment):
         for part, setting in SETTINGS.items():
             if options.quick:
                 seen = setting.map if isinstance(setting.map, Pixels) else RandomReLU(32)
-                setting = replace(setting, map=seen, hidden=(16,), **QUICK)
+                setting = replace(setting, map=seen, hidden=(16,), images="digits", train=60, test=20, steps=10)
             Features(setting.images, setting.map, setting.train, setting.test).ready(options.dataset_root)
             made += rows(part, setting, KINDS | ({"variational": Variational(steps=5)} if options.quick else {}))
         if options.tuning:

@@ -86,7 +86,8 @@ def _table(found: dict[str, Results], measure: str) -> str:
         assert accuracy is not None
         strength = f"{one.first['strength']:g}" if one.first["strength"] else ""
         rows.append([
-            row, accuracy, test and f"{test.difference:+.3f}", f"{corrected[row]:.2g}" if row in corrected else None,
+            row, accuracy, f"{test.difference:+.3f}" if test else None,
+            f"{corrected[row]:.2g}" if row in corrected else None,
             strength, accuracy.n,
         ])  # fmt: skip
     return table([Column("importance"), Column("accuracy", 3), *map(Column, ("against exact", "p", "λ", "n"))], rows)
@@ -106,11 +107,11 @@ def _pairs(results: Results) -> str:
     places = list(dict.fromkeys(place for _, place in tests))
     rows: list[list[Cell]] = []
     for pair in dict.fromkeys(pair for pair, _ in tests):
-        cells = []
+        cells: list[Cell] = []
         for place in places:
-            test = tests.get((pair, place))
-            value = p.get((pair, place))
-            cells.append(test and f"{test.difference:+.3f} ({'–' if value is None else f'{value:.2g}'})")
+            test, value = tests.get((pair, place)), p.get((pair, place))
+            said = "–" if value is None else f"{value:.2g}"
+            cells.append(f"{test.difference:+.3f} ({said})" if test else None)
         rows.append([pair, *cells])
     text = "Differences of accuracy, with p after Holm's correction within this table."
     return f"{text}\n\n{table([Column('difference'), *map(Column, places)], rows)}"
