@@ -60,9 +60,9 @@ from avalanche_curv.plasticity.mitigators.base import Selection
 from avalanche_curv.strategies import Training
 
 RESULTS = {
-    "Alignment", "Attachment", "CurvatureDrift", "EmpiricalRisk", "GradientDiversity", "Landscape", "ParameterSpace",
-    "Past", "ProtectedSpace", "QuadraticModel", "RefreshEvent", "Representation", "StrengthSuggestion", "Subspace",
-    "WeightSpectrum",
+    "Alignment", "Attachment", "ChosenStrength", "CurvatureDrift", "EmpiricalRisk", "GradientDiversity", "Landscape",
+    "ParameterSpace", "Past", "ProtectedSpace", "QuadraticModel", "RefreshEvent", "Representation", "StrengthSuggestion", "Subspace",
+    "TaskEvidence", "WeightSpectrum",
 }  # fmt: skip
 WITH_ARGUMENTS = {
     "AbsoluteError": AbsoluteError(0.1), "BatchedEmpiricalFisher": BatchedEmpiricalFisher(4), "Energy": Energy(0.5),
