@@ -61,7 +61,8 @@ from avalanche_curv.strategies import Training
 
 RESULTS = {
     "Alignment", "Attachment", "ChosenStrength", "CurvatureDrift", "EmpiricalRisk", "GradientDiversity", "Landscape",
-    "ParameterSpace", "Past", "ProtectedSpace", "QuadraticModel", "RefreshEvent", "Representation", "StrengthSuggestion", "Subspace",
+    "ParameterSpace", "Past", "ProtectedSpace", "QuadraticModel", "RefreshEvent", "Representation",
+    "StrengthSuggestion", "Subspace",
     "TaskEvidence", "WeightSpectrum",
 }  # fmt: skip
 WITH_ARGUMENTS = {
