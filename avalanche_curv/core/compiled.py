@@ -36,9 +36,10 @@ def compiled(source: str, *flags: str) -> Any:
         return None
 
 
-def is_plain(tensor: Tensor | None, shape: torch.Size, dtype: torch.dtype) -> bool:
-    """Whether a compiled loop may read and write a tensor as one piece of memory of this shape and type: a dense one on
-    the CPU whose methods are not its own."""
+def is_plain(tensor: Tensor | None, shape: torch.Size, like: Tensor) -> bool:
+    """Whether a tensor is one piece of memory of this shape, which a compiled loop may read and write if it is on the
+    CPU: a dense one of the type and on the device of `like`, whose methods are not its own."""
     if tensor is None or type(tensor) not in PLAIN or tensor.layout is not torch.strided:
         return False
-    return tensor.dtype is dtype and tensor.is_cpu and tensor.is_contiguous() and tensor.shape == shape
+    alike = tensor.dtype is like.dtype and tensor.device == like.device
+    return alike and tensor.is_contiguous() and tensor.shape == shape

@@ -88,7 +88,7 @@ class BlockSteps:
         if layout.transposed or kind is not torch.float32 or not usable(self.block.subspace.rows):
             return None
         tensors = [values[name] for name in layout.space.names]
-        if not all(is_plain(tensor, shape, kind) for tensor, shape in zip(tensors, layout.space.shapes)):
+        if not all(is_plain(tensor, shape, self._start) for tensor, shape in zip(tensors, layout.space.shapes)):
             return None
         return array("Q", map(Tensor.data_ptr, tensors))
 

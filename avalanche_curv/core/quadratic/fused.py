@@ -104,8 +104,7 @@ class OnePass:
         """Whether these lie in memory as the anchor does, and the library is there for them."""
         if not self._usable or torch.get_num_threads() > 1 or torch.compiler.is_compiling() or library() is None:
             return False
-        dtype = self.anchor.dtype
-        return all(is_plain(tensor, shape, dtype) for tensor, shape in zip(tensors, self.shapes))
+        return all(is_plain(tensor, shape, self.anchor) for tensor, shape in zip(tensors, self.shapes))
 
     def _passed(self, what: str, gradients: Sequence[Any], parameters: Sequence[Any]) -> float:
         ours, theirs = (array("Q", map(Tensor.data_ptr, some)) for some in (gradients, parameters))

@@ -156,7 +156,7 @@ class LowRankPass:
     def _fit(self, tensors: Sequence[Tensor | None]) -> bool:
         if not self._usable or torch.get_num_threads() > 1 or torch.compiler.is_compiling() or library() is None:
             return False
-        return all(is_plain(tensor, shape, torch.float32) for tensor, shape in zip(tensors, self.shapes))
+        return all(is_plain(tensor, shape, self._room[1]) for tensor, shape in zip(tensors, self.shapes))
 
     def _passed(self, gradients: Sequence[Any], parameters: Sequence[Any], adds: bool) -> float:
         ours, theirs = (array("Q", map(Tensor.data_ptr, some)) for some in (gradients, parameters))

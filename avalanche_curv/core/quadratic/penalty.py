@@ -21,6 +21,7 @@ from avalanche_curv.core.quadratic.model import QuadraticModel, check_first_orde
 from avalanche_curv.core.quadratic.parts import add_to_gradients
 from avalanche_curv.core.risk.parameters import ParameterSpace
 from avalanche_curv.core.structures import Structure
+from avalanche_curv.core.structures.base import GradientPass
 from avalanche_curv.core.structures.rules import check_pair
 
 
@@ -129,7 +130,7 @@ class Penalty:
         value = self._value
         return self._strength * (value if isinstance(value, float) else self.last(gradients))
 
-    def _note(self, form: float) -> None:
+    def _note(self, form: float | Tensor) -> None:
         """Keeps q(θ), which one pass found beside the gradient, from strength · δᵀCδ."""
         self._value = (half(form) + self.past.constant) / self._strength
 
@@ -176,11 +177,11 @@ class _Penalty(torch.autograd.Function):
         return None, *(part.to(dtype) for part, dtype in zip(gradients, ctx.types))
 
 
-def _in_one_pass(past: QuadraticModel) -> OnePass | LowRankPass | None:
-    """For a diagonal C and no slope at the anchor, and for low rank beside a diagonal."""
+def _in_one_pass(past: QuadraticModel) -> GradientPass | None:
+    """For a diagonal C and no slope at the anchor, for low rank beside a diagonal, and for Kronecker products."""
     parts = past.curvature.eigenvectors_beside_diagonal()
     if parts is None:
-        return None
+        return past.curvature.gradient_pass(past.anchor, past.gradient)
     (values, vectors), diagonal = parts
     if len(values):
         return LowRankPass(past.anchor, vectors, values, diagonal, past.gradient, past.space.shapes)

@@ -229,8 +229,8 @@ class CurvatureRegularizer(Configured):
         detached scalar or a number; None, with nothing done, without a past and at strength 0.
 
         It is for use in place of `penalty(model)` as a term of the loss, which takes two more passes over the
-        parameters and trains equal weights, to the rounding of a compiled sum for low rank. What scales the loss, and
-        hooks on gradients, do not see it. `optimizers` and errors are as there; a missing gradient counts as zero.
+        parameters and trains equal weights, to rounding for low rank and for Kronecker products. What scales the loss,
+        and hooks on gradients, do not see it. `optimizers` and errors are as there; a missing gradient counts as zero.
         """
         self._check_alone()
         if not self._begun:

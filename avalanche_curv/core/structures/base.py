@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
@@ -81,6 +81,16 @@ class Structure(ABC):
     @abstractmethod
     def check(self, space: ParameterSpace, itemsize: int) -> None:
         """Raises MemoryError where `bytes(space, itemsize)` exceeds what this recipe allows, with a remedy."""
+
+
+class GradientPass(Protocol):
+    """g + C δ with δ = θ − a, by itself or added to gradients; None, with nothing done, where that is not possible."""
+
+    def add(self, parameters: Sequence[Tensor | None]) -> float | Tensor | None:
+        """Adds it to the gradients of these parameters θ, and returns δᵀCδ + 2 gᵀδ."""
+
+    def gradient(self, parameters: Sequence[Tensor]) -> tuple[float | Tensor, list[Tensor]] | None:
+        """δᵀCδ + 2 gᵀδ and g + C δ, in the shapes of the parameters and in memory of its own."""
 
 
 OPERATIONS = {
@@ -220,6 +230,10 @@ class Matrix(OneLine, Storable, ABC):
         """C v in the shapes of the parameters, in memory of its own."""
         product = self.product(vector)
         return space.split(product.clone() if product.data_ptr() == vector.data_ptr() else product)
+
+    def gradient_pass(self, anchor: Float[Tensor, "P"], slope: Float[Tensor, "P"] | None) -> GradientPass | None:
+        """What adds g + C (θ − a) to gradients step after step, faster than by products; None where nothing does."""
+        return None
 
     def trace(self) -> float:
         """Σ_i C_ii, from P products unless a structure knows better."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -12,11 +12,12 @@ from torch import Tensor
 
 from avalanche_curv.core.structures.cuts import Cut
 from avalanche_curv.core.structures.kronecker_terms import (
-    Change,
+    Adder,
     Corrected,
     Factors,
     KroneckerTerm,
-    times_with_bias,
+    in_rows,
+    whole,
 )
 
 
@@ -35,19 +36,24 @@ class LeadingPart(KroneckerTerm):
     a: Float[Tensor, "in s"]
     is_product: bool = False
 
-    def product(self, weight: Tensor | None, bias: Tensor | None) -> Change:
-        inner, rows, columns = self._differences()
-        y = times_with_bias(weight, bias, self.a)
-        right = torch.addmm(y * columns, self.g, inner * (self.g.T @ y))
-        left = self.g * rows
+    def adder(self, own: Float[Tensor, "out in"], widths: Sequence[int]) -> Adder:
+        middle, rows, columns, rest = self._differences
+        (out, r), (inputs, s) = self.g.shape, self.a.shape
+        y, z, x_and_v = in_rows(out, s, own), in_rows(r, s, own), in_rows(r + s, inputs, own)
+        left = torch.cat([self.g * rows, y], dim=1)  # U (ρ − τ), and what stands before Vᵀ
+        before, x, x_and_v[r:] = left[:, r:], x_and_v[:r], self.a.T
+        sides = [*zip(own.split([*widths], dim=1), x_and_v.split([*widths], dim=1))]
 
-        def part(own: Tensor, vectors: Float[Tensor, "k s"]) -> Tensor:
-            return torch.addmm(own, right, vectors.T, beta=self._rest).addmm_(left, self.g.T @ own)
+        def add(to: list[Tensor]) -> Tensor:
+            z.addmm_(self.g.T, y.addmm_(own, self.a, beta=0), beta=0).mul_(middle)
+            before.copy_(y).mul_(columns).addmm_(self.g, z)
+            x.addmm_(self.g.T, own, beta=0)
+            for place, (part, right) in zip(to, sides):
+                place.add_(part, alpha=rest).addmm_(left, right)
+            squares = torch.linalg.vecdot(x, x) @ rows + (before * y).sum()
+            return squares.add_(whole(own) @ whole(own), alpha=rest)
 
-        return (
-            None if weight is None else part(weight, self.a[: weight.shape[1]]),
-            None if bias is None else part(bias[:, None], self.a[-1:])[:, 0],
-        )
+        return add
 
     def scaled(self, factor: float) -> LeadingPart:
         return replace(self, values=self.values * factor)
@@ -90,14 +96,10 @@ class LeadingPart(KroneckerTerm):
         return self.values, self.g, self.a
 
     @cached_property
-    def _rest(self) -> float:
-        """τ, read once, since reading it waits for a GPU."""
-        return float(self.values[-1, -1])
-
-    def _differences(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Λ − ρ − κ + τ [r, s], ρ − τ [r] and κ − τ [s]."""
+    def _differences(self) -> tuple[Tensor, Tensor, Tensor, float]:
+        """Λ − ρ − κ + τ [r, s], ρ − τ [r], κ − τ [s], and τ, read once, since reading it waits for a GPU."""
         rows, columns, rest = self.values[:-1, -1], self.values[-1, :-1], self.values[-1, -1]
-        return self.values[:-1, :-1] - rows[:, None] - columns + rest, rows - rest, columns - rest
+        return self.values[:-1, :-1] - rows[:, None] - columns + rest, rows - rest, columns - rest, float(rest)
 
 
 def leading_part(term: KroneckerTerm, cut: Cut) -> KroneckerTerm:

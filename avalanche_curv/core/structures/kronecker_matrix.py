@@ -13,51 +13,12 @@ from torch import Tensor
 
 from avalanche_curv.core.eigen import Pairs
 from avalanche_curv.core.risk.parameters import ParameterSpace
-from avalanche_curv.core.state import Storable
 from avalanche_curv.core.structures.base import Matrix, relative_eigenvalues
 from avalanche_curv.core.structures.cuts import Cut
 from avalanche_curv.core.structures.diagonal import DiagonalMatrix
 from avalanche_curv.core.structures.kronecker_cut import leading_part
+from avalanche_curv.core.structures.kronecker_pass import FactoredLayer, KroneckerPass
 from avalanche_curv.core.structures.kronecker_sums import KeepTerms, KroneckerSum
-from avalanche_curv.core.structures.kronecker_terms import KroneckerTerm
-
-
-@dataclass(frozen=True)
-class FactoredLayer(Storable):
-    """The names of a layer's weight and bias, as far as they are trainable, and the terms of its curvature. A weight
-    that is held `transposed` is [in, out]."""
-
-    weight: str | None
-    bias: str | None
-    terms: tuple[KroneckerTerm, ...]
-    transposed: bool = False
-
-    def product(self, parts: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Σ_j G_j W A_j in the shapes of the parameters."""
-        weight = None if self.weight is None else self.matrix(parts[self.weight])
-        bias = None if self.bias is None else parts[self.bias]
-        total: dict[str, Tensor] = {}
-        for term in self.terms:
-            for name, part in zip((self.weight, self.bias), term.product(weight, bias)):
-                if name is not None and part is not None:
-                    total[name] = total[name].add_(part) if name in total else part
-        if self.transposed and self.weight is not None:
-            total[self.weight] = total[self.weight].T.contiguous()
-        return {name: part.view(parts[name].shape) for name, part in total.items()}
-
-    def matrix(self, weight: Tensor) -> Float[Tensor, "out in"]:
-        """A weight, or any tensor in its place, as one matrix."""
-        return weight.T if self.transposed else weight.flatten(1)
-
-    def places(self, parts: dict[str, Tensor]) -> Float[Tensor, "out in"]:
-        """The change as one matrix."""
-        weight = [] if self.weight is None else [self.matrix(parts[self.weight])]
-        bias = [] if self.bias is None else [parts[self.bias][:, None]]
-        return torch.cat(weight + bias, dim=1)
-
-    def each(self, function: Callable[[KroneckerTerm], KroneckerTerm]) -> FactoredLayer:
-        """`function` of every term."""
-        return replace(self, terms=tuple(function(term) for term in self.terms))
 
 
 @dataclass(frozen=True)
@@ -78,15 +39,17 @@ class KroneckerMatrix(Matrix):
         return self.space.flatten(self.products(vector, self.space))
 
     def products(self, vector: Tensor, space: ParameterSpace) -> list[Tensor]:
-        parts = self._parts(vector)
-        found: dict[str, Tensor] = {}
-        for layer in self.layers:
-            for name, part in layer.product(parts).items():
-                found[name] = found[name].add_(part) if name in found else part
-        if self._has_diagonal:
-            for name, diagonal in self._parts(self.diagonal).items():
-                found[name] = found[name].addcmul_(diagonal, parts[name]) if name in found else diagonal * parts[name]
-        return [found[name] if name in found else torch.zeros_like(part) for name, part in parts.items()]
+        parts = space.split(vector)
+        found = [torch.zeros_like(part) for part in parts]
+        self._pass(vector).add_product(parts, found)
+        return found
+
+    def gradient_pass(self, anchor: Tensor, slope: Tensor | None) -> KroneckerPass:
+        return self._pass(anchor, slope)
+
+    def _pass(self, anchor: Tensor, slope: Tensor | None = None) -> KroneckerPass:
+        diagonal = self.space.split(self.diagonal) if self._has_diagonal else None
+        return KroneckerPass(self.space, self.layers, diagonal, anchor, slope)
 
     def plus(self, other: Matrix) -> KroneckerMatrix:
         if not isinstance(other, KroneckerMatrix) or self.space != other.space:
@@ -222,7 +185,8 @@ class KroneckerMatrix(Matrix):
 
     def _where(self, layer: FactoredLayer) -> Tensor:
         """The coordinates [out, in] of a layer's change."""
-        return layer.places(self._parts(torch.arange(self.size, device=self.diagonal.device)))
+        numbers = torch.arange(self.size, device=self.diagonal.device)
+        return torch.cat(layer.columns(self._parts(numbers)), dim=1)
 
 
 def _places(

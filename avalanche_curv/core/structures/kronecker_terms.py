@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,19 +13,22 @@ from torch import Tensor
 from avalanche_curv.core.eigen import spectrum
 from avalanche_curv.core.state import Storable
 
-Change = tuple[Float[Tensor, "out in"] | None, Float[Tensor, "out"] | None]
-"""Of a layer's weight and of its bias, as far as they are trainable; in one matrix the bias is the last column."""
+Adder = Callable[[list[Tensor]], Tensor]
+"""Adds the product C w with a change w to tensors of some of its columns each, in place, and returns wᵀ C w."""
+APART = 16  # numbers
 
 
 class KroneckerTerm(Storable, ABC):
-    """A symmetric matrix over changes of one layer, [out, in] with the bias."""
+    """A symmetric matrix over changes of one layer: [out, in] of the weight and, as the last column, of the bias, as
+    far as they are trainable."""
 
     is_product: bool = False
     """Whether it is the Kronecker product of its `factors`."""
 
     @abstractmethod
-    def product(self, weight: Tensor | None, bias: Tensor | None) -> Change:
-        """The matrix times a change, in memory of its own."""
+    def adder(self, own: Float[Tensor, "out in"], widths: Sequence[int]) -> Adder:
+        """What adds products with the change that stands in the memory `own`, which `in_rows` made, to tensors of so
+        many of its columns each; what it needs beside that is made once."""
 
     @abstractmethod
     def scaled(self, factor: float) -> KroneckerTerm:
@@ -86,12 +89,17 @@ class Factors(KroneckerTerm):
     a: Float[Tensor, "in in"]
     g: Float[Tensor, "out out"]
 
-    def product(self, weight: Tensor | None, bias: Tensor | None) -> Change:
-        turned = times_with_bias(weight, bias, self.a)
-        return (
-            None if weight is None else self.g @ turned[:, : weight.shape[1]],
-            None if bias is None else self.g @ turned[:, -1],
-        )
+    def adder(self, own: Float[Tensor, "out in"], widths: Sequence[int]) -> Adder:
+        turned, product = in_rows(*own.shape, own), in_rows(*own.shape, own)
+        parts = product.split([*widths], dim=1)
+
+        def add(to: list[Tensor]) -> Tensor:
+            turned.addmm_(own, self.a, beta=0)
+            product.addmm_(self.g, turned, beta=0)
+            torch._foreach_add_(to, parts)
+            return whole(own) @ whole(product)
+
+        return add
 
     def scaled(self, factor: float) -> Factors:
         return replace(self, g=self.g * factor)
@@ -143,12 +151,20 @@ class Corrected(KroneckerTerm):
     a: Float[Tensor, "in in"]
     is_product: bool = False
 
-    def product(self, weight: Tensor | None, bias: Tensor | None) -> Change:
-        turned = self.g @ (self.g.T @ times_with_bias(weight, bias, self.a)).mul_(self.values)
-        return (
-            None if weight is None else turned @ self.a[: weight.shape[1]].T,
-            None if bias is None else turned @ self.a[-1],
-        )
+    def adder(self, own: Float[Tensor, "out in"], widths: Sequence[int]) -> Adder:
+        (out, r), s = self.g.shape, self.a.shape[1]
+        turned, bent, back = in_rows(out, s, own), in_rows(r, s, own), in_rows(out, s, own)
+        vectors = [some.T for some in self.a.split([*widths])]
+
+        def add(to: list[Tensor]) -> Tensor:
+            bent.addmm_(self.g.T, turned.addmm_(own, self.a, beta=0), beta=0)
+            form = (bent * bent).reshape(-1) @ self.values.reshape(-1)
+            back.addmm_(self.g, bent.mul_(self.values), beta=0)
+            for place, some in zip(to, vectors):
+                place.addmm_(back, some)
+            return form
+
+        return add
 
     def scaled(self, factor: float) -> Corrected:
         return replace(self, values=self.values * factor)
@@ -208,12 +224,12 @@ def without_rounding(values: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]
     return values.masked_fill(nothing, 0.0)
 
 
-def times_with_bias(
-    weight: Tensor | None, bias: Tensor | None, matrix: Float[Tensor, "in k"]
-) -> Float[Tensor, "out k"]:
-    """[W, b] M, without putting the two together."""
-    if weight is None:
-        return torch.outer(bias, matrix[0]) if bias is not None else matrix[:0]
-    if bias is None:
-        return weight @ matrix
-    return torch.addmm(torch.outer(bias, matrix[-1]), weight, matrix[:-1])
+def in_rows(count: int, width: int, like: Tensor) -> Float[Tensor, "count width"]:
+    """Zeros whose rows are a multiple of `APART` numbers apart: products of matrices are written to them in four fifths
+    of the time that it takes with rows of 785 numbers."""
+    return like.new_zeros(count, -(-width // APART) * APART)[:, :width]
+
+
+def whole(rows: Float[Tensor, "count width"]) -> Float[Tensor, "n"]:
+    """All memory that `in_rows` made, with zeros between the rows."""
+    return rows.as_strided((rows.shape[0] * rows.stride(0),), (1,))
