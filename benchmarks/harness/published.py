@@ -1,9 +1,9 @@
 """Published results: the part of a results folder that documents need, small enough for the repository.
 
-``benchmarks/experiments/<experiment>/published/<name>.json`` holds the manifest, the headers of the units (one
-configuration for each label, as far as it is not that of the label before) and the remaining records, one line for each
-series with its values over the units.
-Documents show it between lines that cog fills (``python -m benchmarks readme``)::
+``benchmarks/experiments/<experiment>/published/<name>.json`` holds the manifest, the headers of the units by label, one
+configuration for each label, as far as it is not that of the label before, and the remaining records, one line for each
+series with its values over the units. Documents show it between lines that cog fills (``python -m benchmarks
+readme``)::
 
     <!-- [[[cog from benchmarks.harness.published import show; show("compare", "Accuracy") ]]] -->
     <!-- [[[end]]] -->
@@ -50,6 +50,7 @@ FOLDER = ROOT / "benchmarks/experiments"
 DOCUMENTS = [ROOT / "README.md", ROOT / "avalanche_curv/README.md", *sorted((ROOT / "benchmarks").rglob("README.md"))]
 LARGEST = 200_000
 UNIT_KEYS = ("label", "seed", "seconds", "peak_memory", "started", "commit")
+TEXTS = ("label", "commit")  # of these
 AS_BEFORE = "as before, but"
 FIGURE = re.compile(r"^!\[.*\]\(.*\)\n*", re.MULTILINE)
 
@@ -198,21 +199,30 @@ def read(path: Path) -> Results:
 
 
 def written(results: Results) -> str:
-    """The text of a published file: a JSON object with a line for each label and each series."""
+    """The text of a published file: a JSON object with a line for each label and each series. Labels and commits are
+    places in its `texts`."""
+    grid, headers = results.manifest["units"], results.headers
+    texts = [
+        *dict.fromkeys([*(unit["label"] for unit in [*grid, *headers]), *(unit.get("commit") for unit in headers)])
+    ]
+    place = {text: number for number, text in enumerate(texts)}
     configs = [(label, results.config(label)) for label in results.labels if results.config(label)]
     content: dict[str, list[Any]] = {
         "manifest": [_portable(results.manifest)],
-        "grid": [[label, *(unit["seed"] for unit in units)] for label, units in _by_label(results.manifest["units"])],
+        "texts": texts,
+        "grid": [[place[label], *(unit["seed"] for unit in units)] for label, units in _by_label(grid)],
         "configs": [
-            [label, *_told(before, label, config)]
+            [place[label], *_told(before, label, config)]
             for (_, before), (label, config) in zip([("", {}), *configs], configs)
         ],
         "units": [
-            _together([{key: unit.get(key) for key in UNIT_KEYS} for unit in units])
-            for _, units in _by_label(results.headers)
+            _together([
+                {key: place[unit.get(key)] if key in TEXTS else unit.get(key) for key in UNIT_KEYS} for unit in units
+            ])
+            for _, units in _by_label(headers)
         ],
         "records": _series(results),
-    }
+    }  # fmt: skip
     parts = []
     for name, items in content.items():
         lines = [json.dumps(item, ensure_ascii=False, separators=(",", ":")) for item in items]
@@ -251,7 +261,7 @@ def _apart(told: Row) -> list[Row]:
 
 def _told(before: Row, label: str, config: Row) -> list[Any]:
     """A configuration: whole, or what of it is not as in the one before, but for its label."""
-    change = _change(before | {"label": label}, config)
+    change = _change(before | ({"label": label} if "label" in before else {}), config)
     same = change is not config and _changed(before, {"label": label, **change}) == config
     return [AS_BEFORE, change] if same else [config]
 
@@ -293,12 +303,18 @@ def _series(results: Results) -> list[dict[str, Any]]:
 def parsed(text: str) -> Results:
     """The results that a text of `written` holds."""
     content = json.loads(text)
+    texts = content.get("texts", ())  # an older file has each where it belongs
+
+    def full(place: Any) -> Any:
+        return texts[place] if isinstance(place, int) else place
+
     configs, before = dict[str, Row](), Row()
-    for label, *told in content["configs"]:
+    for place, *told in content["configs"]:
+        label = full(place)
         before = configs[label] = told[0] if len(told) == 1 else _changed(before, {"label": label, **told[1]})
-    units = [unit for told in content["units"] for unit in _apart(told)]
+    units = [unit | {key: full(unit[key]) for key in TEXTS} for told in content["units"] for unit in _apart(told)]
     headers = tuple({**unit, "config": configs.get(unit["label"], {})} for unit in units)
-    grid = [{"label": label, "seed": seed} for label, *seeds in content["grid"] for seed in seeds]
+    grid = [{"label": full(label), "seed": seed} for label, *seeds in content["grid"] for seed in seeds]
     rows: list[list[Row]] = [[] for _ in headers]
     for series in content["records"]:
         rest = {key: value for key, value in series.items() if key not in ("values", "units")}

@@ -110,7 +110,8 @@ def test_a_published_file_tells_configurations_by_what_changes_and_units_of_a_la
         {"class": "Foreign", "label": "another"},
     ]
     headers = tuple(
-        {"label": label, "seed": seed, "seconds": 1.5, "peak_memory": seed, "started": "now", "commit": None,
+        {"label": label, "seed": seed, "seconds": 1.5, "peak_memory": seed, "started": "now",
+         "commit": None if label == "c" else "0123" + label,
          "config": config}
         for label, config in zip("abcdef", configs)
         for seed in ([3] if label == "b" else [0, 1])
