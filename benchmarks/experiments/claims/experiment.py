@@ -52,13 +52,13 @@ PUBLIC = {  # the kinds and strengths of the public code of EWC-DR, for EWC and 
 TUNED = ", tuned"
 GRIDS = {
     EXACT: decades(0, 10),
-    "empirical Fisher": decades(3, 13),
-    "mini-batch squares": decades(4, 14),
-    "reversal": decades(-2, 9),
+    "empirical Fisher": decades(1, 13),
+    "mini-batch squares": decades(2, 14),
+    "reversal": decades(-2, 11),
     "reversal of mini-batches": decades(-1, 9),
     "variational": decades(-2, 10),
     "uniform": decades(-3, 5),
-    "public EWC": decades(4, 14),
+    "public EWC": decades(1, 14),
     "public EWC-DR": decades(0, 8),
 }
 """The strengths that are tried for a kind, or for a row of the public code."""
