@@ -159,9 +159,11 @@ class Evidence(StrengthRule):
     root of this equation for the θ̂ of now, where one side grows with λ and the other falls. The next task is trained
     with it. Repeated, that ends where log Z is stationary. The first task has no past, and the second `first`.
 
-    **What it is not.** Evidence says how far tasks move parameters, and not how much of the past that costs. Where
-    tasks want other parameters, D is large and λ small, whatever is forgotten; where training stops before its minimum,
-    D is small and λ large. Examples that are fitted with certainty have no curvature left, so that γ and λ go to 0.
+    **What it is not.** Evidence says how likely the past makes the new task, and not how much of the past is lost by
+    learning it. Where tasks want other parameters, D is large and λ small, whatever is forgotten. And it trusts its
+    count of directions: where a diagonal or a pair of factors has more of them than examples determine, each speaks for
+    a larger λ. Examples that are fitted with certainty have no curvature left, so that γ and λ go to 0. What that does
+    to accuracy: `python -m benchmarks run strengths`.
 
     `first` ≥ 0 is the strength until then. Policies that move the past while a task is trained (`AdaptiveRefresh`) are
     refused, with structures of whose matrices relative eigenvalues are not known, and online streams that hide where

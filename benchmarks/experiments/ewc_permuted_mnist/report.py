@@ -11,8 +11,8 @@ from benchmarks.harness.tables import Cell, Column, table
 if TYPE_CHECKING:
     from benchmarks.harness import Results
 
-TITLE = "# EWC on ten permuted MNIST tasks"
-PUBLISHED, REPRODUCED = 0.94, 0.83
+TITLE = "# EWC on permuted MNIST tasks"
+PUBLISHED, REPRODUCED, FIFTY_PUBLISHED = 0.94, 0.83, 0.90
 EXPLANATION = f"""\
 Avalanche's baselines mark EWC on permuted MNIST as not reproduced: {REPRODUCED} after ten tasks against {PUBLISHED} in
 the paper (Kirkpatrick et al. 2017). Their setting: 2 × 1,000 units, ten epochs a task with batches of 256, SGD at
@@ -35,11 +35,17 @@ every term at its own anchor (*list*), or one pair of factors by partial traces 
 with the slope of all terms at the newest anchor or *moved* there (`Merge`), and of the moved pair the leading
 eigenvectors, to a part of its trace but at most 100 of a factor. λ is the best of 3, 10 and 30 on seed 1000, by a tenth
 of the training images, held out (`--part tune`); that of the list, of which a run takes long, is that of one pair."""
+FIFTY = f"""\
+Fifty tasks on two hidden layers of 100 units. Ritter et al. 2018, "Online structured Laplace approximations for
+overcoming catastrophic forgetting", report more than {FIFTY_PUBLISHED:.2f} with merged Kronecker factors. Here each
+task has one pass over all training images in batches of 128, and its curvature is that of a random tenth of them; one
+anchor, the newest (`Merge`), and one pair of factors by partial traces. λ is the best of those tried on seed 1000, by a
+tenth of the training images, held out (`--part tune`); that of the diagonal after 15 tasks."""
 COST = """*step* is the processor time of a step with the penalty of all past tasks in that of a plain one, without the
 loop around them, and *MiB* what is held of the past."""
 
 
-IN_SUMS = "one pair, moved"  # a row of that part alone
+IN_SUMS, IN_FIFTY = "one pair, moved", "Kronecker, moved"  # rows of these parts alone
 MATTER = (
     "7 Kronecker", "1 Avalanche's recipe", "2 learning rate", "Naive, as row 7", "5 pixels", "6 optimiser", "6 wide"
 )
@@ -54,13 +60,16 @@ def report(results: Results, out: Path) -> str:
             curves[one.label] = curve
     panel = Curves(curves, "mean accuracy", "on the tasks learned so far")
     plot_curves(out / "ewc_permuted_mnist.png", [panel], xlabel="tasks learned", labels=results.labels, matter=MATTER)
-    dots = Dots(accuracies, "average accuracy", "dashed: as published", reference=PUBLISHED)
+    published = FIFTY_PUBLISHED if IN_FIFTY in results.labels else PUBLISHED
+    dots = Dots(accuracies, "average accuracy", "dashed: as published", reference=published)
     plot_dots(out / "ewc_permuted_mnist_rows.png", [dots], labels=results.labels, matter=MATTER)
     means = {label: accuracy.mean for label, accuracy in accuracies.items() if accuracy}
-    reached = [f"{label} ({mean:.4f})" for label, mean in means.items() if round(mean, 2) >= PUBLISHED]
+    reached = [f"{label} ({mean:.4f})" for label, mean in means.items() if round(mean, 2) >= published]
     figures = "![Accuracy of each row](ewc_permuted_mnist_rows.png)\n\n![Accuracy over time](ewc_permuted_mnist.png)"
-    above = f"At or above {PUBLISHED}: {', '.join(reached) or 'none'}."
+    above = f"At or above {published:.2f}: {', '.join(reached) or 'none'}."
     explained, found = [EXPLANATION, *[COST] * _is_priced(results)], [_table(results), above]
+    if IN_FIFTY in results.labels:
+        explained = [FIFTY, COST]
     if IN_SUMS in results.labels:
         explained, found = [SUMS, COST], [_table(results)]
     return "\n\n".join([TITLE, *explained, *found, figures])
