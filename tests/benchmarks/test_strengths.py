@@ -57,6 +57,17 @@ def test_tuning_uses_seeds_of_its_own():
     assert {c.first_seed for c in strengths.experiment.configs(QUICK)} == {0}
 
 
+def test_the_terms_of_the_evidence_add_up(results_of, tmp_path):
+    configs = strengths.experiment.configs(StrengthsOptions(quick=True, part="evidence"))
+    found = results_of(strengths.experiment, [c for c in configs if c.setting.scenario == "class" and c.name == "10"])
+    whole, *terms = (found.final(metric).mean for metric in ("log_evidence", "fit", "prior", "volume"))
+    assert whole == pytest.approx(sum(terms))
+    assert max(terms) < 0
+    assert found.final("determined").mean < found.final("directions").mean
+    assert not found.select("accuracy/task_2")
+    assert "| λ " in report(found, tmp_path)
+
+
 def test_the_report_has_a_table_for_each_stream(results_of, tmp_path):
     configs = [c for c in strengths.experiment.configs(QUICK) if c.name == "by evidence"]
     written = report(results_of(strengths.experiment, configs), tmp_path)

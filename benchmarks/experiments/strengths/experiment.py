@@ -5,24 +5,29 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from avalanche_curv import (
     Accumulate,
+    Curvature,
     CurvatureEWCPlugin,
     Diagonal,
+    EmpiricalRisk,
     Evidence,
     Kronecker,
     Merge,
     Policy,
+    QuadraticModel,
     StrengthRule,
     Structure,
+    TaskEvidence,
     choose_strength,
+    task_evidence,
 )
 from avalanche_curv.core import NonFiniteCurvatureError
 from avalanche_curv.streams._benchmark import benchmark
@@ -36,7 +41,7 @@ from benchmarks.streams.scenario import CLASS, DOMAIN, TASK
 from benchmarks.streams.whole_batches import Examples, TensorStream, plain_trainer
 from benchmarks.training import summary
 
-MAIN, TUNE = PARTS = ("main", "tune")
+MAIN, TUNE, EVIDENCE = PARTS = ("main", "tune", "evidence")
 FIRST_TUNING_SEED = 1000
 TRIED = tuple(10.0**power for power in range(-1, 6))
 
@@ -85,6 +90,9 @@ SETTINGS = (
 class Choice(ABC):
     """How λ is chosen."""
 
+    tasks: ClassVar[int | None] = None
+    """How many of the tasks are learned; None for all."""
+
     @abstractmethod
     def train(self, make: Callable[[float | StrengthRule], Any], tasks: Sequence[Any], held: Sequence[Any]) -> Learned:
         """A strategy of `make` that has learned all tasks. Raises NonFiniteCurvatureError where it diverged."""
@@ -96,6 +104,8 @@ class Learned:
 
     strategy: Any
     trained: int
+    scalars: dict[str, float] = field(default_factory=dict)
+    """What else is known of it."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +134,47 @@ class OnFirst(Choice):
             chosen.strategy.train(task)
         first = min(self.count, len(tasks))
         return Learned(chosen.strategy, len(chosen.scores) * first + len(tasks) - first)
+
+
+class Watching(StrengthRule):
+    """A strength that stays, and the `evidence` of the newest task at it."""
+
+    def __init__(self, strength: float) -> None:
+        self.first = strength
+        self.evidence: TaskEvidence | None = None
+
+    def check(self, risk: EmpiricalRisk, curvature: Curvature, structure: Structure, policy: Policy) -> None:
+        """Nothing is chosen."""
+
+    def next(
+        self, strength: float, past: QuadraticModel, risk: EmpiricalRisk, curvature: Curvature, structure: Structure,
+        examples: int,
+    ) -> float:
+        self.evidence = task_evidence(past, risk, curvature, structure, examples)
+        return strength
+
+
+@dataclass(frozen=True)
+class TwoTasks(Choice):
+    """A number, for two tasks, and the terms of the evidence of the second."""
+
+    strength: float
+    tasks = 2
+
+    def train(self, make: Callable[[float | StrengthRule], Any], tasks: Sequence[Any], held: Sequence[Any]) -> Learned:
+        rule = Watching(self.strength)
+        strategy = make(rule)
+        for task in tasks[:2]:
+            strategy.train(task)
+        found = rule.evidence
+        if found is None:
+            raise RuntimeError("The second task has no evidence: it was not absorbed.")
+        fit, prior = -found.examples * found.loss, -0.5 * found.examples * self.strength * found.distance
+        log = found.log(self.strength)
+        return Learned(strategy, 2, {
+            "log_evidence": log, "fit": fit, "prior": prior, "volume": log - fit - prior,
+            "determined": found.determined(self.strength), "directions": found.relative.numel(), "next": found.best(),
+        })  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -155,7 +206,7 @@ class StrengthsOptions(Options):
     """No `stream` is all of them."""
 
     part: Annotated[str, one_of("part", PARTS)] = MAIN
-    """tune: each strength, on seeds from 1000 on, by the held-out images"""
+    """tune: each strength, on seeds from 1000 on, by the held-out images; evidence: its terms at several strengths"""
     stream: tuple[str, ...] = ()
     """one stream, by its name; repeatable"""
 
@@ -184,6 +235,11 @@ class Strengths(Experiment):
                 Config(f"{setting.stream}, {strength:g}", setting, Given(strength), f"{strength:g}", FIRST_TUNING_SEED)
                 for setting in found for strength in TRIED
             ]  # fmt: skip
+        if options.part == EVIDENCE:
+            return [
+                Config(f"{setting.stream}, {strength:g}", setting, TwoTasks(strength), f"{strength:g}")
+                for setting in found for strength in TRIED[1:6]
+            ]  # fmt: skip
         return [
             Config(f"{setting.stream}, {name}", setting, choice, name)
             for setting in found for name, choice in choices(setting).items()
@@ -204,10 +260,11 @@ class Strengths(Experiment):
         except NonFiniteCurvatureError:
             yield {"metric": "average_accuracy", "value": math.nan}
             return
-        tested = held if config.first_seed else test
+        tested = (held if config.first_seed else test)[: config.choice.tasks]
         row = accuracies(learned.strategy.model, tested)
         (strength,) = (one.strength for one in learned.strategy.plugins if isinstance(one, CurvatureEWCPlugin))
         scalars = {"average_accuracy": summary([row])["average_accuracy"], "trained": learned.trained / len(tasks)}
+        scalars |= learned.scalars
         if strength:
             scalars["log_strength"] = math.log10(strength)
         yield from ({"metric": f"accuracy/task_{task}", "value": value} for task, value in enumerate(row))

@@ -22,11 +22,19 @@ another. *tuned on another seed*: the best decade from 0.1 to 1e5 on seed 1000, 
 *λ* is that after the last task, its geometric mean over seeds. *runs* is what was trained for it, in runs of the whole
 stream. Mean ± standard deviation over n seeds."""
 
+TERMS = """\
+The evidence of the second of two tasks, trained with λ: log Z = fit + prior + volume, with the fit −N L of its N
+images, the prior −½ N λ D of how far it has moved what the past holds, and the volume −½ Σ log(1 + μ/λ). *determined*
+is γ, of so many *directions* of the past, and *next* the λ that `Evidence()` takes for the third task. *first* and
+*second* are test accuracies on the two tasks at the end. Mean ± standard deviation over n seeds."""
 SAID = "{train:,} images of {images} a task, {steps} steps of {batch} with Adam at {rate:g}, {structure}(), {policy}()."
 
 
 def report(results: Results, out: Path) -> str:
     """Markdown with a table and a figure for each stream, from whatever has finished."""
+    if "fit" in results.metrics:
+        found = ([f"## {stream}", _terms(one)] for stream, one in results.by("stream"))
+        return "\n\n".join([TITLE, TERMS, *(part for pair in found for part in pair)])
     parts, panels = [TITLE, TEXT], []
     for stream, found in results.by("stream"):
         setting = found.first
@@ -46,4 +54,21 @@ def _table(results: Results) -> str:
         shown = None if strength is None else f"{10**strength.mean:.2g}"
         runs = one.final("trained")
         rows.append([one.first["name"], shown, accuracy, runs and runs.mean, accuracy.n if accuracy else 0])
+    return table(columns, rows)
+
+
+COUNTED = {  # by title, the metrics of which the mean says enough
+    "log Z": "log_evidence", "fit": "fit", "prior": "prior", "volume": "volume", "determined": "determined",
+    "directions": "directions", "next": "next",
+}  # fmt: skip
+
+
+def _terms(results: Results) -> str:
+    columns = [Column("λ"), *(Column(title, 0) for title in COUNTED), Column("first"), Column("second"), Column("n")]
+    rows: list[list[Cell]] = []
+    for one in results.each():
+        found = [one.final(metric) for metric in COUNTED.values()]
+        ends = [one.final(f"accuracy/task_{task}") for task in range(2)]
+        means = [summary.mean if summary else None for summary in found]
+        rows.append([one.first["name"], *means, *ends, ends[0].n if ends[0] else 0])
     return table(columns, rows)
