@@ -120,7 +120,7 @@ class Factors(KroneckerTerm):
 
     def eigen(self) -> tuple[Tensor, Tensor, Tensor]:
         (of_g, g), (of_a, a) = (spectrum(factor) for factor in (self.g, self.a))
-        return torch.outer(of_g, of_a).to(self.a), g.to(self.a), a.to(self.a)
+        return torch.outer(of_g, of_a).to(self.a), without_rounding(g.to(self.a)), without_rounding(a.to(self.a))
 
     def factors(self) -> Factors:
         return self
@@ -212,9 +212,10 @@ class Corrected(KroneckerTerm):
         return self.values, self.g, self.a
 
 
-def without_rounding(values: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
-    """Mean squares with those set to zero that are below ε² of the largest, ε the rounding of their type: what rounding
-    leaves of projections that are zero. Subnormal numbers, with which products take many times as long, are among them.
+def without_rounding(values: Float[Tensor, "n m"]) -> Float[Tensor, "n m"]:
+    """Mean squares, or eigenvectors, with those entries set to zero that are below ε² of the largest, ε the rounding of
+    their type: what rounding leaves where the others are zero, as in the directions of dead units. Subnormal numbers,
+    and factors whose product is one, are among them, with which products take many times as long on some processors.
 
     >>> without_rounding(torch.tensor([[1.0, 1e-13, 1e-16]]))
     tensor([[1.0000e+00, 1.0000e-13, 0.0000e+00]])

@@ -346,6 +346,15 @@ def test_eigenvalues_that_are_rounding_alone_are_zero():
         assert not without_rounding(torch.tensor([[undefined, 1.0]])).isfinite().all()
 
 
+def test_entries_of_eigenvectors_that_are_nothing_beside_their_length_are_zero():
+    """Those of [[1, t], [t, 1/2]] are turned by 2 t: by less than rounding for t = 1e-15, products with which soon are
+    subnormal numbers, and by 2e-4 for t = 1e-4."""
+    for turn, expected in ((1e-15, 0.0), (1e-4, 2e-4)):
+        factor = torch.tensor([[1.0, turn], [turn, 0.5]])
+        for vectors in Factors(factor, factor).eigen()[1:]:
+            assert vectors.abs().min().item() == pytest.approx(expected, rel=1e-3, abs=0)
+
+
 def test_a_trainable_bias_of_a_frozen_weight_has_the_second_factor_alone(case, close):
     here = case(frozen, shape=(2, 3, 4))
     matrix = estimate(GGN(), Kronecker(), here.risk).curvature
