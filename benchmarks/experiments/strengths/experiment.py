@@ -195,6 +195,7 @@ def choices(setting: Setting) -> dict[str, Choice]:
         "λ = 1": Given(1.0),
         "λ = 100": Given(100.0),
         "by evidence": Given(Evidence()),
+        "by evidence, from 100": Given(Evidence(first=100.0)),
         "on the first three tasks": OnFirst(3),
         "on all tasks": OnFirst(setting.tasks),
         "tuned on another seed": Given(setting.tuned),
