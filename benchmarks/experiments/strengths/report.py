@@ -14,10 +14,11 @@ if TYPE_CHECKING:
 TITLE = "# How λ is chosen"
 TEXT = """\
 Five tasks. Every learner of a seed starts from the same weights and sees the same training images. *by evidence*:
-`strength=Evidence()`, from λ = 1, or `Evidence(first=100)`. *on the first k tasks*: `choose_strength`, which learns them at 100 and at the four
-strengths that `suggest_strength` gives after that, keeps the best on 500 held-out images of each (30 in all in a quick
-run), and goes on with it; *on all tasks* is the same with all five, which no learner has that meets them one after
-another. *tuned on another seed*: the best decade from 0.1 to 1e5 on seed 1000, by its held-out images (`--part tune`).
+`strength=Evidence()`, from λ = 1, or `Evidence(first=100)`. *on the first k tasks*: `choose_strength`, which learns
+them at 100 and at the four strengths that `suggest_strength` gives after that, keeps the best on 500 held-out images of
+each (30 in all in a quick run), and goes on with it; *on all tasks* is the same with all five, which no learner has
+that meets them one after another. *tuned on another seed*: the best decade from 0.1 to 1e5 on seed 1000, by its
+held-out images (`--part tune`).
 
 *λ* is that after the last task, its geometric mean over seeds. *runs* is what was trained for it, in runs of the whole
 stream. Mean ± standard deviation over n seeds."""
