@@ -187,7 +187,7 @@ def fifty() -> list[Row]:
 
     return [
         row("Kronecker, moved", Kronecker(), 3.0, (1.0, 3.0, 10.0), 3.0),
-        row("diagonal, moved", Diagonal(), 10.0, (3.0, 10.0, 30.0), 1.2),
+        row("diagonal, moved", Diagonal(), 3.0, (3.0, 10.0, 30.0), 1.2),
     ]
 
 
