@@ -451,6 +451,19 @@ def test_the_report_compares_with_scratch_seed_by_seed_and_layer_norm_with_its_o
     assert [cell.strip() for cell in rows[0].split("|")[2:-1]] == ["0.605 ± 0.007", "0.855 ± 0.007"]
 
 
+def test_the_report_says_which_falls_first(configs, tmp_path):
+    found = results(configs, {"none": [0.9, 0.8, 0.3, 0.2, 0.1, 0.1]})
+    ranks = [1.0, 8.0, 9.0, 7.0, 4.0, 2.0]
+    more = [{"metric": "curvature/effective_rank", "step": n, "value": value, "label": "none", "seed": seed}
+            for seed in (0, 1) for n, value in enumerate(ranks, start=1)]
+    written = report(replace(found, rows=(*found.rows, *more)), tmp_path)
+    section = written[written.index("## Does the curvature collapse first?"):]
+    row = next(line for line in section.splitlines() if line.startswith("| effective rank "))
+    cells = [cell.strip() for cell in row.split("|")[2:-1]]
+    assert cells[:6] == ["1.00 ± 0.00", "8.00 ± 0.00", "2.00 ± 0.00", "5.0 (2)", "5.0 (2)", "2 of 2"]
+    assert cells[6] == f"{np.corrcoef(ranks[1:], [0.8, 0.3, 0.2, 0.1, 0.1])[0, 1]:.2f}"
+
+
 def test_the_report_tells_how_many_tasks_there_were_where_classes_end(configs, tmp_path):
     growing = {label: replace(config, setting=replace(config.setting, change="class_incremental", tasks=9, epochs=1))
                for label, config in configs.items()}

@@ -35,8 +35,8 @@ class FIRE(ScheduledMitigator):
 
     The optimiser's state of the weights that are replaced is that of its start: moments and their counts of steps 0.
     The source begins each task with a new optimiser, which comes to this and new moments of all else. Moments that are
-    kept would be those of much larger gradients, ten to fifty times in the `plasticity` experiment, and Adam's steps as
-    much too small for long.
+    kept would be those of larger gradients, up to twenty times those that follow in the `plasticity` experiment, and
+    Adam's steps as much too small for long.
 
     The polar factor is that of so many `iterations` of Newton and Schulz (`newton_schulz`), 10 as in the source: a
     singular value that is less than a 50th of ‖W‖_F has then not come to 1 yet, and one of 0 stays. 20 are closer.

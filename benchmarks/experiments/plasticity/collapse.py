@@ -25,9 +25,10 @@ RANKS = {
 }
 EXPLANATION = """At the start of each task, on 64 of its images with their new labels: the spectrum of the GGN of the
 mean loss, all of its at most 576 eigenvalues that are not zero, by `core.landscape`. He et al. (2025) look at the
-Hessian, of which they relate this part to training; the rest of it is not measured here. *below half* is the first
-task with a value below half of the largest before, over the seeds that have one (their number). The columns behind it
-leave out the first task, at whose start nothing was learned. *r* is the correlation with the accuracy at the end of the
+Hessian, of which they relate this part to training; the rest of it is not measured here. *below ¾* and
+*below half* are the first task with a value below that part of the largest before, over the seeds that have one (their
+number); *accuracy first*, in how many seeds the accuracy is below half at an earlier task. The columns behind leave out
+the first task, at whose start nothing was learned. *r* is the correlation with the accuracy at the end of the
 same task, seeds centred and pooled; *given the last* the partial one, given the accuracy of the task before: whether
 the spectrum foretells a loss that has not begun. *back* is that of the accuracy of the task before with the spectrum,
 given the spectrum before: whether the loss foretells the collapse. With 70 points a correlation beyond 0.24 would be
@@ -40,18 +41,20 @@ def collapse(one: Results) -> str:
     found = {name: by_task(one, metric) for name, metric in RANKS.items() if one.select(metric)}
     if not found or min(len(values) for values in accuracy.values()) < 4:
         return ""
+    seeds = sorted(accuracy)
     columns = [
         Column("at the start of a task"), Column("task 1", 2), Column("task 2", 2), Column("last", 2),
-        Column("below half", 1), Column("r", 2), Column("given the last", 2), Column("back", 2),
+        Column("below ¾"), Column("below half"), Column("accuracy first"), Column("r", 2), Column("given the last", 2),
+        Column("back", 2),
     ]  # fmt: skip
     rows: list[list[Cell]] = [
         [
-            name, *_course(values), pooled(values, accuracy, seeds := sorted(accuracy)),
+            name, *_course(values), _accuracy_first(accuracy, values), pooled(values, accuracy, seeds),
             forward(values, accuracy, seeds), backward(values, accuracy, seeds),
         ]
         for name, values in found.items()
     ]  # fmt: skip
-    rows.append([ACCURACY_ROW, *_course(accuracy), None, None, None])
+    rows.append([ACCURACY_ROW, *_course(accuracy), None, None, None, None])
     return table(columns, rows)
 
 
@@ -63,13 +66,13 @@ def by_task(one: Results, metric: str) -> dict[int, list[float]]:
     return values
 
 
-def below_half(values: list[float]) -> int | None:
-    """The first task, from 1, whose value is below half of the largest before.
+def below(part: float, values: list[float]) -> int | None:
+    """The first task, from 1, whose value is below a part of the largest before.
 
-    >>> below_half([1.0, 4.0, 3.0, 1.5]), below_half([2.0, 1.0])
+    >>> below(0.5, [1.0, 4.0, 3.0, 1.5]), below(0.5, [2.0, 1.0])
     (4, None)
     """
-    return next((t + 1 for t in range(1, len(values)) if values[t] < 0.5 * max(values[:t])), None)
+    return next((t + 1 for t in range(1, len(values)) if values[t] < part * max(values[:t])), None)
 
 
 def pooled(x: dict[int, list[float]], y: dict[int, list[float]], seeds: list[int]) -> float | None:
@@ -111,7 +114,13 @@ def _pool(values: dict[int, list[float]], seeds: list[int], begin: int, end: int
 
 
 def _course(values: dict[int, list[float]]) -> list[Cell]:
-    """The first value, the second and the last over seeds, and where they fall below half."""
-    tasks = [task for found in values.values() if (task := below_half(found)) is not None]
+    """The first value, the second and the last over seeds, and the tasks at which they fall below ¾ and half."""
     ends: list[Summary] = [summarise(found[place] for found in values.values()) for place in (0, 1, -1)]
-    return [*ends, f"{fmean(tasks):.1f} ({len(tasks)})" if tasks else None]
+    falls = [[t for found in values.values() if (t := below(part, found)) is not None] for part in (0.75, 0.5)]
+    return [*ends, *(f"{fmean(tasks):.1f} ({len(tasks)})" if tasks else None for tasks in falls)]
+
+
+def _accuracy_first(accuracy: dict[int, list[float]], values: dict[int, list[float]]) -> str | None:
+    """In how many of the seeds whose accuracy falls below half it does so at an earlier task than the values do."""
+    falls = [(t, below(0.5, values[seed])) for seed, own in accuracy.items() if (t := below(0.5, own)) is not None]
+    return f"{sum(later is None or t < later for t, later in falls)} of {len(falls)}" if falls else None

@@ -37,15 +37,16 @@ CHANGES = {
 }
 EXPLANATION = """Accuracy is that on all training images of a task at its end, in eval mode. *late* is its mean over the
 last third of the tasks, *drop* its first value − late, and *against scratch* late − that of a network trained from
-scratch on each task with the same seed: below zero, plasticity is lost. No strength is tuned: each regulariser is
-shown at all of them. Mean ± standard deviation over n seeds.
+scratch on each task with the same seed: below zero, plasticity is lost. No strength is tuned on these seeds. Mean ±
+standard deviation over n seeds.
 
 - *L2* draws parameters to zero, *L2 init* to their initial values, *Wasserstein* their distribution to the initial one.
 - *shrink & perturb s* replaces a part s of all parameters at every step by those of a network drawn anew; *after each
   task* half of them there.
 - *ReDO τ* recycles units with a score of at most τ, once in each task, half-way through its steps.
 - *SNR η* recycles a unit when it is silent for longer than all but a part η of its silent runs.
-- *FIRE p* goes a part p of the way from each weight matrix to the nearest isometry after each task; 1 is its source's.
+- *FIRE p* goes a part p of the way from each weight matrix to the nearest isometry after each task, with new moments; 1
+  is its source's.
 - *AdamO λ* draws all weights to isometries by a step outside of Adam's, λ times Adam's rate; its source takes 0.001 at
   a rate of 0.0001.
 - *from scratch*, *after each task*, *FIRE* and *ReDO* know when tasks end or how long they are; no other method does.
