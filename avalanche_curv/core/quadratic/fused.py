@@ -20,36 +20,41 @@ from avalanche_curv.core.compiled import compiled, is_plain
 SOURCE = """
 #define LANES 16   /* sums side by side, which the compiler keeps in vector registers */
 #define STRETCH 4096 /* numbers whose sum is taken in their own type */
-#define PASS(NAME, REAL, ASSIGN)                                                                       \\
+#define LEVEL(i)
+#define SLOPED(i) + s[i]
+#define PASS(NAME, REAL, ASSIGN, SLOPE)                                                                \\
 double NAME(long count, const long *sizes, REAL *const *gradients, const REAL *const *parameters,      \\
-            const REAL *anchor, const REAL *values) {                                                  \\
+            const REAL *anchor, const REAL *values, const REAL *slope) {                               \\
     double total = 0;                                                                                  \\
     for (long k = 0; k < count; anchor += sizes[k], values += sizes[k], k++) {                         \\
         REAL *restrict g = gradients[k];                                                               \\
         const REAL *restrict p = parameters[k], *restrict a = anchor, *restrict v = values;            \\
+        const REAL *restrict s = slope;                                                                \\
+        if (slope) slope += sizes[k];                                                                  \\
         for (long i = 0, n = sizes[k]; i < n;) {                                                       \\
             REAL sums[LANES] = {0};                                                                    \\
             const long end = n - i < STRETCH ? n : i + STRETCH, full = end - (end - i) % LANES;        \\
             for (; i < full; i += LANES)                                                               \\
                 for (int l = 0; l < LANES; l++) {                                                      \\
-                    const REAL d = p[i + l] - a[i + l], pull = v[i + l] * d;                           \\
+                    const REAL d = p[i + l] - a[i + l], pull = v[i + l] * d SLOPE(i + l);              \\
                     g[i + l] ASSIGN pull;                                                              \\
-                    sums[l] += pull * d;                                                               \\
+                    sums[l] += (pull SLOPE(i + l)) * d;                                                \\
                 }                                                                                      \\
             for (; i < end; i++) {                                                                     \\
-                const REAL d = p[i] - a[i], pull = v[i] * d;                                           \\
+                const REAL d = p[i] - a[i], pull = v[i] * d SLOPE(i);                                  \\
                 g[i] ASSIGN pull;                                                                      \\
-                sums[0] += pull * d;                                                                   \\
+                sums[0] += (pull SLOPE(i)) * d;                                                        \\
             }                                                                                          \\
             for (int l = 0; l < LANES; l++) total += sums[l];                                          \\
         }                                                                                              \\
     }                                                                                                  \\
     return total;                                                                                      \\
 }
-PASS(add_float32, float, +=)
-PASS(add_float64, double, +=)
-PASS(set_float32, float, =)
-PASS(set_float64, double, =)
+#define BOTH(WHERE, REAL, ASSIGN) PASS(WHERE, REAL, ASSIGN, LEVEL) PASS(WHERE##_sloped, REAL, ASSIGN, SLOPED)
+BOTH(add_float32, float, +=)
+BOTH(add_float64, double, +=)
+BOTH(set_float32, float, =)
+BOTH(set_float64, double, =)
 """
 UNCONTRACTED = "-ffp-contract=off"
 """Products are rounded before they are added, as torch rounds them."""
@@ -60,14 +65,16 @@ NAMES = {torch.float32: "float32", torch.float64: "float64"}
 def library() -> Any:
     """What is compiled from SOURCE, once for each process; None where that fails."""
     found = compiled(SOURCE, UNCONTRACTED)
-    for function in (getattr(found, f"{what}_{name}") for name in NAMES.values() for what in ("add", "set") if found):
-        function.restype, function.argtypes = ctypes.c_double, [ctypes.c_long, *[ctypes.c_void_p] * 5]
+    kinds = [f"{what}_{name}{slope}" for what in ("add", "set") for name in NAMES.values() for slope in ("", "_sloped")]
+    for function in (getattr(found, kind) for kind in kinds if found):
+        function.restype, function.argtypes = ctypes.c_double, [ctypes.c_long, *[ctypes.c_void_p] * 6]
     return found
 
 
 class OnePass:
-    """F (θ − a), for F = diag(values) [P] and the anchor a [P], by itself or added to gradients, in one pass over
-    memory where torch makes two or three. Each number is rounded as torch rounds it: results are equal to the bit.
+    """F (θ − a) + g, for F = diag(values) [P], the anchor a [P] and a `slope` g [P] or none, by itself or added to
+    gradients, in one pass over memory where torch makes two to four. Each number is rounded as torch rounds it: results
+    are equal to the bit.
 
     It is for plain parameters on the CPU, of the type of the anchor, and for one thread: several share the passes of
     torch. `shapes` are those of the parameters, in the order of the anchor.
@@ -79,14 +86,22 @@ class OnePass:
     (16.0, tensor([9.]))
     """
 
-    def __init__(self, anchor: Float[Tensor, "P"], values: Float[Tensor, "P"], shapes: Sequence[torch.Size]) -> None:
+    def __init__(
+        self,
+        anchor: Float[Tensor, "P"],
+        values: Float[Tensor, "P"],
+        shapes: Sequence[torch.Size],
+        slope: Float[Tensor, "P"] | None = None,
+    ) -> None:
         self.anchor, self.values, self.shapes = anchor.contiguous(), values.contiguous(), list(shapes)
+        self.slope = None if slope is None else slope.contiguous()
         self._sizes = array("l", map(math.prod, shapes))
-        self._usable = anchor.is_cpu and anchor.dtype in NAMES and values.dtype is anchor.dtype
+        others = [values] if slope is None else [values, slope]
+        self._usable = anchor.is_cpu and anchor.dtype in NAMES and all(t.dtype is anchor.dtype for t in others)
 
     def add(self, parameters: Sequence[Tensor | None]) -> float | None:
-        """Adds F (θ − a) to the gradients of these parameters θ, and returns δᵀFδ for δ = θ − a; None, with nothing
-        done, where that is not possible."""
+        """Adds F δ + g to the gradients of these parameters θ, for δ = θ − a, and returns δᵀFδ + 2 gᵀδ; None, with
+        nothing done, where that is not possible."""
         gradients: list[Any] = [None if p is None else p.grad for p in parameters]
         if not (self._fit(parameters) and self._fit(gradients)):
             return None
@@ -94,7 +109,8 @@ class OnePass:
         return self._passed("add", gradients, parameters)
 
     def gradient(self, parameters: Sequence[Tensor]) -> tuple[float, list[Tensor]] | None:
-        """δᵀFδ and F δ, in the shapes of the parameters and in memory of its own; None where that is not possible."""
+        """δᵀFδ + 2 gᵀδ and F δ + g, in the shapes of the parameters and in memory of its own; None where that is not
+        possible."""
         if not self._fit(parameters):
             return None
         gradients = [torch.empty(shape, dtype=self.anchor.dtype) for shape in self.shapes]
@@ -108,7 +124,8 @@ class OnePass:
 
     def _passed(self, what: str, gradients: Sequence[Any], parameters: Sequence[Any]) -> float:
         ours, theirs = (array("Q", map(Tensor.data_ptr, some)) for some in (gradients, parameters))
-        return getattr(library(), f"{what}_{NAMES[self.anchor.dtype]}")(
+        slope, kind = (None, "") if self.slope is None else (self.slope.data_ptr(), "_sloped")
+        return getattr(library(), f"{what}_{NAMES[self.anchor.dtype]}{kind}")(
             len(ours), self._sizes.buffer_info()[0], ours.buffer_info()[0], theirs.buffer_info()[0],
-            self.anchor.data_ptr(), self.values.data_ptr(),
+            self.anchor.data_ptr(), self.values.data_ptr(), slope,
         )  # fmt: skip

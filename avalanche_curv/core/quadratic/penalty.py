@@ -24,6 +24,8 @@ from avalanche_curv.core.structures import Structure
 from avalanche_curv.core.structures.base import GradientPass
 from avalanche_curv.core.structures.rules import check_pair
 
+FEW = 2**14  # coordinates
+
 
 class Penalty:
     """strength · q(θ) of one quadratic model, as a function of a model that can be called at every step.
@@ -88,9 +90,7 @@ class Penalty:
             products = [g.add_(slope) for g, slope in zip(products, self.space.split(self.past.gradient))]
         return products if self._factor == 1 else [g.mul_(self._factor) for g in products]
 
-    def add(
-        self, named: Mapping[str, nn.Parameter], own: Mapping[str, nn.Parameter]
-    ) -> list[Tensor] | None:
+    def add(self, named: Mapping[str, nn.Parameter], own: Mapping[str, nn.Parameter]) -> list[Tensor] | None:
         """Adds strength · ∇q(θ) to the gradients of `own`, which are some of the parameters θ, `named`; a missing
         gradient counts as zero. Returns what `gradients` would; None where one pass over memory was enough
         (`OnePass`)."""
@@ -178,14 +178,14 @@ class _Penalty(torch.autograd.Function):
 
 
 def _in_one_pass(past: QuadraticModel) -> GradientPass | None:
-    """For a diagonal C and no slope at the anchor, for low rank beside a diagonal, and for Kronecker products."""
+    """For a diagonal C, for low rank beside a diagonal, and for Kronecker products."""
     parts = past.curvature.eigenvectors_beside_diagonal()
     if parts is None:
         return past.curvature.gradient_pass(past.anchor, past.gradient)
     (values, vectors), diagonal = parts
     if len(values):
         return LowRankPass(past.anchor, vectors, values, diagonal, past.gradient, past.space.shapes)
-    return None if past.gradient is not None or diagonal is None else OnePass(past.anchor, diagonal, past.space.shapes)
+    return None if diagonal is None else OnePass(past.anchor, diagonal, past.space.shapes, past.gradient)
 
 
 def _centre(past: QuadraticModel) -> QuadraticModel | None:
@@ -194,13 +194,16 @@ def _centre(past: QuadraticModel) -> QuadraticModel | None:
     if past.gradient is None:
         return past
     diagonal = _diagonal(past)
-    if diagonal is None or (past.gradient[diagonal <= 0] != 0).any():
+    if diagonal is None:
         return None
-    step = torch.where(diagonal <= 0, 0.0, -past.gradient / diagonal)
-    if step.abs().max() > 2 * past.anchor.abs().max():
-        return None  # so far away that the value would cancel: no sum of quadratics, whose minimum is among anchors
-    anchor = past.anchor + step
-    return replace(past.reanchored(anchor), gradient=None)  # C (a* − a) + g is zero but for rounding
+    farthest = 2 * past.anchor.abs().max()
+    for some in (slice(FEW), slice(None)):  # a few tell of most minima that are too far
+        slope, curvature = past.gradient[some], diagonal[some]
+        flat = curvature <= 0
+        step = torch.where(flat, 0.0, -slope / curvature)
+        if step.abs().max() > farthest or (flat & (slope != 0)).any():
+            return None  # so far away that the value would cancel: no sum of quadratics, whose minimum is among anchors
+    return replace(past.reanchored(past.anchor + step), gradient=None)  # C (a* − a) + g is zero but for rounding
 
 
 def _diagonal(past: QuadraticModel) -> Tensor | None:

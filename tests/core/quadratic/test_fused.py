@@ -34,21 +34,25 @@ def drawn(dtype, *shapes):
 
 
 @compiled
+@pytest.mark.parametrize("with_slope", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_one_pass_adds_to_the_bit_what_torch_adds_in_three(dtype):
+def test_one_pass_adds_to_the_bit_what_torch_adds_in_three(dtype, with_slope):
     parameters, anchor, values, shapes = drawn(dtype, (3, 5), (1,), (0, 4), (17, 1001), (4096,), ())
     theta = torch.cat([parameter.detach().reshape(-1) for parameter in parameters])
-    delta = theta - anchor
-    expected = torch.cat([parameter.grad.reshape(-1) for parameter in parameters]) + values * delta
-    before = parameters[0].grad._version
-    alone, gradients = OnePass(anchor, values, shapes).gradient(parameters)
-    assert torch.equal(torch.cat([gradient.reshape(-1) for gradient in gradients]), values * delta)
+    delta, slope = theta - anchor, values.flip(0).sqrt() if with_slope else None
+    pull = values * delta if slope is None else values * delta + slope
+    expected = torch.cat([parameter.grad.reshape(-1) for parameter in parameters]) + pull
+    before, one_pass = parameters[0].grad._version, OnePass(anchor, values, shapes, slope)
+    alone, gradients = one_pass.gradient(parameters)
+    assert torch.equal(torch.cat([gradient.reshape(-1) for gradient in gradients]), pull)
     assert [gradient.shape for gradient in gradients] == shapes
-    form = OnePass(anchor, values, shapes).add(parameters)
+    form = one_pass.add(parameters)
     assert form == alone
     assert torch.equal(torch.cat([parameter.grad.reshape(-1) for parameter in parameters]), expected)
     assert torch.equal(torch.cat([parameter.detach().reshape(-1) for parameter in parameters]), theta)
-    assert form == pytest.approx(float((values.double() * delta.double().square()).sum()), rel=1e-5)
+    total = (values.double() * delta.double().square()).sum()
+    total += 0 if slope is None else 2 * slope.double() @ delta.double()
+    assert form == pytest.approx(float(total), rel=1e-5)
     assert parameters[0].grad._version > before  # autograd sees that it was changed in place
 
 
