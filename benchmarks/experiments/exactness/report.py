@@ -35,12 +35,12 @@ TICKS = (FLOOR, 1e-3, 1e-2, 0.1, 0.5, 0.9, 0.99, 1 - 1e-3, 1 - FLOOR)
 ENOUGH = 10  # rows for a rank correlation
 DRAWN = 2000  # resamples of rows
 MORE = "lost", "error", "ρ", "apart", "n"
-TEXT = """{tasks} tasks of new classes on {stream}: {examples} training images of each class, the
-features projected to {directions} random orthogonal directions, and a head with all outputs from the start, unless it
-grows. After each task the model of its loss is taken in, and λ times the sum is added to the loss of the next one: at
-λ = 1 and with a model that is right, that is the loss of all tasks. To both ½ · {weight:g} · ‖θ‖² is added. Linear
-heads are trained to the minimum (conjugate gradients for squared error, at most {iterations} iterations of L-BFGS for
-softmax), those with hidden layers by Adam, {steps} steps a task with batches of {batch}. Methods see no task label.
+TEXT = """{tasks} tasks of new classes on {stream}: {examples} training images of each class, the features
+projected to {directions} random orthogonal directions, and a head with all outputs from the start, unless it grows.
+After each task the model of its loss is taken in, and λ times the sum is added to the loss of the next one: at λ = 1
+and with a model that is right, that is the loss of all tasks. To both ½ · {weight:g} · ‖θ‖² is added. Linear heads are
+trained to the minimum (conjugate gradients for squared error, at most {iterations} iterations of L-BFGS for softmax),
+those with hidden layers by Adam, {steps} steps a task with batches of {batch}. Methods see no task label.
 
 - *accumulate*: each past loss around its own anchor, taken for a minimum (Kirkpatrick et al. 2017); *accumulate,
   slopes*: with its slope there (`Accumulate(gradient=True)`); *merge*: one anchor, the newest (Huszár 2018). *refresh*
@@ -93,7 +93,7 @@ def _exact(results: Results) -> str:
     part = results.where(squared=True)
     rows: list[list[Cell]] = [
         [_name(one.first), one.final("accuracy"), _small(one.final("lost")), _small(one.final("apart")),
-         _small(one.final("apart_most")), _small(one.final("error")), _count(one)]
+         _small(one.final("apart_most")), _small(one.final("error"), 3), _count(one)]
         for one in part.each()
     ]  # fmt: skip
     text = "### {stream}\n\n{tasks} tasks, {examples} images of each class, {directions} directions."
@@ -120,7 +120,7 @@ def _compared(results: Results) -> str:
             accuracy = one.final("accuracy")
             part = f"{accuracy.mean / whole.mean:.3f}" if accuracy and whole else ""
             rows.append([
-                _name(row), head.kind, accuracy, part, _strength(row), _small(one.final("error")), _mebibytes(one),
+                _name(row), head.kind, accuracy, part, _strength(row), _small(one.final("error"), 3), _mebibytes(one),
                 _count(one),
             ])  # fmt: skip
     more = ("of joint", "λ", "error", "MiB", "n")
@@ -131,7 +131,7 @@ def _compared(results: Results) -> str:
 def _grid(results: Results) -> str:
     rows: list[list[Cell]] = [
         [f"{one.first['kept']}, {one.first['kept_by']}", one.final("accuracy"), _decimals(one.final("lost")),
-         _small(one.final("error")), _small(one.final("rho")), _small(one.final("apart")), _count(one)]
+         _small(one.final("error"), 3), _small(one.final("rho")), _small(one.final("apart")), _count(one)]
         for one in results.each()
     ]  # fmt: skip
     return table([Column("kept"), Column("accuracy", 3, max), *map(Column, MORE)], rows)
@@ -178,7 +178,7 @@ def _sentence(points: Sequence[Point]) -> str:
         "of those that store a tenth": [p for p in points if not p.free],
     }
     orders = [f"{_order(some)} {kind} ({len(some)})" for kind, some in kinds.items() if len(some) >= ENOUGH]
-    says = f"Spearman's rank correlation of error and loss, with the middle 95% of {DRAWN:,} resamples of rows, is "
+    says = f"Spearman's rank correlation of the two, with the middle 95% of {DRAWN:,} resamples of rows, is "
     return f"{', '.join(parts)}." + (f" {says}{', '.join(orders)}." if orders else "")
 
 
@@ -252,8 +252,8 @@ def _mebibytes(one: Results) -> str:
     return f"{size.mean / 2**20:.3f}" if size and size.mean else ""
 
 
-def _small(summary: Summary | None) -> str:
-    return "–" if summary is None else f"{summary.mean:.2g}"
+def _small(summary: Summary | None, digits: int = 2) -> str:
+    return "–" if summary is None else f"{summary.mean:.{digits}g}"
 
 
 def _decimals(summary: Summary | None) -> str:
