@@ -21,7 +21,7 @@ from avalanche_curv.core.risk.selection import training, warn_unprotected
 from avalanche_curv.core.state import Saved
 from avalanche_curv.core.structures.base import Matrix
 
-Number = TypeVar("Number", float, Tensor)
+Number = TypeVar("Number", float, Tensor, "float | Tensor")
 AT_ONCE = 2**20  # coordinates that are widened to float64
 
 

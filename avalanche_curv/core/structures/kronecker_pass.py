@@ -88,14 +88,15 @@ class KroneckerPass:
     def add(self, parameters: Sequence[Tensor | None]) -> Tensor | None:
         """Adds g + C δ to the gradients of these parameters θ, and returns δᵀCδ + 2 gᵀδ; None, with nothing done, where
         that is not possible."""
-        gradients = [p.grad for p in parameters if p is not None and p.grad is not None]
-        if len(gradients) < len(self.anchors) or not (self._fit(parameters) and self._fit(gradients)):
+        known = [p for p in parameters if p is not None and p.grad is not None]
+        gradients = [p.grad for p in known if p.grad is not None]
+        if len(known) < len(self.anchors) or not (self._fit(known) and self._fit(gradients)):
             return None
         if self.slopes is None:
-            return self._added(parameters, gradients)
+            return self._added(known, gradients)
         self._products = self._products or [torch.empty_like(anchor) for anchor in self.anchors]
         torch._foreach_zero_(self._products)
-        form = self._added(parameters, self._products)
+        form = self._added(known, self._products)
         torch._foreach_add_(gradients, self._products)
         return form
 
@@ -116,12 +117,12 @@ class KroneckerPass:
                 place.copy_(part)
         return self._summed(to)
 
-    def _fit(self, tensors: Sequence[Tensor | None]) -> bool:
+    def _fit(self, tensors: Sequence[Tensor]) -> bool:
         if torch.compiler.is_compiling():
             return False
         return all(is_plain(tensor, anchor.shape, anchor) for tensor, anchor in zip(tensors, self.anchors))
 
-    def _added(self, parameters: Sequence[Tensor | None], to: Sequence[Tensor]) -> Tensor:
+    def _added(self, parameters: Sequence[Tensor], to: Sequence[Tensor]) -> Tensor:
         for places, parameter, anchor in zip(self.places.values(), parameters, self.anchors):
             for place in places:
                 torch.sub(parameter, anchor, out=place)

@@ -90,7 +90,8 @@ class Factors(KroneckerTerm):
     g: Float[Tensor, "out out"]
 
     def adder(self, own: Float[Tensor, "out in"], widths: Sequence[int]) -> Adder:
-        turned, product = in_rows(*own.shape, own), in_rows(*own.shape, own)
+        out, inputs = own.shape
+        turned, product = in_rows(out, inputs, own), in_rows(out, inputs, own)
         parts = product.split([*widths], dim=1)
 
         def add(to: list[Tensor]) -> Tensor:
