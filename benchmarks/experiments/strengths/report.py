@@ -21,8 +21,7 @@ that meets them one after another. *tuned on another seed*: the best decade from
 held-out images (`--part tune`).
 
 *λ* is that after the last task, its geometric mean over seeds. *runs* is what was trained for it, in runs of the whole
-stream. Mean ± standard deviation over n seeds."""
-
+stream. Kronecker factors are one pair (`PartialTraces()`). Mean ± standard deviation over n seeds."""
 TERMS = """\
 The evidence of the second of two tasks, trained with λ: log Z = fit + prior + volume, with the fit −N L of its N
 images, the prior −½ N λ D of how far it has moved what the past holds, and the volume −½ Σ log(1 + μ/λ). *determined*
@@ -52,7 +51,7 @@ def _table(results: Results) -> str:
     rows: list[list[Cell]] = []
     for one in results.each():
         accuracy, strength = one.final("average_accuracy"), one.final("log_strength")
-        shown = None if strength is None else f"{10**strength.mean:.2g}"
+        shown = None if strength is None else f"{10**strength.mean:.3g}"
         runs = one.final("trained")
         rows.append([one.first["name"], shown, accuracy, runs and runs.mean, accuracy.n if accuracy else 0])
     return table(columns, rows)
