@@ -33,8 +33,8 @@ SAID = "{train:,} images of {images} a task, {steps} steps of {batch} with Adam 
 def report(results: Results, out: Path) -> str:
     """Markdown with a table and a figure for each stream, from whatever has finished."""
     if "fit" in results.metrics:
-        found = ([f"## {stream}", _terms(one)] for stream, one in results.by("stream"))
-        return "\n\n".join([TITLE, TERMS, *(part for pair in found for part in pair)])
+        pairs = ([f"## {stream}", _terms(one)] for stream, one in results.by("stream"))
+        return "\n\n".join([TITLE, TERMS, *(part for pair in pairs for part in pair)])
     parts, panels = [TITLE, TEXT], []
     for stream, found in results.by("stream"):
         setting = found.first
