@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
-from avalanche_curv.core.compiled import compiled, is_plain
+from avalanche_curv.core.compiled import compiled
+from avalanche_curv.core.structures.gradient_pass import GradientPass
 
 SOURCE = """
 #define LANES 16   /* sums side by side, which the compiler keeps in vector registers */
@@ -71,10 +71,10 @@ def library() -> Any:
     return found
 
 
-class OnePass:
-    """F (θ − a) + g, for F = diag(values) [P], the anchor a [P] and a `slope` g [P] or none, by itself or added to
-    gradients, in one pass over memory where torch makes two to four. Each number is rounded as torch rounds it: results
-    are equal to the bit.
+class OnePass(GradientPass[float]):
+    """g + F δ, for F = diag(values) [P], δ = θ − a and a `slope` g [P] or none, by itself or added to gradients, in one
+    pass over memory where torch makes two to four. Each number is rounded as torch rounds it: results are equal to the
+    bit.
 
     It is for plain parameters on the CPU, of the type of the anchor, and for one thread: several share the passes of
     torch. `shapes` are those of the parameters, in the order of the anchor.
@@ -93,39 +93,19 @@ class OnePass:
         shapes: Sequence[torch.Size],
         slope: Float[Tensor, "P"] | None = None,
     ) -> None:
-        self.anchor, self.values, self.shapes = anchor.contiguous(), values.contiguous(), list(shapes)
-        self.slope = None if slope is None else slope.contiguous()
+        super().__init__(anchor, shapes)
+        self.values, self.slope = values.contiguous(), None if slope is None else slope.contiguous()
         self._sizes = array("l", map(math.prod, shapes))
         others = [values] if slope is None else [values, slope]
-        self._usable = anchor.is_cpu and anchor.dtype in NAMES and all(t.dtype is anchor.dtype for t in others)
+        self._known = anchor.is_cpu and anchor.dtype in NAMES and all(t.dtype is anchor.dtype for t in others)
 
-    def add(self, parameters: Sequence[Tensor | None]) -> float | None:
-        """Adds F δ + g to the gradients of these parameters θ, for δ = θ − a, and returns δᵀFδ + 2 gᵀδ; None, with
-        nothing done, where that is not possible."""
-        gradients: list[Any] = [None if p is None else p.grad for p in parameters]
-        if not (self._fit(parameters) and self._fit(gradients)):
-            return None
-        increment_version(gradients)
-        return self._passed("add", gradients, parameters)
+    def _is_usable(self) -> bool:
+        return self._known and torch.get_num_threads() == 1 and library() is not None
 
-    def gradient(self, parameters: Sequence[Tensor]) -> tuple[float, list[Tensor]] | None:
-        """δᵀFδ + 2 gᵀδ and F δ + g, in the shapes of the parameters and in memory of its own; None where that is not
-        possible."""
-        if not self._fit(parameters):
-            return None
-        gradients = [torch.empty(shape, dtype=self.anchor.dtype) for shape in self.shapes]
-        return self._passed("set", gradients, parameters), gradients
-
-    def _fit(self, tensors: Sequence[Tensor | None]) -> bool:
-        """Whether these lie in memory as the anchor does, and the library is there for them."""
-        if not self._usable or torch.get_num_threads() > 1 or torch.compiler.is_compiling() or library() is None:
-            return False
-        return all(is_plain(tensor, shape, self.anchor) for tensor, shape in zip(tensors, self.shapes))
-
-    def _passed(self, what: str, gradients: Sequence[Any], parameters: Sequence[Any]) -> float:
+    def _written(self, gradients: Sequence[Tensor], parameters: Sequence[Tensor], adds: bool) -> float:
         ours, theirs = (array("Q", map(Tensor.data_ptr, some)) for some in (gradients, parameters))
         slope, kind = (None, "") if self.slope is None else (self.slope.data_ptr(), "_sloped")
-        return getattr(library(), f"{what}_{NAMES[self.anchor.dtype]}{kind}")(
+        return getattr(library(), f"{'add' if adds else 'set'}_{NAMES[self.anchor.dtype]}{kind}")(
             len(ours), self._sizes.buffer_info()[0], ours.buffer_info()[0], theirs.buffer_info()[0],
             self.anchor.data_ptr(), self.values.data_ptr(), slope,
         )  # fmt: skip

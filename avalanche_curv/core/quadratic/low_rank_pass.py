@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
-from avalanche_curv.core.compiled import compiled, is_plain
+from avalanche_curv.core.compiled import compiled
+from avalanche_curv.core.structures.gradient_pass import GradientPass
 
 SOURCE = """
 #define LANES 16
@@ -107,7 +107,7 @@ def library() -> Any:
     return found
 
 
-class LowRankPass:
+class LowRankPass(GradientPass[float]):
     """g + C δ for C = Σ_i λ_i v_i v_iᵀ + diag(d) and δ = θ − a, by itself or added to gradients, in one pass over
     memory for all products vᵀδ and one for their sum. It differs from what torch finds by rounding.
 
@@ -130,35 +130,17 @@ class LowRankPass:
         slope: Float[Tensor, "P"] | None,
         shapes: Sequence[torch.Size],
     ) -> None:
-        held = anchor, slope, diagonal, vectors, values
+        super().__init__(anchor, shapes)
+        held = self.anchor, slope, diagonal, vectors, values
         self.held = [None if tensor is None else tensor.contiguous() for tensor in held]
-        self._usable = all(t is None or (t.is_cpu and t.dtype is torch.float32) for t in held)
-        self.shapes, self._sizes = list(shapes), array("l", map(math.prod, shapes))
+        self._known = all(t is None or (t.is_cpu and t.dtype is torch.float32) for t in held)
+        self._sizes = array("l", map(math.prod, shapes))
         self._room = torch.empty(len(values), dtype=torch.float64), torch.empty(len(values))
 
-    def add(self, parameters: Sequence[Tensor | None]) -> float | None:
-        """Adds g + C δ to the gradients of these parameters θ, and returns δᵀCδ + 2 gᵀδ; None, with nothing done, where
-        that is not possible."""
-        gradients = [p.grad for p in parameters if p is not None and p.grad is not None]
-        if len(gradients) < len(parameters) or not (self._fit(parameters) and self._fit(gradients)):
-            return None
-        increment_version(gradients)
-        return self._passed(gradients, parameters, adds=True)
+    def _is_usable(self) -> bool:
+        return self._known and torch.get_num_threads() == 1 and library() is not None
 
-    def gradient(self, parameters: Sequence[Tensor]) -> tuple[float, list[Tensor]] | None:
-        """δᵀCδ + 2 gᵀδ and g + C δ, in the shapes of the parameters and in memory of its own; None where that is not
-        possible."""
-        if not self._fit(parameters):
-            return None
-        gradients = [torch.empty(shape) for shape in self.shapes]
-        return self._passed(gradients, parameters, adds=False), gradients
-
-    def _fit(self, tensors: Sequence[Tensor | None]) -> bool:
-        if not self._usable or torch.get_num_threads() > 1 or torch.compiler.is_compiling() or library() is None:
-            return False
-        return all(is_plain(tensor, shape, self._room[1]) for tensor, shape in zip(tensors, self.shapes))
-
-    def _passed(self, gradients: Sequence[Any], parameters: Sequence[Any], adds: bool) -> float:
+    def _written(self, gradients: Sequence[Tensor], parameters: Sequence[Tensor], adds: bool) -> float:
         ours, theirs = (array("Q", map(Tensor.data_ptr, some)) for some in (gradients, parameters))
         anchor, slope, diagonal, vectors, values = (None if t is None else t.data_ptr() for t in self.held)
         return library().low_rank(

@@ -21,7 +21,7 @@ from avalanche_curv.core.quadratic.model import QuadraticModel, check_first_orde
 from avalanche_curv.core.quadratic.parts import add_to_gradients
 from avalanche_curv.core.risk.parameters import ParameterSpace
 from avalanche_curv.core.structures import Structure
-from avalanche_curv.core.structures.base import GradientPass
+from avalanche_curv.core.structures.gradient_pass import GradientPass
 from avalanche_curv.core.structures.rules import check_pair
 
 FEW = 2**14  # coordinates

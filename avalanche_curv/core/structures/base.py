@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
@@ -21,6 +21,7 @@ from avalanche_curv.core.precision import in_own_precision
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.parameters import ParameterSpace
 from avalanche_curv.core.state import Storable
+from avalanche_curv.core.structures.gradient_pass import GradientPass
 
 
 class CurvatureSource(Protocol):
@@ -83,19 +84,9 @@ class Structure(ABC):
         """Raises MemoryError where `bytes(space, itemsize)` exceeds what this recipe allows, with a remedy."""
 
 
-class GradientPass(Protocol):
-    """g + C δ with δ = θ − a, by itself or added to gradients; None, with nothing done, where that is not possible."""
-
-    def add(self, parameters: Sequence[Tensor | None]) -> float | Tensor | None:
-        """Adds it to the gradients of these parameters θ, and returns δᵀCδ + 2 gᵀδ."""
-
-    def gradient(self, parameters: Sequence[Tensor]) -> tuple[float | Tensor, list[Tensor]] | None:
-        """δᵀCδ + 2 gᵀδ and g + C δ, in the shapes of the parameters and in memory of its own."""
-
-
 OPERATIONS = {
     "product", "products", "quadratic_form", "plus", "compressed", "scaled", "embedded", "map_spectrum", "damped",
-    "largest", "pseudo_inverse", "relative_to", "dense", "trace", "top",
+    "largest", "pseudo_inverse", "relative_to", "dense", "trace", "top", "gradient_pass",
 }  # fmt: skip
 
 

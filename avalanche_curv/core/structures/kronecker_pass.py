@@ -9,10 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from avalanche_curv.core.compiled import is_plain
-from avalanche_curv.core.precision import in_own_precision
 from avalanche_curv.core.risk.parameters import ParameterSpace
 from avalanche_curv.core.state import Storable
+from avalanche_curv.core.structures.gradient_pass import GradientPass
 from avalanche_curv.core.structures.kronecker_terms import KroneckerTerm, in_rows
 
 
@@ -53,7 +52,7 @@ class FactoredLayer(Storable):
         return weight.T if self.transposed else weight.flatten(1)
 
 
-class KroneckerPass:
+class KroneckerPass(GradientPass[Tensor]):
     """g + C δ for C = diag(d) + Σ_j A_j ⊗ G_j and δ = θ − a, by itself or added to gradients. The change of each layer
     stands in one matrix with its bias, and all memory that products write to is made once: in fresh memory, and with
     some thirty operations for each layer, a product of cut factors takes half as long again as its multiplications.
@@ -69,7 +68,8 @@ class KroneckerPass:
         anchor: Float[Tensor, "P"],
         slope: Float[Tensor, "P"] | None = None,
     ) -> None:
-        self.space, self.anchors = space, space.split(anchor)
+        super().__init__(anchor, space.shapes)
+        self.space, self.anchors = space, space.split(self.anchor)
         self.slopes = None if slope is None else space.split(slope)
         parts, self.places = dict(zip(space.names, self.anchors)), {name: list[Tensor]() for name in space.names}
         self.layers, self.diagonal, self._products = [], diagonal, list[Tensor]()
@@ -83,33 +83,6 @@ class KroneckerPass:
             if not places:
                 places.append(torch.zeros_like(parts[name]))
 
-    @in_own_precision
-    @torch.no_grad()
-    def add(self, parameters: Sequence[Tensor | None]) -> Tensor | None:
-        """Adds g + C δ to the gradients of these parameters θ, and returns δᵀCδ + 2 gᵀδ; None, with nothing done, where
-        that is not possible."""
-        known = [p for p in parameters if p is not None and p.grad is not None]
-        gradients = [p.grad for p in known if p.grad is not None]
-        if len(known) < len(self.anchors) or not (self._fit(known) and self._fit(gradients)):
-            return None
-        if self.slopes is None:
-            return self._added(known, gradients)
-        self._products = self._products or [torch.empty_like(anchor) for anchor in self.anchors]
-        torch._foreach_zero_(self._products)
-        form = self._added(known, self._products)
-        torch._foreach_add_(gradients, self._products)
-        return form
-
-    @in_own_precision
-    @torch.no_grad()
-    def gradient(self, parameters: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]] | None:
-        """δᵀCδ + 2 gᵀδ and g + C δ, in the shapes of the parameters and in memory of its own; None where that is not
-        possible."""
-        if not self._fit(parameters):
-            return None
-        gradients = [torch.zeros_like(anchor) for anchor in self.anchors]
-        return self._added(parameters, gradients), gradients
-
     def add_product(self, change: Sequence[Tensor], to: Sequence[Tensor]) -> Tensor:
         """Adds C δ to tensors in the shapes of the parameters, and returns δᵀCδ, for δ in these shapes."""
         for places, part in zip(self.places.values(), change):
@@ -117,19 +90,25 @@ class KroneckerPass:
                 place.copy_(part)
         return self._summed(to)
 
-    def _fit(self, tensors: Sequence[Tensor]) -> bool:
-        if torch.compiler.is_compiling():
-            return False
-        return all(is_plain(tensor, anchor.shape, anchor) for tensor, anchor in zip(tensors, self.anchors))
+    def _is_usable(self) -> bool:
+        return True
 
-    def _added(self, parameters: Sequence[Tensor], to: Sequence[Tensor]) -> Tensor:
+    def _written(self, gradients: Sequence[Tensor], parameters: Sequence[Tensor], adds: bool) -> Tensor:
         for places, parameter, anchor in zip(self.places.values(), parameters, self.anchors):
             for place in places:
                 torch.sub(parameter, anchor, out=place)
+        beside = adds and self.slopes is not None  # then the slope joins C δ first, as it does by products
+        if beside and not self._products:
+            self._products = [torch.empty_like(anchor) for anchor in self.anchors]
+        to = self._products if beside else gradients
+        if beside or not adds:
+            torch._foreach_zero_([*to])
         form = self._summed(to)
         if self.slopes is not None:
             torch._foreach_add_([*to], self.slopes)
             form = form + 2 * self._with(self.slopes)
+        if beside:
+            torch._foreach_add_([*gradients], [*to])
         return form
 
     def _summed(self, to: Sequence[Tensor]) -> Tensor:
