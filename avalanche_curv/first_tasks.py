@@ -61,9 +61,11 @@ def choose_strength(
             f"choose_strength takes at least two tasks, as no penalty acts in the first, and as many held out; got "
             f"{len(tasks)} and {len(held_out)}. Give train_stream[:3] and valid_stream[:3]."
         )
+    if strengths is not None and not (strengths := [_checked(one) for one in strengths]):
+        raise ValueError("choose_strength needs strengths to try; got none. Give (1, 10, 100), or leave them out.")
     scores: dict[float, float] = {}
     best: tuple[float, float, S] | None = None
-    waiting = [FIRST] if strengths is None else [_checked(one) for one in strengths]
+    waiting = [FIRST] if strengths is None else [*strengths]
     while waiting:
         strength = waiting.pop(0)
         strategy = make(strength)

@@ -84,6 +84,8 @@ def test_bad_input_is_refused_with_a_remedy(stream):
         choose_strength(maker(), tasks[:2], held_out[:3])
     with pytest.raises(ValueError, match="strengths must be a finite number, at least 0"):
         choose_strength(maker(), tasks[:2], held_out[:2], strengths=(-1.0,))
+    with pytest.raises(ValueError, match="needs strengths to try"):
+        choose_strength(maker(), tasks[:2], held_out[:2], strengths=())
 
     def plain(strength):
         model = SimpleMLP(input_size=64)

@@ -374,7 +374,11 @@ class HalfResNet18:
 
 
 @pytest.mark.parametrize(
-    "label", ["SpectralReg 0.0001", "L2 init 0.0001", "Wasserstein 0.0001", "Parseval 0.0001", "ReDO 0.1"]
+    "label",
+    [
+        "SpectralReg 0.0001", "ReDO 0.1",
+        *(pytest.param(f"{name} 0.0001", marks=pytest.mark.slow) for name in ("L2 init", "Wasserstein", "Parseval")),
+    ],
 )
 @pytest.mark.parametrize("network", ["resnet18", "vit_tiny"])
 def test_the_large_networks_learn_a_slice(network, label, tmp_path, unchecked):

@@ -56,7 +56,9 @@ def test_losses_of_units_are_means_over_batches(risk):
     assert losses_at(4, risk, risk.anchor).tolist() == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("trajectory", ["sequential", "replay", "regularised"])
+@pytest.mark.parametrize(
+    "trajectory", ["regularised", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sequential", "replay"))]
+)
 def test_at_its_anchor_a_quadratic_model_is_exact_and_further_on_it_is_not(trajectory):
     config = next(c for c in experiment.configs(QUICK) if c.trajectory == trajectory)
     records = experiment.run(config, 0, None)

@@ -88,6 +88,13 @@ def check_models(models: Sequence[QuadraticModel], weights: Sequence[float] | No
         raise ValueError("There is nothing to merge: give a quadratic model of each network, as estimate(...) returns.")
     for model in models:
         check_kind("models", model, QuadraticModel, "[estimate(Fisher(), Diagonal(), risk), ...]")
+    shapes: dict[str, torch.Size] = {}
+    for name, shape in (pair for model in models for pair in zip(model.space.names, model.space.shapes)):
+        if shapes.setdefault(name, shape)[1:] != shape[1:]:
+            raise ValueError(
+                "Networks that are merged must be of one architecture, but for outputs that a head lacks; "
+                f"'{name}' has shapes {[*shapes[name]]} and {[*shape]}."
+            )
     if weights is None:
         return [1.0] * len(models)
     if len(weights) != len(models):

@@ -225,6 +225,12 @@ class Accumulate(Drawing):
                 f"outputs={self.outputs} says what squared error on one-hot classes makes of later outputs, and the "
                 f"loss is {type(risk.loss).__name__}. Train with it, or leave outputs out: later outputs are then free."
             )
+        if risk.loss.mean:
+            raise ValueError(
+                f"outputs={self.outputs} needs squared errors that are summed over outputs: a mean over them is "
+                "another loss of the past once there are more. Train with nn.MSELoss(reduction='sum'), whose sum over "
+                "outputs is averaged over examples."
+            )
         estimate(curvature, structure, risk).check_grows(self.outputs)
 
     def revise(

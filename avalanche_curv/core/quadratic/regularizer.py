@@ -91,7 +91,7 @@ class CurvatureRegularizer(Configured):
     Raises TypeError or ValueError for unusable options when it is made.
     """
 
-    strength = Setting(partial(check_number, at_least=0, hint="0 only measures; Evidence() chooses."))
+    strength = Setting(partial(check_number, at_least=0, hint="0 only measures; Evidence() is for when it is made."))
     guard = Setting[Guard | None](check_guard)
     past = Setting[Past](partial(check_kind, kind=Past, example="Past()"))
     curvature = Fixed[Curvature](partial(check_kind, kind=Curvature, example="Fisher()"))
@@ -322,10 +322,11 @@ class CurvatureRegularizer(Configured):
         chosen = self.strength
         with self._keeping_the_past():
             if self.rule is not None and self.past.model is not None:
-                chosen = self.rule.next(
+                found = self.rule.next(
                     self.strength, self.past.model, self.past.widened(risk), self.curvature, self.structure,
                     examples or risk.examples,
                 )
+                chosen = check_number(f"the strength that {self.rule!r} chose", found, at_least=0)
             if share is None:
                 self.past = policy.absorb(self.past, risk, self.curvature, self.structure)
             else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import warnings
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import partial
@@ -11,7 +12,7 @@ from functools import partial
 from jaxtyping import Float
 from torch import Tensor
 
-from avalanche_curv.core.arguments import takes
+from avalanche_curv.core.arguments import outside, takes
 from avalanche_curv.core.curvature.base import Curvature
 from avalanche_curv.core.options import check_number, settle
 from avalanche_curv.core.quadratic.estimate import estimate
@@ -22,14 +23,16 @@ from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.structures import Structure
 
 LOG = logging.getLogger("avalanche_curv")
+FURTHEST = 1e6  # times what it was, or 1, at once
 
 
 @dataclass(frozen=True)
 class TaskEvidence:
     """The Laplace evidence of a task as a function of λ, at parameters θ̂ that were trained on it; see `Evidence`.
 
-    `examples` is N, `loss` the mean loss L(θ̂), `distance` D = (θ̂ − m)ᵀC(θ̂ − m), and `relative` [r] the eigenvalues μ of
-    the curvature H of L relative to C, of rank r: those of C^{-½} H C^{-½} on the range of C.
+    `examples` is N, `loss` the mean loss L(θ̂), `before` that at the minimum m of the past, `distance` D = (θ̂ −
+    m)ᵀC(θ̂ − m), and `relative` [r] the eigenvalues μ of the curvature H of L relative to C, of rank r: those of C^{-½}
+    H C^{-½} on the range of C.
 
     >>> import torch
     >>> found = TaskEvidence(examples=100, loss=0.5, distance=0.0125, relative=torch.tensor([3.0, 1.0]).double())
@@ -41,6 +44,7 @@ class TaskEvidence:
     loss: float
     distance: float
     relative: Float[Tensor, "r"]
+    before: float = math.inf
 
     def log(self, strength: float) -> float:
         """log Z(λ) = −N (L + ½ λ D) − ½ Σ log(1 + μ/λ), but for what does not depend on λ or θ̂."""
@@ -93,7 +97,9 @@ def task_evidence(
     distance = max(0.0, float(curved.quadratic_form(wide)))
     space = new.space.union(old.space)
     relative = relatives(old.embedded(space), new.embedded(space), structure)
-    return TaskEvidence(examples or risk.examples, risk.value(), distance, relative)
+    least = risk.anchor.clone()
+    least[new.space.positions(old.space).to(least.device)] -= wide.to(least.dtype)
+    return TaskEvidence(examples or risk.examples, risk.value(), distance, relative, risk.value_at(least))
 
 
 def relatives(past: QuadraticModel, new: QuadraticModel, structure: Structure) -> Float[Tensor, "r"]:
@@ -165,6 +171,10 @@ class Evidence(StrengthRule):
     a larger λ. Examples that are fitted with certainty have no curvature left, so that γ and λ go to 0. What that does
     to accuracy: `python -m benchmarks run strengths`.
 
+    λ stays what it was, with a warning, where the loss at θ̂ is more than twice what it is at m: no minimum of L + λq is
+    above L(m), so that training diverged or was too short. It also stays where θ̂ is m or γ is 0, and grows by at most a
+    factor of 1e6 at once.
+
     `first` ≥ 0 is the strength until then. Policies that move the past while a task is trained (`AdaptiveRefresh`) are
     refused, with structures of whose matrices relative eigenvalues are not known, and online streams that hide where
     tasks end (TypeError, before training). Costs one more estimate for each task.
@@ -189,13 +199,24 @@ class Evidence(StrengthRule):
         examples: int,
     ) -> float:
         found = task_evidence(past, risk, curvature, structure, examples)
-        best = found.best()
-        kept = "" if math.isfinite(best) else ", which is kept: the parameters have not moved"
-        chosen = best if math.isfinite(best) else strength
+        best, largest = found.best(), FURTHEST * max(strength, 1.0)
+        if not found.loss <= 2 * found.before:
+            warnings.warn(
+                f"Evidence() keeps strength {strength:.4g}: the loss of the task is {found.loss:.3g} at its end and "
+                f"{found.before:.3g} where the penalty is least, so that training did not come to a minimum of both. "
+                "Lower the learning rate, or take guard=RescaleIfUnstable().",
+                UserWarning,
+                stacklevel=outside(),
+            )
+            return strength
+        if not 0 < best < math.inf:
+            said, chosen = "is kept: the task has no curvature left, or has moved no parameter", strength
+        else:
+            chosen = min(best, largest)
+            said = "by evidence" if chosen == best else f"is the most at once: evidence says {best:.4g}"
         LOG.info(
-            "Strength %.4g by evidence%s (before: %.4g): of %d directions of the past the task determines %.4g, and "
-            "N D is %.4g.",
-            chosen, kept, strength, found.relative.numel(), found.determined(chosen) if chosen else 0.0,
+            "Strength %.4g %s (before: %.4g): of %d directions of the past the task determines %.4g, and N D is %.4g.",
+            chosen, said, strength, found.relative.numel(), found.determined(chosen) if chosen else 0.0,
             found.examples * found.distance,
         )  # fmt: skip
         return chosen

@@ -37,7 +37,7 @@ class LeadingPart(KroneckerTerm):
     is_product: bool = False
 
     def adder(self, own: Float[Tensor, "out in"], widths: Sequence[int]) -> Adder:
-        middle, rows, columns, rest = self._differences
+        (middle, rows, columns), rest = self._differences(), self._rest
         (out, r), (inputs, s) = self.g.shape, self.a.shape
         y, z, x_and_v = in_rows(out, s, own), in_rows(r, s, own), in_rows(r + s, inputs, own)
         left = torch.cat([self.g * rows, y], dim=1)  # U (ρ − τ), and what stands before Vᵀ
@@ -96,10 +96,14 @@ class LeadingPart(KroneckerTerm):
         return self.values, self.g, self.a
 
     @cached_property
-    def _differences(self) -> tuple[Tensor, Tensor, Tensor, float]:
-        """Λ − ρ − κ + τ [r, s], ρ − τ [r], κ − τ [s], and τ, read once, since reading it waits for a GPU."""
+    def _rest(self) -> float:
+        """τ, read once, since reading it waits for a GPU."""
+        return float(self.values[-1, -1])
+
+    def _differences(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Λ − ρ − κ + τ [r, s], ρ − τ [r] and κ − τ [s]."""
         rows, columns, rest = self.values[:-1, -1], self.values[-1, :-1], self.values[-1, -1]
-        return self.values[:-1, :-1] - rows[:, None] - columns + rest, rows - rest, columns - rest, float(rest)
+        return self.values[:-1, :-1] - rows[:, None] - columns + rest, rows - rest, columns - rest
 
 
 def leading_part(term: KroneckerTerm, cut: Cut) -> KroneckerTerm:

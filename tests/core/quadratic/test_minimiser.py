@@ -189,6 +189,12 @@ def test_only_quadratic_models_of_one_structure_are_merged():
         merged_parameters([nn.Linear(1, 1)])
     with pytest.raises(TypeError, match="can be added to"):
         merged_parameters([*several(Diagonal(), 1), *several(Kronecker(), 1)])
+    wide, narrow = (
+        QuadraticModel(ParameterSpace(("w",), (torch.Size((2, n // 2)),)), torch.ones(n), DiagonalMatrix(torch.ones(n)))
+        for n in (6, 4)
+    )
+    with pytest.raises(ValueError, match=r"'w' has shapes \[2, 3\] and \[2, 2\]"):
+        merged_parameters([wide, narrow])
     indefinite = [estimate(Hessian(), Dense(), risk_of(network(s), s)) for s in range(2)]
     with pytest.raises(ValueError, match="negative curvature"):
         merged_parameters(indefinite)

@@ -124,6 +124,7 @@ def test_merge_without_decay_differs_from_accumulate_by_its_anchor_only(experien
     assert summed.gradient.abs().max() > 0
 
 
+SUMMED = nn.MSELoss(reduction="sum")
 CUTS = [(8,), (3, 3, 2), (1,) * 8]
 
 
@@ -296,10 +297,11 @@ def test_outputs_that_come_later_have_had_the_target_zero_all_along(structure, m
 @pytest.mark.parametrize(
     ("outputs", "structure", "criterion", "error", "what"),
     [
-        (("wieght", "bias"), Dense(), nn.MSELoss(), ValueError, r"No parameter \['wieght'\]"),
-        (("weight",), Kronecker(), nn.MSELoss(), ValueError, r"outputs=\('weight',\) lacks 'bias'"),
-        (("weight", "bias"), LowRank(Rank(1)), nn.MSELoss(), TypeError, "LowRankMatrix cannot give later outputs"),
+        (("wieght", "bias"), Dense(), SUMMED, ValueError, r"No parameter \['wieght'\]"),
+        (("weight",), Kronecker(), SUMMED, ValueError, r"outputs=\('weight',\) lacks 'bias'"),
+        (("weight", "bias"), LowRank(Rank(1)), SUMMED, TypeError, "LowRankMatrix cannot give later outputs"),
         (("weight", "bias"), Dense(), nn.CrossEntropyLoss(), ValueError, "the loss is CrossEntropy"),
+        (("weight", "bias"), Dense(), nn.MSELoss(), ValueError, r"summed over outputs.*reduction='sum'"),
     ],
 )
 def test_a_head_that_cannot_grow_is_refused_before_it_is_trained(outputs, structure, criterion, error, what):

@@ -235,3 +235,30 @@ def test_the_strength_that_was_chosen_is_saved():
     number = CurvatureRegularizer(3.0)
     number.load_state_dict(first.state_dict())  # which is an option there
     assert number.strength == 3.0
+
+
+@pytest.mark.parametrize(
+    ("weight", "first", "then"),
+    [(1e4, 3.0, 3.0), (1.0 + 1e-9, 1.0, 1e6)],
+    ids=["diverged", "hardly moved"],
+)
+def test_a_task_that_says_nothing_of_strengths_does_not_decide_them(weight, first, then, recwarn):
+    """Kept where training has left the minimum, and bounded where the parameters are the past's but for rounding."""
+    pair, rule = Pair(), Evidence(first)
+    data = pair.x, pair.y
+    at = pair.m * weight
+    found = rule.next(first, pair.past, risk_at(at, data), GGN(), Dense(), NEW)
+    assert found == then
+    assert len([one for one in recwarn if "keeps strength" in str(one.message)]) == (weight > 2)
+
+
+def test_a_rule_that_chooses_no_number_loses_nothing():
+    class Broken(Evidence):
+        def next(self, *arguments):
+            return math.nan
+
+    regularizer = CurvatureRegularizer(Broken())
+    regularizer.absorb_risk(risk_of(0))
+    with pytest.raises(ValueError, match=r"Broken.* chose must be a finite number"):
+        regularizer.absorb_risk(risk_of(1))
+    assert (regularizer.past.experiences, regularizer.strength) == (1, 1.0)

@@ -117,3 +117,15 @@ def test_what_does_not_lie_as_the_anchor_does_is_added_by_products(change, param
     expected = before + matrix.dense() @ (flat(named.values()) - anchor)
     assert penalty.add(named, named) is not None
     torch.testing.assert_close(flat(p.grad for p in named.values()), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [factors, corrected, cut], ids=lambda kind: kind.__name__)
+def test_a_matrix_that_was_multiplied_by_goes_to_another_type(kind, drawn):
+    space = ParameterSpace(("weight", "bias"), (torch.Size((9, 10)), torch.Size((9,))))
+    layer = FactoredLayer("weight", "bias", (kind(drawn, 9, 11),))
+    single = KroneckerMatrix(space, (layer,), torch.zeros(99).double()).to(torch.zeros(1))
+    vector = drawn(99)
+    before = single.product(vector.float())
+    double = single.to(vector)
+    torch.testing.assert_close(double.product(vector), double.dense() @ vector)
+    torch.testing.assert_close(single.product(vector.float()), before)
