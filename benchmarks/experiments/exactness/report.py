@@ -45,7 +45,8 @@ those with hidden layers by Adam, {steps} steps a task with batches of {batch}. 
 - *accumulate*: each past loss around its own anchor, taken for a minimum (Kirkpatrick et al. 2017); *accumulate,
   slopes*: with its slope there (`Accumulate(gradient=True)`); *merge*: one anchor, the newest (Huszár 2018). *refresh*
   and *adaptive* store a tenth of the examples and estimate anew, with slopes, after each task or also during it;
-  nothing can be estimated anew without examples.
+  nothing can be estimated anew without examples. *Kronecker* is a list of a pair for each task; *replay, equal bytes*
+  stores as many bytes of examples as one pair, its anchor and its slope take.
 - *error* = Σ_t |κ_t| / Σ_t (|actual_t| + |predicted_t|) of the change of past loss over each task t, with κ = actual −
   predicted: from 0, right, to 1. ρ = Σ actual / Σ predicted.
 - *lost*: the accuracy of joint training of the same head on all test images, less that of the row. *apart*: the root
