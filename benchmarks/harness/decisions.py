@@ -145,9 +145,17 @@ def by_structure(accuracies: Results, prices: Results) -> str:
 def _work(prices: Results, model: str, run: Results) -> str | None:
     """The row of `cost` with the structure of a run: of its own curvature, or of the first that is there."""
     config, structure = prices.config(model), run.config(run.label)
-    works = [work for work in config.get("works", ()) if work["structure"] == structure.get("structure")]
+    works = [work for work in config.get("works", ()) if _alike(work["structure"], structure.get("structure"))]
     works.sort(key=lambda work: work["curvature"] != structure.get("curvature"))
     return works[0]["name"] if works else None
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """Whether two recorded structures have the same options, as far as both have them; how sums are kept makes no
+    difference for the one past task that these tables have."""
+    if not isinstance(one, dict) or not isinstance(other, dict):
+        return bool(one == other)
+    return all(_alike(one[key], other[key]) for key in one.keys() & other.keys() - {"sums"})
 
 
 def _times(prices: Results, model: str, work: str | None, plain: bool) -> list[Cell]:
@@ -157,10 +165,10 @@ def _times(prices: Results, model: str, work: str | None, plain: bool) -> list[C
     if work is None:
         return [None, None]
     finals: Callable[[str], Any] = lambda metric: prices.final(metric, model, row=work)  # noqa: E731
-    build, epochs, step, ratio = map(finals, ("build/milliseconds", "build/ratio", "step1/milliseconds", "step1/ratio"))
+    epoch, epochs, plain_step, steps = map(finals, ("build/reference", "build/ratio", "step1/reference", "step1/ratio"))
     return [
-        f"{build.mean / 1000:.2f} s ({epochs.mean:.1f})" if build and epochs else None,
-        f"{step.mean:.1f} ms ({ratio.mean:.2f})" if step and ratio else None,
+        f"{epochs.mean * epoch.mean / 1000:.2f} s ({epochs.mean:.1f})" if epoch and epochs else None,
+        f"{steps.mean * plain_step.mean:.1f} ms ({steps.mean:.2f})" if plain_step and steps else None,
     ]
 
 

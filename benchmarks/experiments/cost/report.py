@@ -58,11 +58,11 @@ def report(results: Results, out: Path) -> str:
 
 def _heading(results: Results) -> str:
     config = results.first
-    reference = results.final("build/reference", row=config["works"][0]["name"])
+    epoch, step = (results.final(f"{of}/reference", row=config["works"][0]["name"]) for of in ("build", "step1"))
     size, small = (results.final("parameters", row=row) for row in ("model", "small model"))
     lines = [f"{size.mean:,.0f} parameters" if size else "", f"N = {config['examples']:,}, batch {config['batch']}"]
-    if reference:
-        lines.append(f"one epoch of gradient passes {reference.mean:.0f} ms")
+    if epoch and step:
+        lines.append(f"one epoch of gradient passes {epoch.mean:.0f} ms, one step of Naive {step.mean:.1f} ms")
     if small:
         lines.append(f"errors on {small.mean:,.0f} parameters")
     for count in sorted({work["examples"] for work in config["works"]} - {None}):
