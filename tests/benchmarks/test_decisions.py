@@ -86,17 +86,16 @@ def test_runs_that_diverged_are_no_best():
     assert row(**BOUNDS, EWC=[float("nan")] * 2, LwF=[0.8] * 2)[3] == "LwF **0.800 ± 0.000**"
 
 
-def prices():
+def prices(structure=DIAGONAL):
     works = [
-        {"name": "a", "curvature": EMPIRICAL, "structure": DIAGONAL},
-        {"name": "b", "curvature": SAMPLED, "structure": DIAGONAL},
+        {"name": "a", "curvature": EMPIRICAL, "structure": structure},
+        {"name": "b", "curvature": SAMPLED, "structure": structure},
     ]
-    values = {"build/milliseconds": 1500.0, "build/ratio": 2.0, "step1/milliseconds": 6.0, "step1/ratio": 1.5,
-              "step1/reference": 4.0}  # fmt: skip
+    references, ratios = {"build/reference": 750.0, "step1/reference": 4.0}, {"build/ratio": 2.0, "step1/ratio": 1.5}
     rows = tuple(
-        {"metric": metric, "step": None, "value": value * factor, "row": name, "label": "net", "seed": 0}
+        {"metric": metric, "step": None, "value": value, "row": name, "label": "net", "seed": 0}
         for name, factor in (("a", 1), ("b", 2))
-        for metric, value in values.items()
+        for metric, value in (*references.items(), *((one, factor * ratio) for one, ratio in ratios.items()))
     )
     return Results(("net",), rows, ({"label": "net", "seed": 0, "config": {"works": works}, "commit": "0123456789"},))
 
@@ -120,6 +119,8 @@ def test_a_structure_has_its_accuracy_its_bytes_and_the_times_of_its_own_curvatu
     assert cells(written, "net") == ["net", "Naive", "0.500", "", "", "4.0 ms"]
     assert cells(written, "", "`Diagonal()`")[2:] == ["0.750", "1.5 MiB", "3.00 s (4.0)", "12.0 ms (3.00)"]
     assert "last of 2 tasks" in written
+    newer = {**DIAGONAL, "sums": {"class": "Other"}, "added": None}  # options that one of the two was recorded without
+    assert by_structure(kept(), prices(newer)) == written
     assert "commit 0123456, one thread" in written
 
 
