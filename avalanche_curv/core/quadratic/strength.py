@@ -191,6 +191,11 @@ class Evidence(StrengthRule):
                 f"Evidence() compares the end of a task with the past before it, which {policy} moves meanwhile. Give "
                 "the strength as a number: 1 weighs tasks of equal size alike."
             )
+        if not (curvature.is_semidefinite or curvature.is_mended):
+            raise TypeError(
+                f"Evidence() takes the curvature of the past for the precision of a prior, which {curvature} is not "
+                "where it is negative. Take GGN(), Fisher() or Hessian(psd=Clip())."
+            )
         new = estimate(curvature, structure, risk)
         relatives(new + new, new, structure)
 

@@ -22,6 +22,7 @@ from avalanche_curv import (
     EmpiricalRisk,
     Evidence,
     Fisher,
+    Hessian,
     KeepTerms,
     Kronecker,
     LowRank,
@@ -191,6 +192,13 @@ def test_relative_eigenvalues_are_those_of_the_matrices(structure):
 def test_what_it_cannot_choose_for_is_refused_before_training(structure, policy, said):
     regularizer = CurvatureRegularizer(Evidence(), structure=structure, policy=policy)
     with pytest.raises(TypeError, match=said):
+        regularizer.check_risk(risk_of(0).trial())
+
+
+def test_a_curvature_that_is_no_precision_is_refused_before_training():
+    with pytest.warns(UserWarning, match="Hessian"):
+        regularizer = CurvatureRegularizer(Evidence(), curvature=Hessian(), structure=Dense())
+    with pytest.raises(TypeError, match=r"precision of a prior, which Hessian.*psd=Clip"):
         regularizer.check_risk(risk_of(0).trial())
 
 
