@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -14,7 +14,6 @@ from torch.nn import functional as F
 
 from avalanche_curv import Curvature, Diagonal, EmpiricalRisk, Fisher, QuadraticModel, estimate
 from avalanche_curv.core.quadratic.penalty import Penalty
-from avalanche_curv.core.structures.diagonal import DiagonalMatrix
 from benchmarks.data import CLASSES, FASHION
 from benchmarks.experiments.languages.gpt import Adapted, merged
 from benchmarks.harness.experiment import Record
@@ -88,9 +87,8 @@ class Setting:
 
     def build(self, inputs: int) -> nn.Sequential:
         """A network with all outputs, drawn from torch's current random state."""
-        first, *others = mlp(inputs, *self.hidden, self.outputs)
-        assert isinstance(first, nn.Linear)
-        return nn.Sequential(first if self.rank is None else Adapted(first, self.rank), *others)
+        model = mlp(inputs, *self.hidden, self.outputs)
+        return model if self.rank is None else nn.Sequential(Adapted(cast("nn.Linear", model[0]), self.rank), *model[1:])
 
     def compared(self, outputs: Float[Tensor, "n C"], classes: Int[Tensor, "n"]) -> Float[Tensor, "n C"]:
         """Outputs with −∞ for those that are not compared."""
@@ -223,9 +221,8 @@ def added(past: QuadraticModel | None, new: QuadraticModel) -> QuadraticModel:
 
 
 def diagonal_of(model: QuadraticModel) -> Float[Tensor, "P"]:
-    """The entries of a curvature that is diagonal."""
-    assert isinstance(model.curvature, DiagonalMatrix)
-    return model.curvature.values
+    """The entries of a curvature that is diagonal, as C 1."""
+    return model.curvature.product(torch.ones_like(model.anchor))
 
 
 @torch.no_grad()

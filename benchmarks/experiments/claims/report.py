@@ -86,12 +86,11 @@ def _table(found: dict[str, Results], measure: str) -> str:
     rows: list[list[Cell]] = []
     for row, one in found.items():
         accuracy, test = one.final(measure), tests.get(row)
-        assert accuracy is not None
         strength = f"{one.first['strength']:g}" if one.first["strength"] else ""
         rows.append([
             row, accuracy, f"{test.difference:+.3f}" if test else None,
             f"{corrected[row]:.2g}" if row in corrected else None,
-            strength, accuracy.n,
+            strength, accuracy.n if accuracy else 0,
         ])  # fmt: skip
     return table([Column("importance"), Column("accuracy", 3), *map(Column, ("against exact", "p", "λ", "n"))], rows)
 
@@ -144,9 +143,8 @@ def _looks(results: Results) -> str:
         cells: list[Cell] = [str(step), f"{confidence.mean:.5f}"]
         for kind in LOOKED_AT:
             values = naive.finals("look/trace", step=step, kind=kind).values()
-            cosine = naive.final("look/cosine", step=step, kind=kind)
-            assert cosine is not None
-            cells.append(_power(values) + ("" if kind == EXACT else f" ({cosine.mean:.2f})"))
+            cosine = None if kind == EXACT else naive.final("look/cosine", step=step, kind=kind)
+            cells.append(_power(values) + (f" ({cosine.mean:.2f})" if cosine else ""))
         rows.append(cells)
     return table([Column("steps"), Column("confidence"), *map(Column, LOOKED_AT)], rows)
 
