@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from avalanche_curv.core.structures.base import Matrix, indefinite
+from avalanche_curv.core.eigen import indefinite
+from avalanche_curv.core.structures.base import Matrix
 
 Product = Callable[[Float[Tensor, "P"]], Float[Tensor, "P"]]
 

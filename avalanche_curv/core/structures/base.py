@@ -15,7 +15,12 @@ from torch import Tensor
 
 from avalanche_curv.core.curvature.base import Curvature
 from avalanche_curv.core.curvature.operators import Operator
-from avalanche_curv.core.eigen import Pairs, largest_of_products, top_of_products
+from avalanche_curv.core.eigen import (
+    Pairs,
+    inverted,
+    largest_of_products,
+    top_of_products,
+)
 from avalanche_curv.core.options import OneLine, check_count
 from avalanche_curv.core.precision import in_own_precision
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
@@ -282,59 +287,6 @@ def human_bytes(count: float) -> str:
             return f"{count:.1f} {unit}"
         count /= 1024
     return f"{count:.1f} GiB"
-
-
-def symmetrised(matrix: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
-    """The symmetric part: rounding makes computed columns and rows differ."""
-    return (matrix + matrix.T) / 2
-
-
-def relative_eigenvalues(
-    matrix: Float[Tensor, "n n"], past: Float[Tensor, "n n"], rounding: float, *, schur: bool = True
-) -> Float[Tensor, "r"]:
-    """The eigenvalues of C^{-½} S C^{-½} on the range of C = `past`, with S the Schur complement there of H = `matrix`,
-    or without `schur` the block of H itself; in float64.
-
-    >>> h = torch.tensor([[2.0, 1.0], [1.0, 1.0]])
-    >>> relative_eigenvalues(h, torch.diag(torch.tensor([0.25, 0.0])), rounding=1e-6)  # (2 − 1 · 1 / 1) / 0.25
-    tensor([4.], dtype=torch.float64)
-    """
-    values, vectors = torch.linalg.eigh(past.double())
-    seen = values > rounding * values.abs().max()
-    turned = vectors.T @ matrix.double() @ vectors
-    inner = turned[seen][:, seen]
-    if schur and not seen.all():
-        across = turned[seen][:, ~seen]
-        inner = inner - across @ torch.linalg.pinv(turned[~seen][:, ~seen], hermitian=True, rtol=rounding) @ across.T
-    root = values[seen].rsqrt()
-    return torch.linalg.eigvalsh(symmetrised(root[:, None] * inner * root))
-
-
-def spectral_function(matrix: Float[Tensor, "n n"], function: Callable[[Tensor], Tensor]) -> Float[Tensor, "n n"]:
-    """V f(Λ) Vᵀ for the symmetric matrix V Λ Vᵀ, in float64."""
-    eigenvalues, vectors = torch.linalg.eigh(matrix.double())
-    return ((vectors * function(eigenvalues)) @ vectors.T).to(matrix)
-
-
-def inverted(values: Float[Tensor, "*n"], rounding: float = 0.0) -> Float[Tensor, "*n"]:
-    """1/λ for each of these eigenvalues, and 0 for those up to `rounding` times the largest. Raises ValueError where
-    one is negative beyond that.
-
-    >>> inverted(torch.tensor([4.0, 1e-9, 0.0]), rounding=1e-6)
-    tensor([0.2500, 0.0000, 0.0000])
-    """
-    zero = rounding * float(values.abs().max()) if values.numel() else 0.0
-    if (values < -zero).any():
-        raise ValueError(indefinite(float(values.min())))
-    return torch.where(values > zero, 1 / values, 0.0)
-
-
-def indefinite(curvature: float) -> str:
-    """What to say of a quadratic model with this negative curvature."""
-    return (
-        f"C has the negative curvature {curvature:.3g}, along which q falls without bound: there is no minimum. "
-        f"Estimate with GGN(), Fisher() or Hessian(psd=Clip()), or give a damping above {-curvature:.3g}."
-    )
 
 
 CHUNK = 32

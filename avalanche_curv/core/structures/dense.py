@@ -12,20 +12,11 @@ from torch import Tensor
 from avalanche_curv.core.curvature.base import Curvature, OutputCurvature
 from avalanche_curv.core.curvature.empirical_fisher import BatchedEmpiricalFisher
 from avalanche_curv.core.curvature.operators import Operator
-from avalanche_curv.core.eigen import Pairs, top_of_matrix
+from avalanche_curv.core.eigen import Pairs, relative_eigenvalues, spectral_function, symmetrised, top_of_matrix
 from avalanche_curv.core.options import settle
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.parameters import ParameterSpace
-from avalanche_curv.core.structures.base import (
-    Matrix,
-    Structure,
-    check_limit,
-    check_memory,
-    identity_columns,
-    relative_eigenvalues,
-    spectral_function,
-    symmetrised,
-)
+from avalanche_curv.core.structures.base import Matrix, Structure, check_limit, check_memory, identity_columns
 from avalanche_curv.core.structures.rules import rule
 
 

@@ -15,13 +15,13 @@ from avalanche_curv.core.curvature.ggn import GGN
 from avalanche_curv.core.curvature.hessian import Hessian
 from avalanche_curv.core.curvature.operators import Operator
 from avalanche_curv.core.curvature.second_derivatives import is_differentiated_twice
-from avalanche_curv.core.eigen import Pairs
+from avalanche_curv.core.eigen import Pairs, inverted
 from avalanche_curv.core.per_example.layers import Layers, by_layers, linear_layers
 from avalanche_curv.core.per_example.passes import layer_passes
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk, as_matrix
 from avalanche_curv.core.risk.known import PIECEWISE_LINEAR, is_altered, is_plain
 from avalanche_curv.core.risk.parameters import ParameterSpace
-from avalanche_curv.core.structures.base import Matrix, Structure, identity_columns, inverted
+from avalanche_curv.core.structures.base import Matrix, Structure, identity_columns
 from avalanche_curv.core.structures.rules import by_products, rule
 
 

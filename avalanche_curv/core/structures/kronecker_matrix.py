@@ -11,9 +11,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from avalanche_curv.core.eigen import Pairs
+from avalanche_curv.core.eigen import Pairs, relative_eigenvalues
 from avalanche_curv.core.risk.parameters import ParameterSpace
-from avalanche_curv.core.structures.base import Matrix, relative_eigenvalues
+from avalanche_curv.core.structures.base import Matrix
 from avalanche_curv.core.structures.cuts import Cut
 from avalanche_curv.core.structures.diagonal import DiagonalMatrix
 from avalanche_curv.core.structures.kronecker_cut import leading_part

@@ -14,10 +14,11 @@ from avalanche_curv.core.curvature.hessian import Hessian
 from avalanche_curv.core.curvature.operators import Operator
 from avalanche_curv.core.curvature.products import Linearised, right_products
 from avalanche_curv.core.curvature.second_derivatives import LinearisedHessian, is_differentiated_twice, moving
+from avalanche_curv.core.eigen import symmetrised
 from avalanche_curv.core.options import check_fraction, check_seed, settle
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.parameters import ParameterSpace
-from avalanche_curv.core.structures.base import CurvatureSource, Matrix, Structure, identity_columns, symmetrised
+from avalanche_curv.core.structures.base import CurvatureSource, Matrix, Structure, identity_columns
 from avalanche_curv.core.structures.diagonal import Diagonal
 from avalanche_curv.core.structures.rules import refusal, rule, structured
 
