@@ -10,7 +10,8 @@ from benchmarks.experiments.speed.changes import noise
 from benchmarks.experiments.speed.report import report
 from benchmarks.harness import Results, UsageError, published
 from benchmarks.harness.command import main
-from benchmarks.harness.published import predecessor, publish_folder, written
+from benchmarks.harness.published import predecessor, publish_folder
+from benchmarks.harness.published_text import written
 
 WORKS = {"naive": 1.0, "curvature_ewc": 1.2, "ewc_separate": 7.0, "ewc_online": 1.3, "idle": 1.0}
 MACHINE = {"device": {"cpu": "one", "gpu": None}, "torch": "2.6"}

@@ -11,13 +11,12 @@ from benchmarks.harness.published import (
     excerpt,
     fill,
     filled,
-    parsed,
     publish,
     read,
     read_results,
     rendered,
-    written,
 )
+from benchmarks.harness.published_text import parsed, written
 
 SHOW = "<!-- [[[cog from benchmarks.harness.published import show; show({}) ]]] -->\n{}<!-- [[[end]]] -->\n"
 VALUES = {"a": {0: 0.1234567, 1: 0.2}, "b | c": {0: 0.5, 1: 0.75}}
