@@ -88,7 +88,9 @@ class Setting:
     def build(self, inputs: int) -> nn.Sequential:
         """A network with all outputs, drawn from torch's current random state."""
         model = mlp(inputs, *self.hidden, self.outputs)
-        return model if self.rank is None else nn.Sequential(Adapted(cast("nn.Linear", model[0]), self.rank), *model[1:])
+        if self.rank is not None:
+            model[0] = Adapted(cast("nn.Linear", model[0]), self.rank)
+        return model
 
     def compared(self, outputs: Float[Tensor, "n C"], classes: Int[Tensor, "n"]) -> Float[Tensor, "n C"]:
         """Outputs with −∞ for those that are not compared."""
