@@ -173,7 +173,7 @@ class Evidence(StrengthRule):
 
     λ stays what it was, with a warning, where the loss at θ̂ is more than twice what it is at m: no minimum of L + λq is
     above L(m), so that training diverged or was too short. It also stays where θ̂ is m or γ is 0, and grows by at most a
-    factor of 1e6 at once.
+    factor of 1e6 at once. SGD may not be stable at it: take `guard=RescaleIfUnstable()` there.
 
     `first` ≥ 0 is the strength until then. Policies that move the past while a task is trained (`AdaptiveRefresh`) are
     refused, with structures of whose matrices relative eigenvalues are not known, and online streams that hide where
