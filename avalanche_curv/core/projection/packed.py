@@ -14,7 +14,7 @@ from torch import Tensor
 
 from avalanche_curv.core.compiled import compiled
 
-LANES, ROWS, BLOCK, WIDTH = 16, 4, 16, 1024
+LANES, ROWS, BLOCK, WIDTH = 16, 4, 8, 512
 """Numbers side by side, rows that are read side by side, rows in a block, and columns that share a scale."""
 LARGE = 2**21  # numbers in a basis that does not stay in the cache next to a processor
 LEAK = 1e-6  # of a step, that the rows in 16 bits may leave in the basis
@@ -33,8 +33,6 @@ typedef float numbers __attribute__((vector_size(4 * LANES), aligned(4), may_ali
 typedef short shorts __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 #define WIDEN(p) __builtin_convertvector(*(const shorts *)(p), numbers)
 #endif
-#define AHEAD(p, bytes, level) for (int n = 0; n < 2 * ROWS * LANES; n += 64)                         \\
-    __builtin_prefetch((const char *)(p) + (bytes) + n, 0, level)
 
 /* parameters [rows, width of each], side by side in the rows of one matrix */
 #define EACH(...)                                                                                       \\
@@ -75,7 +73,6 @@ static void dots(const short *tile, const float *scales, const float *x, double 
     numbers sums[ROWS] = {{0}};
     for (int i = 0; i < WIDTH; i += LANES, tile += ROWS * LANES) {
         const numbers here = *(const numbers *)(x + i);
-        AHEAD(tile, 16384, 2);
         _Pragma("GCC unroll 4") for (int r = 0; r < ROWS; r++) sums[r] += WIDEN(tile + LANES * r) * here;
     }
     for (int r = 0; r < ROWS; r++) totals[r] += scales[r] * sum(sums[r]);
@@ -86,7 +83,6 @@ static void take(const short *tile, const float *scales, const float *weights, f
     for (int r = 0; r < ROWS; r++) w[r] = weights[r] * scales[r];
     for (int i = 0; i < WIDTH; i += LANES, tile += ROWS * LANES) {
         numbers here = *(const numbers *)(x + i);
-        AHEAD(tile, 4096, 3);
         _Pragma("GCC unroll 4") for (int r = 0; r < ROWS; r++) here -= w[r] * WIDEN(tile + LANES * r);
         *(numbers *)(x + i) = here;
     }
