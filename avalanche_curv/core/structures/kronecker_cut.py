@@ -50,7 +50,7 @@ class LeadingPart(KroneckerTerm):
             x.addmm_(self.g.T, own, beta=0)
             for place, (part, right) in zip(to, sides):
                 place.add_(part, alpha=rest).addmm_(left, right)
-            squares = torch.linalg.vecdot(x, x) @ rows + (before * y).sum()
+            squares = torch.linalg.vector_norm(x, dim=1).square() @ rows + (before * y).sum()
             return squares.add_(whole(own) @ whole(own), alpha=rest)
 
         return add

@@ -12,7 +12,7 @@ from torch import Tensor
 from avalanche_curv.core.risk.parameters import ParameterSpace
 from avalanche_curv.core.state import Storable
 from avalanche_curv.core.structures.gradient_pass import GradientPass
-from avalanche_curv.core.structures.kronecker_terms import KroneckerTerm, in_rows
+from avalanche_curv.core.structures.kronecker_terms import KroneckerTerm, in_rows, whole
 
 
 @dataclass(frozen=True)
@@ -72,16 +72,23 @@ class KroneckerPass(GradientPass[Tensor]):
         self.space, self.anchors = space, space.split(self.anchor)
         self.slopes = None if slope is None else space.split(slope)
         parts, self.places = dict(zip(space.names, self.anchors)), {name: list[Tensor]() for name in space.names}
-        self.layers, self.diagonal, self._products = [], diagonal, list[Tensor]()
+        slopes, self._beside = dict(zip(space.names, self.slopes or ())), list[tuple[Tensor, Tensor]]()
+        self.layers, self.diagonal = [], diagonal
         for layer in layers:
             change, views = layer.room(parts)
             widths = [view.numel() // len(change) for view in views.values()]
             self.layers.append((layer, [term.adder(change, widths) for term in layer.terms]))
             for name, view in views.items():
                 self.places[name].append(view)
+            if slopes:
+                sloped, own = layer.room(parts)
+                for name in own.keys() & slopes.keys():
+                    own[name].copy_(slopes.pop(name))
+                self._beside.append((whole(change), whole(sloped)))
         for name, places in self.places.items():
             if not places:
                 places.append(torch.zeros_like(parts[name]))
+        self._beside += [(self.places[name][0].reshape(-1), part.reshape(-1)) for name, part in slopes.items()]
 
     def add_product(self, change: Sequence[Tensor], to: Sequence[Tensor]) -> Tensor:
         """Adds C δ to tensors in the shapes of the parameters, and returns δᵀCδ, for δ in these shapes."""
@@ -97,19 +104,12 @@ class KroneckerPass(GradientPass[Tensor]):
         for places, parameter, anchor in zip(self.places.values(), parameters, self.anchors):
             for place in places:
                 torch.sub(parameter, anchor, out=place)
-        beside = adds and self.slopes is not None  # then the slope joins C δ first, as it does by products
-        if beside and not self._products:
-            self._products = [torch.empty_like(anchor) for anchor in self.anchors]
-        to = self._products if beside else gradients
-        if beside or not adds:
-            torch._foreach_zero_([*to])
-        form = self._summed(to)
         if self.slopes is not None:
-            torch._foreach_add_([*to], self.slopes)
-            form = form + 2 * self._with(self.slopes)
-        if beside:
-            torch._foreach_add_([*gradients], [*to])
-        return form
+            (torch._foreach_add_ if adds else torch._foreach_copy_)([*gradients], self.slopes)
+        elif not adds:
+            torch._foreach_zero_([*gradients])
+        form = self._summed(gradients)
+        return form + 2 * sum(change @ slope for change, slope in self._beside) if self._beside else form
 
     def _summed(self, to: Sequence[Tensor]) -> Tensor:
         by_name, forms = dict(zip(self.space.names, to)), []
