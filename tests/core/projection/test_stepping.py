@@ -38,15 +38,7 @@ def orthonormal(count, size, seed=0):
 
 def unpacked(found, count, size):
     """The rows that 16 bits hold, in float64."""
-    stretches, rows = len(found.step) // packed.WIDTH, []
-    for first in range(0, len(found.inverse), packed.BLOCK):
-        some = min(packed.BLOCK, len(found.inverse) - first)
-        own = slice(first * stretches * packed.WIDTH, (first + some) * stretches * packed.WIDTH)
-        shape = stretches, some // packed.ROWS, packed.WIDTH // packed.LANES, packed.ROWS, packed.LANES
-        numbers = found.tiles[own].view(shape).permute(1, 3, 0, 2, 4).reshape(some, stretches, packed.WIDTH)
-        scales = found.scales[first * stretches : (first + some) * stretches].view(stretches, some)
-        rows.append((numbers.double() * scales.T[:, :, None].double()).reshape(some, -1))
-    return torch.cat(rows)[:count, :size]
+    return torch.cat([*found.tiles.parts()])[:count, :size]
 
 
 @pytest.mark.parametrize(("count", "size"), [(1, 700), (5, 3000), (16, 1024), (17, 2049), (70, 5000)])
