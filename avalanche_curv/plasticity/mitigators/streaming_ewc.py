@@ -21,6 +21,7 @@ from avalanche_curv.plasticity.mitigators.regularizer import (
     gradient_of,
     sum_of,
 )
+from avalanche_curv.plasticity.mitigators.streaming_pass import streamed
 
 
 class StreamingEWC(Regularizer):
@@ -78,28 +79,28 @@ class StreamingEWC(Regularizer):
         if not known:
             return
         self._fit(known)
-        self._average(known)
-        anchors, gradients = [self.anchors[name] for name in known], [gradient_of(p) for p in known.values()]
+        given = [name for name, p in known.items() if p.grad is not None]
+        for name in given:
+            self.counts[name] = self.counts.get(name, 0) + 1
+        gradients, corrections = [gradient_of(p) for p in known.values()], [self._correction(name) for name in known]
         values = [at_least_float32(p.detach()) for p in known.values()]
-        pulls, corrections = [*torch._foreach_sub(values, anchors)], [self._correction(name) for name in known]
+        importances, anchors = ([of[name] for name in known] for of in (self.importances, self.anchors))
+        weights = [weight if isinstance(correction, Tensor) else weight / correction for correction in corrections]
+        keep, nearer = self.importance_decay, 1 - self.anchor_decay
+        alike = len(given) == len(known) and not any(isinstance(correction, Tensor) for correction in corrections)
+        if alike and streamed(gradients, values, importances, anchors, weights, keep, nearer):
+            return
+        if given:
+            squared = [at_least_float32(gradient) for gradient, name in zip(gradients, known) if name in given]
+            averaged = [self.importances[name] for name in given]
+            torch._foreach_mul_(averaged, keep)
+            torch._foreach_addcmul_(averaged, squared, squared, value=1 - keep)
+        pulls = [*torch._foreach_sub(values, anchors)]
         for pull, correction in zip(pulls, corrections):
             if isinstance(correction, Tensor):
                 pull.div_(correction)
-        weights = [weight if isinstance(correction, Tensor) else weight / correction for correction in corrections]
-        torch._foreach_addcmul_(gradients, pulls, [self.importances[name] for name in known], weights)
-        torch._foreach_lerp_(anchors, values, 1 - self.anchor_decay)
-
-    def _average(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Updates F by the squares of the gradients that training gave."""
-        given = {name: at_least_float32(gradient_of(p)) for name, p in parameters.items() if p.grad is not None}
-        if not given:
-            return
-        gradients = [*given.values()]
-        importances = [self.importances[name] for name in given]
-        torch._foreach_mul_(importances, self.importance_decay)
-        torch._foreach_addcmul_(importances, gradients, gradients, value=1 - self.importance_decay)
-        for name in given:
-            self.counts[name] = self.counts.get(name, 0) + 1
+        torch._foreach_addcmul_(gradients, pulls, importances, weights)
+        torch._foreach_lerp_(anchors, values, nearer)
 
     def _fit(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Gives averages the shapes of the parameters: new entries have no importance, and are their own anchors."""
