@@ -43,7 +43,7 @@ MITIGATORS: dict[str, Callable[[], Mitigator] | None] = {
     "wasserstein": lambda: Wasserstein(1e-3),
     "streaming_ewc": lambda: StreamingEWC(1e-3),
     "parseval": lambda: Parseval(1e-3),
-    "parseval_10": lambda: Parseval(1e-3, every=10),
+    "parseval_4": lambda: Parseval(1e-3, every=4),
 }
 ON_IMAGES = ("plain", "spectral", "exact")
 ROUNDS = 7  # at most

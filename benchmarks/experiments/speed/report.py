@@ -60,7 +60,7 @@ TITLES = {
     "mitigated/wasserstein": ("Wasserstein", 1.1),
     "mitigated/streaming_ewc": ("StreamingEWC", 1.08),
     "mitigated/parseval": ("Parseval", 1.3),
-    "mitigated/parseval_10": ("Parseval(every=10)", 1.1),
+    "mitigated/parseval_4": ("Parseval(every=4)", 1.3),
     "images/plain": ("one step of ResNet-18 on 64×64 images", None),
     "images/spectral": ("SpectralRegularizer", 1.04),
     "images/exact": ("the same penalty by exact SVD", None),
