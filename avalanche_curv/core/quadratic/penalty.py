@@ -15,13 +15,13 @@ from avalanche_curv.core.arguments import outside
 from avalanche_curv.core.curvature.base import Curvature
 from avalanche_curv.core.options import Fixed, check_number
 from avalanche_curv.core.precision import in_own_precision
-from avalanche_curv.core.quadratic.fused import OnePass
-from avalanche_curv.core.quadratic.low_rank_pass import LowRankPass
 from avalanche_curv.core.quadratic.model import QuadraticModel, check_first_order, half, is_one
 from avalanche_curv.core.quadratic.parts import add_to_gradients
 from avalanche_curv.core.risk.parameters import ParameterSpace
 from avalanche_curv.core.structures import Structure
 from avalanche_curv.core.structures.gradient_pass import GradientPass
+from avalanche_curv.core.structures.low_rank_pass import LowRankPass
+from avalanche_curv.core.structures.one_pass import OnePass
 from avalanche_curv.core.structures.rules import check_pair
 
 FEW = 2**14  # coordinates
@@ -70,7 +70,7 @@ class Penalty:
             self._factor, self._scaled = self._strength, self._centred
         else:
             self._factor, self._scaled = 1.0, self._centred.scaled(self._strength)
-        self._one_pass = _in_one_pass(self._scaled) if self._factor == 1 and strength > 0 else None
+        self._one_pass = self._pass()
 
     def __call__(self, model: nn.Module) -> Tensor:
         """A scalar whose gradient in the parameters of `model` is exactly strength · (g + C δ)."""
@@ -129,6 +129,17 @@ class Penalty:
         """strength times what `last` returns; a number where one pass over memory found it."""
         value = self._value
         return self._strength * (value if isinstance(value, float) else self.last(gradients))
+
+    def _pass(self) -> GradientPass | None:
+        return _in_one_pass(self._scaled) if self._factor == 1 and self._strength > 0 else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles make the pass over memory again, in memory of their own."""
+        return {**self.__dict__, "_one_pass": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._one_pass = self._pass()
 
     def _note(self, form: float | Tensor) -> None:
         """Keeps q(θ), which one pass found beside the gradient, from strength · δᵀCδ."""

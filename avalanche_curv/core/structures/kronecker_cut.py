@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -17,7 +17,6 @@ from avalanche_curv.core.structures.kronecker_terms import (
     Factors,
     KroneckerTerm,
     in_rows,
-    whole,
 )
 
 
@@ -36,22 +35,18 @@ class LeadingPart(KroneckerTerm):
     a: Float[Tensor, "in s"]
     is_product: bool = False
 
-    def adder(self, own: Float[Tensor, "out in"], widths: Sequence[int]) -> Adder:
-        (middle, rows, columns), rest = self._differences(), self._rest
+    def adder(self, own: Float[Tensor, "out in"], pull: Float[Tensor, "out in"]) -> Adder:
+        middle, rows, columns = self._differences()
         (out, r), (inputs, s) = self.g.shape, self.a.shape
         y, z, x_and_v = in_rows(out, s, own), in_rows(r, s, own), in_rows(r + s, inputs, own)
         left = torch.cat([self.g * rows, y], dim=1)  # U (ρ − τ), and what stands before Vᵀ
         before, x, x_and_v[r:] = left[:, r:], x_and_v[:r], self.a.T
-        sides = [*zip(own.split([*widths], dim=1), x_and_v.split([*widths], dim=1))]
 
-        def add(to: list[Tensor]) -> Tensor:
+        def add() -> None:
             z.addmm_(self.g.T, y.addmm_(own, self.a, beta=0), beta=0).mul_(middle)
             before.copy_(y).mul_(columns).addmm_(self.g, z)
             x.addmm_(self.g.T, own, beta=0)
-            for place, (part, right) in zip(to, sides):
-                place.add_(part, alpha=rest).addmm_(left, right)
-            squares = torch.linalg.vector_norm(x, dim=1).square() @ rows + (before * y).sum()
-            return squares.add_(whole(own) @ whole(own), alpha=rest)
+            pull.addmm_(left, x_and_v)
 
         return add
 
@@ -96,7 +91,7 @@ class LeadingPart(KroneckerTerm):
         return self.values, self.g, self.a
 
     @cached_property
-    def _rest(self) -> float:
+    def level(self) -> float:
         """τ, read once, since reading it waits for a GPU."""
         return float(self.values[-1, -1])
 

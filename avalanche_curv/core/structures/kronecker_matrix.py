@@ -48,7 +48,7 @@ class KroneckerMatrix(Matrix):
         return self._pass(anchor, slope)
 
     def _pass(self, anchor: Tensor, slope: Tensor | None = None) -> KroneckerPass:
-        diagonal = self.space.split(self.diagonal) if self._has_diagonal else None
+        diagonal = self.diagonal if self._has_diagonal else None
         return KroneckerPass(self.space, self.layers, diagonal, anchor, slope)
 
     def plus(self, other: Matrix) -> KroneckerMatrix:

@@ -12,7 +12,8 @@ from torch import Tensor
 from avalanche_curv.core.risk.parameters import ParameterSpace
 from avalanche_curv.core.state import Storable
 from avalanche_curv.core.structures.gradient_pass import GradientPass
-from avalanche_curv.core.structures.kronecker_terms import KroneckerTerm, in_rows, whole
+from avalanche_curv.core.structures.kronecker_terms import Adder, KroneckerTerm, in_rows, whole
+from avalanche_curv.core.structures.one_pass import OnePass
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,10 @@ class FactoredLayer(Storable):
 
 class KroneckerPass(GradientPass[Tensor]):
     """g + C δ for C = diag(d) + Σ_j A_j ⊗ G_j and δ = θ − a, by itself or added to gradients. The change of each layer
-    stands in one matrix with its bias, and all memory that products write to is made once: in fresh memory, and with
-    some thirty operations for each layer, a product of cut factors takes half as long again as its multiplications.
+    stands in one matrix with its bias, and so does its pull g + C δ. All memory that products write to is made once: in
+    fresh memory, and with some thirty operations for each layer, a product of cut factors takes half as long again as
+    its multiplications. What takes no product of matrices, the slope g, d and the levels of cut factors, is one pass
+    over memory where it can be (`OnePass`).
 
     It is for plain parameters of the type and on the device of the anchor.
     """
@@ -64,65 +67,76 @@ class KroneckerPass(GradientPass[Tensor]):
         self,
         space: ParameterSpace,
         layers: Sequence[FactoredLayer],
-        diagonal: Sequence[Tensor] | None,
+        diagonal: Float[Tensor, "P"] | None,
         anchor: Float[Tensor, "P"],
         slope: Float[Tensor, "P"] | None = None,
     ) -> None:
         super().__init__(anchor, space.shapes)
-        self.space, self.anchors = space, space.split(self.anchor)
-        self.slopes = None if slope is None else space.split(slope)
-        parts, self.places = dict(zip(space.names, self.anchors)), {name: list[Tensor]() for name in space.names}
-        slopes, self._beside = dict(zip(space.names, self.slopes or ())), list[tuple[Tensor, Tensor]]()
-        self.layers, self.diagonal = [], diagonal
+        self.anchors = space.split(self.anchor)
+        self.slopes, self.diagonal = (None if part is None else space.split(part) for part in (slope, diagonal))
+        parts, self._adders, self._wholes = dict(zip(space.names, self.anchors)), list[Adder](), list[list[Tensor]]()
+        places, levels = {name: list[list[Tensor]]() for name in space.names}, dict.fromkeys(space.names, 0.0)
         for layer in layers:
-            change, views = layer.room(parts)
-            widths = [view.numel() // len(change) for view in views.values()]
-            self.layers.append((layer, [term.adder(change, widths) for term in layer.terms]))
-            for name, view in views.items():
-                self.places[name].append(view)
-            if slopes:
-                sloped, own = layer.room(parts)
-                for name in own.keys() & slopes.keys():
-                    own[name].copy_(slopes.pop(name))
-                self._beside.append((whole(change), whole(sloped)))
-        for name, places in self.places.items():
-            if not places:
-                places.append(torch.zeros_like(parts[name]))
-        self._beside += [(self.places[name][0].reshape(-1), part.reshape(-1)) for name, part in slopes.items()]
+            (change, changes), (pull, pulls) = layer.room(parts), layer.room(parts)
+            self._adders += [term.adder(change, pull) for term in layer.terms]
+            self._wholes.append([whole(change), whole(pull)])
+            for name in changes:
+                places[name].append([changes[name], pulls[name]])
+                levels[name] += sum(term.level for term in layer.terms)
+        for name in (name for name, found in places.items() if not found):
+            places[name].append([torch.zeros_like(parts[name]) for _ in range(2)])
+            self._wholes.append([part.reshape(-1) for part in places[name][0]])
+        self._changes, self._pulls = (list(some) for some in zip(*(found[0] for found in places.values())))
+        numbered = enumerate(places.values())
+        self._further = [(n, change, pull) for n, found in numbered for change, pull in found[1:]]
+        self._levels, self._one_pass = [*levels.values()], None
+        if not self._further:  # each parameter is in one layer
+            self._one_pass = OnePass(
+                anchor, diagonal, space.shapes, slope, levels=self._levels, places=self._changes
+            )
 
-    def add_product(self, change: Sequence[Tensor], to: Sequence[Tensor]) -> Tensor:
-        """Adds C δ to tensors in the shapes of the parameters, and returns δᵀCδ, for δ in these shapes."""
-        for places, part in zip(self.places.values(), change):
-            for place in places:
-                place.copy_(part)
-        return self._summed(to)
+    def add_product(self, change: Sequence[Tensor], to: Sequence[Tensor]) -> None:
+        """Adds C δ to tensors in the shapes of the parameters, for δ in these shapes."""
+        torch._foreach_copy_(self._changes, [*change])
+        self._pull(None)
+        self._hand_over(torch._foreach_add_, to)
 
     def _is_usable(self) -> bool:
         return True
 
     def _written(self, gradients: Sequence[Tensor], parameters: Sequence[Tensor], adds: bool) -> Tensor:
-        for places, parameter, anchor in zip(self.places.values(), parameters, self.anchors):
-            for place in places:
-                torch.sub(parameter, anchor, out=place)
-        if self.slopes is not None:
-            (torch._foreach_add_ if adds else torch._foreach_copy_)([*gradients], self.slopes)
-        elif not adds:
-            torch._foreach_zero_([*gradients])
-        form = self._summed(gradients)
-        return form + 2 * sum(change @ slope for change, slope in self._beside) if self._beside else form
+        if self._one_pass is not None and self._one_pass._is_usable():
+            sloped: Tensor | float = self._one_pass._written(self._pulls, parameters, False)
+            self._multiply()
+        else:
+            for change, parameter, anchor in zip(self._changes, parameters, self.anchors):
+                torch.sub(parameter, anchor, out=change)
+            sloped = self._pull(self.slopes)
+        self._hand_over(torch._foreach_add_ if adds else torch._foreach_copy_, gradients)
+        return torch.stack([change @ pull for change, pull in self._wholes]).sum() + sloped
 
-    def _summed(self, to: Sequence[Tensor]) -> Tensor:
-        by_name, forms = dict(zip(self.space.names, to)), []
-        for layer, adders in self.layers:
-            columns = layer.columns(by_name)
-            forms += [add(columns) for add in adders]
+    def _pull(self, slopes: Sequence[Tensor] | None) -> Tensor | float:
+        """Makes the pulls of the changes, and returns slopeᵀδ."""
+        for change, pull, level in zip(self._changes, self._pulls, self._levels):
+            torch.mul(change, level, out=pull)
         if self.diagonal is not None:
-            pulls = [entries * places[0] for entries, places in zip(self.diagonal, self.places.values())]
-            torch._foreach_add_([*to], pulls)
-            forms.append(self._with(pulls))
-        return sum(forms[1:], forms[0])
+            torch._foreach_addcmul_(self._pulls, self._changes, self.diagonal)
+        sloped: Tensor | float = 0.0
+        if slopes is not None:
+            torch._foreach_add_(self._pulls, [*slopes])
+            sloped = torch.stack([(change * slope).sum() for change, slope in zip(self._changes, slopes)]).sum()
+        for number, change, pull in self._further:
+            change.copy_(self._changes[number])
+            pull.zero_()
+        self._multiply()
+        return sloped
 
-    def _with(self, vector: Sequence[Tensor]) -> Tensor:
-        """The inner product of δ with a vector in the shapes of the parameters."""
-        pairs = zip(vector, self.places.values())
-        return torch.stack([(part * places[0]).sum() for part, places in pairs]).sum()
+    def _multiply(self) -> None:
+        for add in self._adders:
+            add()
+
+    def _hand_over(self, how: Callable[[list[Tensor], list[Tensor]], object], to: Sequence[Tensor]) -> None:
+        """Pulls to tensors in the shapes of the parameters."""
+        how([*to], self._pulls)
+        for number, _, pull in self._further:
+            to[number].add_(pull)

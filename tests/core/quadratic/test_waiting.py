@@ -20,7 +20,7 @@ from avalanche_curv import (
     PartialTraces,
     Rank,
 )
-from avalanche_curv.core.quadratic import fused
+from avalanche_curv.core.structures import one_pass
 
 STRUCTURES = [
     Diagonal(), Dense(), BlockDiagonal(), Kronecker(), Kronecker(PartialTraces()), Kronecker(cut=Energy(0.8)), EKFAC(),
@@ -43,7 +43,7 @@ def network(make):
 @pytest.fixture
 def by_torch(monkeypatch):
     """As on other devices."""
-    monkeypatch.setattr(fused, "library", lambda: None)
+    monkeypatch.setattr(one_pass, "loop", lambda *kind: None)
 
 
 def with_past(model, examples, structure=Diagonal(), strength=1.0):  # noqa: B008  a frozen value

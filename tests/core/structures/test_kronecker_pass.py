@@ -1,5 +1,9 @@
 """The gradient of a penalty by Kronecker products, added in place: against the dense matrix in float64."""
 
+import copy
+import pickle
+import shutil
+
 import pytest
 import torch
 from torch import nn
@@ -50,14 +54,15 @@ def two(drawn, out, inputs):
     return factors(drawn, out, inputs), cut(drawn, out, inputs)
 
 
-def matrix_of(terms, drawn, space):
-    """One with a convolution, a layer held transposed, one without bias, a bias alone, one whose bias was frozen in
-    some tasks, and a diagonal."""
+def matrix_of(terms, drawn, space, *, simple=False):
+    """One with a convolution, one without bias, a bias alone and a diagonal; and unless it is simple, a layer held
+    transposed and one whose bias was frozen in some tasks."""
     kinds = [
-        ("conv_weight", "conv_bias", False, 19, 19), ("turned_weight", "turned_bias", True, 18, 18),
-        ("plain_weight", None, False, 20, 21), (None, "shift_bias", False, 5, 1),
+        ("conv_weight", "conv_bias", False, 19, 19), ("plain_weight", None, False, 20, 21),
+        (None, "shift_bias", False, 5, 1), ("turned_weight", "turned_bias", True, 18, 18),
         ("conv_weight", None, False, 19, 18),
     ]  # fmt: skip
+    kinds = kinds[:3] if simple else kinds
     layers = []
     for weight, bias, transposed, out, inputs in kinds:
         found = terms(drawn, out, inputs)
@@ -73,13 +78,19 @@ def flat(tensors):
 
 @pytest.mark.parametrize("terms", [factors, corrected, cut, two])
 @pytest.mark.parametrize("with_slope", [False, True])
-def test_a_penalty_adds_the_gradient_of_the_dense_matrix_step_after_step(terms, with_slope, parameters, drawn):
+@pytest.mark.parametrize("simple", [False, True])
+def test_a_penalty_adds_the_gradient_of_the_dense_matrix_step_after_step(
+    terms, with_slope, simple, parameters, drawn, one_thread
+):
+    """What is simple, beside its products in one pass over memory."""
     space = ParameterSpace.of(parameters)
-    matrix, anchor = matrix_of(terms, drawn, space), drawn(space.size)
+    matrix, anchor = matrix_of(terms, drawn, space, simple=simple), drawn(space.size)
     if terms is cut:
         assert isinstance(matrix.layers[0].terms[0], LeadingPart)
     slope, named = drawn(space.size) if with_slope else None, dict(parameters.named_parameters())
     penalty, dense = Penalty(QuadraticModel(space, anchor, matrix, slope, 0.5), 3.0), matrix.dense()
+    in_one_pass = penalty._one_pass._one_pass is not None and penalty._one_pass._one_pass._is_usable()
+    assert in_one_pass == (simple and shutil.which("cc") is not None)
     for _ in range(3):
         delta, before = flat(named.values()) - anchor, flat(p.grad for p in named.values())
         pull = dense @ delta + (0 if slope is None else slope)
@@ -92,6 +103,19 @@ def test_a_penalty_adds_the_gradient_of_the_dense_matrix_step_after_step(terms, 
         with torch.no_grad():
             for parameter in named.values():
                 parameter.add_(drawn(*parameter.shape))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda penalty: pickle.loads(pickle.dumps(penalty))])
+@pytest.mark.parametrize("simple", [False, True])
+def test_a_copy_has_memory_of_its_own(copied, simple, parameters, drawn, one_thread):
+    space = ParameterSpace.of(parameters)
+    matrix, anchor, values = matrix_of(cut, drawn, space, simple=simple), drawn(space.size), [*parameters.parameters()]
+    penalty = Penalty(QuadraticModel(space, anchor, matrix), 1.0)
+    penalty.gradients(values)
+    other = copied(penalty)
+    moved = [value.detach() + 1 for value in values]
+    torch.testing.assert_close(flat(other.gradients(moved)), matrix.dense() @ (flat(moved) - anchor))
+    torch.testing.assert_close(flat(penalty.gradients(values)), matrix.dense() @ (flat(values) - anchor))
 
 
 def without_gradient(named):

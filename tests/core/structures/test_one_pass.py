@@ -9,12 +9,11 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from avalanche_curv import CurvatureRegularizer, Diagonal, EmpiricalFisher
-from avalanche_curv.core.quadratic import fused
-from avalanche_curv.core.quadratic.fused import OnePass, library
 from avalanche_curv.core.quadratic.model import QuadraticModel
 from avalanche_curv.core.quadratic.penalty import Penalty
 from avalanche_curv.core.risk.parameters import NamedParameters, ParameterSpace, canonical_parameters
-from avalanche_curv.core.structures import DiagonalMatrix
+from avalanche_curv.core.structures import DiagonalMatrix, one_pass
+from avalanche_curv.core.structures.one_pass import OnePass, loop
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 compiled = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler is at hand")
@@ -128,7 +127,7 @@ def test_a_penalty_in_the_loss_has_the_same_gradient_without_a_compiler(monkeypa
     penalty = Penalty(past, 3.0)
     value = penalty(model)
     last, found = penalty.last(), gradients(value)
-    monkeypatch.setattr(fused, "library", lambda: None)
+    monkeypatch.setattr(one_pass, "loop", lambda *kind: None)
     plain = penalty(model)
     assert torch.equal(gradients(plain), found)
     for one, other in ((value, plain), (last, penalty.last())):
@@ -137,12 +136,12 @@ def test_a_penalty_in_the_loss_has_the_same_gradient_without_a_compiler(monkeypa
 
 def test_without_a_compiler_there_is_no_library(monkeypatch, tmp_path):
     monkeypatch.setenv("CC", str(tmp_path / "none"))
-    assert library.__wrapped__() is None
+    assert loop.__wrapped__("float", True, False, True, False) is None
     failing = tmp_path / "cc"
     failing.write_text("#!/bin/sh\nexit 1\n")
     failing.chmod(0o700)
     monkeypatch.setenv("CC", str(failing))
-    assert library.__wrapped__() is None
+    assert loop.__wrapped__("float", True, False, True, False) is None
 
 
 def trained(model, optimizer_of, structure):
@@ -171,7 +170,7 @@ def test_training_with_and_without_a_compiler_ends_at_equal_weights(optimizer_of
     with_compiler, values = trained(copy.deepcopy(model), optimizer_of, Diagonal())
     assert len(done) == 12
     assert None not in done
-    monkeypatch.setattr(fused, "library", lambda: None)
+    monkeypatch.setattr(one_pass, "loop", lambda *kind: None)
     without, plain_values = trained(copy.deepcopy(model), optimizer_of, Diagonal())
     assert done[12:] == 12 * [None]
     assert torch.equal(with_compiler, without)
