@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from avalanche_curv.core.compiled import compiled
-from avalanche_curv.core.tiles import Tiles, source
+from avalanche_curv.core.loops.compiled import compiled
+from avalanche_curv.core.loops.tiles import Tiles, source
 
 BLOCK = 8  # rows
 LARGE = 2**21  # numbers in a basis that does not stay in the cache next to a processor

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
-from avalanche_curv.core.compiled import is_plain
+from avalanche_curv.core.loops.compiled import is_plain
 from avalanche_curv.core.projection.blocks import Parts, ProtectedBlock
 from avalanche_curv.core.projection.packed import PackedRows, library, usable
 from avalanche_curv.core.projection.protected import ProtectedSpace

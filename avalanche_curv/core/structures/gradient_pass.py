@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from avalanche_curv.core.compiled import is_plain
+from avalanche_curv.core.loops.compiled import is_plain
 from avalanche_curv.core.precision import in_own_precision
 
 Form = TypeVar("Form", bound="float | Tensor")

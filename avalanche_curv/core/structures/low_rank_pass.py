@@ -15,9 +15,9 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from avalanche_curv.core.compiled import compiled
+from avalanche_curv.core.loops.compiled import compiled
+from avalanche_curv.core.loops.tiles import ROWS, Tiles, source
 from avalanche_curv.core.structures.gradient_pass import GradientPass
-from avalanche_curv.core.tiles import ROWS, Tiles, source
 
 LARGE = 2**21  # numbers in eigenvectors that do not stay in the cache next to a processor
 TEMPLATE = """

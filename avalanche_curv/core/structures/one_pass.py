@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from avalanche_curv.core.compiled import compiled
+from avalanche_curv.core.loops.compiled import compiled
 from avalanche_curv.core.structures.gradient_pass import GradientPass
 
 SOURCE = """

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from avalanche_curv.core.compiled import compiled, is_plain
+from avalanche_curv.core.loops.compiled import compiled, is_plain
 
 SOURCE = """
 void stream(long count, const long *sizes, float *const *gradients, float *const *parameters, float *const *importances,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from avalanche_curv.core.tiles import LANES, ROWS, WIDTH, Tiles
+from avalanche_curv.core.loops.tiles import LANES, ROWS, WIDTH, Tiles
 
 
 @pytest.mark.parametrize("short", [False, True])
