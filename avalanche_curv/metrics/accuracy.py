@@ -13,7 +13,7 @@ from avalanche_curv.core.options import Fixed, Setting, check_count, check_fract
 from avalanche_curv.core.quadratic.policies import part_seed
 from avalanche_curv.core.risk.batches import random_part
 from avalanche_curv.metrics._published import ScalarMetric
-from avalanche_curv.plugins import _bridge
+from avalanche_curv.plugins import _batches, _outputs, _tasks
 
 Batch = tuple[Tensor, Tensor, Tensor]
 
@@ -43,7 +43,7 @@ class TaskAccuracyMetric(ScalarMetric):
     def __init__(self, every: int, stream: Sequence[Any] | None, fraction: float, seed: int, limit: int = 1000) -> None:
         super().__init__(every, ["accuracy/*"])
         self.stream, self.fraction, self.seed, self.limit = stream, fraction, seed, limit
-        self._task_ends = _bridge.TaskEnds()
+        self._task_ends = _tasks.TaskEnds()
         self._current: Batch | None = None
         self._past: list[Batch] = []
         self._stored: list[Batch] = []
@@ -51,7 +51,7 @@ class TaskAccuracyMetric(ScalarMetric):
     def before_training_exp(self, strategy: Any) -> None:
         if self._current is None:
             number = len(self._past)
-            dataset = _bridge.data_of(self._source(strategy, number))
+            dataset = _tasks.data_of(self._source(strategy, number))
             if not len(dataset):
                 raise ValueError(f"Experience {number} of the evaluation stream is empty. Fill it, or give no stream.")
             fraction = min(1.0, self.limit / len(dataset))
@@ -63,7 +63,7 @@ class TaskAccuracyMetric(ScalarMetric):
     def after_training_exp(self, strategy: Any) -> list[MetricValue]:
         values = self.publish(strategy, self._measured(strategy, "accuracy_experience"))
         if self._task_ends.here(strategy) and self._current is not None:
-            dataset = _bridge.data_of(strategy.experience)
+            dataset = _tasks.data_of(strategy.experience)
             self._stored.append(_sample(dataset, self.fraction, part_seed(self.seed, len(self._past))))
             self._past.append(self._current)
             self._current = None
@@ -72,7 +72,7 @@ class TaskAccuracyMetric(ScalarMetric):
     def _source(self, strategy: Any, number: int) -> Any:
         if self.stream is None:
             return strategy.experience
-        number = _bridge.place_in_stream(strategy.experience, number)
+        number = _tasks.place_in_stream(strategy.experience, number)
         if number >= len(self.stream):
             raise ValueError(
                 f"The evaluation stream has {len(self.stream)} experiences, but experience {number} is being trained. "
@@ -84,14 +84,14 @@ class TaskAccuracyMetric(ScalarMetric):
         parts = {"current_task": [self._current] if self._current else [], "past_tasks": self._past}
         parts["stored"] = self._stored
         return {
-            f"{group}/{name}": _mean([_rate(_bridge.correct(strategy, batch)) for batch in batches])
+            f"{group}/{name}": _mean([_rate(_outputs.correct(strategy, batch)) for batch in batches])
             for name, batches in parts.items()
             if batches and all(are_classes(targets) for _, targets, _ in batches)
         }
 
 
 def _sample(dataset: Any, fraction: float, seed: int) -> Batch:
-    return _bridge.collected(dataset, random_part(len(dataset), fraction, seed).tolist())
+    return _batches.collected(dataset, random_part(len(dataset), fraction, seed).tolist())
 
 
 def _rate(correct_of: tuple[int, int]) -> float:

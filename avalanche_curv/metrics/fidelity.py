@@ -21,7 +21,7 @@ from avalanche_curv.core.risk.selection import ParameterSelector, Selection, sel
 from avalanche_curv.metrics._published import ScalarMetric, draws
 from avalanche_curv.metrics.accuracy import TaskAccuracyMetric
 from avalanche_curv.metrics.penalty import PenaltyMetric
-from avalanche_curv.plugins import CurvatureEWCPlugin, _bridge
+from avalanche_curv.plugins import CurvatureEWCPlugin, _bridge, _tasks
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -133,7 +133,7 @@ class FidelityMetric(ScalarMetric):
         super().__init__(every, IN_TEXT)
         self.fraction, self.seed, self.selection = fraction, seed, selection
         self.past = PastModels(curvature)
-        self._task_ends = _bridge.TaskEnds()
+        self._task_ends = _tasks.TaskEnds()
         self.trajectory = defaultdict(_Mean)
         self._curves = DistanceCurves()
         self._begun = False  # the task, of which an online stream gives one part after another

@@ -31,7 +31,7 @@ from avalanche_curv.core.quadratic.policies import part_seed
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.metrics._published import ScalarMetric, draws
 from avalanche_curv.metrics.gradients import GradientMetric
-from avalanche_curv.plugins import _bridge
+from avalanche_curv.plugins import _bridge, _tasks
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -124,7 +124,7 @@ class LandscapeMetric(ScalarMetric):
         check_options(curvature, k, epsilon, methods)
         self.curvature, self.fraction, self.seed = curvature, fraction, seed
         self.k, self.epsilon, self.methods, self.max_rows = k, epsilon, tuple(methods), max_rows
-        self._task_ends = _bridge.TaskEnds()
+        self._task_ends = _tasks.TaskEnds()
         self._current: EmpiricalRisk | None = None  # as frozen at the start of the task
         self._stored: tuple[EmpiricalRisk, ...] = ()  # all as frozen at the end of the newest task
         self._parts: dict[str, tuple[EmpiricalRisk, ...]] = {}  # "current" and "stored": what is measured

@@ -27,7 +27,7 @@ from avalanche_curv.plasticity.measures import (
     weight_spectra,
 )
 from avalanche_curv.plasticity.measures.representation import Activations
-from avalanche_curv.plugins import _bridge
+from avalanche_curv.plugins import _bridge, _tasks
 
 
 @known_arguments
@@ -83,7 +83,7 @@ class WeightMetric(ScalarMetric):
 
     def __init__(self, every: int) -> None:
         super().__init__(every, ["plasticity/spectral_norm"])
-        self._task_ends = _bridge.TaskEnds()
+        self._task_ends = _tasks.TaskEnds()
 
     def before_training(self, strategy: Any) -> None:
         weight_spectra(strategy.model)  # which raises where there is none
@@ -112,7 +112,7 @@ class ProbeMetric(ScalarMetric):
     def __init__(self, every: int, examples: int, threshold: float, seed: int) -> None:
         super().__init__(every, ["plasticity/dormant_units", "plasticity/feature_effective_rank"])
         self.examples, self.threshold, self.seed = examples, threshold, seed
-        self._task_ends = _bridge.TaskEnds()
+        self._task_ends = _tasks.TaskEnds()
         self._tasks = 0
         self._begun = False  # the task, of which an online stream gives one part after another
         self._probe: EmpiricalRisk | None = None  # of the newest task, as frozen at its start
@@ -141,7 +141,7 @@ class ProbeMetric(ScalarMetric):
     def _drawn(self, strategy: Any) -> EmpiricalRisk:
         """The probe of the task that begins, a random part of its training examples."""
         _bridge.check_experience(strategy)
-        size = len(_bridge.data_of(strategy.experience))
+        size = len(_tasks.data_of(strategy.experience))
         part = random_part(size, min(1.0, self.examples / size), part_seed(self.seed, self._tasks))
         return _bridge.current_risk(strategy, self.examples, part.tolist())
 

@@ -15,7 +15,7 @@ from avalanche_curv.core.hints import known_arguments
 from avalanche_curv.core.projection import ProtectedSpace
 from avalanche_curv.core.risk.parameters import ParameterSpace
 from avalanche_curv.metrics._published import ScalarMetric
-from avalanche_curv.plugins import OrthogonalProjectionPlugin, _bridge
+from avalanche_curv.plugins import OrthogonalProjectionPlugin, _bridge, _tasks
 
 IN_TEXT = ("projection/step_leakage", "projection/free", "projection_experience/overlap",
            "projection_?/step_leakage", "projection_?/free", "projection_?_experience/overlap")  # fmt: skip
@@ -61,7 +61,7 @@ class ProjectionMetric(ScalarMetric):
 
     def __init__(self, every: int) -> None:
         super().__init__(every, IN_TEXT)
-        self._task_ends = _bridge.TaskEnds()
+        self._task_ends = _tasks.TaskEnds()
         self._starts: Copies = {}  # at the start of the task
         self._before: Copies = {}  # before a step that is measured
         self._sizes: dict[str, dict[str, float]] = {}  # while something is protected

@@ -25,9 +25,10 @@ from torch.optim import Optimizer
 from avalanche_curv.core.nested import are_classes, described
 from avalanche_curv.core.options import Fixed, check_seed, settle
 from avalanche_curv.core.quadratic.policies import part_seed
+from avalanche_curv.core.risk.batches import untouched_randomness
 from avalanche_curv.core.risk.frozen import unwrapped
 from avalanche_curv.metrics._published import ScalarMetric
-from avalanche_curv.plugins import _bridge
+from avalanche_curv.plugins import _batches, _bridge, _outputs, _tasks
 
 BATCH_SIZE = 256  # examples
 
@@ -50,7 +51,7 @@ class TrainingAccuracyMetric(ScalarMetric):
                 "An example is FromScratch(functools.partial(torch.optim.Adam, lr=1e-3))."
             )
         self.from_scratch = from_scratch
-        self._task_ends = _bridge.TaskEnds()
+        self._task_ends = _tasks.TaskEnds()
         self._initial: nn.Module | None = None
         self._trained: TrainedExperiences = []  # of the task
         self._tasks = 0
@@ -63,7 +64,7 @@ class TrainingAccuracyMetric(ScalarMetric):
         if self.from_scratch is None:
             return
         _bridge.check_experience(strategy)
-        targets = _bridge.collected(_bridge.data_of(strategy.experience), [0])[1]
+        targets = _batches.collected(_tasks.data_of(strategy.experience), [0])[1]
         if not are_classes(targets):
             raise ValueError(
                 f"from_scratch compares accuracies, but the targets are no classes: {described(targets)}. Leave "
@@ -93,13 +94,13 @@ class TrainingAccuracyMetric(ScalarMetric):
 def training_accuracy(strategy: Any, experience: Any) -> float:
     """The share of the training examples of `experience` that the strategy's model classifies correctly, in eval mode
     and without training augmentation; NaN for targets that are no classes, and without examples."""
-    dataset = _bridge.data_of(experience)
+    dataset = _tasks.data_of(experience)
     correct = 0
     for start in range(0, len(dataset), BATCH_SIZE):
-        batch = _bridge.collected(dataset, list(range(start, min(start + BATCH_SIZE, len(dataset)))))
+        batch = _batches.collected(dataset, list(range(start, min(start + BATCH_SIZE, len(dataset)))))
         if not are_classes(batch[1]):
             return math.nan
-        correct += _bridge.correct(strategy, batch)[0]
+        correct += _outputs.correct(strategy, batch)[0]
     return correct / len(dataset) if len(dataset) else math.nan
 
 
@@ -172,7 +173,7 @@ class _StopAfter(SupervisedPlugin):
 def _seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Sets all global random states from `seed` within the context, and restores them afterwards."""
     devices = [device] if device.type == "cuda" else []
-    with _bridge.untouched_randomness(), torch.random.fork_rng(devices=devices):
+    with untouched_randomness(), torch.random.fork_rng(devices=devices):
         torch.default_generator.manual_seed(seed)  # and not all devices, as torch.manual_seed would
         for one in devices:
             with torch.cuda.device(one):

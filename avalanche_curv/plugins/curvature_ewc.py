@@ -24,7 +24,7 @@ from avalanche_curv.core.risk.forward import Forward
 from avalanche_curv.core.risk.selection import ParameterSelector
 from avalanche_curv.core.state import State, check_state, state_of
 from avalanche_curv.core.structures import Diagonal, Structure
-from avalanche_curv.plugins import _bridge
+from avalanche_curv.plugins import _bridge, _outputs, _tasks, _trained_loss
 from avalanche_curv.plugins._effect import EarlierClasses
 
 LOG = logging.getLogger("avalanche_curv")
@@ -100,7 +100,7 @@ class CurvatureEWCPlugin(Configured, SupervisedPlugin):
             strength, curvature=curvature, structure=structure, policy=policy, guard=guard, past=past,
             include=include, exclude=exclude,
         )
-        self._task_ends, self._classes = _bridge.TaskEnds(), EarlierClasses()
+        self._task_ends, self._classes = _tasks.TaskEnds(), EarlierClasses()
         self._said = False  # that nothing is left of earlier classes
         self._in_parts = False  # since a stream was met that hides where its tasks end
         self._beside = False  # whether gradients are added to after the backward pass, in place of a term of the loss
@@ -117,21 +117,21 @@ class CurvatureEWCPlugin(Configured, SupervisedPlugin):
 
     def before_training(self, strategy: Any, **kwargs: Any) -> None:
         if self.strength > 0:
-            _bridge.check_backward(strategy)
+            _trained_loss.check_backward(strategy)
 
     def before_train_dataset_adaptation(self, strategy: Any, **kwargs: Any) -> None:
         _bridge.check_experience(strategy)
 
     def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
-        if not (self._in_parts or _bridge.tells_tasks(strategy)):
+        if not (self._in_parts or _tasks.tells_tasks(strategy)):
             self._begin_parts(strategy)
-        _bridge.preflight(strategy, self.regularizer.check_risk, self.selection, _bridge.told_data)
-        self._classes.begin(_bridge.classes_of(strategy))
+        _bridge.preflight(strategy, self.regularizer.check_risk, self.selection, _tasks.told_data)
+        self._classes.begin(_outputs.classes_of(strategy))
         with _naming_the_experience(strategy):
             self.regularizer.begin(strategy.model, strategy.optimizer)
 
     def _begin_parts(self, strategy: Any) -> None:
-        self.regularizer.check_parts(_bridge.updates_of(strategy))
+        self.regularizer.check_parts(_tasks.updates_of(strategy))
         self._in_parts = True
         LOG.info(
             "This online stream hides where its tasks end. Its parts are absorbed one by one and weigh by their "
@@ -139,7 +139,7 @@ class CurvatureEWCPlugin(Configured, SupervisedPlugin):
         )
 
     def before_training_epoch(self, strategy: Any, **kwargs: Any) -> None:
-        self._beside = _bridge.adds_beside_the_loss(strategy, self)
+        self._beside = _trained_loss.adds_beside_the_loss(strategy, self)
 
     def before_backward(self, strategy: Any, **kwargs: Any) -> None:
         if not self._beside:
@@ -156,14 +156,14 @@ class CurvatureEWCPlugin(Configured, SupervisedPlugin):
 
     def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
         self._classes.end()
-        whole = _bridge.tells_tasks(strategy)
+        whole = _tasks.tells_tasks(strategy)
         if whole and not self._task_ends.here(strategy):
             return
         with _naming_the_experience(strategy):
-            policy, part, count = self.policy, None, len(_bridge.told_data(strategy.experience))
+            policy, part, count = self.policy, None, len(_tasks.told_data(strategy.experience))
             if whole and isinstance(policy, Drawing) and (places := policy.places(self.past, count)) is not None:
                 policy, part = policy.of_all(), places.tolist()  # no other example is loaded
-            risk = _bridge.current_risk(strategy, self.batch_size, part, self.selection, _bridge.told_data)
+            risk = _bridge.current_risk(strategy, self.batch_size, part, self.selection, _tasks.told_data)
             share = None if whole else count / self.examples_per_experience
             self.regularizer.absorb_risk(risk, share, _bridge.current_number(strategy), policy, count)
 
@@ -171,7 +171,7 @@ class CurvatureEWCPlugin(Configured, SupervisedPlugin):
         self._classes.restart()
 
     def after_eval_iteration(self, strategy: Any, **kwargs: Any) -> None:
-        if (found := _bridge.predicted(strategy)) is not None:
+        if (found := _outputs.predicted(strategy)) is not None:
             self._classes.see(*found)
 
     def after_eval(self, strategy: Any, **kwargs: Any) -> None:

@@ -10,7 +10,7 @@ from avalanche.training.plugins import SupervisedPlugin
 from avalanche_curv.core.options import Configured, Fixed, check_kind
 from avalanche_curv.core.state import State, check_state, state_of
 from avalanche_curv.plasticity.mitigators.base import Mitigator
-from avalanche_curv.plugins import _bridge
+from avalanche_curv.plugins import _tasks
 
 
 class MitigatorPlugin(Configured, SupervisedPlugin):
@@ -30,7 +30,7 @@ class MitigatorPlugin(Configured, SupervisedPlugin):
     def __init__(self, mitigator: Mitigator) -> None:
         super().__init__()
         self.mitigator = mitigator
-        self._task_ends = _bridge.TaskEnds()
+        self._task_ends = _tasks.TaskEnds()
         self._between_tasks = False
         self._is_copy = False
 
@@ -54,7 +54,7 @@ class MitigatorPlugin(Configured, SupervisedPlugin):
         self._between_tasks, self._is_copy = parts["between_tasks"], True
 
     def before_train_dataset_adaptation(self, strategy: Any, **kwargs: Any) -> None:
-        if self.mitigator.acts_between_tasks and not _bridge.tells_tasks(strategy):
+        if self.mitigator.acts_between_tasks and not _tasks.tells_tasks(strategy):
             raise ValueError(
                 f"{self.mitigator} acts between tasks, and this online stream hides where they end. Split it with "
                 "access_task_boundaries=True, or let it act by steps: when=EverySteps(100)."
@@ -79,4 +79,4 @@ class MitigatorPlugin(Configured, SupervisedPlugin):
         self.mitigator.after_step(strategy.model, strategy.optimizer)
 
     def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
-        self._between_tasks = _bridge.tells_tasks(strategy) and self._task_ends.here(strategy)
+        self._between_tasks = _tasks.tells_tasks(strategy) and self._task_ends.here(strategy)

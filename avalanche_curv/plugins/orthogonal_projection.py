@@ -26,7 +26,7 @@ from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.parameters import ParameterSpace
 from avalanche_curv.core.risk.selection import ParameterSelector, Selection, Unprotected, in_words, selection_of
 from avalanche_curv.core.state import State, check_state, state_of
-from avalanche_curv.plugins import _bridge
+from avalanche_curv.plugins import _bridge, _tasks
 
 
 class OrthogonalProjectionPlugin(Configured, SupervisedPlugin):
@@ -97,14 +97,14 @@ class OrthogonalProjectionPlugin(Configured, SupervisedPlugin):
         self.protected = ProtectedSpace()
         self._unprotected = Unprotected()
         self._projector: Projector | None = None  # for the length of an experience
-        self._task_ends = _bridge.TaskEnds()
+        self._task_ends = _tasks.TaskEnds()
         self._resting: list[str] = []  # names of norm layers in eval mode for the length of an experience
 
     def before_training(self, strategy: Any, **kwargs: Any) -> None:
         _check_optimizer(strategy.optimizer)
 
     def before_train_dataset_adaptation(self, strategy: Any, **kwargs: Any) -> None:
-        if not _bridge.tells_tasks(strategy):
+        if not _tasks.tells_tasks(strategy):
             raise ValueError(
                 "What a task needs is known at its end, and this online stream hides where its tasks end. Split it "
                 "with access_task_boundaries=True, or take CurvatureEWC, which takes it part by part."

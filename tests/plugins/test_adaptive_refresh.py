@@ -36,7 +36,7 @@ from avalanche_curv import (
     penalty_metrics,
 )
 from avalanche_curv.core.quadratic.adaptive import memory_loss, predicted_loss
-from avalanche_curv.plugins import _bridge
+from avalanche_curv.plugins import _batches, _bridge
 
 
 def adaptive(strength=1.0, trust=RelativeError(2e-3), structure=Dense(), **options):  # noqa: B008
@@ -172,7 +172,7 @@ def test_a_rate_that_rises_later_is_seen_by_the_guard(net, learner, train, plane
 ])  # fmt: skip
 def test_only_what_a_policy_keeps_is_loaded_at_the_end(net, learner, train, plane, monkeypatch, policy):
     loaded = []
-    monkeypatch.setattr(_bridge, "loader", lambda data, size: loaded.append(len(data)) or DataLoader(data, size))
+    monkeypatch.setattr(_batches, "loader", lambda data, size: loaded.append(len(data)) or DataLoader(data, size))
     parts, others = [], []
 
     class Spy(SupervisedPlugin):

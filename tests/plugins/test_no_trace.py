@@ -26,7 +26,7 @@ from avalanche_curv import (
     SineBoundary,
     fidelity_metrics,
 )
-from avalanche_curv.plugins import _bridge
+from avalanche_curv.plugins import _batches
 
 # Strength 0 and measurements must leave no trace: not in the model, not in the optimizer, not in random states.
 
@@ -130,6 +130,6 @@ def test_evaluation_amid_training_does_not_change_that(run, noisy, eval_every):
 
 
 def test_data_that_are_loaded_at_every_pass_leave_no_trace_either(run, naive, monkeypatch):
-    monkeypatch.setattr(_bridge, "IN_MEMORY_BYTES", 0)
+    monkeypatch.setattr(_batches, "IN_MEMORY_BYTES", 0)
     plugin = CurvatureEWCPlugin(0.0, curvature=GGN(), structure=Dense(), batch_size=7)
     assert_identical(run(plugin, metrics=fidelity_metrics(every=2, fraction=1.0)), naive)

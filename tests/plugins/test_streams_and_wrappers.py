@@ -22,7 +22,8 @@ from avalanche_curv import (
     Refresh,
     fidelity_metrics,
 )
-from avalanche_curv.plugins import _bridge
+from avalanche_curv.core.risk.frozen import unwrapped
+from avalanche_curv.plugins import _batches
 
 
 class Counting(Policy):
@@ -105,7 +106,7 @@ def test_fields_between_target_and_task_label_do_not_matter(growing, learner, tr
 def test_data_over_the_memory_limit_give_the_same_curvature(curvature, net, learner, train, plane, monkeypatch):
     pasts = []
     for limit in (2**30, 0):
-        monkeypatch.setattr(_bridge, "IN_MEMORY_BYTES", limit)
+        monkeypatch.setattr(_batches, "IN_MEMORY_BYTES", limit)
         options = {} if curvature is None else {"curvature": curvature}
         ewc = CurvatureEWCPlugin(1.0, structure=Dense(), batch_size=7, policy=Refresh(fraction=1.0), **options)
         metrics = fidelity_metrics(every=3, fraction=1.0)
@@ -160,7 +161,7 @@ def test_a_compiled_model_is_read_by_the_names_of_the_bare_one(net, learner, tra
         for parameter in moved.parameters():
             parameter += 0.1
     whole, layers = Compiled(moved), nn.Sequential(*[Compiled(layer) for layer in moved])
-    assert _bridge.unwrapped(nn.DataParallel(whole)) is moved
+    assert unwrapped(nn.DataParallel(whole)) is moved
     assert past(whole) == past(layers) == past(moved) > 0
 
 

@@ -106,7 +106,7 @@ def test_methods_of_the_instance_count(net, learner, plane):
 def test_the_strategy_and_its_model_are_left_as_found(net, own, learner, plane):
     from avalanche.training.plugins import SupervisedPlugin
 
-    from avalanche_curv.plugins import _bridge
+    from avalanche_curv.plugins._trained_loss import check_trained_loss
 
     checked = []
 
@@ -114,7 +114,7 @@ def test_the_strategy_and_its_model_are_left_as_found(net, own, learner, plane):
         def before_training_exp(self, strategy, **kwargs):
             before, flags = dict(vars(strategy)), [module.training for module in strategy.model.modules()]
             state = torch.random.get_rng_state()
-            _bridge.check_trained_loss(strategy)
+            check_trained_loss(strategy)
             assert vars(strategy) == before
             assert [module.training for module in strategy.model.modules()] == flags
             assert torch.equal(torch.random.get_rng_state(), state)

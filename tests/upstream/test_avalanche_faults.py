@@ -123,7 +123,7 @@ def test_icarl_averages_a_class_over_its_images_and_their_mirror_images():
 
 
 def test_an_evaluation_moves_the_random_state(fit_pairs, two_pairs):
-    """Worked around in avalanche_curv/plugins/_bridge.py and core/risk/batches.py: passes of ours draw nothing."""
+    """Worked around in avalanche_curv/plugins/_batches.py and core/risk/batches.py: passes of ours draw nothing."""
     strategy = fit_pairs(epochs=1)
     before = torch.get_rng_state()
     strategy.eval(two_pairs.train_stream[:1])
