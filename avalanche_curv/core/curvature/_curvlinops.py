@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from avalanche_curv.core.nested import Nested, described, examples
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
+from avalanche_curv.core.risk.frozen import copied_base
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", FutureWarning)  # a dependency of curvlinops still uses torch.jit
@@ -59,9 +60,9 @@ def chosen_operator(
             f"Operators of curvlinops take one tensor of targets; got {described(risk.few[1])}. Use GGN(), "
             "Hessian() or EmpiricalFisher()."
         )
-    model, parameters = risk.copied_model()
+    copied = risk.with_base(copied_base(risk.base))
     loss = risk.loss.summed(risk.one_output, risk.few[1])
-    made = make(model, loss, parameters, data, **_options(risk, data))
+    made = make(copied.model, loss, copied.parameters, data, **_options(risk, data))
     size = risk.space.size
     if tuple(getattr(made, "shape", ())) != (size, size):
         raise ValueError(

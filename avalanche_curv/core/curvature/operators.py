@@ -13,7 +13,8 @@ from torch import Tensor
 from avalanche_curv.core.losses import ExampleLoss
 from avalanche_curv.core.losses.factor import Factor, as_factor
 from avalanche_curv.core.nested import Nested, examples, index, repeated, shapes, split
-from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk, as_matrix
+from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
+from avalanche_curv.core.risk.forward import as_matrix
 
 FACTOR_BYTES = 32 * 2**20  # of the factors S of examples that are worked on at once
 

@@ -15,7 +15,8 @@ from avalanche_curv.core.losses import ExampleLoss, Factor
 from avalanche_curv.core.nested import Nested, index, repeated
 from avalanche_curv.core.quadratic.model import QuadraticModel
 from avalanche_curv.core.risk.batches import random_part
-from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk, as_matrix
+from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
+from avalanche_curv.core.risk.forward import as_matrix
 from avalanche_curv.core.structures.base import Matrix, Structure
 from avalanche_curv.core.structures.rules import check_pair, structured
 

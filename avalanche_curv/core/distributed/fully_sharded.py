@@ -24,8 +24,8 @@ from avalanche_curv.core.nested import Nested, examples, index
 from avalanche_curv.core.per_example import layer_kinds
 from avalanche_curv.core.per_example.layers import Tap, gradients
 from avalanche_curv.core.risk.batches import Batches, kept, like
-from avalanche_curv.core.risk.empirical_risk import FEW, as_matrix
-from avalanche_curv.core.risk.forward import Forward, convention_of
+from avalanche_curv.core.risk.few import FEW
+from avalanche_curv.core.risk.forward import Forward, as_matrix, convention_of
 from avalanche_curv.core.risk.labelled import Labelled, is_labelled, settled
 from avalanche_curv.core.risk.parameters import canonical_name
 

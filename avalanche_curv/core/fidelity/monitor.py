@@ -17,8 +17,9 @@ from avalanche_curv.core.fidelity.layerwise import LayerwiseModels, layered
 from avalanche_curv.core.fidelity.measures import Comparison, Fidelity, concatenated
 from avalanche_curv.core.options import check_kind
 from avalanche_curv.core.precision import in_own_precision
-from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk, frozen_together, joined_risk
+from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.selection import training
+from avalanche_curv.core.risk.several import frozen_together, joined_risk
 
 
 @dataclass(frozen=True)

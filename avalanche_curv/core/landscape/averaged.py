@@ -12,8 +12,9 @@ from torch import Tensor
 
 from avalanche_curv.core.curvature.base import Curvature, NonFiniteCurvatureError
 from avalanche_curv.core.per_example.gram import OuterRows, PlainRows, Rows, gram_rows, lifted, rows_operator
-from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk, joined_risk
+from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.parameters import ParameterSpace
+from avalanche_curv.core.risk.several import joined_risk
 from avalanche_curv.core.structures.base import Matrix
 from avalanche_curv.core.structures.dense import Dense
 from avalanche_curv.core.structures.diagonal import Diagonal

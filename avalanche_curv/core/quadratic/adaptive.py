@@ -28,9 +28,10 @@ from avalanche_curv.core.quadratic.policies import (
 )
 from avalanche_curv.core.quadratic.renewals import Everything, Renewal
 from avalanche_curv.core.quadratic.trust import RelativeError, Trust, TrustCheck
-from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk, frozen_together, joined_risk
+from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.frozen import keep_what_trains
 from avalanche_curv.core.risk.selection import in_words
+from avalanche_curv.core.risk.several import frozen_together, joined_risk
 from avalanche_curv.core.structures.base import Matrix, Structure
 
 

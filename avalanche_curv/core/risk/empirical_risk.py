@@ -16,43 +16,27 @@ from torch.func import functional_call
 from avalanche_curv.core.arguments import takes
 from avalanche_curv.core.hints import known_arguments
 from avalanche_curv.core.losses import ExampleLoss, example_loss
-from avalanche_curv.core.nested import Nested, cat, index, repeated, shapes
+from avalanche_curv.core.nested import Nested, index, repeated, shapes
 from avalanche_curv.core.nested import examples as number_of
 from avalanche_curv.core.options import OneLine, check_fraction
 from avalanche_curv.core.precision import in_own_precision
-from avalanche_curv.core.risk.batches import (
-    Batches,
-    CountedBatches,
-    Rebatched,
-    count,
-    kept,
-    like,
-    merged,
-    random_part,
-    untouched_randomness,
-)
+from avalanche_curv.core.risk.batches import Batches, CountedBatches, Rebatched, count, kept, like, merged, random_part
+from avalanche_curv.core.risk.few import FEW, few_of
 from avalanche_curv.core.risk.forward import (
     Called,
     Forward,
+    as_matrix,
     convention_of,
-    logits,
+    is_plainly_called,
     storable_forward,
 )
-from avalanche_curv.core.risk.frozen import (
-    check_unchanged,
-    copied_base,
-    copied_without_graphs,
-    frozen_copy,
-    unwrapped,
-)
+from avalanche_curv.core.risk.frozen import check_unchanged, copied_base, copied_without_graphs, frozen_copy, unwrapped
 from avalanche_curv.core.risk.known import is_plain
 from avalanche_curv.core.risk.labelled import Labelled, is_labelled, settled
 from avalanche_curv.core.risk.parameters import ParameterSpace, canonical_name
-from avalanche_curv.core.risk.preflight import check_batch, check_given, check_risk, drop_hooks
+from avalanche_curv.core.risk.preflight import check_given, check_risk, drop_hooks
 from avalanche_curv.core.risk.selection import ParameterSelector, Selection, selection_of
 from avalanche_curv.core.state import Storable
-
-FEW = 4  # examples on which derivatives are tried
 
 
 @dataclass(frozen=True)
@@ -129,7 +113,7 @@ class EmpiricalRisk(OneLine, Storable):
             pairs = Labelled(held, convention, base)
             held = tuple(pairs) if isinstance(held, tuple) else pairs
         risk = cls(base, loss, held, forward, selection)
-        if forward is None and not _is_plainly_called(risk):
+        if forward is None and not is_plainly_called(base, index(risk.few[0], slice(1))):
             risk = replace(risk, forward=convention)
         check_risk(risk)
         return risk
@@ -183,28 +167,9 @@ class EmpiricalRisk(OneLine, Storable):
 
     @cached_property
     def few(self) -> tuple[Nested, Nested]:
-        """Some examples of one shape, up to four: of the whole of data in memory, else of the first batch. Raises
-        ValueError where there is none, and for batches that are no pairs of tensors or nestings of these."""
-        in_memory, first = isinstance(self.batches, tuple), None
-        for batch in self.batches:
-            check_batch(batch)
-            first = batch if first is None and number_of(batch[1]) else first
-            if first is not None and not in_memory:
-                break
-        if first is None:
-            raise ValueError(
-                "The risk of no examples is not defined: got no batch, or only empty ones. Give one or more."
-            )
-        found = [first]
-        if in_memory:
-            alike = [b for b in self.batches if number_of(b[1]) and shapes(b) == shapes(first)]
-            ends = torch.tensor([number_of(y) for _, y in alike]).cumsum(0)
-            count = min(FEW, int(ends[-1]))
-            places = [i * int(ends[-1]) // count for i in range(count)]
-            of_batch = torch.bucketize(torch.tensor(places), ends, right=True).tolist()
-            starts = [0, *ends.tolist()]
-            found = [index(tuple(alike[b]), slice(p - starts[b], p - starts[b] + 1)) for p, b in zip(places, of_batch)]
-        return like(cat([index(tuple(part), slice(FEW)) for part in found]), self.anchor)
+        """Some examples of one shape, up to four. Raises ValueError where there is none, and for batches that are no
+        pairs of tensors or nestings of these."""
+        return like(few_of(self.batches), self.anchor)
 
     def trial(self, count: int = FEW) -> EmpiricalRisk:
         """The risk of those few examples, or of so many of them."""
@@ -277,11 +242,6 @@ class EmpiricalRisk(OneLine, Storable):
             if id(p) in index
         }
 
-    def copied_model(self) -> tuple[nn.Module, list[nn.Parameter]]:
-        """A copy of `model`, and its trainable parameters in the order of `space`."""
-        base = copied_base(self.base)
-        return self.with_base(base).model, [p for p in base.parameters() if p.requires_grad]
-
     def __deepcopy__(self, memo: dict[int, Any]) -> EmpiricalRisk:
         copied = object.__new__(type(self))
         memo[id(self)] = copied
@@ -311,13 +271,9 @@ class EmpiricalRisk(OneLine, Storable):
         with self.holding(self.space.split(parameters)):
             return self.value()
 
-    @in_own_precision
     def gradient(self) -> Float[Tensor, "P"]:
         """∇L at the frozen parameters."""
-        total = torch.zeros_like(self.anchor)
-        for x, y in self:
-            total += self.summed_gradient(x, y)
-        return total / self.examples
+        return self.losses_and_gradient()[1]
 
     @in_own_precision
     @torch.enable_grad()
@@ -378,7 +334,8 @@ class EmpiricalRisk(OneLine, Storable):
         risk = self.with_base(frozen_copy(model, self.selection))
         drop_hooks(risk)
         if is_plain(self.model) and is_plain(risk.model) and self.space == risk.space:
-            moved = {what: _in_copy(verdict, self.base, risk.base) for what, verdict in self.verdicts.items()}
+            movable = {what: verdict for what, verdict in self.verdicts.items() if hasattr(verdict, "in_copy")}
+            moved = {what: verdict.in_copy(self.base, risk.base) for what, verdict in movable.items()}
             risk.verdicts.update((what, verdict) for what, verdict in moved.items() if verdict is not None)
         return risk
 
@@ -399,43 +356,3 @@ class EmpiricalRisk(OneLine, Storable):
             if canonical_name(name) in missing:
                 parameter.requires_grad_(parameter.numel() > 0)
         return self.with_base(base)
-
-
-def _in_copy(verdict: Any, old: nn.Module, new: nn.Module) -> Any:
-    """What was found out of a frozen model, for another one of the same parameters; None where it has to be tried."""
-    return verdict.in_copy(old, new) if hasattr(verdict, "in_copy") else None
-
-
-def _is_plainly_called(risk: EmpiricalRisk) -> bool:
-    """Whether the frozen model makes a tensor of a tensor, as far as it can be called so."""
-    inputs = index(risk.few[0], slice(1))
-    if not isinstance(inputs, Tensor):
-        return False
-    try:
-        with torch.no_grad(), untouched_randomness():
-            outputs = risk.base(inputs)
-    except Exception:  # which is said by `check_risk`
-        return True
-    return logits(outputs) is outputs
-
-
-def joined_risk(risks: list[EmpiricalRisk]) -> EmpiricalRisk:
-    """The risk of the examples of all `risks`, in order, which must share the frozen model of the first; in as few
-    batches as their shapes allow."""
-    if len(risks) == 1:
-        return risks[0]
-    return replace(risks[0], batches=merged(batch for risk in risks for batch in risk.batches if number_of(batch[1])))
-
-
-def frozen_together(risks: Sequence[EmpiricalRisk], model: nn.Module) -> tuple[EmpiricalRisk, ...]:
-    """The given risks, each with its own examples, at one common frozen copy of `model` as it is now, over its selected
-    parameters and all that are in the space of one of them already."""
-    if not risks:
-        return ()
-    first = risks[0].frozen_at(model).covering({name for risk in risks for name in risk.space.names})
-    return (first, *(risk.at(first) for risk in risks[1:]))
-
-
-def as_matrix(outputs: Tensor) -> Float[Tensor, "N C"]:
-    """Outputs as [N, C]: one number an example becomes one column, further axes are flattened."""
-    return outputs.reshape(outputs.shape[0], -1)

@@ -21,9 +21,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from avalanche_curv.core.nested import Nested
+from avalanche_curv.core.risk.batches import untouched_randomness
 from avalanche_curv.core.state import Storable
 
 Forward: TypeAlias = Callable[[Any, Any], Tensor]
@@ -140,6 +143,23 @@ def logits(outputs: Any) -> Any:
     if isinstance(outputs, Mapping):
         return outputs.get("logits", outputs)
     return getattr(outputs, "logits", outputs)
+
+
+def is_plainly_called(model: nn.Module, inputs: Nested) -> bool:
+    """Whether a frozen model makes a tensor of a tensor, as far as it can be called so."""
+    if not isinstance(inputs, Tensor):
+        return False
+    try:
+        with torch.no_grad(), untouched_randomness():
+            outputs = model(inputs)
+    except Exception:  # which is said by `check_risk`
+        return True
+    return logits(outputs) is outputs
+
+
+def as_matrix(outputs: Tensor) -> Float[Tensor, "N C"]:
+    """Outputs as [N, C]: one number an example becomes one column, further axes are flattened."""
+    return outputs.reshape(outputs.shape[0], -1)
 
 
 @dataclass(frozen=True)

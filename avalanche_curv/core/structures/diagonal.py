@@ -18,7 +18,8 @@ from avalanche_curv.core.curvature.second_derivatives import is_differentiated_t
 from avalanche_curv.core.eigen import Pairs, inverted
 from avalanche_curv.core.per_example.layers import Layers, by_layers, linear_layers
 from avalanche_curv.core.per_example.passes import layer_passes
-from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk, as_matrix
+from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
+from avalanche_curv.core.risk.forward import as_matrix
 from avalanche_curv.core.risk.known import PIECEWISE_LINEAR, is_altered, is_plain
 from avalanche_curv.core.risk.parameters import ParameterSpace
 from avalanche_curv.core.structures.base import Matrix, Structure, identity_columns

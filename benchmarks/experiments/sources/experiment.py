@@ -37,7 +37,7 @@ from avalanche_curv import (
 )
 from avalanche_curv.core.quadratic.adaptive import AdaptivePast, predicted_loss
 from avalanche_curv.core.quadratic.policies import part_of
-from avalanche_curv.core.risk.empirical_risk import frozen_together
+from avalanche_curv.core.risk.several import frozen_together
 from benchmarks.experiments.sources.per_example import Derivatives, derivatives, has_kappa, losses_at, unit_of
 from benchmarks.harness import Context, Experiment, Options, Record
 from benchmarks.methods import MemoryReplay
