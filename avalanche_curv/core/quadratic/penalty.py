@@ -16,7 +16,6 @@ from avalanche_curv.core.curvature.base import Curvature
 from avalanche_curv.core.options import Fixed, check_number
 from avalanche_curv.core.precision import in_own_precision
 from avalanche_curv.core.quadratic.model import QuadraticModel, check_first_order, half, is_one
-from avalanche_curv.core.quadratic.parts import add_to_gradients
 from avalanche_curv.core.risk.parameters import ParameterSpace
 from avalanche_curv.core.structures import Structure
 from avalanche_curv.core.structures.gradient_pass import GradientPass
@@ -25,6 +24,9 @@ from avalanche_curv.core.structures.one_pass import OnePass
 from avalanche_curv.core.structures.rules import check_pair
 
 FEW = 2**14  # coordinates
+
+Pull = tuple[nn.Parameter, Tensor]
+"""A parameter, and what is to be added to the gradient of its first entries along each axis."""
 
 
 class Penalty:
@@ -144,6 +146,27 @@ class Penalty:
     def _note(self, form: float | Tensor) -> None:
         """Keeps q(θ), which one pass found beside the gradient, from strength · δᵀCδ."""
         self._value = (half(form) + self.past.constant) / self._strength
+
+
+@torch.no_grad()
+def add_to_gradients(pulls: list[Pull], scale: Tensor | None) -> None:
+    """p.grad += scale · pull for each parameter p, in its dtype; a missing gradient counts as zero, and a sparse one
+    becomes dense."""
+    gradients, added = [], []
+    for parameter, pull in pulls:
+        pull = (pull if scale is None else pull * scale.to(pull.device)).to(parameter.dtype)
+        if parameter.grad is None and parameter.shape == pull.shape:
+            parameter.grad = pull
+            continue
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        elif parameter.grad.layout != torch.strided:
+            parameter.grad = parameter.grad.to_dense()
+        whole = parameter.shape == pull.shape
+        gradients.append(parameter.grad if whole else parameter.grad[tuple(map(slice, pull.shape))])
+        added.append(pull)
+    if gradients:
+        torch._foreach_add_(gradients, added)
 
 
 def check_takes_dense_gradients(optimizer: torch.optim.Optimizer) -> None:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
-import warnings
-import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,26 +13,17 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from avalanche_curv.core.arguments import outside
 from avalanche_curv.core.attachment import Attachment, check_attachable, check_minimises, innermost, stepped_by
 from avalanche_curv.core.curvature.base import Curvature, NonFiniteCurvatureError
 from avalanche_curv.core.curvature.fisher import Fisher
 from avalanche_curv.core.options import Configured, Fixed, Forwarded, Setting, check_kind, check_number
-from avalanche_curv.core.quadratic.effect import StepEffect, idle
+from avalanche_curv.core.quadratic.attached import AttachedOptimizers, Calls
+from avalanche_curv.core.quadratic.effect import StepEffect
 from avalanche_curv.core.quadratic.estimate import estimate
 from avalanche_curv.core.quadratic.model import QuadraticModel
-from avalanche_curv.core.quadratic.parts import Part, add_to_gradients
 from avalanche_curv.core.quadratic.penalty import Penalty, check_bounded, check_takes_dense_gradients
 from avalanche_curv.core.quadratic.policies import Accumulate, Past, Policy
-from avalanche_curv.core.quadratic.stability import (
-    Guard,
-    Guarded,
-    StrengthSuggestion,
-    WarnIfUnstable,
-    check_guard,
-    suggest_strength,
-    without_rule,
-)
+from avalanche_curv.core.quadratic.stability import Guard, Guarded, WarnIfUnstable, check_guard
 from avalanche_curv.core.quadratic.strength import StrengthRule
 from avalanche_curv.core.risk.batches import untouched_randomness
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
@@ -126,20 +114,16 @@ class CurvatureRegularizer(Configured):
         self._updates = 0  # of the current task
         self._guarded: Guarded | None = None  # made from `guard` and `past` when it is needed
         self._weighted: Penalty | None = None  # made from `past`
-        self._unprotected, self._effect, self._idle = Unprotected(), StepEffect(), False
+        self._unprotected, self._effect = Unprotected(), StepEffect()
         self._own: Past | None = None  # the newest that was made here, and not given or loaded
-        self._forget_the_loop()
-
-    def _forget_the_loop(self) -> None:
-        self._attached: list[Attachment] = []
-        self._seen: tuple[weakref.ref[Any], ...] = ()  # the model of the last step, and its optimisers
+        self._attached = AttachedOptimizers()
         self._restart()
 
     def _restart(self) -> None:
         """Before the first step of a task."""
-        self._begun = self._unfinished = False
+        self._begun = False
         self._named: NamedParameters | None = None
-        self._parts: weakref.WeakKeyDictionary[Optimizer, Part] = weakref.WeakKeyDictionary()
+        self._attached.restart()
 
     @property
     def weight(self) -> float:
@@ -183,8 +167,7 @@ class CurvatureRegularizer(Configured):
         optimizer = innermost(optimizer)
         check_attachable(optimizer, model)
         check_minimises(self, optimizer)
-        stepped = stepped_by(optimizer)
-        if stepped.isdisjoint(map(id, model.parameters())):
+        if stepped_by(optimizer).isdisjoint(map(id, model.parameters())):
             raise ValueError(
                 f"The {type(optimizer).__name__} steps no parameter of {type(model).__name__}. Give the optimiser of "
                 "this model."
@@ -192,23 +175,14 @@ class CurvatureRegularizer(Configured):
         self._check(optimizer)
         if self.past.model is not None:
             self.past.model.space.tensors(model)
-        for other, attachment in self._followed():
-            attachment.check_model(model)
-            if not stepped.isdisjoint(stepped_by(other)):
-                attachment.remove()
-        named = NamedParameters(model)
-        attachment = Attachment.around_steps(
-            self, optimizer, model,
-            before=lambda stepping, evaluation: self._add(stepping, named, evaluation),
-            after=lambda stepping: None if self._parts else self._finish(model),
-        )
-        self._attached, self._begun = [*self._attached, attachment], False
+        calls = Calls(self._start, self._ready, self.look, self.revise)
+        attachment = self._attached.attach(self, optimizer, model, calls)
+        self._begun = False
         return attachment
 
     def detach(self, attachment: Attachment) -> None:
         """Called when an attachment is removed."""
-        self._attached = [one for one in self._attached if one is not attachment]
-        self._parts.clear()
+        self._attached.detach(attachment)
 
     def penalty(self, model: nn.Module, *optimizers: Optimizer) -> Tensor:
         """strength · q(θ) as a scalar to be added to the loss, with its exact gradient; zero without a past and at
@@ -219,8 +193,7 @@ class CurvatureRegularizer(Configured):
         """
         if torch.is_grad_enabled():
             self._check_alone()
-        if not self._begun:
-            self.begin(model, *optimizers)
+        self._start(model, *optimizers)
         penalty = self._ready(model, *optimizers)
         return next(model.parameters()).new_zeros(()) if penalty is None else penalty(model)
 
@@ -233,8 +206,7 @@ class CurvatureRegularizer(Configured):
         and hooks on gradients, do not see it. `optimizers` and errors are as there; a missing gradient counts as zero.
         """
         self._check_alone()
-        if not self._begun:
-            self.begin(model, *optimizers)
+        self._start(model, *optimizers)
         penalty = self._ready(model, *optimizers)
         if penalty is None:
             return None
@@ -244,7 +216,7 @@ class CurvatureRegularizer(Configured):
         return penalty.weighted(penalty.add(named, {name: p for name, p in named.items() if p.requires_grad}))
 
     def _check_alone(self) -> None:
-        if self._attached:
+        if self._attached.attachments:
             raise RuntimeError(
                 "This CurvatureRegularizer is attached and adds its gradient before each step: as a term of the loss "
                 "it would count twice. Leave the term out, or call remove() on what attach() returned."
@@ -336,9 +308,7 @@ class CurvatureRegularizer(Configured):
         self._guarded = None if guarded is None or model is None or share is None else guarded.renewed(model)
         self._updates, self._weighted = 0, None
         self._restart()
-        if (largest := self._effect.negligible()) is not None and not self._idle:
-            self._idle = True
-            warnings.warn(idle(number, self._weight, largest, self._suggested()), UserWarning, stacklevel=outside())
+        self._effect.warn(number, self._weight, self.past)
 
     def begin(self, model: nn.Module, *optimizers: Optimizer) -> None:
         """Before the first step on new data: takes the past where the model is, which may have been moved to another
@@ -350,7 +320,7 @@ class CurvatureRegularizer(Configured):
         """
         keep_what_trains(model)
         self._check(*optimizers)
-        self._see(model, optimizers)
+        self._effect.see(model, *optimizers)
         past = self.past.model
         if past is not None and (moved := past.following(model)) is not past:
             own = self.past is self._own
@@ -359,6 +329,11 @@ class CurvatureRegularizer(Configured):
         if self._updates == 0:
             self._revise(model)
         self._begun = True
+
+    def _start(self, model: nn.Module, *optimizers: Optimizer) -> None:
+        """Before a step: begins where none was made of this task."""
+        if not self._begun:
+            self.begin(model, *optimizers)
 
     def revise(self, model: nn.Module) -> None:
         """After each step: counts it, and lets the policy revise the past. Called by itself where this is attached."""
@@ -380,8 +355,8 @@ class CurvatureRegularizer(Configured):
         """
         decided = None if self._guarded is None else self._guarded.state_dict()
         return state_of(
-            type(self).__name__, past=self.past.state_dict(), updates=self._updates, unfinished=self._unfinished,
-            guarded=decided, **({} if self.rule is None else {"strength": self.strength}),
+            type(self).__name__, past=self.past.state_dict(), updates=self._updates, guarded=decided,
+            unfinished=self._attached.unfinished, **({} if self.rule is None else {"strength": self.strength}),
         )
 
     def load_state_dict(
@@ -404,7 +379,7 @@ class CurvatureRegularizer(Configured):
             self._guarded = Guarded(self.guard, past.model)
             self._guarded.load_state_dict(parts["guarded"])
         self._restart()
-        self._unfinished = parts["unfinished"]
+        self._attached.unfinished = parts["unfinished"]
         if self.rule is not None:
             self.strength = parts["strength"]
 
@@ -412,11 +387,7 @@ class CurvatureRegularizer(Configured):
         """Copies and pickles are attached to nothing; they know what the guard has decided, which a schedule of
         learning rates would not decide again."""
         last = self.last_penalty
-        forgotten: dict[str, Any] = {"_weighted": None, "_attached": [], "_seen": (), "_named": None, "_parts": None}
-        return {**self.__dict__, "_last": last, **forgotten}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _parts=weakref.WeakKeyDictionary())
+        return {**vars(self), "_last": last, "_weighted": None, "_named": None}
 
     def _check(self, *optimizers: Optimizer) -> None:
         for optimizer in optimizers if self.strength else ():
@@ -429,16 +400,10 @@ class CurvatureRegularizer(Configured):
         options = {**options, "include": self.selection.include, "exclude": self.selection.exclude}
         return EmpiricalRisk.snapshot(model, criterion, batches, **options)
 
-    def _followed(self) -> list[tuple[Optimizer, Attachment]]:
-        """The optimisers this is attached to, in the order of attaching, without those that are gone."""
-        found = [(one.optimizer(), one) for one in self._attached]
-        self._attached = [attachment for optimizer, attachment in found if optimizer is not None]
-        return [(optimizer, attachment) for optimizer, attachment in found if optimizer is not None]
-
     def _ready(self, model: nn.Module, *optimizers: Optimizer) -> Penalty | None:
         """The penalty of the next step; None where it adds nothing."""
         past = self.past.model
-        self._see(model, optimizers)
+        self._effect.see(model, *optimizers)
         self._evaluated = None
         if past is None:
             self._weight, self._last = self.strength, None
@@ -458,55 +423,6 @@ class CurvatureRegularizer(Configured):
             check_takes_dense_gradients(optimizer)
         return self._weighted
 
-    def _add(self, optimizer: Optimizer, named: NamedParameters, evaluation: int) -> Tensor | None:
-        """Adds to the gradients of one optimiser its part of the penalty's; returns strength · q(θ), where it is in a
-        closure and something is added. `evaluation` as in `Attachment.around_steps`."""
-        part, value, model = None if evaluation else self._parts.pop(optimizer, None), None, named.model
-        scale = getattr(optimizer, "grad_scale", None)
-        if part is None or part.is_stale:
-            optimizers = [one for one, _ in self._followed()]
-            if evaluation <= 1:
-                self._finish(model)
-                if not self._begun:
-                    self.begin(model, *optimizers)
-                self._unfinished = True
-            self._parts.clear()
-            penalty, own = self._due(named, optimizers)
-            if penalty is not None and len(optimizers) == 1 and not evaluation and scale is None:
-                penalty.add(named(), own)
-                self.look(optimizer, model)
-                return None
-            pulls = []
-            if penalty is not None:
-                gradients = penalty.gradients(penalty.space.cut(named()))
-                pulls = [(own[name], g) for name, g in zip(penalty.space.names, gradients) if name in own]
-                value = self._weight * penalty.last(gradients) if evaluation else None
-            for one in optimizers if evaluation == 0 else (optimizer,):
-                self._parts[one] = Part.of(one, pulls)
-            part = self._parts.pop(optimizer)
-            for waiting in self._parts.values():
-                waiting.wait()
-        add_to_gradients(part.pulls, scale)
-        if part.pulls and evaluation <= 1:
-            self.look(optimizer, model, 1.0 if scale is None else scale)
-        return value
-
-    def _due(
-        self, named: NamedParameters, optimizers: list[Optimizer]
-    ) -> tuple[Penalty | None, dict[str, nn.Parameter]]:
-        """The penalty of the next step, None where it adds nothing and where no parameter has a gradient yet; and the
-        parameters that these optimisers train."""
-        stepped = stepped_by(*optimizers)
-        own = {name: p for name, p in named().items() if p.requires_grad and id(p) in stepped}
-        idle = all(p.grad is None for p in own.values())
-        return None if idle else self._ready(named.model, *optimizers), own
-
-    def _finish(self, model: nn.Module) -> None:
-        """Ends an update, of which every optimiser has made its part."""
-        if self._unfinished:
-            self._unfinished = False
-            self.revise(model)
-
     def _revise(self, model: nn.Module) -> None:
         if not self.policy.revises:
             return
@@ -519,23 +435,13 @@ class CurvatureRegularizer(Configured):
         if revised is not self.past:
             self.past = self._own = revised
 
-    def _see(self, model: nn.Module, optimizers: tuple[Optimizer, ...]) -> None:
-        if [one() for one in self._seen] != [model, *optimizers]:
-            self._seen = (weakref.ref(model), *map(weakref.ref, optimizers))
-
-    def _suggested(self) -> StrengthSuggestion:
-        """Strengths to try with the optimisers of the last step: those of the one that allows the least."""
-        model, *optimizers = [one() for one in self._seen] or [None]
-        found = [suggest_strength(self.past, one, model) for one in optimizers if one is not None and model is not None]
-        return min(found, key=lambda one: one.grid[:1] or (math.inf,), default=without_rule("no optimizer is known"))
-
     @contextmanager
     def _keeping_the_past(self) -> Iterator[None]:
         try:
             yield
         except NonFiniteCurvatureError as error:
-            tried = self.past.model is not None and self._weight and len(self._seen) > 1
-            further = f" {self._suggested()}" if tried else ""
+            tried = self.past.model is not None and self._weight and self._effect.knows_optimizers
+            further = f" {self._effect.suggestion(self.past)}" if tried else ""
             raise NonFiniteCurvatureError(
                 f"{error} The model of the {self.past.experiences} experiences before it is kept in `past`.{further}"
             ) from error

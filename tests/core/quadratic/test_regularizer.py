@@ -341,7 +341,7 @@ def test_a_second_optimizer_of_the_same_parameters_takes_the_place_of_the_first(
     first, other = regularizer.attach(head, model), regularizer.attach(body, model)
     newer = torch.optim.SGD(model[2].parameters(), lr=0.1)
     later = regularizer.attach(newer, model)
-    assert regularizer._attached == [other, later]
+    assert regularizer._attached.attachments == [other, later]
     first.remove()
     before = model[2].weight.detach().clone()
     model[2].weight.grad = torch.zeros_like(before)
