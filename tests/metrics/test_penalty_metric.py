@@ -83,7 +83,7 @@ def test_a_strength_that_is_set_acts_at_the_next_step_and_in_the_metrics(
             torch.testing.assert_close(slope, schedule[len(due)] * product, rtol=1e-3, atol=1e-5)
             slopes.append(float(slope.norm()))
             copied = pickle.loads(pickle.dumps(ewc))
-            assert copied.regularizer._guarded.past is copied.past.model  # the guard goes on with what it knows
+            assert copied.regularizer._penalty.guarded.past is copied.past.model  # the guard goes on with what it knows
             added.append(float(strategy.loss.detach() - strategy.criterion().detach()))
             due.append(schedule[len(due)] * float(past(net)))
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,25 +14,23 @@ from torch.optim import Optimizer
 from avalanche_curv.core.attachment import Attachment, check_attachable, check_minimises, innermost, stepped_by
 from avalanche_curv.core.curvature.base import Curvature, NonFiniteCurvatureError
 from avalanche_curv.core.curvature.fisher import Fisher
-from avalanche_curv.core.options import Configured, Fixed, Forwarded, Setting, check_kind, check_number
+from avalanche_curv.core.options import Configured, Fixed, Forwarded, Setting, check_number
 from avalanche_curv.core.quadratic.attached import AttachedOptimizers, Calls
 from avalanche_curv.core.quadratic.effect import StepEffect
-from avalanche_curv.core.quadratic.estimate import estimate
-from avalanche_curv.core.quadratic.model import QuadraticModel
-from avalanche_curv.core.quadratic.penalty import Penalty, check_bounded, check_takes_dense_gradients
+from avalanche_curv.core.quadratic.kept import KeptPast
+from avalanche_curv.core.quadratic.penalty import Penalty, check_takes_dense_gradients
 from avalanche_curv.core.quadratic.policies import Accumulate, Past, Policy
 from avalanche_curv.core.quadratic.stability import Guard, Guarded, WarnIfUnstable, check_guard
+from avalanche_curv.core.quadratic.step_penalty import StepPenalty
 from avalanche_curv.core.quadratic.strength import StrengthRule
 from avalanche_curv.core.risk.batches import untouched_randomness
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.forward import Forward
-from avalanche_curv.core.risk.frozen import keep_what_trains, unwrapped
+from avalanche_curv.core.risk.frozen import keep_what_trains
 from avalanche_curv.core.risk.parameters import NamedParameters
 from avalanche_curv.core.risk.selection import ParameterSelector, Selection, Unprotected, selection_of
 from avalanche_curv.core.state import State, check_state, state_of
 from avalanche_curv.core.structures import Diagonal, Structure
-
-LOG = logging.getLogger("avalanche_curv")
 
 
 class CurvatureRegularizer(Configured):
@@ -81,11 +77,8 @@ class CurvatureRegularizer(Configured):
 
     strength = Setting(partial(check_number, at_least=0, hint="0 only measures; Evidence() is for when it is made."))
     guard = Setting[Guard | None](check_guard)
-    past = Setting[Past](partial(check_kind, kind=Past, example="Past()"))
-    curvature = Fixed[Curvature](partial(check_kind, kind=Curvature, example="Fisher()"))
-    structure = Fixed[Structure](partial(check_kind, kind=Structure, example="Diagonal()"))
-    policy = Fixed[Policy](partial(check_kind, kind=Policy, example="Accumulate()"))
-    rule = Fixed[StrengthRule | None]()
+    past, rule = Forwarded("_kept"), Forwarded("_kept")
+    curvature, structure, policy = Forwarded("_kept"), Forwarded("_kept"), Forwarded("_kept")
     selection = Fixed[Selection]()
     include, exclude = Forwarded("selection"), Forwarded("selection")
 
@@ -101,22 +94,14 @@ class CurvatureRegularizer(Configured):
         include: Iterable[ParameterSelector] = (),
         exclude: Iterable[ParameterSelector] = (),
     ) -> None:
-        self.rule = strength if isinstance(strength, StrengthRule) else None
-        self.strength = strength.first if isinstance(strength, StrengthRule) else strength
+        rule = strength if isinstance(strength, StrengthRule) else None
+        self.strength = strength if rule is None else rule.first
         self.guard = guard
-        self.curvature, self.structure, self.policy = curvature, structure, policy
-        check_bounded(curvature, structure)
-        self.past, self.selection = past, selection_of(include, exclude)
-        policy.check_past(past)
-        self._weight = self.strength
-        self._last: Tensor | None = None
-        self._evaluated: Penalty | None = None  # in the last step, and not asked for its value since
+        self._kept = KeptPast(past, curvature, structure, policy, rule)
+        self.selection = selection_of(include, exclude)
         self._updates = 0  # of the current task
-        self._guarded: Guarded | None = None  # made from `guard` and `past` when it is needed
-        self._weighted: Penalty | None = None  # made from `past`
+        self._penalty, self._attached = StepPenalty(self.strength), AttachedOptimizers()
         self._unprotected, self._effect = Unprotected(), StepEffect()
-        self._own: Past | None = None  # the newest that was made here, and not given or loaded
-        self._attached = AttachedOptimizers()
         self._restart()
 
     def _restart(self) -> None:
@@ -128,15 +113,13 @@ class CurvatureRegularizer(Configured):
     @property
     def weight(self) -> float:
         """The strength of the last step, which is lower than `strength` where the guard says so."""
-        return self._weight
+        return self._penalty.weight
 
     @property
     def last_penalty(self) -> Tensor | None:
         """q(θ) at the last step, without strength; None before there is a past. Where this is attached it is computed
         when it is asked for."""
-        if self._evaluated is not None:
-            self._last, self._evaluated = self._evaluated.last(), None
-        return self._last
+        return self._penalty.last
 
     def attach(self, optimizer: Optimizer, model: nn.Module) -> Attachment:
         """Adds strength · ∇q to the gradients before each `optimizer.step()` from now on, until `remove()` of what is
@@ -230,26 +213,7 @@ class CurvatureRegularizer(Configured):
 
     def check_risk(self, risk: EmpiricalRisk) -> None:
         """Raises what would keep the examples of `risk` from being absorbed, by doing it with the few that it holds."""
-        self.curvature.check_loss(risk.loss)
-        space = risk.space if self.past.model is None else risk.space.union(self.past.model.space)
-        self.structure.check(space, risk.anchor.element_size())
-        self.policy.check_risk(risk, self.curvature, self.structure)
-        if self.rule is not None and self._own is None:
-            self.rule.check(risk, self.curvature, self.structure, self.policy)
-        if self.past is not self._own:
-            found = estimate(self.curvature, self.structure, risk)
-            if self.past.model is not None and not self.past.stored:
-                self._check_addition(self.past.model, found)
-
-    def _check_addition(self, past: QuadraticModel, found: QuadraticModel) -> None:
-        """Raises TypeError for a past, given or loaded, that was made with another structure."""
-        try:
-            _ = past + found
-        except TypeError as error:
-            raise TypeError(
-                f"The past of {type(past.curvature).__name__} cannot go on with structure={self.structure}: {error} "
-                "Give the structure that the past was made with."
-            ) from error
+        self._kept.check_risk(risk)
 
     def absorb(self, model: nn.Module, criterion: object, batches: Any, **options: Any) -> None:
         """Takes in a task at its end: `past` then holds its loss too, as `criterion` gives it for `batches` of (inputs,
@@ -274,12 +238,7 @@ class CurvatureRegularizer(Configured):
 
     def check_parts(self, updates: int) -> None:
         """Raises TypeError or ValueError where parts of a task of so many updates each cannot be absorbed."""
-        if self.rule is not None:
-            raise TypeError(
-                f"{type(self.rule).__name__} chooses the strength at the ends of tasks, which this stream hides. "
-                "Split it with access_task_boundaries=True, or give the strength as a number."
-            )
-        self.policy.check_parts(self.structure, updates)
+        self._kept.check_parts(updates)
 
     def absorb_risk(
         self, risk: EmpiricalRisk, share: float | None = None, number: int | None = None, policy: Policy | None = None,
@@ -289,26 +248,14 @@ class CurvatureRegularizer(Configured):
         `number` is what warnings call the task, by default how many were absorbed before; `policy` the one that takes
         it in where not this regulariser's: for examples that were drawn before from so many `examples`,
         `Drawing.of_all()` of it."""
-        policy = policy or self.policy
         number = self.past.experiences if number is None else number
-        chosen = self.strength
         with self._keeping_the_past():
-            if self.rule is not None and self.past.model is not None:
-                found = self.rule.next(
-                    self.strength, self.past.model, self.past.widened(risk), self.curvature, self.structure,
-                    examples or risk.examples,
-                )
-                chosen = check_number(f"the strength that {self.rule!r} chose", found, at_least=0)
-            if share is None:
-                self.past = policy.absorb(self.past, risk, self.curvature, self.structure)
-            else:
-                self.past = policy.absorb_part(self.past, risk, self.curvature, self.structure, share)
-        self._own, self.strength = self.past, chosen
-        guarded, model = self._guarded, self.past.model
-        self._guarded = None if guarded is None or model is None or share is None else guarded.renewed(model)
-        self._updates, self._weighted = 0, None
+            self.strength = self._kept.absorb(risk, self.strength, share, policy, examples)
+        guarded, model = self._penalty.guarded, self.past.model
+        self._penalty.restart(None if guarded is None or model is None or share is None else guarded.renewed(model))
+        self._updates = 0
         self._restart()
-        self._effect.warn(number, self._weight, self.past)
+        self._effect.warn(number, self.weight, self.past)
 
     def begin(self, model: nn.Module, *optimizers: Optimizer) -> None:
         """Before the first step on new data: takes the past where the model is, which may have been moved to another
@@ -321,11 +268,7 @@ class CurvatureRegularizer(Configured):
         keep_what_trains(model)
         self._check(*optimizers)
         self._effect.see(model, *optimizers)
-        past = self.past.model
-        if past is not None and (moved := past.following(model)) is not past:
-            own = self.past is self._own
-            self.past = replace(self.past, model=moved)
-            self._own = self.past if own else None
+        self._kept.follow(model)
         if self._updates == 0:
             self._revise(model)
         self._begun = True
@@ -343,8 +286,8 @@ class CurvatureRegularizer(Configured):
     def look(self, optimizer: Optimizer, model: nn.Module, scale: float | Tensor = 1.0) -> None:
         """Looks at the part of the penalty in the next step, when all gradients are there: `scale` times what they are.
         Called by itself where this is attached."""
-        if self.past.model is not None and self._weight > 0:
-            self._effect.look(optimizer, model, self.past.model, self._weight, scale)
+        if self.past.model is not None and self.weight > 0:
+            self._effect.look(optimizer, model, self.past.model, self.weight, scale)
 
     def state_dict(self) -> State:
         """What is known between two steps, as tensors, numbers, strings, tuples and dictionaries, for `torch.save`: the
@@ -353,7 +296,7 @@ class CurvatureRegularizer(Configured):
 
         Raises TypeError for a past that is not made of these (see `Past.state_dict`).
         """
-        decided = None if self._guarded is None else self._guarded.state_dict()
+        decided = None if self._penalty.guarded is None else self._penalty.guarded.state_dict()
         return state_of(
             type(self).__name__, past=self.past.state_dict(), updates=self._updates, guarded=decided,
             unfinished=self._attached.unfinished, **({} if self.rule is None else {"strength": self.strength}),
@@ -374,20 +317,19 @@ class CurvatureRegularizer(Configured):
         parts = check_state(state, type(self).__name__, *fields)["fields"]
         past = Past.load_state_dict(parts["past"], model=model, criterion=criterion, forward=forward)
         self.policy.check_past(past)
-        self.past, self._updates, self._guarded, self._weighted = past, parts["updates"], None, None
+        self.past, self._updates, guarded = past, parts["updates"], None
         if parts["guarded"] is not None and past.model is not None:
-            self._guarded = Guarded(self.guard, past.model)
-            self._guarded.load_state_dict(parts["guarded"])
+            guarded = Guarded(self.guard, past.model)
+            guarded.load_state_dict(parts["guarded"])
+        self._penalty.restart(guarded)
         self._restart()
         self._attached.unfinished = parts["unfinished"]
         if self.rule is not None:
             self.strength = parts["strength"]
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles are attached to nothing; they know what the guard has decided, which a schedule of
-        learning rates would not decide again."""
-        last = self.last_penalty
-        return {**vars(self), "_last": last, "_weighted": None, "_named": None}
+        """Copies and pickles hold no model, and are attached to nothing."""
+        return {**vars(self), "_named": None}
 
     def _check(self, *optimizers: Optimizer) -> None:
         for optimizer in optimizers if self.strength else ():
@@ -404,43 +346,21 @@ class CurvatureRegularizer(Configured):
         """The penalty of the next step; None where it adds nothing."""
         past = self.past.model
         self._effect.see(model, *optimizers)
-        self._evaluated = None
-        if past is None:
-            self._weight, self._last = self.strength, None
-            return None
-        if past.frozen:
+        if past is not None and past.frozen:
             self._unprotected.say(past.unprotected(model))
-        if self._guarded is None or self._guarded.past is not past or self._guarded.guard is not self.guard:
-            self._guarded = Guarded(self.guard, past)
-        self._weight = self._guarded.allowed(self.strength, model, *optimizers)
-        if self._weighted is None or self._weighted.of is not past:
-            self._weighted = Penalty(past, self._weight)
-        self._evaluated, self._weighted.strength = self._weighted, self._weight
-        if self._weight == 0:
-            self._weighted.move(past.space.tensors(model))
-            return None
-        for optimizer in optimizers:
-            check_takes_dense_gradients(optimizer)
-        return self._weighted
+        return self._penalty.next(past, self.strength, self.guard, model, *optimizers)
 
     def _revise(self, model: nn.Module) -> None:
-        if not self.policy.revises:
-            return
-        with untouched_randomness(), torch.enable_grad(), self._keeping_the_past():
-            revised = self.policy.revise(
-                self.past, unwrapped(model), self._updates, self.curvature, self.structure
-            )
-        for event in revised.refreshes[len(self.past.refreshes) :]:
-            LOG.info("Refresh in experience %d after %d updates: %s", event.experience, event.iteration, event.reason)
-        if revised is not self.past:
-            self.past = self._own = revised
+        if self.policy.revises:
+            with self._keeping_the_past():
+                self._kept.revise(model, self._updates)
 
     @contextmanager
     def _keeping_the_past(self) -> Iterator[None]:
         try:
             yield
         except NonFiniteCurvatureError as error:
-            tried = self.past.model is not None and self._weight and self._effect.knows_optimizers
+            tried = self.past.model is not None and self.weight and self._effect.knows_optimizers
             further = f" {self._effect.suggestion(self.past)}" if tried else ""
             raise NonFiniteCurvatureError(
                 f"{error} The model of the {self.past.experiences} experiences before it is kept in `past`.{further}"
