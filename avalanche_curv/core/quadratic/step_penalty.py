@@ -61,5 +61,5 @@ class StepPenalty:
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles know what the guard has decided, which a schedule of learning rates would not decide
         again."""
-        value = self.last
-        return {**vars(self), "_value": value, "_penalty": None}
+        _ = self.last  # known from now on, without what was evaluated
+        return {**vars(self), "_penalty": None}

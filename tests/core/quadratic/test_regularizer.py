@@ -31,6 +31,7 @@ from avalanche_curv import (
     UnstablePenaltyError,
     suggest_strength,
 )
+from avalanche_curv.core.quadratic import kept
 from avalanche_curv.core.quadratic.penalty import Penalty
 
 STEPS, STRENGTH = 7, 3.0
@@ -661,6 +662,29 @@ def test_a_model_that_was_moved_takes_its_past_along(model):
     with regularizer.attach(optimizer, model):
         plain(model, [optimizer])
     assert regularizer.past.model.anchor.dtype == torch.float64
+
+
+def test_a_past_made_here_is_not_tried_again_after_the_model_was_moved(model, monkeypatch):
+    regularizer = with_past(model.float())
+    regularizer.begin(model.double())
+    assert regularizer.past.model.anchor.dtype == torch.float64
+    monkeypatch.setattr(kept, "estimate", None)
+    regularizer.check(model, nn.CrossEntropyLoss(), batches_of(2))
+
+
+def test_a_copy_made_amid_an_update_knows_that_it_goes_on_and_its_penalty(model):
+    regularizer, (head, body) = with_past(model), layers(model)
+    regularizer.attach(head, model)
+    regularizer.attach(body, model)
+    (x, y), *_ = batches_of(2)
+    cross_entropy(model(x), y).backward()
+    expected = float(regularizer.past.model(model))
+    head.step()
+    copied = copy.deepcopy(regularizer)
+    assert copied.state_dict()["fields"]["unfinished"]
+    assert float(copied.last_penalty) == pytest.approx(expected, rel=1e-10)
+    body.step()
+    assert not regularizer.state_dict()["fields"]["unfinished"]
 
 
 def test_a_wrapped_optimizer_is_looked_through(model):

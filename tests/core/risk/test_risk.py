@@ -4,6 +4,7 @@ from torch import nn
 
 from avalanche_curv import GGN, Dense, EmpiricalRisk, estimate
 from avalanche_curv.core.risk.batches import random_part
+from avalanche_curv.core.risk.several import frozen_together
 
 
 class TwoArguments(nn.Module):
@@ -48,6 +49,17 @@ def test_the_snapshot_does_not_follow_the_model(net, data):
         net[0].weight += 1
     assert risk.value() == before
     assert torch.equal(risk.anchor, anchor)
+
+
+def test_risks_that_are_frozen_together_share_one_copy_of_the_model(net, data):
+    risks = [EmpiricalRisk.snapshot(net, nn.CrossEntropyLoss(), batches_of(data, size)) for size in (4, 11)]
+    with torch.no_grad():
+        net[0].weight += 1
+    together = frozen_together(risks, net)
+    assert together[0].base is together[1].base is not net
+    assert [len(risk.batches) for risk in together] == [3, 1]
+    loss = nn.CrossEntropyLoss()(net(data[0]), data[1]).item()
+    assert [risk.value() for risk in together] == pytest.approx([loss, loss], rel=1e-12)
 
 
 def test_the_snapshot_uses_the_running_statistics_of_batch_norm(data, make_model, close):
