@@ -87,14 +87,17 @@ class AttachedOptimizers:
                 calls.start(model, *optimizers)
                 self.unfinished = True
             self._parts.clear()
-            penalty, own = _due(named, optimizers, calls)
+            parameters, stepped = named(), stepped_by(*optimizers)
+            own = {name: p for name, p in parameters.items() if p.requires_grad and id(p) in stepped}
+            idle = all(p.grad is None for p in own.values())  # before the first backward pass
+            penalty = None if idle else calls.ready(model, *optimizers)
             if penalty is not None and len(optimizers) == 1 and not evaluation and scale is None:
-                penalty.add(named(), own)
+                penalty.add(parameters, own)
                 calls.look(optimizer, model, 1.0)
                 return None
             pulls = []
             if penalty is not None:
-                gradients = penalty.gradients(penalty.space.cut(named()))
+                gradients = penalty.gradients(penalty.space.cut(parameters))
                 pulls = [(own[name], g) for name, g in zip(penalty.space.names, gradients) if name in own]
                 value = penalty.strength * penalty.last(gradients) if evaluation else None
             for one in optimizers if evaluation == 0 else (optimizer,):
@@ -118,17 +121,6 @@ class AttachedOptimizers:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, _parts=weakref.WeakKeyDictionary())
-
-
-def _due(
-    named: NamedParameters, optimizers: list[Optimizer], calls: Calls
-) -> tuple[Penalty | None, dict[str, nn.Parameter]]:
-    """The penalty of the next step, None where it adds nothing and where no parameter has a gradient yet; and the
-    parameters that these optimisers train."""
-    stepped = stepped_by(*optimizers)
-    own = {name: p for name, p in named().items() if p.requires_grad and id(p) in stepped}
-    idle = all(p.grad is None for p in own.values())
-    return None if idle else calls.ready(named.model, *optimizers), own
 
 
 @dataclass(frozen=True)
