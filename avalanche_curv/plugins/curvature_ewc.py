@@ -201,8 +201,8 @@ class CurvatureEWCPlugin(Configured, SupervisedPlugin):
 
         `model`, `criterion` and `forward` are needed where the past holds stored examples, and as in
         `Past.load_state_dict`.
-        Raises ValueError for any other state, with what came, and for a past that the policy cannot go on from; the
-        plugin is then as it was.
+        Raises ValueError for any other state, with what came, and for a past that the policy cannot go on from,
+        TypeError for one of another structure; the plugin is then as it was.
         """
         parts = check_state(state, type(self).__name__, "regularizer", "task_ends")["fields"]
         self.regularizer.load_state_dict(parts["regularizer"], model=model, criterion=criterion, forward=forward)

@@ -10,9 +10,8 @@ import torch
 from torch import nn
 
 from avalanche_curv.core.curvature.base import Curvature
-from avalanche_curv.core.options import Fixed, Setting, check_kind, check_number
+from avalanche_curv.core.options import Fixed, Setting, check_kind, check_number, in_short
 from avalanche_curv.core.quadratic.estimate import estimate
-from avalanche_curv.core.quadratic.model import QuadraticModel
 from avalanche_curv.core.quadratic.penalty import check_bounded
 from avalanche_curv.core.quadratic.policies import Past, Policy
 from avalanche_curv.core.quadratic.strength import StrengthRule
@@ -43,8 +42,15 @@ class KeptPast:
         self.curvature, self.structure, self.policy, self.rule = curvature, structure, policy, rule
         check_bounded(curvature, structure)
         self.past = past
-        policy.check_past(past)
         self._own: Past | None = None  # the newest that was made here, and not given or loaded
+        self.check_past(past)
+
+    def check_past(self, past: Past) -> None:
+        """Raises ValueError for a past that the policy cannot go on from, and TypeError for one, given or loaded, of
+        another structure, unless it is estimated anew from what it stores."""
+        self.policy.check_past(past)
+        if past is not self._own and past.model is not None and not (past.stored and self.rule is None):
+            self.structure.check_past(past.model.curvature)
 
     def check_risk(self, risk: EmpiricalRisk) -> None:
         """Raises what would keep the examples of `risk` from being absorbed, by doing it with the few that it holds."""
@@ -52,22 +58,24 @@ class KeptPast:
         space = risk.space if self.past.model is None else risk.space.union(self.past.model.space)
         self.structure.check(space, risk.anchor.element_size())
         self.policy.check_risk(risk, self.curvature, self.structure)
-        if self.rule is not None and self._own is None:
-            self.rule.check(risk, self.curvature, self.structure, self.policy)
         if self.past is not self._own:
-            found = estimate(self.curvature, self.structure, risk)
-            if self.past.model is not None and not self.past.stored:
-                self._check_addition(self.past.model, found)
+            self._check_given(risk)
 
-    def _check_addition(self, past: QuadraticModel, found: QuadraticModel) -> None:
-        """Raises TypeError for a past, given or loaded, that was made with another structure."""
-        try:
-            _ = past + found
-        except TypeError as error:
-            raise TypeError(
-                f"The past of {type(past.curvature).__name__} cannot go on with structure={self.structure}: {error} "
-                "Give the structure that the past was made with."
-            ) from error
+    def _check_given(self, risk: EmpiricalRisk) -> None:
+        """Raises what would keep a past, given or loaded, from going on with the examples of `risk`."""
+        self.check_past(self.past)
+        found, past = estimate(self.curvature, self.structure, risk), self.past.model
+        if past is not None and not self.past.stored:
+            try:
+                _ = past + found
+            except TypeError as error:
+                kind, structure = type(past.curvature).__name__, in_short(self.structure)
+                raise TypeError(
+                    f"The past of {kind} cannot go on with structure={structure}: {error} Give the structure that the "
+                    "past was made with."
+                ) from error
+        if self.rule is not None:
+            self.rule.check(risk, self.curvature, self.structure, self.policy, past)
 
     def check_parts(self, updates: int) -> None:
         """Raises TypeError or ValueError where parts of a task of so many updates each cannot be absorbed."""

@@ -262,8 +262,8 @@ class CurvatureRegularizer(Configured):
         device or floating point type, and lets the policy revise it for a model that has grown. Called by itself with
         the first step, or first `penalty`, of a task.
 
-        Raises TypeError for SparseAdam, ValueError for a past that the policy cannot go on from or whose parameters the
-        model lacks.
+        Raises TypeError for SparseAdam and for a past of another structure, ValueError for one that the policy cannot
+        go on from or whose parameters the model lacks.
         """
         keep_what_trains(model)
         self._check(*optimizers)
@@ -310,13 +310,13 @@ class CurvatureRegularizer(Configured):
 
         `model`, `criterion` and `forward` are needed where the past holds stored examples, and as in
         `Past.load_state_dict`.
-        Raises ValueError for any other state, with what came, and for a past that the policy cannot go on from; the
-        regulariser is then as it was.
+        Raises ValueError for any other state, with what came, and for a past that the policy cannot go on from,
+        TypeError for one of another structure; the regulariser is then as it was.
         """
         fields = "past", "updates", "unfinished", "guarded", *(() if self.rule is None else ("strength",))
         parts = check_state(state, type(self).__name__, *fields)["fields"]
         past = Past.load_state_dict(parts["past"], model=model, criterion=criterion, forward=forward)
-        self.policy.check_past(past)
+        self._kept.check_past(past)
         self.past, self._updates, guarded = past, parts["updates"], None
         if parts["guarded"] is not None and past.model is not None:
             guarded = Guarded(self.guard, past.model)
@@ -334,7 +334,7 @@ class CurvatureRegularizer(Configured):
     def _check(self, *optimizers: Optimizer) -> None:
         for optimizer in optimizers if self.strength else ():
             check_takes_dense_gradients(optimizer)
-        self.policy.check_past(self.past)
+        self._kept.check_past(self.past)
 
     def _risk(self, model: nn.Module, criterion: object, batches: Any, options: dict[str, Any]) -> EmpiricalRisk:
         for name in {"include", "exclude"} & options.keys():

@@ -121,8 +121,12 @@ class StrengthRule(ABC):
     """The strength of the penalty until the rule has chosen one."""
 
     @abstractmethod
-    def check(self, risk: EmpiricalRisk, curvature: Curvature, structure: Structure, policy: Policy) -> None:
-        """Raises TypeError or ValueError where it could not choose, as seen on a few examples: before training."""
+    def check(
+        self, risk: EmpiricalRisk, curvature: Curvature, structure: Structure, policy: Policy,
+        past: QuadraticModel | None,
+    ) -> None:
+        """Raises TypeError or ValueError where it could not choose, as seen on a few examples and on the `past` to
+        begin with, where one is given: before training."""
 
     @abstractmethod
     def next(
@@ -185,7 +189,10 @@ class Evidence(StrengthRule):
     def __post_init__(self) -> None:
         settle(self, first=partial(check_number, at_least=0, hint="1 weighs tasks of equal size alike."))
 
-    def check(self, risk: EmpiricalRisk, curvature: Curvature, structure: Structure, policy: Policy) -> None:
+    def check(
+        self, risk: EmpiricalRisk, curvature: Curvature, structure: Structure, policy: Policy,
+        past: QuadraticModel | None,
+    ) -> None:
         if policy.revises:
             raise TypeError(
                 f"Evidence() compares the end of a task with the past before it, which {policy} moves meanwhile. Give "
@@ -197,7 +204,8 @@ class Evidence(StrengthRule):
                 "where it is negative. Take GGN(), Fisher() or Hessian(psd=Clip())."
             )
         new = estimate(curvature, structure, risk)
-        relatives(new + new, new, structure)
+        old = (new if past is None else past) + new
+        relatives(old, new.to(old.anchor).embedded(old.space), structure)
 
     def next(
         self, strength: float, past: QuadraticModel, risk: EmpiricalRisk, curvature: Curvature, structure: Structure,

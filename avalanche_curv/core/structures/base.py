@@ -21,7 +21,7 @@ from avalanche_curv.core.eigen import (
     largest_of_products,
     top_of_products,
 )
-from avalanche_curv.core.options import OneLine, check_count
+from avalanche_curv.core.options import OneLine, check_count, in_short
 from avalanche_curv.core.precision import in_own_precision
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.parameters import ParameterSpace
@@ -87,6 +87,37 @@ class Structure(ABC):
     @abstractmethod
     def check(self, space: ParameterSpace, itemsize: int) -> None:
         """Raises MemoryError where `bytes(space, itemsize)` exceeds what this recipe allows, with a remedy."""
+
+    def differs_from(self, matrix: Matrix) -> str | None:
+        """What `matrix`, that of a past, is where another recipe made it: its type, or the options by which its sums
+        are taken, which those of this recipe would not change. None where nothing shows it, and of a recipe of your own
+        unless you define it."""
+        return None
+
+    def check_past(self, matrix: Matrix) -> None:
+        """Raises TypeError where another recipe made `matrix`, that of a past."""
+        undamped = matrix.matrix if isinstance(matrix, DampedMatrix) else matrix
+        if (found := self.differs_from(undamped)) is not None:
+            raise TypeError(
+                f"The past of {found} cannot go on with structure={in_short(self)}. Give the structure that the past "
+                "was made with."
+            )
+
+
+def other_options(matrix: Matrix, kind: type[Matrix], **own: object) -> str | None:
+    """The type of a `matrix` that is none of `kind`; of one that is, with those of its attributes that are not as in
+    `own`; None where all are.
+
+    >>> from avalanche_curv.core.structures import DenseMatrix, DiagonalMatrix
+    >>> other_options(DiagonalMatrix(torch.ones(2)), DenseMatrix)
+    'DiagonalMatrix'
+    """
+    name = type(matrix).__name__
+    if not isinstance(matrix, kind):
+        return name
+    held = ((option, getattr(matrix, option)) for option in own)
+    others = [f"{option}={in_short(value)}" for option, value in held if value != own[option]]
+    return f"{name} with {', '.join(others)}" if others else None
 
 
 OPERATIONS = {

@@ -19,7 +19,7 @@ from avalanche_curv.core.per_example.gram import Rows, gram_rows, top_pairs
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.parameters import ParameterSpace
 from avalanche_curv.core.state import Storable
-from avalanche_curv.core.structures.base import Matrix, Structure, check_limit, check_memory
+from avalanche_curv.core.structures.base import Matrix, Structure, check_limit, check_memory, other_options
 from avalanche_curv.core.structures.dense import Dense, DenseMatrix
 from avalanche_curv.core.structures.diagonal import Diagonal
 from avalanche_curv.core.structures.low_rank import GRAM_ROWS, LowRank
@@ -114,6 +114,13 @@ class BlockDiagonal(Structure):
             "Use BlockDiagonal(block=LowRank(Rank(10))), Kronecker() or Diagonal(), or raise "
             "BlockDiagonal(max_bytes=...).",
         )
+
+    def differs_from(self, matrix: Matrix) -> str | None:
+        blocks = matrix.blocks if isinstance(matrix, BlockDiagonalMatrix) else ()
+        found = (self.block.differs_from(block.matrix) for block in blocks if block.matrix is not None)
+        inner = next((one for one in found if one is not None), None)
+        whole = other_options(matrix, BlockDiagonalMatrix, per=self.per)
+        return f"{type(matrix).__name__} with blocks of {inner}" if whole is None and inner is not None else whole
 
 
 @dataclass(frozen=True)

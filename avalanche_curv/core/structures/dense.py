@@ -16,7 +16,14 @@ from avalanche_curv.core.eigen import Pairs, relative_eigenvalues, spectral_func
 from avalanche_curv.core.options import settle
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.parameters import ParameterSpace
-from avalanche_curv.core.structures.base import Matrix, Structure, check_limit, check_memory, identity_columns
+from avalanche_curv.core.structures.base import (
+    Matrix,
+    Structure,
+    check_limit,
+    check_memory,
+    identity_columns,
+    other_options,
+)
 from avalanche_curv.core.structures.rules import rule
 
 
@@ -44,6 +51,9 @@ class Dense(Structure):
             f"Dense() on {space.size:,} parameters", self.bytes(space, itemsize), self.max_bytes,
             "Use LowRank(Rank(20)), Kronecker(), BlockDiagonal() or Diagonal(), or raise Dense(max_bytes=...).",
         )
+
+    def differs_from(self, matrix: Matrix) -> str | None:
+        return other_options(matrix, DenseMatrix)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.forward import as_matrix
 from avalanche_curv.core.risk.known import PIECEWISE_LINEAR, is_altered, is_plain
 from avalanche_curv.core.risk.parameters import ParameterSpace
-from avalanche_curv.core.structures.base import Matrix, Structure, identity_columns
+from avalanche_curv.core.structures.base import Matrix, Structure, identity_columns, other_options
 from avalanche_curv.core.structures.rules import by_products, rule
 
 
@@ -45,6 +45,9 @@ class Diagonal(Structure):
 
     def check(self, space: ParameterSpace, itemsize: int) -> None:
         """A diagonal is as large as the model: nothing to refuse."""
+
+    def differs_from(self, matrix: Matrix) -> str | None:
+        return other_options(matrix, DiagonalMatrix)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from avalanche_curv.core.curvature.base import Curvature
 from avalanche_curv.core.curvature.operators import Operator
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.parameters import ParameterSpace
-from avalanche_curv.core.structures.base import CurvatureSource, Structure
+from avalanche_curv.core.structures.base import CurvatureSource, Matrix, Structure
 from avalanche_curv.core.structures.low_rank import LowRank, LowRankMatrix, low_rank, no_energy_of_indefinite
 from avalanche_curv.core.structures.rules import refusal, rule
 
@@ -45,6 +45,9 @@ class FlatSpectrum(Structure):
 
     def check(self, space: ParameterSpace, itemsize: int) -> None:
         self.basis.check(space, itemsize)
+
+    def differs_from(self, matrix: Matrix) -> str | None:
+        return self.basis.differs_from(matrix)
 
 
 def flattened(matrix: LowRankMatrix) -> LowRankMatrix:

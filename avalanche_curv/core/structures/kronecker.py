@@ -19,7 +19,14 @@ from avalanche_curv.core.per_example.layers import Layers, Tap, by_layers
 from avalanche_curv.core.per_example.passes import layer_passes
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.parameters import ParameterSpace
-from avalanche_curv.core.structures.base import CurvatureSource, Matrix, Structure, check_limit, check_memory
+from avalanche_curv.core.structures.base import (
+    CurvatureSource,
+    Matrix,
+    Structure,
+    check_limit,
+    check_memory,
+    other_options,
+)
 from avalanche_curv.core.structures.cuts import Cut
 from avalanche_curv.core.structures.diagonal import add_squares_of_rows
 from avalanche_curv.core.structures.kronecker_matrix import FactoredLayer, KroneckerMatrix
@@ -61,6 +68,9 @@ class Factorised(Structure):
 
     def from_operator(self, operator: Operator, risk: EmpiricalRisk) -> Matrix:
         raise TypeError(f"{type(self).__name__} needs S of each example: products alone give no Kronecker factors.")
+
+    def differs_from(self, matrix: Matrix) -> str | None:
+        return other_options(matrix, KroneckerMatrix, sums=self.sums, cut=self.cut)
 
     def kept(self, matrix: KroneckerMatrix) -> KroneckerMatrix:
         """A matrix of whole factors as this recipe keeps it, and its sums."""

@@ -16,7 +16,14 @@ from avalanche_curv.core.options import check_count, optional, settle
 from avalanche_curv.core.per_example.gram import gram_rows, rows_operator, top_pairs
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.parameters import ParameterSpace
-from avalanche_curv.core.structures.base import CurvatureSource, Matrix, Structure, check_limit, check_memory
+from avalanche_curv.core.structures.base import (
+    CurvatureSource,
+    Matrix,
+    Structure,
+    check_limit,
+    check_memory,
+    other_options,
+)
 from avalanche_curv.core.structures.cuts import Cut
 from avalanche_curv.core.structures.dense import Dense
 from avalanche_curv.core.structures.diagonal import Diagonal
@@ -102,6 +109,9 @@ class LowRank(Structure):
             "Keep fewer eigenpairs, use Diagonal(), or raise LowRank(max_bytes=...).",
         )
 
+    def differs_from(self, matrix: Matrix) -> str | None:
+        return other_options(matrix, LowRankMatrix, residual=self.residual, max_rank=self.max_rank)
+
 
 @dataclass(frozen=True)
 class LowRankMatrix(Matrix):
@@ -115,6 +125,11 @@ class LowRankMatrix(Matrix):
     @property
     def size(self) -> int:
         return self.vectors.shape[1]
+
+    @property
+    def residual(self) -> Diagonal | None:
+        """What is kept of the residual."""
+        return None if self.diagonal is None else Diagonal()
 
     def product(self, vector: Tensor) -> Tensor:
         result = (self.values * (self.vectors @ vector)) @ self.vectors

@@ -18,7 +18,7 @@ from avalanche_curv.core.eigen import symmetrised
 from avalanche_curv.core.options import check_fraction, check_seed, settle
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.parameters import ParameterSpace
-from avalanche_curv.core.structures.base import CurvatureSource, Matrix, Structure, identity_columns
+from avalanche_curv.core.structures.base import CurvatureSource, Matrix, Structure, identity_columns, other_options
 from avalanche_curv.core.structures.diagonal import Diagonal
 from avalanche_curv.core.structures.rules import refusal, rule, structured
 
@@ -54,6 +54,9 @@ class MatrixFree(Structure):
 
     def check(self, space: ParameterSpace, itemsize: int) -> None:
         """Nothing is refused: there is no matrix."""
+
+    def differs_from(self, matrix: Matrix) -> str | None:
+        return other_options(matrix, MatrixFreeMatrix)
 
 
 @dataclass(frozen=True)

@@ -143,7 +143,10 @@ class Watching(StrengthRule):
         self.first = strength
         self.evidence: TaskEvidence | None = None
 
-    def check(self, risk: EmpiricalRisk, curvature: Curvature, structure: Structure, policy: Policy) -> None:
+    def check(
+        self, risk: EmpiricalRisk, curvature: Curvature, structure: Structure, policy: Policy,
+        past: QuadraticModel | None,
+    ) -> None:
         """Nothing is chosen."""
 
     def next(

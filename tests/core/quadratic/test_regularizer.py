@@ -20,6 +20,7 @@ from avalanche_curv import (
     Diagonal,
     Fisher,
     Hessian,
+    KeepTerms,
     Kronecker,
     MatrixFree,
     Merge,
@@ -33,6 +34,7 @@ from avalanche_curv import (
 )
 from avalanche_curv.core.quadratic import kept
 from avalanche_curv.core.quadratic.penalty import Penalty
+from avalanche_curv.core.structures import Structure
 
 STEPS, STRENGTH = 7, 3.0
 
@@ -625,14 +627,41 @@ def test_a_scaled_step_is_not_taken_for_one_without_penalty(model):
     assert 0.1 < regularizer._effect._largest < 3
 
 
-def test_a_past_of_another_structure_is_refused_before_a_task_is_trained(model):
-    data = model, nn.CrossEntropyLoss(), batches_of(0)
-    past = with_past(model, structure=Kronecker()).past
-    for given in (fresh(structure=Diagonal(), past=past), fresh(structure=Diagonal())):
-        given.past = past
-        with pytest.raises(TypeError, match=r"past of KroneckerMatrix cannot go on with structure=Diagonal\(\)"):
-            given.check(*data)
-    fresh(structure=Kronecker(), past=past).check(*data)
+@pytest.mark.parametrize(
+    ("structure", "message"),
+    [
+        (Diagonal(), r"past of KroneckerMatrix cannot go on with structure=Diagonal\(\)"),
+        (Kronecker(), r"past of KroneckerMatrix with sums=KeepTerms\(\) cannot go on with structure=Kronecker\(\)"),
+    ],
+    ids=str,
+)
+def test_a_past_of_another_structure_is_refused_before_a_task_is_trained(structure, message, model):
+    data, kept = (model, nn.CrossEntropyLoss(), batches_of(0)), with_past(model, structure=Kronecker(KeepTerms()))
+    with pytest.raises(TypeError, match=message):
+        fresh(structure=structure, past=kept.past)
+    given, optimizer = fresh(structure=structure), torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(TypeError, match=message):
+        given.load_state_dict(kept.state_dict())
+    assert given.past == Past()
+    given.past = kept.past
+    for refused in (
+        lambda: given.check(*data), lambda: given.attach(optimizer, model), lambda: given.penalty(model),
+        lambda: given.add(model),
+    ):
+        with pytest.raises(TypeError, match=message):
+            refused()
+    fresh(structure=Kronecker(KeepTerms()), past=kept.past).check(*data)
+    stored = with_past(model, structure=Kronecker(KeepTerms()), policy=Refresh()).past  # to be estimated anew
+    fresh(structure=structure, policy=Refresh(), past=stored).absorb(*data)
+
+
+def test_a_past_that_a_structure_of_ones_own_cannot_add_to_is_refused_before_a_task_is_trained(model):
+    class Own(Dense):
+        differs_from = Structure.differs_from
+
+    given = fresh(structure=Own(), past=with_past(model, structure=Kronecker()).past)
+    with pytest.raises(TypeError, match=r"past of KroneckerMatrix cannot go on with structure=Own\(\): A Kronecker"):
+        given.check(model, nn.CrossEntropyLoss(), batches_of(0))
 
 
 def test_strengths_are_not_suggested_for_arguments_in_another_order(model):

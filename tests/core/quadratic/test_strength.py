@@ -2,6 +2,7 @@
 
 import logging
 import math
+from contextlib import nullcontext
 from functools import partial
 from itertools import pairwise
 
@@ -13,6 +14,7 @@ from torch import nn
 from torch.distributions import MultivariateNormal
 
 from avalanche_curv import (
+    EKFAC,
     GGN,
     Accumulate,
     AdaptiveRefresh,
@@ -193,6 +195,15 @@ def test_what_it_cannot_choose_for_is_refused_before_training(structure, policy,
     regularizer = CurvatureRegularizer(Evidence(), structure=structure, policy=policy)
     with pytest.raises(TypeError, match=said):
         regularizer.check_risk(risk_of(0).trial())
+
+
+def test_a_given_past_that_it_cannot_choose_for_is_refused_before_training():
+    """Of corrected eigenvalues relative to those of factors nothing is known; with factors there is."""
+    for made, refused in ((EKFAC(), True), (Kronecker(), False)):
+        past = Accumulate().absorb(Past(), risk_of(0), Fisher(), made)
+        regularizer = CurvatureRegularizer(Evidence(), structure=Kronecker(), past=past)
+        with pytest.raises(TypeError, match="at hand") if refused else nullcontext():
+            regularizer.check_risk(risk_of(1).trial())
 
 
 def test_a_curvature_that_is_no_precision_is_refused_before_training():

@@ -299,6 +299,36 @@ def test_numbers_average_over_parts_of_the_data_where_a_structure_says_so(struct
     assert averages is structure.is_mean or isinstance(structure, MatrixFree)  # which holds no numbers
 
 
+PASTS = {
+    **dict.fromkeys(STRUCTURES), Kronecker(KeepTerms()): "sums=KeepTerms()", EKFAC(cut=Rank(1)): "cut=Rank(k=1)",
+    LowRank(Rank(3), max_rank=4): "max_rank=4", LowRank(Rank(3), Diagonal()): "residual=Diagonal()",
+    BlockDiagonal(PerLayer()): "per=PerLayer()",
+}  # fmt: skip
+ALIKE = {EKFAC(): Kronecker(), FlatSpectrum(LowRank(Rank(3))): LowRank(Rank(3))}  # whose sums are taken alike
+
+
+@pytest.mark.parametrize("structure", PASTS, ids=str)
+def test_a_structure_goes_on_with_its_own_sums_alone(structure, problem):
+    risk = problem("mlp", "cross_entropy").risk
+    own = estimate(GGN(), structure, risk)
+    for past in (own, own + own, own.damped(0.5), own.embedded(own.space.union(GROWN))):
+        structure.check_past(past.curvature)
+    for other in PASTS:
+        if ALIKE.get(structure, structure) == ALIKE.get(other, other):
+            other.check_past(own.curvature)
+            continue
+        kinds = [type(one).__name__ for one in (own.curvature, other)]
+        with pytest.raises(TypeError, match=r"The past of {}.* cannot go on with structure={}".format(*kinds)):
+            other.check_past(own.curvature)
+
+
+@pytest.mark.parametrize(("made", "others"), [(made, others) for made, others in PASTS.items() if others])
+def test_what_the_sums_of_a_past_differ_in_is_named(made, others, problem):
+    own = estimate(GGN(), made, problem("mlp", "cross_entropy").risk).curvature
+    plain = {Kronecker: Kronecker(), EKFAC: EKFAC(), LowRank: LowRank(Rank(3)), BlockDiagonal: BlockDiagonal()}
+    assert plain[type(made)].differs_from(own) == f"{type(own).__name__} with {others}"
+
+
 @pytest.mark.parametrize("structure", STRUCTURES, ids=str)
 def test_blocks_take_the_structures_that_say_they_fit(structure):
     assert structure.fits_in_blocks is STRUCTURES[structure][1]
