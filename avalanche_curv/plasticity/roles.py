@@ -18,7 +18,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
+from avalanche_curv.core.arguments import outside
 from avalanche_curv.core.risk.parameters import canonical_name
+from avalanche_curv.core.risk.selection import in_words
 
 CONVOLUTIONS_FROM_INPUTS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
@@ -137,18 +139,20 @@ def weights_among(parameters: Mapping[str, nn.Parameter], model: nn.Module) -> l
     return [(weight, role) for weight, role in roles if id(weight) in chosen and isinstance(role, WeightRole)]
 
 
-def check_any_weight(owner: object, parameters: Mapping[str, nn.Parameter], model: nn.Module) -> None:
-    """Raises ValueError where none of the parameters is a weight, which alone `owner` looks at."""
+def check_weights(owner: object, parameters: Mapping[str, nn.Parameter], model: nn.Module) -> None:
+    """Raises ValueError where none of the parameters is a weight, which alone `owner` looks at; warns of those of
+    several axes that may be parts of one, as `weight_norm` makes them."""
     if not weights_among(parameters, model):
         raise ValueError(
             f"{type(model).__name__} has no trainable weight matrix among the parameters that are selected, and "
             f"{type(owner).__name__} looks at no others. Let include and exclude leave one."
         )
+    warn_of_parameters_without_role(owner, model, (name for name, p in parameters.items() if p.ndim > 1))
 
 
-def warn_of_parameters_without_role(model: nn.Module, names: Iterable[str]) -> None:
-    """Warns of the parameters among `names` to which no rule applies; embeddings, slopes of PReLU and single numbers
-    are left out on purpose."""
+def warn_of_parameters_without_role(owner: object, model: nn.Module, names: Iterable[str]) -> None:
+    """Warns of the parameters among `names` to which no rule applies, so that `owner` leaves them alone; embeddings,
+    slopes of PReLU and single numbers are left out on purpose."""
     roles, wanted = parameter_roles(model), set(names)
     unknown = [
         name
@@ -157,9 +161,10 @@ def warn_of_parameters_without_role(model: nn.Module, names: Iterable[str]) -> N
     ]
     if unknown:
         warnings.warn(
-            f"No rule says whether {', '.join(unknown)} multiply, shift or scale their input, so they are not "
-            "regularised. Exclude them to say that this is meant.",
-            stacklevel=3,
+            f"No rule says whether {in_words(unknown)} multiply, shift or scale their input, so that "
+            f"{type(owner).__name__} leaves them alone. Exclude them to say that this is meant.",
+            UserWarning,
+            stacklevel=outside(),
         )
 
 

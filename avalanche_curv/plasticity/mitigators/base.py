@@ -86,14 +86,19 @@ class Mitigator(Configured, ABC):
     def prepare(self, model: nn.Module) -> None:
         """Inspects the model before training, and again after it has grown.
 
-        Raises ValueError for a selector that fits no parameter and for a parameter of a lazy module without a shape,
-        TypeError for a complex parameter; mitigators with needs of their own raise for models that do not meet them.
+        Raises ValueError for a selector that fits no parameter, for a model of which no selected parameter trains, and
+        for a parameter of a lazy module without a shape; TypeError for a complex parameter. Mitigators with needs of
+        their own raise for models that do not meet them.
         """
         self._selected = {}
         self.selection.check(model)
-        for name, parameter in self.parameters(model).items():
-            if is_lazy(parameter):
-                raise ValueError(f"Parameter '{name}' has no shape yet. Pass a batch through the model first.")
+        parameters = self.parameters(model)
+        if not parameters:
+            raise ValueError(
+                f"{type(model).__name__} has no trainable parameter that {type(self).__name__} selects. Set "
+                "requires_grad=True on some, or let include and exclude leave one that is."
+            )
+        for name, parameter in parameters.items():
             if parameter.is_complex():
                 raise TypeError(f"Parameter '{name}' is complex; mitigators know real ones. Exclude or freeze it.")
 
@@ -128,13 +133,16 @@ class Mitigator(Configured, ABC):
 
     def parameters(self, model: nn.Module, optimizer: Optimizer | None = None) -> dict[str, nn.Parameter]:
         """The parameters to work on by canonical name, each once: trainable, selected and, where an optimiser is given,
-        stepped by it."""
+        stepped by it. Raises ValueError for one of a lazy module without a shape."""
         stepped = None if optimizer is None else stepped_by(optimizer)
-        return {
+        found = {
             canonical_name(name): parameter
             for name, parameter in self.selection.of(model, self._selected)
             if parameter.requires_grad and (stepped is None or id(parameter) in stepped)
         }
+        if (lazy := next((name for name, parameter in found.items() if is_lazy(parameter)), None)) is not None:
+            raise ValueError(f"Parameter '{lazy}' has no shape yet. Pass a batch through the model first.")
+        return found
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles are attached to nothing."""

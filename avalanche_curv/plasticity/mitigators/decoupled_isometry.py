@@ -15,7 +15,7 @@ from avalanche_curv.core.precision import in_own_precision
 from avalanche_curv.core.risk.selection import ParameterSelector
 from avalanche_curv.plasticity.mitigators.base import Mitigator
 from avalanche_curv.plasticity.mitigators.parseval import isometry_gradient
-from avalanche_curv.plasticity.roles import check_any_weight, weights_among
+from avalanche_curv.plasticity.roles import check_weights, weights_among
 
 
 class DecoupledIsometry(Mitigator):
@@ -32,8 +32,8 @@ class DecoupledIsometry(Mitigator):
     near 1 it gets closer by the part 8 rate · strength at each step, and above (2 rate · strength)^−½ the step
     overshoots, ever further. The step is taken just before that of the optimiser, as torch's AdamW takes that of its
     weight decay, and at the same parameters. Weights without a gradient are left alone, such as those of a head that is
-    not in use. In half precision a step of less than about 2e-3 (bfloat16) or 2e-4 (float16) of an entry changes
-    nothing.
+    not in use, and with a warning those that are computed from others, as by `weight_norm`. In half precision a step of
+    less than about 2e-3 (bfloat16) or 2e-4 (float16) of an entry changes nothing.
 
     Raises ValueError for a negative strength, for a rate that is not positive, in `prepare` for a model without a
     trainable weight matrix, and in a step for an optimiser whose groups have no `lr` where `rate` is None.
@@ -65,7 +65,7 @@ class DecoupledIsometry(Mitigator):
 
     def prepare(self, model: nn.Module) -> None:
         super().prepare(model)
-        check_any_weight(self, self.parameters(model), model)
+        check_weights(self, self.parameters(model), model)
 
     @torch.no_grad()
     @in_own_precision

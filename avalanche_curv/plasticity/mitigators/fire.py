@@ -18,7 +18,7 @@ from avalanche_curv.core.risk.selection import ParameterSelector
 from avalanche_curv.plasticity.mitigators.optimized_entries import OptimizedEntries
 from avalanche_curv.plasticity.mitigators.regularizer import at_least_float32
 from avalanche_curv.plasticity.mitigators.schedule import AfterTask, Schedule, ScheduledMitigator
-from avalanche_curv.plasticity.roles import check_any_weight, weights_among
+from avalanche_curv.plasticity.roles import check_weights, weights_among
 
 
 class FIRE(ScheduledMitigator):
@@ -31,7 +31,8 @@ class FIRE(ScheduledMitigator):
     activations from layer to layer. Of a convolution the matrix [out, in] at each of the k places of its kernel is
     replaced, with c = √(out / in) / k: so its output is at most √(out / in) times as large as its input. Queries, keys
     and values of attention and the gates of recurrent layers are matrices of their own; a grouped convolution counts as
-    its weight stands. Biases and norm layers do not change.
+    its weight stands. Biases and norm layers do not change, nor do weights that are computed from others, as
+    by `weight_norm`, of which `prepare` warns.
 
     The optimiser's state of the weights that are replaced is that of its start: moments and their counts of steps 0.
     The source begins each task with a new optimiser, which comes to this and new moments of all else. Moments that are
@@ -74,7 +75,7 @@ class FIRE(ScheduledMitigator):
 
     def prepare(self, model: nn.Module) -> None:
         super().prepare(model)
-        check_any_weight(self, self.parameters(model), model)
+        check_weights(self, self.parameters(model), model)
 
     @torch.no_grad()
     @in_own_precision

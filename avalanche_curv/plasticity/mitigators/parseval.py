@@ -13,7 +13,7 @@ from avalanche_curv.core.options import Setting, check_number
 from avalanche_curv.core.precision import in_own_precision, product
 from avalanche_curv.core.risk.selection import ParameterSelector
 from avalanche_curv.plasticity.mitigators.regularizer import Regularizer, at_least_float32, gradient_of, sum_of
-from avalanche_curv.plasticity.roles import check_any_weight, weights_among
+from avalanche_curv.plasticity.roles import check_weights, weights_among
 
 
 class Parseval(Regularizer):
@@ -27,7 +27,8 @@ class Parseval(Regularizer):
 
     `scale` is s, the squared singular value that all are drawn to: 1 by default, as in Cisse et al. The sources leave
     out the output layer; do so by its name, `exclude=("head",)`. The two products of matrices for each layer cost
-    about as much as the step of a multilayer perceptron at batch 128; `every=10` brings that to a tenth.
+    about as much as the step of a multilayer perceptron at batch 128; `every=10` brings that to a tenth. Weights that
+    are computed from others, as by `weight_norm`, are left alone with a warning.
 
     Raises ValueError for a scale that is not positive, and in `prepare` for a model without a trainable weight matrix;
     for the other options see `Regularizer`.
@@ -49,7 +50,7 @@ class Parseval(Regularizer):
 
     def prepare(self, model: nn.Module) -> None:
         super().prepare(model)
-        check_any_weight(self, self.parameters(model), model)
+        check_weights(self, self.parameters(model), model)
 
     @in_own_precision
     def penalty(self, model: nn.Module) -> Tensor:

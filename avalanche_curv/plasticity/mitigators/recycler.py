@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import warnings
 import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
@@ -17,9 +18,10 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.module import register_module_forward_hook
 from torch.optim import Optimizer
 
+from avalanche_curv.core.arguments import outside
 from avalanche_curv.core.options import Fixed, Setting, check_seed
 from avalanche_curv.core.risk.frozen import unwrapped
-from avalanche_curv.core.risk.selection import ParameterSelector
+from avalanche_curv.core.risk.selection import ParameterSelector, in_words
 from avalanche_curv.plasticity.mitigators.base import Mitigator
 from avalanche_curv.plasticity.mitigators.optimized_entries import OptimizedEntries
 from avalanche_curv.plasticity.mitigators.unit_graph import HiddenLayer, UnitGraph, units
@@ -62,11 +64,11 @@ class Recycler(Mitigator):
     passes all of its readers took part: of a model that calls one of several heads, name the layers before them alone.
 
     `layers` names those that are recycled and `left_alone` the other ones with reasons; frozen ones, and those that
-    `include` and `exclude` or the optimiser leave out, or whose readers are left out, are not recycled either.
-    `recycled` counts units so far. Among those left alone is the layer before Avalanche's `MultiHeadClassifier`, which
-    chooses a head by task labels: `MTSimpleMLP`, whose only hidden layer it is, is refused, and deeper models keep that
-    layer as it is. A layer before batch or group norm is one that is left alone once a pass shows more axes than those
-    of a batch of vectors or images, whose second axis are the units.
+    `include` and `exclude` or the optimiser leave out, or whose readers are left out, are not recycled either, with a
+    warning where that leaves none. `recycled` counts units so far. Among those left alone is the layer before
+    Avalanche's `MultiHeadClassifier`, which chooses a head by task labels: `MTSimpleMLP`, whose only hidden layer it
+    is, is refused, and deeper models keep that layer as it is. A layer before batch or group norm is one that is left
+    alone once a pass shows more axes than those of a batch of vectors or images, whose second axis are the units.
 
     Raises TypeError for `next_layers` that is no mapping of names; ValueError for names that do not fit the model and
     for a model that cannot be traced or has no hidden layer to recycle, before training where that can be seen;
@@ -134,7 +136,15 @@ class Recycler(Mitigator):
         self._model_parts = parts
         self._graph = UnitGraph.of(model) if self.next_layers is None else UnitGraph.named(model, self.next_layers)
         self._check_any(model)
-        inner = unwrapped(model)
+        inner, selected = unwrapped(model), {id(p) for p in self.parameters(model).values()}
+        if not any(_weights(inner, layer) <= selected for layer in self.graph.hidden):
+            warnings.warn(
+                f"{type(self).__name__} recycles no unit of {type(model).__name__} as it is: of each hidden layer "
+                f"({in_words(self.layers)}) its weight, or that of a layer that reads it, is frozen or left out by "
+                "include and exclude. Let both be selected, and train, of one.",
+                UserWarning,
+                stacklevel=outside(),
+            )
         readers = [inner.get_submodule(name) for layer in self.graph.hidden for name in layer.readers]
         before, self._activity = self._activity, InputActivity(readers)
         self._record_if_due()
@@ -175,14 +185,12 @@ class Recycler(Mitigator):
     @torch.no_grad()
     def _recycle(self, model: nn.Module, optimizer: Optimizer) -> None:
         """Reinitialises units of all layers: first their incoming weights, then their outgoing ones."""
-        entries = OptimizedEntries({id(p) for p in self.parameters(model, optimizer).values()}, optimizer)
+        selected = {id(p) for p in self.parameters(model, optimizer).values()}
+        entries = OptimizedEntries(selected, optimizer)
         generator = torch.Generator().manual_seed(random.Random(f"{self.seed} {self.steps}").getrandbits(32))
         inner = unwrapped(model)
-        found = self.to_recycle({
-            layer: sums
-            for layer, sums in self._activities(inner).items()
-            if all(entries.is_selected(inner.get_parameter(f"{name}.weight")) for name in (layer.name, *layer.readers))
-        })
+        activities = self._activities(inner)
+        found = self.to_recycle({layer: s for layer, s in activities.items() if _weights(inner, layer) <= selected})
         for layer, mask in found.items():
             reinitialize(inner, layer, mask, entries, generator)
             self._counts[layer.name] = self._counts.get(layer.name, 0) + mask.sum()
@@ -222,6 +230,11 @@ class Recycler(Mitigator):
         super().load_state_dict(state)
         self._counts = {name: torch.tensor(count) for name, count in state["recycled"].items()}
         self._record_if_due()
+
+
+def _weights(model: nn.Module, layer: HiddenLayer) -> set[int]:
+    """The weights of a hidden layer and of its readers, by identity."""
+    return {id(model.get_parameter(f"{name}.weight")) for name in (layer.name, *layer.readers)}
 
 
 def reinitialize(

@@ -84,7 +84,7 @@ class SpectralRegularizer(Regularizer):
     def prepare(self, model: nn.Module) -> None:
         """Raises ValueError for a selection that fits no parameter; warns of parameters that no rule covers."""
         super().prepare(model)
-        warn_of_parameters_without_role(model, self.parameters(model))
+        warn_of_parameters_without_role(self, model, self.parameters(model))
 
     @in_own_precision
     def penalty(self, model: nn.Module) -> Tensor:

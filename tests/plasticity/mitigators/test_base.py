@@ -1,6 +1,7 @@
 """How any mitigator meets optimisers, and how parameters are selected."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -8,11 +9,15 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from avalanche_curv import (
+    FIRE,
     L2,
+    DecoupledIsometry,
     EveryStep,
     EverySteps,
+    L2Init,
     Parseval,
     ReDO,
+    SelfNormalizedResets,
     ShrinkAndPerturb,
     SpectralRegularizer,
     StreamingEWC,
@@ -87,13 +92,53 @@ def test_what_cannot_work_is_refused_when_it_is_attached(model):
         L2(1.0).attach(sgd(lazy), lazy)
     with pytest.raises(TypeError, match="complex"):
         L2(1.0).prepare(nn.Linear(2, 2, dtype=torch.complex64))
-    L2(1.0).prepare(nn.Linear(2, 2, dtype=torch.complex64).requires_grad_(False))
+    complex_one = nn.Linear(2, 2, dtype=torch.complex64).requires_grad_(False)
+    L2(1.0).prepare(nn.Sequential(complex_one, nn.Linear(2, 2)))
     with pytest.raises(TypeError, match="LBFGS"):
         L2(1.0).attach(torch.optim.LBFGS(model.parameters()), model)
     ascent = sgd(model, maximize=True)
     for use in (L2(1.0).attach, lambda o, m: L2(1.0).before_step(m, o)):
         with pytest.raises(ValueError, match="maximises"):
             use(ascent, model)
+
+
+EACH = [
+    L2(1.0), L2Init(1.0), Wasserstein(1.0), SpectralRegularizer(1.0), Parseval(1.0), StreamingEWC(1.0),
+    DecoupledIsometry(), FIRE(), ShrinkAndPerturb(0.5, 0.1), ReDO(every=1), SelfNormalizedResets(),
+]  # fmt: skip
+WEIGHTS_ALONE = [Parseval(1.0), DecoupledIsometry(), FIRE(), SpectralRegularizer(1.0)]
+
+
+@pytest.mark.parametrize("mitigator", EACH, ids=lambda one: type(one).__name__)
+def test_a_model_of_which_nothing_trains_or_has_no_shape_yet_is_refused_by_each(mitigator):
+    mitigator = copy.deepcopy(mitigator)
+    frozen = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).requires_grad_(False)
+    name = type(mitigator).__name__
+    with pytest.raises(ValueError, match=f"Sequential has no trainable parameter that {name} selects. Set requires_gr"):
+        mitigator.prepare(frozen)
+    lazy = nn.Sequential(nn.LazyLinear(4), nn.ReLU(), nn.Linear(4, 2))
+    calls = [lambda use=use: use(lazy) for use in (
+        getattr(mitigator, which, None) for which in ("prepare", "penalty", "add_gradients", "apply", "spectral_norms")
+    ) if use is not None]  # fmt: skip
+    for call in calls:
+        with pytest.raises(ValueError, match=r"Parameter '0.weight' has no shape yet. Pass a batch"):
+            call()
+    lazy(torch.ones(2, 3))
+    mitigator.prepare(lazy)
+
+
+@pytest.mark.parametrize("mitigator", WEIGHTS_ALONE, ids=lambda one: type(one).__name__)
+@pytest.mark.parametrize("of", [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.orthogonal])
+def test_a_weight_that_is_computed_from_others_is_left_alone_with_a_warning(of, mitigator):
+    model = nn.Sequential(of(nn.Linear(3, 4)), nn.PReLU(), nn.Embedding(4, 4), nn.Linear(4, 2))
+    parts = ", ".join(name for name, _ in model.named_parameters() if "parametrizations" in name)
+    message = f"No rule says whether {parts} multiply, .* so that {type(mitigator).__name__} leaves them alone. Exclude"
+    with pytest.warns(UserWarning, match=message) as caught:
+        mitigator.prepare(model)
+    assert [one.filename for one in caught] == [__file__]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        type(mitigator)(1.0, exclude=["0.parametrizations"]).prepare(model)
 
 
 @pytest.mark.parametrize(

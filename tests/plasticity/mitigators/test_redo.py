@@ -258,6 +258,17 @@ def test_a_frozen_layer_is_touched_on_neither_side(frozen, make):
     assert torch.equal(model[2].weight, old[2].weight)
 
 
+def test_where_no_layer_can_be_recycled_it_warns(make, recwarn):
+    """Of '0' and '2' each weight, or one that reads it, is out of reach; with '2' and '4' there is one."""
+    model = make(perceptron)
+    ReDO(include=["2", "4"]).prepare(model)
+    assert not recwarn
+    message = r"ReDO recycles no unit of Sequential as it is: of each hidden layer \(0, 2\) its weight"
+    with pytest.warns(UserWarning, match=message) as caught:
+        ReDO(include=["2"]).prepare(model)
+    assert [one.filename for one in caught] == [__file__]
+
+
 def test_an_excluded_reader_is_not_touched(make):
     model = make(perceptron)
     old = copy.deepcopy(model)
