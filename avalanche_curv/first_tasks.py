@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
+from avalanche_curv.core.arguments import outside
 from avalanche_curv.core.curvature.base import NonFiniteCurvatureError
 from avalanche_curv.core.options import check_number
 from avalanche_curv.core.quadratic.stability import UnstablePenaltyError, suggest_strength
@@ -28,6 +30,12 @@ class ChosenStrength(Generic[S]):
     strength: float
     strategy: S
     scores: Mapping[float, float]
+
+    @property
+    def is_at_end(self) -> bool:
+        """Whether none smaller, or none larger, was tried: one beyond may be better. 0 is the least there is, and one
+        that is larger and diverged was tried."""
+        return self.strength == max(self.scores) or self.strength == min(self.scores) != 0
 
 
 def choose_strength(
@@ -50,7 +58,8 @@ def choose_strength(
         chosen = choose_strength(make, stream.train_stream[:3], stream.valid_stream[:3])
         chosen.strategy.train(stream.train_stream[3:])
 
-    What comes later is not seen: a strength that keeps three tasks well may leave too little room for thirty.
+    What comes later is not seen: a strength that keeps three tasks well may leave too little room for thirty. It warns
+    where the best is the smallest or the largest that was tried (`ChosenStrength.is_at_end`), with what to try next.
 
     Raises ValueError for fewer than two tasks, for another number of held-out ones, for targets that are no classes,
     and where all strengths diverged; TypeError for a strategy without the plugin.
@@ -65,7 +74,7 @@ def choose_strength(
         raise ValueError("choose_strength needs strengths to try; got none. Give (1, 10, 100), or leave them out.")
     scores: dict[float, float] = {}
     best: tuple[float, float, S] | None = None
-    waiting = [FIRST] if strengths is None else [*strengths]
+    waiting, reason = [FIRST] if strengths is None else [*strengths], ""
     while waiting:
         strength = waiting.pop(0)
         strategy = make(strength)
@@ -76,10 +85,29 @@ def choose_strength(
             best = score, strength, strategy
         if strengths is None and len(scores) == 1 and plugin.past.model is not None:
             suggested = suggest_strength(plugin.past, strategy.optimizer, strategy.model)  # type: ignore[attr-defined]
-            waiting = [one for one in suggested.grid if one != FIRST]
+            waiting, reason = [one for one in suggested.grid if one != FIRST], suggested.reason
     if best is None:
         raise ValueError(f"Training diverged at each strength of {[*scores]}. Lower the learning rate, or give others.")
-    return ChosenStrength(best[1], best[2], scores)
+    chosen = ChosenStrength(best[1], best[2], scores)
+    if chosen.is_at_end:
+        warnings.warn(_at_end(chosen, reason), UserWarning, stacklevel=outside())
+    return chosen
+
+
+def _at_end(chosen: ChosenStrength[Any], reason: str) -> str:
+    """What to try next to a strength that none was beyond; `reason` is why those were tried, where they were suggested.
+    """
+    strength, why = chosen.strength, f" ({reason})" if reason else ""
+    if len(chosen.scores) == 1:
+        grid = (strength / 10, strength, 10 * strength) if strength else (1.0, 10.0, 100.0)
+        said = f"Strength {strength:g} is the only one that was tried{why}, and was compared with none"
+    elif strength == max(chosen.scores):
+        grid = (strength, 10 * strength, 100 * strength) if strength else (1.0, 10.0, 100.0)
+        said = f"The best strength, {strength:g}, is the largest that was tried{why}: a larger one may be better"
+    else:
+        grid = (strength / 100, strength / 10, strength)
+        said = f"The best strength, {strength:g}, is the smallest that was tried{why}: a smaller one may be as good"
+    return f"{said}. Try choose_strength(..., strengths=({', '.join(f'{one:g}' for one in grid)}))."
 
 
 def _checked(strength: object) -> float:

@@ -1,6 +1,8 @@
 """λ from the first tasks: what is scored, which strategy goes on, and what is refused."""
 
 import math
+import re
+import warnings
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from avalanche.models import SimpleMLP, as_multitask
 from avalanche.training import Naive
 from avalanche.training.plugins import EvaluationPlugin
 
-from avalanche_curv import CurvatureEWC, Evidence, SplitDigits, choose_strength, suggest_strength
+from avalanche_curv import CurvatureEWC, Evidence, SplitDigits, choose_strength, first_tasks, suggest_strength
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +66,41 @@ def test_without_strengths_they_are_those_of_the_readme(stream):
     first = made[100.0]
     suggested = suggest_strength(first.past, first.optimizer, first.model).grid
     assert [*chosen.scores] == [100.0, *(one for one in suggested if one != 100.0)]
+
+
+@pytest.mark.parametrize(
+    ("strengths", "scores", "said"),
+    [
+        ((1.0, 10.0, 100.0), (0.7, 0.8, 0.9), r"100, is the largest .* a larger one .*strengths=\(100, 1000, 10000\)"),
+        ((1.0, 10.0, 100.0), (0.9, 0.8, 0.7), r"1, is the smallest .* a smaller one .*strengths=\(0.01, 0.1, 1\)"),
+        ((1.0, 10.0, 100.0), (0.8, 0.9, 0.7), None),
+        ((1.0, 10.0, 1e9), (0.8, 0.9, math.nan), None),  # a larger one was tried
+        ((0.0, 10.0), (0.9, 0.8), None),  # none is smaller
+        ((0.0, 10.0), (0.8, 0.9), r"10, is the largest"),
+        ((10.0,), (0.9,), r"10 is the only one .* compared with none. .*strengths=\(1, 10, 100\)"),
+        ((0.0,), (0.9,), r"0 is the only one .* compared with none. .*strengths=\(1, 10, 100\)"),
+    ],
+)
+def test_the_best_at_an_end_of_what_was_tried_is_said(strengths, scores, said, stream, monkeypatch):
+    told = iter(scores)
+    monkeypatch.setattr(first_tasks, "_score", lambda *_: next(told))
+    tasks, held_out = stream.train_stream[:2], stream.test_stream[:2]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        chosen = choose_strength(maker(), tasks, held_out, strengths=strengths)
+    found = [one for one in caught if "strengths=(" in str(one.message)]
+    assert chosen.is_at_end == bool(found) == (said is not None)
+    if said is not None:
+        assert re.search(said, str(found[0].message))
+        assert found[0].filename == __file__
+
+
+def test_why_the_strengths_were_suggested_is_said_where_the_best_is_at_their_end(stream, monkeypatch):
+    scores = []
+    monkeypatch.setattr(first_tasks, "_score", lambda strategy, tasks, _: scores.append(strategy.train(tasks)) or 0.5)
+    with pytest.warns(UserWarning, match=r"the smallest that was tried \(descent on .* up to strength .*\): a small"):
+        choose_strength(maker(), stream.train_stream[:2], stream.test_stream[:2])
+    assert len(scores) == 5
 
 
 def test_a_strength_that_diverges_is_not_chosen(stream):
