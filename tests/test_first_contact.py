@@ -22,9 +22,11 @@ from avalanche_curv import (
     AfterTask,
     CurvatureEWC,
     CurvatureEWCPlugin,
+    CurvatureRegularizer,
     Diagonal,
     EmpiricalRisk,
     Energy,
+    Evidence,
     Fisher,
     GradientProjection,
     InputSpace,
@@ -72,11 +74,16 @@ def shown():
     past = Refresh().absorb(Past(), risk_of(), Fisher(), Diagonal())
     options = {"curvature": GGN(), "structure": Kronecker(), "policy": AdaptiveRefresh(fraction=0.5)}
     space = ProtectedSpace().absorb(risk_of(), InputSpace())
+    chosen = made(CurvatureEWC, strength=Evidence())
+    chosen.strength = 12.3456
     return {
         "CurvatureEWCPlugin(strength=1.0, curvature=GGN(), structure=Kronecker(), "
         "policy=AdaptiveRefresh(fraction=0.5))": CurvatureEWCPlugin(1, **options),
         "CurvatureEWCPlugin(strength=2.0, guard=None, past=Past(1 experience), include=('head', Linear))":
             CurvatureEWCPlugin(2.0, guard=None, past=past, include=["head", nn.Linear]),
+        "CurvatureRegularizer(strength=Evidence(first=3.0), guard=None)":
+            CurvatureRegularizer(Evidence(3), guard=None),
+        "CurvatureEWC(strength=Evidence() at 12.35)": chosen,
         "CurvatureEWC(strength=3.0, policy=Merge(decay=0.5))": made(CurvatureEWC, strength=3, policy=Merge(0.5)),
         "OrthogonalProjection(projection=GradientProjection(), max_rank=5)":
             made(OrthogonalProjection, projection=GradientProjection(), max_rank=5),

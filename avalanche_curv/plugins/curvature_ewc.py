@@ -17,7 +17,7 @@ from avalanche_curv.core.curvature.base import Curvature, NonFiniteCurvatureErro
 from avalanche_curv.core.curvature.fisher import Fisher
 from avalanche_curv.core.options import Configured, Fixed, Forwarded, Setting, check_count
 from avalanche_curv.core.quadratic.policies import Accumulate, Drawing, Past, Policy
-from avalanche_curv.core.quadratic.regularizer import CurvatureRegularizer
+from avalanche_curv.core.quadratic.regularizer import CurvatureRegularizer, with_rule
 from avalanche_curv.core.quadratic.stability import Guard, WarnIfUnstable, suggest_strength
 from avalanche_curv.core.quadratic.strength import StrengthRule
 from avalanche_curv.core.risk.forward import Forward
@@ -104,6 +104,9 @@ class CurvatureEWCPlugin(Configured, SupervisedPlugin):
         self._said = False  # that nothing is left of earlier classes
         self._in_parts = False  # since a stream was met that hides where its tasks end
         self._beside = False  # whether gradients are added to after the backward pass, in place of a term of the loss
+
+    def described(self) -> Iterable[str]:
+        return with_rule(super().described(), self.rule, self.strength)
 
     @property
     def weight(self) -> float:

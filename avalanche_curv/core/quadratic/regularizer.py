@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from avalanche_curv.core.attachment import Attachment, check_attachable, check_minimises, innermost, stepped_by
 from avalanche_curv.core.curvature.base import Curvature, NonFiniteCurvatureError
 from avalanche_curv.core.curvature.fisher import Fisher
-from avalanche_curv.core.options import Configured, Fixed, Forwarded, Setting, check_number
+from avalanche_curv.core.options import Configured, Fixed, Forwarded, Setting, check_number, in_short
 from avalanche_curv.core.quadratic.attached import AttachedOptimizers, Calls
 from avalanche_curv.core.quadratic.effect import StepEffect
 from avalanche_curv.core.quadratic.kept import KeptPast
@@ -103,6 +103,9 @@ class CurvatureRegularizer(Configured):
         self._penalty, self._attached = StepPenalty(self.strength), AttachedOptimizers()
         self._unprotected, self._effect = Unprotected(), StepEffect()
         self._restart()
+
+    def described(self) -> Iterable[str]:
+        return with_rule(super().described(), self.rule, self.strength)
 
     def _restart(self) -> None:
         """Before the first step of a task."""
@@ -365,3 +368,12 @@ class CurvatureRegularizer(Configured):
             raise NonFiniteCurvatureError(
                 f"{error} The model of the {self.past.experiences} experiences before it is kept in `past`.{further}"
             ) from error
+
+
+def with_rule(arguments: Iterable[str], rule: StrengthRule | None, strength: float) -> Iterable[str]:
+    """The arguments of a `repr`, of which the strength is the first, with the rule that chooses it, and what it has
+    chosen."""
+    if rule is None:
+        return arguments
+    _, *others = arguments
+    return [f"strength={in_short(rule)}{'' if strength == rule.first else f' at {strength:.4g}'}", *others]
