@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from avalanche_curv.core.losses.base import ExampleLoss, check_tensor
-from avalanche_curv.core.losses.factor import Factor, PerToken, Softmax, Tokens
+from avalanche_curv.core.losses.factor import Columns, Factor, PerToken, Softmax, Tokens
 from avalanche_curv.core.options import ByValue
 
 NORMALISED = 1e-3  # how far probabilities may sum up to something else than 1
@@ -79,7 +79,8 @@ class MassOfOne(NamedTuple):
 
 
 def _factor(tokens: Tokens, logits: Float[Tensor, "M C"], mass: Float[Tensor, "M"]) -> Factor:
-    inner = Softmax.of(logits, mass)
+    alone = logits.shape[1] == 1  # a class that is always certain
+    inner = Columns(torch.zeros_like(logits)[:, :, None]) if alone else Softmax.of(logits, mass)
     return inner if tokens.count == 1 else PerToken(inner, tokens, logits.shape[1])
 
 

@@ -34,7 +34,7 @@ from avalanche_curv.core.risk.frozen import check_unchanged, copied_base, copied
 from avalanche_curv.core.risk.known import is_plain
 from avalanche_curv.core.risk.labelled import Labelled, is_labelled, settled
 from avalanche_curv.core.risk.parameters import ParameterSpace, canonical_name
-from avalanche_curv.core.risk.preflight import check_given, check_risk, drop_hooks
+from avalanche_curv.core.risk.preflight import check_given, check_risk, check_values, drop_hooks
 from avalanche_curv.core.risk.selection import ParameterSelector, Selection, selection_of
 from avalanche_curv.core.state import Storable
 
@@ -96,11 +96,12 @@ class EmpiricalRisk(OneLine, Storable):
 
         Raises TypeError for arguments in another order and for data that are no batches, for what is no criterion, for
         a model that cannot be copied or gives no tensor, and for selectors of another type; ValueError for a criterion
-        that mixes examples, for a model without trainable parameters or that is no function of single examples, for a
-        selector that fits none, for empty data and for data that the loss does not cover; for labels whose
-        cross-entropy is not the loss that the model itself returns.
+        that mixes examples, for a model without trainable parameters, or of which some have no values yet, or that is
+        no function of single examples, for a selector that fits none, for empty data and for data that the loss does
+        not cover; for labels whose cross-entropy is not the loss that the model itself returns.
         """
         check_given(model, criterion, batches)
+        check_values(unwrapped(model))
         selection = selection_of(include, exclude)
         selection.check(unwrapped(model))
         loss = example_loss(criterion)

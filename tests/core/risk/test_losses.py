@@ -2,7 +2,21 @@ import pytest
 import torch
 from torch import nn
 
-from avalanche_curv import GGN, Dense, EmpiricalRisk, ExampleLoss, estimate, example_loss
+from avalanche_curv import (
+    GGN,
+    BlockDiagonal,
+    Dense,
+    Diagonal,
+    EmpiricalFisher,
+    EmpiricalRisk,
+    ExampleLoss,
+    Fisher,
+    Kronecker,
+    LowRank,
+    Rank,
+    estimate,
+    example_loss,
+)
 from avalanche_curv.core.losses.factor import Softmax
 
 
@@ -18,6 +32,16 @@ def outputs_and_targets(name, examples=6, seed=0):
 
 def covariance(p):
     return p.diag_embed() - p[:, :, None] * p[:, None, :]
+
+
+@pytest.mark.parametrize("structure", [Dense(), Diagonal(), LowRank(Rank(1)), Kronecker(), BlockDiagonal()], ids=str)
+@pytest.mark.parametrize("kind", [GGN(), Fisher(), Fisher(samples=1), EmpiricalFisher()], ids=str)
+def test_a_class_that_is_the_only_one_has_no_curvature(kind, structure):
+    """Its cross-entropy is 0 whatever the logit is: of an example, and of each of its tokens."""
+    tokens = nn.Sequential(nn.Linear(3, 4), nn.Unflatten(1, (1, 4)))
+    for model, targets in ((nn.Linear(3, 1), torch.zeros(5).long()), (tokens, torch.zeros(5, 4).long())):
+        risk = EmpiricalRisk.snapshot(model, nn.CrossEntropyLoss(), [(torch.ones(5, 3), targets)])
+        assert not estimate(kind, structure, risk).curvature.dense().any()
 
 
 def test_targets_of_one_output_may_be_a_vector(losses, close):

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Size, nn
 
-from avalanche_curv import ParameterSpace
+from avalanche_curv import EmpiricalRisk, ParameterSpace
 from avalanche_curv.core.risk.parameters import canonical_name
 
 
@@ -136,6 +136,16 @@ def test_positions_read_the_coordinates_of_the_inner_space(make_model):
 def test_a_model_without_trainable_parameters_has_no_space(net):
     with pytest.raises(ValueError, match=r"Sequential has no trainable parameter.*Set requires_grad=True"):
         ParameterSpace.of(net.requires_grad_(False))
+
+
+def test_parameters_without_values_are_named_with_the_remedy():
+    batches = [(torch.ones(4, 3), torch.zeros(4).long())]
+    for model, remedy in (
+        (nn.Sequential(nn.LazyLinear(2)), r"Parameter '0.weight' has no shape yet. Pass a batch"),
+        (nn.Sequential(nn.Linear(3, 2, device="meta")), r"Parameter '0.weight' is on the device meta.*to_empty"),
+    ):
+        with pytest.raises(ValueError, match=remedy):
+            EmpiricalRisk.snapshot(model, nn.CrossEntropyLoss(), batches)
 
 
 def test_a_parameter_that_went_missing_is_named(net):
