@@ -61,6 +61,7 @@ def outside() -> int:
     """The `stacklevel` with which the function that calls this warns of the line outside of this package that led to
     it."""
     level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] == "avalanche_curv":
+    own = ("avalanche_curv", "contextlib")  # which enters our context managers
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in own:
         level, frame = level + 1, frame.f_back
     return level

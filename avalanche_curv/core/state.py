@@ -78,9 +78,11 @@ def check_state(state: Any, kind: type | str, *names: str) -> State:
     """`state`. Raises ValueError unless it is that of an object of this type, or of a subclass of it, with fields of
     these names."""
     name = kind if isinstance(kind, str) else kind.__name__
-    whole = isinstance(state, Mapping) and isinstance(state.get("fields"), Mapping) and {*names} <= {*state["fields"]}
+    whole = isinstance(state, Mapping) and isinstance(state.get("fields"), Mapping)
     if not whole or (isinstance(kind, str) and state["type"] != kind):
         raise ValueError(not_state_of(name, state))
+    if missing := [one for one in names if one not in state["fields"]]:
+        raise ValueError(f"{not_state_of(name, state)[:-1]} without {' and '.join(missing)}, of other options.")
     return dict(state)
 
 

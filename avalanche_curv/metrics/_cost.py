@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from avalanche.benchmarks import OnlineCLExperience
 
+from avalanche_curv.core.arguments import outside
+
 now = time.perf_counter  # seconds
 SHARE = 0.1  # of training, which the suggested `every` makes of measuring
 FLOOR = 5.0  # seconds that a metric has spent before it says anything
@@ -70,7 +72,8 @@ class Cost:
             f"Measuring {what} takes {one:.2g} s, longer than the training between two measurements, "
             f"{every * iteration:.2g} s for every={every}. With every={readable(one / SHARE / iteration)} it would be "
             f"a tenth of the training: give that to the function of metrics ({metric}), or measure fewer examples.",
-            stacklevel=4,
+            UserWarning,
+            stacklevel=outside(),
         )
 
     def __reduce__(self) -> tuple[Any, ...]:

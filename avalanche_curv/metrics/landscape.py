@@ -13,6 +13,7 @@ from avalanche.evaluation.metric_results import MetricValue
 from jaxtyping import Float
 from torch import Tensor
 
+from avalanche_curv.core.arguments import outside
 from avalanche_curv.core.curvature.base import Curvature, NonFiniteCurvatureError
 from avalanche_curv.core.curvature.fisher import Fisher
 from avalanche_curv.core.hints import known_arguments
@@ -185,7 +186,8 @@ class LandscapeMetric(ScalarMetric):
                 f"landscape_metrics measures a random {counts[0]:,} of {counts[1]:,} examples, since all of them have "
                 f"{rows_of(self.curvature, risks):,} rows, more than max_rows={self.max_rows}. Ranks are those of so "
                 "many. Give max_rows=None to measure all, at a cost that grows with them, or give a smaller fraction.",
-                stacklevel=2,
+                UserWarning,
+                stacklevel=outside(),
             )
         return part
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from avalanche.training.plugins import SupervisedPlugin
 
+from avalanche_curv.core.arguments import outside
 from avalanche_curv.core.curvature.base import NonFiniteCurvatureError
 from avalanche_curv.core.options import Configured, Fixed, Forwarded, Setting, check_count, check_kind, optional
 from avalanche_curv.core.projection import (
@@ -187,7 +188,8 @@ def _warn_held(protect: Protection, held: ParameterSpace, whole: ParameterSpace)
         f"other layers than it covers, or of layers that are called more than once: {in_words(held.names)}. They hold "
         "still from the end of the first experience on. protect=Eigenspace() protects directions of all parameters; "
         "uncovered=LeaveUncovered() lets these change, and the past be lost as far as it depends on them.",
-        stacklevel=2,
+        UserWarning,
+        stacklevel=outside(),
     )
 
 

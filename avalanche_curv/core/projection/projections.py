@@ -120,7 +120,8 @@ class Projector(Configured):
 
     Parameters that are frozen (`requires_grad=False`) stay where they are: the step is projected within the others. It
     is not for optimisers that evaluate the loss several times in one step, such as LBFGS. Raises TypeError for what is
-    no space or no projection, RuntimeError where `after_step` comes without `before_step`.
+    no space or no projection, ValueError for a model that lacks a protected parameter, RuntimeError where `after_step`
+    comes without `before_step`.
     """
 
     space = Fixed[ProtectedSpace](
@@ -160,7 +161,7 @@ class Projector(Configured):
         free = self.space.unprotected(model)
         if free and free != self._said:
             self._said = free
-            warn_unprotected(free, stacklevel=4)  # beneath the context manager
+            warn_unprotected(free)
         self.before_step(model)
         try:
             yield
@@ -190,7 +191,9 @@ class Projector(Configured):
         if self._named.model is not model:
             self._named = NamedParameters(model)
         own = self._named()
-        names = frozenset(name for name in self.space.space.names if name in own and own[name].requires_grad)
+        if not own.keys() >= {*self.space.space.names}:
+            self.space.space.tensors(model)  # raises for the one that is missing
+        names = frozenset(name for name in self.space.space.names if own[name].requires_grad)
         if names != self._within[0]:
             self._within, self._memory = (names, self.space.restricted(names)), None
         return self._within[1]

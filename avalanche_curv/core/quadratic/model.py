@@ -80,7 +80,7 @@ class QuadraticModel(OneLine, Saved):
         """q(θ) as a scalar whose gradient in the parameters of `model` is exactly g + C δ. Warns where parameters train
         that are `unprotected`."""
         if free := self.unprotected(model):
-            warn_unprotected(free, stacklevel=4)
+            warn_unprotected(free)
         return _Penalty.apply(self, *self.space.tensors(model))
 
     def unprotected(self, model: nn.Module) -> tuple[str, ...]:

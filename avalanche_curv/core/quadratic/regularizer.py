@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from avalanche_curv.core.attachment import Attachment, check_attachable, check_minimises, innermost, stepped_by
 from avalanche_curv.core.curvature.base import Curvature, NonFiniteCurvatureError
 from avalanche_curv.core.curvature.fisher import Fisher
-from avalanche_curv.core.options import Configured, Fixed, Forwarded, Setting, check_number, in_short
+from avalanche_curv.core.options import Configured, Fixed, Forwarded, Setting, check_kind, check_number, in_short
 from avalanche_curv.core.quadratic.attached import AttachedOptimizers, Calls
 from avalanche_curv.core.quadratic.effect import StepEffect
 from avalanche_curv.core.quadratic.kept import KeptPast
@@ -26,7 +26,7 @@ from avalanche_curv.core.quadratic.strength import StrengthRule
 from avalanche_curv.core.risk.batches import untouched_randomness
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.forward import Forward
-from avalanche_curv.core.risk.frozen import keep_what_trains
+from avalanche_curv.core.risk.frozen import keep_what_trains, unwrapped
 from avalanche_curv.core.risk.parameters import NamedParameters
 from avalanche_curv.core.risk.selection import ParameterSelector, Selection, Unprotected, selection_of
 from avalanche_curv.core.state import State, check_state, state_of
@@ -265,9 +265,11 @@ class CurvatureRegularizer(Configured):
         device or floating point type, and lets the policy revise it for a model that has grown. Called by itself with
         the first step, or first `penalty`, of a task.
 
-        Raises TypeError for SparseAdam and for a past of another structure, ValueError for one that the policy cannot
-        go on from or whose parameters the model lacks.
+        Raises TypeError for SparseAdam, for what is no model and for a past of another structure, ValueError for one
+        that the policy cannot go on from or whose parameters the model lacks, and for a selector that fits none.
         """
+        check_kind("model", model, nn.Module, "the model that is trained")
+        self.selection.check(unwrapped(model))
         keep_what_trains(model)
         self._check(*optimizers)
         self._effect.see(model, *optimizers)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from avalanche_curv.core.arguments import takes
+from avalanche_curv.core.arguments import outside, takes
 from avalanche_curv.core.eigen import largest_of_products
 from avalanche_curv.core.options import Fixed, check_kind, check_number, settle
 from avalanche_curv.core.quadratic.model import QuadraticModel
@@ -139,7 +139,7 @@ class WarnIfUnstable(Guard):
     """Warns of a penalty that would diverge, and trains on with it."""
 
     def strength(self, found: Stability) -> float:
-        warnings.warn(f"{found} Or let guard=RescaleIfUnstable() lower it.", UserWarning, stacklevel=2)
+        warnings.warn(f"{found} Or let guard=RescaleIfUnstable() lower it.", UserWarning, stacklevel=outside())
         return found.strength
 
 

@@ -11,6 +11,7 @@ from typing import TypeAlias
 
 from torch import nn
 
+from avalanche_curv.core.arguments import outside
 from avalanche_curv.core.options import settle
 from avalanche_curv.core.risk.parameters import canonical_name
 from avalanche_curv.core.state import Storable
@@ -114,13 +115,14 @@ def training(names: Collection[str], model: nn.Module) -> tuple[str, ...]:
     return tuple(name for name in trained if name in known)
 
 
-def warn_unprotected(names: Sequence[str], stacklevel: int = 2) -> None:
+def warn_unprotected(names: Sequence[str]) -> None:
     """Warns that the parameters of these names train without a past that knows them, with the remedy."""
     warnings.warn(
         f"Parameters train that were frozen (requires_grad=False) when the past was absorbed, so that nothing of it "
         f"holds them: {in_words(names)}. Absorb the past with include=[...], which takes in parameters that train "
         'later: include=["*"] is all of them.',
-        stacklevel=stacklevel + 1,
+        UserWarning,
+        stacklevel=outside(),
     )
 
 

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from avalanche_curv.core.arguments import outside
 from avalanche_curv.core.options import check_count, check_number, settle
 from avalanche_curv.core.state import Storable
 
@@ -107,7 +108,8 @@ class Energy(Cut):
             warnings.warn(
                 f"The {what} {share:.1%} of the trace, not {self.fraction:.1%}. "
                 "Raise Energy(most_pairs=...) to keep more.",
-                stacklevel=3,
+                UserWarning,
+                stacklevel=outside(),
             )
 
     def is_enough(self, values: Tensor, trace: float) -> bool:

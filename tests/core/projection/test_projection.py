@@ -624,6 +624,15 @@ def test_a_part_that_was_frozen_is_free_and_said_to_be_or_protected_where_it_is_
     assert [warning.filename for warning in caught] == [__file__]
 
 
+def test_steps_of_a_model_without_what_is_protected_are_refused(make_model):
+    """Whatever they do, they would leave out what the past needs."""
+    model, inputs = make_model(mlp), draws(4, 8)
+    projector = Projector(ProtectedSpace().absorb(risk_of(model, inputs), InputSpace()), StepProjection())
+    other = nn.Linear(8, 3).to(model[0].weight)
+    with pytest.raises(ValueError, match=r"'2.weight' of the anchored model is not in the model any more"):
+        learn(other, torch.optim.SGD(other.parameters(), 0.1), inputs, projector, steps=1)
+
+
 def grown(model):
     """The same with one more input and two more outputs of the last layer, and one more input of the first."""
     larger = nn.Sequential(nn.Linear(9, 16), nn.ReLU(), nn.Linear(16, 5)).to(model[0].weight)

@@ -752,6 +752,11 @@ def test_what_cannot_work_is_refused_with_the_remedy(model):
         with pytest.raises(RuntimeError, match="attached for another model"):
             regularizer.attach(theirs, other)
     assert regularizer.attach(theirs, other)
+    for use in (fresh().penalty, fresh().add):
+        with pytest.raises(TypeError, match=r"model must be a Module; got None. Give a value such as the model"):
+            use(None)
+    with pytest.raises(ValueError, match="Sequential has no parameter that 'head' selects"):
+        fresh(include=["head"]).penalty(model)
     with pytest.raises(TypeError, match="Parameters are selected once: give include="):
         regularizer.absorb(model, nn.CrossEntropyLoss(), batches_of(0), include=["0"])
     with pytest.raises(TypeError, match="batches must be pairs"):

@@ -164,8 +164,9 @@ def test_a_warning_is_given_once_for_a_picture(model):
     past = quadratic(model, DiagonalMatrix(torch.ones(3).double()))
     sgd = torch.optim.SGD(model.parameters(), lr=1.0)
     guarded = Guarded(WarnIfUnstable(), past)
-    with pytest.warns(UserWarning, match="diverges"):
+    with pytest.warns(UserWarning, match="diverges") as caught:
         assert guarded.allowed(10.0, model, sgd) == 10
+    assert caught[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         sgd.param_groups[0]["lr"] = 2.0

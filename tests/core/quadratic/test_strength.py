@@ -251,6 +251,9 @@ def test_the_strength_that_was_chosen_is_saved():
         first.absorb_risk(risk_of(seed))
     second.load_state_dict(first.state_dict())
     assert second.strength == first.strength != 1.0
+    fixed = CurvatureRegularizer(3.0).state_dict()
+    with pytest.raises(ValueError, match="got that of CurvatureRegularizer without strength, of other options"):
+        second.load_state_dict(fixed)
     number = CurvatureRegularizer(3.0)
     number.load_state_dict(first.state_dict())  # which is an option there
     assert number.strength == 3.0
