@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from operator import attrgetter
 from pathlib import Path
+from pickle import UnpicklingError
 from types import GeneratorType, SimpleNamespace
 from typing import Any, TypeVar
 
@@ -68,7 +69,8 @@ def load_checkpoint(strategy: Strategy, path: str | Path) -> tuple[Strategy, int
 
     `strategy` takes over everything saved, so go on with `strategy.model`, `strategy.optimizer` and its plugins: the
     ones it was made with are left behind. Where there is no file, it comes back as it is, with 0. Global random states
-    are set. Raises AttributeError where the file holds objects of a class that this program does not define.
+    are set. Raises AttributeError where the file holds objects of a class that this program does not define, ValueError
+    for a file of another kind.
 
         strategy, start = load_checkpoint(strategy, path)
         for experience in benchmark.train_stream[start:]:
@@ -82,6 +84,11 @@ def load_checkpoint(strategy: Strategy, path: str | Path) -> tuple[Strategy, int
         raise AttributeError(
             f"{path} holds an object of a class that is not where it was: {error}. Define the class in the program "
             "that loads the checkpoint, as in the one that saved it, or put it in a module that both import."
+        ) from error
+    except (KeyError, UnpicklingError) as error:
+        raise ValueError(
+            f"{path} is no checkpoint ({type(error).__name__}: {error}). Give a file that save_checkpoint has written; "
+            "what state_dict() of a plugin returned goes into its load_state_dict."
         ) from error
 
 

@@ -316,6 +316,16 @@ def test_without_a_file_the_strategy_comes_back_as_it_is(net, tmp_path):
     assert load_checkpoint(strategy, tmp_path / "none.pt") == (strategy, 0)
 
 
+def test_a_file_of_another_kind_is_named(net, tmp_path):
+    strategy = naive(net)
+    state, text = tmp_path / "state.pt", tmp_path / "notes.txt"
+    torch.save(CurvatureEWCPlugin(1.0).state_dict(), state)
+    text.write_text("hello")
+    for path, why in ((state, "KeyError: 'strategy'"), (text, "UnpicklingError")):
+        with pytest.raises(ValueError, match=rf"{path.name} is no checkpoint \({why}.* goes into its load_state_dict"):
+            load_checkpoint(strategy, path)
+
+
 def test_a_failed_save_leaves_the_checkpoint_before_it_and_no_trace(net, tmp_path):
     path = tmp_path / "checkpoint.pt"
     strategy = naive(net)

@@ -353,7 +353,7 @@ def without_rule(reason: str) -> StrengthSuggestion:
 
 
 NO_STRENGTH_ACTS = StrengthSuggestion(
-    None, (), "C has no positive eigenvalue in parameters that are stepped, so that no strength acts"
+    None, (), "C has no positive eigenvalue in parameters that are stepped, at a rate above 0, so that no strength acts"
 )
 
 

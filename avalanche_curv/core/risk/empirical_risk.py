@@ -34,7 +34,7 @@ from avalanche_curv.core.risk.frozen import check_unchanged, copied_base, copied
 from avalanche_curv.core.risk.known import is_plain
 from avalanche_curv.core.risk.labelled import Labelled, is_labelled, settled
 from avalanche_curv.core.risk.parameters import ParameterSpace, canonical_name
-from avalanche_curv.core.risk.preflight import check_given, check_risk, check_values, drop_hooks
+from avalanche_curv.core.risk.preflight import check_given, check_risk, drop_hooks
 from avalanche_curv.core.risk.selection import ParameterSelector, Selection, selection_of
 from avalanche_curv.core.state import Storable
 
@@ -101,7 +101,6 @@ class EmpiricalRisk(OneLine, Storable):
         not cover; for labels whose cross-entropy is not the loss that the model itself returns.
         """
         check_given(model, criterion, batches)
-        check_values(unwrapped(model))
         selection = selection_of(include, exclude)
         selection.check(unwrapped(model))
         loss = example_loss(criterion)

@@ -11,6 +11,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
 from avalanche_curv.core.precision import differentiable, in_own_precision
@@ -32,6 +33,18 @@ def unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
+def check_values(model: nn.Module) -> None:
+    """Raises ValueError for trainable parameters that have no values: of a lazy module, or on the device `meta`."""
+    for name, parameter in model.named_parameters():
+        if is_lazy(parameter):
+            raise ValueError(f"Parameter '{name}' has no shape yet. Pass a batch through the model first.")
+        if parameter.is_meta and parameter.requires_grad:
+            raise ValueError(
+                f"Parameter '{name}' is on the device meta, and so has no values. Give them memory by "
+                "model.to_empty(device='cpu'), and then values, as by load_state_dict."
+            )
+
+
 @in_own_precision
 def frozen_copy(model: nn.Module, selection: Selection = Selection()) -> nn.Module:  # noqa: B008  a frozen value
     """A copy in eval mode, without gradients and backward hooks; models with half precision compute in float32. Those
@@ -40,10 +53,11 @@ def frozen_copy(model: nn.Module, selection: Selection = Selection()) -> nn.Modu
 
     Embeddings give plain gradients in it: dense, unscaled, and with norms above `max_norm` already reduced. Tensors
     that a module keeps of its last call are copied without their graph. Raises TypeError for a model that cannot be
-    copied.
+    copied, ValueError for parameters without values.
     """
+    own = unwrapped(model)
+    check_values(own)
     try:
-        own = unwrapped(model)
         copied = copied_without_graphs(own, differentiable(own) | shared(own, selection)).eval()
     except Exception as error:
         raise TypeError(

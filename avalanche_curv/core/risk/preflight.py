@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.loss import _Loss
-from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from avalanche_curv.core.hints import called
@@ -41,18 +40,6 @@ def check_given(model: Any, criterion: Any, batches: Any) -> None:
             f"batches must be pairs (inputs, targets) in a list or a loader; got {_in_words(batches)}. "
             "Give [(inputs, targets)], or DataLoader(TensorDataset(inputs, targets), batch_size=64)."
         )
-
-
-def check_values(model: nn.Module) -> None:
-    """Raises ValueError for trainable parameters that have no values: of a lazy module, or on the device `meta`."""
-    for name, parameter in model.named_parameters():
-        if is_lazy(parameter):
-            raise ValueError(f"Parameter '{name}' has no shape yet. Pass a batch through the model first.")
-        if parameter.is_meta and parameter.requires_grad:
-            raise ValueError(
-                f"Parameter '{name}' is on the device meta, and so has no values. Give them memory by "
-                "model.to_empty(device='cpu'), and then values, as by load_state_dict."
-            )
 
 
 def check_risk(risk: EmpiricalRisk) -> None:

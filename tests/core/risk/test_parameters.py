@@ -3,6 +3,7 @@ import torch
 from torch import Size, nn
 
 from avalanche_curv import EmpiricalRisk, ParameterSpace
+from avalanche_curv.core.risk.frozen import frozen_copy
 from avalanche_curv.core.risk.parameters import canonical_name
 
 
@@ -146,6 +147,8 @@ def test_parameters_without_values_are_named_with_the_remedy():
     ):
         with pytest.raises(ValueError, match=remedy):
             EmpiricalRisk.snapshot(model, nn.CrossEntropyLoss(), batches)
+        with pytest.raises(ValueError, match=remedy):
+            frozen_copy(model)
 
 
 def test_a_parameter_that_went_missing_is_named(net):
