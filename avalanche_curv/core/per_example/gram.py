@@ -161,13 +161,24 @@ class RowsOperator:
 
     def matmat(self, matrix: Float[Tensor, "P k"]) -> Float[Tensor, "P k"]:
         """C M."""
-        total = matrix.new_zeros(matrix.shape[1], self.size)
-        vectors, views = (dict(zip(self.space.names, m.split(self.space.sizes, dim=1))) for m in (matrix.T, total))
-        for rows in self.pieces:
-            weights = reduce(add, (part.times(vectors) for part in rows))
+        return self.lift(self.times(matrix.T), matrix.T).T
+
+    def times(self, vectors: Float[Tensor, "k P"]) -> Iterator[Float[Tensor, "M k"]]:
+        """G Vᵀ, the rows of one piece after the other."""
+        views = self._by_name(vectors)
+        return (reduce(add, (part.times(views) for part in rows)) for rows in self.pieces)
+
+    def lift(self, weights: Iterable[Float[Tensor, "M k"]], like: Float[Tensor, "k P"]) -> Float[Tensor, "k P"]:
+        """(Gᵀ W)ᵀ / N, from W for one piece after the other; `like` has its shape and type."""
+        total = like.new_zeros(like.shape)
+        views = self._by_name(total)
+        for rows, own in zip(self.pieces, weights):
             for part in rows:
-                part.lift(weights, views)
-        return total.div_(self.examples).T
+                part.lift(own, views)
+        return total.div_(self.examples)
+
+    def _by_name(self, vectors: Float[Tensor, "k P"]) -> dict[str, Float[Tensor, "k p"]]:
+        return dict(zip(self.space.names, vectors.split(self.space.sizes, dim=1)))
 
 
 def lifted(rows: Sequence[Rows], space: ParameterSpace, weights: Float[Tensor, "M k"]) -> Float[Tensor, "k P"]:
