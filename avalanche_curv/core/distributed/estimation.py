@@ -17,7 +17,7 @@ from avalanche_curv.core.quadratic.model import QuadraticModel
 from avalanche_curv.core.risk.batches import random_part
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.forward import as_matrix
-from avalanche_curv.core.structures.base import Matrix, Structure
+from avalanche_curv.core.structures.base import Matrix, Structure, all_finite
 from avalanche_curv.core.structures.rules import check_pair, structured
 
 
@@ -42,7 +42,7 @@ def estimate_sharded(
     if risk.is_finite:
         matrix = curvature.mended(structure.from_shards(_OverRanks(curvature, risk)))
         slope = risk.gradient() if gradient else None
-    if matrix is None or not matrix.is_finite() or (slope is not None and not slope.isfinite().all()):
+    if matrix is None or not matrix.is_finite() or (slope is not None and not all_finite(slope)):
         raise NonFiniteCurvatureError(
             f"{curvature} of {risk.examples} examples on {risk.ranks.size} ranks holds NaN or infinity, so the model "
             "or its inputs do on one of them. Look for diverged weights (lower the learning rate or the strength) and "

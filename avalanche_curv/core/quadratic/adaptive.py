@@ -30,9 +30,10 @@ from avalanche_curv.core.quadratic.renewals import Everything, Renewal
 from avalanche_curv.core.quadratic.trust import RelativeError, Trust, TrustCheck
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.frozen import keep_what_trains
+from avalanche_curv.core.risk.known import is_same
 from avalanche_curv.core.risk.selection import in_words
 from avalanche_curv.core.risk.several import frozen_together, joined_risk
-from avalanche_curv.core.structures.base import Matrix, Structure
+from avalanche_curv.core.structures.base import Matrix, Structure, all_finite
 
 
 @dataclass(frozen=True)
@@ -134,13 +135,18 @@ class AdaptiveRefresh(Drawing):
         """Raises ValueError where the examples of an experience are not stored."""
         check_stored("AdaptiveRefresh()", past)
 
+    def is_due(self, past: Past, iteration: int) -> bool:
+        return not iteration % self.every and past.model is not None and self._left(past) > 0
+
     @in_own_precision
     def revise(self, past: Past, model: nn.Module, iteration: int, curvature: Curvature, structure: Structure) -> Past:
-        if past.model is None or iteration % self.every or self._left(past) <= 0:
+        if past.model is None or not self.is_due(past, iteration):
             return past
         keep_what_trains(model)
         quadratic, unchanged, past = past.model, past, AdaptivePast.of(past)
         begun = quadratic.unprotected(model)
+        if not (iteration or begun) and past.losses and is_same(past.stored[0].model, model):
+            return unchanged  # before the first step L(θ) = L(a), which is known
         check, frozen, grown = self._looked(past, model, iteration, begun)
         reason = self.trust.broken(check)
         if begun:
@@ -213,7 +219,7 @@ class AdaptiveRefresh(Drawing):
             found, slope = joined_risk([*alike.values()]).losses_and_gradient()
             losses |= zip(alike, found.chunk(len(alike)))
             total = total.add_(slope, alpha=len(alike))
-        if not total.isfinite().all():
+        if not all_finite(total):
             raise not_finite("The slope", sum(map(len, drawn)))
         model = QuadraticModel(stored[0].space, stored[0].anchor, kept, total, frozen=stored[0].frozen)
         return self._damped(new, model, losses)

@@ -12,7 +12,7 @@ from avalanche_curv.core.curvature.base import Curvature, NonFiniteCurvatureErro
 from avalanche_curv.core.precision import in_own_precision
 from avalanche_curv.core.quadratic.model import QuadraticModel
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
-from avalanche_curv.core.structures.base import Structure
+from avalanche_curv.core.structures.base import Structure, all_finite
 from avalanche_curv.core.structures.rules import check_pair, curvature_matrix
 
 
@@ -70,10 +70,10 @@ def _estimated(
     check_pair(curvature, structure)
     structure.check(risk.space, risk.anchor.element_size())
     matrix = slope = None
-    if risk.anchor.isfinite().all() and risk.one_loss.isfinite().all():
+    if all_finite(risk.anchor) and all_finite(risk.one_loss):
         matrix = curvature_matrix(curvature, structure, risk)
         slope = slope_of()
-    if matrix is None or not matrix.is_finite() or (slope is not None and not slope.isfinite().all()):
+    if matrix is None or not matrix.is_finite() or (slope is not None and not all_finite(slope)):
         raise not_finite(str(curvature), risk.examples)
     return QuadraticModel(risk.space, risk.anchor, matrix, slope, frozen=risk.frozen)
 

@@ -147,6 +147,10 @@ class Policy(ABC):
         """Raises TypeError or ValueError where this policy could not keep a past of such a model with such a structure,
         of which `risk` holds a few examples: before it is trained."""
 
+    def is_due(self, past: Past, iteration: int) -> bool:
+        """Whether `revise` may change the past after so many updates of the current experience: asked for at each."""
+        return self.revises
+
     def revise(
         self, past: Past, model: nn.Module, iteration: int, curvature: Curvature, structure: Structure
     ) -> Past:
@@ -232,6 +236,9 @@ class Accumulate(Drawing):
                 "outputs is averaged over examples."
             )
         estimate(curvature, structure, risk).check_grows(self.outputs)
+
+    def is_due(self, past: Past, iteration: int) -> bool:
+        return self.revises and iteration == 0
 
     def revise(
         self, past: Past, model: nn.Module, iteration: int, curvature: Curvature, structure: Structure

@@ -356,7 +356,7 @@ class CurvatureRegularizer(Configured):
         return self._penalty.next(past, self.strength, self.guard, model, *optimizers)
 
     def _revise(self, model: nn.Module) -> None:
-        if self.policy.revises:
+        if self.policy.is_due(self.past, self._updates):
             with self._keeping_the_past():
                 self._kept.revise(model, self._updates)
 

@@ -227,8 +227,8 @@ class Rebatched:
 
 def merged(batches: Batches) -> tuple[tuple[Nested, Nested], ...]:
     """The examples in as few batches as their shapes allow, in order: sequences of another length do not fit in one."""
-    runs = groupby(map(tuple, batches), key=shapes)
-    return tuple(cat([*run]) for _, run in runs)
+    runs = ([*run] for _, run in groupby(map(tuple, batches), key=shapes))
+    return tuple(cat(run) if len(run) > 1 else run[0] for run in runs)
 
 
 def random_part(examples: int, fraction: float, seed: int) -> Int[Tensor, "n"]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import nn
 
 PIECEWISE_LINEAR = (
@@ -29,6 +30,20 @@ def is_plain(model: nn.Module, kinds: Sequence[type[nn.Module]] = KNOWN) -> bool
     if type(model) is nn.Sequential:
         return all(is_plain(part, kinds) for part in model)
     return type(model) in kinds
+
+
+def is_same(one: nn.Module, other: nn.Module) -> bool:
+    """Whether two models are one function, as far as it is known: the same plain modules (`is_plain`) with the same
+    options and values.
+
+    >>> linear = nn.Linear(2, 3)
+    >>> is_same(linear, linear), is_same(linear, nn.Linear(2, 3))
+    (True, False)
+    """
+    if not (is_plain(one) and is_plain(other)) or repr(one) != repr(other):
+        return False
+    pairs = zip(one.state_dict().values(), other.state_dict().values())
+    return all(a.dtype == b.dtype and a.device == b.device and torch.equal(a, b) for a, b in pairs)
 
 
 def is_altered(module: nn.Module) -> bool:

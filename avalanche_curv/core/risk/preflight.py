@@ -75,8 +75,12 @@ def _first_batch(risk: EmpiricalRisk) -> tuple[Tensor, Nested]:
 
 def drop_hooks(risk: EmpiricalRisk) -> None:
     """Takes forward hooks that only look on from the frozen model of a risk."""
-    with untouched_randomness():
-        drop_idle_hooks(risk.base, lambda: _differentiated(risk, _cloned(risk.few[0])))
+
+    def evaluate() -> tuple[Tensor, tuple[Tensor, ...]]:
+        with untouched_randomness():
+            return _differentiated(risk, _cloned(risk.few[0]))
+
+    drop_idle_hooks(risk.base, evaluate)
 
 
 def _cloned(inputs: Nested) -> Nested:

@@ -287,12 +287,10 @@ class Matrix(OneLine, Storable, ABC):
         return sum(t.nbytes for t in self.tensors())
 
 
-AT_ONCE = 2**20
-
-
 def all_finite(tensor: Tensor) -> bool:
-    """Whether no number is NaN or infinite; of some numbers at a time, since `isfinite` copies all it is given."""
-    return all(bool(part.isfinite().all()) for part in tensor.reshape(-1).split(AT_ONCE))
+    """Whether no number is NaN or infinite: the least and the largest are NaN where one is. `isfinite` of all of them
+    takes seven times as long, and a copy."""
+    return not tensor.numel() or bool(torch.stack(tensor.aminmax()).isfinite().all())
 
 
 def check_memory(name: str, needed: int, allowed: int, remedy: str) -> None:

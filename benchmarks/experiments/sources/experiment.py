@@ -205,6 +205,9 @@ class OnPart(Policy):
     def revises(self) -> bool:  # type: ignore[override]
         return self.policy.revises
 
+    def is_due(self, past: Past, iteration: int) -> bool:
+        return self.policy.is_due(past, iteration)
+
     def absorb(self, past: Past, risk: EmpiricalRisk, curvature: Curvature, structure: Structure) -> Past:
         return self.policy.absorb(past, part_of(risk, self.fraction, 0, past.experiences), curvature, structure)
 

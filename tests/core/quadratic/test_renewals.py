@@ -1,6 +1,7 @@
 """What a refresh estimates anew, of which of the stored examples: against sums over experiences written out."""
 
 import math
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -10,8 +11,10 @@ from torch.nn.functional import cross_entropy
 from avalanche_curv import (
     GGN,
     AbsoluteError,
+    Accumulate,
     AdaptiveRefresh,
     BlockDiagonal,
+    CurvatureRegularizer,
     Dense,
     Diagonal,
     EmpiricalRisk,
@@ -28,6 +31,7 @@ from avalanche_curv import (
     estimate,
 )
 from avalanche_curv.core.per_example.layers import Layers
+from avalanche_curv.core.quadratic import kept as keeping
 from avalanche_curv.core.quadratic.adaptive import predicted_loss
 
 COUNTS = (12, 12, 5)
@@ -130,6 +134,37 @@ def test_a_model_that_has_grown_gets_its_curvature_anew(make_model):
     again = policy.revise(grown, model, 1, GGN(), Dense())
     assert again.kept is grown.kept
     assert not torch.equal(again.model.anchor, grown.model.anchor)
+
+
+def test_before_its_first_step_a_model_as_it_was_left_is_not_looked_at(net, monkeypatch):
+    policy = AdaptiveRefresh(AbsoluteError(1e-300), fraction=1.0)
+    past, _ = absorbed(policy, net)
+    monkeypatch.setattr(AdaptiveRefresh, "_looked", lambda *args: pytest.fail("was looked at"))
+    assert policy.revise(past, net, 0, GGN(), Dense()) is past
+    monkeypatch.undo()
+    assert len(policy.revise(past, moved(net), 0, GGN(), Dense()).refreshes) == 1
+
+
+@pytest.mark.parametrize(
+    ("policy", "due"),
+    [(AdaptiveRefresh(every=3), [0, 3, 6]), (AdaptiveRefresh(max_refreshes=0), []), (Accumulate(), []),
+     (Accumulate(outputs=("2.weight", "2.bias")), [0])],
+    ids=["every third", "never", "nothing grows", "a head that grows"],
+)  # fmt: skip
+def test_random_states_are_kept_only_where_a_policy_revises(policy, due, net, monkeypatch):
+    past, _ = absorbed(AdaptiveRefresh(fraction=1.0), net)
+    kept, regularizer = [], CurvatureRegularizer(1.0, policy=policy, structure=Dense(), past=past)
+
+    @contextmanager
+    def noted():
+        kept.append(regularizer._updates)
+        yield
+
+    monkeypatch.setattr(keeping, "untouched_randomness", noted)
+    regularizer.begin(net)
+    for _ in range(7):
+        regularizer.revise(net)
+    assert kept == due
 
 
 def test_a_slope_that_is_not_finite_is_named(net):

@@ -25,7 +25,7 @@ from avalanche_curv.core import (
 )
 from avalanche_curv.core.fidelity.monitor import example_models
 from avalanche_curv.core.landscape import Lanczos
-from avalanche_curv.core.risk.known import is_plain
+from avalanche_curv.core.risk.known import is_plain, is_same
 
 CE = nn.CrossEntropyLoss()
 STRUCTURES = (Dense(), Diagonal(), BlockDiagonal(), LowRank(Rank(50)), MatrixFree())
@@ -339,3 +339,27 @@ def test_a_constant_gradient_has_no_second_derivative_whatever_torch_says() -> N
     x, y = torch.randn(2, 1).double(), torch.randn(2, 3).double()
     risk = EmpiricalRisk.snapshot(Constant(), nn.MSELoss(), [(x, y)])
     assert Hessian().operator(risk).matmat(torch.eye(3).double()).abs().max() < 1e-9
+
+
+def _plain(slope=0.1):
+    return nn.Sequential(nn.Linear(4, 3), nn.LeakyReLU(slope), nn.Linear(3, 2))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: nn.init.zeros_(model[0].bias),
+        lambda model: model.double(),
+        lambda model: model.append(nn.ReLU()),
+        lambda model: model[0].register_forward_hook(lambda module, inputs, output: output + 1),
+        lambda model: setattr(model[1], "negative_slope", 0.2),
+    ],
+    ids=["value", "type", "module", "hook", "option"],
+)
+def test_models_are_the_same_until_something_differs(change):
+    model, other = _plain(), _plain()
+    other.load_state_dict(model.state_dict())
+    assert is_same(model, other.train())
+    with torch.no_grad():
+        change(other)
+    assert not is_same(model, other)

@@ -34,7 +34,7 @@ from avalanche_curv.core.structures import (
     LowRankMatrix,
     MatrixFreeMatrix,
 )
-from avalanche_curv.core.structures.base import DampedMatrix, human_bytes
+from avalanche_curv.core.structures.base import DampedMatrix, all_finite, human_bytes
 from avalanche_curv.core.structures.block_diagonal import Block
 from avalanche_curv.core.structures.kronecker_cut import leading_part
 from avalanche_curv.core.structures.kronecker_matrix import FactoredLayer
@@ -421,3 +421,12 @@ def test_sizes_for_people(count, text):
 def test_unusable_options_are_refused_when_they_are_given(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+@pytest.mark.parametrize("place", [0, 5, 11])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_one_number_that_is_not_finite_is_found(value, place):
+    numbers = torch.linspace(-1e38, 1e38, 12)
+    assert all(map(all_finite, (numbers, numbers[:0], numbers.long())))
+    numbers[place] = value
+    assert not all_finite(numbers.reshape(3, 4).T)
