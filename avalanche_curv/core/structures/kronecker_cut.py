@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -35,18 +35,21 @@ class LeadingPart(KroneckerTerm):
     a: Float[Tensor, "in s"]
     is_product: bool = False
 
-    def adder(self, own: Float[Tensor, "out in"], pull: Float[Tensor, "out in"]) -> Adder:
+    def adder(self, own: Float[Tensor, "out in"], widths: Sequence[int]) -> Adder:
         middle, rows, columns = self._differences()
         (out, r), (inputs, s) = self.g.shape, self.a.shape
         y, z, x_and_v = in_rows(out, s, own), in_rows(r, s, own), in_rows(r + s, inputs, own)
         left = torch.cat([self.g * rows, y], dim=1)  # U (ρ − τ), and what stands before Vᵀ
         before, x, x_and_v[r:] = left[:, r:], x_and_v[:r], self.a.T
+        sides = x_and_v.split([*widths], dim=1)
 
-        def add() -> None:
+        def add(to: list[Tensor]) -> Tensor:
             z.addmm_(self.g.T, y.addmm_(own, self.a, beta=0), beta=0).mul_(middle)
             before.copy_(y).mul_(columns).addmm_(self.g, z)
             x.addmm_(self.g.T, own, beta=0)
-            pull.addmm_(left, x_and_v)
+            for place, right in zip(to, sides):
+                place.addmm_(left, right)
+            return torch.linalg.vector_norm(x, dim=1).square() @ rows + (before * y).sum()
 
         return add
 

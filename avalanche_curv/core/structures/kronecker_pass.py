@@ -12,7 +12,7 @@ from torch import Tensor
 from avalanche_curv.core.risk.parameters import ParameterSpace
 from avalanche_curv.core.state import Storable
 from avalanche_curv.core.structures.gradient_pass import GradientPass
-from avalanche_curv.core.structures.kronecker_terms import Adder, KroneckerTerm, in_rows, whole
+from avalanche_curv.core.structures.kronecker_terms import Adder, KroneckerTerm, in_rows
 from avalanche_curv.core.structures.one_pass import OnePass
 
 
@@ -55,10 +55,10 @@ class FactoredLayer(Storable):
 
 class KroneckerPass(GradientPass[Tensor]):
     """g + C δ for C = diag(d) + Σ_j A_j ⊗ G_j and δ = θ − a, by itself or added to gradients. The change of each layer
-    stands in one matrix with its bias, and so does its pull g + C δ. All memory that products write to is made once: in
-    fresh memory, and with some thirty operations for each layer, a product of cut factors takes half as long again as
-    its multiplications. What takes no product of matrices, the slope g, d and the levels of cut factors, is one pass
-    over memory where it can be (`OnePass`).
+    stands in one matrix with its bias, and all memory that products write to is made once: in fresh memory, and with
+    some thirty operations for each layer, a product of cut factors takes half as long again as its multiplications.
+    What takes no product of matrices, the slope g, d and the levels of cut factors, is one pass over memory where it
+    can be (`OnePass`).
 
     It is for plain parameters of the type and on the device of the anchor.
     """
@@ -72,71 +72,82 @@ class KroneckerPass(GradientPass[Tensor]):
         slope: Float[Tensor, "P"] | None = None,
     ) -> None:
         super().__init__(anchor, space.shapes)
-        self.anchors = space.split(self.anchor)
+        self.space, self.anchors = space, space.split(self.anchor)
         self.slopes, self.diagonal = (None if part is None else space.split(part) for part in (slope, diagonal))
-        parts, self._adders, self._wholes = dict(zip(space.names, self.anchors)), list[Adder](), list[list[Tensor]]()
-        places, levels = {name: list[list[Tensor]]() for name in space.names}, dict.fromkeys(space.names, 0.0)
+        parts, self._places = dict(zip(space.names, self.anchors)), {name: list[Tensor]() for name in space.names}
+        self._layers, levels = list[tuple[FactoredLayer, list[Adder]]](), dict.fromkeys(space.names, 0.0)
         for layer in layers:
-            (change, changes), (pull, pulls) = layer.room(parts), layer.room(parts)
-            self._adders += [term.adder(change, pull) for term in layer.terms]
-            self._wholes.append([whole(change), whole(pull)])
-            for name in changes:
-                places[name].append([changes[name], pulls[name]])
+            change, views = layer.room(parts)
+            widths = [view.numel() // len(change) for view in views.values()]
+            self._layers.append((layer, [term.adder(change, widths) for term in layer.terms]))
+            for name, view in views.items():
+                self._places[name].append(view)
                 levels[name] += sum(term.level for term in layer.terms)
-        for name in (name for name, found in places.items() if not found):
-            places[name].append([torch.zeros_like(parts[name]) for _ in range(2)])
-            self._wholes.append([part.reshape(-1) for part in places[name][0]])
-        self._changes, self._pulls = (list(some) for some in zip(*(found[0] for found in places.values())))
-        numbered = enumerate(places.values())
-        self._further = [(n, change, pull) for n, found in numbered for change, pull in found[1:]]
-        self._levels, self._one_pass = [*levels.values()], None
-        if not self._further:  # each parameter is in one layer
+        for name in (name for name, found in self._places.items() if not found):
+            self._places[name].append(torch.zeros_like(parts[name]))
+        self._changes = [found[0] for found in self._places.values()]  # δ in the shapes of the parameters
+        self._levels = [*levels.values()] if any(levels.values()) else None
+        self._sums, self._one_pass = list[Tensor](), None
+        if self._levels or diagonal is not None or slope is not None:
             self._one_pass = OnePass(
-                anchor, diagonal, space.shapes, slope, levels=self._levels, places=self._changes
+                anchor, diagonal, space.shapes, slope, levels=self._levels or (), places=self._changes
             )
 
     def add_product(self, change: Sequence[Tensor], to: Sequence[Tensor]) -> None:
         """Adds C δ to tensors in the shapes of the parameters, for δ in these shapes."""
-        torch._foreach_copy_(self._changes, [*change])
-        self._pull(None)
-        self._hand_over(torch._foreach_add_, to)
+        for places, part in zip(self._places.values(), change):
+            for place in places:
+                place.copy_(part)
+        self._beside(to, None)
+        self._multiply(to)
 
     def _is_usable(self) -> bool:
         return True
 
     def _written(self, gradients: Sequence[Tensor], parameters: Sequence[Tensor], adds: bool) -> Tensor:
-        if self._one_pass is not None and self._one_pass._is_usable():
-            sloped: Tensor | float = self._one_pass._written(self._pulls, parameters, False)
-            self._multiply()
+        summed = adds and self.slopes is not None  # g and C δ first, as where they are by themselves
+        if summed and not self._sums:
+            self._sums = [torch.empty_like(anchor) for anchor in self.anchors]
+        to, onto = (self._sums, False) if summed else (gradients, adds)
+        if self._one_pass is not None and self._is_single and self._one_pass._is_usable():
+            form: Tensor | float = self._one_pass._written(to, parameters, onto)
         else:
-            for change, parameter, anchor in zip(self._changes, parameters, self.anchors):
-                torch.sub(parameter, anchor, out=change)
-            sloped = self._pull(self.slopes)
-        self._hand_over(torch._foreach_add_ if adds else torch._foreach_copy_, gradients)
-        return torch.stack([change @ pull for change, pull in self._wholes]).sum() + sloped
+            for places, parameter, anchor in zip(self._places.values(), parameters, self.anchors):
+                for place in places:
+                    torch.sub(parameter, anchor, out=place)
+            if not onto:
+                torch._foreach_zero_([*to])
+            form = self._beside(to, self.slopes)
+        form = self._multiply(to) + form
+        if summed:
+            torch._foreach_add_([*gradients], self._sums)
+        return form
 
-    def _pull(self, slopes: Sequence[Tensor] | None) -> Tensor | float:
-        """Makes the pulls of the changes, and returns slopeᵀδ."""
-        for change, pull, level in zip(self._changes, self._pulls, self._levels):
-            torch.mul(change, level, out=pull)
-        if self.diagonal is not None:
-            torch._foreach_addcmul_(self._pulls, self._changes, self.diagonal)
-        sloped: Tensor | float = 0.0
+    @property
+    def _is_single(self) -> bool:
+        """Whether each parameter is in one layer."""
+        return all(len(places) == 1 for places in self._places.values())
+
+    def _multiply(self, to: Sequence[Tensor]) -> Tensor:
+        """Adds what takes products of matrices."""
+        by_name = dict(zip(self.space.names, to))
+        forms = [add(layer.columns(by_name)) for layer, adders in self._layers for add in adders]
+        return torch.stack(forms).sum() if forms else self.anchor.new_zeros(())
+
+    def _beside(self, to: Sequence[Tensor], slopes: Sequence[Tensor] | None) -> Tensor | float:
+        """Adds what takes none."""
+        form: Tensor | float = 0.0
+        if self._levels or self.diagonal is not None:
+            pulls = torch._foreach_mul(self._changes, self._levels or [0.0] * len(self._changes))
+            if self.diagonal is not None:
+                torch._foreach_addcmul_(pulls, self._changes, self.diagonal)
+            torch._foreach_add_([*to], pulls)
+            form = self._with(pulls)
         if slopes is not None:
-            torch._foreach_add_(self._pulls, [*slopes])
-            sloped = torch.stack([(change * slope).sum() for change, slope in zip(self._changes, slopes)]).sum()
-        for number, change, pull in self._further:
-            change.copy_(self._changes[number])
-            pull.zero_()
-        self._multiply()
-        return sloped
+            torch._foreach_add_([*to], [*slopes])
+            form = form + 2 * self._with(slopes)
+        return form
 
-    def _multiply(self) -> None:
-        for add in self._adders:
-            add()
-
-    def _hand_over(self, how: Callable[[list[Tensor], list[Tensor]], object], to: Sequence[Tensor]) -> None:
-        """Pulls to tensors in the shapes of the parameters."""
-        how([*to], self._pulls)
-        for number, _, pull in self._further:
-            to[number].add_(pull)
+    def _with(self, vector: Sequence[Tensor]) -> Tensor:
+        """The inner product of δ with a vector in the shapes of the parameters."""
+        return torch.stack([(part * change).sum() for part, change in zip(vector, self._changes)]).sum()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,8 +13,8 @@ from torch import Tensor
 from avalanche_curv.core.eigen import spectrum
 from avalanche_curv.core.state import Storable
 
-Adder = Callable[[], object]
-"""Adds a product C w, in place."""
+Adder = Callable[[list[Tensor]], Tensor]
+"""Adds the product C w with a change w to tensors of some of its columns each, in place, and returns wᵀ C w."""
 APART = 16  # numbers
 
 
@@ -26,9 +26,9 @@ class KroneckerTerm(Storable, ABC):
     """Whether it is the Kronecker product of its `factors`."""
 
     @abstractmethod
-    def adder(self, own: Float[Tensor, "out in"], pull: Float[Tensor, "out in"]) -> Adder:
-        """What adds products of the matrix without its level with the change that stands in the memory `own` to `pull`,
-        both made by `in_rows`; what it needs beside that is made once."""
+    def adder(self, own: Float[Tensor, "out in"], widths: Sequence[int]) -> Adder:
+        """What adds products of the matrix without its level with the change that stands in the memory `own`, which
+        `in_rows` made, to tensors of so many of its columns each; what it needs beside that is made once."""
 
     @property
     def level(self) -> float:
@@ -94,9 +94,18 @@ class Factors(KroneckerTerm):
     a: Float[Tensor, "in in"]
     g: Float[Tensor, "out out"]
 
-    def adder(self, own: Float[Tensor, "out in"], pull: Float[Tensor, "out in"]) -> Adder:
-        turned = in_rows(len(own), own.shape[1], own)
-        return lambda: pull.addmm_(self.g, turned.addmm_(own, self.a, beta=0))
+    def adder(self, own: Float[Tensor, "out in"], widths: Sequence[int]) -> Adder:
+        out, inputs = own.shape
+        turned, product = in_rows(out, inputs, own), in_rows(out, inputs, own)
+        parts = product.split([*widths], dim=1)
+
+        def add(to: list[Tensor]) -> Tensor:
+            turned.addmm_(own, self.a, beta=0)
+            product.addmm_(self.g, turned, beta=0)
+            torch._foreach_add_(to, parts)
+            return whole(own) @ whole(product)
+
+        return add
 
     def scaled(self, factor: float) -> Factors:
         return replace(self, g=self.g * factor)
@@ -148,13 +157,18 @@ class Corrected(KroneckerTerm):
     a: Float[Tensor, "in in"]
     is_product: bool = False
 
-    def adder(self, own: Float[Tensor, "out in"], pull: Float[Tensor, "out in"]) -> Adder:
+    def adder(self, own: Float[Tensor, "out in"], widths: Sequence[int]) -> Adder:
         (out, r), s = self.g.shape, self.a.shape[1]
         turned, bent, back = in_rows(out, s, own), in_rows(r, s, own), in_rows(out, s, own)
+        vectors = [some.T for some in self.a.split([*widths])]
 
-        def add() -> None:
-            bent.addmm_(self.g.T, turned.addmm_(own, self.a, beta=0), beta=0).mul_(self.values)
-            pull.addmm_(back.addmm_(self.g, bent, beta=0), self.a.T)
+        def add(to: list[Tensor]) -> Tensor:
+            bent.addmm_(self.g.T, turned.addmm_(own, self.a, beta=0), beta=0)
+            form = (bent * bent).reshape(-1) @ self.values.reshape(-1)
+            back.addmm_(self.g, bent.mul_(self.values), beta=0)
+            for place, some in zip(to, vectors):
+                place.addmm_(back, some)
+            return form
 
         return add
 

@@ -25,11 +25,10 @@ SOURCE = """
     const REAL pull = (CURVED ? level + c[at] : level) * d + slope_here;                                \\
     if (KEPT) place[at] = d;                                                                            \\
     g[at] = ADDED ? g[at] + pull : pull;                                                                \\
-    sum += (KEPT ? slope_here : pull + slope_here) * d;                                                 \\
+    sum += (pull + slope_here) * d;                                                                     \\
 }
 
-/* d = parameters - anchor; gradients += slope + (levels + diagonal) d, or = that; returns d' that + slope'd, or, where
-   places = d is kept, slope'd alone */
+/* places = d = parameters - anchor; gradients += slope + (levels + diagonal) d, or = that; returns d' that + slope'd */
 double one_pass(long count, const long *rows, const long *columns, const long *strides, REAL *const *gradients,
                 REAL *const *parameters, REAL *const *places, const double *levels, const REAL *anchor,
                 const REAL *slope, const REAL *diagonal) {
@@ -38,7 +37,7 @@ double one_pass(long count, const long *rows, const long *columns, const long *s
         for (long r = 0, n = columns[k]; r < rows[k]; r++, first += n) {
             const REAL level = levels[k], *restrict p = parameters[k] + r * n, *restrict a = anchor + first;
             const REAL *restrict s = SLOPED ? slope + first : 0, *restrict c = CURVED ? diagonal + first : 0;
-            REAL *restrict g = gradients[k] + r * strides[k], *restrict place = KEPT ? places[k] + r * strides[k] : 0;
+            REAL *restrict g = gradients[k] + r * n, *restrict place = KEPT ? places[k] + r * strides[k] : 0;
             for (long i = 0; i < n;) {
                 REAL sums[LANES] = {0};
                 const long end = n - i < STRETCH ? n : i + STRETCH, full = end - (end - i) % LANES;
@@ -76,8 +75,7 @@ class OnePass(GradientPass[float]):
 
     It is for plain parameters on the CPU, of the type of the anchor, and for one thread: several share the passes of
     torch. `shapes` are those of the parameters, in the order of the anchor. Where there are `places`, tensors of these
-    shapes whose rows may lie apart, δ is written to them, and the rest to tensors whose rows lie as far apart; found is
-    gᵀδ alone then.
+    shapes whose rows may lie apart, δ is written to them.
 
     >>> weight = torch.nn.Parameter(torch.tensor([3.0]))
     >>> weight.grad = torch.tensor([1.0])
@@ -103,7 +101,7 @@ class OnePass(GradientPass[float]):
         self._known = self._known and all(place.ndim < 2 or place[0].is_contiguous() for place in places)
         rows = [shape[0] if places and shape else 1 for shape in shapes]
         columns = [math.prod(shape) // count if count else 0 for shape, count in zip(shapes, rows)]
-        strides = [place.stride(0) if place.ndim else 1 for place in places] or columns
+        strides = [place.stride(0) if place.ndim else 1 for place in places]
         self._sizes = [array("l", numbers) for numbers in (rows, columns, strides)]
         self._levels = array("d", levels or [0.0] * len(shapes))
         self._places = array("Q", map(Tensor.data_ptr, places)) if places else None

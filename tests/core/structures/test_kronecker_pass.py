@@ -89,7 +89,8 @@ def test_a_penalty_adds_the_gradient_of_the_dense_matrix_step_after_step(
         assert isinstance(matrix.layers[0].terms[0], LeadingPart)
     slope, named = drawn(space.size) if with_slope else None, dict(parameters.named_parameters())
     penalty, dense = Penalty(QuadraticModel(space, anchor, matrix, slope, 0.5), 3.0), matrix.dense()
-    in_one_pass = penalty._one_pass._one_pass is not None and penalty._one_pass._one_pass._is_usable()
+    found = penalty._one_pass
+    in_one_pass = found._is_single and found._one_pass is not None and found._one_pass._is_usable()
     assert in_one_pass == (simple and shutil.which("cc") is not None)
     for _ in range(3):
         delta, before = flat(named.values()) - anchor, flat(p.grad for p in named.values())
