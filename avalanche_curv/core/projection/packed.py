@@ -60,6 +60,7 @@ void correct(long count, const long *widths, float *const *parameters, const flo
     float weights[BLOCK];
     long before = 0, last = 0;
     for (long k = 0; k < count; k++) last += widths[k];
+    for (long i = last; i < stretches * WIDTH; i++) x[i] = 0; /* after a step that was NaN */
     for (long first = 0; first < rank || before; first += BLOCK) {
         const long here = first >= rank ? 0 : rank - first < BLOCK ? rank - first : BLOCK;
         const long earlier = before ? first - BLOCK : 0;

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from avalanche_curv.core.loops.compiled import compiled
 from avalanche_curv.core.loops.tiles import ROWS, Tiles, source
@@ -67,6 +68,10 @@ double low_rank_KIND(long count, const long *widths, float *const *gradients, fl
 """
 
 
+TILED = WeakTensorKeyDictionary()
+"""Tiles by the eigenvectors that they hold: a strength that changes at each step scales eigenvalues alone."""
+
+
 @cache
 def library() -> Any:
     """What is compiled from TEMPLATE, once for each process; None where that fails."""
@@ -84,8 +89,9 @@ class LowRankPass(GradientPass[float]):
     memory for all products vᵀδ and one for their sum. It differs from what torch finds by rounding.
 
     Eigenvectors that do not stay in the cache, of LARGE numbers and more, are read in 16 bits (`Tiles`): C is then that
-    of ṽ_i = v_i + e_i, ‖e_i‖ ≤ 5e-5 ‖v_i‖ and 3e-5 of Gaussian ones, as semi-definite as before, with the same anchor.
-    In the gradient that is 3e-5 of C δ, in a step that moves θ by a thousandth of itself half the rounding of θ.
+    of ṽ_i = v_i + e_i with the same anchor, as semi-definite as before, ‖e_i‖ ≤ 4e-4 ‖v_i‖ and 3e-5 ‖v_i‖ of Gaussian
+    ones. The gradient is off by λ_i (e_i v_iᵀ + v_i e_iᵀ) δ: 3e-5 of C δ where δ lies along v_i, and otherwise at most
+    3e-5 λ_i ‖δ‖. In a step that moves θ by a thousandth of itself the former is half the rounding of θ.
 
     It is for plain float32 parameters on the CPU, and for one thread: several share the passes of torch. `shapes` are
     those of the parameters, in the order of the anchor.
@@ -129,7 +135,10 @@ class LowRankPass(GradientPass[float]):
     @cached_property
     def _tiles(self) -> Tiles:
         """The eigenvectors in the order in which they are read."""
-        return Tiles.of(self.vectors, block=ROWS * len(self.vectors), short=self.vectors.numel() >= LARGE)
+        if self.vectors not in TILED:
+            short = self.vectors.numel() >= LARGE
+            TILED[self.vectors] = Tiles.of(self.vectors, block=ROWS * len(self.vectors), short=short)
+        return TILED[self.vectors]
 
     @cached_property
     def _rooms(self) -> tuple[Tensor, Tensor, Tensor]:

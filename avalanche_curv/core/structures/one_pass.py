@@ -107,7 +107,7 @@ class OnePass(GradientPass[float]):
         self._places = array("Q", map(Tensor.data_ptr, places)) if places else None
 
     def _is_usable(self) -> bool:
-        return self._known and torch.get_num_threads() == 1 and self._loop(True) is not None
+        return self._known and torch.get_num_threads() == 1 and None not in (self._loop(True), self._loop(False))
 
     def _loop(self, adds: bool) -> Any:
         given = (part is not None for part in (self.slope, self.diagonal, self._places))

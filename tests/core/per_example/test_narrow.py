@@ -93,16 +93,18 @@ def test_many_eigenpairs_come_from_the_whole_matrix(solved):
     assert solved == [c.size]
 
 
-def test_a_large_eigenvalue_of_an_input_of_little_energy_is_noticed(solved, monkeypatch):
+@pytest.mark.parametrize("others", [0, 190])
+def test_a_large_eigenvalue_of_an_input_of_little_energy_is_noticed(others, solved, monkeypatch):
     """Each of eight inputs meets each of the 16 outputs once, which gives it the energy 16 · 12 in eigenvalues of 12;
-    the ninth has 60, all in one."""
-    a, b = torch.zeros(129, 20).double(), torch.zeros(129, 1, 16).double()
-    pairs = torch.arange(128)
+    the ninth has 60, all in one; others hide it in a crowd of eigenvalues of 6."""
+    width, pairs, crowd = 20 + others, torch.arange(128), torch.arange(16 * others)
+    a, b = torch.zeros(129 + len(crowd), width).double(), torch.zeros(129 + len(crowd), 1, 16).double()
     a[pairs, pairs % 8], b[pairs, 0, pairs // 8] = 12**0.5, 1
     a[128, 8], b[128, 0, 0] = 60**0.5, 1
-    eight = torch.eye(20, 8).double()
-    monkeypatch.setattr(narrow, "_leading", lambda parts: eight if parts[0].shape[1] == 20 else None)
-    c = operator_of([[OuterRows({"weight": "weight"}, a, b)]], {"weight": (16, 20)}, 1)
+    a[129 + crowd, 20 + crowd // 16], b[129 + crowd, 0, crowd % 16] = 6**0.5, 1
+    eight = torch.eye(width, 8).double()
+    monkeypatch.setattr(narrow, "_leading", lambda parts: eight if parts[0].shape[1] == width else None)
+    c = operator_of([[OuterRows({"weight": "weight"}, a, b)]], {"weight": (16, width)}, 1)
     values, _ = narrow.top_of_rows(c, torch.zeros(c.size).double(), 2)
     assert solved == [16 * 8, c.size]
     torch.testing.assert_close(values, torch.tensor([60.0, 12.0]).double())

@@ -53,6 +53,14 @@ def test_rows_in_16_bits_take_off_their_own_part(count, size, any_size):
         torch.testing.assert_close(found.outside(step).double(), outside, rtol=0, atol=3e-6)
 
 
+def test_a_step_that_was_nan_leaves_nothing_behind(any_size):
+    found = PackedRows.of(orthonormal(3, 700))
+    step = drawn(700, seed=1)
+    before = found.outside(step)
+    assert found.outside(step * math.nan).isnan().all()
+    assert torch.equal(found.outside(step), before)
+
+
 def test_what_a_random_step_leaves_in_the_basis_is_the_closed_form(any_size):
     """‖Ũ − U‖_F / √d of its length."""
     rows = orthonormal(60, 20_000)

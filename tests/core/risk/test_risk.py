@@ -4,7 +4,7 @@ from torch import nn
 
 from avalanche_curv import GGN, Dense, EmpiricalRisk, estimate
 from avalanche_curv.core.risk.batches import random_part
-from avalanche_curv.core.risk.several import frozen_together, joined_risk
+from avalanche_curv.core.risk.several import frozen_together
 
 
 class TwoArguments(nn.Module):
@@ -183,14 +183,3 @@ def test_the_class_weights_of_a_criterion_in_single_precision_serve_a_double_mod
     per_example = nn.CrossEntropyLoss(reduction="none")(net(data[0]), data[1]) * weights.double()[data[1]] / 2
     assert risk.value() == pytest.approx(per_example.mean().item(), rel=1e-12)
     assert estimate(GGN(), Dense(), risk).curvature.is_finite()
-
-
-def test_the_shape_of_outputs_is_found_once_for_inputs_of_each_shape():
-    model, shapes = nn.Sequential(nn.Flatten(), nn.LazyLinear(3)), []
-    model(torch.zeros(1, 2, 2))
-    risk = EmpiricalRisk.snapshot(model, nn.CrossEntropyLoss(), [(torch.zeros(6, 2, 2), torch.zeros(6).long())])
-    risk.losses()
-    risk.base.register_forward_hook(lambda module, inputs, output: shapes.append(inputs[0].shape))
-    for part in (risk.select(torch.tensor([1, 4])), risk.select(torch.tensor([0])), joined_risk([risk, risk])):
-        part.losses()
-    assert [shape[0] for shape in shapes] == [2, 1, 12]

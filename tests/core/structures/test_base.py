@@ -430,3 +430,5 @@ def test_one_number_that_is_not_finite_is_found(value, place):
     assert all(map(all_finite, (numbers, numbers[:0], numbers.long())))
     numbers[place] = value
     assert not all_finite(numbers.reshape(3, 4).T)
+    assert not all_finite(numbers.to(torch.complex64))
+    assert not all_finite(numbers.to_sparse())

@@ -95,6 +95,17 @@ def test_a_penalty_is_as_without_a_compiler(max_rank, drawn, monkeypatch):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
+def test_another_strength_reads_the_same_tiles(drawn):
+    model = nn.Linear(30, 40)
+    space = ParameterSpace.of(model)
+    curvature = LowRankMatrix(torch.linalg.qr(drawn(space.size, 4))[0].T.contiguous(), torch.arange(1.0, 5.0))
+    penalty = Penalty(QuadraticModel(space, drawn(space.size), curvature), 3.0)
+    once, tiles = flat(penalty.gradients([*model.parameters()])), penalty._one_pass._tiles
+    penalty.strength = 6.0
+    torch.testing.assert_close(flat(penalty.gradients([*model.parameters()])), 2 * once)
+    assert penalty._one_pass._tiles is tiles
+
+
 def test_what_is_not_plain_or_of_another_type_is_left_alone(parameters, drawn):
     size, shapes = sum(parameter.numel() for parameter in parameters), [p.shape for p in parameters]
     found = LowRankPass(drawn(size), drawn(2, size), drawn(2), None, None, shapes)
