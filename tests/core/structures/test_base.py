@@ -431,4 +431,3 @@ def test_one_number_that_is_not_finite_is_found(value, place):
     numbers[place] = value
     assert not all_finite(numbers.reshape(3, 4).T)
     assert not all_finite(numbers.to(torch.complex64))
-    assert not all_finite(numbers.to_sparse())
