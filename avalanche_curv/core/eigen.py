@@ -121,8 +121,7 @@ def _columns(product: Callable[[Tensor], Tensor], like: Float[Tensor, "P"]) -> F
 
 def _decomposed(whole: Float[Tensor, "P P"]) -> tuple[np.ndarray, ...]:
     """Eigenvalues and eigenvectors, as columns, of a matrix that is symmetric but for rounding."""
-    whole = whole.detach().double().cpu()
-    return tuple(part.numpy() for part in spectrum((whole + whole.T) / 2))
+    return tuple(part.numpy() for part in spectrum(symmetrised(whole.detach().double().cpu())))
 
 
 def _top(found: tuple[np.ndarray, ...], count: int, like: Tensor) -> Pairs:

@@ -36,6 +36,12 @@ def compiled(source: str, *flags: str) -> Any:
         return None
 
 
+def is_alone() -> bool:
+    """Whether torch computes in one thread, as compiled loops do, since several share its passes; and not for a graph
+    that it compiles."""
+    return torch.get_num_threads() == 1 and not torch.compiler.is_compiling()
+
+
 def is_plain(tensor: Tensor | None, shape: torch.Size, like: Tensor) -> bool:
     """Whether a tensor is one piece of memory of this shape, which a compiled loop may read and write if it is on the
     CPU: a dense one of the type and on the device of `like`, whose methods are not its own."""

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from avalanche_curv.core.loops.compiled import compiled
+from avalanche_curv.core.loops.compiled import compiled, is_alone
 from avalanche_curv.core.loops.tiles import Tiles, source
 
 BLOCK = 8  # rows
@@ -103,11 +103,8 @@ def library() -> Any:
 
 
 def usable(rows: Float[Tensor, "k d"]) -> bool:
-    """Whether compiled loops are there for parameters that these rows are of: float32 on the CPU, and one thread, since
-    several share the passes of torch."""
-    if rows.dtype is not torch.float32 or not rows.is_cpu or torch.get_num_threads() > 1:
-        return False
-    return not torch.compiler.is_compiling() and library() is not None
+    """Whether compiled loops are there for parameters that these rows are of: float32 on the CPU, and one thread."""
+    return rows.dtype is torch.float32 and rows.is_cpu and is_alone() and library() is not None
 
 
 @dataclass(frozen=True)

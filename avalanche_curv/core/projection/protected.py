@@ -25,7 +25,7 @@ from avalanche_curv.core.risk.frozen import unwrapped
 from avalanche_curv.core.risk.parameters import ParameterSpace
 from avalanche_curv.core.risk.selection import training
 from avalanche_curv.core.state import Saved
-from avalanche_curv.core.structures.base import human_bytes
+from avalanche_curv.core.structures.memory import human_bytes
 
 NOTHING = ParameterSpace((), ())
 

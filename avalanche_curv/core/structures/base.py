@@ -21,12 +21,13 @@ from avalanche_curv.core.eigen import (
     largest_of_products,
     top_of_products,
 )
-from avalanche_curv.core.options import OneLine, check_count, in_short
+from avalanche_curv.core.options import OneLine, in_short
 from avalanche_curv.core.precision import in_own_precision
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.parameters import ParameterSpace
 from avalanche_curv.core.state import Storable
 from avalanche_curv.core.structures.gradient_pass import GradientPass
+from avalanche_curv.core.structures.memory import human_bytes
 
 
 class CurvatureSource(Protocol):
@@ -293,31 +294,6 @@ def all_finite(tensor: Tensor) -> bool:
     if tensor.is_complex():
         return bool(tensor.isfinite().all())
     return not tensor.numel() or bool(torch.stack(tensor.aminmax()).isfinite().all())
-
-
-def check_memory(name: str, needed: int, allowed: int, remedy: str) -> None:
-    """Raises MemoryError with both sizes and a remedy if `needed` exceeds `allowed` bytes."""
-    if needed > allowed:
-        raise MemoryError(
-            f"{name} needs {human_bytes(needed)} for its matrix, over its limit of {human_bytes(allowed)}. {remedy}"
-        )
-
-
-check_limit = partial(check_count, hint="It is a number of bytes: 2**30 is a GiB.")
-"""A check for `max_bytes`, the limit of a structure."""
-
-
-def human_bytes(count: float) -> str:
-    """A number of bytes in B, KiB, MiB or GiB, with one decimal.
-
-    >>> human_bytes(3 * 2**30)
-    '3.0 GiB'
-    """
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} GiB"
 
 
 CHUNK = 32

@@ -19,10 +19,11 @@ from avalanche_curv.core.per_example.gram import Rows, gram_rows, top_pairs
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.parameters import ParameterSpace
 from avalanche_curv.core.state import Storable
-from avalanche_curv.core.structures.base import Matrix, Structure, check_limit, check_memory, other_options
+from avalanche_curv.core.structures.base import Matrix, Structure, other_options
 from avalanche_curv.core.structures.dense import Dense, DenseMatrix
 from avalanche_curv.core.structures.diagonal import Diagonal
 from avalanche_curv.core.structures.low_rank import GRAM_ROWS, LowRank
+from avalanche_curv.core.structures.memory import check_limit, check_memory
 from avalanche_curv.core.structures.rules import by_products, check_pair, refusal, rule, structured
 
 

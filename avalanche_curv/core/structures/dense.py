@@ -16,14 +16,8 @@ from avalanche_curv.core.eigen import Pairs, relative_eigenvalues, spectral_func
 from avalanche_curv.core.options import settle
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.parameters import ParameterSpace
-from avalanche_curv.core.structures.base import (
-    Matrix,
-    Structure,
-    check_limit,
-    check_memory,
-    identity_columns,
-    other_options,
-)
+from avalanche_curv.core.structures.base import Matrix, Structure, identity_columns, other_options
+from avalanche_curv.core.structures.memory import check_limit, check_memory
 from avalanche_curv.core.structures.rules import rule
 
 

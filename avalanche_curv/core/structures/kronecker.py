@@ -19,19 +19,13 @@ from avalanche_curv.core.per_example.layers import Layers, Tap, by_layers
 from avalanche_curv.core.per_example.passes import layer_passes
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.parameters import ParameterSpace
-from avalanche_curv.core.structures.base import (
-    CurvatureSource,
-    Matrix,
-    Structure,
-    check_limit,
-    check_memory,
-    other_options,
-)
+from avalanche_curv.core.structures.base import CurvatureSource, Matrix, Structure, other_options
 from avalanche_curv.core.structures.cuts import Cut
 from avalanche_curv.core.structures.diagonal import add_squares_of_rows
 from avalanche_curv.core.structures.kronecker_matrix import FactoredLayer, KroneckerMatrix
 from avalanche_curv.core.structures.kronecker_sums import KroneckerSum, PartialTraces
 from avalanche_curv.core.structures.kronecker_terms import Corrected, Factors, without_rounding
+from avalanche_curv.core.structures.memory import check_limit, check_memory
 from avalanche_curv.core.structures.rules import has_rule, refusal, rule
 from avalanche_curv.core.structures.weight_sharing import Expand, WeightSharing
 

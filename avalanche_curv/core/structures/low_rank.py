@@ -17,17 +17,11 @@ from avalanche_curv.core.per_example.gram import gram_rows, rows_operator, top_p
 from avalanche_curv.core.per_example.narrow import top_of_rows
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.parameters import ParameterSpace
-from avalanche_curv.core.structures.base import (
-    CurvatureSource,
-    Matrix,
-    Structure,
-    check_limit,
-    check_memory,
-    other_options,
-)
+from avalanche_curv.core.structures.base import CurvatureSource, Matrix, Structure, other_options
 from avalanche_curv.core.structures.cuts import Cut
 from avalanche_curv.core.structures.dense import Dense
 from avalanche_curv.core.structures.diagonal import Diagonal
+from avalanche_curv.core.structures.memory import check_limit, check_memory
 from avalanche_curv.core.structures.rules import refusal, rule, structured
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from avalanche_curv.core.loops.compiled import compiled
+from avalanche_curv.core.loops.compiled import compiled, is_alone
 from avalanche_curv.core.loops.tiles import ROWS, Tiles, source
 from avalanche_curv.core.structures.gradient_pass import GradientPass
 
@@ -120,7 +120,7 @@ class LowRankPass(GradientPass[float]):
         self._sizes = array("l", map(math.prod, shapes))
 
     def _is_usable(self) -> bool:
-        return self._known and torch.get_num_threads() == 1 and library() is not None
+        return self._known and is_alone() and library() is not None
 
     def _written(self, gradients: Sequence[Tensor], parameters: Sequence[Tensor], adds: bool) -> float:
         ours, theirs = (array("Q", map(Tensor.data_ptr, some)) for some in (gradients, parameters))

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from avalanche_curv.core.loops.compiled import compiled
+from avalanche_curv.core.loops.compiled import compiled, is_alone
 from avalanche_curv.core.structures.gradient_pass import GradientPass
 
 SOURCE = """
@@ -107,7 +107,7 @@ class OnePass(GradientPass[float]):
         self._places = array("Q", map(Tensor.data_ptr, places)) if places else None
 
     def _is_usable(self) -> bool:
-        return self._known and torch.get_num_threads() == 1 and None not in (self._loop(True), self._loop(False))
+        return self._known and is_alone() and None not in (self._loop(True), self._loop(False))
 
     def _loop(self, adds: bool) -> Any:
         given = (part is not None for part in (self.slope, self.diagonal, self._places))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from avalanche_curv.core.loops.compiled import compiled, is_plain
+from avalanche_curv.core.loops.compiled import compiled, is_alone, is_plain
 
 SOURCE = """
 void stream(long count, const long *sizes, float *const *gradients, float *const *parameters, float *const *importances,
@@ -57,7 +57,7 @@ def streamed(
     It is for plain float32 parameters on the CPU, and for one thread: several share the passes of torch. Returns
     whether it was done.
     """
-    if torch.get_num_threads() > 1 or torch.compiler.is_compiling() or library() is None:
+    if not is_alone() or library() is None:
         return False
     kinds = gradients, parameters, importances, anchors
     if not all(p.is_cpu and p.dtype is torch.float32 for p in parameters):

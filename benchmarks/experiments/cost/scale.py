@@ -42,8 +42,8 @@ from avalanche_curv import (
     StepProjection,
     Structure,
 )
-from avalanche_curv.core.structures.base import human_bytes
 from avalanche_curv.core.structures.kronecker import Factorised
+from avalanche_curv.core.structures.memory import human_bytes
 from benchmarks.experiments.cost.models import MLP
 from benchmarks.harness import Record
 from benchmarks.harness.unit_run import PeakMemory

@@ -34,12 +34,13 @@ from avalanche_curv.core.structures import (
     LowRankMatrix,
     MatrixFreeMatrix,
 )
-from avalanche_curv.core.structures.base import DampedMatrix, all_finite, human_bytes
+from avalanche_curv.core.structures.base import DampedMatrix, all_finite
 from avalanche_curv.core.structures.block_diagonal import Block
 from avalanche_curv.core.structures.kronecker_cut import leading_part
 from avalanche_curv.core.structures.kronecker_matrix import FactoredLayer
 from avalanche_curv.core.structures.kronecker_terms import Corrected, Factors
 from avalanche_curv.core.structures.matrix_free import OperatorTerm
+from avalanche_curv.core.structures.memory import human_bytes
 from avalanche_curv.core.structures.rules import check_pair
 
 SPACE = ParameterSpace(("weight", "scale", "bias"), (Size((3, 2)), Size(()), Size((3,))))
