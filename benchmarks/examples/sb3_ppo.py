@@ -39,5 +39,5 @@ def agreement(strength: float) -> float:
 
 
 if __name__ == "__main__":
-    for strength in 0.0, 100.0:
+    for strength in 0.0, 300.0:  # the second asks for the opposite: what is kept of the first is not learned of it
         print(f"strength {strength:g}: as before in {agreement(strength):.1%} of the first states")
