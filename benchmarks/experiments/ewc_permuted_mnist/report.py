@@ -33,8 +33,9 @@ SUMS = """\
 Row 7 of the path, a Kronecker-factored Fisher on ten permuted MNIST tasks, by how the sum over past tasks is kept:
 every term at its own anchor (*list*), or one pair of factors by partial traces unless another rule is named, either
 with the slope of all terms at the newest anchor or *moved* there (`Merge`), and of the moved pair the leading
-eigenvectors, to a part of its trace but at most 100 of a factor. λ is the best of 3, 10 and 30 on seed 1000, by a tenth
-of the training images, held out (`--part tune`); that of the list, of which a run takes long, is that of one pair."""
+eigenvectors, to a part of its trace but at most 100 of a factor, or 48 of each. λ is the best of 3, 10 and 30 on seed
+1000, by a tenth of the training images, held out (`--part tune`); that of the list, of which a run takes long, is that
+of one pair."""
 FIFTY = f"""\
 Fifty tasks on two hidden layers of 100 units. Ritter et al. 2018, "Online structured Laplace approximations for
 overcoming catastrophic forgetting", report more than {FIFTY_PUBLISHED:.2f} with merged Kronecker factors. Here each

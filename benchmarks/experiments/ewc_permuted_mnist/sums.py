@@ -19,6 +19,7 @@ from avalanche_curv import (
     Kronecker,
     Merge,
     PiWeighted,
+    Rank,
 )
 from avalanche_curv.core.quadratic.penalty import Penalty
 from benchmarks.harness import Record
@@ -43,6 +44,7 @@ def methods(fraction: float) -> dict[str, Ours]:
             ("one pair, pi-weighted, moved", 10.0, Kronecker(PiWeighted()), newest),
             ("one pair cut to 80 %, moved", 10.0, Kronecker(cut=Energy(0.8)), newest),
             ("one pair cut to 60 %, moved", 10.0, Kronecker(cut=Energy(0.6)), newest),
+            ("one pair cut to 48 eigenvectors, moved", 10.0, Kronecker(cut=Rank(48)), newest),
             ("EKFAC pair cut to 80 %, moved", 10.0, EKFAC(cut=Energy(0.8)), newest),
         )
     }
