@@ -16,8 +16,10 @@ from avalanche_curv.core.curvature.operators import Operator
 WHOLE = 1000  # matrices up to this size are decomposed whole
 COARSE = 8  # vectors that the search for λ_max alone holds
 TOLERANCE = 1e-5  # of the residual ‖C v − λ v‖ relative to λ
+PROBES = 6  # products that look for an eigenvector that was missed
 
 Pairs = tuple[Float[Tensor, "k"], Float[Tensor, "k P"]]
+Product = Callable[[Float[Tensor, "P"]], Float[Tensor, "P"]]
 
 
 def top_of_matrix(matrix: Float[Tensor, "P P"], count: int) -> Pairs:
@@ -46,9 +48,14 @@ def spectrum(matrix: Float[Tensor, "P P"]) -> tuple[Float[Tensor, "P"], Float[Te
     return values, vectors
 
 
-def top_of_products(product: Callable[[Tensor], Tensor], like: Float[Tensor, "P"], count: int) -> Pairs:
+def top_of_products(product: Product, like: Float[Tensor, "P"], count: int) -> Pairs:
     """The `count` eigenpairs largest in magnitude of a symmetric matrix, from products C v alone, by Lanczos iteration
-    restarted (Lehoucq et al. 1998, ARPACK), which finds repeated eigenvalues too.
+    restarted (Lehoucq et al. 1998, ARPACK).
+
+    A vector meets each eigenspace in one direction alone, so that of an eigenvalue with many eigenvectors, as a linear
+    head with squared error has, some are missed. Where two of those found are equal to 1e-5, or `PROBES` further
+    products see a larger one outside (`largest_outside`), the iteration is repeated on what is left, until that brings
+    no larger one.
 
     `product` maps v [P] to C v; `like` is any vector of this length, in whose type and on whose device products are
     taken. Returns the eigenvalues [count], largest magnitude first, and the eigenvectors as rows [count, P]; the
@@ -68,11 +75,89 @@ def top_of_products(product: Callable[[Tensor], Tensor], like: Float[Tensor, "P"
         return like.new_zeros(count), torch.eye(count, size).to(like)
     if not np.isfinite(first).all():
         return like.new_full((count,), torch.nan), like.new_full((count, size), torch.nan)
-    operator = LinearOperator((size, size), matvec=numpy_product, dtype=np.float64)
-    return _top(eigsh(operator, k=count, which="LM", tol=TOLERANCE, v0=start), count, like)
+
+    def outside(values: np.ndarray, vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Of C without these pairs, which become eigenvectors of 0."""
+        def matvec(v: np.ndarray) -> np.ndarray:
+            return numpy_product(v) - (values * (vectors @ v)) @ vectors
+
+        operator = LinearOperator((size, size), matvec=matvec, dtype=np.float64)
+        return eigsh(operator, k=count, which="LM", tol=TOLERANCE, v0=start)
+
+    top = _top(outside(np.zeros(0), np.zeros((0, size))), count, like)
+    while largest_outside(product, top[1]) > (_rounding(top[0]) if _has_repeated(top[0]) else _least(top[0])):
+        values, vectors = (part.double().cpu().numpy() for part in top)
+        more, further = outside(values, vectors)
+        top = _top((np.concatenate([values, more]), np.concatenate([vectors.T, further], axis=1)), count, like)
+        if np.abs(more).max() <= _least(top[0]):
+            break
+    return top
 
 
-def largest_of_products(product: Callable[[Tensor], Tensor], like: Float[Tensor, "P"]) -> float:
+def largest_outside(product: Product, vectors: Float[Tensor, "k P"]) -> float:
+    """The Ritz value largest in magnitude of `PROBES` steps of Lanczos iteration from a random vector, outside of the
+    span of orthonormal eigenvectors: a lower bound of the largest |λ| there, which few steps reach if it stands apart.
+
+    >>> round(largest_outside(lambda v: torch.tensor([1.0, -5.0, 3.0, 0.0]) * v, torch.eye(4)[1:2]), 5)
+    3.0
+    """
+    start = torch.randn(vectors.shape[1], generator=torch.Generator().manual_seed(1)).to(vectors)
+    return float(quadrature(product, start, min(PROBES, vectors.shape[1] - len(vectors)), vectors)[0].abs().max())
+
+
+def quadrature(
+    product: Product, start: Float[Tensor, "P"], steps: int, outside: Float[Tensor, "k P"]
+) -> tuple[Float[Tensor, "m"], Float[Tensor, "m"]]:
+    """Gauss quadrature of a matrix C by its `product`: nodes t and weights w with vᵀf(C)v = Σ_j w_j f(t_j) for
+    polynomials f of degree below 2m. v is `start` without its part in the orthonormal rows `outside`, which C leaves
+    invariant, of length 1.
+
+    The nodes are the eigenvalues of the m × m tridiagonal matrix of Lanczos iteration with full reorthogonalisation,
+    the weights the squared first entries of its eigenvectors (Golub & Welsch 1969). m < steps where the space is
+    exhausted.
+
+    >>> nodes, weights = quadrature(lambda v: torch.tensor([1.0, 3.0]) * v, torch.ones(2), 2, torch.empty(0, 2))
+    >>> nodes.round(decimals=5).tolist(), weights.round(decimals=5).tolist()
+    ([1.0, 3.0], [0.5, 0.5])
+    """
+    basis = start.new_empty(len(outside) + steps, len(start))
+    basis[: len(outside)] = outside
+    diagonal: list[float] = []
+    off: list[float] = []
+    direction = _orthogonal(start, outside)
+    direction = direction / direction.norm()
+    for step in range(len(outside), len(basis)):
+        basis[step] = direction
+        turned = product(direction)
+        diagonal.append(float(turned @ direction))
+        rest = _orthogonal(turned, basis[: step + 1])
+        length = float(rest.norm())
+        if length <= 10 * torch.finfo(start.dtype).eps * max(map(abs, (*diagonal, *off))):
+            break
+        off.append(length)
+        direction = rest / length
+    values, vectors = scipy.linalg.eigh_tridiagonal(np.array(diagonal), np.array(off[: len(diagonal) - 1]))
+    return torch.as_tensor(values), torch.as_tensor(vectors[0] ** 2)
+
+
+def _rounding(values: Float[Tensor, "k"]) -> float:
+    """How large an eigenvalue of zero may come out, beside these in falling order of magnitude."""
+    return float(TOLERANCE * values[0].abs())
+
+
+def _least(values: Float[Tensor, "k"]) -> float:
+    """The smallest of them in magnitude, and what rounding may add to it."""
+    return float(values[-1].abs()) + _rounding(values)
+
+
+def _has_repeated(values: Float[Tensor, "k"]) -> bool:
+    """Whether two of eigenvalues in falling order of magnitude are equal, and not zero, but for rounding."""
+    sizes = values.double().abs()
+    sizes = sizes[sizes > _rounding(values)]
+    return bool((sizes[:-1] - sizes[1:] <= TOLERANCE * sizes[:-1]).any())
+
+
+def largest_of_products(product: Product, like: Float[Tensor, "P"]) -> float:
     """The largest eigenvalue λ_max of a symmetric matrix to within one percent, from about ten products v ↦ C v with
     vectors of the length, type and device of `like`; not finite where a product is not.
 
@@ -106,7 +191,7 @@ def _is_small(size: int, count: int) -> bool:
     return size <= WHOLE or count >= size - 1
 
 
-def _for_numpy(product: Callable[[Tensor], Tensor], like: Tensor) -> Callable[[np.ndarray], np.ndarray]:
+def _for_numpy(product: Product, like: Tensor) -> Callable[[np.ndarray], np.ndarray]:
     def numpy_product(v: np.ndarray) -> np.ndarray:
         result = product(torch.as_tensor(v.reshape(-1), dtype=like.dtype, device=like.device))
         return result.detach().double().cpu().numpy()
@@ -114,7 +199,7 @@ def _for_numpy(product: Callable[[Tensor], Tensor], like: Tensor) -> Callable[[n
     return numpy_product
 
 
-def _columns(product: Callable[[Tensor], Tensor], like: Float[Tensor, "P"]) -> Float[Tensor, "P P"]:
+def _columns(product: Product, like: Float[Tensor, "P"]) -> Float[Tensor, "P P"]:
     """The matrix written out by its products."""
     return torch.stack([product(row) for row in torch.eye(len(like)).to(like)])
 
@@ -130,6 +215,13 @@ def _top(found: tuple[np.ndarray, ...], count: int, like: Tensor) -> Pairs:
     order = np.argsort(-np.abs(values))[:count]
     rows = np.ascontiguousarray(vectors[:, order].T)
     return torch.as_tensor(values[order].copy()).to(like), torch.as_tensor(rows).to(like)
+
+
+def _orthogonal(vector: Tensor, rows: Float[Tensor, "k P"]) -> Tensor:
+    """The part outside the span of orthonormal rows, projected twice for rounding."""
+    for _ in range(2):
+        vector = vector - (rows @ vector) @ rows
+    return vector
 
 
 def symmetrised(matrix: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
-import scipy.linalg
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from avalanche_curv.core.eigen import TOLERANCE, Pairs, top_of_products
+from avalanche_curv.core.eigen import TOLERANCE, Pairs, Product, quadrature, top_of_products
 from avalanche_curv.core.landscape.averaged import AveragedCurvature
 from avalanche_curv.core.landscape.spectrum import Density, Spectrum, SpectrumMethod, mean_density, without_zeros
 from avalanche_curv.core.options import check_count, check_seed, settle
-
-Product = Callable[[Float[Tensor, "P"]], Float[Tensor, "P"]]
 
 
 @dataclass(frozen=True)
@@ -94,41 +89,6 @@ def _methods(options: Lanczos, diagonal: bool, known: bool) -> dict[str, str]:
     }
 
 
-def quadrature(
-    product: Product, start: Float[Tensor, "P"], steps: int, outside: Float[Tensor, "k P"]
-) -> tuple[Float[Tensor, "m"], Float[Tensor, "m"]]:
-    """Gauss quadrature of a matrix C by its `product`: nodes t and weights w with vᵀf(C)v = Σ_j w_j f(t_j) for
-    polynomials f of degree below 2m. v is `start` without its part in the orthonormal rows `outside`, which C leaves
-    invariant, of length 1.
-
-    The nodes are the eigenvalues of the m × m tridiagonal matrix of Lanczos iteration with full reorthogonalisation,
-    the weights the squared first entries of its eigenvectors (Golub & Welsch 1969). m < steps where the space is
-    exhausted.
-
-    >>> nodes, weights = quadrature(lambda v: torch.tensor([1.0, 3.0]) * v, torch.ones(2), 2, torch.empty(0, 2))
-    >>> nodes.round(decimals=5).tolist(), weights.round(decimals=5).tolist()
-    ([1.0, 3.0], [0.5, 0.5])
-    """
-    basis = start.new_empty(len(outside) + steps, len(start))
-    basis[: len(outside)] = outside
-    diagonal: list[float] = []
-    off: list[float] = []
-    direction = _orthogonal(start, outside)
-    direction = direction / direction.norm()
-    for step in range(len(outside), len(basis)):
-        basis[step] = direction
-        turned = product(direction)
-        diagonal.append(float(turned @ direction))
-        rest = _orthogonal(turned, basis[: step + 1])
-        length = float(rest.norm())
-        if length <= 10 * torch.finfo(start.dtype).eps * max(map(abs, (*diagonal, *off))):
-            break
-        off.append(length)
-        direction = rest / length
-    values, vectors = scipy.linalg.eigh_tridiagonal(np.array(diagonal), np.array(off[: len(diagonal) - 1]))
-    return torch.as_tensor(values), torch.as_tensor(vectors[0] ** 2)
-
-
 def xtrace(product: Product, like: Float[Tensor, "P"], products: int, seed: int) -> tuple[float, float]:
     """tr C by XTrace from that many products, and its standard error; exactly, from P products, where P is no larger.
     Random vectors come from `seed`. `like` is a vector of the size, type and device that `product` takes.
@@ -190,10 +150,3 @@ def _below(product: Product, top: Pairs) -> Product:
     """C − V Λ Vᵀ: without the top pairs a random trace deviates less."""
     values, vectors = top
     return lambda v: product(v) - (values * (vectors @ v)) @ vectors
-
-
-def _orthogonal(vector: Tensor, rows: Float[Tensor, "k P"]) -> Tensor:
-    """The part outside the span of orthonormal rows, projected twice for rounding."""
-    for _ in range(2):
-        vector = vector - (rows @ vector) @ rows
-    return vector

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Size, Tensor
 
-from avalanche_curv.core.eigen import Pairs, spectrum, symmetrised, top_of_operator
+from avalanche_curv.core.eigen import Pairs, largest_outside, spectrum, top_of_operator
 from avalanche_curv.core.per_example.gram import OuterRows, Rows, RowsOperator
 from avalanche_curv.core.risk.parameters import ParameterSpace
 
@@ -17,7 +17,6 @@ DIRECTIONS = 64  # of the inputs of a layer, and of its outputs, where it has mo
 SMALLER = 8  # times that the small matrix has fewer rows than C, at least
 GAIN = 0.05  # of an eigenvalue by the step with C, above which the directions have left out too much
 ERROR = 2e-4  # of an eigenvalue after that step, estimated, above which it is not taken
-PROBES = 6  # products that look for an eigenvector that the directions miss
 
 
 def top_of_rows(operator: RowsOperator, like: Float[Tensor, "P"], count: int) -> Pairs:
@@ -68,25 +67,9 @@ def _refined(narrow: _Narrow, operator: RowsOperator, like: Float[Tensor, "P"], 
     if not ((gain <= GAIN * values) & (gain * left.square() <= ERROR * values**3)).all():
         return None
     vectors = mixed[:, :count] @ v + mixed[:, count:] @ new
-    if _largest_outside(operator, vectors) > (1 + ERROR) * values[-1]:
+    if largest_outside(lambda v: operator.matmat(v[:, None])[:, 0], vectors) > (1 + ERROR) * values[-1]:
         return None
     return values.to(like), vectors
-
-
-def _largest_outside(operator: RowsOperator, vectors: Float[Tensor, "k P"]) -> float:
-    """The largest Ritz value of `PROBES` steps of Lanczos iteration on C outside of the span of orthonormal vectors,
-    from a random one: a lower bound of the largest eigenvalue there, which few steps reach where it stands apart."""
-    new = torch.randn(vectors.shape[1], generator=torch.Generator().manual_seed(1)).to(vectors)
-    basis, products = vectors, vectors[:0]
-    for _ in range(PROBES):
-        for _ in range(2):  # once more, against rounding
-            new = new - (basis @ new) @ basis
-        if not (length := float(new.norm())):
-            break
-        basis = torch.cat([basis, new[None] / length])
-        new = operator.matmat(basis[-1:].T)[:, 0]
-        products = torch.cat([products, new[None]])
-    return float(spectrum(symmetrised(basis[len(vectors) :] @ products.T))[0][-1])
 
 
 @dataclass(frozen=True)

@@ -197,11 +197,20 @@ def test_a_part_of_the_trace_of_an_indefinite_matrix_is_refused(kind, structure,
         check_pair(kind, structure)
 
 
-def test_lanczos_finds_repeated_eigenvalues():
-    values = torch.tensor([5.0] * 3 + [-5.0] * 2 + [1.0] * 1200).double()
-    found, vectors = eigen.top_of_products(lambda v: values * v, torch.zeros(1205).double(), 6)
-    torch.testing.assert_close(found.abs(), torch.tensor([5.0] * 5 + [1.0]).double(), rtol=1e-6, atol=0)
-    torch.testing.assert_close(vectors @ vectors.T, torch.eye(6).double(), rtol=0, atol=1e-6)
+@pytest.mark.parametrize(
+    "values",
+    [
+        torch.cat([torch.tensor([5.0] * 3 + [-5.0] * 2), torch.ones(1200)]),
+        torch.linspace(0.1, 0.3, 60).repeat(20),  # as of a linear head with 20 outputs and squared error
+        torch.cat([torch.tensor([3.0] * 12), torch.zeros(1200)]),
+    ],
+    ids=["of_both_signs", "crowded", "and_none_else"],
+)
+def test_lanczos_finds_repeated_eigenvalues(values):
+    values = values.double()
+    found, vectors = eigen.top_of_products(lambda v: values * v, torch.zeros_like(values), 12)
+    torch.testing.assert_close(found.abs(), values.abs().sort(descending=True)[0][:12], rtol=1e-6, atol=0)
+    torch.testing.assert_close(vectors @ vectors.T, torch.eye(12).double(), rtol=0, atol=1e-6)
 
 
 class FoldedTokens(nn.Module):
