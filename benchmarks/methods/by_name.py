@@ -7,7 +7,6 @@ from avalanche_curv import (
     Absolute,
     Accumulate,
     AdaptiveRefresh,
-    AllStored,
     BatchedEmpiricalFisher,
     Curvature,
     Diagonal,
@@ -47,7 +46,7 @@ def methods(memory: float) -> dict[str, Method]:
     Adaptive refresh needs no tuning: at strength 1 it adds what the loss of the stored examples would.
     """
     policies: dict[str, Policy] = {"accumulate": Accumulate(), "merge": Merge(), "refresh": Refresh(fraction=memory)}
-    adaptive = AdaptiveRefresh(max_refreshes=10, look=AllStored(), fraction=memory)
+    adaptive = AdaptiveRefresh(fraction=memory)
     return {
         "Naive": Plain(),
         "Cumulative": Joint(),
