@@ -100,9 +100,12 @@ def selection_of(include: Iterable[ParameterSelector], exclude: Iterable[Paramet
 
 
 def _as_selectors(selectors: Iterable[ParameterSelector]) -> tuple[ParameterSelector, ...]:
-    """The selectors of `include` or `exclude` as a tuple. Raises TypeError for a single name or type."""
-    if isinstance(selectors, (str, type)):
-        raise TypeError(f"include and exclude each take a list of names and types of modules; got {selectors!r} alone.")
+    """The selectors of `include` or `exclude` as a tuple. Raises TypeError for what is no list of them."""
+    if isinstance(selectors, (str, type)) or not isinstance(selectors, Iterable):
+        raise TypeError(
+            f"include and exclude each take a list of names and types of modules, as ['head', nn.LayerNorm]; got "
+            f"{selectors!r}. Leave either out, or give (), for no restriction."
+        )
     return tuple(selectors)
 
 

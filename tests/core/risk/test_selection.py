@@ -83,8 +83,9 @@ def test_selections_that_leave_nothing_or_fit_nothing_are_refused(warmed_up):
         snapshot(warmed_up, include=["hed"])
     with pytest.raises(ValueError, match=r"no trainable parameter.*name frozen ones with include"):
         snapshot(warmed_up, exclude=["*"])
-    with pytest.raises(TypeError, match="each take a list of names"):
-        snapshot(warmed_up, include="head")
+    for no_list in ("head", nn.Linear, None, 3):
+        with pytest.raises(TypeError, match="each take a list of names"):
+            snapshot(warmed_up, include=no_list)
 
 
 def test_parameters_of_size_0_are_no_coordinates():
