@@ -108,13 +108,18 @@ def dated(results: Results) -> str:
 
 def predecessor(results: Results) -> tuple[str, Results] | None:
     """The newest results in the history of an experiment that began before these, of the same labels and as quick: its
-    name and they, on the same processor where there are any. None where there are none."""
+    name and they, on the same processor where there are any. None where there are none. A file that is none of a
+    history is named on stderr and left out."""
     began = min(header["started"] for header in results.headers)
     processor = results.manifest.get("device")
     earlier = []
     for path in (FOLDER / results.manifest["experiment"] / "history").glob("*.json"):
-        one = read(path).in_plain_text()
-        when = max(header["started"] for header in one.headers)
+        try:
+            one = read(path).in_plain_text()
+        except UsageError as error:
+            print(f"left out: {error}", file=sys.stderr)
+            continue
+        when = max((header["started"] for header in one.headers), default=began)  # without units as if it came later
         if when < began and (one.labels, one.quick) == (results.labels, results.quick):
             earlier.append((one.manifest.get("device") == processor, when, path.stem, one))
     return max(earlier, key=lambda found: found[:3])[2:] if earlier else None
@@ -185,7 +190,7 @@ def read(path: Path) -> Results:
         return results
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OSError) as error:
         raise UsageError(f"{path} is not a published result ({error!r}). Publish it again: "
-                         "python -m benchmarks publish FOLDER") from error  # fmt: skip
+                         "python -m benchmarks publish FOLDER, with --history in a history.") from error  # fmt: skip
 
 
 def files() -> dict[str, Path]:

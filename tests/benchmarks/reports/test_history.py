@@ -75,6 +75,18 @@ def test_results_are_compared_with_earlier_ones_of_their_kind_and_rather_of_thei
     assert "differs" not in report(now, None)
 
 
+def test_a_damaged_file_of_a_history_is_named_and_left_out(kept, tmp_path, capsys):
+    kept(speeds(1, WORKS))
+    whole = next(tmp_path.rglob("*.json"))
+    whole.with_name("2026-01-02-cut.json").write_text(whole.read_text()[:500])
+    nothing = replace(speeds(3, {}), headers=())
+    whole.with_name("2026-01-03-empty.json").write_text(written(nothing))
+    assert predecessor(speeds(9, WORKS))[0] == whole.stem
+    told = capsys.readouterr().err
+    assert "left out: " in told
+    assert "2026-01-02-cut.json is not a published result" in told
+
+
 def test_a_history_is_named_by_date_and_commit_and_needs_no_document(tmp_path, monkeypatch, stored, experiments):
     monkeypatch.setattr(published, "FOLDER", tmp_path)
     folder = stored(tmp_path / "results", {"a": {0: 0.5}})
