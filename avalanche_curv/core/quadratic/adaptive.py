@@ -89,11 +89,11 @@ class AdaptiveRefresh(Drawing):
     Take it where models of known error are wanted, or few and long-lived ones do (three refreshes a task on sine and
     digits, `run trust_region`); where training only has to be cheap and good, replay what is stored. A model that lives
     k steps costs c_penalty + c_look / `every` + c_refresh / k a step, replay one more batch. On class-incremental split
-    MNIST k is 5 to 8 with any structure, and of so short a model the curvature matters little: there
+    MNIST k is 5 to 11 with any structure, and of so short a model the curvature matters little: there
     `AdaptiveRefresh(RelativeError(0.2), renew=SlopeAlone(512))` with `Diagonal()` and `Fisher(samples=1)` is the
     cheapest setting known. With 2,000 images and 100 steps a task it reaches 0.907 there (Replay 0.897), at 1.4 times
     Replay's processor time (`run trust_region --part frontier`). On one thread, in steps of a gradient of 128 images
-    and Adam on a 784-400-400-10 network: penalty about 0.02, look 1, gradient of 512 images 2 to 3, frozen copy 0.1.
+    and Adam on a 784-400-400-10 network: penalty 0.2, look 1, gradient of 512 images 2 to 3, frozen copy 0.1.
 
     The idea of a region in which a quadratic model is trusted is that of Levenberg (1944) and of Conn et al. (2000).
     """
