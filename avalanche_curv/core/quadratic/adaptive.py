@@ -12,7 +12,15 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from avalanche_curv.core.curvature.base import Curvature, OutputCurvature
-from avalanche_curv.core.options import check_count, check_fraction, check_seed, check_whole, optional, settle
+from avalanche_curv.core.options import (
+    check_count,
+    check_fraction,
+    check_kind,
+    check_seed,
+    check_whole,
+    optional,
+    settle,
+)
 from avalanche_curv.core.precision import in_own_precision
 from avalanche_curv.core.quadratic.damping import Damping, StepBound
 from avalanche_curv.core.quadratic.estimate import estimate, estimate_with_losses, not_finite
@@ -111,14 +119,13 @@ class AdaptiveRefresh(Drawing):
 
     def __post_init__(self) -> None:
         settle(self, fraction=check_fraction, seed=check_seed, every=check_count, max_refreshes=optional(check_whole))
-        for name, value, expected, example in (
-            ("trust", self.trust, Trust, "RelativeError(0.1), AbsoluteError(0.1) or RatioBand(0.5, 2.0)"),
-            ("look", self.look, Look, "RandomPart(256) or AllStored()"),
-            ("renew", self.renew, Renewal, "Everything() or SlopeAlone(512)"),
-            ("damping", self.damping, Damping, "StepBound(10.0) or Tikhonov(0.0)"),
-        ):
-            if not isinstance(value, expected):
-                raise TypeError(f"AdaptiveRefresh({name}=...) takes {example}; got {value!r}.")
+        trusts = "RelativeError(0.1), AbsoluteError(0.1) or RatioBand(0.5, 2.0)"
+        settle(
+            self, trust=partial(check_kind, kind=Trust, example=trusts),
+            look=partial(check_kind, kind=Look, example="RandomPart(256) or AllStored()"),
+            renew=partial(check_kind, kind=Renewal, example="Everything() or SlopeAlone(512)"),
+            damping=partial(check_kind, kind=Damping, example="StepBound(10.0) or Tikhonov(0.0)"),
+        )  # fmt: skip
 
     @absorbing
     @in_own_precision

@@ -205,7 +205,7 @@ def test_layers_of_known_modules_are_tried_once(net, wrap):
 
 @pytest.mark.parametrize(("make", "message"), [
     (lambda: SlopeAlone(0), r"SlopeAlone\(examples=...\) must be .* None takes all that are stored"),
-    (lambda: AdaptiveRefresh(renew="slope"), r"renew=...\) takes Everything\(\) or SlopeAlone\(512\); got 'slope'"),
+    (lambda: AdaptiveRefresh(renew="slope"), r"renew=...\) must be a Renewal; got 'slope'"),
 ])  # fmt: skip
 def test_bad_options_are_named_with_their_remedy(make, message):
     with pytest.raises((ValueError, TypeError), match=message):
