@@ -39,8 +39,8 @@ class PenaltyMetric(ScalarMetric):
         found = [plugin for plugin in strategy.plugins if isinstance(plugin, CurvatureEWCPlugin)]
         for number, plugin in enumerate(found):
             group = f"penalty_{number}" if number else "penalty"
-            if self.due(strategy) and plugin.penalty is not None:
-                raw = plugin.penalty.item()
+            if self.due(strategy) and plugin.last_penalty is not None:
+                raw = plugin.last_penalty.item()
                 values |= {f"{group}/raw": raw, f"{group}/weighted": plugin.weight * raw}
             if plugin.policy.revises:
                 values |= self._refreshed(strategy, plugin.past.refreshes, group)

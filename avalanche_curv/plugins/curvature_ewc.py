@@ -38,7 +38,7 @@ class CurvatureEWCPlugin(Configured, SupervisedPlugin):
     Fisher of the mean loss at the anchor a_t (Kirkpatrick et al. 2017, eq. 3). `strength`, `curvature`, `structure`,
     `policy`, `guard`, `past`, `include` and `exclude` are those of `CurvatureRegularizer`, which says what they do and
     which of them may be set at any time; `regularizer` is that object. `weight` is the strength of the last step, as
-    the guard allowed it, and `penalty` q(θ) there. Each plugin is guarded by itself: several penalties add up.
+    the guard allowed it, and `last_penalty` q(θ) there. Each plugin is guarded by itself: several penalties add up.
 
     Avalanche's EWC has no ½ and squares mini-batch gradients: its `ewc_lambda` equals strength / 2 with
     `curvature=BatchedEmpiricalFisher(batch_size=train_mb_size)`: both train equal weights with
@@ -114,7 +114,7 @@ class CurvatureEWCPlugin(Configured, SupervisedPlugin):
         return self.regularizer.weight
 
     @property
-    def penalty(self) -> Tensor | None:
+    def last_penalty(self) -> Tensor | None:
         """q(θ) at the last step, without strength; None before there is a past."""
         return self.regularizer.last_penalty
 

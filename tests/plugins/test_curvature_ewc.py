@@ -108,7 +108,7 @@ class _Exact(SupervisedPlugin):
         loss = cross_entropy(strategy.model(strategy.mb_x), strategy.mb_y)
         if self.ewc.past.model is not None:
             penalty = written_out(self.ewc.past.model, strategy.model)
-            torch.testing.assert_close(self.ewc.penalty, penalty.detach(), rtol=1e-10, atol=1e-12)
+            torch.testing.assert_close(self.ewc.last_penalty, penalty.detach(), rtol=1e-10, atol=1e-12)
             loss = loss + STRENGTH * penalty
             self.steps += 1
         assert strategy.loss.shape == (1,)
@@ -323,7 +323,7 @@ def test_under_autocast_the_penalty_of_a_strategy_is_in_the_type_of_the_paramete
             if ewc.past.model is not None:
                 past, step = ewc.past.model, ewc.past.model.displacement(strategy.model).double()
                 exact = step @ past.curvature.dense().double() @ step / 2
-                self.errors = (*self.errors, float(abs(ewc.penalty - exact)) - 1e-5 * float(exact))
+                self.errors = (*self.errors, float(abs(ewc.last_penalty - exact)) - 1e-5 * float(exact))
 
     ewc, watching = CurvatureEWCPlugin(1.0, structure=Dense()), Watching()
     with torch.autocast("cpu", torch.bfloat16):

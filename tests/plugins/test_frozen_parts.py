@@ -35,8 +35,8 @@ class Seen(SupervisedPlugin):
         self.ewc, self.penalties, self.explicit = ewc, [], lambda model: 0.0
 
     def before_update(self, strategy, **kwargs):
-        if self.ewc.penalty is not None:
-            self.penalties.append((float(self.ewc.penalty), self.explicit(strategy.model)))
+        if self.ewc.last_penalty is not None:
+            self.penalties.append((float(self.ewc.last_penalty), self.explicit(strategy.model)))
 
 
 def weights(model):
