@@ -87,7 +87,7 @@ def landscape_metrics(
 
     A measurement takes two landscapes, of the current and of the stored examples. One of M rows takes a forward and a
     backward pass for each column of S (see `OutputCurvature`) and the eigenvalues of an M × M matrix, some M³
-    operations: 130 gradient passes over a batch of 128 for 1,800 rows of an MLP 784-400-400-10, 10 for 200. Beyond
+    operations: 120 gradient passes over a batch of 128 for 1,800 rows of an MLP 784-400-400-10, 10 for 200. Beyond
     `GramMatrix(rows=3000)`, and for the Hessian, it takes some 250 products, of two to four gradient passes over the
     examples each. So `every` wants thousands with the Fisher, hundreds with
     the empirical one; each experience is measured at its first iteration and its end in any case.

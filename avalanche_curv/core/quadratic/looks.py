@@ -54,8 +54,8 @@ class RandomPart(Look):
 
     The verdict is sure where the trust says the same of all values within `sigmas` · s of that. Differences of an
     example with itself vary little near the anchor, so that few examples decide most looks. `examples` are the first
-    part, in equal shares of all experiences; of no more stored examples all are taken. A sequential test, like that of
-    Korattikara, Chen & Welling (2014, arXiv 1304.5299).
+    part, in equal shares of all experiences, at least two of each; of no more stored examples all are taken. A
+    sequential test, like that of Korattikara, Chen & Welling (2014, arXiv 1304.5299).
     """
 
     examples: int = 256

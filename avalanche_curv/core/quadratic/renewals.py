@@ -17,7 +17,7 @@ from avalanche_curv.core.options import check_count, optional, settle
 @dataclass(frozen=True)
 class Renewal(ABC):
     """What a refresh during an experience estimates anew, of as many stored `examples`, all of them for None: equal
-    shares of all past experiences, drawn anew each time."""
+    shares of all past experiences, at least one of each, drawn anew each time."""
 
     examples: int | None
 
