@@ -88,23 +88,6 @@ def _frozen(criterion: Callable[..., Any]) -> Callable[..., Any]:
     return deepcopy(criterion).eval().requires_grad_(False)
 
 
-Form = Callable[[Any], ExampleLoss]
-
-
-def _of(known: type[nn.Module]) -> Callable[[Form], Form]:
-    """Registers the form of a module of torch; a subclass with a forward of its own is a function like any other."""
-
-    def registered(form: Form) -> Form:
-        def chosen(criterion: nn.Module) -> ExampleLoss:
-            own = type(criterion).forward is known.forward
-            return form(criterion) if own else LossFunction(_frozen(criterion))
-
-        example_loss.register(known, chosen)
-        return form
-
-    return registered
-
-
 @example_loss.register
 def _(criterion: ExampleLoss) -> ExampleLoss:
     return criterion
@@ -119,88 +102,43 @@ def _of_options(criterion: partial[Any]) -> ExampleLoss:
     return example_loss(known(**options))
 
 
-@_of(nn.CrossEntropyLoss)
-def _cross_entropy(criterion: nn.CrossEntropyLoss) -> ExampleLoss:
-    weight, mean = _copied(criterion.weight), criterion.reduction == "mean"
-    return CrossEntropy(_class_weights(weight), criterion.label_smoothing, criterion.ignore_index, mean)
+Form = Callable[[Any, bool], ExampleLoss]
+"""A module of torch, and whether it takes means ↦ its form."""
+
+FORMS: dict[type[nn.Module], Form] = {
+    nn.CrossEntropyLoss: lambda c, mean: CrossEntropy(_class_weights(c), c.label_smoothing, c.ignore_index, mean),
+    nn.NLLLoss: lambda c, mean: NegativeLogLikelihood(CrossEntropy(_class_weights(c), 0.0, c.ignore_index, mean)),
+    nn.KLDivLoss: lambda c, mean: Divergence(mean, c.log_target),
+    nn.MSELoss: lambda c, mean: SquaredError(mean),
+    nn.L1Loss: lambda c, mean: AbsoluteError(mean),
+    nn.SmoothL1Loss: lambda c, mean: HuberError(float(c.beta), 1 / c.beta, mean) if c.beta else AbsoluteError(mean),
+    nn.HuberLoss: lambda c, mean: HuberError(float(c.delta), 1.0, mean),
+    nn.PoissonNLLLoss: lambda c, mean: PoissonError(c.log_input, c.full, c.eps, mean),
+    nn.GaussianNLLLoss: lambda c, mean: GaussianError(bool(c.full), c.eps, mean),
+    nn.BCELoss: lambda c, mean: Bernoulli(mean, _copied(c.weight)),
+    nn.BCEWithLogitsLoss: lambda c, mean: BinaryCrossEntropy(mean, _copied(c.pos_weight), _copied(c.weight)),
+    nn.SoftMarginLoss: lambda c, mean: SoftMargin(mean),
+    nn.MultiLabelSoftMarginLoss: lambda c, mean: (
+        BinaryCrossEntropy(True, None, _copied(c.weight), "MultiLabelSoftMarginLoss") if mean
+        else LossFunction(_frozen(c))  # which divides by classes, and by no further axes
+    ),
+    nn.MultiMarginLoss: lambda c, _: LossFunction(MultiMargin(c.p, c.margin, _copied(c.weight))),
+    nn.MultiLabelMarginLoss: lambda *_: LossFunction(multi_label_margin),
+}  # fmt: skip
 
 
-@_of(nn.NLLLoss)
-def _nll(criterion: nn.NLLLoss) -> ExampleLoss:
-    weight = _class_weights(_copied(criterion.weight))
-    return NegativeLogLikelihood(CrossEntropy(weight, 0.0, criterion.ignore_index, criterion.reduction == "mean"))
+def _form(known: type[nn.Module], criterion: nn.Module) -> ExampleLoss:
+    """The form of a module of torch; a subclass with a forward of its own is a function like any other."""
+    own = type(criterion).forward is known.forward
+    return FORMS[known](criterion, criterion.reduction == "mean") if own else LossFunction(_frozen(criterion))
 
 
-@_of(nn.KLDivLoss)
-def _kl(criterion: nn.KLDivLoss) -> ExampleLoss:
-    return Divergence(criterion.reduction == "mean", criterion.log_target)
+for _known in FORMS:
+    example_loss.register(_known, partial(_form, _known))
 
 
-@_of(nn.MSELoss)
-def _mse(criterion: nn.MSELoss) -> ExampleLoss:
-    return SquaredError(criterion.reduction == "mean")
-
-
-@_of(nn.L1Loss)
-def _l1(criterion: nn.L1Loss) -> ExampleLoss:
-    return AbsoluteError(criterion.reduction == "mean")
-
-
-@_of(nn.SmoothL1Loss)
-def _smooth_l1(criterion: nn.SmoothL1Loss) -> ExampleLoss:
-    mean, beta = criterion.reduction == "mean", float(criterion.beta)
-    return HuberError(beta, 1 / beta, mean) if beta else AbsoluteError(mean)
-
-
-@_of(nn.HuberLoss)
-def _huber(criterion: nn.HuberLoss) -> ExampleLoss:
-    return HuberError(float(criterion.delta), 1.0, criterion.reduction == "mean")
-
-
-@_of(nn.PoissonNLLLoss)
-def _poisson(criterion: nn.PoissonNLLLoss) -> ExampleLoss:
-    return PoissonError(criterion.log_input, criterion.full, criterion.eps, criterion.reduction == "mean")
-
-
-@_of(nn.GaussianNLLLoss)
-def _gaussian(criterion: nn.GaussianNLLLoss) -> ExampleLoss:
-    return GaussianError(bool(criterion.full), criterion.eps, criterion.reduction == "mean")
-
-
-@_of(nn.BCELoss)
-def _bce(criterion: nn.BCELoss) -> ExampleLoss:
-    return Bernoulli(criterion.reduction == "mean", _copied(criterion.weight))
-
-
-@_of(nn.BCEWithLogitsLoss)
-def _bce_with_logits(criterion: nn.BCEWithLogitsLoss) -> ExampleLoss:
-    weights = _copied(criterion.pos_weight), _copied(criterion.weight)
-    return BinaryCrossEntropy(criterion.reduction == "mean", *weights)
-
-
-@_of(nn.SoftMarginLoss)
-def _soft_margin(criterion: nn.SoftMarginLoss) -> ExampleLoss:
-    return SoftMargin(criterion.reduction == "mean")
-
-
-@_of(nn.MultiLabelSoftMarginLoss)
-def _multi_label_soft_margin(criterion: nn.MultiLabelSoftMarginLoss) -> ExampleLoss:
-    if criterion.reduction == "mean":
-        return BinaryCrossEntropy(True, None, _copied(criterion.weight), "MultiLabelSoftMarginLoss")
-    return LossFunction(_frozen(criterion))  # which divides by classes, and by no further axes
-
-
-@_of(nn.MultiMarginLoss)
-def _multi_margin(criterion: nn.MultiMarginLoss) -> ExampleLoss:
-    return LossFunction(MultiMargin(criterion.p, criterion.margin, _copied(criterion.weight)))
-
-
-@_of(nn.MultiLabelMarginLoss)
-def _multi_label_margin(criterion: nn.MultiLabelMarginLoss) -> ExampleLoss:
-    return LossFunction(multi_label_margin)
-
-
-def _class_weights(weight: Tensor | None) -> Tensor | None:
+def _class_weights(criterion: Any) -> Tensor | None:
+    weight = _copied(criterion.weight)
     if weight is not None and not ((weight >= 0).all() and 0 < weight.mean() < torch.inf):
         raise ValueError(f"Class weights must be finite, at least 0 and not all 0; got {weight.tolist()}. Scale them.")
     return weight
