@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from fnmatch import fnmatchcase
 from functools import partial
@@ -79,18 +80,6 @@ class ScalarMetric(Configured, PluginMetric[dict[str, float]]):
         self._names.update(drawn)
         return [MetricValue(self, name, value, strategy.clock.train_iterations) for name, value in drawn.items()]
 
-    def after_training_epoch(self, strategy: Any) -> list[MetricValue] | None:
-        self._leave_out_of_text(strategy)
-        return None
-
-    def after_eval_exp(self, strategy: Any) -> list[MetricValue] | None:
-        self._leave_out_of_text(strategy)
-        return None
-
-    def after_eval(self, strategy: Any) -> list[MetricValue] | None:
-        self._leave_out_of_text(strategy)
-        return None
-
     def _leave_out_of_text(self, strategy: Any) -> None:
         """Takes what `in_text` does not name out of what text loggers are about to print: they hold the last value of
         each name until the end of an epoch, or of an evaluation, and the evaluator asks metrics before them."""
@@ -99,6 +88,13 @@ class ScalarMetric(Configured, PluginMetric[dict[str, float]]):
                 for name in self._names & logger.metric_vals.keys():
                     if not any(fnmatchcase(name, pattern) for pattern in self.in_text):
                         del logger.metric_vals[name]
+
+    after_training_epoch = after_eval_exp = after_eval = _leave_out_of_text
+
+
+def finite(group: str, values: Mapping[str, float]) -> dict[str, float]:
+    """The values that are finite, each with the name of the group before its own."""
+    return {f"{group}/{name}": value for name, value in values.items() if math.isfinite(value)}
 
 
 def draws(strategy: Any) -> bool:

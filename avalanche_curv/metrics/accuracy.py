@@ -83,20 +83,13 @@ class TaskAccuracyMetric(ScalarMetric):
     def _measured(self, strategy: Any, group: str) -> dict[str, float]:
         parts = {"current_task": [self._current] if self._current else [], "past_tasks": self._past}
         parts["stored"] = self._stored
-        return {
-            f"{group}/{name}": _mean([_rate(_outputs.correct(strategy, batch)) for batch in batches])
-            for name, batches in parts.items()
-            if batches and all(are_classes(targets) for _, targets, _ in batches)
-        }
+        values: dict[str, float] = {}
+        for name, batches in parts.items():
+            if batches and all(are_classes(targets) for _, targets, _ in batches):
+                counts = [_outputs.correct(strategy, batch) for batch in batches]
+                values[f"{group}/{name}"] = sum(correct / of for correct, of in counts) / len(counts)
+        return values
 
 
 def _sample(dataset: Any, fraction: float, seed: int) -> Batch:
     return _batches.collected(dataset, random_part(len(dataset), fraction, seed).tolist())
-
-
-def _rate(correct_of: tuple[int, int]) -> float:
-    return correct_of[0] / correct_of[1]
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)

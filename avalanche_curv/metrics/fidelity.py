@@ -15,7 +15,6 @@ from avalanche_curv.core.curvature.fisher import Fisher
 from avalanche_curv.core.fidelity.monitor import PastModels
 from avalanche_curv.core.hints import known_arguments
 from avalanche_curv.core.options import Fixed, Forwarded, Setting, check_fraction, check_kind, check_seed
-from avalanche_curv.core.quadratic.policies import Policy
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.selection import ParameterSelector, Selection, selection_of
 from avalanche_curv.metrics._published import ScalarMetric, draws
@@ -89,28 +88,14 @@ def fidelity_metrics(
     selection = selection_of(include, exclude)
     if of is not None:
         check_kind("of", of, CurvatureEWCPlugin, "the CurvatureEWCPlugin, or strategy.ewc of a CurvatureEWC")
-        curvature = _of_single_examples(of.curvature) if curvature is None else curvature
-        fraction = _stored_fraction(of.policy) if fraction is None else fraction
+        curvature = of.curvature.unmended() if curvature is None else curvature  # mended is a spectrum as a whole
+        stored = getattr(of.policy, "fraction", 1.0)
+        fraction = stored if fraction is None and stored < 1 else fraction
         seed = getattr(of.policy, "seed", None) if seed is None else seed
         selection = of.selection if selection == Selection() else selection
     fraction, seed = 0.1 if fraction is None else fraction, 0 if seed is None else seed
-    return [
-        FidelityMetric(
-            every, Fisher() if curvature is None else curvature, fraction, seed, selection
-        ),
-        TaskAccuracyMetric(every, stream, fraction, seed),
-        PenaltyMetric(every),
-    ]
-
-
-def _of_single_examples(curvature: Curvature) -> Curvature:
-    """The kind itself, whose spectrum is mended as a whole and not for single examples."""
-    return curvature.unmended()
-
-
-def _stored_fraction(policy: Policy) -> float | None:
-    fraction = getattr(policy, "fraction", 1.0)
-    return fraction if fraction < 1 else None
+    fidelity = FidelityMetric(every, Fisher() if curvature is None else curvature, fraction, seed, selection)
+    return [fidelity, TaskAccuracyMetric(every, stream, fraction, seed), PenaltyMetric(every)]
 
 
 class FidelityMetric(ScalarMetric):

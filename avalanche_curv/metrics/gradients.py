@@ -10,8 +10,8 @@ from avalanche.evaluation.metric_results import MetricValue
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from avalanche_curv.core.risk.parameters import ParameterSpace, canonical_name
-from avalanche_curv.metrics._published import ScalarMetric
+from avalanche_curv.core.risk.parameters import ParameterSpace, canonical_parameters
+from avalanche_curv.metrics._published import ScalarMetric, finite
 from avalanche_curv.plugins import CurvatureEWCPlugin, _bridge
 
 
@@ -40,8 +40,7 @@ class GradientMetric(ScalarMetric):
                 "penalty_norm": float(penalty.norm()),
                 "cosine": cosine(task, penalty),
             }
-        defined = {f"gradient/{name}": value for name, value in values.items() if math.isfinite(value)}
-        return self.publish(strategy, defined)
+        return self.publish(strategy, finite("gradient", values))
 
 
 def _space(strategy: Any) -> ParameterSpace:
@@ -55,7 +54,7 @@ def _space(strategy: Any) -> ParameterSpace:
 
 def _current_gradient(model: nn.Module, space: ParameterSpace) -> Float[Tensor, "P"]:
     """The gradient that the parameters have, with zeros where they have none."""
-    named = {canonical_name(name): p for name, p in model.named_parameters()}
+    named = canonical_parameters(model)
     parameters = [named[name] for name in space.names]
     return space.flatten([torch.zeros_like(p) if p.grad is None else p.grad.to_dense() for p in parameters])
 

@@ -30,7 +30,7 @@ from avalanche_curv.core.landscape.spectrum import Density, SpectrumMethod
 from avalanche_curv.core.options import Fixed, Setting, check_count, check_fraction, check_seed, in_short, optional
 from avalanche_curv.core.quadratic.policies import part_seed
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
-from avalanche_curv.metrics._published import ScalarMetric, draws
+from avalanche_curv.metrics._published import ScalarMetric, draws, finite
 from avalanche_curv.metrics.gradients import GradientMetric
 from avalanche_curv.plugins import _bridge, _tasks
 
@@ -207,7 +207,7 @@ class LandscapeMetric(ScalarMetric):
         """Undefined values, such as the alignment of no step, are left out."""
         values = {f"{which}/{name}": value for which, one in found.items() for name, value in one.numbers().items()}
         values |= self._motion(strategy, found.get("stored" if self._stored else "current"))
-        return self.publish(strategy, {f"{group}/{n}": value for n, value in values.items() if math.isfinite(value)})
+        return self.publish(strategy, finite(group, values))
 
     def _motion(self, strategy: Any, now: Landscape | None) -> dict[str, float]:
         """How the step, the drift from the anchor and the curvature at it lie to the reference."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import fields
 from functools import partial
@@ -15,7 +14,7 @@ from avalanche_curv.core.options import Setting, check_count, check_number, chec
 from avalanche_curv.core.quadratic.policies import part_seed
 from avalanche_curv.core.risk.batches import random_part
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
-from avalanche_curv.metrics._published import ScalarMetric
+from avalanche_curv.metrics._published import ScalarMetric, finite
 from avalanche_curv.metrics.training_accuracy import FromScratch, TrainingAccuracyMetric
 from avalanche_curv.plasticity.measures import (
     WeightSpectrum,
@@ -99,7 +98,7 @@ class WeightMetric(ScalarMetric):
         values = {"parameter_norm": parameter_norm(strategy.model)}
         for quantity in (field.name for field in fields(WeightSpectrum)):
             values |= _with_mean(quantity, {name: getattr(one, quantity) for name, one in spectra.items()})
-        return self.publish(strategy, _finite(group, values))
+        return self.publish(strategy, finite(group, values))
 
 
 class ProbeMetric(ScalarMetric):
@@ -127,7 +126,7 @@ class ProbeMetric(ScalarMetric):
             values = {"representation_change": representation_change(_activations(self._probe), _activations(now))}
         self._probe, self._begun = self._drawn(strategy), True
         _activations(self._probe)  # which raises where there is none
-        return self.publish(strategy, _finite("plasticity_experience", values))
+        return self.publish(strategy, finite("plasticity_experience", values))
 
     def after_training_iteration(self, strategy: Any) -> list[MetricValue]:
         return self._published(strategy, "plasticity") if self.due(strategy) else []
@@ -149,7 +148,12 @@ class ProbeMetric(ScalarMetric):
         if self._probe is None:
             raise RuntimeError("Plasticity is measured in training; this experience has not begun.")
         now = self._probe.frozen_at(strategy.model)
-        return self.publish(strategy, _finite(group, self._of_activations(now) | _of_gradients(now)))
+        gradients = gradient_diversity(now)
+        values = self._of_activations(now) | {
+            "gradient_effective_rank": gradients.effective_rank,
+            "gradient_condition_number": gradients.condition_number,
+        }
+        return self.publish(strategy, finite(group, values))
 
     def _of_activations(self, probe: EmpiricalRisk) -> dict[str, float]:
         layers = representations(_activations(probe), self.threshold)
@@ -169,19 +173,7 @@ def _activations(probe: EmpiricalRisk) -> Activations:
     return hidden_activations(probe.model, inputs)
 
 
-def _of_gradients(probe: EmpiricalRisk) -> dict[str, float]:
-    found = gradient_diversity(probe)
-    return {
-        "gradient_effective_rank": found.effective_rank,
-        "gradient_condition_number": found.condition_number,
-    }
-
-
 def _with_mean(quantity: str, by_layer: Mapping[str, float]) -> dict[str, float]:
     """The quantity of each layer, by name, and its mean over layers."""
     mean = sum(by_layer.values()) / len(by_layer)
     return {quantity: mean} | {f"{quantity}/{layer}": value for layer, value in by_layer.items()}
-
-
-def _finite(group: str, values: Mapping[str, float]) -> dict[str, float]:
-    return {f"{group}/{name}": value for name, value in values.items() if math.isfinite(value)}
