@@ -16,8 +16,14 @@ from avalanche_curv.core import *  # noqa: F403
 from avalanche_curv.core.hints import elsewhere, nearest
 from avalanche_curv.plasticity import *  # noqa: F403
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # mypy sees no further into a star than the texts of `__all__`
     from avalanche_curv.checkpointing import load_checkpoint, save_checkpoint
+    from avalanche_curv.core.curvature import *  # noqa: F403
+    from avalanche_curv.core.landscape import *  # noqa: F403
+    from avalanche_curv.core.projection import *  # noqa: F403
+    from avalanche_curv.core.quadratic import *  # noqa: F403
+    from avalanche_curv.core.risk import *  # noqa: F403
+    from avalanche_curv.core.structures import *  # noqa: F403
     from avalanche_curv.first_tasks import ChosenStrength, choose_strength
     from avalanche_curv.loggers import JSONLLogger
     from avalanche_curv.metrics import (
@@ -51,38 +57,23 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_LAZY = {
-    "ChosenStrength": "first_tasks",
-    "CurvatureEWC": "strategies",
-    "CurvatureEWCPlugin": "plugins",
-    "FromScratch": "metrics",
-    "GrowingClasses": "streams",
-    "JSONLLogger": "loggers",
-    "LabelFlip": "streams",
-    "MitigatorPlugin": "plugins",
-    "NonStationary": "streams",
-    "OrthogonalProjection": "strategies",
-    "OrthogonalProjectionPlugin": "plugins",
-    "PermutedDigits": "streams",
-    "PixelPermutation": "streams",
-    "RandomLabels": "streams",
-    "RotatedDigits": "streams",
-    "ShuffledLabels": "streams",
-    "SineBoundary": "streams",
-    "SpectralReg": "strategies",
-    "SpectralRegPlugin": "plugins",
-    "SplitDigits": "streams",
-    "choose_strength": "first_tasks",
-    "fidelity_metrics": "metrics",
-    "landscape_metrics": "metrics",
-    "load_checkpoint": "checkpointing",
-    "penalty_metrics": "metrics",
-    "plasticity_metrics": "metrics",
-    "projection_metrics": "metrics",
-    "save_checkpoint": "checkpointing",
-    "write_hparams": "tensorboard",
-    "write_layout": "tensorboard",
-}
+_NAMES = {
+    "checkpointing": ("load_checkpoint", "save_checkpoint"),
+    "first_tasks": ("ChosenStrength", "choose_strength"),
+    "loggers": ("JSONLLogger",),
+    "metrics": (
+        "FromScratch", "fidelity_metrics", "landscape_metrics", "penalty_metrics", "plasticity_metrics",
+        "projection_metrics",
+    ),
+    "plugins": ("CurvatureEWCPlugin", "MitigatorPlugin", "OrthogonalProjectionPlugin", "SpectralRegPlugin"),
+    "strategies": ("CurvatureEWC", "OrthogonalProjection", "SpectralReg"),
+    "streams": (
+        "GrowingClasses", "LabelFlip", "NonStationary", "PermutedDigits", "PixelPermutation", "RandomLabels",
+        "RotatedDigits", "ShuffledLabels", "SineBoundary", "SplitDigits",
+    ),
+    "tensorboard": ("write_hparams", "write_layout"),
+}  # fmt: skip
+_LAZY = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = [*core.__all__, *plasticity.__all__, *_LAZY]
 

@@ -55,7 +55,7 @@ from avalanche_curv.core.options import Fixed, Setting
 from avalanche_curv.core.projection.projections import Projector
 from avalanche_curv.core.quadratic.penalty import Penalty
 from avalanche_curv.core.quadratic.stability import Guarded, WarnIfUnstable
-from avalanche_curv.core.structures import DiagonalMatrix
+from avalanche_curv.core.structures.diagonal import DiagonalMatrix
 from avalanche_curv.plasticity.mitigators.base import Selection
 from avalanche_curv.strategies import Training
 

@@ -13,8 +13,9 @@ from torch.func import functional_call, hessian, jacrev
 from torch.nn.functional import softplus
 
 from avalanche_curv import EmpiricalRisk, ParameterSpace, PerParameter, QuadraticModel
-from avalanche_curv.core.structures import BlockDiagonalMatrix, DenseMatrix, DiagonalMatrix
-from avalanche_curv.core.structures.block_diagonal import Block
+from avalanche_curv.core.structures.block_diagonal import Block, BlockDiagonalMatrix
+from avalanche_curv.core.structures.dense import DenseMatrix
+from avalanche_curv.core.structures.diagonal import DiagonalMatrix
 
 EXAMPLES, BATCH, FEATURES, CLASSES = 7, 4, 4, 3  # 4 + 3: a ragged last batch
 

@@ -20,7 +20,7 @@ from avalanche_curv import (
 )
 from avalanche_curv.core.quadratic import effect as of_steps
 from avalanche_curv.core.quadratic.paces import share_of_step
-from avalanche_curv.core.structures import DiagonalMatrix
+from avalanche_curv.core.structures.diagonal import DiagonalMatrix
 
 IDLE, LOST = "penalty did nothing", "nothing is left of earlier classes"
 

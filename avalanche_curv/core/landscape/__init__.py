@@ -10,17 +10,13 @@ from avalanche_curv.core.landscape.landscape import (
     curvature_drift,
     landscape,
 )
-from avalanche_curv.core.landscape.spectrum import Density, Spectrum, SpectrumMethod
 
 __all__ = [
     "Alignment",
     "CurvatureDrift",
-    "Density",
     "GramMatrix",
     "Lanczos",
     "Landscape",
-    "Spectrum",
-    "SpectrumMethod",
     "WholeMatrix",
     "alignment",
     "curvature_drift",

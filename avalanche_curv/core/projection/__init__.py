@@ -1,7 +1,6 @@
 """Orthogonal projection: steps that stay out of the directions that past tasks need."""
 
-from avalanche_curv.core.projection.blocks import Layout
-from avalanche_curv.core.projection.eigenspace import Eigenspace, Eigenvectors
+from avalanche_curv.core.projection.eigenspace import Eigenspace
 from avalanche_curv.core.projection.input_space import InputSpace
 from avalanche_curv.core.projection.projections import (
     GradientProjection,
@@ -11,18 +10,14 @@ from avalanche_curv.core.projection.projections import (
     StepProjection,
 )
 from avalanche_curv.core.projection.protected import FreezeUncovered, LeaveUncovered, ProtectedSpace, Uncovered
-from avalanche_curv.core.projection.protection import BasisBound, Finding, Protection, TaskFindings
+from avalanche_curv.core.projection.protection import Protection
 from avalanche_curv.core.projection.subspace import Subspace, principal_angles
 
 __all__ = [
-    "BasisBound",
     "Eigenspace",
-    "Eigenvectors",
-    "Finding",
     "FreezeUncovered",
     "GradientProjection",
     "InputSpace",
-    "Layout",
     "LeaveUncovered",
     "Projection",
     "Projector",
@@ -31,7 +26,6 @@ __all__ = [
     "SequentialProjection",
     "StepProjection",
     "Subspace",
-    "TaskFindings",
     "Uncovered",
     "principal_angles",
 ]

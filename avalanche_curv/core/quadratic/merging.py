@@ -50,7 +50,7 @@ def merged_parameters(
     number for each, and where there is no minimum, since a C_t has a negative eigenvalue or a slope leaves the range of
     their sum; and RuntimeError where `max_products` products do not suffice.
 
-    >>> from avalanche_curv.core.structures import DiagonalMatrix
+    >>> from avalanche_curv.core.structures.diagonal import DiagonalMatrix
     >>> space = ParameterSpace(("w",), (torch.Size([2]),))
     >>> one = QuadraticModel(space, torch.tensor([1.0, 1.0]), DiagonalMatrix(torch.tensor([3.0, 0.0])))
     >>> two = QuadraticModel(space, torch.tensor([5.0, 5.0]), DiagonalMatrix(torch.tensor([1.0, 0.0])))

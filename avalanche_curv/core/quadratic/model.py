@@ -36,7 +36,7 @@ class QuadraticModel(OneLine, Saved):
     `frozen` are the names of parameters that were not trainable at the anchor and are not in the space: q does not see
     them move. Where some of them train after all (`unprotected`), the penalty warns.
 
-    >>> from avalanche_curv.core.structures import DiagonalMatrix
+    >>> from avalanche_curv.core.structures.diagonal import DiagonalMatrix
     >>> model = nn.Linear(1, 1, bias=False)
     >>> past = QuadraticModel(ParameterSpace.of(model), torch.tensor([1.0]), DiagonalMatrix(torch.tensor([4.0])))
     >>> _ = nn.init.constant_(model.weight, 3.0)
@@ -127,7 +127,7 @@ class QuadraticModel(OneLine, Saved):
         Raises ValueError where q has no minimum, since C has a negative eigenvalue or g leaves its range, and
         RuntimeError where the products do not suffice.
 
-        >>> from avalanche_curv.core.structures import DiagonalMatrix
+        >>> from avalanche_curv.core.structures.diagonal import DiagonalMatrix
         >>> space, slope = ParameterSpace.of(nn.Linear(2, 1, bias=False)), torch.tensor([2.0, 0.0])
         >>> past = QuadraticModel(space, torch.ones(2), DiagonalMatrix(torch.tensor([4.0, 0.0])), slope)
         >>> past.minimiser()

@@ -102,7 +102,7 @@ def share_of_step(
     each coordinate (`step_scale`). The plain length would not do: Adam moves all coordinates alike, and the few on
     which the past depends are little of it. NaN where no gradient is left in these.
 
-    >>> from avalanche_curv.core.structures import DiagonalMatrix
+    >>> from avalanche_curv.core.structures.diagonal import DiagonalMatrix
     >>> model = nn.Linear(2, 1, bias=False)
     >>> _ = nn.init.ones_(model.weight)
     >>> past = QuadraticModel(ParameterSpace.of(model), torch.zeros(2), DiagonalMatrix(torch.tensor([3.0, 1.0])))

@@ -227,7 +227,7 @@ class Guarded:
         rate, the strength or λ_max is positive.
 
         >>> from avalanche_curv import ParameterSpace
-        >>> from avalanche_curv.core.structures import DiagonalMatrix
+        >>> from avalanche_curv.core.structures.diagonal import DiagonalMatrix
         >>> model = nn.Linear(1, 1, bias=False)
         >>> past = QuadraticModel(ParameterSpace.of(model), torch.zeros(1), DiagonalMatrix(torch.tensor([3.0])))
         >>> found = Guarded(None, past).stability(2.0, model, torch.optim.SGD(model.parameters(), lr=0.5))
@@ -311,7 +311,7 @@ def suggest_strength(
         for strength in suggestion.grid: ...
 
     >>> from avalanche_curv import ParameterSpace
-    >>> from avalanche_curv.core.structures import DiagonalMatrix
+    >>> from avalanche_curv.core.structures.diagonal import DiagonalMatrix
     >>> model = nn.Linear(1, 1, bias=False)
     >>> past = QuadraticModel(ParameterSpace.of(model), torch.zeros(1), DiagonalMatrix(torch.tensor([4.0])))
     >>> print(suggest_strength(past, torch.optim.SGD(model.parameters(), lr=0.1), model))

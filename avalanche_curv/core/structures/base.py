@@ -109,7 +109,8 @@ def other_options(matrix: Matrix, kind: type[Matrix], **own: object) -> str | No
     """The type of a `matrix` that is none of `kind`; of one that is, with those of its attributes that are not as in
     `own`; None where all are.
 
-    >>> from avalanche_curv.core.structures import DenseMatrix, DiagonalMatrix
+    >>> from avalanche_curv.core.structures.dense import DenseMatrix
+    >>> from avalanche_curv.core.structures.diagonal import DiagonalMatrix
     >>> other_options(DiagonalMatrix(torch.ones(2)), DenseMatrix)
     'DiagonalMatrix'
     """
@@ -210,7 +211,7 @@ class Matrix(OneLine, Storable, ABC):
         C^{-½} S C^{-½} on the range of C, of rank r, with S the Schur complement of H on it, in double precision.
         Eigenvalues of C up to `rounding` times the largest count as zero. None where they are not at hand.
 
-        >>> from avalanche_curv.core.structures import DiagonalMatrix
+        >>> from avalanche_curv.core.structures.diagonal import DiagonalMatrix
         >>> past = DiagonalMatrix(torch.tensor([2.0, 0.0]))
         >>> DiagonalMatrix(torch.tensor([6.0, 5.0])).relative_to(past, rounding=1e-6)
         tensor([3.], dtype=torch.float64)
@@ -234,7 +235,7 @@ class Matrix(OneLine, Storable, ABC):
     def damped(self, tau: float) -> Matrix:
         """C + τI, in the same structure where that can hold it.
 
-        >>> from avalanche_curv.core.structures import DiagonalMatrix
+        >>> from avalanche_curv.core.structures.diagonal import DiagonalMatrix
         >>> DiagonalMatrix(torch.tensor([1.0, 0.0])).damped(0.5).values
         tensor([1.5000, 0.5000])
         """

@@ -27,7 +27,8 @@ from avalanche_curv import (
 )
 from avalanche_curv.core import eigen
 from avalanche_curv.core.curvature.operators import GramOperator
-from avalanche_curv.core.structures import DiagonalMatrix, low_rank
+from avalanche_curv.core.structures import low_rank
+from avalanche_curv.core.structures.diagonal import DiagonalMatrix
 from avalanche_curv.core.structures.rules import check_pair
 
 

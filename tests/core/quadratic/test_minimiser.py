@@ -29,7 +29,9 @@ from avalanche_curv import (
     estimate,
     merged_parameters,
 )
-from avalanche_curv.core.structures import DenseMatrix, DiagonalMatrix, LowRankMatrix
+from avalanche_curv.core.structures.dense import DenseMatrix
+from avalanche_curv.core.structures.diagonal import DiagonalMatrix
+from avalanche_curv.core.structures.low_rank import LowRankMatrix
 
 STRUCTURES = [
     Dense(), Diagonal(), BlockDiagonal(), BlockDiagonal(PerLayer(), LowRank(Rank(4))), LowRank(Rank(6)),

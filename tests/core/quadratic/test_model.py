@@ -24,7 +24,7 @@ from avalanche_curv import (
     Rank,
     estimate,
 )
-from avalanche_curv.core.structures import DiagonalMatrix
+from avalanche_curv.core.structures.diagonal import DiagonalMatrix
 
 
 class Slots(nn.Module):

@@ -12,7 +12,7 @@ from avalanche_curv import GGN, BlockDiagonal, Dense, Diagonal, Kronecker, LowRa
 from avalanche_curv.core.quadratic.model import QuadraticModel
 from avalanche_curv.core.quadratic.penalty import Penalty
 from avalanche_curv.core.risk.parameters import ParameterSpace
-from avalanche_curv.core.structures import DiagonalMatrix
+from avalanche_curv.core.structures.diagonal import DiagonalMatrix
 
 
 def model_and_quadratics(count: int, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, list[QuadraticModel]]:

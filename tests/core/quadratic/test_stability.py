@@ -15,7 +15,9 @@ from avalanche_curv import (
     WarnIfUnstable,
 )
 from avalanche_curv.core.quadratic.stability import Guarded
-from avalanche_curv.core.structures import DenseMatrix, DiagonalMatrix, LowRankMatrix
+from avalanche_curv.core.structures.dense import DenseMatrix
+from avalanche_curv.core.structures.diagonal import DiagonalMatrix
+from avalanche_curv.core.structures.low_rank import LowRankMatrix
 
 SGD = [
     {},

@@ -36,7 +36,7 @@ from avalanche_curv import (
     estimate,
 )
 from avalanche_curv.core.risk.selection import Selection
-from avalanche_curv.core.structures import DiagonalMatrix
+from avalanche_curv.core.structures.diagonal import DiagonalMatrix
 
 STRUCTURES = [
     Dense(), Diagonal(), BlockDiagonal(), BlockDiagonal(PerLayer(), LowRank(Rank(2))), LowRank(Rank(2), Diagonal()),

@@ -4,7 +4,8 @@ from torch import nn
 
 from avalanche_curv import ParameterSpace, Past, QuadraticModel, WarnIfUnstable, suggest_strength
 from avalanche_curv.core.quadratic.stability import Guarded, decades
-from avalanche_curv.core.structures import DenseMatrix, DiagonalMatrix
+from avalanche_curv.core.structures.dense import DenseMatrix
+from avalanche_curv.core.structures.diagonal import DiagonalMatrix
 
 CURVED = DiagonalMatrix(torch.tensor([0.1, 4.0, 1.0]).double())
 

@@ -26,20 +26,15 @@ from avalanche_curv import (
     estimate,
 )
 from avalanche_curv.core.curvature.operators import GramOperator
-from avalanche_curv.core.structures import (
-    BlockDiagonalMatrix,
-    DenseMatrix,
-    DiagonalMatrix,
-    KroneckerMatrix,
-    LowRankMatrix,
-    MatrixFreeMatrix,
-)
 from avalanche_curv.core.structures.base import DampedMatrix, all_finite
-from avalanche_curv.core.structures.block_diagonal import Block
+from avalanche_curv.core.structures.block_diagonal import Block, BlockDiagonalMatrix
+from avalanche_curv.core.structures.dense import DenseMatrix
+from avalanche_curv.core.structures.diagonal import DiagonalMatrix
 from avalanche_curv.core.structures.kronecker_cut import leading_part
-from avalanche_curv.core.structures.kronecker_matrix import FactoredLayer
+from avalanche_curv.core.structures.kronecker_matrix import FactoredLayer, KroneckerMatrix
 from avalanche_curv.core.structures.kronecker_terms import Corrected, Factors
-from avalanche_curv.core.structures.matrix_free import OperatorTerm
+from avalanche_curv.core.structures.low_rank import LowRankMatrix
+from avalanche_curv.core.structures.matrix_free import MatrixFreeMatrix, OperatorTerm
 from avalanche_curv.core.structures.memory import human_bytes
 from avalanche_curv.core.structures.rules import check_pair
 

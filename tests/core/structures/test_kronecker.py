@@ -39,10 +39,10 @@ from avalanche_curv import (
 from avalanche_curv.core.losses.factor import as_factor
 from avalanche_curv.core.per_example import layer_kinds
 from avalanche_curv.core.per_example import passes as pieces
-from avalanche_curv.core.structures import DiagonalMatrix, KroneckerMatrix
 from avalanche_curv.core.structures import kronecker as rules
+from avalanche_curv.core.structures.diagonal import DiagonalMatrix
 from avalanche_curv.core.structures.kronecker_cut import LeadingPart, leading_part
-from avalanche_curv.core.structures.kronecker_matrix import FactoredLayer
+from avalanche_curv.core.structures.kronecker_matrix import FactoredLayer, KroneckerMatrix
 from avalanche_curv.core.structures.kronecker_terms import Corrected, Factors, without_rounding
 from avalanche_curv.core.structures.rules import check_pair
 

@@ -11,8 +11,8 @@ from torch import nn
 from avalanche_curv import ParameterSpace, Rank
 from avalanche_curv.core.quadratic.model import QuadraticModel
 from avalanche_curv.core.quadratic.penalty import Penalty
-from avalanche_curv.core.structures import KroneckerMatrix
 from avalanche_curv.core.structures.kronecker_cut import LeadingPart, leading_part
+from avalanche_curv.core.structures.kronecker_matrix import KroneckerMatrix
 from avalanche_curv.core.structures.kronecker_pass import FactoredLayer
 from avalanche_curv.core.structures.kronecker_terms import Corrected, Factors
 

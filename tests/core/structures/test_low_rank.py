@@ -30,7 +30,7 @@ from avalanche_curv.core import eigen
 from avalanche_curv.core.fidelity.examples import OutputModels
 from avalanche_curv.core.fidelity.monitor import example_models
 from avalanche_curv.core.per_example import gram
-from avalanche_curv.core.structures import LowRankMatrix
+from avalanche_curv.core.structures.low_rank import LowRankMatrix
 from avalanche_curv.core.structures.rules import check_pair
 
 KINDS = [GGN(), Fisher(), Fisher(samples=2, seed=1), EmpiricalFisher(), BatchedEmpiricalFisher(2), Hessian()]

@@ -9,7 +9,8 @@ from torch import nn
 from avalanche_curv.core.quadratic.model import QuadraticModel
 from avalanche_curv.core.quadratic.penalty import Penalty
 from avalanche_curv.core.risk.parameters import ParameterSpace
-from avalanche_curv.core.structures import LowRankMatrix, low_rank_pass
+from avalanche_curv.core.structures import low_rank_pass
+from avalanche_curv.core.structures.low_rank import LowRankMatrix
 from avalanche_curv.core.structures.low_rank_pass import LowRankPass
 
 pytestmark = [

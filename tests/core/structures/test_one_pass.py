@@ -12,7 +12,8 @@ from avalanche_curv import CurvatureRegularizer, Diagonal, EmpiricalFisher
 from avalanche_curv.core.quadratic.model import QuadraticModel
 from avalanche_curv.core.quadratic.penalty import Penalty
 from avalanche_curv.core.risk.parameters import NamedParameters, ParameterSpace, canonical_parameters
-from avalanche_curv.core.structures import DiagonalMatrix, one_pass
+from avalanche_curv.core.structures import one_pass
+from avalanche_curv.core.structures.diagonal import DiagonalMatrix
 from avalanche_curv.core.structures.one_pass import OnePass, loop
 
 pytestmark = pytest.mark.usefixtures("one_thread")
