@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from avalanche_curv.core.curvature.base import Curvature, NonFiniteCurvatureError
-from avalanche_curv.core.per_example.gram import OuterRows, PlainRows, Rows, gram_rows, lifted, rows_operator
+from avalanche_curv.core.per_example.gram import OuterRows, PlainRows, Rows, gram_rows, rows_operator
 from avalanche_curv.core.risk.empirical_risk import EmpiricalRisk
 from avalanche_curv.core.risk.parameters import ParameterSpace
 from avalanche_curv.core.risk.several import joined_risk
@@ -128,12 +128,6 @@ def rows_of_all(averaged: AveragedCurvature, most: int) -> list[Rows] | None:
             return None
         parts.append(_Part(rows, risk.examples, count, weight**0.5))
     return joined(parts)
-
-
-def lifted_rows(rows: Sequence[Rows], space: ParameterSpace, u: Float[Tensor, "k M"]) -> Float[Tensor, "k P"]:
-    """The eigenvectors Gᵀu / ‖Gᵀu‖ of GᵀG, as rows over the parameters `space`, from those of GGᵀ, the rows u."""
-    v = lifted(rows, space, u.T)
-    return v / v.norm(dim=1, keepdim=True)
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from avalanche_curv.core.eigen import WHOLE, Pairs, spectrum, top_of_products
-from avalanche_curv.core.landscape.averaged import AveragedCurvature, lifted_rows, rows_of_all
+from avalanche_curv.core.landscape.averaged import AveragedCurvature, rows_of_all
 from avalanche_curv.core.landscape.spectrum import Density, Spectrum, SpectrumMethod, exact_spectrum, without_zeros
 from avalanche_curv.core.options import check_count, settle
-from avalanche_curv.core.per_example.gram import Rows
+from avalanche_curv.core.per_example.gram import Rows, lifted
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,8 @@ class GramMatrix(SpectrumMethod):
         gram = averaged.checked(_gram(rows))
         values, (top, u) = decomposed(gram, min(k, averaged.space.size))
         top, u = without_zeros((top.to(averaged.like), u.to(averaged.like)), len(gram))
-        vectors = lifted_rows(rows, averaged.space, u)
+        vectors = lifted(rows, averaged.space, u.T)  # the eigenvectors Gᵀu / ‖Gᵀu‖ of GᵀG from those of GGᵀ, u
+        vectors = vectors / vectors.norm(dim=1, keepdim=True)
         return exact_spectrum(_padded(values, averaged.space.size), (top, vectors), f"Gram matrix of {len(gram)} rows")
 
 

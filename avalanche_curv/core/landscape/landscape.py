@@ -234,13 +234,5 @@ def curvature_drift(then: Landscape, now: Landscape) -> CurvatureDrift:
     """How the curvature has changed from one landscape to a later one of the same examples. Parameters that only one of
     them has count as zero in the other."""
     space = then.space.union(now.space)
-    rows = (_embedded(one.top[1], one.space, space) for one in (then, now))
+    rows = (one.top[1] if one.space == space else space.embedded(one.top[1], one.space) for one in (then, now))
     return CurvatureDrift(now.trace / then.trace if then.trace else math.nan, overlap(*rows))
-
-
-def _embedded(rows: Float[Tensor, "k P"], inner: ParameterSpace, outer: ParameterSpace) -> Tensor:
-    if inner == outer:
-        return rows
-    result = rows.new_zeros(len(rows), outer.size)
-    result[:, outer.positions(inner).to(rows.device)] = rows
-    return result

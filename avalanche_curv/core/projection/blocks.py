@@ -63,11 +63,7 @@ class Layout(Storable):
     def widened(self, matrix: Float[Tensor, "m d"], outer: Layout) -> Float[Tensor, "m e"]:
         """Rows over the columns of `outer`, a layout that holds this one; zero in those that are new."""
         own, whole = self.columns, outer.columns
-        if own == whole:
-            return matrix
-        wide = matrix.new_zeros(len(matrix), whole.size)
-        wide[:, whole.positions(own).to(matrix.device)] = matrix
-        return wide
+        return matrix if own == whole else whole.embedded(matrix, own)
 
     def union(self, other: Layout) -> Layout:
         """The smallest layout that holds this one and `other`."""

@@ -57,7 +57,9 @@ def minimum(
     size = float(gradient.norm()) if scale is None else scale
     inverse = curvature.pseudo_inverse(rounding)
     if inverse is not None:
-        found = refined(curvature.product, inverse.product, gradient)
+        step = -inverse.product(gradient)  # refined once: what is then left of g is out of the range of C
+        step = step - inverse.product(curvature.product(step) + gradient)
+        found = Descent(step, products=1, flat=0.0)
     else:
         found = conjugate_gradients(curvature.product, gradient, tolerance * size / 2, max_products)
     if found.flat is not None and found.flat < -rounding * found.sharpest:
@@ -75,12 +77,6 @@ def minimum(
         f"tolerance is {tolerance:g}. Give a damping, which makes C better conditioned, or a larger max_products or "
         "tolerance."
     )
-
-
-def refined(product: Product, inverse: Product, gradient: Float[Tensor, "P"]) -> Descent:
-    """−C⁺ g from the product with C⁺, refined once. What is then left of g is out of the range of C."""
-    step = -inverse(gradient)
-    return Descent(step - inverse(product(step) + gradient), products=1, flat=0.0)
 
 
 def conjugate_gradients(

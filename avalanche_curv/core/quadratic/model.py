@@ -162,11 +162,16 @@ class QuadraticModel(OneLine, Saved):
         older, newer = alike(self, newer)
         space = newer.space.union(self.space)
         old, new = older.reanchored(older.seen_from(newer)).embedded(space), newer.embedded(space)
+        anchor = new.anchor
+        if space != newer.space:
+            anchor = old.anchor.clone()
+            anchor[space.positions(newer.space).to(anchor.device)] = newer.anchor
+        slopes = [slope for slope in (old.gradient, new.gradient) if slope is not None]
         exact = QuadraticModel(
             space,
-            newer.anchor if space == newer.space else _replaced(old.anchor, space.positions(newer.space), newer.anchor),
+            anchor,
             old.curvature.plus(new.curvature),
-            _sum_of_known(old.gradient, new.gradient),
+            sum(slopes[1:], slopes[0]) if slopes else None,
             old.constant + new.constant,
             tuple(name for name in dict.fromkeys((*old.frozen, *new.frozen)) if name not in space.names),
         )
@@ -193,7 +198,7 @@ class QuadraticModel(OneLine, Saved):
         if newer.space == self.space:
             return newer.anchor
         space = newer.space.union(self.space)
-        anchor = _scattered(self.anchor, space.positions(self.space), space.size)
+        anchor = space.embedded(self.anchor, self.space)
         anchor[space.positions(newer.space).to(anchor.device)] = newer.anchor
         return anchor[space.positions(self.space).to(anchor.device)]
 
@@ -201,15 +206,9 @@ class QuadraticModel(OneLine, Saved):
         """This function over a larger space, whose further coordinates it ignores (and anchors at zero)."""
         if space == self.space:
             return self
-        where = space.positions(self.space)
-        return QuadraticModel(
-            space,
-            _scattered(self.anchor, where, space.size),
-            self.curvature.embedded(self.space, space),
-            None if self.gradient is None else _scattered(self.gradient, where, space.size),
-            self.constant,
-            self.frozen,
-        )
+        anchor, curvature = space.embedded(self.anchor, self.space), self.curvature.embedded(self.space, space)
+        gradient = None if self.gradient is None else space.embedded(self.gradient, self.space)
+        return replace(self, space=space, anchor=anchor, curvature=curvature, gradient=gradient)
 
     @takes(model=(nn.Module, "the model that is trained"))
     def grown(self, model: nn.Module, outputs: tuple[str, ...]) -> QuadraticModel:
@@ -335,20 +334,3 @@ def increase_in_float64(displacement: Tensor, product: Tensor, gradient: Tensor 
     """gᵀδ + ½ δᵀ(Cδ) in float64, of some coordinates at a time, so that no vector is copied whole."""
     parts = [d.split(AT_ONCE) for d in (displacement, product, *([] if gradient is None else [gradient]))]
     return sum(float(quadratic_increase(d.double(), c.double(), *g)) for d, c, *g in zip(*parts))
-
-
-def _replaced(values: Tensor, where: Tensor, others: Tensor) -> Tensor:
-    result = values.clone()
-    result[where.to(values.device)] = others
-    return result
-
-
-def _scattered(values: Tensor, where: Tensor, size: int) -> Tensor:
-    result = values.new_zeros(size)
-    result[where.to(values.device)] = values
-    return result
-
-
-def _sum_of_known(*terms: Tensor | None) -> Tensor | None:
-    known = [term for term in terms if term is not None]
-    return sum(known[1:], known[0]) if known else None

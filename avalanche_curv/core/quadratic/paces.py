@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from avalanche_curv.core.precision import in_own_precision
 from avalanche_curv.core.quadratic.model import QuadraticModel
-from avalanche_curv.core.risk.parameters import ParameterSpace, canonical_name
+from avalanche_curv.core.risk.parameters import ParameterSpace, canonical_parameters
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,7 @@ def adam_paces(
             if parameter.requires_grad and "exp_avg_sq" in optimizer.state.get(parameter, {}):
                 scale = step_scale(optimizer, group, parameter)
                 paces[id(parameter)] += scale * ((1 - beta) / (2 + 2 * beta))
-    named = {canonical_name(name): paces[id(p)] for name, p in model.named_parameters()}
-    return space.flatten(space.cut(named))
+    return space.flatten(space.cut({name: paces[id(p)] for name, p in canonical_parameters(model).items()}))
 
 
 def step_scale(optimizer: torch.optim.Optimizer, group: dict[str, Any], parameter: Tensor) -> Tensor | float:
@@ -112,7 +111,7 @@ def share_of_step(
     """
     pulls = dict(zip(past.space.names, past.space.split(strength * past.gradient_at(past.displacement(model)))))
     pull, step = ({name: torch.zeros_like(part) for name, part in pulls.items()} for _ in range(2))
-    names = {id(parameter): canonical_name(name) for name, parameter in model.named_parameters()}
+    names = {id(parameter): name for name, parameter in canonical_parameters(model).items()}
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             name = names.get(id(parameter), "")
@@ -122,10 +121,6 @@ def share_of_step(
                 scale = scale[corner] if isinstance(scale, Tensor) else scale
                 pull[name] += scale * pulls[name]
                 step[name] += scale * parameter.grad.to_dense()[corner]
-    lengths = [_squared_length(past, past.space.flatten([*parts.values()])) for parts in (pull, step)]
-    return math.sqrt(lengths[0] / lengths[1]) if lengths[1] else math.nan
-
-
-def _squared_length(past: QuadraticModel, vector: Float[Tensor, "P"]) -> float:
-    """|vᵀ C v|."""
-    return abs(float(vector.to(past.anchor) @ past.curvature.product(vector.to(past.anchor))))
+    vectors = (past.space.flatten([*parts.values()]).to(past.anchor) for parts in (pull, step))
+    own, whole = (abs(float(past.curvature.quadratic_form(vector))) for vector in vectors)
+    return math.sqrt(own / whole) if whole else math.nan

@@ -20,7 +20,7 @@ from avalanche_curv.core.options import Fixed, check_kind, check_number, settle
 from avalanche_curv.core.quadratic.model import QuadraticModel
 from avalanche_curv.core.quadratic.paces import AT_REST, Descent, adam_paces, descents, rates
 from avalanche_curv.core.quadratic.policies import Past
-from avalanche_curv.core.risk.parameters import canonical_name
+from avalanche_curv.core.risk.parameters import canonical_parameters
 
 
 class UnstablePenaltyError(RuntimeError):
@@ -252,9 +252,8 @@ class Guarded:
     def _stability(
         self, strength: float, groups: list[tuple[Descent, frozenset[int]]], model: nn.Module
     ) -> Stability | None:
-        own = {canonical_name(name): id(parameter) for name, parameter in model.named_parameters()}
-        descent_of = {which: descent for descent, ids in groups for which in ids}
-        each = [descent_of.get(own.get(name, 0), AT_REST) for name in self.past.space.names]
+        own, descent_of = canonical_parameters(model), {which: descent for descent, ids in groups for which in ids}
+        each = [descent_of.get(id(own.get(name)), AT_REST) for name in self.past.space.names]
         fastest = max(each, key=lambda descent: descent.pace)
         if self._sharpness is None:
             self._sharpness = self.past.curvature.largest()

@@ -162,6 +162,12 @@ class ParameterSpace(Storable):
             for name, shape in zip(inner.names, inner.shapes)
         ])
 
+    def embedded(self, values: Float[Tensor, "*k Q"], inner: ParameterSpace) -> Float[Tensor, "*k P"]:
+        """Vectors over `inner`, which this space must hold, in this space: zero in the coordinates that it lacks."""
+        result = values.new_zeros(*values.shape[:-1], self.size)
+        result[..., self.positions(inner).to(values.device)] = values
+        return result
+
 
 def _starts(sizes: tuple[int, ...]) -> list[int]:
     return [sum(sizes[:i]) for i in range(len(sizes))]

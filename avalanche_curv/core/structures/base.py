@@ -341,9 +341,7 @@ class DampedMatrix(Matrix):
         return DampedMatrix(self.matrix.scaled(factor), self.diagonal * factor)
 
     def embedded(self, inner: ParameterSpace, outer: ParameterSpace) -> DampedMatrix:
-        diagonal = self.diagonal.new_zeros(outer.size)
-        diagonal[outer.positions(inner).to(diagonal.device)] = self.diagonal
-        return DampedMatrix(self.matrix.embedded(inner, outer), diagonal)
+        return DampedMatrix(self.matrix.embedded(inner, outer), outer.embedded(self.diagonal, inner))
 
     def to(self, like: Tensor) -> DampedMatrix:
         return DampedMatrix(self.matrix.to(like), self.diagonal.to(like))

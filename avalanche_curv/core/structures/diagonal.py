@@ -77,9 +77,7 @@ class DiagonalMatrix(Matrix):
         return DiagonalMatrix(self.values * factor)
 
     def embedded(self, inner: ParameterSpace, outer: ParameterSpace) -> DiagonalMatrix:
-        values = self.values.new_zeros(outer.size)
-        values[outer.positions(inner).to(values.device)] = self.values
-        return DiagonalMatrix(values)
+        return DiagonalMatrix(outer.embedded(self.values, inner))
 
     def grown(self, inner: ParameterSpace, outer: ParameterSpace, outputs: tuple[str, ...]) -> DiagonalMatrix:
         values, rows, known = self.embedded(inner, outer).values, outer.rows(outputs), len(inner.rows(outputs))
@@ -228,12 +226,8 @@ def _layers(chain: nn.Sequential, risk: EmpiricalRisk, x: Tensor, y: Tensor) -> 
         with torch.no_grad():
             inputs, signal = signal, module(signal)
         if isinstance(module, nn.Linear):
-            yield str(place), inputs, unmixed(_following(chain[place + 1 :], risk, y), signal)
-
-
-def _following(rest: nn.Module, risk: EmpiricalRisk, y: Tensor) -> Callable[[Tensor], Tensor]:
-    """The losses of examples from what enters the rest of the chain."""
-    return lambda signal: risk.loss.per_example(as_matrix(rest(signal)), y)
+            rest = chain[place + 1 :]
+            yield str(place), inputs, unmixed(lambda z, rest=rest: risk.loss.per_example(as_matrix(rest(z)), y), signal)
 
 
 @torch.enable_grad()

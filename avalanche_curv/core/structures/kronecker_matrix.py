@@ -82,8 +82,7 @@ class KroneckerMatrix(Matrix):
         return replace(self, layers=layers, diagonal=self.diagonal * factor)
 
     def embedded(self, inner: ParameterSpace, outer: ParameterSpace) -> KroneckerMatrix:
-        diagonal = self.diagonal.new_zeros(outer.size)
-        diagonal[outer.positions(inner).to(diagonal.device)] = self.diagonal
+        diagonal = outer.embedded(self.diagonal, inner)
         old, new = dict(zip(inner.names, inner.shapes)), dict(zip(outer.names, outer.shapes))
 
         def place(layer: FactoredLayer) -> FactoredLayer:

@@ -163,14 +163,8 @@ class LowRankMatrix(Matrix):
         return replace(self, values=self.values * factor, diagonal=diagonal)
 
     def embedded(self, inner: ParameterSpace, outer: ParameterSpace) -> LowRankMatrix:
-        where = outer.positions(inner).to(self.vectors.device)
-        vectors = self.vectors.new_zeros(len(self.values), outer.size)
-        vectors[:, where] = self.vectors
-        if self.diagonal is None:
-            return replace(self, vectors=vectors)
-        diagonal = self.diagonal.new_zeros(outer.size)
-        diagonal[where] = self.diagonal
-        return replace(self, vectors=vectors, diagonal=diagonal)
+        diagonal = None if self.diagonal is None else outer.embedded(self.diagonal, inner)
+        return replace(self, vectors=outer.embedded(self.vectors, inner), diagonal=diagonal)
 
     @property
     def is_decomposed(self) -> bool:  # type: ignore[override]
@@ -237,10 +231,24 @@ GRAM_ROWS = 3000  # the largest Gram matrix that is decomposed
 @rule(Curvature, LowRank)
 def low_rank(curvature: Curvature, structure: LowRank, risk: EmpiricalRisk) -> LowRankMatrix:
     """The top eigenpairs by the fastest method for this size; trace and residual from the exact diagonal."""
-    size = risk.space.size
-    top = _of_whole(curvature, risk) if size <= WHOLE else _of_rows(curvature, risk) or _of_products(curvature, risk)
+    top = _top(curvature, risk)
     diagonal = structured(curvature, Diagonal(), risk).tensors()[0] if structure.needs_diagonal else None
-    return structure.matrix(top, size, diagonal)
+    return structure.matrix(top, risk.space.size, diagonal)
+
+
+def _top(curvature: Curvature, risk: EmpiricalRisk) -> Callable[[int], Pairs]:
+    """The top eigenpairs by their number: from the whole matrix, from the Gram matrix of its rows, or by products."""
+    if risk.space.size <= WHOLE:
+        whole = structured(curvature, Dense(), risk).dense()
+        return lambda count: top_of_matrix(whole, count)
+    gram = gram_rows(curvature, risk, GRAM_ROWS)
+    if gram is not None:
+        return lambda count: top_pairs(gram, risk.space, count)
+    rows = rows_operator(curvature, risk)
+    if rows is not None:
+        return lambda count: top_of_rows(rows, risk.anchor, count)
+    operator = curvature.operator(risk)
+    return lambda count: top_of_operator(operator, risk.anchor, count)
 
 
 @refusal(Curvature, LowRank)
@@ -252,24 +260,3 @@ def no_energy_of_indefinite(curvature: Curvature, structure: LowRank) -> str | N
         f"{structure.cut} needs a positive semi-definite curvature, and {curvature} may be indefinite. Use Rank(k), or "
         "say is_semidefinite = True of a kind of your own."
     )
-
-
-Top = Callable[[int], Pairs]
-
-
-def _of_whole(curvature: Curvature, risk: EmpiricalRisk) -> Top:
-    whole = structured(curvature, Dense(), risk).dense()
-    return lambda count: top_of_matrix(whole, count)
-
-
-def _of_rows(curvature: Curvature, risk: EmpiricalRisk) -> Top | None:
-    rows = gram_rows(curvature, risk, GRAM_ROWS)
-    return None if rows is None else lambda count: top_pairs(rows, risk.space, count)
-
-
-def _of_products(curvature: Curvature, risk: EmpiricalRisk) -> Top:
-    rows = rows_operator(curvature, risk)
-    if rows is not None:
-        return lambda count: top_of_rows(rows, risk.anchor, count)
-    operator = curvature.operator(risk)
-    return lambda count: top_of_operator(operator, risk.anchor, count)

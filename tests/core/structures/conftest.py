@@ -17,7 +17,7 @@ def way(request, monkeypatch):
     """Which of the three ways is taken."""
     if request.param != "whole":
         monkeypatch.setattr(rules, "WHOLE", 0)
-        monkeypatch.setattr(rules, "_of_whole", None)
+        monkeypatch.setattr(rules, "top_of_matrix", None)
     if request.param == "products":
         monkeypatch.setattr(rules, "GRAM_ROWS", 0)
         monkeypatch.setattr(rules, "top_pairs", None)
