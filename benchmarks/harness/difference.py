@@ -13,7 +13,7 @@ from benchmarks.harness.experiment import is_timing
 from benchmarks.harness.published import read_results
 from benchmarks.harness.reading import code
 from benchmarks.harness.results import Results, Row, last_step
-from benchmarks.harness.significance import LEVEL, Comparison, compared, holm
+from benchmarks.harness.significance import LEVEL, Comparison, compared, corrected
 from benchmarks.harness.tables import Cell, Column, table
 
 RESULTS = "Results"
@@ -94,11 +94,11 @@ def _section(title: str, changes: Mapping[str, Mapping[str, Comparison]]) -> str
     """The changes of some series, corrected together: Holm over all their tests."""
     if not changes:
         return f"## {title}\n\nThere is no metric that both have for the same label." if title == RESULTS else ""
-    known = [change.p for found in changes.values() for change in found.values() if change.p is not None]
-    corrected = iter(holm(known))
+    p = corrected({(series, label): change for series, found in changes.items() for label, change in found.items()})
+    tests = sum(one is not None for one in p.values())
     blocks, verdicts, equal = [], [], []
     for series, found in changes.items():
-        adjusted = [None if change.p is None else next(corrected) for change in found.values()]
+        adjusted = [p[series, label] for label in found]
         words = [change.verdict(p) for change, p in zip(found.values(), adjusted)]
         verdicts += words
         if set(words) == {"identical"}:
@@ -112,7 +112,7 @@ def _section(title: str, changes: Mapping[str, Mapping[str, Comparison]]) -> str
     method = (
         f"{len(verdicts)} comparisons: {counts}. Mean ± standard deviation over seeds. Tests: the paired t-test over "
         "shared seeds, Welch's where fewer than two are shared, none of fewer than three seeds or of a difference "
-        f"that is the same in all; p is corrected for the {len(known)} tests of this section (Holm 1979) and beyond "
+        f"that is the same in all; p is corrected for the {tests} tests of this section (Holm 1979) and beyond "
         f"noise below {LEVEL}. Effect: the difference in standard deviations, of the differences (paired) or of the "
         "root mean of both variances (Welch)."
     )

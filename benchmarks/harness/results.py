@@ -162,6 +162,11 @@ class Results:
         return bool(self.manifest.get("options", {}).get("quick"))
 
     @property
+    def tuning(self) -> bool:
+        """Whether these are the strengths that an experiment tries before it begins (`tuning.SelfTuned`)."""
+        return bool(self.manifest.get("options", {}).get("tuning"))
+
+    @property
     def metrics(self) -> tuple[str, ...]:
         """The metrics of all records."""
         return tuple(dict.fromkeys(row["metric"] for row in self.rows))

@@ -4,12 +4,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite, sqrt
 from statistics import fmean
+from typing import TypeVar
 
 import numpy as np
 
 from benchmarks.harness.results import Summary, summarise
 from benchmarks.pairs import LEVEL
 
+Key = TypeVar("Key")
 LEAST = 3  # seeds for a test: two leave a single degree of freedom
 ROUNDING = 1e-12  # of the values: a smaller spread of their differences is none
 
@@ -68,6 +70,12 @@ def compared(a: Mapping[int, float], b: Mapping[int, float]) -> Comparison:
         return Comparison(ours, theirs, difference, "constant difference" if difference else "identical")
     p = float((ttest_rel(y, x) if paired else ttest_ind(y, x, equal_var=False)).pvalue)
     return Comparison(ours, theirs, difference, "paired" if paired else "Welch", p, effect)
+
+
+def corrected(tests: Mapping[Key, Comparison]) -> dict[Key, float | None]:
+    """By the keys of the tests: p after Holm's correction for the number of those that have one; None for others."""
+    known = iter(holm([test.p for test in tests.values() if test.p is not None]))
+    return {key: None if test.p is None else next(known) for key, test in tests.items()}
 
 
 def holm(values: Sequence[float]) -> list[float]:

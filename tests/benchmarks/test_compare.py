@@ -10,11 +10,12 @@ import torch
 from benchmarks.experiments.compare.experiment import CompareOptions, experiment
 from benchmarks.experiments.compare.report import _on_edges
 from benchmarks.experiments.compare.run import build, course, data_for, run
-from benchmarks.experiments.compare.setting import FIRST_SEED, Setting
+from benchmarks.experiments.compare.setting import Setting
 from benchmarks.experiments.tune_compare.experiment import Tuning, TuningOptions, best_strengths
 from benchmarks.harness import Context, Results, UsageError
 from benchmarks.harness.command import main
 from benchmarks.harness.experiment import is_timing
+from benchmarks.harness.tuning import FIRST_SEED
 from benchmarks.methods import AllAtOnce, Plain, methods
 from benchmarks.strategies import MAIN, STRATEGIES, chosen
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import isfinite, nan
+from math import nan
 from typing import Annotated
 
 import torch
-import tyro
 
 from avalanche_curv import BatchedEmpiricalFisher, Curvature, EmpiricalFisher, Fisher
 from avalanche_curv.core import NonFiniteCurvatureError
@@ -16,13 +15,13 @@ from benchmarks.experiments.claims.course import ACCURACY, Pixels, PublicCode, S
 from benchmarks.experiments.claims.reversal import Reversed
 from benchmarks.experiments.claims.uniform import Uniform
 from benchmarks.experiments.claims.variational import Variational
-from benchmarks.harness import Context, Experiment, Options, Record, Results
+from benchmarks.harness import Context, Record, Results
 from benchmarks.harness.options import positive
+from benchmarks.harness.tuning import FIRST_SEED, SelfTuned, TunedOptions, best
 from benchmarks.strategies import decades
 from benchmarks.streams.features import Features, Pretrained, RandomReLU
 from benchmarks.streams.scenario import CLASS, DOMAIN, TASK
 
-FIRST_SEED = 1000  # of tuning
 HELD_OUT = 100  # training images of each class, in tuning
 BATCH = 100  # of the mini-batches whose gradients are squared
 NAIVE, JOINT, ALL_OUTPUTS = "naive", "joint", "joint, over all outputs"
@@ -87,18 +86,14 @@ class Config:
 
 
 @dataclass(frozen=True)
-class ClaimsOptions(Options):
+class ClaimsOptions(TunedOptions):
     """Five seeds unless asked for others."""
 
     seeds: Annotated[int, positive()] = 5
     """run seeds 0 to SEEDS - 1"""
-    tuning: Annotated[bool, tyro.conf.Fixed, tyro.conf.Suppress] = False
-    """no option of the command line"""
-    strengths: Annotated[tuple[tuple[str, str, str, float], ...], tyro.conf.Fixed, tyro.conf.Suppress] = ()
-    """what tuning has found, by part, row and measure; no option of the command line"""
 
 
-class Claims(Experiment):
+class Claims(SelfTuned):
     """Accuracy at the end of five tasks for each kind of importance.
 
     First each strength is tried with seed 1000, on images held out of training; the strength of the best accuracy,
@@ -107,12 +102,6 @@ class Claims(Experiment):
 
     name = "claims"
     options_type = ClaimsOptions
-
-    def variant(self, options: ClaimsOptions) -> str:
-        return "tuning" if options.tuning else ""
-
-    def prerequisite(self, options: ClaimsOptions) -> tuple[Experiment, Options] | None:
-        return None if options.tuning else (self, replace(options, tuning=True, seeds=1))
 
     def settled(self, options: ClaimsOptions, results: Results) -> ClaimsOptions:
         return replace(options, strengths=best_strengths(results))
@@ -186,16 +175,11 @@ def chosen(config: Config, strengths: Sequence[tuple[str, str, str, float]]) -> 
 
 def best_strengths(results: Results) -> tuple[tuple[str, str, str, float], ...]:
     """By part, row and measure: the strength of the best accuracy, among equal ones the smallest."""
-    best: dict[tuple[str, str, str], tuple[float, float]] = {}
-    for one in results.each():
-        row = one.first
-        for measure in row["chosen"]:
-            accuracy = one.final(measure)
-            if accuracy is not None and isfinite(accuracy.mean):
-                tried = accuracy.mean, -row["strength"]
-                place = row["part"], row["row"], measure
-                best[place] = max(best.get(place, tried), tried)
-    return tuple((*place, -strength) for place, (_, strength) in best.items())
+    found = best(
+        ((row["part"], row["row"], measure), row["strength"], one.final(measure))
+        for one in results.each() for row in [one.first] for measure in row["chosen"]
+    )  # fmt: skip
+    return tuple((*place, strength) for place, strength in found.items())
 
 
 experiment = Claims()

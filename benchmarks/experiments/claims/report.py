@@ -17,7 +17,7 @@ from benchmarks.experiments.claims.experiment import (
     TUNED,
     WHOLE,
 )
-from benchmarks.harness.significance import compared, holm
+from benchmarks.harness.significance import compared, corrected
 from benchmarks.harness.tables import Cell, Column, table
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ the public code cuts at 1e-4."""
 
 def report(results: Results, out: Path) -> str:
     """Markdown, from whatever has finished."""
-    if results.manifest.get("options", {}).get("tuning"):
+    if results.tuning:
         return "\n\n".join(["# The strengths that are tried, on images held out", _tried(results)])
     setting = results.config(next(iter(results.columns)))["setting"]
     parts = ["# What survives an exact Fisher and a fair λ", SETTING.format_map(setting)]
@@ -81,15 +81,14 @@ def _table(found: dict[str, Results], measure: str) -> str:
     if EXACT in found:
         exact = found[EXACT].finals(measure)
         tests = {row: compared(exact, one.finals(measure)) for row, one in found.items() if row != EXACT}
-    known = [row for row, test in tests.items() if test.p is not None]
-    corrected = dict(zip(known, holm([tests[row].p or 0.0 for row in known])))
+    found_p = corrected(tests)
     rows: list[list[Cell]] = []
     for row, one in found.items():
-        accuracy, test = one.final(measure), tests.get(row)
+        accuracy, test, p = one.final(measure), tests.get(row), found_p.get(row)
         strength = f"{one.first['strength']:g}" if one.first["strength"] else ""
         rows.append([
             row, accuracy, f"{test.difference:+.3f}" if test else None,
-            f"{corrected[row]:.2g}" if row in corrected else None,
+            None if p is None else f"{p:.2g}",
             strength, accuracy.n if accuracy else 0,
         ])  # fmt: skip
     return table([Column("importance"), Column("accuracy", 3), *map(Column, ("against exact", "p", "λ", "n"))], rows)
@@ -104,8 +103,7 @@ def _pairs(results: Results) -> str:
                 if ours in found and theirs in found:
                     a, b = (found[row].finals(measure) for row in (theirs, ours))
                     tests[f"{ours} less {theirs}", f"{part}: {measure}"] = compared(a, b)
-    corrected = iter(holm([test.p for test in tests.values() if test.p is not None]))
-    p = {key: next(corrected) if test.p is not None else None for key, test in tests.items()}
+    p = corrected(tests)
     places = list(dict.fromkeys(place for _, place in tests))
     rows: list[list[Cell]] = []
     for pair in dict.fromkeys(pair for pair, _ in tests):

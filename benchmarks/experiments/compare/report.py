@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.experiments.compare.setting import EXPERIENCES, FIRST_SEED, STREAM
+from benchmarks.experiments.compare.setting import EXPERIENCES, STREAM
 from benchmarks.harness.matrices import accuracy_matrix, plot_matrices
 from benchmarks.harness.plots import Curves, Dots, Points, plot_curves, plot_dots, plot_scatter
-from benchmarks.harness.significance import compared, holm
+from benchmarks.harness.significance import compared, corrected
 from benchmarks.harness.tables import Cell, Column, table
 from benchmarks.harness.terminal import Glance
+from benchmarks.harness.tuning import FIRST_SEED
 from benchmarks.strategies import MAIN, MATTER, SHOWN, STRATEGIES
 
 if TYPE_CHECKING:
@@ -93,14 +94,10 @@ def _tests(results: Results, baseline: str) -> dict[str, tuple[Cell, str | None,
     if not least:
         return {}
     found = {name: compared(least, own) for name, own in values.items() if own}
-    tested = {name: test.p for name, test in found.items() if test.p is not None}
-    corrected = dict(zip(tested, holm(list(tested.values()))))
-
-    def cells(name: str) -> tuple[Cell, str | None, str]:
-        p = corrected.get(name)
-        return found[name].difference, None if p is None else f"{p:.2g}", found[name].verdict(p)
-
-    return {name: cells(name) for name in found}
+    return {
+        name: (found[name].difference, None if p is None else f"{p:.2g}", found[name].verdict(p))
+        for name, p in corrected(found).items()
+    }
 
 
 def _prices(results: Results) -> str:

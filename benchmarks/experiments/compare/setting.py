@@ -17,7 +17,6 @@ DEFAULT_STREAM = "permuted_digits"
 MEASUREMENTS = 6  # of fidelity in each experience
 STREAM, FIRST = PROTOCOLS = ("stream", "first")
 EXPERIENCES = 3  # that tuning on the first ones sees
-FIRST_SEED = 1000  # of tuning
 
 
 @dataclass(frozen=True)

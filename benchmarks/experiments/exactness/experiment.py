@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import nan
-from typing import Annotated
 
-import tyro
 from torch import nn
 
 from avalanche_curv.core import NonFiniteCurvatureError
@@ -21,16 +19,12 @@ from benchmarks.experiments.exactness.course import (
     outputs_of,
     sequence,
 )
-from benchmarks.experiments.exactness.learner import (
-    CLASSES,
-    joined,
-)
+from benchmarks.experiments.exactness.learner import CLASSES, joined
 from benchmarks.experiments.exactness.rows import (
     AT_ONCE,
     BOTH,
     EVERY,
     EWC,
-    FIRST_SEED,
     FREE,
     GROWS,
     HEADS,
@@ -53,31 +47,21 @@ from benchmarks.experiments.exactness.rows import (
     tunable,
     unfrozen,
 )
-from benchmarks.harness import Context, Experiment, Options, Record, Results
+from benchmarks.harness import Context, Record, Results
+from benchmarks.harness.tuning import FIRST_SEED, SelfTuned, TunedOptions
 
 
 @dataclass(frozen=True)
-class ExactnessOptions(Options):
+class ExactnessOptions(TunedOptions):
     """Fashion-MNIST on pretrained features with --dataset-root and the extra `pretrained`; on random features without
     the package, and digits on random features without --dataset-root."""
 
-    tuning: Annotated[bool, tyro.conf.Fixed, tyro.conf.Suppress] = False
-    """no option of the command line"""
-    strengths: Annotated[tuple[tuple[str, float], ...], tyro.conf.Fixed, tyro.conf.Suppress] = ()
-    """what tuning has found, by label; no option of the command line"""
 
-
-class Exactness(Experiment):
+class Exactness(SelfTuned):
     """Every head with every structure and policy at λ = 1, some at a tuned λ, and what is known without a model."""
 
     name = "exactness"
     options_type = ExactnessOptions
-
-    def variant(self, options: ExactnessOptions) -> str:
-        return "tuning" if options.tuning else ""
-
-    def prerequisite(self, options: ExactnessOptions) -> tuple[Experiment, Options] | None:
-        return None if options.tuning else (self, replace(options, tuning=True, seeds=1))
 
     def settled(self, options: ExactnessOptions, results: Results) -> ExactnessOptions:
         return replace(options, strengths=tuple(best_strengths(results).items()))

@@ -64,7 +64,7 @@ given them, take {megabytes:.1f} MiB, less than a pair: replay with equal bytes 
 def report(results: Results, out: Path) -> str:
     """Markdown: what is exact, what can be had without stored examples, all structures and policies, and the figure."""
     lines = ["# When a quadratic model of past loss is enough"]
-    if results.manifest.get("options", {}).get("tuning"):
+    if results.tuning:
         return "\n\n".join([*lines, "The strengths that are tried, on images held out of training.", _tried(results)])
     main, *others = (part for _, part in results.by("stream"))
     points = list(_points(results))

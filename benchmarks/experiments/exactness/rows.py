@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
-from math import isfinite
 from typing import Any
 
 from avalanche_curv import (
@@ -29,6 +28,7 @@ from benchmarks import data as images
 from benchmarks.experiments.exactness.backbone import BeforeTheLastBlock, Unfrozen
 from benchmarks.experiments.exactness.learner import CLASSES, Head, Network, Schedule
 from benchmarks.harness import Options, Results
+from benchmarks.harness.tuning import best
 from benchmarks.strategies import decades
 from benchmarks.streams.features import Features, Pretrained, RandomReLU
 
@@ -38,7 +38,6 @@ EWC, ONLINE = "Avalanche's EWC", "Avalanche's EWC online"
 AT_ONCE = (MEANS, LDA, RIDGE, RANDOM)
 """Peers made of sums over examples, which are the same in whatever order these come: no task is learned after another.
 """
-FIRST_SEED = 1000  # of tuning
 HELD_OUT = 0.1  # of the training examples, in tuning
 RANDOM_UNITS = 1000  # of `RANDOM`
 SHRINKAGE = 1e-4  # of streaming LDA (Hayes & Kanan 2020)
@@ -213,10 +212,6 @@ def strengths(one: Config, quick: bool) -> tuple[float, ...]:
 
 def best_strengths(results: Results) -> dict[str, float]:
     """By the label of the row that is reported: the strength of the best accuracy, among equal ones the smallest."""
-    best: dict[str, tuple[float, float]] = {}
-    for one in results.each():
-        accuracy, strength = one.final("accuracy"), one.first["strength"]
-        if accuracy is not None and isfinite(accuracy.mean):
-            label, tried = one.label.rpartition(" at ")[0], (accuracy.mean, -strength)
-            best[label] = max(best.get(label, tried), tried)
-    return {label: -strength for label, (_, strength) in best.items()}
+    return best(
+        (one.label.rpartition(" at ")[0], one.first["strength"], one.final("accuracy")) for one in results.each()
+    )

@@ -11,7 +11,6 @@ from statistics import fmean
 from typing import Annotated, Any
 
 import torch
-import tyro
 from jaxtyping import UInt8
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -41,12 +40,12 @@ from benchmarks.experiments.languages.methods import (
     windows,
 )
 from benchmarks.experiments.languages.text import LANGUAGES, Parts, language
-from benchmarks.harness import Context, Experiment, Options, Record, Results
+from benchmarks.harness import Context, Record, Results
 from benchmarks.harness.experiment import digest
 from benchmarks.harness.kept import kept
 from benchmarks.harness.options import one_of
+from benchmarks.harness.tuning import FIRST_SEED, SelfTuned, TunedOptions, best
 
-FIRST_SEED = 1000  # of tuning
 AT_ONCE_TESTED = 256  # windows
 LIST = Kronecker(KeepTerms())
 
@@ -177,18 +176,14 @@ class Config:
 
 
 @dataclass(frozen=True)
-class LanguagesOptions(Options):
+class LanguagesOptions(TunedOptions):
     size: Annotated[str, one_of("size", SETTINGS)] = "small"
     """of the model, with its steps; medium: hours a run on one core, large: days"""
     tied: bool = False
     """whether the head of the model has the weights of its embedding"""
-    tuning: Annotated[bool, tyro.conf.Fixed, tyro.conf.Suppress] = False
-    """no option of the command line"""
-    strengths: Annotated[tuple[tuple[str, float], ...], tyro.conf.Fixed, tyro.conf.Suppress] = ()
-    """what tuning has found, by label; no option of the command line"""
 
 
-class Languages(Experiment):
+class Languages(SelfTuned):
     """Bits per byte on every language after each.
 
     First each strength is tried with seed 1000, on text held out for it; that of the fewest bits per byte on all
@@ -199,11 +194,8 @@ class Languages(Experiment):
     options_type = LanguagesOptions
 
     def variant(self, options: LanguagesOptions) -> str:
-        parts = options.size * (options.size != "small"), "tied" * options.tied, "tuning" * options.tuning
+        parts = options.size * (options.size != "small"), "tied" * options.tied, super().variant(options)
         return "-".join(filter(None, parts))
-
-    def prerequisite(self, options: LanguagesOptions) -> tuple[Experiment, Options] | None:
-        return None if options.tuning else (self, replace(options, tuning=True, seeds=1))
 
     def settled(self, options: LanguagesOptions, results: Results) -> LanguagesOptions:
         return replace(options, strengths=tuple(best_strengths(results).items()))
@@ -242,13 +234,11 @@ class Languages(Experiment):
 
 def best_strengths(results: Results) -> dict[str, float]:
     """By the label of a report: the strength of the fewest bits per byte, among equal ones the smallest."""
-    best: dict[str, tuple[float, float]] = {}
-    for one in results.each():
-        bits, row = one.final("mean_bits"), one.first
-        if bits is not None and math.isfinite(bits.mean):
-            label, tried = f"{row['part']}, {row['row']}", (bits.mean, row["strength"])
-            best[label] = min(best.get(label, tried), tried)
-    return {label: strength for label, (_, strength) in best.items()}
+    tried = (
+        (f"{row['part']}, {row['row']}", row["strength"], one.final("mean_bits"))
+        for one in results.each() for row in [one.first]
+    )  # fmt: skip
+    return best(tried, least=True)
 
 
 def pretrained(setting: Setting, texts: Mapping[str, Parts], seed: int) -> GPT:

@@ -17,7 +17,7 @@ from benchmarks.experiments.languages.experiment import (
     WEIGHTS,
 )
 from benchmarks.harness.plots import Curves, plot_curves
-from benchmarks.harness.significance import Comparison, compared, holm
+from benchmarks.harness.significance import Comparison, compared, corrected
 from benchmarks.harness.tables import Cell, Column, table
 from benchmarks.pairs import mean_ratio
 
@@ -43,7 +43,7 @@ def report(results: Results, out: Path) -> str:
     """Markdown: for all weights and for adapters a table and its tests, then the course of a few rows, and a figure."""
     names = languages(results)
     lines = ["# A small GPT learns languages in turn", SETTING.format(**results.first, languages=", ".join(names))]
-    if results.manifest.get("options", {}).get("tuning"):
+    if results.tuning:
         return "\n\n".join([*lines, "The strengths that are tried.", _table(results, names)])
     lines += [_texts(results), COLUMNS]
     for part, own in results.by("part"):
@@ -70,7 +70,6 @@ def _texts(results: Results) -> str:
 
 
 def _table(results: Results, names: list[str]) -> str:
-    tuning = results.manifest.get("options", {}).get("tuning")
     columns = [
         Column("method"), Column("bits", 3, min), Column("forgetting", 3), Column("when learned", 3),
         *(Column(name, 2) for name in names), Column("λ"), Column("kept KiB", 0), Column("time", 2), Column("n"),
@@ -81,8 +80,9 @@ def _table(results: Results, names: list[str]) -> str:
         setting, (bits, forgetting, learned) = one.first, map(one.final, (BITS, "forgetting", "learned"))
         kept = one.final("kept_bytes")
         rows.append([
-            one.label if tuning else setting["row"], bits, None if setting["row"] == AT_ONCE else forgetting, learned,
-            *(one.final(f"bits/{name}") for name in names), f"{setting['strength']:g}" if _grid(setting) else "",
+            one.label if results.tuning else setting["row"], bits,
+            None if setting["row"] == AT_ONCE else forgetting, learned, *(one.final(f"bits/{name}") for name in names),
+            f"{setting['strength']:g}" if _grid(setting) else "",
             kept and kept.mean / 1024, mean_ratio(one.finals("seconds"), naive), bits.n if bits else 0,
         ])  # fmt: skip
     return table(columns, rows)
@@ -116,13 +116,11 @@ def _against(
 ) -> dict[str, tuple[Cell, Cell]]:
     """By row, but that of the baseline: the difference from it, and the verdict with p."""
     found = {row: compared(baseline, own) for row, own in values.items() if own and row != name}
-    tested = {row: test.p for row, test in found.items() if test.p is not None}
-    corrected = dict(zip(tested, holm(list(tested.values()))))
 
     def verdict(test: Comparison, p: float | None) -> str:
         return test.verdict(p) if p is None else f"{test.verdict(p)} ({p:.2g})"
 
-    return {row: (test.difference, verdict(test, corrected.get(row))) for row, test in found.items()}
+    return {row: (found[row].difference, verdict(found[row], p)) for row, p in corrected(found).items()}
 
 
 def _course(results: Results, names: list[str]) -> str:

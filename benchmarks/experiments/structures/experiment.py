@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from math import isfinite, nan
+from math import nan
 from typing import Annotated
 
 import torch
-import tyro
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
@@ -32,13 +31,13 @@ from avalanche_curv.core import NonFiniteCurvatureError
 from avalanche_curv.core.quadratic.penalty import Penalty
 from benchmarks.data import ALL, read
 from benchmarks.experiments.cost.models import MLP, Classifier, ConvNet, Transformer
-from benchmarks.harness import Context, Experiment, Options, Record, Results
+from benchmarks.harness import Context, Record, Results
 from benchmarks.harness.options import positive
+from benchmarks.harness.tuning import FIRST_SEED, SelfTuned, TunedOptions, best
 from benchmarks.strategies import decades
 from benchmarks.training import summary
 
 NAIVE, AT_ONCE = "Naive", "all at once"
-FIRST_SEED = 1000  # of tuning
 HELD_OUT = 300  # training images, of 1,437
 MODELS: dict[str, tuple[Classifier, float, int]] = {  # by their label in `cost`: Adam's rate, and the steps of a task
     "MLP 64-12-12-10": (MLP(64, 12), 1e-2, 100),
@@ -89,18 +88,14 @@ class Config:
 
 
 @dataclass(frozen=True)
-class StructuresOptions(Options):
+class StructuresOptions(TunedOptions):
     """Three seeds unless asked for others."""
 
     seeds: Annotated[int, positive()] = 3
     """run seeds 0 to SEEDS - 1"""
-    tuning: Annotated[bool, tyro.conf.Fixed, tyro.conf.Suppress] = False
-    """no option of the command line"""
-    strengths: Annotated[tuple[tuple[str, float], ...], tyro.conf.Fixed, tyro.conf.Suppress] = ()
-    """what tuning has found, by label; no option of the command line"""
 
 
-class Structures(Experiment):
+class Structures(SelfTuned):
     """Average accuracy after the last task, for each structure that fits on each model, and what its matrix takes.
 
     First each strength is tried with seed 1000, on images held out of training; the strength of the best accuracy,
@@ -109,12 +104,6 @@ class Structures(Experiment):
 
     name = "structures"
     options_type = StructuresOptions
-
-    def variant(self, options: StructuresOptions) -> str:
-        return "tuning" if options.tuning else ""
-
-    def prerequisite(self, options: StructuresOptions) -> tuple[Experiment, Options] | None:
-        return None if options.tuning else (self, replace(options, tuning=True, seeds=1))
 
     def settled(self, options: StructuresOptions, results: Results) -> StructuresOptions:
         return replace(options, strengths=tuple(best_strengths(results).items()))
@@ -163,13 +152,10 @@ class Structures(Experiment):
 
 def best_strengths(results: Results) -> dict[str, float]:
     """By the label of a report: the strength of the best accuracy, among equal ones the smallest."""
-    best: dict[str, tuple[float, float]] = {}
-    for one in results.each():
-        accuracy, row = one.final("average_accuracy"), one.first
-        if accuracy is not None and isfinite(accuracy.mean):
-            label, tried = f"{row['model']}, {row['method']}", (accuracy.mean, -row["strength"])
-            best[label] = max(best.get(label, tried), tried)
-    return {label: -strength for label, (_, strength) in best.items()}
+    return best(
+        (f"{row['model']}, {row['method']}", row["strength"], one.final("average_accuracy"))
+        for one in results.each() for row in [one.first]
+    )  # fmt: skip
 
 
 Data = tuple[Tensor, Tensor]

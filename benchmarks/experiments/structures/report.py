@@ -19,7 +19,7 @@ it, and of the drop in between. λ was chosen on seed 1000, on images held out o
 def report(results: Results, out: Path) -> str:
     """Markdown: a table for each model."""
     lines = ["# What each structure keeps of permuted digits"]
-    if results.manifest.get("options", {}).get("tuning"):
+    if results.tuning:
         return "\n\n".join([*lines, "The strengths that are tried, on images held out.", _accuracies(results)[0]])
     lines.append(SETTING.format_map(results.first))
     for model, part in results.by("model"):
@@ -40,7 +40,7 @@ def _accuracies(results: Results) -> tuple[str, str]:
     for one in results.each():
         accuracy, forgetting, learned = (one.final(name) for name in ("average_accuracy", "forgetting", "learned"))
         plain, strength = one.first["method"] in (NAIVE, AT_ONCE), one.first["strength"]
-        name = one.label if results.manifest.get("options", {}).get("tuning") else one.first["method"]
+        name = one.label if results.tuning else one.first["method"]
         if not plain and strength in (GRIDS[one.first["method"]][0], GRIDS[one.first["method"]][-1]):
             ends.append(name)
         rows.append([

@@ -12,8 +12,7 @@ from benchmarks.experiments.refresh import experiment as refresh
 from benchmarks.experiments.trust_region import experiment as trust_region
 from benchmarks.harness import Context, Experiment, Options, Record
 from benchmarks.harness.options import one_of
-
-FIRST_SEED = 1000
+from benchmarks.harness.tuning import FIRST_SEED
 
 
 @dataclass(frozen=True)

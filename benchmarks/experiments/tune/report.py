@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.experiments.tune.experiment import FIRST_SEED
 from benchmarks.harness.tables import Cell, Column, table
+from benchmarks.harness.tuning import FIRST_SEED
 
 if TYPE_CHECKING:
     from benchmarks.harness.results import Results

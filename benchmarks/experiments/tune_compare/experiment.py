@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import isfinite
 from typing import Annotated
 
 from benchmarks.experiments.compare.setting import (
     EXPERIENCES,
     FIRST,
-    FIRST_SEED,
     PROTOCOLS,
     STREAM,
     Config,
@@ -19,6 +17,7 @@ from benchmarks.experiments.compare.setting import (
 )
 from benchmarks.harness import Context, Experiment, Record, Results, Summary, UsageError
 from benchmarks.harness.options import one_of, positive
+from benchmarks.harness.tuning import FIRST_SEED, best
 from benchmarks.strategies import ALL, STRATEGIES, chosen
 from benchmarks.streams import STREAMS
 
@@ -122,13 +121,12 @@ def accuracies(results: Results) -> dict[str, dict[float, Summary]]:
 def best_strengths(results: Results) -> dict[str, float]:
     """The strength of the best mean accuracy for each strategy; among equal ones the smallest. Raises UsageError for a
     strategy that has no accuracy at any strength."""
-    best = {}
-    for name, tried in accuracies(results).items():
-        finite = [(accuracy.mean, -strength) for strength, accuracy in tried.items() if isfinite(accuracy.mean)]
-        if not finite:
+    found = accuracies(results)
+    chosen = best((name, strength, accuracy) for name, tried in found.items() for strength, accuracy in tried.items())
+    for name in found:
+        if name not in chosen:
             raise UsageError(f"'{name}' diverged at every strength that was tried. Leave it out, by --strategy.")
-        best[name] = -max(finite)[1]
-    return best
+    return chosen
 
 
 experiment = Tuning()

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.experiments.compare.setting import FIRST_SEED
 from benchmarks.experiments.tune_compare.experiment import accuracies, best_strengths
 from benchmarks.harness.tables import Column, table
+from benchmarks.harness.tuning import FIRST_SEED
 
 if TYPE_CHECKING:
     from benchmarks.harness import Results
