@@ -56,11 +56,7 @@ class JSONLLogger(BaseLogger):
     def after_training_exp(self, *_: object, **__: object) -> None:
         self.flush()
 
-    def after_eval_exp(self, *_: object, **__: object) -> None:
-        self.flush()
-
-    def after_eval(self, *_: object, **__: object) -> None:
-        self.flush()
+    after_eval_exp = after_eval = after_training_exp
 
     def flush(self) -> None:
         """Write what is buffered to the file."""

@@ -68,9 +68,7 @@ def top_of_products(product: Product, like: Float[Tensor, "P"], count: int) -> P
     size = len(like)
     if _is_small(size, count):
         return _top(_decomposed(_columns(product, like)), count, like)
-    numpy_product = _for_numpy(product, like)
-    start = torch.randn(size, generator=torch.Generator().manual_seed(0), dtype=torch.float64).numpy()
-    first = numpy_product(start)
+    operator, start, first = _for_arpack(product, like)
     if not first.any():  # a matrix of zeros, which ARPACK refuses
         return like.new_zeros(count), torch.eye(count, size).to(like)
     if not np.isfinite(first).all():
@@ -79,10 +77,10 @@ def top_of_products(product: Product, like: Float[Tensor, "P"], count: int) -> P
     def outside(values: np.ndarray, vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Of C without these pairs, which become eigenvectors of 0."""
         def matvec(v: np.ndarray) -> np.ndarray:
-            return numpy_product(v) - (values * (vectors @ v)) @ vectors
+            return operator.matvec(v) - (values * (vectors @ v)) @ vectors
 
-        operator = LinearOperator((size, size), matvec=matvec, dtype=np.float64)
-        return eigsh(operator, k=count, which="LM", tol=TOLERANCE, v0=start)
+        left = LinearOperator(operator.shape, matvec=matvec, dtype=operator.dtype)
+        return eigsh(left, k=count, which="LM", tol=TOLERANCE, v0=start)
 
     top = _top(outside(np.zeros(0), np.zeros((0, size))), count, like)
     while largest_outside(product, top[1]) > (_rounding(top[0]) if _has_repeated(top[0]) else _least(top[0])):
@@ -166,12 +164,9 @@ def largest_of_products(product: Product, like: Float[Tensor, "P"]) -> float:
     """
     if len(like) <= COARSE:
         return float(_decomposed(_columns(product, like))[0].max())
-    start = torch.randn(len(like), generator=torch.Generator().manual_seed(0), dtype=torch.float64).numpy()
-    numpy_product = _for_numpy(product, like)
-    first = numpy_product(start)
+    operator, start, first = _for_arpack(product, like)
     if not first.any() or not np.isfinite(first).all():  # which ARPACK refuses
         return float(first.sum())
-    operator = LinearOperator((len(like), len(like)), matvec=numpy_product, dtype=np.float64)
     found = eigsh(operator, k=1, ncv=COARSE, which="LA", tol=1e-2, v0=start, return_eigenvectors=False)
     return float(found[0])
 
@@ -191,12 +186,16 @@ def _is_small(size: int, count: int) -> bool:
     return size <= WHOLE or count >= size - 1
 
 
-def _for_numpy(product: Product, like: Tensor) -> Callable[[np.ndarray], np.ndarray]:
+def _for_arpack(product: Product, like: Float[Tensor, "P"]) -> tuple[LinearOperator, np.ndarray, np.ndarray]:
+    """The matrix as ARPACK takes it, a random vector to begin with, and the product of both."""
+
     def numpy_product(v: np.ndarray) -> np.ndarray:
         result = product(torch.as_tensor(v.reshape(-1), dtype=like.dtype, device=like.device))
         return result.detach().double().cpu().numpy()
 
-    return numpy_product
+    start = torch.randn(len(like), generator=torch.Generator().manual_seed(0), dtype=torch.float64).numpy()
+    operator = LinearOperator((len(like), len(like)), matvec=numpy_product, dtype=np.float64)
+    return operator, start, numpy_product(start)
 
 
 def _columns(product: Product, like: Float[Tensor, "P"]) -> Float[Tensor, "P P"]:

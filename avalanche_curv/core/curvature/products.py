@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
@@ -95,8 +95,9 @@ def right_products(curvature: HasRows, risk: EmpiricalRisk, ways: Mapping[str, W
 
 
 @dataclass(frozen=True)
-class Linearised(OfRisk):
-    """(1/N) Σ_i J_iᵀ S_i S_iᵀ J_i from the graphs of f and of w ↦ Jᵀw, whose derivative in w is J.
+class Relinearised(OfRisk):
+    """(1/N) Σ_i J_iᵀ S_i S_iᵀ J_i from the graphs of f and of w ↦ Jᵀw, whose derivative in w is J: made anew for each
+    product, one batch at a time.
 
     Products with J need no forward-mode derivatives, which torch lacks for many modules.
     """
@@ -107,36 +108,31 @@ class Linearised(OfRisk):
     def matmat(self, matrix: Float[Tensor, "P k"]) -> Float[Tensor, "P k"]:
         """C M, column by column."""
         total = torch.zeros_like(matrix)
-        for batch in self._batches.value:
+        for batch in self._batches():
             total += batch.matmat(matrix)
         return total / self.risk.examples
+
+    def _batches(self) -> Iterable[_Batch]:
+        return self._made(pieces(self.curvature, self.risk))
+
+    def _made(self, parts: Iterable[tuple[Nested, Nested]]) -> Iterator[_Batch]:
+        generator = self.curvature.generator()
+        return (_Batch(self.curvature, self.risk, x, y, generator) for x, y in parts)
+
+
+class Linearised(Relinearised):
+    """The same with graphs that are kept, of whole batches."""
 
     def __getstate__(self) -> dict[str, Any]:
         """Graphs are not stored: they are computed again."""
         return {"curvature": self.curvature, "risk": self.risk}
 
+    def _batches(self) -> Iterable[_Batch]:
+        return self._graphs.value
+
     @cached_property
-    def _batches(self) -> Graphs[list[_Batch]]:
-        def made() -> list[_Batch]:
-            generator = self.curvature.generator()
-            return [_Batch(self.curvature, self.risk, x, y, generator) for x, y in self.risk]
-
-        return Graphs(self.risk.base, made)
-
-
-@dataclass(frozen=True)
-class Relinearised(OfRisk):
-    """(1/N) Σ_i J_iᵀ S_i S_iᵀ J_i with graphs made anew for each product, one batch at a time."""
-
-    curvature: FactorInOutputs
-    risk: EmpiricalRisk
-
-    def matmat(self, matrix: Float[Tensor, "P k"]) -> Float[Tensor, "P k"]:
-        """C M, column by column."""
-        generator, total = self.curvature.generator(), torch.zeros_like(matrix)
-        for x, y in pieces(self.curvature, self.risk):
-            total += _Batch(self.curvature, self.risk, x, y, generator).matmat(matrix)
-        return total / self.risk.examples
+    def _graphs(self) -> Graphs[list[_Batch]]:
+        return Graphs(self.risk.base, lambda: [*self._made(self.risk)])
 
 
 class _Batch:

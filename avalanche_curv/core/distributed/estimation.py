@@ -84,8 +84,7 @@ class _OverRanks:
 
     def products_with(self, structure: Structure) -> Operator:
         """Products with the matrix of each rank's examples, summed over ranks."""
-        own = self.risk.ranks.together(lambda: structured(self._of_rank(), structure, self.own))
-        return self._summed(_Products(own))
+        return self._summed(self.risk.ranks.together(lambda: structured(self._of_rank(), structure, self.own)))
 
     def subset(self, fraction: float, seed: int) -> _OverRanks:
         """The curvature of a random part of the examples of all ranks."""
@@ -123,20 +122,6 @@ class _Summed:
 
     def matmat(self, matrix: Float[Tensor, "P k"]) -> Float[Tensor, "P k"]:
         return self.risk.ranks.sum_of(lambda: self.own.matmat(matrix) * self.weight, matrix)
-
-
-@dataclass(frozen=True)
-class _Products:
-    """A matrix as an operator."""
-
-    matrix: Matrix
-
-    @property
-    def size(self) -> int:
-        return self.matrix.size
-
-    def matmat(self, matrix: Float[Tensor, "P k"]) -> Float[Tensor, "P k"]:
-        return torch.stack([self.matrix.product(column) for column in matrix.T], dim=1)
 
 
 def _written(option: object) -> str:

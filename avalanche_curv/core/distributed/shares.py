@@ -32,11 +32,6 @@ class ParameterShare(ABC):
     def tensors(self, model: nn.Module) -> list[Tensor]:
         """This rank's entries of each parameter of `model`, flat and attached to its graph."""
 
-    @property
-    def size(self) -> int:
-        """The number of coordinates of this rank."""
-        return sum(stop - start for start, stop in self.ranges)
-
     def of(self, vector: Float[Tensor, "*k P"]) -> Float[Tensor, "*k p"]:
         """This rank's part of vectors over the space, in new memory."""
         parts = vector.split(self.space.sizes, dim=-1)
@@ -45,10 +40,6 @@ class ParameterShare(ABC):
     def vector(self, model: nn.Module) -> Float[Tensor, "p"]:
         """This rank's entries of the parameters of `model` as one detached vector (a copy)."""
         return torch.cat([part.detach() for part in self.tensors(model)])
-
-    def split(self, vector: Float[Tensor, "p"]) -> tuple[Tensor, ...]:
-        """The parts of this rank's `vector` that belong to each parameter, as views."""
-        return vector.split([stop - start for start, stop in self.ranges])
 
 
 @dataclass(frozen=True)

@@ -126,7 +126,7 @@ class _AnchoredBatch:
 
     def _path(self) -> list[tuple[Any, ...]]:
         """The layers that it passes through, with what trains in them."""
-        return [(self.layers.names[tap.layer], self.layers.places(tap.layer)) for tap in self.taps]
+        return [(self.layers.names[tap.layer], self.layers.owned[tap.layer]) for tap in self.taps]
 
 
 class _Truth(NamedTuple):
@@ -212,7 +212,7 @@ class _Run:
     def _layer_change(self, number: int, now: _Truth, parameters: dict[str, Tensor]) -> Float[Tensor, "N out"] | None:
         """A Wᵀ + b − Z with the weight and bias of now, on the inputs A and outputs Z of the anchors."""
         layer, then = self.taps[number].layer, self.then.outputs[number]
-        names = self.layers.places(layer)
+        names = self.layers.owned[layer]
         if not names:
             return None
         if self.first[number]:
@@ -305,7 +305,7 @@ def _size(vectors: Float[Tensor, "N k"], rows: int) -> int:
 
 def _kinds(layers: Layers, taps: list[Tap]) -> Float[Tensor, "2 L"]:
     """Whether weight and bias of each layer are trainable, as 0 or 1."""
-    trained = [layers.places(tap.layer) for tap in taps]
+    trained = [layers.owned[tap.layer] for tap in taps]
     return torch.tensor([[float(kind in names) for names in trained] for kind in ("weight", "bias")])
 
 

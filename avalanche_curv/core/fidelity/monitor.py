@@ -164,14 +164,11 @@ def _grouped(curvature: Curvature, functions: list[list[EmpiricalRisk]]) -> list
     groups = []
     for _, run in groupby(functions, key=lambda risks: (risks[0].space, risks[0].anchor.dtype, risks[0].anchor.device)):
         together = list(run)
-        for some in [together] if _are_layered(curvature, together) else [[risks] for risks in together]:
+        are_layered = all(layered(curvature, risks[0]) is not None for risks in together)
+        for some in [together] if are_layered else [[risks] for risks in together]:
             models = example_models(curvature, *(joined_risk(risks) for risks in some))
             groups.append(_Group(models, [risk.examples for risks in some for risk in risks]))
     return groups
-
-
-def _are_layered(curvature: Curvature, functions: list[list[EmpiricalRisk]]) -> bool:
-    return all(layered(curvature, risks[0]) is not None for risks in functions)
 
 
 def example_models(curvature: Curvature, *risks: EmpiricalRisk) -> ExampleModels:

@@ -145,6 +145,17 @@ def joined(parts: list[_Part]) -> list[Rows] | None:
     of different forms for two functions."""
     if len(parts) == 1:
         return parts[0].rows
+    examples, counts = [part.examples for part in parts], [part.count for part in parts]
+
+    def outer_rows(own: dict[int, OuterRows]) -> OuterRows:
+        inputs = _below({i: rows.inputs for i, rows in own.items()}, examples)
+        scaled = {i: parts[i].scale * rows.sensitivities for i, rows in own.items()}
+        return OuterRows(next(iter(own.values())).names, inputs, _below(scaled, examples))
+
+    def plain_rows(own: dict[int, PlainRows]) -> PlainRows:
+        scaled = {i: parts[i].scale * rows.rows for i, rows in own.items()}
+        return PlainRows(next(iter(own.values())).sizes, _below(scaled, counts))
+
     outer: dict[tuple[str, ...], dict[int, OuterRows]] = {}
     plain: dict[tuple[str, ...], dict[int, PlainRows]] = {}
     for number, part in enumerate(parts):
@@ -156,26 +167,11 @@ def joined(parts: list[_Part]) -> list[Rows] | None:
     names = [name for layer in (*outer, *plain) for name in layer]
     if len(set(names)) < len(names) or (outer and len({part.count / part.examples for part in parts}) > 1):
         return None
-    return [*(_below(own, parts) for own in outer.values()), *(_plain_below(own, parts) for own in plain.values())]
+    return [*map(outer_rows, outer.values()), *map(plain_rows, plain.values())]
 
 
-def _below(own: dict[int, OuterRows], parts: list[_Part]) -> OuterRows:
-    """The rows of one layer, by the number of the function that they are of."""
-    known = next(iter(own.values()))
-    a, b = known.inputs, known.sensitivities
-    inputs = [own[i].inputs if i in own else a.new_zeros(part.examples, a.shape[1]) for i, part in enumerate(parts)]
-    sensitivities = [
-        part.scale * own[i].sensitivities if i in own else b.new_zeros(part.examples, *b.shape[1:])
-        for i, part in enumerate(parts)
-    ]
-    return OuterRows(known.names, torch.cat(inputs), torch.cat(sensitivities))
-
-
-def _plain_below(own: dict[int, PlainRows], parts: list[_Part]) -> PlainRows:
-    known = next(iter(own.values()))
-    g = known.rows
-    rows = [
-        part.scale * own[i].rows if i in own else g.new_zeros(part.count, g.shape[1])
-        for i, part in enumerate(parts)
-    ]
-    return PlainRows(known.sizes, torch.cat(rows))
+def _below(rows: dict[int, Tensor], counts: Sequence[int]) -> Tensor:
+    """The rows of one layer below each other, by the number of the function that they are of; zeros, so many as it has
+    rows elsewhere, for a function that does not use the layer."""
+    like = next(iter(rows.values()))
+    return torch.cat([rows[i] if i in rows else like.new_zeros(n, *like.shape[1:]) for i, n in enumerate(counts)])

@@ -203,7 +203,7 @@ def row_pieces(curvature: OutputCurvature, risk: EmpiricalRisk, layers: Layers) 
         columns = [column for some in piece.columns for column in some]
         found: dict[nn.Module, Rows] = {}
         for tap, of_tap in zip(piece.taps, zip(*columns)):
-            names = layers.places(tap.layer)
+            names = layers.owned[tap.layer]
             if tap.layer in layers.flat:
                 found[tap.layer] = OuterRows(names, tap.inputs, torch.stack(of_tap, dim=1))
             else:

@@ -61,11 +61,6 @@ def is_transposed(layer: nn.Module) -> bool:
     return named and isinstance(weight, Tensor) and weight.ndim == 2
 
 
-def is_table(layer: nn.Module) -> bool:
-    """Whether the layer looks rows up, which may be the same for all examples: those of positions."""
-    return isinstance(layer, nn.Embedding)
-
-
 def is_outer(layer: nn.Module) -> bool:
     """Whether the gradient of the layer's weight, as a matrix [out, in], is B Aᵀ, with A as prepared and
     B = `positions(sensitivity)`."""

@@ -93,10 +93,6 @@ class Layers:
         """The names of the trainable parameters of `layer`."""
         return [*self.owned[layer].values()]
 
-    def places(self, layer: nn.Module) -> Places:
-        """The names of the layer's trainable parameters in the model, by their names in it, such as "weight"."""
-        return self.owned[layer]
-
     @contextmanager
     def tapped(self, examples: int, *, once: bool = False) -> Iterator[list[Tap]]:
         """Collects a tap for each layer that is called on this number of examples while the context is open. What
@@ -131,7 +127,7 @@ class Layers:
         return self._named(tap.layer, tap.squares(columns, examples))
 
     def _named(self, layer: nn.Module, parts: dict[str, Tensor]) -> dict[str, Tensor]:
-        wanted = self.places(layer)
+        wanted = self.owned[layer]
         return {wanted[short]: part for short, part in parts.items() if short in wanted}
 
     def check_calls(self, taps: list[Tap], examples: int) -> None:
@@ -163,7 +159,7 @@ class Layers:
         kept, used = self._explained(risk, outputs, self._united(calls), examples)
         called = {tap.layer for tap in calls}
         explained_layers = {tap.layer for tap in kept}
-        alike = frozenset(one for one in called - explained_layers if layer_kinds.is_table(one))
+        alike = frozenset(one for one in called - explained_layers if isinstance(one, nn.Embedding))
         kept += self._explained_alike(risk, inputs, outputs, alike, examples)
         explained = {name for tap in kept for name in self.trainable(tap.layer)}
         unused = []

@@ -186,7 +186,7 @@ def input_roots(risk: EmpiricalRisk, layers: Layers) -> tuple[dict[nn.Module, Ro
 def layout_of(layers: Layers, layer: nn.Module) -> Layout:
     """The layout (W | b) of the trainable parameters of a layer, (Wᵀ | b) of one whose weight is [in, out]."""
     shapes = dict(zip(layers.space.names, layers.space.shapes))
-    places = layers.places(layer)
+    places = layers.owned[layer]
     names = tuple(places[short] for short in ("weight", "bias") if short in places)
     space = ParameterSpace(names, tuple(shapes[name] for name in names))
     return Layout(space, stacked=True, transposed=layer_kinds.is_transposed(layer))
@@ -198,7 +198,7 @@ def _rows(layers: Layers, tap: Tap, examples: int) -> Float[Tensor, "n d"]:
     inputs = layer_kinds.surely_prepared(tap.layer, tap.inputs, examples)
     groups = getattr(tap.layer, "groups", 1)
     rows = inputs.unflatten(1, (groups, -1)).transpose(2, 3).flatten(0, 2)
-    places = layers.places(tap.layer)
+    places = layers.owned[tap.layer]
     parts = [rows] if "weight" in places else []
     if "bias" in places:
         parts.append(torch.ones_like(rows[:, :1]))

@@ -15,8 +15,8 @@ from avalanche_curv.core.options import Configured, Fixed, check_kind
 from avalanche_curv.core.precision import in_own_precision
 from avalanche_curv.core.projection.protected import ProtectedSpace
 from avalanche_curv.core.projection.stepping import StepMemory
-from avalanche_curv.core.risk.parameters import NamedParameters, canonical_name
-from avalanche_curv.core.risk.selection import warn_unprotected
+from avalanche_curv.core.risk.parameters import NamedParameters, canonical_parameters
+from avalanche_curv.core.risk.selection import Unprotected
 from avalanche_curv.core.state import State, check_state, read, state_of, written
 
 
@@ -39,8 +39,23 @@ class Projection(ABC):
         """Raises ValueError where this method needs all directions, and `max_rank` keeps only some."""
 
 
+class _OfSteps(Projection):
+    """What corrects the step that the optimiser has made, from the parameters before and after it."""
+
+    by_task = False
+
+    def before_step(self, space: ProtectedSpace, model: nn.Module, memory: StepMemory | None) -> StepMemory:
+        memory = StepMemory(space) if memory is None else memory
+        memory.begin(model)
+        return memory
+
+    def after_step(self, space: ProtectedSpace, model: nn.Module, memory: StepMemory | None) -> None:
+        if memory is not None:
+            memory.finish(model, by_task=self.by_task)
+
+
 @dataclass(frozen=True)
-class StepProjection(Projection):
+class StepProjection(_OfSteps):
     """Projects the step Δ that the optimiser has made, Δ ← Δ − Δ Uᵀ U: exact for every optimiser, whatever momentum,
     weight decay, preconditioning or clipping made of the gradient.
 
@@ -55,13 +70,6 @@ class StepProjection(Projection):
     float32, and so do input spaces; float64 stays float64.
     """
 
-    def before_step(self, space: ProtectedSpace, model: nn.Module, memory: StepMemory | None) -> StepMemory:
-        return _begun(space, model, memory)
-
-    def after_step(self, space: ProtectedSpace, model: nn.Module, memory: StepMemory | None) -> None:
-        if memory is not None:
-            memory.finish(model)
-
 
 @dataclass(frozen=True)
 class GradientProjection(Projection):
@@ -70,7 +78,7 @@ class GradientProjection(Projection):
     should hold still. For comparison."""
 
     def before_step(self, space: ProtectedSpace, model: nn.Module, memory: StepMemory | None) -> None:
-        own = {canonical_name(name): parameter for name, parameter in model.named_parameters()}
+        own = canonical_parameters(model)
         known = {name: own[name].grad for name in space.space.names}
         sparse = [name for name, gradient in known.items() if gradient is not None and gradient.is_sparse]
         if sparse:
@@ -90,16 +98,11 @@ class GradientProjection(Projection):
 
 
 @dataclass(frozen=True)
-class SequentialProjection(Projection):
+class SequentialProjection(_OfSteps):
     """Projects the step on one task's complement after another, Δ ← Δ (I − V₁ᵀV₁) (I − V₂ᵀV₂) …. Where the subspaces
     are not orthogonal the later projections lead back into the earlier ones. For comparison."""
 
-    def before_step(self, space: ProtectedSpace, model: nn.Module, memory: StepMemory | None) -> StepMemory:
-        return _begun(space, model, memory)
-
-    def after_step(self, space: ProtectedSpace, model: nn.Module, memory: StepMemory | None) -> None:
-        if memory is not None:
-            memory.finish(model, by_task=True)
+    by_task = True
 
     def check_rank(self, max_rank: int | None) -> None:
         if max_rank is not None:
@@ -135,7 +138,7 @@ class Projector(Configured):
         self._memory: StepMemory | None = None
         self._named = NamedParameters(nn.Module())
         self._stepping = False
-        self._said: tuple[str, ...] = ()
+        self._unprotected = Unprotected()
 
     def state_dict(self) -> State:
         """What a resumed task needs beside the `space`, which has a state of its own: what was lost in rounding at the
@@ -158,10 +161,7 @@ class Projector(Configured):
     def around_step(self, model: nn.Module) -> Iterator[None]:
         """Projects the step that is taken within, also where it raises half-way. Warns where parameters train that are
         `unprotected`, once for each set of them."""
-        free = self.space.unprotected(model)
-        if free and free != self._said:
-            self._said = free
-            warn_unprotected(free)
+        self._unprotected.say(self.space.unprotected(model))
         self.before_step(model)
         try:
             yield
@@ -197,10 +197,3 @@ class Projector(Configured):
         if names != self._within[0]:
             self._within, self._memory = (names, self.space.restricted(names)), None
         return self._within[1]
-
-
-def _begun(space: ProtectedSpace, model: nn.Module, memory: StepMemory | None) -> StepMemory:
-    """The memory for a step that begins at the parameters of `model`."""
-    memory = StepMemory(space) if memory is None else memory
-    memory.begin(model)
-    return memory

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -99,7 +99,8 @@ class Subspace(Storable):
 
     def component(self, vectors: Float[Tensor, "r d"]) -> Float[Tensor, "r d"]:
         """X Uᵀ U: the part of each row that lies in the subspace."""
-        return _times_rows(_coordinates(vectors, self.rows), self.rows)
+        inside = _coordinates(vectors, self.rows)
+        return (inside[0] @ self.rows)[None] if len(inside) == 1 else inside @ self.rows
 
     def withdraw(self, target: Float[Tensor, "r d"], vectors: Float[Tensor, "r d"], *, by_task: bool = False) -> Tensor:
         """`target` less the component of `vectors` in the subspace, in place.
@@ -242,19 +243,10 @@ def _isometry(coordinates: Float[Tensor, "j k"]) -> Float[Tensor, "j k"]:
 def gram(rows: Float[Tensor, "m d"]) -> Float[Tensor, "m m"]:
     """X Xᵀ in float64, without a copy of all of X."""
     total = rows.new_zeros(len(rows), len(rows), dtype=torch.float64)
-    for part in _columns(rows):
+    for part in map(Tensor.double, rows.split(max(1, GRAM_ENTRIES // len(rows)), dim=1)):
         total.addmm_(part, part.T)
     return total
 
 
-def _columns(rows: Float[Tensor, "m d"]) -> Iterator[Tensor]:
-    for part in rows.split(max(1, GRAM_ENTRIES // len(rows)), dim=1):
-        yield part.double()
-
-
 def _coordinates(vectors: Float[Tensor, "r d"], rows: Float[Tensor, "k d"]) -> Float[Tensor, "r k"]:
     return (rows @ vectors[0])[None] if len(vectors) == 1 else vectors @ rows.T
-
-
-def _times_rows(coordinates: Float[Tensor, "r k"], rows: Float[Tensor, "k d"]) -> Float[Tensor, "r d"]:
-    return (coordinates[0] @ rows)[None] if len(coordinates) == 1 else coordinates @ rows

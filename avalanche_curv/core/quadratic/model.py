@@ -90,11 +90,7 @@ class QuadraticModel(OneLine, Saved):
 
     def linear_operator(self) -> LinearOperator:
         """C as a linear operator of curvlinops on the parameters; `.to_scipy()` makes it one of SciPy's."""
-
-        def matmat(matrix: Float[Tensor, "P k"]) -> Float[Tensor, "P k"]:
-            return torch.stack([self.curvature.product(column.contiguous()) for column in matrix.T], dim=1)
-
-        return linear_operator(matmat, self.space.shapes, self.anchor)
+        return linear_operator(self.curvature.matmat, self.space.shapes, self.anchor)
 
     def scaled(self, factor: float) -> QuadraticModel:
         """factor · q; the object itself for a factor of 1."""

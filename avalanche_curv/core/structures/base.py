@@ -255,6 +255,10 @@ class Matrix(OneLine, Storable, ABC):
         """vᵀ C v."""
         return vector @ self.product(vector)
 
+    def matmat(self, matrix: Float[Tensor, "P k"]) -> Float[Tensor, "P k"]:
+        """C M, column by column, as of an `Operator`."""
+        return torch.stack([self.product(column.contiguous()) for column in matrix.T], dim=1)
+
     def products(self, vector: Float[Tensor, "P"], space: ParameterSpace) -> list[Tensor]:
         """C v in the shapes of the parameters, in memory of its own."""
         product = self.product(vector)

@@ -226,8 +226,12 @@ def _layers(chain: nn.Sequential, risk: EmpiricalRisk, x: Tensor, y: Tensor) -> 
         with torch.no_grad():
             inputs, signal = signal, module(signal)
         if isinstance(module, nn.Linear):
-            rest = chain[place + 1 :]
-            yield str(place), inputs, unmixed(lambda z, rest=rest: risk.loss.per_example(as_matrix(rest(z)), y), signal)
+            yield str(place), inputs, unmixed(_following(chain[place + 1 :], risk, y), signal)
+
+
+def _following(rest: nn.Module, risk: EmpiricalRisk, y: Tensor) -> Callable[[Tensor], Tensor]:
+    """The losses of examples from what enters the rest of the chain."""
+    return lambda signal: risk.loss.per_example(as_matrix(rest(signal)), y)
 
 
 @torch.enable_grad()

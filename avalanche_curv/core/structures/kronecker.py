@@ -203,7 +203,7 @@ def _factorised(
     curvature: OutputCurvature, structure: Factorised, layers: Layers, risk: EmpiricalRisk
 ) -> KroneckerMatrix:
     factors = {
-        layer: _Sums.of(layers, layer, structure.sharing, risk.anchor)
+        layer: _Sums(layers, layer, structure.sharing, risk.anchor)
         for layer in layers.names if layer_kinds.is_outer(layer)
     }
     if not factors:
@@ -212,7 +212,8 @@ def _factorised(
             f"and of convolutions without groups that are called once and share no weight. Its parameters are "
             f"{', '.join(risk.space.names[:5])}{', ...' if len(risk.space.names) > 5 else ''}. Use LowRank or Diagonal."
         )
-    _check_memory(structure, factors, risk)
+    numbers = sum(s.a.numel() + s.g.numel() + structure.corrections * len(s.a) * len(s.g) for s in factors.values())
+    structure.check_bytes((numbers + risk.space.size) * risk.anchor.element_size())
     diagonal = torch.zeros_like(risk.anchor)
     views = dict(zip(risk.space.names, risk.space.split(diagonal)))
     for piece in layer_passes(curvature, layers, risk):
@@ -257,21 +258,15 @@ def ekfac(curvature: OutputCurvature, structure: EKFAC, risk: EmpiricalRisk) -> 
 class _Sums:
     """Sums of both factors of one layer over examples, while the data pass by."""
 
-    def __init__(
-        self, layer: nn.Module, names: _Names, sharing: WeightSharing, inputs: int, out: int, like: Tensor
-    ) -> None:
-        self.kind, self.names, self.sharing = layer, names, sharing
+    def __init__(self, layers: Layers, layer: nn.Module, sharing: WeightSharing, like: Tensor) -> None:
+        self.kind, self.names, self.sharing = layer, _names(layers, layer), sharing
+        shapes = dict(zip(layers.space.names, layers.space.shapes))
+        held = [shapes[name] for name in self.names if name is not None]
+        if self.names[0] is not None and layer_kinds.is_transposed(layer):
+            held[0] = held[0][::-1]
+        inputs, out = sum(shape[1:].numel() for shape in held), held[0][0]
         self.a, self.g = like.new_zeros(inputs, inputs), like.new_zeros(out, out)
         self.idle = 0  # examples without a position that counts
-
-    @classmethod
-    def of(cls, layers: Layers, layer: nn.Module, sharing: WeightSharing, like: Tensor) -> _Sums:
-        names = _names(layers, layer)
-        shapes = dict(zip(layers.space.names, layers.space.shapes))
-        held = [shapes[name] for name in names if name is not None]
-        if names[0] is not None and layer_kinds.is_transposed(layer):
-            held[0] = held[0][::-1]
-        return cls(layer, names, sharing, sum(shape[1:].numel() for shape in held), held[0][0], like)
 
     def add_inputs(self, tap: Tap, examples: int, counting: Counting) -> None:
         weight, bias = self.names
@@ -342,12 +337,5 @@ def _from_lower(matrix: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
 
 
 def _names(layers: Layers, layer: nn.Module) -> _Names:
-    found = layers.places(layer)
+    found = layers.owned[layer]
     return found.get("weight"), found.get("bias")
-
-
-def _check_memory(structure: Factorised, factors: dict[nn.Module, _Sums], risk: EmpiricalRisk) -> None:
-    numbers = sum(
-        s.a.numel() + s.g.numel() + structure.corrections * len(s.a) * len(s.g) for s in factors.values()
-    )
-    structure.check_bytes((numbers + risk.space.size) * risk.anchor.element_size())

@@ -34,7 +34,8 @@ def curvature_matrix(curvature: Curvature, structure: Structure, risk: Empirical
 def structured(curvature: Curvature, structure: Structure, risk: EmpiricalRisk) -> Matrix:
     """The matrix of `structure` for the curvature of `risk`, before the kind mends its eigenvalues: by the nearest
     registered rule, or else by products."""
-    return _rule_for(curvature, structure)(curvature, structure, risk)
+    nearest = next((_RULES[pair] for pair in _pairs(curvature, structure) if pair in _RULES), by_products)
+    return nearest(curvature, structure, risk)
 
 
 def by_products(curvature: Curvature, structure: Structure, risk: EmpiricalRisk) -> Matrix:
@@ -68,10 +69,6 @@ def refusal(curvature: type, structure: type) -> Callable[[Refusal], Refusal]:
 def has_rule(curvature: Curvature, structure: Structure) -> bool:
     """Whether a shortcut is registered for the pair."""
     return any(pair in _RULES for pair in _pairs(curvature, structure))
-
-
-def _rule_for(curvature: Curvature, structure: Structure) -> Rule:
-    return next((_RULES[pair] for pair in _pairs(curvature, structure) if pair in _RULES), by_products)
 
 
 def _pairs(curvature: Curvature, structure: Structure) -> list[tuple[type, type]]:

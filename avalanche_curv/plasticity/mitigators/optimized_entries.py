@@ -22,14 +22,10 @@ class OptimizedEntries:
     def __init__(self, selected: set[int], optimizer: Optimizer) -> None:
         self.selected, self.optimizer = selected, optimizer
 
-    def is_selected(self, parameter: Any) -> bool:
-        """Whether the entries of `parameter` may be changed."""
-        return id(parameter) in self.selected
-
     def reset(self, parameter: Any, mask: Bool[Tensor, "..."], value: Tensor | float) -> None:
         """Sets the entries where `mask` holds to `value`, and the optimiser's state of them to its start; does nothing
         for a parameter that is not selected."""
-        if not self.is_selected(parameter):
+        if id(parameter) not in self.selected:
             return
         value = value.to(parameter) if isinstance(value, Tensor) else torch.full_like(parameter, value)
         parameter.copy_(torch.where(mask, value, parameter))
@@ -42,7 +38,7 @@ class OptimizedEntries:
         """Sets the optimiser's state of all entries of `parameter` to its start, counts of steps included."""
         self.reset(parameter, torch.ones_like(parameter, dtype=torch.bool), parameter.clone())
         state = self.optimizer.state.get(parameter, {})
-        if not self.is_selected(parameter) or not state:
+        if id(parameter) not in self.selected or not state:
             return
         starts = {"step": 0.0, "mu_product": 1.0, "mu": 1.0, "eta": self._rate(parameter)}  # of NAdam and ASGD
         for name in starts.keys() & state.keys():
