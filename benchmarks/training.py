@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import repeat
 from typing import Any, Protocol
 
 import torch
@@ -124,10 +125,15 @@ class Trainer:
 
     def accuracies(self, tests: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> list[float]:
         """Accuracy on each test set, in eval mode."""
-        model = self.strategy.model
-        model.eval()
-        with torch.no_grad():
-            return [(model(x).argmax(1) == y).float().mean().item() for x, y in tests]
+        return accuracies(self.strategy.model, tests)
+
+
+def accuracies(model: nn.Module, tests: Iterable[Data], tasks: Iterable[int] | None = None) -> list[float]:
+    """The accuracy of a model on each test set, in eval mode; with `tasks` each by the head of its task."""
+    model.eval()
+    told: Iterable[tuple[int, ...]] = repeat(()) if tasks is None else ((task,) for task in tasks)
+    with torch.no_grad():
+        return [(model(x, *task).argmax(1) == y).float().mean().item() for (x, y), task in zip(tests, told)]
 
 
 def summary(rows: list[list[float]]) -> dict[str, float]:
@@ -150,9 +156,14 @@ def test_sets(benchmark: Any, limit: int) -> list[tuple[torch.Tensor, torch.Tens
     for experience in benchmark.test_stream:
         dataset = experience.dataset.eval()
         order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:limit]
-        items = [dataset[int(index)] for index in order]
-        sets.append((torch.stack([item[0] for item in items]), torch.tensor([int(item[1]) for item in items])))
+        sets.append(stacked(dataset, order.tolist()))
     return sets
+
+
+def stacked(dataset: Any, places: Iterable[int] | None = None) -> Data:
+    """The inputs and targets of a data set of single examples, or of those at some places."""
+    items = [dataset[index] for index in (range(len(dataset)) if places is None else places)]
+    return torch.stack([item[0] for item in items]), torch.tensor([int(item[1]) for item in items])
 
 
 def logged(evaluation: EvaluationPlugin, names: Iterable[str]) -> list[Record]:

@@ -49,6 +49,17 @@ def table(columns: Sequence[Column], rows: Sequence[Sequence[Cell]], footnotes: 
     return "\n".join([*lines, *[f"\n{mark} {note}" for note, mark in marks.items()]])
 
 
+def in_powers(summary: Summary | None) -> str | None:
+    """A cell of two digits in powers of ten, for numbers of any size.
+
+    >>> in_powers(Summary(0.00123, 0.0004, 5)), in_powers(Summary(12.0, None, 1))
+    ('1.2e-03 ± 4e-04', '1.2e+01')
+    """
+    if summary is None:
+        return None
+    return f"{summary.mean:.1e}" + ("" if summary.std is None else f" ± {summary.std:.0e}")
+
+
 def _written(column: Column, cells: Sequence[Cell]) -> list[str]:
     """The texts of a column, the best in bold: each one whose written mean equals the written best."""
     means = [cell.mean if isinstance(cell, Summary) else None if isinstance(cell, str) else cell for cell in cells]

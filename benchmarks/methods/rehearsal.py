@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from avalanche_curv.core.quadratic.policies import part_seed
 from avalanche_curv.core.risk.batches import random_part
 from benchmarks.methods.base import Learner, Method, common
+from benchmarks.training import stacked
 
 SAMPLED = 256  # examples behind A-GEM's reference gradient (Chaudhry et al. 2019, for MNIST)
 
@@ -148,8 +149,7 @@ class MemoryLoss(SupervisedPlugin):
     def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
         dataset = strategy.experience.dataset.eval()
         part = random_part(len(dataset), self.fraction, part_seed(self.seed, len(self.memory)))
-        items = [dataset[int(index)] for index in part]
-        self.memory.append((torch.stack([item[0] for item in items]), torch.tensor([int(item[1]) for item in items])))
+        self.memory.append(stacked(dataset, part.tolist()))
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from avalanche_curv.streams import PermutedDigits, RotatedDigits, SineBoundary, 
 from avalanche_curv.streams._benchmark import Examples, assembled, benchmark
 from benchmarks.data import CLASSES, DEVIATION, FASHION, MEAN, mnist, normalised
 from benchmarks.streams.scenario import CLASS, TASK
-from benchmarks.training import Data
+from benchmarks.training import Data, stacked
 
 SIDE = 28
 BLACK = torch.zeros(1).sub(MEAN).div(DEVIATION).item()
@@ -184,7 +184,7 @@ def _renamed(found: Any, scenario: str, experiences: int, rename: Renamed) -> An
     splits = []
     for number, pair in enumerate(zip(found.train_stream[:experiences], found.test_stream)):
         known = torch.tensor(pair[0].classes_in_this_experience)
-        parts = (_tensors(experience.dataset) for experience in pair)
+        parts = (stacked(experience.dataset) for experience in pair)
         splits.append([Examples(x, rename(y, known, number)) for x, y in parts])
     return _in_memory(splits, scenario)
 
@@ -194,11 +194,6 @@ def _in_memory(splits: Sequence[Sequence[Any]], scenario: str) -> Any:
     labels = [number * (scenario == TASK) for number in range(len(splits))]
     classes = {int(target) for train, _ in splits for target in set(map(int, train.targets))}
     return benchmark([(train, test) for train, test in splits], labels, len(classes))
-
-
-def _tensors(dataset: Any) -> Data:
-    items = [dataset[index] for index in range(len(dataset))]
-    return torch.stack([item[0] for item in items]), torch.tensor([item[1] for item in items])
 
 
 def _of_classes(dataset: Any, classes: set[int]) -> Any:

@@ -13,7 +13,6 @@ from avalanche_curv import EmpiricalRisk, Energy, GradientProjection, InputSpace
 from avalanche_curv.core.projection import Projector
 from benchmarks.experiments.projections import experiment as projections
 from benchmarks.experiments.projections.experiment import (
-    FIRST_TUNING_SEED,
     GRIDS,
     MAIN,
     PARTS,
@@ -30,6 +29,7 @@ from benchmarks.experiments.projections.experiment import (
 from benchmarks.experiments.projections.report import report
 from benchmarks.harness import UsageError
 from benchmarks.harness.experiment import describe
+from benchmarks.harness.tuning import FIRST_SEED
 from benchmarks.streams.whole_batches import WholeBatches
 
 THRESHOLDS = (0.95, 0.99, 0.99)
@@ -183,7 +183,7 @@ def test_a_report_of_incomplete_results_is_written_with_what_the_paper_published
 def test_strengths_lie_within_the_grids_that_are_tried_on_seeds_that_are_not_reported():
     assert all(min(GRIDS[name]) < strength < max(GRIDS[name]) for name, strength in STRENGTHS.items())
     by_part = {part: experiment.configs(ProjectionsOptions(quick=True, part=part)) for part in PARTS}
-    assert {c.first_seed for c in by_part[TUNE]} == {FIRST_TUNING_SEED}
+    assert {c.first_seed for c in by_part[TUNE]} == {FIRST_SEED}
     assert {c.first_seed for part in PARTS if part != TUNE for c in by_part[part]} == {0}
     tried = {(type(c.method), c.method.strength) for c in by_part[TUNE]}
     assert {(type(c.method), c.method.strength) for c in by_part[MAIN] if c.label in STRENGTHS} <= tried

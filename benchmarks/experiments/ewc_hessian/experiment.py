@@ -35,7 +35,7 @@ from benchmarks.data import CLASSES, PIXELS, mnist
 from benchmarks.harness import Context, Experiment, Options, Record
 from benchmarks.methods import Method, Ours, Plain
 from benchmarks.streams import STREAMS
-from benchmarks.training import Data, TimedEvaluation, Trainer, learner, summary
+from benchmarks.training import Data, TimedEvaluation, Trainer, learner, stacked, summary
 
 PLAIN, REFERENCE, SQUARED = "no penalty", "Fisher", "squared batch gradient"
 BORROWED = f"{SQUARED} at the Hessian's λ"  # the note's comparison: one strength for both
@@ -195,12 +195,8 @@ def some(total: int, count: int, seed: int, number: int) -> Tensor:
 def permuted_digits(experiences: int, seed: int, dataset_root: Path | None, examples: int = 60_000) -> Stream:
     """All digits of scikit-learn, which need no download, for quick runs."""
     found = PermutedDigits(experiences, seed=seed)
-    return Stream(found, _tensors(found.train_stream[0]), tuple(_tensors(e) for e in found.test_stream))
-
-
-def _tensors(experience: Any) -> Data:
-    items = [experience.dataset[index] for index in range(len(experience.dataset))]
-    return torch.stack([item[0] for item in items]), torch.tensor([item[1] for item in items])
+    tests = tuple(stacked(experience.dataset) for experience in found.test_stream)
+    return Stream(found, stacked(found.train_stream[0].dataset), tests)
 
 
 STREAMS_OF_TENSORS = {"permuted_mnist": (permuted_mnist, PIXELS), "permuted_digits": (permuted_digits, 64)}

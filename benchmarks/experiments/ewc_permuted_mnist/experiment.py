@@ -28,13 +28,13 @@ from benchmarks.experiments.ewc_permuted_mnist.sums import TRIED, methods, price
 from benchmarks.harness import Context, Experiment, Options, Record
 from benchmarks.harness.errors import selected
 from benchmarks.harness.options import one_of, positive
+from benchmarks.harness.tuning import FIRST_SEED
 from benchmarks.methods import Method, Multitask, Ours, Plain
 from benchmarks.networks import mlp
 from benchmarks.streams.whole_batches import TensorStream, accuracy_records, permuted, plain_trainer
 from benchmarks.training import Data, Trainer, mean, summary
 
 MAIN, TUNE, ORIGINAL, SUMS, FIFTY = PARTS = ("main", "tune", "original", "sums", "fifty")
-FIRST_TUNING_SEED = 1000
 VALIDATION = 0.1  # of the training images, in tuning
 PART = 0.1  # of the examples of a task, on which its curvature is estimated
 THEIRS = 2.0  # our strength where Avalanche's EWC has ewc_lambda = 1, since it leaves out the ½
@@ -139,7 +139,7 @@ class Row:
         return [
             Config(
                 f"{self.label} at {strength:g}", self.method.with_strength(strength), setting, self.changed,
-                self.slowdown, FIRST_TUNING_SEED,
+                self.slowdown, FIRST_SEED,
             )
             for strength in self.tried
         ]

@@ -22,7 +22,7 @@ from benchmarks.data import ALL, CLASSES, DEVIATION, MEAN, Images, check, read
 from benchmarks.harness import Context, Experiment, Options, Record
 from benchmarks.networks import many_heads, mlp
 from benchmarks.streams.whole_batches import Examples, TensorStream, accuracy_records, plain_trainer
-from benchmarks.training import Trainer, summary
+from benchmarks.training import Trainer, accuracies, summary
 
 EXACT, NAIVE = "exact", "Naive"
 COMMON = 1e4  # a strength at which every estimator is tried
@@ -106,7 +106,8 @@ class FisherEstimators(Experiment):
         rows: list[list[float]] = []
         for learned, experience in enumerate(found.benchmark.train_stream, start=1):
             trainer.train(experience)
-            rows.append(accuracies(trainer, found, learned))
+            tests = [(test.inputs, test.targets) for test in found.tests[:learned]]
+            rows.append(accuracies(trainer.strategy.model, tests, range(learned)))
             yield from accuracy_records(rows[-1], learned)
         scalars = summary(rows) | {"seconds": trainer.seconds} | watched.scalars()
         yield from ({"metric": name, "value": value} for name, value in scalars.items())
@@ -165,16 +166,6 @@ def build(config: Config, found: TensorStream, policy: Watched) -> Trainer:
         curvature = config.estimator.seeded(policy.seed)
         plugins.append(CurvatureEWCPlugin(config.strength, curvature=curvature, policy=policy))
     return plain_trainer(found, model, optimizer, plugins, batch=setting.batch, steps=setting.steps)
-
-
-def accuracies(trainer: Trainer, found: TensorStream, learned: int) -> list[float]:
-    """On the test images of each task learned so far, by the head of the task."""
-    model = trainer.strategy.model.eval()
-    with torch.no_grad():
-        return [
-            (model(test.inputs, test.task).argmax(1) == test.targets).float().mean().item()
-            for test in found.tests[:learned]
-        ]
 
 
 experiment = FisherEstimators()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.experiments.leakage.experiment import RANDOM, TRAINED, expected
 from benchmarks.harness.plots import COLOURS, MARKERS, MUTED, new_figure, saved, tidy
 from benchmarks.harness.results import Summary
-from benchmarks.harness.tables import Cell, Column, table
+from benchmarks.harness.tables import Cell, Column, in_powers, table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -57,17 +57,6 @@ def report(results: Results, out: Path) -> str:
             _trained_table(choices, "step"), "![Leakage by optimiser](leakage_optimisers.png)",
         ]  # fmt: skip
     return "\n\n".join(written)
-
-
-def small(value: Summary | None) -> str | None:
-    """In powers of ten.
-
-    >>> small(Summary(1.25e-7, 2e-8, 5))
-    '1.2e-07 ± 2e-08'
-    """
-    if value is None:
-        return None
-    return f"{value.mean:.1e}" + ("" if value.std is None else f" ± {value.std:.0e}")
 
 
 def _random_table(random: Results) -> str:
@@ -138,7 +127,7 @@ def _trained_table(choices: Choices, metric: str = "drift") -> str:
     for name in choices:
         found = [values.get(name) for values in by_kind]
         trial = [FIRST_TRIALS.get(name)] if metric == "drift" else []
-        rows.append([name, *map(small, found), *trial, max((cell.n for cell in found if cell), default=0)])
+        rows.append([name, *map(in_powers, found), *trial, max((cell.n for cell in found if cell), default=0)])
     columns = [Column("optimiser"), *(Column(f"{kind}()") for kind in KINDS)]
     if metric == "drift":
         columns.append(Column("GradientProjection() in first trials"))

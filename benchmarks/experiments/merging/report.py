@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,42 +50,37 @@ def report(results: Results, out: Path) -> str:
     if exact.columns:
         sections += [EXACT.format_map(exact.first), _exact(exact)]
     if lossy.columns:
-        sections += [LOSSY, *(_lossy(network, part) for network, part in lossy.by("network"))]
+        sections += [LOSSY, *(f"### {network}\n\n{_lossy(part)}" for network, part in lossy.by("network"))]
         _figure(lossy, out)
         sections += [*_gains(lossy), "![Accuracy by damping](merging.png)"]
     return "\n\n".join(sections)
 
 
 def _exact(results: Results) -> str:
+    def gap(one: Results | None) -> Cell:
+        found = one.final("gap") if one else None
+        return f"{found.mean:.2g}" if found else None
+
+    return _by_split(results, "heads", "gap", gap)
+
+
+def _lossy(results: Results) -> str:
+    def damping(one: Results | None) -> Cell:
+        return "" if one is None or one.first["damping"] is None else f"{one.first['damping']:g}"
+
+    return _by_split(results, "networks", "τ", damping)
+
+
+def _by_split(results: Results, title: str, beside: str, of: Callable[[Results | None], Cell]) -> str:
+    """The accuracy of each method for each split of the classes, with a further cell beside it."""
     splits = dict(results.by("split"))
     rows: list[list[Cell]] = []
     for method, part in results.by("method"):
-        cells: list[Cell] = [method]
-        for split in splits:
-            one = next(part.where(split=split).each(), None)
-            gap = one.final("gap") if one else None
-            cells += [one.final("accuracy") if one else None, f"{gap.mean:.2g}" if gap else None]
-        rows.append([*cells, _count(part)])
-    columns = [Column("heads")]
-    for split in splits:
-        columns += [Column(split), Column("gap")]
-    return table([*columns, Column("n")], rows)
-
-
-def _lossy(network: str, results: Results) -> str:
-    splits = dict(results.by("split"))
-    rows: list[list[Cell]] = []
-    for method, part in results.by("method"):
-        cells: list[Cell] = [method]
-        for split in splits:
-            one = next(part.where(split=split).each(), None)
-            damping = one.first["damping"] if one else None
-            cells += [one.final("accuracy") if one else None, "" if damping is None else f"{damping:g}"]
-        rows.append([*cells, _count(part)])
-    columns = [Column("networks")]
-    for split in splits:
-        columns += [Column(split), Column("τ")]
-    return f"### {network}\n\n{table([*columns, Column('n')], rows)}"
+        found = [next(part.where(split=split).each(), None) for split in splits]
+        cells = (cell for one in found for cell in (one.final("accuracy") if one else None, of(one)))
+        rows.append([method, *cells, _count(part)])
+    columns = [column for split in splits for column in (Column(split), Column(beside))]
+    return table([Column(title), *columns, Column("n")], rows)
 
 
 def _count(results: Results) -> int:

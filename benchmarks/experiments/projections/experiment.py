@@ -30,6 +30,7 @@ from benchmarks.data import CLASSES, DEVIATION, MEAN, PIXELS, check, read
 from benchmarks.harness import Context, Experiment, Options, Record
 from benchmarks.harness.errors import selected
 from benchmarks.harness.options import one_of, positive
+from benchmarks.harness.tuning import FIRST_SEED
 from benchmarks.methods import AvalancheEWC, Method, Multitask, Ours, Plain, Projected, Rehearsal
 from benchmarks.networks import mlp
 from benchmarks.streams.whole_batches import TensorStream, permuted, plain_trainer
@@ -42,7 +43,6 @@ MOMENTUM = 0.9
 RANK = {MAIN: 20, WIDE: 100, TUNE: 20}
 STRENGTHS = {EWC: 30.0, CURVATURE_EWC: 3.0}  # `run projections --part tune --tasks 5 --epochs 1`
 GRIDS = {EWC: (10.0, 30.0, 100.0, 300.0, 1000.0), CURVATURE_EWC: (1.0, 3.0, 10.0, 30.0, 100.0)}
-FIRST_TUNING_SEED = 1000
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def rows(setting: Setting, part: str, rank: int | None) -> list[Config]:
     """The grid of a part."""
     if part == TUNE:
         return [
-            Config(f"{name} at {strength:g}", name, penalised(name, strength), setting, first_seed=FIRST_TUNING_SEED)
+            Config(f"{name} at {strength:g}", name, penalised(name, strength), setting, first_seed=FIRST_SEED)
             for name, grid in GRIDS.items()
             for strength in grid
         ]

@@ -13,7 +13,7 @@ from torch import nn
 
 from avalanche_curv import Eigenspace, Fisher, OrthogonalProjectionPlugin, Rank, SineBoundary
 from benchmarks.harness import Context, Experiment, Options, Record
-from benchmarks.training import CosinePerExperience, TimedEvaluation, learner, mean, test_sets
+from benchmarks.training import CosinePerExperience, TimedEvaluation, accuracies, learner, mean, test_sets
 
 RANKS = (10, 100, 300, 500, 1000)
 NULL = 1e-7  # of the largest eigenvalue of a task: below this its loss does not bend, but for rounding
@@ -93,12 +93,6 @@ class Watcher(SupervisedPlugin):
         self.batches.append((right.double().mean().item(), len(right)))
         moved = ((p.detach() - a).double() for p, a in zip(strategy.model.parameters(), self._start))
         self.distance.append(sum(float(part.square().sum()) for part in moved) ** 0.5)
-
-
-def accuracies(model: nn.Module, tests: list[tuple[torch.Tensor, torch.Tensor]]) -> list[float]:
-    """On each test set."""
-    with torch.no_grad():
-        return [(model(x).argmax(1) == y).float().mean().item() for x, y in tests]
 
 
 def fluctuation(batches: Sequence[tuple[float, int]], examples: int) -> tuple[float, float]:

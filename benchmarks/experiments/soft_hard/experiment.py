@@ -28,7 +28,7 @@ from avalanche_curv import (
 from avalanche_curv.streams._benchmark import Examples, benchmark
 from benchmarks.harness import Context, Experiment, Options, Record
 from benchmarks.harness.options import positive
-from benchmarks.training import TimedEvaluation, Trainer, learner, mean, test_sets
+from benchmarks.training import TimedEvaluation, Trainer, learner, mean, stacked, test_sets
 
 RANKS = (5, 20, 50, 100)
 STRENGTHS = (0.01, 0.1, 1.0, 10.0, 100.0, 1000.0)
@@ -157,9 +157,8 @@ def stream(setting: Setting, seed: int) -> Any:
 
 
 def _told_apart(experience: Any) -> Examples:
-    items = [(item[0], int(item[1])) for item in experience.dataset.eval()]
-    first = min(target for _, target in items)
-    return Examples(torch.stack([x for x, _ in items]), torch.tensor([int(target != first) for _, target in items]))
+    inputs, targets = stacked(experience.dataset.eval())
+    return Examples(inputs, (targets != targets.min()).long())
 
 
 experiment = SoftHard()

@@ -41,7 +41,7 @@ from avalanche_curv.core.risk.several import frozen_together
 from benchmarks.experiments.sources.per_example import Derivatives, derivatives, has_kappa, losses_at, unit_of
 from benchmarks.harness import Context, Experiment, Options, Record
 from benchmarks.methods import MemoryReplay
-from benchmarks.training import CosinePerExperience, TimedEvaluation, Trainer, learner, mean, test_sets
+from benchmarks.training import CosinePerExperience, TimedEvaluation, Trainer, learner, mean, stacked, test_sets
 
 BATCH = 5
 
@@ -265,10 +265,8 @@ class Watcher(SupervisedPlugin):
             self._measure(strategy.model)
 
     def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
-        dataset = strategy.experience.dataset.eval()
-        items = [dataset[index] for index in range(len(dataset))]
-        batch = (torch.stack([item[0] for item in items]), torch.tensor([int(item[1]) for item in items]))
-        risk = EmpiricalRisk.snapshot(strategy.model, strategy._criterion, [batch])
+        batches = [stacked(strategy.experience.dataset.eval())]
+        risk = EmpiricalRisk.snapshot(strategy.model, strategy._criterion, batches)
         part = part_of(risk, self.memory, 0, len(self.own))
         for one in self.watched:
             if self.ewc is None:

@@ -35,14 +35,14 @@ from benchmarks.data import ALL, CLASSES, check, read
 from benchmarks.harness import Context, Experiment, Options, Record
 from benchmarks.harness.errors import selected
 from benchmarks.harness.options import one_of
+from benchmarks.harness.tuning import FIRST_SEED
 from benchmarks.networks import many_heads, mlp
 from benchmarks.streams.features import RandomReLU
 from benchmarks.streams.scenario import CLASS, DOMAIN, TASK
 from benchmarks.streams.whole_batches import Examples, TensorStream, plain_trainer
-from benchmarks.training import summary
+from benchmarks.training import accuracies, summary
 
 MAIN, TUNE, EVIDENCE = PARTS = ("main", "tune", "evidence")
-FIRST_TUNING_SEED = 1000
 TRIED = tuple(10.0**power for power in range(-1, 6))
 
 
@@ -236,7 +236,7 @@ class Strengths(Experiment):
             check(setting.images, options.dataset_root)
         if options.part == TUNE:
             return [
-                Config(f"{setting.stream}, {strength:g}", setting, Given(strength), f"{strength:g}", FIRST_TUNING_SEED)
+                Config(f"{setting.stream}, {strength:g}", setting, Given(strength), f"{strength:g}", FIRST_SEED)
                 for setting in found for strength in TRIED
             ]  # fmt: skip
         if options.part == EVIDENCE:
@@ -265,7 +265,8 @@ class Strengths(Experiment):
             yield {"metric": "average_accuracy", "value": math.nan}
             return
         tested = (held if config.first_seed else test)[: config.choice.tasks]
-        row = accuracies(learned.strategy.model, tested)
+        tasks_told = [part.task for part in tested] if config.setting.scenario == TASK else None
+        row = accuracies(learned.strategy.model, [part.all() for part in tested], tasks_told)
         (strength,) = (one.strength for one in learned.strategy.plugins if isinstance(one, CurvatureEWCPlugin))
         scalars = {"average_accuracy": summary([row])["average_accuracy"], "trained": learned.trained / len(tasks)}
         scalars |= learned.scalars
@@ -322,18 +323,6 @@ def build(setting: Setting, strength: float | StrengthRule, found: TensorStream,
     optimizer = torch.optim.Adam(model.parameters(), lr=setting.rate, fused=True)
     plugin = CurvatureEWCPlugin(strength, structure=setting.structure, policy=setting.policy)
     return plain_trainer(found, model, optimizer, [plugin], batch=setting.batch, steps=setting.steps).strategy
-
-
-def accuracies(model: nn.Module, tested: Parts) -> list[float]:
-    """On each task, by its head where it has one."""
-    model.eval()
-    with torch.no_grad():
-        outputs = [model(part.inputs, part.task) if _is_told(model) else model(part.inputs) for part in tested]
-    return [(out.argmax(1) == part.targets).float().mean().item() for out, part in zip(outputs, tested)]
-
-
-def _is_told(model: nn.Module) -> bool:
-    return not isinstance(model, nn.Sequential)
 
 
 experiment = Strengths()

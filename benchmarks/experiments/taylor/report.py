@@ -12,7 +12,7 @@ import numpy as np
 from benchmarks.experiments.taylor.ratio import Inputs, expected_ratio, explained, fitted
 from benchmarks.harness import Summary, summarise
 from benchmarks.harness.plots import MUTED, legend, new_figure, saved, styles, tidy
-from benchmarks.harness.tables import Column, table
+from benchmarks.harness.tables import Column, in_powers, table
 
 if TYPE_CHECKING:
     from benchmarks.harness.results import Results
@@ -239,24 +239,13 @@ def _places(paths: Sequence[Results]) -> str:
     for one in paths:
         steps = [int(step) for step, _ in one.curve("distance")]
         for step in dict.fromkeys(steps[place] for place in (0, len(steps) // 3, 2 * len(steps) // 3, -1)):
-            found = [short(one.final(name, step=step)) for name in COLUMNS]
+            found = [in_powers(one.final(name, step=step)) for name in COLUMNS]
             rows.append([f"{one.label}, step {step}", one.final("distance", step=step), *found])
     columns = [Column("training on B"), Column("distance", 2), *map(Column, COLUMNS.values())]
     return (
         "Mean ± standard deviation over seeds. \"Predicted by diag(H)\" is ½ δᵀ diag(H) δ, which EWC holds against the "
         "increase; \"GGN for H\" is ½ |δᵀ (H − GGN) δ|:\n\n" + table(columns, rows)
     )
-
-
-def short(summary: Summary | None) -> str | None:
-    """Two digits, for numbers of any size.
-
-    >>> short(Summary(0.00123, 0.0004, 5)), short(Summary(12.0, None, 1))
-    ('1.2e-03 ± 4e-04', '1.2e+01')
-    """
-    if summary is None:
-        return None
-    return f"{summary.mean:.1e}" + ("" if summary.std is None else f" ± {summary.std:.0e}")
 
 
 def _error_figure(paths: Sequence[Results], path: Path) -> None:
