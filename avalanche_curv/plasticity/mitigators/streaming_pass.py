@@ -17,10 +17,10 @@ from avalanche_curv.core.loops.compiled import compiled, is_alone, is_plain
 
 SOURCE = """
 void stream(long count, const long *sizes, float *const *gradients, float *const *parameters, float *const *importances,
-            float *const *anchors, const float *weights, float keep, float nearer) {
+            float *const *anchors, const float *weights, float keep, float take, float nearer) {
     for (long k = 0; k < count; k++) {
         float *restrict g = gradients[k], *restrict f = importances[k], *restrict a = anchors[k];
-        const float *restrict p = parameters[k], weight = weights[k], take = 1 - keep;
+        const float *restrict p = parameters[k], weight = weights[k];
         for (long i = 0, n = sizes[k]; i < n; i++) {
             const float pull = p[i] - a[i];
             f[i] = keep * f[i] + take * g[i] * g[i];
@@ -38,7 +38,7 @@ def library() -> Any:
     found = compiled(SOURCE)
     if found is not None:
         found.stream.restype = None
-        found.stream.argtypes = [ctypes.c_long, *[ctypes.c_void_p] * 6, ctypes.c_float, ctypes.c_float]
+        found.stream.argtypes = [ctypes.c_long, *[ctypes.c_void_p] * 6, *[ctypes.c_float] * 3]
     return found
 
 
@@ -69,6 +69,6 @@ def streamed(
     pointers = [array("Q", map(Tensor.data_ptr, kind)) for kind in kinds]
     library().stream(
         len(sizes), sizes.buffer_info()[0], *(kind.buffer_info()[0] for kind in pointers), factors.buffer_info()[0],
-        keep, nearer,
+        keep, 1 - keep, nearer,
     )  # fmt: skip
     return True
