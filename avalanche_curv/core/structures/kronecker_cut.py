@@ -105,17 +105,15 @@ class LeadingPart(KroneckerTerm):
 
 
 def leading_part(term: KroneckerTerm, cut: Cut) -> KroneckerTerm:
-    """The term cut to its leading eigenvectors; itself where a product would not become cheaper, and where it has grown
-    since it was estimated, so that its eigenvectors do not span the layer.
+    """The term cut to its leading eigenvectors; itself where a product would not become cheaper, and where its layer
+    has grown since it was estimated: of what came later it knows no eigenvalue to average.
 
     The squared error in the Frobenius norm is the sum of (λ − mean)² over each of the parts whose mean is kept; all of
     it lies between 0 and the largest eigenvalue that was cut.
     """
-    if isinstance(term, LeadingPart):
+    if isinstance(term, LeadingPart) or not term.spans:
         return term
     values, g, a = term.eigen()
-    if g.shape[0] != g.shape[1] or a.shape[0] != a.shape[1]:
-        return term
     rows, columns = (values.sum(dim).argsort(descending=True) for dim in (1, 0))
     values = values[rows[:, None], columns]
     r, s = cut.corner(values)

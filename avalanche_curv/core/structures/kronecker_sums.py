@@ -54,12 +54,14 @@ class OnePair(KroneckerSum):
     def _merged(self, terms: list[KroneckerTerm]) -> KroneckerTerm:
         pairs = [term.factors() for term in terms]
         x, y = (w / w.mean() for w in self.weights(pairs))
-        merged = Factors(_weighted(x, [pair.a for pair in pairs]), _weighted(y, [pair.g for pair in pairs]))
+        a, g = _weighted(x, [pair.a for pair in pairs]), _weighted(y, [pair.g for pair in pairs])
+        merged = Factors(a, g, any(term.spans for term in terms))
         if all(term.is_product for term in terms):
             return merged.scaled(sum(term.trace() for term in terms) / merged.trace())
         _, q_g, q_a = merged.eigen()
         diagonals = [term.diagonal_in(q_g, q_a) for term in terms]
-        return Corrected(without_rounding(_weighted(torch.ones(len(terms)), diagonals)), q_g, q_a)
+        values = without_rounding(_weighted(torch.ones(len(terms)), diagonals))
+        return Corrected(values, q_g, q_a, spans=merged.spans)
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,9 @@ class KroneckerTerm(Storable, ABC):
     is_product: bool = False
     """Whether it is the Kronecker product of its `factors`."""
 
+    spans: bool = True
+    """Whether it was estimated over all changes of the layer, which may have grown since."""
+
     @abstractmethod
     def adder(self, own: Float[Tensor, "out in"], widths: Sequence[int]) -> Adder:
         """What adds products of the matrix without its level with the change that stands in the memory `own`, which
@@ -93,6 +96,7 @@ class Factors(KroneckerTerm):
 
     a: Float[Tensor, "in in"]
     g: Float[Tensor, "out out"]
+    spans: bool = True
 
     def adder(self, own: Float[Tensor, "out in"], widths: Sequence[int]) -> Adder:
         out, inputs = own.shape
@@ -113,16 +117,16 @@ class Factors(KroneckerTerm):
     def placed(self, rows: Tensor, columns: Tensor, out: int, inputs: int) -> Factors:
         g, a = self.g.new_zeros(out, out), self.a.new_zeros(inputs, inputs)
         g[rows[:, None], rows], a[columns[:, None], columns] = self.g, self.a
-        return Factors(a, g)
+        return Factors(a, g, self.spans and (out, inputs) == (len(self.g), len(self.a)))
 
     def grown(self, known: int) -> Factors:
         g = self.g.clone()
         g.diagonal()[known:] = g.trace() / known
-        return replace(self, g=g)
+        return replace(self, g=g, spans=True)
 
     def map_spectrum(self, function: Callable[[Tensor], Tensor]) -> KroneckerTerm:
         values, g, a = self.eigen()
-        return Corrected(function(values), g, a)
+        return Corrected(function(values), g, a, spans=self.spans)
 
     def eigen(self) -> tuple[Tensor, Tensor, Tensor]:
         (of_g, g), (of_a, a) = (spectrum(factor) for factor in (self.g, self.a))
@@ -156,6 +160,7 @@ class Corrected(KroneckerTerm):
     g: Float[Tensor, "out out"]
     a: Float[Tensor, "in in"]
     is_product: bool = False
+    spans: bool = True
 
     def adder(self, own: Float[Tensor, "out in"], widths: Sequence[int]) -> Adder:
         (out, r), s = self.g.shape, self.a.shape[1]
@@ -179,13 +184,14 @@ class Corrected(KroneckerTerm):
         """Eigenvectors keep their number: only their entries get new places."""
         g, a = self.g.new_zeros(out, self.g.shape[1]), self.a.new_zeros(inputs, self.a.shape[1])
         g[rows], a[columns] = self.g, self.a
-        return replace(self, g=g, a=a)
+        return replace(self, g=g, a=a, spans=self.spans and (out, inputs) == (len(self.g), len(self.a)))
 
     def grown(self, known: int) -> Corrected:
         """By a further eigenvector for each of them."""
         later = torch.eye(len(self.g)).to(self.g)[:, known:]
         values = (self.values.sum(0) / known).expand(later.shape[1], -1)
-        return replace(self, values=torch.cat([self.values, values]), g=torch.cat([self.g, later], dim=1))
+        whole, spans = torch.cat([self.g, later], dim=1), len(self.a) == self.a.shape[1]
+        return replace(self, values=torch.cat([self.values, values]), g=whole, spans=spans)
 
     def map_spectrum(self, function: Callable[[Tensor], Tensor]) -> KroneckerTerm:
         return replace(self, values=function(self.values), is_product=False)

@@ -768,13 +768,19 @@ def test_a_limit_that_leaves_too_little_is_said_where_a_layer_is_cut():
 
 def test_a_cut_layer_that_grows_keeps_its_entries_and_gives_nothing_to_new_rows(close):
     small, large = (ParameterSpace(("weight", "bias"), (Size((out, 8)), Size((out,)))) for out in (8, 10))
-    matrix = one_layer(spiked(*FALLING), Rank(2)).compressed()
+    term = spiked(*FALLING)
+    corrected = term.map_spectrum(lambda x: x + x.square())
+    matrix = one_layer(term, Rank(2)).compressed()
     where = large.positions(small)
     expected = torch.zeros(large.size, large.size).double()
     expected[where[:, None], where] = matrix.dense()
     grown = matrix.embedded(small, large)
     close(grown.dense(), expected)
     assert grown.compressed() is grown
+    twice = replace(grown.plus(grown), cut=None).compressed()  # as a list merges its oldest terms
+    pair = one_layer(corrected).plus(one_layer(term)).embedded(small, large).compressed()
+    for old in (twice, pair, one_layer(term).embedded(small, large)):
+        close(replace(old, cut=Rank(2)).compressed().dense(), old.dense())
     new = one_layer(spiked([*FALLING[0], 0.1, 0.1], FALLING[1], 3), Rank(2))
     total = grown.plus(new.compressed()).compressed()
     assert total.trace() == pytest.approx(matrix.trace() + new.trace())
