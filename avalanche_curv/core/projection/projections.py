@@ -62,7 +62,7 @@ class StepProjection(_OfSteps):
     What is left in U is the rounding of θ, made up for at the next step (Kahan 1965), so that it does not add up.
 
     For float32 parameters on the CPU in one thread, where a C compiler is at hand, loops are compiled for the step, and
-    a large basis over whole parameters (from 2²¹ numbers) is read in 16 bits, with a scale for every 1,024 numbers: a
+    a large basis over whole parameters (from 2²¹ numbers) is read in 16 bits, with a scale for every 512 numbers: a
     copy for the length of a task, of half the basis' memory. The drift ‖U Δ‖ / ‖Δ‖ is then 3e-5 √(k/P) beside the
     rounding of θ, 2e-7 for 20 and 5e-7 for 100 of 478,410 dimensions (2e-8 and 6e-8 in float32 after 100 steps of Adam
     of that size; equal, 4e-6 and 8e-6, where all steps together are as small as 1e-4 ‖θ‖), and what is taken off Δ is
