@@ -102,10 +102,16 @@ class Factorised(Structure):
         return part if part[1] < whole[1] else whole
 
     def _layers(self, space: ParameterSpace) -> Iterator[tuple[int, int]]:
-        """[out, in] of each, with the bias."""
-        for name, shape in zip(space.names, space.shapes):
-            if len(shape) > 1 and name.rpartition(".")[2] == "weight":
-                yield shape[0], shape.numel() // shape[0] + (_bias(name) in space.names)
+        """[out, in] of each, with the bias; of a bias whose weight is frozen [out, 1]."""
+        shapes = dict(zip(space.names, space.shapes))
+        for name, shape in shapes.items():
+            kind, bias = name.rpartition(".")[2], shapes.get(_bias(name))
+            if len(shape) > 1 and kind == "weight":
+                out, inputs = shape[0], shape.numel() // shape[0]
+                out, inputs = (out, inputs) if bias is None or bias[0] == out else (inputs, out)
+                yield out, inputs + (bias is not None)
+            elif kind == "bias" and f"{name.removesuffix('bias')}weight" not in shapes:
+                yield shape[0], 1
 
 
 @dataclass(frozen=True)

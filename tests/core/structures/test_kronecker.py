@@ -362,6 +362,9 @@ def test_a_trainable_bias_of_a_frozen_weight_has_the_second_factor_alone(case, c
     assert layer.bias == "0.bias"
     assert layer.terms[0].a.tolist() == [[1.0]]
     close(layer.terms[0].g, factors(here.model[0], here.model, here.inputs, here.columns(GGN()))[1])
+    foreseen = Kronecker().bytes(here.risk.space, 8), Kronecker().cost(here.risk.space)
+    done = sum(len(x.terms[0].g) * len(x.terms[0].a) * x.terms[0].work for x in matrix.layers)
+    assert foreseen == (matrix.nbytes, 2 * matrix.size + done)
 
 
 @pytest.mark.parametrize("structure", [Kronecker(), EKFAC()], ids=str)
@@ -806,6 +809,11 @@ def test_a_cut_estimate_is_that_of_the_whole_cut_and_its_bytes_are_foreseen(stru
     done = [sum(len(term.g) * len(term.a) * term.work for term in some) for some in terms]
     assert done[0] + 2 * risk.space.size == costs[0]
     assert done[1] + 2 * risk.space.size <= costs[1] < costs[0]
+
+
+def test_a_weight_that_is_held_transposed_is_foreseen_with_its_bias():
+    space = ParameterSpace(("weight", "bias"), (Size((7, 3)), Size((3,))))
+    assert Kronecker().bytes(space, 1) == 24 + 3**2 + (7 + 1) ** 2
 
 
 def test_a_larger_convolution_has_the_entries_of_the_smaller_at_their_places(close):
