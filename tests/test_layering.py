@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -20,13 +21,22 @@ LOOSE = 9  # files in the core outside its rooms, at most
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
+@cache
+def statements(path):
+    """The imports of a file, in functions too, each with whether it is for types alone."""
+    tree = ast.parse(path.read_text())
+    for_types = {id(inner) for node in ast.walk(tree) if is_for_types(node) for inner in ast.walk(node)}
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+    return [(node, id(node) in for_types) for node in imports]
+
+
 def imported(path):
     """The full names that a file imports, `from a import b` as a.b; relative ones from their place."""
     here = path.relative_to(ROOT).with_suffix("").parts
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node, _ in statements(path):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
+        else:
             base = ".".join(here[: len(here) - node.level]) if node.level else ""
             module = ".".join(part for part in (base, node.module) if part)
             yield from (f"{module}.{alias.name}" for alias in node.names)
@@ -46,15 +56,11 @@ def edges_between_files(files):
     known = {module_of(path) for path in files}
     edges = {}
     for path in files:
-        tree = ast.parse(path.read_text())
-        for_types = {id(inner) for node in ast.walk(tree) if is_for_types(node) for inner in ast.walk(node)}
         found = set()
-        for node in ast.walk(tree):
-            if id(node) in for_types:
-                continue
+        for node in (node for node, for_types in statements(path) if not for_types):
             if isinstance(node, ast.Import):
                 found |= {alias.name for alias in node.names} & known
-            elif isinstance(node, ast.ImportFrom) and node.module:
+            elif node.module:
                 full = {f"{node.module}.{alias.name}" for alias in node.names}
                 found |= (full & known) or ({node.module} & known)
         edges[module_of(path)] = found - {module_of(path)}
@@ -93,16 +99,12 @@ def test_importing_the_package_loads_neither_avalanche_nor_anything_that_draws()
     assert result.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("path", [p for p in FILES if {"core", "plasticity"} & {*p.parts}], ids=lambda p: p.stem)
-def test_the_core_imports_torch_and_scipy_and_nothing_heavier(path):
+def test_the_core_imports_torch_and_scipy_and_nothing_heavier_but_curvlinops_by_one_door():
     allowed = {*sys.stdlib_module_names, "torch", "numpy", "scipy", "jaxtyping", "avalanche_curv"}
-    allowed |= {"curvlinops"} if path.name == "_curvlinops.py" else set()
-    assert {name.split(".")[0] for name in imported(path)} <= allowed
-
-
-def test_one_file_alone_imports_curvlinops():
-    doors = [p.name for p in FILES if any(name.split(".")[0] == "curvlinops" for name in imported(p))]
-    assert doors == ["_curvlinops.py"]
+    pure = [path for path in FILES if {"core", "plasticity"} & {*path.parts}]
+    heavier = {(path.name, name.split(".")[0]) for path in pure for name in imported(path)}
+    assert {(file, name) for file, name in heavier if name not in allowed} == {("_curvlinops.py", "curvlinops")}
+    assert not any(name.startswith("curvlinops") for path in {*FILES} - {*pure} for name in imported(path))
 
 
 def test_imports_never_go_up():
