@@ -84,7 +84,7 @@ def test_the_picture_stays_within_its_tolerance_while_a_refresh_at_the_end_alone
     assert max(errors[None]) <= 2e-3 < max(errors[0])
 
 
-@pytest.mark.parametrize("structure", [Dense(), Diagonal(), LowRank(Rank(3), max_rank=6)])
+@pytest.mark.parametrize("structure", [Dense(), LowRank(Rank(3), max_rank=6)])
 def test_a_growing_model_is_drawn_anew_before_each_experience_that_changes_its_past(
     growing, learner, train, structure
 ):

@@ -1,11 +1,15 @@
-"""Every structure with every policy while the model grows: folded quadratics against explicit sums over experiences."""
+"""Every structure with every policy while the model grows: folded quadratics against explicit sums over experiences,
+and the function of the past, which is frozen before it grows."""
 
 import copy
 from dataclasses import replace
+from functools import cache
 from itertools import product
 
 import pytest
 import torch
+from avalanche.models import IncrementalClassifier, MTSimpleMLP, avalanche_forward
+from torch import nn
 
 from avalanche_curv import (
     EKFAC,
@@ -19,6 +23,7 @@ from avalanche_curv import (
     Diagonal,
     EmpiricalFisher,
     Energy,
+    Fisher,
     FlatSpectrum,
     FrobeniusOptimal,
     Hessian,
@@ -58,7 +63,7 @@ EXACT = {
 
 
 class Remembering(Policy):
-    """Another policy, and the quadratic that each experience alone gives."""
+    """Another policy, and the risks that it was given."""
 
     def __init__(self, policy):
         self.policy, self.risks = policy, []
@@ -68,40 +73,50 @@ class Remembering(Policy):
         return self.policy.absorb(past, risk, curvature, structure)
 
 
+HEADS = "one growing head", "a head for each task"
+
+
 @pytest.fixture(scope="session")
 def trained(make, digits, learner, train):
-    """trained(heads) -> (the risks at the ends of three experiences, the model moved a little from there)."""
-    from avalanche.models import IncrementalClassifier, MTSimpleMLP
-    from torch import nn
+    """trained(heads) -> (the risks at the ends of three experiences, the model moved a little from there, the past)."""
 
-    known = {}
-
+    @cache
     def run(heads):
-        if heads not in known:
-            torch.set_default_dtype(torch.float64)
-            try:
-                constructor = (
-                    (lambda: MTSimpleMLP(input_size=64, hidden_size=3)) if heads
-                    else (lambda: nn.Sequential(nn.Linear(64, 3), nn.Tanh(), IncrementalClassifier(3)))
-                )  # fmt: skip
-                model, benchmark = make(constructor).to(torch.float64), digits(heads, torch.float64)
-                given = Remembering(Accumulate())
-                train(learner(model, CurvatureEWCPlugin(0.5, policy=given), train_mb_size=25), benchmark.train_stream)
-            finally:
-                torch.set_default_dtype(torch.float32)
-            generator = torch.Generator().manual_seed(0)
-            with torch.no_grad():
-                for parameter in model.parameters():
-                    parameter += 0.1 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            known[heads] = given.risks, model
-        return known[heads]
+        constructor = (
+            (lambda: MTSimpleMLP(input_size=64, hidden_size=3)) if heads
+            else (lambda: nn.Sequential(nn.Linear(64, 3), nn.Tanh(), IncrementalClassifier(3)))
+        )  # fmt: skip
+        torch.set_default_dtype(torch.float64)
+        try:
+            model, benchmark = make(constructor).to(torch.float64), digits(heads, torch.float64)
+            ewc = CurvatureEWCPlugin(0.5, policy=Remembering(Accumulate()))
+            train(learner(model, ewc, train_mb_size=25), benchmark.train_stream)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += 0.1 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        return ewc.policy.risks, model, ewc.past.model
 
     return run
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["one growing head", "a head for each task"])
+@pytest.fixture(scope="module", params=HEADS)
 def ended(request, trained):
-    return trained(request.param)
+    """(the risks at the ends of three experiences, the model moved a little from there)."""
+    return trained(request.param == HEADS[1])[:2]
+
+
+growing_head = pytest.mark.parametrize("ended", HEADS[:1], indirect=True)
+
+
+@pytest.mark.parametrize("heads", [False, True], ids=HEADS)
+def test_the_plugin_hands_the_past_from_experience_to_experience(heads, trained):
+    risks, model, past = trained(heads)
+    expected = absorbed(Accumulate(), risks, Fisher(), Diagonal())
+    assert past.space == expected.space
+    assert_same_function(past, expected.penalty(model), model)
 
 
 def coordinates(model, space):
@@ -166,7 +181,9 @@ def test_merging_moves_every_quadratic_to_the_newest_anchor(structure, separate,
 
 
 @pytest.mark.parametrize(
-    ("structure", "gradient"), [*((name, True) for name in EXACT), ("dense", False)], indirect=["structure"]
+    ("structure", "gradient"),
+    [*((name, True) for name in ("dense", "low rank and residual", "ekfac", "matrix free, in part")), ("dense", False)],
+    indirect=["structure"],
 )
 def test_refreshing_estimates_all_of_the_past_at_the_newest_parameters(structure, gradient, ended):
     risks, model = ended
@@ -183,6 +200,7 @@ def test_refreshing_estimates_all_of_the_past_at_the_newest_parameters(structure
     assert_same_function(absorbed(policy, risks, GGN(), EXACT[structure]), expected, model)
 
 
+@growing_head
 @pytest.mark.parametrize(
     ("kind", "structure"),
     [(Hessian(Clip()), Dense()), (Hessian(Clip()), Diagonal()), (Hessian(Absolute()), LowRank(Rank(3), Diagonal())),
@@ -221,6 +239,7 @@ FACTORISED = ["kronecker", "ekfac", "cut kronecker", "cut ekfac"]
 SUMS = [PartialTraces(), PiWeighted(), FrobeniusOptimal(), KeepTerms(most=2)]
 
 
+@growing_head
 @pytest.mark.parametrize(
     ("policy", "exact", "sums"),
     [
@@ -257,6 +276,7 @@ TRAINED = [
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize("growing", HEADS[:1], indirect=True)
 @pytest.mark.parametrize("structure", TRAINED)
 def test_the_plugin_trains_with_every_structure_while_the_model_grows(structure, growing, learner, train):
     model, benchmark = growing()
@@ -265,6 +285,50 @@ def test_the_plugin_trains_with_every_structure_while_the_model_grows(structure,
     train(learner(model, ewc, optimizer=slow, train_mb_size=25), benchmark.train_stream)
     assert ewc.past.experiences == 3
     assert 0 < float(ewc.last_penalty) < float("inf")
+
+
+def test_a_growing_model_keeps_more_of_the_past_with_a_penalty(growing, learner, train):
+    penalties = {}
+    for strength in (0.0, 3.0):
+        model, benchmark = growing()
+        ewc = CurvatureEWCPlugin(strength, curvature=Fisher(), structure=Dense(), policy=Refresh(0.5))
+        slow = torch.optim.SGD(model.parameters(), lr=0.1)
+        train(learner(model, ewc, optimizer=slow, train_mb_size=10), benchmark.train_stream)
+        assert ewc.past.experiences == 3
+        penalties[strength] = float(ewc.penalty)
+    assert 0 < penalties[3.0] < penalties[0.0]
+
+
+def test_the_frozen_past_function_is_that_of_the_model_at_the_end_of_its_experience(
+    growing, learner, train, examples, recorder
+):
+    model, benchmark = growing()
+    given = Remembering(Accumulate())
+    train(learner(model, CurvatureEWCPlugin(1.0, policy=given), recorder), benchmark.train_stream)
+    for task, (risk, end, experience) in enumerate(zip(given.risks, recorder.ends, benchmark.train_stream)):
+        inputs, targets = examples(experience)
+        label = experience.task_labels[0]
+        outputs = avalanche_forward(end, inputs, torch.full((len(targets),), label))
+        assert risk.examples == 50
+        torch.testing.assert_close(risk.outputs(inputs), outputs)
+        assert risk.value() == pytest.approx(nn.CrossEntropyLoss()(outputs, targets).item(), rel=1e-5)
+        assert label in (0, task)
+
+
+def test_new_units_are_free_to_move(ended):
+    risks, model = ended[0], copy.deepcopy(ended[1])
+    before = estimate(GGN(), Diagonal(), risks[0])
+    named = dict(model.named_parameters())
+    new = [name for name in named if name not in before.space.names]
+    grown = [n for n, shape in zip(before.space.names, before.space.shapes) if named[n].shape != shape]
+    assert new or grown
+    value = before(model)
+    with torch.no_grad():
+        for name in new:
+            named[name] += 1.0
+        for name in grown:
+            named[name][before.space.shapes[before.space.names.index(name)][0] :] += 1.0
+    assert before(model) == value
 
 
 @pytest.mark.parametrize("psd", [Clip(), Absolute()], ids=str)

@@ -78,24 +78,29 @@ def test_strength_zero_is_bit_identical_to_naive(kind, growing, learner, train):
     assert_same(mitigated.model, plain.model)
 
 
-@pytest.mark.parametrize("heads", [False, True], ids=["one growing head", "a head for each task"])
-@pytest.mark.parametrize("kind", STRONG)
-def test_every_mitigator_trains_growing_models_beside_replay_and_a_penalty(kind, heads, make, digits, learner, train):
+@pytest.fixture(scope="module", params=[False, True], ids=["one growing head", "a head for each task"])
+def beside(request, make, digits, learner, train):
+    """(beside(*plugins) -> a strategy that they, replay and a penalty train; the parameters without others)."""
     from avalanche.training.plugins import ReplayPlugin
 
-    benchmark, mitigator = digits(heads), STRONG[kind]()
-    plain, strategy = (
-        train(
-            learner(make(deep_heads if heads else deep), *more, ReplayPlugin(mem_size=30), CurvatureEWCPlugin(0.1)),
-            benchmark.train_stream,
-        )
-        for more in ((), (MitigatorPlugin(mitigator),))
-    )
+    def trained(*plugins):
+        others = ReplayPlugin(mem_size=30), CurvatureEWCPlugin(0.1)
+        model = make(deep_heads if request.param else deep)
+        return train(learner(model, *plugins, *others), digits(request.param).train_stream)
+
+    return trained, dict(trained().model.named_parameters())
+
+
+@pytest.mark.parametrize("kind", STRONG)
+def test_every_mitigator_trains_growing_models_beside_replay_and_a_penalty(kind, beside):
+    trained, plain = beside
+    mitigator = STRONG[kind]()
+    strategy = trained(MitigatorPlugin(mitigator))
     ours = dict(strategy.model.named_parameters())
-    assert ours.keys() == dict(plain.model.named_parameters()).keys()
+    assert ours.keys() == plain.keys()
     assert all(torch.isfinite(p).all() for p in ours.values())
     acted = bool(getattr(mitigator, "recycled", True))  # with one growing head no unit is silent for a whole step
-    assert any(not torch.equal(p, ours[name]) for name, p in plain.model.named_parameters()) == acted
+    assert any(not torch.equal(p, ours[name]) for name, p in plain.items()) == acted
     assert mitigator.steps == strategy.clock.train_iterations
 
 
