@@ -44,7 +44,7 @@ class Drawn(Experiment):
         evaluator = EvaluationPlugin(*metrics, loggers=[TensorboardLogger(context.tensorboard_dir)])
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         strategy = Naive(
-            model=model, optimizer=optimizer, train_mb_size=8, train_epochs=1, plugins=plugins, evaluator=evaluator
+            model=model, optimizer=optimizer, train_mb_size=16, train_epochs=1, plugins=plugins, evaluator=evaluator
         )
         for experience in benchmark.train_stream:
             strategy.train(experience)

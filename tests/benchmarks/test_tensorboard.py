@@ -138,8 +138,8 @@ def test_scalars_fall_into_groups_and_an_experience_with_a_past_ends_with_figure
         groups = {tag.split("/")[0].removesuffix("_experience") for tag in events.Tags()["scalars"]}
         expected = GROUPS | {"fidelity_trajectory"} | ({"penalty"} if run.startswith("Curvature") else set())
         assert groups == expected
-        assert [event.step for event in events.Images("fidelity/kappa_against_distance")] == [12]
-        assert [event.step for event in events.Images("landscape/stored/spectrum")] == [12]
+        assert [event.step for event in events.Images("fidelity/kappa_against_distance")] == [6]
+        assert [event.step for event in events.Images("landscape/stored/spectrum")] == [6]
 
 
 class Tangled(Experiment):
