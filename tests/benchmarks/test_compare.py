@@ -90,7 +90,7 @@ def test_weights_that_diverge_have_no_accuracy(name, tmp_path):
 
 
 def test_two_runs_of_a_unit_with_one_seed_give_the_same_records(tmp_path):
-    setting = replace(SETTING, fidelity_every=2)
+    setting = replace(SETTING, experiences=2, steps=2, fidelity_every=1)
     for name in ("CurvatureEWC Fisher MC, refresh", "DER++"):
         method = methods(setting.memory)[name]
         first, second = (

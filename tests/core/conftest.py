@@ -231,6 +231,15 @@ def loss_name(request) -> str:
     return request.param
 
 
+@pytest.fixture(
+    params=[*(("mlp", name) for name in LOSSES), *(("conv", n) for n in ("cross_entropy", "mean_square", "binary"))],
+    ids=" ".join,
+)
+def known(request) -> Problem:
+    """Each loss on a perceptron, and three on a model to which no shortcut applies, where losses act as there."""
+    return known_problem(*request.param)
+
+
 @pytest.fixture(params=LIKELIHOODS)
 def likelihood(request) -> str:
     return request.param

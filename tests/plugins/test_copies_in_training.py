@@ -183,7 +183,9 @@ def ends(strategy, plugins, resume, train, stream):
     return train(strategy, stream, seed=1).model.state_dict()
 
 
-RESUMED = [case for case in CASES if not case.startswith("metrics") and "MatrixFree" not in case and case != "Hessian"]
+# states of all structures are in `tests/core/quadratic/test_state.py`
+OTHERS = [type(structure).__name__ for structure in STRUCTURES if structure not in (Diagonal(), Kronecker())]
+RESUMED = [case for case in CASES if not case.startswith(("metrics", "Hessian", *OTHERS))]
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

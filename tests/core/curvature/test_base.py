@@ -109,8 +109,7 @@ def test_the_spectrum_of_other_kinds_stays_as_it_is(kind):
     assert not kind.is_mended
 
 
-def test_the_hessian_expands_the_loss_of_each_example(architecture, loss_name, problem, close):
-    known = problem(architecture, loss_name)
+def test_the_hessian_expands_the_loss_of_each_example(known, close):
     delta = torch.linspace(-1, 1, known.risk.space.size).double()
     slopes, products = Hessian().example_expansion(known.risk, known.paper.inputs, known.paper.targets, delta)
     close(slopes, known.paper.gradients)

@@ -102,8 +102,7 @@ def test_empirical_fisher_of_softmax_regression(new_problem, make_model, close):
     close(dense(EmpiricalFisher(), problem.risk), mean_of_kroneckers(squares, problem.paper.inputs))
 
 
-def test_ggn_is_the_mean_of_jacobian_sandwiches(architecture, loss_name, problem, close):
-    known = problem(architecture, loss_name)
+def test_ggn_is_the_mean_of_jacobian_sandwiches(known, close):
     close(dense(GGN(), known.risk), known.paper.ggns.mean(0))
 
 
@@ -121,8 +120,7 @@ def test_fisher_needs_no_labels(problem, close):
         close(dense(kind, relabelled), dense(kind, risk))
 
 
-def test_empirical_fisher_is_the_mean_of_outer_products(architecture, loss_name, problem, close):
-    known = problem(architecture, loss_name)
+def test_empirical_fisher_is_the_mean_of_outer_products(known, close):
     close(dense(EmpiricalFisher(), known.risk), known.paper.empirical_fishers.mean(0))
 
 

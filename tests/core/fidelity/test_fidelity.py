@@ -56,8 +56,8 @@ MATRICES = {
 
 
 @pytest.mark.parametrize("kind", MATRICES)
-def test_measures_are_those_of_explicit_jacobians(kind, architecture, loss_name, problem, close):
-    known, (curvature, matrices) = problem(architecture, loss_name), MATRICES[kind]
+def test_measures_are_those_of_explicit_jacobians(kind, known, close):
+    curvature, matrices = MATRICES[kind]
     theta = nearby(known.risk)
     comparison = example_models(curvature, known.risk).compare(theta)
     assert_explicit(comparison, known.paper, matrices(known.paper), theta, close)

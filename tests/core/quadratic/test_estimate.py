@@ -48,10 +48,8 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_structure_keeps_the_entries_of_the_explicit_matrix(
-    kind, architecture, loss_name, problem, restricted, close
-):
-    known, (curvature, on_paper) = problem(architecture, loss_name), KINDS[kind]
+def test_every_structure_keeps_the_entries_of_the_explicit_matrix(kind, known, restricted, close):
+    curvature, on_paper = KINDS[kind]
     matrix = on_paper(known.paper)
     for name, structure in STRUCTURES.items():
         expected = restricted(name, matrix, known.risk.space.sizes)
@@ -100,8 +98,7 @@ def test_the_model_is_anchored_at_the_frozen_parameters_and_flat_there(problem):
     assert past(known.model) == past.constant == 0
 
 
-def test_the_gradient_is_that_of_the_mean_loss(architecture, loss_name, problem, close):
-    known = problem(architecture, loss_name)
+def test_the_gradient_is_that_of_the_mean_loss(known, close):
     past = estimate(EmpiricalFisher(), Diagonal(), known.risk, gradient=True)
     close(past.gradient, known.paper.gradients.mean(0))
 

@@ -26,8 +26,7 @@ def batches_of(data, size):
     return list(zip(data[0].split(size), data[1].split(size)))
 
 
-def test_value_and_gradient_are_means_over_examples(architecture, loss_name, problem, close):
-    known = problem(architecture, loss_name)
+def test_value_and_gradient_are_means_over_examples(known, close):
     assert known.risk.value() == pytest.approx(known.paper.losses(known.paper.anchor).mean().item(), rel=1e-12)
     close(known.risk.gradient(), known.paper.gradients.mean(0))
 
