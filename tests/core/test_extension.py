@@ -244,8 +244,11 @@ def test_a_structure_of_ones_own_works_with_every_curvature(kind, architecture, 
      AdaptiveRefresh(fraction=0.5)],
     ids=str,
 )
-@pytest.mark.parametrize("kind", [GradientAndWeightDecay(), Margin()])
-@pytest.mark.parametrize("structure", [MeanDiagonal(), Diagonal(), Dense()])
+@pytest.mark.parametrize(
+    ("kind", "structure"),
+    [(GradientAndWeightDecay(), Diagonal()), (Margin(), MeanDiagonal()), (Margin(), Diagonal()), (Margin(), Dense())],
+    ids=str,
+)
 def test_policies_fold_them_while_the_head_grows(policy, kind, structure, experiences, close):
     model, risks = experiences
     past = Past()

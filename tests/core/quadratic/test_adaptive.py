@@ -57,8 +57,9 @@ def moved(model, step):
 
 
 @pytest.mark.parametrize("trust", [AbsoluteError(1e-6), RelativeError(1e-6), RatioBand(0.999999, 1.000001, floor=0.0)])
-@pytest.mark.parametrize("curvature", [Hessian(), GGN()])
-@pytest.mark.parametrize("structure", [Dense(), MatrixFree(), LowRank(Rank(8))])
+@pytest.mark.parametrize(
+    ("curvature", "structure"), [(Hessian(), Dense()), (GGN(), MatrixFree()), (GGN(), LowRank(Rank(8)))], ids=str
+)
 def test_a_quadratic_loss_is_never_refreshed_however_far_one_goes(make_model, trust, curvature, structure):
     model = make_model(lambda: nn.Linear(3, 2))
     draws = torch.randn(20, 5, generator=torch.Generator().manual_seed(0)).double()

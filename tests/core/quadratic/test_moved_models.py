@@ -42,6 +42,11 @@ POLICIES = [
     Accumulate(), Merge(decay=0.5), Refresh(fraction=1.0), AdaptiveRefresh(damping=Tikhonov(0.5), fraction=1.0),
 ]  # fmt: skip
 PAIRS = [*((POLICIES[0], structure) for structure in STRUCTURES), *((policy, Diagonal()) for policy in POLICIES[1:])]
+FEW = [(POLICIES[0], Kronecker(KeepTerms())), *((policy, Diagonal()) for policy in POLICIES)]
+MOVES = [
+    *(("float", "double", *pair) for pair in PAIRS),
+    *((*types, *pair) for types in (("double", "float"), ("bfloat16", "double")) for pair in FEW),
+]
 TYPES = {"float": torch.float32, "double": torch.float64, "bfloat16": torch.bfloat16}
 
 
@@ -71,11 +76,10 @@ def double(model):
     return torch.cat([p.detach().double().reshape(-1) for p in model.parameters()])
 
 
-@pytest.mark.parametrize(("policy", "structure"), PAIRS, ids=repr)
-@pytest.mark.parametrize("types", [("float", "double"), ("double", "float"), ("bfloat16", "double")])
-def test_the_past_of_two_types_is_the_sum_of_both(types, policy, structure, model):
+@pytest.mark.parametrize(("before", "after", "policy", "structure"), MOVES, ids=str)
+def test_the_past_of_two_types_is_the_sum_of_both(before, after, policy, structure, model):
     """q(θ) and its gradient are those of the curvatures that were estimated in each type, summed in float64."""
-    first, second = (TYPES[name] for name in types)
+    first, second = TYPES[before], TYPES[after]
     model = model.to(first)
     past = policy.absorb(Past(), risk_of(model, 1), GGN(), structure)
     a1, c1 = double(model), estimate(GGN(), structure, risk_of(model, 1)).curvature.dense().double()
