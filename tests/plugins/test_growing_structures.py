@@ -295,7 +295,7 @@ def test_a_growing_model_keeps_more_of_the_past_with_a_penalty(growing, learner,
         slow = torch.optim.SGD(model.parameters(), lr=0.1)
         train(learner(model, ewc, optimizer=slow, train_mb_size=10), benchmark.train_stream)
         assert ewc.past.experiences == 3
-        penalties[strength] = float(ewc.penalty)
+        penalties[strength] = float(ewc.last_penalty)
     assert 0 < penalties[3.0] < penalties[0.0]
 
 
