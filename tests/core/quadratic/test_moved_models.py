@@ -86,6 +86,7 @@ def test_the_past_of_two_types_is_the_sum_of_both(before, after, policy, structu
     model = moved(model.to(second), 0.25)
     assert policy.revise(past, model, 1, GGN(), structure).model is past.model
     past = policy.absorb(past, risk_of(model, 2), GGN(), structure)
+    assert {part.dtype for part in past.model.curvature.tensors()} == {past.model.anchor.dtype}
     a2, c2 = double(model), estimate(GGN(), structure, risk_of(model, 2)).curvature.dense().double()
     c1_now = estimate(GGN(), structure, risk_of(model, 1)).curvature.dense().double()
     d1, d2 = double(moved(model, 0.25)) - a1, double(model) - a2
