@@ -49,6 +49,15 @@ def preflight(
         raise kind(f"Experience {current_number(strategy)}: {text} Nothing was trained on it yet.") from error
 
 
+def check_once(plugin: object, strategy: Any) -> None:
+    """Raises ValueError where a plugin is in the strategy twice, and would act twice at each step."""
+    times = sum(one is plugin for one in strategy.plugins)
+    if times > 1:
+        raise ValueError(
+            f"One {type(plugin).__name__} is in the plugins of the strategy {times} times. List it once, or make two."
+        )
+
+
 def check_experience(strategy: Any) -> None:
     """Raises ValueError for an experience without examples, and for several task labels before a multi-task model."""
     if len(strategy.experience.dataset) == 0:

@@ -119,6 +119,7 @@ class CurvatureEWCPlugin(Configured, SupervisedPlugin):
         return self.regularizer.last_penalty
 
     def before_training(self, strategy: Any, **kwargs: Any) -> None:
+        _bridge.check_once(self, strategy)
         if self.strength > 0:
             _trained_loss.check_backward(strategy)
 

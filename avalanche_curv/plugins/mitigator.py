@@ -10,7 +10,7 @@ from avalanche.training.plugins import SupervisedPlugin
 from avalanche_curv.core.options import Configured, Fixed, check_kind
 from avalanche_curv.core.state import State, check_state, state_of
 from avalanche_curv.plasticity.mitigators.base import Mitigator
-from avalanche_curv.plugins import _tasks
+from avalanche_curv.plugins import _bridge, _tasks
 
 
 class MitigatorPlugin(Configured, SupervisedPlugin):
@@ -52,6 +52,9 @@ class MitigatorPlugin(Configured, SupervisedPlugin):
         self.mitigator.load_state_dict(parts["mitigator"])
         self._task_ends.load_state_dict(parts["task_ends"])
         self._between_tasks, self._is_copy = parts["between_tasks"], True
+
+    def before_training(self, strategy: Any, **kwargs: Any) -> None:
+        _bridge.check_once(self, strategy)
 
     def before_train_dataset_adaptation(self, strategy: Any, **kwargs: Any) -> None:
         if self.mitigator.acts_between_tasks and not _tasks.tells_tasks(strategy):

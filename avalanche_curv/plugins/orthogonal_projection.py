@@ -102,6 +102,7 @@ class OrthogonalProjectionPlugin(Configured, SupervisedPlugin):
         self._resting: list[str] = []  # names of norm layers in eval mode for the length of an experience
 
     def before_training(self, strategy: Any, **kwargs: Any) -> None:
+        _bridge.check_once(self, strategy)
         _check_optimizer(strategy.optimizer)
 
     def before_train_dataset_adaptation(self, strategy: Any, **kwargs: Any) -> None:

@@ -7,14 +7,18 @@ from torch import nn
 
 from avalanche_curv import (
     GGN,
+    L2,
     Accumulate,
     BlockDiagonal,
     Clip,
     CurvatureEWCPlugin,
     Dense,
+    Eigenspace,
     Hessian,
     Merge,
+    MitigatorPlugin,
     NonFiniteCurvatureError,
+    OrthogonalProjectionPlugin,
     Refresh,
 )
 
@@ -77,6 +81,20 @@ def test_an_unknown_criterion_is_refused_before_training(net, learner, train, pl
 def test_a_matrix_over_its_limit_is_refused_before_the_first_step(structure, remedy, net, learner, train, plane):
     strategy = learner(net, CurvatureEWCPlugin(1.0, structure=structure))
     assert_refused_untrained(MemoryError, remedy, net, strategy, train, plane.train_stream)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: CurvatureEWCPlugin(1.0),
+        lambda: OrthogonalProjectionPlugin(Eigenspace()),
+        lambda: MitigatorPlugin(L2(0.1)),
+    ],
+)
+def test_a_plugin_that_is_listed_twice_is_refused_before_training(build, net, learner, train, plane):
+    plugin = build()
+    with pytest.raises(ValueError, match=r"Plugin is in the plugins of the strategy 2 times.* List it once"):
+        train(learner(net, plugin, plugin), plane.train_stream[:1])
 
 
 def test_an_empty_experience_is_refused_before_training(net, learner, train, plane):
