@@ -252,6 +252,7 @@ class CurvatureRegularizer(Configured):
         it in where not this regulariser's: for examples that were drawn before from so many `examples`,
         `Drawing.of_all()` of it."""
         number = self.past.experiences if number is None else number
+        self._penalty.release()
         with self._keeping_the_past():
             self.strength = self._kept.absorb(risk, self.strength, share, policy, examples)
         guarded, model = self._penalty.guarded, self.past.model

@@ -26,7 +26,13 @@ class StepPenalty:
 
     def restart(self, guarded: Guarded | None = None) -> None:
         """Before another model of the past, of which the guard has decided what `guarded` knows."""
-        self.guarded, self._penalty = guarded, None
+        self.release()
+        self.guarded = guarded
+
+    def release(self) -> None:
+        """Gives back the memory of what is made from the past, of which the value of the last step stays."""
+        _ = self.last
+        self._penalty = None
 
     def next(
         self, past: QuadraticModel | None, strength: float, guard: Guard | None, model: nn.Module,

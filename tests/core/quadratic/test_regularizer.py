@@ -1,9 +1,11 @@
 """The penalty of the past in any training loop: attached to optimisers it trains the same as in the loss."""
 
 import copy
+import gc
 import io
 import logging
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -582,6 +584,19 @@ def test_absorbing_leaves_no_trace_in_the_loop(model):
     assert torch.equal(weights(model), before)
     assert model.training
     assert (model[0].weight.grad == 1).all()
+
+
+@pytest.mark.parametrize("structure", [Diagonal(), Dense()], ids=str)
+def test_what_steps_were_made_with_is_given_back_when_a_task_is_absorbed(structure, model):
+    regularizer = with_past(model, structure=structure)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    regularizer.attach(optimizer, model)
+    plain(model, [optimizer])
+    before = weakref.ref(regularizer.past.model)
+    regularizer.absorb(model, nn.CrossEntropyLoss(), batches_of(3))
+    gc.collect()
+    assert before() is None
+    assert regularizer.last_penalty > 0
 
 
 def test_the_guard_sees_the_rates_of_all_optimizers(model):
