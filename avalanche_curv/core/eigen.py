@@ -65,31 +65,23 @@ def top_of_products(product: Product, like: Float[Tensor, "P"], count: int) -> P
     >>> top_of_products(product, torch.zeros(4), 2)[0]
     tensor([-5.,  3.])
     """
-    size = len(like)
-    if _is_small(size, count):
+    if _is_small(len(like), count):
         return _top(_decomposed(_columns(product, like)), count, like)
-    operator, start, first = _for_arpack(product, like)
-    if not first.any():  # a matrix of zeros, which ARPACK refuses
-        return like.new_zeros(count), torch.eye(count, size).to(like)
-    if not np.isfinite(first).all():
-        return like.new_full((count,), torch.nan), like.new_full((count, size), torch.nan)
-
-    def outside(values: np.ndarray, vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Of C without these pairs, which become eigenvectors of 0."""
-        def matvec(v: np.ndarray) -> np.ndarray:
-            return operator.matvec(v) - (values * (vectors @ v)) @ vectors
-
-        left = LinearOperator(operator.shape, matvec=matvec, dtype=operator.dtype)
-        return eigsh(left, k=count, which="LM", tol=TOLERANCE, v0=start)
-
-    top = _top(outside(np.zeros(0), np.zeros((0, size))), count, like)
-    while largest_outside(product, top[1]) > (_rounding(top[0]) if _has_repeated(top[0]) else _least(top[0])):
-        values, vectors = (part.double().cpu().numpy() for part in top)
-        more, further = outside(values, vectors)
-        top = _top((np.concatenate([values, more]), np.concatenate([vectors.T, further], axis=1)), count, like)
-        if np.abs(more).max() <= _least(top[0]):
+    top = _by_arpack(product, like, count)
+    while top[0].isfinite().all() and largest_outside(product, top[1]) > _suspicious(top[0]):
+        more = _by_arpack(deflated(product, top), like, count)
+        values, vectors = (torch.cat(pair) for pair in zip(top, more))
+        order = values.abs().argsort(descending=True, stable=True)[:count]
+        top = values[order], vectors[order]
+        if float(more[0].abs().max()) <= _least(top[0]):
             break
     return top
+
+
+def deflated(product: Product, pairs: Pairs) -> Product:
+    """C − V Λ Vᵀ by its products: C with zero for the eigenvalues of these pairs."""
+    values, vectors = pairs
+    return lambda v: product(v) - (values * (vectors @ v)) @ vectors
 
 
 def largest_outside(product: Product, vectors: Float[Tensor, "k P"]) -> float:
@@ -148,11 +140,13 @@ def _least(values: Float[Tensor, "k"]) -> float:
     return float(values[-1].abs()) + _rounding(values)
 
 
-def _has_repeated(values: Float[Tensor, "k"]) -> bool:
-    """Whether two of eigenvalues in falling order of magnitude are equal, and not zero, but for rounding."""
+def _suspicious(values: Float[Tensor, "k"]) -> float:
+    """What is larger than this outside of eigenvalues, given in falling order of magnitude, calls for another look:
+    more than the least of them, and anything but rounding where two are equal."""
     sizes = values.double().abs()
     sizes = sizes[sizes > _rounding(values)]
-    return bool((sizes[:-1] - sizes[1:] <= TOLERANCE * sizes[:-1]).any())
+    repeated = (sizes[:-1] - sizes[1:] <= TOLERANCE * sizes[:-1]).any()
+    return _rounding(values) if repeated else _least(values)
 
 
 def largest_of_products(product: Product, like: Float[Tensor, "P"]) -> float:
@@ -184,6 +178,16 @@ def top_of_operator(operator: Operator, like: Float[Tensor, "P"], count: int) ->
 def _is_small(size: int, count: int) -> bool:
     """Whether a matrix is written out: small ones, and where nearly all pairs are asked for, which ARPACK refuses."""
     return size <= WHOLE or count >= size - 1
+
+
+def _by_arpack(product: Product, like: Float[Tensor, "P"], count: int) -> Pairs:
+    """Pairs as `top_of_products` returns them, but for those that are missed."""
+    operator, start, first = _for_arpack(product, like)
+    if not first.any():  # a matrix of zeros, which ARPACK refuses
+        return like.new_zeros(count), torch.eye(count, len(like)).to(like)
+    if not np.isfinite(first).all():
+        return like.new_full((count,), torch.nan), like.new_full((count, len(like)), torch.nan)
+    return _top(eigsh(operator, k=count, which="LM", tol=TOLERANCE, v0=start), count, like)
 
 
 def _for_arpack(product: Product, like: Float[Tensor, "P"]) -> tuple[LinearOperator, np.ndarray, np.ndarray]:

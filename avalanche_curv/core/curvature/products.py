@@ -121,7 +121,7 @@ class Relinearised(OfRisk):
 
 
 class Linearised(Relinearised):
-    """The same with graphs that are kept, of whole batches."""
+    """(1/N) Σ_i J_iᵀ S_i S_iᵀ J_i from graphs of whole batches, which are made once and kept for all products."""
 
     def __getstate__(self) -> dict[str, Any]:
         """Graphs are not stored: they are computed again."""

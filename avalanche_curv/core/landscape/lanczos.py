@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from avalanche_curv.core.eigen import TOLERANCE, Pairs, Product, quadrature, top_of_products
+from avalanche_curv.core.eigen import TOLERANCE, Pairs, Product, deflated, quadrature, top_of_products
 from avalanche_curv.core.landscape.averaged import AveragedCurvature
 from avalanche_curv.core.landscape.spectrum import Density, Spectrum, SpectrumMethod, mean_density, without_zeros
 from avalanche_curv.core.options import check_count, check_seed, settle
@@ -52,7 +52,7 @@ class Lanczos(SpectrumMethod):
         trace, error = averaged.exact_trace(), 0.0
         diagonal = trace is not None
         if trace is None:
-            below, error = xtrace(_below(product, top), like, self.trace_products, self.seed)
+            below, error = xtrace(deflated(product, top), like, self.trace_products, self.seed)
             trace = float(top[0].double().sum()) + below
         known = diagonal and averaged.is_semidefinite
         magnitude = trace if known else density.magnitude()
@@ -144,9 +144,3 @@ def _largest(product: Product, like: Tensor, top: Float[Tensor, "k"]) -> float:
         return float(top.max())
     lowest = float(top.min())
     return float(top_of_products(lambda v: product(v) - lowest * v, like, 1)[0]) + lowest
-
-
-def _below(product: Product, top: Pairs) -> Product:
-    """C − V Λ Vᵀ: without the top pairs a random trace deviates less."""
-    values, vectors = top
-    return lambda v: product(v) - (values * (vectors @ v)) @ vectors
